@@ -1,0 +1,127 @@
+"""Train the small dense BLIP of the demo on easy-vqa: the checkpoint in python/madtp/assets/easy-vqa-blip.
+
+    python examples/train_easy_vqa.py --output runs/easy-vqa-blip
+
+Ctrl-C is safe: the last whole checkpoint stays in OUTPUT/checkpoints and `--resume` goes on from it.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from transformers import (
+    BlipConfig,
+    BlipForQuestionAnswering,
+    BlipImageProcessor,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from madtp.tasks import DataError
+from madtp.tasks.easy_vqa import IMAGE_SIZE, EasyVqa, ImagesWithQuestions, build_tokenizer, collate
+from madtp.tasks.vqa import VqaTask, dense_forward
+
+WIDTH, HEADS, PATCH = 128, 4, 8
+
+
+def build_model(tokenizer) -> BlipForQuestionAnswering:
+    shape = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "projection_dim": WIDTH}
+    text = shape | {
+        "num_hidden_layers": 2,  # of the question encoder and of the answer decoder
+        "intermediate_size": 2 * WIDTH,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    # BLIP's own initializer_range of 1e-10 for the vision tower supposes ImageNet weights.
+    vision = shape | {
+        "num_hidden_layers": 6,
+        "intermediate_size": 3 * WIDTH,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH,
+        "initializer_range": 0.02,
+    }
+    return BlipForQuestionAnswering(
+        BlipConfig(text_config=text, vision_config=vision, projection_dim=WIDTH, image_text_hidden_size=WIDTH)
+    )
+
+
+class DenseTrainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits, loss = dense_forward(model, inputs)
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """Newest checkpoint whose writing was finished: trainer_state.json is the last file the Trainer writes."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/easy-vqa-blip"))
+    parser.add_argument("--epochs", type=float, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--max-steps", type=int, default=-1)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT")
+    options = parser.parse_args()
+
+    set_seed(options.seed)
+    tokenizer = build_tokenizer()
+    train, test = EasyVqa("train", tokenizer), EasyVqa("test", tokenizer)
+    model = build_model(tokenizer)
+    trainer = DenseTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(options.output / "checkpoints"),
+            num_train_epochs=options.epochs,
+            max_steps=options.max_steps,
+            per_device_train_batch_size=32,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            weight_decay=0.05,
+            max_grad_norm=1.0,
+            dataloader_pin_memory=False,
+            save_total_limit=2,
+            save_strategy="epoch",
+            logging_steps=125,
+            seed=options.seed,
+            remove_unused_columns=False,
+            report_to=[],
+        ),
+        train_dataset=ImagesWithQuestions(train, questions=4),
+        data_collator=collate,
+    )
+    checkpoints = options.output / "checkpoints"
+    resume = last_whole_checkpoint(checkpoints) if options.resume else None
+    start = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except KeyboardInterrupt:
+        last = last_whole_checkpoint(checkpoints)
+        sys.exit(f"stopped; --resume goes on from {last}" if last else "stopped before the first checkpoint")
+    minutes = (time.perf_counter() - start) / 60
+
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    BlipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(options.output)
+    accuracy = VqaTask(tokenizer).accuracy(model, test)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"test accuracy {accuracy:.4f} on {len(test)} questions, {parameters} parameters, {minutes:.1f} min")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f"error: {error}")
