@@ -1,0 +1,165 @@
+"""Which backend runs an op, and why.
+
+Every op has a `reference`; `cpu` (C++), `triton` and `cuda` (C++) are faster where they can run. `auto` takes the first
+that can, in the order below. `MADTP_BACKEND` sets the default of the process, `backend=` that of one call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_implementations: dict[str, dict[str, Callable]] = {}
+_public: dict[str, Callable] = {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of one call: `str()` is a sentence, `rejected` says why each other backend does not run."""
+
+    op: str
+    backend: str
+    reason: str
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        others = "".join(f"\n  not {name}: {why}" for name, why in self.rejected.items())
+        return f"{self.op}: {self.backend} ({self.reason}){others}"
+
+
+def register(op: str, **backends: Callable) -> None:
+    """Makes `backends` (name -> function with the arguments of the reference) the implementations of `op`."""
+    unknown = set(backends) - set(BACKENDS)
+    if unknown or "reference" not in backends:
+        raise ValueError(f"{op} needs a reference and backends among {BACKENDS}, got {tuple(backends)}")
+    _implementations[op] = backends
+
+
+def public(function: Callable) -> Callable:
+    """Marks the user-facing function of an op, so that `explain` can bind its arguments."""
+    _public[function.__name__] = function
+    return function
+
+
+def implementation(op: str, backend: str | None, dtype: torch.dtype, device: torch.device) -> Callable:
+    """The function that runs `op` on tensors of this dtype and device; raises when the requested backend cannot."""
+    return _implementations[op][choose(op, backend, dtype, device).backend]
+
+
+def choose(op: str, backend: str | None, dtype: torch.dtype, device: torch.device) -> Choice:
+    """Picks the backend of one call. Raises ValueError for an unknown name, RuntimeError when it cannot run here."""
+    requested, origin = (backend, "backend=") if backend not in (None, "auto") else _default()
+    if requested not in (*BACKENDS, "auto"):
+        raise ValueError(f"{origin} must be one of auto, {', '.join(BACKENDS)}, got {requested!r}")
+    order = AUTO_ORDER.get(device.type, ("reference",))
+    obstacles = {name: why for name in BACKENDS if (why := _obstacle(op, name, dtype, device))}
+    best = next(name for name in order if name not in obstacles)
+    if requested == "auto":
+        rejected = {name: obstacles.get(name, f"{best} comes first on {device.type}") for name in BACKENDS}
+        rejected.pop(best)
+        return Choice(op, best, f"first of {', '.join(order)} that runs {dtype} on {device.type}", rejected)
+    if requested in obstacles:
+        raise RuntimeError(
+            f"{op} cannot run on backend {requested!r} (from {origin}): {obstacles[requested]}; auto would run {best!r}"
+        )
+    return Choice(op, requested, f"asked for by {origin}", {n: w for n, w in obstacles.items() if n != requested})
+
+
+def explain(op: str, *args, **kwargs) -> Choice:
+    """Says which backend `op(*args, **kwargs)` would run on and why, without running it.
+
+    >>> print(madtp_kernels.explain("gather_merge", x, selection))
+    """
+    if op not in _public:
+        raise ValueError(f"op must be one of {', '.join(sorted(_public))}, got {op!r}")
+    bound = inspect.signature(_public[op]).bind(*args, **kwargs).arguments
+    first = next(iter(bound.values()))
+    tensor = first if isinstance(first, torch.Tensor) else first[0]
+    return choose(op, bound.get("backend"), tensor.dtype, tensor.device)
+
+
+def _default() -> tuple[str, str]:
+    return os.environ.get("MADTP_BACKEND", "auto").strip().lower() or "auto", "MADTP_BACKEND"
+
+
+def _obstacle(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why `backend` cannot run this call, or None when it can."""
+    if backend not in _implementations[op]:
+        return f"{op} has no {backend} implementation"
+    if backend == "reference":
+        return None
+    if dtype not in FAST_DTYPES:
+        return f"{dtype} runs on the reference only"
+    return _BACKEND_OBSTACLES[backend](device)
+
+
+def _cpu_obstacle(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}"
+    return extension_obstacle()
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return _missing_triton() if interpreted else "the tensors are on cpu and TRITON_INTERPRET is not 1"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs compute capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
+    return _missing_triton()
+
+
+def _cuda_obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if (why := extension_obstacle()) is not None:
+        return why
+    if not hasattr(extension(), "cuda"):
+        return "madtp_kernels._C was built without CUDA"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs compute capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
+    return None
+
+
+_BACKEND_OBSTACLES = {"cpu": _cpu_obstacle, "triton": _triton_obstacle, "cuda": _cuda_obstacle}
+
+
+@functools.cache
+def _missing_triton() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return None
+
+
+@functools.cache
+def _load_extension() -> tuple[object | None, str | None]:
+    # torch is imported above, so the C++ kernels share its OpenMP runtime.
+    try:
+        return importlib.import_module("madtp_kernels._C"), None
+    except ImportError as error:
+        return None, f"the C++ extension madtp_kernels._C cannot be loaded ({error}); build it with: pip install -e ."
+
+
+def extension():
+    """The compiled module madtp_kernels._C; raises RuntimeError with the reason when it cannot be loaded."""
+    module, why = _load_extension()
+    if module is None:
+        raise RuntimeError(why)
+    return module
+
+
+def extension_obstacle() -> str | None:
+    return _load_extension()[1]

@@ -1,0 +1,150 @@
+"""The C++ kernels (madtp_kernels._C, CPU and CUDA) as functions of tensors, with the arguments of the reference.
+
+The binding is torch-free: it takes addresses, sizes and strides. Outputs are allocated here, every element is written.
+"""
+
+import torch
+from torch import Tensor
+
+from madtp_kernels import dispatch
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # madtp::DType
+
+
+def _call(op: str, device: torch.device, *args) -> None:
+    """Runs one entry point on the caller's threads or on the current stream of the tensors' device."""
+    if device.type == "cpu":
+        getattr(dispatch.extension().cpu, op)(*args, torch.get_num_threads())
+        return
+    with torch.cuda.device(device):
+        getattr(dispatch.extension().cuda, op)(*args, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy of it when its rows are not contiguous. Any row stride will do."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), _DTYPES[x.dtype], x.stride(0)
+
+
+def token_importance(
+    summary: Tensor, received: Tensor, mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
+) -> Tensor:
+    summary, received, mag_logits = summary.contiguous(), received.contiguous(), _rows(mag_logits)
+    cu_seqlens, summary_index = cu_seqlens.contiguous(), _contiguous(summary_index)
+    importance = torch.empty_like(summary)
+    _call(
+        "token_importance",
+        summary.device,
+        _address(summary),
+        _address(received),
+        *_matrix(mag_logits),
+        mag_logits.shape[1],
+        _address(cu_seqlens),
+        summary.shape[0],
+        cu_seqlens.numel() - 1,
+        _address(summary_index),
+        _address(importance),
+    )
+    return importance
+
+
+def select_tokens(
+    importance: Tensor, mag_logits: Tensor, cu_seqlens: Tensor, temperature: float, summary_index: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    importance, mag_logits = importance.contiguous(), _rows(mag_logits)
+    cu_seqlens, summary_index = cu_seqlens.contiguous(), _contiguous(summary_index)
+    keep = torch.empty_like(importance, dtype=torch.bool)
+    cu_seqlens_out = torch.empty_like(cu_seqlens)
+    source = torch.empty_like(importance, dtype=torch.int32)
+    merge_weight = torch.empty_like(importance)
+    _call(
+        "select_tokens",
+        importance.device,
+        _address(importance),
+        *_matrix(mag_logits),
+        mag_logits.shape[1],
+        _address(cu_seqlens),
+        importance.shape[0],
+        cu_seqlens.numel() - 1,
+        _address(summary_index),
+        temperature,
+        _address(keep),
+        _address(cu_seqlens_out),
+        _address(source),
+        _address(merge_weight),
+    )
+    return keep, cu_seqlens_out, source, merge_weight
+
+
+def gather_merge(x: Tensor, *selection: Tensor) -> Tensor:
+    x, selection = _rows(x), _Selection(*selection)
+    out = x.new_empty(selection.capacity, x.shape[1])
+    _call("gather_merge", x.device, *_matrix(x), x.shape[1], *selection.arguments(), _address(out))
+    return out
+
+
+def gather_merge_backward(grad: Tensor, x: Tensor, *selection: Tensor) -> tuple[Tensor, Tensor]:
+    grad, x, selection = _rows(grad), _rows(x), _Selection(*selection)
+    grad_x = x.new_empty(x.shape)
+    grad_weight = torch.empty_like(selection.merge_weight)
+    _call(
+        "gather_merge_backward",
+        x.device,
+        _address(grad),
+        grad.stride(0),
+        *_matrix(x),
+        x.shape[1],
+        *selection.arguments(),
+        _address(grad_x),
+        _address(grad_weight),
+    )
+    return grad_x, grad_weight
+
+
+def gather_merge_layernorm(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *selection, weight, bias, eps = arguments
+    x, weight, bias, selection = _rows(x), weight.contiguous(), bias.contiguous(), _Selection(*selection)
+    x_out = x.new_empty(selection.capacity, x.shape[1])
+    normed = torch.empty_like(x_out)
+    mean = x.new_empty(selection.capacity, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    _call(
+        "gather_merge_layernorm",
+        x.device,
+        *_matrix(x),
+        x.shape[1],
+        *selection.arguments(),
+        _address(weight),
+        _address(bias),
+        _DTYPES[weight.dtype],
+        eps,
+        _address(x_out),
+        _address(normed),
+        _address(mean),
+        _address(rstd),
+    )
+    return x_out, normed, mean, rstd
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+class _Selection:
+    """madtp::TokenSelection: keeps its contiguous tensors alive for the call."""
+
+    def __init__(self, keep: Tensor, source: Tensor, merge_weight: Tensor, cu_seqlens: Tensor, cu_seqlens_out: Tensor):
+        self.merge_weight = merge_weight.contiguous()
+        self._tensors = [t.contiguous() for t in (keep, source, self.merge_weight, cu_seqlens, cu_seqlens_out)]
+        self.capacity = source.shape[0]
+        self._sizes = (keep.shape[0], self.capacity, cu_seqlens.numel() - 1)
+
+    def arguments(self) -> tuple[int, ...]:
+        return (*(t.data_ptr() for t in self._tensors), *self._sizes)

@@ -1,0 +1,168 @@
+"""Attention over packed sequences that also returns the importance statistics of every token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from madtp_kernels import dispatch
+from madtp_kernels.ops import checks
+from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels.reference import attention as reference
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class AttentionStats(NamedTuple):
+    """What token pruning reads off self-attention, per token; float32."""
+
+    summary: Tensor  # (T,) S_cls: attention from the summary token, heads weighted by their share of the output norm
+    received: Tensor  # (T,) S_self before normalisation: head-maximal attention summed over the other queries
+
+
+@dispatch.public
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    summary_index: Tensor | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, AttentionStats]:
+    """Softmax attention inside each packed sequence: out_i = sum_j softmax_j(softmax_scale q_i k_j) v_j.
+
+    Args:
+        q: (Tq, H, D) float32, bfloat16 or float16.
+        k, v: (Tk, H, D), dtype of q.
+        cu_seqlens_q: (B+1,) int32.
+        cu_seqlens_k: (B+1,) int32 for cross-attention; None is self-attention.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence.
+        softmax_scale: 1 / sqrt(D) by default.
+        causal: query i of a sequence sees its keys 0..i (self-attention only).
+        summary_index: (B,) int32, the summary token's row inside its sequence; None is row 0, -1 is none.
+        return_stats: also return the statistics of MADTP (arXiv 2403.02991, section 3.3), self-attention only.
+
+    Returns:
+        out (Tq, H, D) dtype of q, and with return_stats `AttentionStats`, each (T,) float32:
+        summary_j = sum_h P[h,s,j] ||O[h,j]|| / sum_h ||O[h,j]||;
+        received_j = sum over queries i != s of max_h P[h,i,j], under a causal mask divided by the number that see j.
+        Differentiable in q, k and v through all three.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
+    """
+    cross = cu_seqlens_k is not None
+    check_tensor("q", q, 3, FLOATS)
+    for name, value in (("k", k), ("v", v)):
+        check_tensor(name, value, 3, (q.dtype,))
+        require(value.shape[1:] == q.shape[1:], name, f"of {q.shape[1]} heads of {q.shape[2]} like q", value)
+    check_rows("v", v, k.shape[0], "k")
+    checks.check_packed(q.shape[0], cu_seqlens_q, summary_index, "q")
+    if cross:
+        checks.check_packed(k.shape[0], cu_seqlens_k, None, "k")
+        check_rows("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.numel(), "cu_seqlens_q")
+        require(max_seqlen_k is not None, "max_seqlen_k", "given with cu_seqlens_k", max_seqlen_k)
+        require(not causal, "causal", "False in cross-attention", causal)
+        require(not return_stats, "return_stats", "False in cross-attention", return_stats)
+    else:
+        check_rows("k", k, q.shape[0], "q (self-attention)")
+    check_device(q.device, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, summary_index=summary_index)
+    out, summary, received = torch.ops.madtp.varlen_attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k if cross else cu_seqlens_q,
+        max_seqlen_q,
+        max_seqlen_k if cross else max_seqlen_q,
+        q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        causal,
+        summary_index,
+        return_stats,
+        backend or "auto",
+    )
+    return (out, AttentionStats(summary, received)) if return_stats else out
+
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "float softmax_scale, bool causal, Tensor? summary_index, bool return_stats, str backend"
+)
+torch.library.define("madtp::varlen_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    "madtp::varlen_attention_backward",
+    f"(Tensor grad_out, Tensor grad_summary, Tensor grad_received, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+)
+for _op in ("varlen_attention", "varlen_attention_backward"):
+    dispatch.register(_op, reference=getattr(reference, _op))
+
+
+def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, summary_index):
+    if q.device.type != "cpu":
+        return
+    sides = (("q", q, cu_seqlens_q, max_seqlen_q), ("k", k, cu_seqlens_k, max_seqlen_k))
+    for side, rows, cu_seqlens, max_seqlen in sides:
+        checks.check_cu_seqlens_values(f"cu_seqlens_{side}", cu_seqlens, rows.shape[0])
+        longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+        require(max_seqlen >= longest, f"max_seqlen_{side}", f"at least the longest sequence ({longest})", max_seqlen)
+    starved = (cu_seqlens_q.diff() > 0) & (cu_seqlens_k.diff() == 0)
+    require(not starved.any(), "cu_seqlens_k", "of at least one key where a sequence has queries", cu_seqlens_k)
+    checks.check_summary_index_values(summary_index, cu_seqlens_q)
+
+
+@torch.library.impl("madtp::varlen_attention", "CompositeExplicitAutograd")
+def _varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats, backend):
+    _check_values(q, k, cu_q, cu_k, max_q, max_k, summary_index)
+    run = dispatch.implementation("varlen_attention", backend, q.dtype, q.device)
+    return run(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats)
+
+
+@torch.library.impl("madtp::varlen_attention_backward", "CompositeExplicitAutograd")
+def _varlen_attention_backward(grad_out, grad_summary, grad_received, q, *arguments):
+    *arguments, backend = arguments
+    run = dispatch.implementation("varlen_attention_backward", backend, q.dtype, q.device)
+    return run(grad_out, grad_summary, grad_received, q, *arguments)
+
+
+@torch.library.register_fake("madtp::varlen_attention")
+def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats, backend):
+    statistic = q.new_empty(k.shape[0] if return_stats else 0, dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), statistic, torch.empty_like(statistic)
+
+
+@torch.library.register_fake("madtp::varlen_attention_backward")
+def _(grad_out, grad_summary, grad_received, q, k, v, *arguments):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.arguments = inputs[:5], inputs[5:]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_out, grad_summary, grad_received):
+    grads = torch.ops.madtp.varlen_attention_backward(
+        grad_out, grad_summary, grad_received, *ctx.saved_tensors, *ctx.arguments
+    )
+    return *grads, *(None,) * 9
+
+
+torch.library.register_autograd("madtp::varlen_attention", _backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.madtp.varlen_attention, get_raw=True)
+def _flops(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, *_, out_val=None, **__) -> int:
+    """Two matrix products over the real query-key pairs of each sequence, 2 FLOP per multiply-add."""
+    queries, keys = cu_q.diff().long(), cu_k.diff().long()
+    pairs = queries * (queries + 1) // 2 if causal else queries * keys
+    return 4 * int(pairs.sum()) * q.shape[1] * q.shape[2]

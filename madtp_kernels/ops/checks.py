@@ -1,0 +1,80 @@
+"""Argument checks: each failure names the argument, the rule and what came, before anything runs.
+
+Metadata (dtype, shape, device) is checked by the public functions. Values are checked inside the op, on CPU tensors
+only: reading them from a GPU would stall it, and kernels are safe whatever the values are.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_ROWS = 2**31 - 1  # rows are addressed by int32
+
+
+def describe(value) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def require(condition: bool, name: str, rule: str, got) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {rule}, got {got if isinstance(got, str) else describe(got)}")
+
+
+def check_tensor(name: str, value, ndim: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    ok = isinstance(value, Tensor) and value.ndim == ndim and value.dtype in dtypes
+    require(ok, name, f"a {ndim}-dimensional tensor of {allowed}", value)
+
+
+def check_rows(name: str, value: Tensor, rows: int, of: str) -> None:
+    require(value.shape[0] == rows, name, f"of {rows} rows like {of}", value)
+
+
+def check_device(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, value in tensors.items():
+        if value is not None:
+            require(value.device == device, name, f"on {device}", value)
+
+
+def check_cu_seqlens(name: str, value) -> None:
+    ok = isinstance(value, Tensor) and value.ndim == 1 and value.dtype == torch.int32 and value.numel() >= 1
+    require(ok, name, "int32 of shape (B+1,)", value)
+
+
+def check_packed(rows: int, cu_seqlens: Tensor, summary_index: Tensor | None, rows_of: str) -> None:
+    """The metadata every op on packed rows shares."""
+    require(rows <= MAX_ROWS, rows_of, f"at most {MAX_ROWS} rows (they are addressed by int32)", f"{rows} rows")
+    check_cu_seqlens("cu_seqlens", cu_seqlens)
+    if summary_index is not None:
+        check_tensor("summary_index", summary_index, 1, (torch.int32,))
+        check_rows("summary_index", summary_index, cu_seqlens.numel() - 1, "cu_seqlens has sequences")
+
+
+def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, rows: int, *, at_most: bool = False) -> None:
+    """0 first, never decreasing, the row count (or `at_most` it) last. CPU tensors only; others pass."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    values = cu_seqlens.detach().numpy()
+    require(values[0] == 0, name, "0 at its first entry", f"{values[0]}")
+    steps = np.diff(values.astype(np.int64))
+    if (steps < 0).any():
+        at = int(np.argmax(steps < 0))
+        require(False, name, "non-decreasing", f"{values[at]} then {values[at + 1]} at entry {at + 1}")
+    if at_most:
+        require(values[-1] <= rows, name, f"at most the row count {rows} at its last entry", f"{values[-1]}")
+    else:
+        require(values[-1] == rows, name, f"the row count {rows} at its last entry", f"{values[-1]}")
+
+
+def check_summary_index_values(summary_index: Tensor | None, cu_seqlens: Tensor) -> None:
+    """-1, or a row inside its sequence. CPU tensors only; others pass."""
+    if summary_index is None or summary_index.device.type != "cpu":
+        return
+    index, lengths = summary_index.numpy(), np.diff(cu_seqlens.numpy())
+    outside = (index < -1) | (index >= np.maximum(lengths, 1))
+    if outside.any():
+        at = int(np.argmax(outside))
+        rule = f"-1 or a row of its sequence (sequence {at} has {lengths[at]} rows)"
+        require(False, "summary_index", rule, f"{index[at]}")

@@ -1,0 +1,261 @@
+"""The token ops as torch sees them: schema, backends, fake and autograd."""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from madtp_kernels import dispatch, native
+from madtp_kernels.ops.checks import check_cu_seqlens_values, check_summary_index_values
+from madtp_kernels.reference import tokens as reference
+from madtp_kernels.reference.ragged import segment_sum, sequence_ids, summary_rows
+from madtp_kernels.reference.tokens import PADDING
+
+SELECTION = "Tensor keep, Tensor source, Tensor merge_weight, Tensor cu_seqlens, Tensor cu_seqlens_out"
+SCORES = "Tensor mag_logits, Tensor cu_seqlens"
+
+torch.library.define(
+    "madtp::token_importance",
+    f"(Tensor summary, Tensor received, {SCORES}, Tensor? summary_index, str backend) -> Tensor",
+)
+torch.library.define(
+    "madtp::select_tokens",
+    f"(Tensor importance, {SCORES}, float temperature, Tensor? summary_index, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define("madtp::gather_merge", f"(Tensor x, {SELECTION}, str backend) -> Tensor")
+torch.library.define(
+    "madtp::gather_merge_backward", f"(Tensor grad, Tensor x, {SELECTION}, str backend) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "madtp::gather_merge_layernorm",
+    f"(Tensor x, {SELECTION}, Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+# --- backends
+
+
+def _triton(module: str, name: str):
+    """A launcher that imports triton only when it is called."""
+
+    def launch(*args):
+        return getattr(importlib.import_module(f"madtp_kernels.triton.{module}"), name)(*args)
+
+    return launch
+
+
+for _op in ("token_importance", "select_tokens"):
+    dispatch.register(
+        _op,
+        reference=getattr(reference, _op),
+        cpu=getattr(native, _op),
+        triton=_triton("token_scores", _op),
+    )
+for _op in ("gather_merge", "gather_merge_backward", "gather_merge_layernorm"):
+    dispatch.register(
+        _op,
+        reference=getattr(reference, _op),
+        cpu=getattr(native, _op),
+        triton=_triton("gather_merge", _op),
+        cuda=getattr(native, _op),
+    )
+
+
+def _score_dtype(scores: Tensor, mag_logits: Tensor) -> torch.dtype:
+    return torch.promote_types(scores.dtype, mag_logits.dtype)
+
+
+@torch.library.impl("madtp::token_importance", "CompositeExplicitAutograd")
+def _token_importance(summary, received, mag_logits, cu_seqlens, summary_index, backend):
+    check_cu_seqlens_values("cu_seqlens", cu_seqlens, summary.shape[0])
+    check_summary_index_values(summary_index, cu_seqlens)
+    dtype = _score_dtype(summary, mag_logits)
+    run = dispatch.implementation("token_importance", backend, dtype, summary.device)
+    return run(summary, received, mag_logits, cu_seqlens, summary_index)
+
+
+@torch.library.impl("madtp::select_tokens", "CompositeExplicitAutograd")
+def _select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index, backend):
+    check_cu_seqlens_values("cu_seqlens", cu_seqlens, importance.shape[0])
+    check_summary_index_values(summary_index, cu_seqlens)
+    dtype = _score_dtype(importance, mag_logits)
+    run = dispatch.implementation("select_tokens", backend, dtype, importance.device)
+    keep, cu_seqlens_out, source, merge_weight = run(importance, mag_logits, cu_seqlens, temperature, summary_index)
+    return merge_weight, keep, cu_seqlens_out, source  # the differentiable one first, as opcheck needs it
+
+
+def _run_gather(op, lead, selection, rest, backend):
+    x = lead[-1]
+    _, source, _, cu_seqlens, cu_seqlens_out = selection
+    check_cu_seqlens_values("selection.input_cu_seqlens", cu_seqlens, x.shape[0])
+    check_cu_seqlens_values("selection.cu_seqlens", cu_seqlens_out, source.shape[0], at_most=True)
+    run = dispatch.implementation(op, backend, x.dtype, x.device)
+    return run(*lead, *selection, *rest)
+
+
+@torch.library.impl("madtp::gather_merge", "CompositeExplicitAutograd")
+def _gather_merge(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, backend):
+    return _run_gather("gather_merge", (x,), (keep, source, merge_weight, cu_seqlens, cu_seqlens_out), (), backend)
+
+
+@torch.library.impl("madtp::gather_merge_backward", "CompositeExplicitAutograd")
+def _gather_merge_backward(grad, x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, backend):
+    selection = (keep, source, merge_weight, cu_seqlens, cu_seqlens_out)
+    return _run_gather("gather_merge_backward", (grad, x), selection, (), backend)
+
+
+@torch.library.impl("madtp::gather_merge_layernorm", "CompositeExplicitAutograd")
+def _gather_merge_layernorm(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, weight, bias, eps, backend):
+    selection = (keep, source, merge_weight, cu_seqlens, cu_seqlens_out)
+    return _run_gather("gather_merge_layernorm", (x,), selection, (weight, bias, eps), backend)
+
+
+# --- fake
+
+
+@torch.library.register_fake("madtp::token_importance")
+def _(summary, received, mag_logits, cu_seqlens, summary_index, backend):
+    return torch.empty_like(summary)
+
+
+@torch.library.register_fake("madtp::select_tokens")
+def _(importance, mag_logits, cu_seqlens, temperature, summary_index, backend):
+    rows = importance.shape[0]
+    return (
+        torch.empty_like(importance),
+        importance.new_empty(rows, dtype=torch.bool),
+        torch.empty_like(cu_seqlens),
+        cu_seqlens.new_empty(rows),
+    )
+
+
+@torch.library.register_fake("madtp::gather_merge")
+def _(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, backend):
+    return x.new_empty(source.shape[0], x.shape[1])
+
+
+@torch.library.register_fake("madtp::gather_merge_backward")
+def _(grad, x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, backend):
+    return x.new_empty(x.shape), torch.empty_like(merge_weight)
+
+
+@torch.library.register_fake("madtp::gather_merge_layernorm")
+def _(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, weight, bias, eps, backend):
+    out = x.new_empty(source.shape[0], x.shape[1])
+    statistic = x.new_empty(source.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    return out, torch.empty_like(out), statistic, torch.empty_like(statistic)
+
+
+# --- autograd
+
+
+def _per_row(values: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+    """(B,) -> (T,): the value of the sequence each row belongs to."""
+    return values[sequence_ids(cu_seqlens, rows)]
+
+
+def _share_backward(grad: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The gradient through values / (their sum over the sequence), zero where that sum is zero."""
+    total = _per_row(segment_sum(values, cu_seqlens), cu_seqlens, values.shape[0])
+    safe = torch.where(total == 0, torch.ones_like(total), total)
+    mean = _per_row(segment_sum(grad * values / safe, cu_seqlens), cu_seqlens, values.shape[0])
+    return torch.where(total == 0, torch.zeros_like(grad), (grad - mean) / safe)
+
+
+def _importance_setup(ctx, inputs, output):
+    _, received, mag_logits, cu_seqlens, summary_index, _ = inputs
+    ctx.save_for_backward(received, mag_logits, cu_seqlens, summary_index)
+
+
+def _importance_backward(ctx, grad):
+    received, mag_logits, cu_seqlens, summary_index = ctx.saved_tensors
+    prunable = ~summary_rows(cu_seqlens, summary_index, received.shape[0])
+    grad = grad * prunable / 3
+    best, alignment_token = mag_logits.max(dim=1)
+    guidance = best.to(received.dtype).relu() * prunable
+    grad_guidance = _share_backward(grad, guidance, cu_seqlens) * (prunable & (best > 0))
+    grad_logits = torch.zeros_like(mag_logits).scatter_(
+        1, alignment_token[:, None], grad_guidance.to(mag_logits.dtype)[:, None]
+    )
+    grad_received = _share_backward(grad, received * prunable, cu_seqlens) * prunable
+    return grad, grad_received, grad_logits, None, None, None
+
+
+torch.library.register_autograd("madtp::token_importance", _importance_backward, setup_context=_importance_setup)
+
+
+def _selection_setup(ctx, inputs, output):
+    importance, _, cu_seqlens, *_ = inputs
+    merge_weight, keep, _, _ = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(importance, cu_seqlens, keep, merge_weight)
+
+
+def _selection_backward(ctx, grad, grad_keep, grad_cu_seqlens, grad_source):
+    # merge_weight_j = S_j / total over the pruned; constant (uniform) where the total is not positive.
+    importance, cu_seqlens, keep, merge_weight = ctx.saved_tensors
+    rows = importance.shape[0]
+    total = _per_row(segment_sum(importance * ~keep, cu_seqlens), cu_seqlens, rows)
+    mean = _per_row(segment_sum(grad * merge_weight, cu_seqlens), cu_seqlens, rows)
+    live = ~keep & (total > 0)
+    grad_importance = torch.where(live, (grad - mean) / torch.where(live, total, torch.ones_like(total)), 0)
+    return grad_importance, None, None, None, None, None
+
+
+torch.library.register_autograd("madtp::select_tokens", _selection_backward, setup_context=_selection_setup)
+
+
+def _gather_setup(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gather_backward(ctx, grad):
+    x, *selection = ctx.saved_tensors
+    grad_x, grad_weight = torch.ops.madtp.gather_merge_backward(grad, x, *selection, ctx.backend)
+    return grad_x, None, None, grad_weight, None, None, None
+
+
+torch.library.register_autograd("madtp::gather_merge", _gather_backward, setup_context=_gather_setup)
+
+
+def _layernorm_setup(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.backend = inputs
+    x_out, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(*tensors, x_out, mean, rstd)
+
+
+def _layernorm_backward(ctx, grad_out, grad_normed, grad_mean, grad_rstd):
+    x, *selection, weight, bias, x_out, mean, rstd = ctx.saved_tensors
+    wide = mean.dtype
+    # A padding row has zero outputs whatever the parameters are, so its gradient must not reach the bias.
+    grad_normed = grad_normed.to(wide) * (selection[1] != PADDING)[:, None]
+    grad_x_out, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_normed,
+        x_out.to(wide),
+        [x.shape[1]],
+        mean[:, None],
+        rstd[:, None],
+        weight.to(wide),
+        bias.to(wide),
+        [True, True, True],
+    )
+    grad_rows = (grad_x_out + grad_out).to(x.dtype)
+    grad_x, grad_merge_weight = torch.ops.madtp.gather_merge_backward(grad_rows, x, *selection, ctx.backend)
+    return (
+        grad_x,
+        None,
+        None,
+        grad_merge_weight,
+        None,
+        None,
+        grad_weight.to(weight.dtype),
+        grad_bias.to(bias.dtype),
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("madtp::gather_merge_layernorm", _layernorm_backward, setup_context=_layernorm_setup)

@@ -1,0 +1,211 @@
+"""Token pruning ops: `token_importance` -> `select_tokens` -> `gather_merge` or `gather_merge_layernorm`.
+
+All take a packed batch: B sequences one after another in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1]. Each
+sequence keeps its own number of tokens, in order, and its result is bit-equal whoever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from madtp_kernels import dispatch
+from madtp_kernels.ops import (
+    checks,
+    token_library,  # noqa: F401  (registers the ops in torch.ops.madtp)
+)
+from madtp_kernels.ops.attention import AttentionStats
+from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STATISTICS = (torch.float32, torch.float64)  # float64 runs on the reference, for gradcheck
+
+
+class Selection(NamedTuple):
+    """Which tokens of a packed batch stay, and where they go.
+
+    An output row is a kept row (`source` >= 0: its row in the input), the merged row of sequence b (`source` = -(b+1),
+    the last row of its sequence), or, with capacity="upper_bound", padding past `cu_seqlens[-1]` (`source` = INT32_MIN).
+    """
+
+    keep: Tensor  # (T,) bool
+    cu_seqlens: Tensor  # (B+1,) int32, of the output
+    source: Tensor  # (T_out,) int32
+    merge_weight: Tensor  # (T,) float32, differentiable: importance / its sum over the pruned tokens of the sequence
+    input_cu_seqlens: Tensor  # (B+1,) int32
+
+
+@dispatch.public
+def token_importance(
+    stats: AttentionStats,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    summary_index: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Importance of every token: S = (S_cls + S_self + S_mag) / 3 (MADTP, arXiv 2403.02991, section 3.3).
+
+    Args:
+        stats: `summary` and `received`, each (T,) float32, from `varlen_attention(..., return_stats=True)`.
+        mag_logits: (T, K) alignment logits q E^T, float32, bfloat16 or float16.
+        cu_seqlens: (B+1,) int32.
+        summary_index: (B,) int32, the summary token's row inside its sequence; None is row 0, -1 is none.
+        backend: auto, reference, cpu or triton.
+
+    Returns:
+        (T,) float32. `received` and relu(max_k mag_logits) are divided by their sums over the prunable tokens of the
+        sequence (a zero sum gives zeros); the summary token has 0. Differentiable in stats and mag_logits.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
+    """
+    summary, received = stats
+    check_tensor("stats.summary", summary, 1, STATISTICS)
+    check_tensor("stats.received", received, 1, (summary.dtype,))
+    check_tensor("mag_logits", mag_logits, 2, FLOATS)
+    require(mag_logits.shape[1] > 0, "mag_logits", "of at least one alignment token, (T, K)", mag_logits)
+    rows = summary.shape[0]
+    check_rows("stats.received", received, rows, "stats.summary")
+    check_rows("mag_logits", mag_logits, rows, "stats.summary")
+    checks.check_packed(rows, cu_seqlens, summary_index, "stats.summary")
+    check_device(
+        summary.device, received=received, mag_logits=mag_logits, cu_seqlens=cu_seqlens, summary_index=summary_index
+    )
+    return torch.ops.madtp.token_importance(summary, received, mag_logits, cu_seqlens, summary_index, backend or "auto")
+
+
+@dispatch.public
+def select_tokens(
+    importance: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float,
+    *,
+    summary_index: Tensor | None = None,
+    capacity: str = "exact",
+    backend: str | None = None,
+) -> Selection:
+    """Chooses the tokens of each sequence that stay: S_j > min_k sum_j softmax_j(A_jk / tau) S_j (arXiv 2403.02991).
+
+    Args:
+        importance: (T,) float32.
+        mag_logits: (T, K) float32, bfloat16 or float16.
+        cu_seqlens: (B+1,) int32.
+        temperature: tau >= 0. Larger prunes more; 0 switches pruning off.
+        summary_index: (B,) int32, always kept; None is row 0, -1 is none.
+        capacity: "exact" reads the true total once and returns that many `source` rows; "upper_bound" returns T rows,
+            those past the total being padding, and reads nothing on the host.
+        backend: auto, reference, cpu or triton.
+
+    Returns:
+        A `Selection`. If fewer than 2 tokens of a sequence would go, none goes. A sequence whose importance is not
+        finite, or whose thresholds are NaN, keeps everything: what is broken stays visible, others are untouched.
+        Differentiable from `merge_weight` to importance.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
+    """
+    check_tensor("importance", importance, 1, STATISTICS)
+    check_tensor("mag_logits", mag_logits, 2, FLOATS)
+    require(mag_logits.shape[1] > 0, "mag_logits", "of at least one alignment token, (T, K)", mag_logits)
+    rows = importance.shape[0]
+    check_rows("mag_logits", mag_logits, rows, "importance")
+    checks.check_packed(rows, cu_seqlens, summary_index, "importance")
+    check_device(importance.device, mag_logits=mag_logits, cu_seqlens=cu_seqlens, summary_index=summary_index)
+    require(
+        isinstance(temperature, int | float) and 0 <= temperature < math.inf,
+        "temperature",
+        "a finite number >= 0",
+        temperature,
+    )
+    require(capacity in ("exact", "upper_bound"), "capacity", '"exact" or "upper_bound"', capacity)
+    merge_weight, keep, cu_seqlens_out, source = torch.ops.madtp.select_tokens(
+        importance, mag_logits, cu_seqlens, float(temperature), summary_index, backend or "auto"
+    )
+    if capacity == "exact":
+        total = cu_seqlens_out[-1].item()
+        torch._check(total >= 0)
+        torch._check(total <= rows)
+        source = source[:total]
+    return Selection(keep, cu_seqlens_out, source, merge_weight, cu_seqlens)
+
+
+@dispatch.public
+def gather_merge(x: Tensor, selection: Selection, *, backend: str | None = None) -> Tensor:
+    """Keeps the selected rows of x and appends to each pruned sequence one merged row, sum_j merge_weight_j x_j.
+
+    Args:
+        x: (T, C) float32, bfloat16 or float16; any row stride.
+        selection: from `select_tokens`, with its T.
+        backend: auto, reference, cpu, triton or cuda.
+
+    Returns:
+        (T_out, C) dtype of x: accumulated in float32, cast once; padding rows are zero. Differentiable in x and in
+        selection.merge_weight. Each row of x is read once, each output row written once.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
+    """
+    _check_gather(x, selection)
+    return torch.ops.madtp.gather_merge(x, *_flat(selection), backend or "auto")
+
+
+@dispatch.public
+def gather_merge_layernorm(
+    x: Tensor, selection: Selection, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`gather_merge` and the LayerNorm that follows it, in one pass over memory.
+
+    Args:
+        x, selection, backend: as in `gather_merge`.
+        weight, bias: (C,) dtype of x or float32.
+        eps: > 0, added to the variance.
+
+    Returns:
+        (x_out, normed), both (T_out, C) dtype of x; statistics in float32; padding rows are zero. Differentiable in x,
+        selection.merge_weight, weight and bias.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
+    """
+    _check_gather(x, selection)
+    for name, value in (("weight", weight), ("bias", bias)):
+        check_tensor(name, value, 1, tuple(dict.fromkeys((x.dtype, torch.float32))))
+        require(value.shape[0] == x.shape[1], name, f"of shape ({x.shape[1]},) like the channels of x", value)
+    require(weight.dtype == bias.dtype, "bias", f"{weight.dtype} like weight", bias)
+    check_device(x.device, weight=weight, bias=bias)
+    require(isinstance(eps, int | float) and 0 < eps < math.inf, "eps", "a finite number > 0", eps)
+    x_out, normed, _, _ = torch.ops.madtp.gather_merge_layernorm(
+        x, *_flat(selection), weight, bias, float(eps), backend or "auto"
+    )
+    return x_out, normed
+
+
+def _flat(selection: Selection) -> tuple[Tensor, ...]:
+    return (
+        selection.keep,
+        selection.source,
+        selection.merge_weight,
+        selection.input_cu_seqlens,
+        selection.cu_seqlens,
+    )
+
+
+def _check_gather(x: Tensor, selection: Selection) -> None:
+    check_tensor("x", x, 2, FLOATS)
+    require(isinstance(selection, Selection), "selection", "a Selection from select_tokens", type(selection).__name__)
+    rows = x.shape[0]
+    checks.check_packed(rows, selection.input_cu_seqlens, None, "x")
+    check_tensor("selection.keep", selection.keep, 1, (torch.bool,))
+    check_tensor("selection.source", selection.source, 1, (torch.int32,))
+    weight_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_tensor("selection.merge_weight", selection.merge_weight, 1, (weight_dtype,))
+    check_rows("selection.keep", selection.keep, rows, "x")
+    check_rows("selection.merge_weight", selection.merge_weight, rows, "x")
+    checks.check_cu_seqlens("selection.cu_seqlens", selection.cu_seqlens)
+    check_rows("selection.cu_seqlens", selection.cu_seqlens, selection.input_cu_seqlens.numel(), "its input_cu_seqlens")
+    check_device(x.device, **{f"selection.{name}": value for name, value in selection._asdict().items()})

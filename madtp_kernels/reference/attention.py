@@ -1,0 +1,139 @@
+"""Attention over packed sequences, with the importance statistics that token pruning needs.
+
+Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3; docs/method.md gives S_cls and S_self.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from madtp_kernels.reference.ragged import pad, summary_rows, unpad
+
+
+class _Maps(NamedTuple):
+    """The padded intermediates that forward and backward share; B sequences, at most Nq and Nk rows."""
+
+    queries: Tensor  # (B, Nq, H, D), scaled
+    keys: Tensor  # (B, Nk, H, D)
+    values: Tensor  # (B, Nk, H, D)
+    probabilities: Tensor  # (B, H, Nq, Nk)
+    out: Tensor  # (B, Nq, H, D)
+    visible: Tensor  # (B, Nq, Nk) bool
+    real_queries: Tensor  # (B, Nq) bool
+
+
+def _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal) -> _Maps:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    queries, real_queries = pad(q.to(wide) * softmax_scale, cu_seqlens_q, max_seqlen_q)
+    keys, real_keys = pad(k.to(wide), cu_seqlens_k, max_seqlen_k)
+    values, _ = pad(v.to(wide), cu_seqlens_k, max_seqlen_k)
+    visible = real_keys[:, None, :].expand(-1, max_seqlen_q, -1)
+    if causal:
+        visible = visible & torch.ones(max_seqlen_q, max_seqlen_k, dtype=torch.bool, device=q.device).tril()
+    scores = torch.einsum("bihd,bjhd->bhij", queries, keys)
+    # A finite floor keeps the softmax of padding rows defined; `unpad` drops them.
+    floor = torch.finfo(wide).min
+    probabilities = scores.masked_fill(~visible[:, None], floor).softmax(dim=-1)
+    out = torch.einsum("bhij,bjhd->bihd", probabilities, values)
+    return _Maps(queries, keys, values, probabilities, out, visible, real_queries)
+
+
+class _Sharing(NamedTuple):
+    """What the statistics need of the maps."""
+
+    is_summary: Tensor  # (B, N) bool
+    counted: Tensor  # (B, N, N) bool: pairs (i, j) that enter `received`
+    observers: Tensor  # (B, N) or 1: what `received` is divided by
+    norms: Tensor  # (B, N, H) ||O||
+    head_share: Tensor  # (B, N, H) ||O[h,j]|| / sum_h ||O[h,j]||
+    from_summary: Tensor  # (B, N, H) P[h,s,j]
+
+
+def _share_heads(maps: _Maps, cu_seqlens, summary_index, rows: int, causal: bool) -> _Sharing:
+    is_summary, _ = pad(summary_rows(cu_seqlens, summary_index, rows), cu_seqlens, maps.out.shape[1])
+    counted = (maps.real_queries & ~is_summary)[:, :, None] & maps.visible
+    observers = counted.sum(dim=1).clamp_min(1) if causal else torch.ones_like(is_summary, dtype=torch.int64)
+    norms = torch.linalg.vector_norm(maps.out, dim=-1)
+    head_share = norms / norms.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
+    from_summary = (maps.probabilities * is_summary[:, None, :, None]).sum(dim=2).transpose(1, 2)
+    return _Sharing(is_summary, counted, observers, norms, head_share, from_summary)
+
+
+def varlen_attention(
+    q: Tensor,  # (Tq, H, D)
+    k: Tensor,  # (Tk, H, D)
+    v: Tensor,  # (Tk, H, D)
+    cu_seqlens_q: Tensor,  # (B+1,) int32
+    cu_seqlens_k: Tensor,  # (B+1,) int32
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    summary_index: Tensor | None,  # (B,) int32
+    return_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # out (Tq, H, D), summary (Tk,), received (Tk,)
+    """Softmax attention inside each sequence; with statistics (self-attention only) also, per token j,
+
+    summary_j = sum_h P[h,s,j] ||O[h,j]|| / sum_h ||O[h,j]||
+    received_j = sum over queries i != s of max_h P[h,i,j]; under a causal mask divided by the number that see j.
+    Without statistics both are empty.
+    """
+    maps = _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)
+    out = unpad(maps.out, cu_seqlens_q, q.shape[0]).to(q.dtype)
+    if not return_stats:
+        return out, maps.out.new_empty(0), maps.out.new_empty(0)
+    sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], causal)
+    summary = (sharing.from_summary * sharing.head_share).sum(dim=-1)  # (B, N)
+    received = (maps.probabilities.amax(dim=1) * sharing.counted).sum(dim=1) / sharing.observers  # (B, N)
+    return out, unpad(summary, cu_seqlens_q, q.shape[0]), unpad(received, cu_seqlens_q, q.shape[0])
+
+
+def varlen_attention_backward(
+    grad_out: Tensor,  # (Tq, H, D)
+    grad_summary: Tensor,  # (Tk,)
+    grad_received: Tensor,  # (Tk,)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    summary_index: Tensor | None,
+    return_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # like q, k, v
+    """Exact through the output and both statistics; the head maximum sends its gradient to the first arg-max head."""
+    maps = _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)
+    probabilities = maps.probabilities
+    d_out, _ = pad(grad_out.to(probabilities.dtype), cu_seqlens_q, max_seqlen_q)  # (B, Nq, H, D)
+    d_probabilities = torch.zeros_like(probabilities)
+    if return_stats:
+        sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], causal)
+        d_summary = pad(grad_summary, cu_seqlens_q, max_seqlen_q)[0][:, :, None]  # (B, N, 1)
+        d_received = pad(grad_received, cu_seqlens_q, max_seqlen_q)[0] / sharing.observers  # (B, N)
+
+        tiny = torch.finfo(probabilities.dtype).tiny
+        d_share = d_summary * sharing.from_summary  # (B, N, H)
+        mean = (d_share * sharing.head_share).sum(dim=-1, keepdim=True)
+        d_norms = (d_share - mean) / sharing.norms.sum(dim=-1, keepdim=True).clamp_min(tiny)
+        d_out = d_out + (d_norms / sharing.norms.clamp_min(tiny))[..., None] * maps.out
+
+        through_summary = (d_summary * sharing.head_share).transpose(1, 2)[:, :, None, :]  # (B, H, 1, N)
+        d_probabilities = sharing.is_summary[:, None, :, None] * through_summary
+        best_head = probabilities.argmax(dim=1, keepdim=True)  # (B, 1, N, N)
+        d_maximum = (d_received[:, None, :] * sharing.counted)[:, None]  # (B, 1, N, N)
+        d_probabilities = d_probabilities.scatter_add(1, best_head, d_maximum)
+    d_probabilities = d_probabilities + torch.einsum("bihd,bjhd->bhij", d_out, maps.values)
+    mean = (d_probabilities * probabilities).sum(dim=-1, keepdim=True)
+    d_scores = probabilities * (d_probabilities - mean)
+    d_queries = torch.einsum("bhij,bjhd->bihd", d_scores, maps.keys) * softmax_scale
+    d_keys = torch.einsum("bhij,bihd->bjhd", d_scores, maps.queries)
+    d_values = torch.einsum("bhij,bihd->bjhd", probabilities, d_out)
+    return (
+        unpad(d_queries, cu_seqlens_q, q.shape[0]).to(q.dtype),
+        unpad(d_keys, cu_seqlens_k, k.shape[0]).to(k.dtype),
+        unpad(d_values, cu_seqlens_k, v.shape[0]).to(v.dtype),
+    )

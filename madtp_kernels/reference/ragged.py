@@ -1,0 +1,45 @@
+"""Helpers on packed batches: B sequences one after another in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1]."""
+
+import torch
+from torch import Tensor
+
+
+def sequence_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """(T,) int64: the sequence each row belongs to. No host read: the row count is given."""
+    lengths = cu_seqlens.diff()
+    ids = torch.arange(lengths.numel(), device=cu_seqlens.device)
+    return torch.repeat_interleave(ids, lengths, output_size=rows)
+
+
+def summary_rows(cu_seqlens: Tensor, summary_index: Tensor | None, rows: int) -> Tensor:
+    """(T,) bool: True at the summary token of each sequence (row 0 of it by default; index -1 means it has none)."""
+    ids = sequence_ids(cu_seqlens, rows)
+    position = torch.arange(rows, device=cu_seqlens.device) - cu_seqlens[ids]
+    return position == (0 if summary_index is None else summary_index[ids])
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(B,) sums of (T,) values over each sequence, in a fixed order (no atomics)."""
+    # A trailing sentinel keeps the kernel away from T = 0; lengths are trusted here, ops check them.
+    padded = torch.cat([values, values.new_zeros(1)])
+    return torch.segment_reduce(padded, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
+
+
+def pad(packed: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """(T, ...) -> zero-padded (B, max_seqlen, ...) and the (B, max_seqlen) bool mask of real rows."""
+    rows, batch = packed.shape[0], cu_seqlens.numel() - 1
+    slots = padded_slots(cu_seqlens, max_seqlen, rows)
+    padded = packed.new_zeros(batch * max_seqlen, *packed.shape[1:]).index_copy(0, slots, packed)
+    real = torch.arange(max_seqlen, device=packed.device) < cu_seqlens.diff()[:, None]
+    return padded.unflatten(0, (batch, max_seqlen)), real
+
+
+def unpad(padded: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+    """(B, max_seqlen, ...) -> packed (T, ...): the inverse of `pad`."""
+    return padded.flatten(0, 1).index_select(0, padded_slots(cu_seqlens, padded.shape[1], rows))
+
+
+def padded_slots(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> Tensor:
+    """(T,) int64: the row of the flattened padded batch that each packed row has."""
+    ids = sequence_ids(cu_seqlens, rows)
+    return ids * max_seqlen + torch.arange(rows, device=ids.device) - cu_seqlens[ids]

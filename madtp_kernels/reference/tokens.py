@@ -1,0 +1,160 @@
+"""Dynamic token pruning (DTP), sequence by sequence: importance, threshold, selection, gather and merge.
+
+Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3, with the deviations listed in docs/method.md.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from madtp_kernels.reference.ragged import summary_rows
+
+PADDING = torch.iinfo(torch.int32).min  # `source` of output rows past the true total
+
+
+def _bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    offsets = cu_seqlens.tolist()
+    return list(zip(offsets[:-1], offsets[1:], strict=True))
+
+
+def _share(values: Tensor) -> Tensor:
+    """values / their sum, or zeros when the sum is zero."""
+    total = values.sum()
+    return values / total if total != 0 else torch.zeros_like(values)
+
+
+def token_importance(
+    summary: Tensor,  # (T,) S_cls, unnormalised
+    received: Tensor,  # (T,) S_self before normalisation
+    mag_logits: Tensor,  # (T, K)
+    cu_seqlens: Tensor,  # (B+1,) int32
+    summary_index: Tensor | None = None,  # (B,) int32
+) -> Tensor:  # (T,)
+    """S = (S_cls + S_self + S_mag) / 3 over the prunable tokens of each sequence; 0 at its summary token."""
+    prunable = ~summary_rows(cu_seqlens, summary_index, summary.numel())
+    guidance = mag_logits.to(summary.dtype).max(dim=1).values.relu()  # (T,)
+    parts = []
+    for begin, end in _bounds(cu_seqlens):
+        mask = prunable[begin:end].to(summary.dtype)
+        scores = summary[begin:end] * mask + _share(received[begin:end] * mask) + _share(guidance[begin:end] * mask)
+        parts.append(scores / 3)
+    return torch.cat(parts) if parts else summary.clone()
+
+
+def _kept(importance: Tensor, mag_logits: Tensor, temperature: float) -> Tensor:
+    """(N,) bool: which prunable tokens of one sequence stay, importance > min_k sum_j softmax_j(A_jk / tau) S_j.
+
+    Written with deficits max(S) - S, so that equal tokens compare equal whatever the order of the sum.
+    """
+    everything = torch.ones_like(importance, dtype=torch.bool)
+    if importance.numel() < 2 or not importance.isfinite().all():
+        return everything
+    deficit = importance.max() - importance  # (N,)
+    weights = (mag_logits.to(importance.dtype) / temperature).softmax(dim=0)  # (N, K)
+    threshold = (weights * deficit[:, None]).sum(dim=0).max()
+    if threshold.isnan():
+        return everything
+    keep = deficit < threshold
+    return keep if (~keep).sum() >= 2 else everything
+
+
+def select_tokens(
+    importance: Tensor,  # (T,)
+    mag_logits: Tensor,  # (T, K)
+    cu_seqlens: Tensor,  # (B+1,) int32
+    temperature: float,
+    summary_index: Tensor | None = None,  # (B,) int32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> keep (T,) bool, cu_seqlens of the output (B+1,) int32, source (T,) int32, merge_weight (T,)."""
+    keep = torch.ones_like(importance, dtype=torch.bool)
+    if temperature != 0:
+        prunable = ~summary_rows(cu_seqlens, summary_index, importance.numel())
+        for begin, end in _bounds(cu_seqlens):
+            rows = begin + prunable[begin:end].nonzero().flatten()
+            keep[rows] = _kept(importance[rows], mag_logits[rows], temperature)
+    return layout(keep, importance, cu_seqlens)
+
+
+def layout(keep: Tensor, importance: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The selection that a (T,) keep mask describes: kept rows in order, then one merged row where any was pruned."""
+    source, ends, weights = [], [0], []
+    for sequence, (begin, end) in enumerate(_bounds(cu_seqlens)):
+        kept = keep[begin:end]
+        source += (begin + kept.nonzero().flatten()).tolist()
+        pruned_importance = importance[begin:end] * ~kept
+        if not kept.all():
+            source.append(-(sequence + 1))
+            total = importance[begin:end][~kept].sum()
+            uniform = (~kept).to(importance.dtype) / (~kept).sum()
+            weights.append(pruned_importance / total if total > 0 else uniform)
+        else:
+            weights.append(torch.zeros_like(importance[begin:end]))
+        ends.append(len(source))
+    source += [PADDING] * (keep.numel() - len(source))
+    as_int32 = {"dtype": torch.int32, "device": keep.device}
+    merge_weight = torch.cat(weights) if weights else torch.zeros_like(importance)
+    return keep, torch.tensor(ends, **as_int32), torch.tensor(source, **as_int32), merge_weight
+
+
+def gather_merge(
+    x: Tensor,  # (T, C)
+    keep: Tensor,  # (T,) bool
+    source: Tensor,  # (R,) int32
+    merge_weight: Tensor,  # (T,)
+    cu_seqlens: Tensor,  # (B+1,) int32, of x
+    cu_seqlens_out: Tensor,  # (B+1,) int32
+) -> Tensor:  # (R, C)
+    """Kept rows copied, pruned rows of a sequence summed with their weights, zeros past the true total."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weighted = x.to(wide) * (merge_weight.to(wide) * ~keep)[:, None]
+    merged = [weighted[begin:end].sum(dim=0) for begin, end in _bounds(cu_seqlens)]
+    zero = x.new_zeros(1, x.shape[1])
+    table = torch.cat([x, torch.stack(merged).to(x.dtype), zero]) if merged else torch.cat([x, zero])
+    row = torch.where(source >= 0, source, x.shape[0] - 1 - source)
+    return table[torch.where(source == PADDING, table.shape[0] - 1, row).long()]
+
+
+def gather_merge_backward(
+    grad: Tensor,  # (R, C)
+    x: Tensor,  # (T, C)
+    keep: Tensor,
+    source: Tensor,
+    merge_weight: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_out: Tensor,
+) -> tuple[Tensor, Tensor]:  # (T, C), (T,)
+    """The gradient of `gather_merge` to x and to merge_weight, exactly."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grad_x, grad_weight = torch.zeros_like(x, memory_format=torch.contiguous_format), torch.zeros_like(merge_weight)
+    inside = source >= 0
+    grad_x[source[inside].long()] = grad[inside]
+    merged_row = dict(zip((-source - 1).tolist(), range(source.numel()), strict=True))
+    for sequence, (begin, end) in enumerate(_bounds(cu_seqlens)):
+        pruned = begin + (~keep[begin:end]).nonzero().flatten()
+        if pruned.numel():
+            row = grad[merged_row[sequence]].to(wide)
+            grad_x[pruned] = (merge_weight[pruned].to(wide)[:, None] * row).to(x.dtype)
+            grad_weight[pruned] = (x[pruned].to(wide) @ row).to(grad_weight.dtype)
+    return grad_x, grad_weight
+
+
+def gather_merge_layernorm(
+    x: Tensor,  # (T, C)
+    keep: Tensor,
+    source: Tensor,
+    merge_weight: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_out: Tensor,
+    weight: Tensor,  # (C,)
+    bias: Tensor,  # (C,)
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # x_out (R, C), normed (R, C), mean (R,), rstd (R,)
+    """`gather_merge`, then LayerNorm of the rows as stored; all four are zero past the true total."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_out = gather_merge(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out)
+    real = (source != PADDING)[:, None]
+    rows = x_out.to(wide)
+    mean, variance = rows.mean(dim=1), rows.var(dim=1, correction=0)
+    rstd = (variance + eps).rsqrt()
+    normed = layer_norm(rows, (x.shape[1],), weight.to(wide), bias.to(wide), eps).to(x.dtype)
+    return x_out, normed * real, mean * real[:, 0], rstd * real[:, 0]
