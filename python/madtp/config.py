@@ -1,0 +1,96 @@
+"""What a compression run is asked to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from madtp.hwp import Pattern
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """Targets and knobs of one compression run; plain values, so it goes to JSON and back.
+
+    Raises:
+        ValueError: a field breaks its rule; the message names it.
+    """
+
+    flops_reduction: float = 0.5  # share of the dense MACs to save, counted: 2:4 linears half, tokens as kept
+    params_reduction: float | None = None  # share of the parameters to zero; None sets no target
+
+    alignment_tokens: int = 100  # K
+    alignment_dim: int = 768  # d
+    selection: Literal["instance", "batch_max"] = "instance"
+
+    temperature: float = 1.0  # where the tau of every branch starts
+    temperature_min: float = 0.01
+    temperature_max: float = 1000.0
+    controller_gain: float = 1.0
+    controller_interval: int = 10  # optimiser steps between two moves of tau
+
+    pattern: str = "2:4"
+    sparse_include: tuple[str, ...] = ("*",)  # module names, shell-style; the model family adds its own exclusions
+    sparse_exclude: tuple[str, ...] = ()
+    hwp_schedule: Literal["gradual", "one_shot"] = "gradual"
+    hwp_ramp: float = 0.5  # share of the training after which the gradual schedule has the final pattern
+    hwp_refresh: int = 1  # optimiser steps between two choices of the masks
+    hwp_decay: float = 2e-4  # lambda of SR-STE
+
+    align_weight: float = 0.1
+    vision_weight: float = 1.0
+    text_weight: float = 10.0
+    kd_weight: float = 1.0
+    kd_temperature: float = 4.0
+
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("flops_reduction", "params_reduction"):
+            if getattr(self, name) is not None or name == "flops_reduction":
+                self._number(name, lambda value: 0 <= value < 1, "a number in [0, 1)")
+        for name in ("temperature", "temperature_min", "temperature_max", "controller_gain", "kd_temperature"):
+            self._number(name, lambda value: value > 0, "a positive number")
+        for name in ("hwp_decay", "align_weight", "vision_weight", "text_weight", "kd_weight"):
+            self._number(name, lambda value: value >= 0, "a number of at least 0")
+        for name in ("alignment_tokens", "alignment_dim", "controller_interval", "hwp_refresh"):
+            self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer of at least 1")
+        self._require("seed", _is_int(self.seed) and self.seed >= 0, "an integer of at least 0")
+        self._number("hwp_ramp", lambda value: 0 <= value <= 1, "a number in [0, 1]")
+        self._require("selection", self.selection in ("instance", "batch_max"), '"instance" or "batch_max"')
+        self._require("hwp_schedule", self.hwp_schedule in ("gradual", "one_shot"), '"gradual" or "one_shot"')
+        low, high = self.temperature_min, self.temperature_max
+        self._require("temperature", low <= self.temperature <= high, f"from temperature_min {low} to _max {high}")
+        Pattern.parse(self.pattern)
+        for name in ("sparse_include", "sparse_exclude"):
+            value = getattr(self, name)
+            ok = isinstance(value, tuple | list) and all(isinstance(entry, str) for entry in value)
+            self._require(name, ok, "a tuple of module name patterns")
+            object.__setattr__(self, name, tuple(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CompressionConfig:
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"config must have known fields ({', '.join(sorted(known))}), got {', '.join(unknown)}")
+        return cls(**values)
+
+    def _number(self, name: str, rule, words: str) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        self._require(name, number and rule(value), words)
+
+    def _require(self, name: str, ok: bool, rule: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

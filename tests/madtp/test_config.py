@@ -1,0 +1,46 @@
+import dataclasses
+import json
+
+import pytest
+
+from madtp.config import CompressionConfig
+
+
+def test_round_trip_through_json():
+    config = CompressionConfig(flops_reduction=0.6, sparse_exclude=("text_decoder.*",), pattern="1:4", seed=3)
+    assert CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.sparse_exclude == ("text_decoder.*",)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+
+
+@pytest.mark.parametrize(
+    "field, value, rule",
+    [
+        ("flops_reduction", 1.0, r"a number in \[0, 1\), got 1.0"),
+        ("flops_reduction", None, r"a number in \[0, 1\), got None"),
+        ("flops_reduction", float("nan"), "a number in"),
+        ("params_reduction", -0.1, "a number in"),
+        ("alignment_tokens", 0, "an integer of at least 1, got 0"),
+        ("alignment_dim", 1.5, "an integer of at least 1"),
+        ("temperature", 0, "a positive number, got 0"),
+        ("temperature", 5000.0, "from temperature_min 0.01 to _max 1000.0, got 5000.0"),
+        ("kd_temperature", "4", "a positive number, got '4'"),
+        ("align_weight", -1, "a number of at least 0"),
+        ("hwp_schedule", "sudden", '"gradual" or "one_shot", got \'sudden\''),
+        ("hwp_ramp", 1.5, r"a number in \[0, 1\]"),
+        ("selection", "all", '"instance" or "batch_max"'),
+        ("pattern", "4:2", '"n:m" with 1 <= n <= m'),
+        ("sparse_exclude", "text_decoder", "a tuple of module name patterns, got 'text_decoder'"),
+        ("controller_interval", True, "an integer of at least 1, got True"),
+        ("seed", -1, "an integer of at least 0"),
+    ],
+)
+def test_each_field_names_its_rule(field, value, rule):
+    with pytest.raises(ValueError, match=f"{field} must be {rule}"):
+        CompressionConfig(**{field: value})
+
+
+def test_unknown_field():
+    with pytest.raises(ValueError, match=r"config must have known fields \(.*\), got flops"):
+        CompressionConfig.from_dict({"flops": 0.5})
