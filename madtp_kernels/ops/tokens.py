@@ -28,7 +28,7 @@ class Selection(NamedTuple):
     """Which tokens of a packed batch stay, and where they go.
 
     An output row is a kept row (`source` >= 0: its row in the input), the merged row of sequence b (`source` = -(b+1),
-    the last row of its sequence), or, with capacity="upper_bound", padding past `cu_seqlens[-1]` (`source` = INT32_MIN).
+    the last row of its sequence), or, with capacity="upper_bound", padding past `cu_seqlens[-1]` (INT32_MIN).
     """
 
     keep: Tensor  # (T,) bool

@@ -1,4 +1,4 @@
-"""Helpers on packed batches: B sequences one after another in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1]."""
+"""Helpers on packed batches: B sequences in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1]."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Token pruning ops: the reference against its equations, the C++ backend against the reference, autograd, torch.compile."""
+"""Token pruning ops: the reference against its equations, C++ against the reference, autograd, torch.compile."""
 
 import math
 

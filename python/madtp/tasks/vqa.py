@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from madtp.models.blip import cross_attention_masks
+
 from . import DataError
 from .easy_vqa import ANSWERS, answer_token, collate
 
@@ -64,12 +66,13 @@ def dense_forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
         attention_mask=batch["attention_mask"],
         encoder_hidden_states=images,
     ).last_hidden_state  # (Q, L, C)
-    answer = model.text_decoder(
-        input_ids=batch["labels"],
-        encoder_hidden_states=question,
-        encoder_attention_mask=batch["attention_mask"],
-        labels=batch["labels"],
-    )
+    with cross_attention_masks(model.text_decoder):
+        answer = model.text_decoder(
+            input_ids=batch["labels"],
+            encoder_hidden_states=question,
+            encoder_attention_mask=batch["attention_mask"],
+            labels=batch["labels"],
+        )
     return answer.logits, answer.loss
 
 

@@ -1,0 +1,180 @@
+"""patch(): turns a Hugging Face model into one that prunes its tokens, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from madtp.config import CompressionConfig
+from madtp.dtp import Branch
+from madtp.mag import AlignmentGuide
+from madtp.models import FAMILIES
+from madtp.models.family import Family
+
+STATE_FILE = "madtp.json"
+STATE_VERSION = 1
+
+
+class Handle:
+    """A patched model's controls; `patch` makes it and the model keeps it as `model.madtp_handle`."""
+
+    def __init__(self, model: nn.Module, family: Family, config: CompressionConfig):
+        self.model, self.family, self.config = model, family, config
+        widths = {branch: getattr(model.config, name).hidden_size for branch, name in family.pruned.items()}
+        model.madtp_guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths)
+        model.madtp_guide.to(next(model.parameters()))
+        self.pruning = {branch: Branch(branch, model.madtp_guide, config.selection) for branch in widths}
+        model.madtp_handle = self
+        model.__class__ = family.compressed
+
+    @property
+    def alignment_tokens(self) -> nn.Parameter:
+        """(K, d), shared by the branches."""
+        return self.model.madtp_guide.alignment_tokens
+
+    @property
+    def branches(self) -> dict[str, tuple[str, ...]]:
+        """The modules of each branch, its part of MAG among them."""
+        guide = {b: (f"madtp_guide.maps.{b}", f"madtp_guide.logits.{b}") for b in self.pruning}
+        return {branch: (*names, *guide.get(branch, ())) for branch, names in self.family.branches.items()}
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        return {name: branch.temperature for name, branch in self.pruning.items()}
+
+    def set_temperature(self, temperature: float | Mapping[str, float]) -> None:
+        """tau of all branches, or of some by name; larger prunes more, 0 is the dense model."""
+        by_branch = temperature if isinstance(temperature, Mapping) else dict.fromkeys(self.pruning, temperature)
+        for name, value in by_branch.items():
+            if name not in self.pruning:
+                raise ValueError(f"temperature must be for branches {', '.join(self.pruning)}, got {name!r}")
+            if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+                raise ValueError(f"temperature must be a finite number >= 0, got {value!r} for {name}")
+        for name, value in by_branch.items():
+            self.pruning[name].temperature = float(value)
+
+    def collect_alignment(self, on: bool) -> None:
+        """Whether forwards compute the aligned features of MAG (training does)."""
+        for branch in self.pruning.values():
+            branch.align = on
+
+    @property
+    def aligned(self) -> dict[str, Tensor | None]:
+        """Per branch, the (B, K, d) aligned features of the last forward."""
+        return {name: branch.aligned() for name, branch in self.pruning.items()}
+
+    @property
+    def summaries(self) -> dict[str, list[Tensor]]:
+        """Per branch, the (B, C) summary tokens after each layer of the last forward."""
+        return {name: branch.summaries for name, branch in self.pruning.items()}
+
+    @property
+    def selections(self) -> dict[str, list[list[Tensor]]]:
+        """Of the last forward: per branch, per layer, per sample, the original positions of the tokens left."""
+        return {name: [layer.kept_positions() for layer in branch.layers] for name, branch in self.pruning.items()}
+
+    @property
+    def tokens_per_layer(self) -> dict[str, list[float]]:
+        """Of the last forward: per branch, the mean number of tokens after each layer, merged ones included."""
+        return {
+            name: [layer.origin.numel() / max(layer.batch, 1) for layer in branch.layers]
+            for name, branch in self.pruning.items()
+        }
+
+    @contextmanager
+    def dense(self):
+        """A context in which the model is the dense one: nothing pruned, no alignment computed."""
+        before = {name: (branch.temperature, branch.align) for name, branch in self.pruning.items()}
+        try:
+            for branch in self.pruning.values():
+                branch.temperature, branch.align = 0.0, False
+            yield
+        finally:
+            for name, (temperature, align) in before.items():
+                self.pruning[name].temperature, self.pruning[name].align = temperature, align
+
+    def remove(self) -> nn.Module:
+        """Undoes everything: the model is of its Hugging Face class again, without the alignment tokens."""
+        self.model.__class__ = self.family.source
+        del self.model.madtp_guide, self.model.madtp_handle
+        return self.model
+
+    def save(self, directory: Path) -> None:
+        """Writes madtp.json, whole or not at all."""
+        state = {"version": STATE_VERSION, "config": self.config.to_dict(), "temperatures": self.temperatures}
+        partial = directory / f"{STATE_FILE}.partial"
+        partial.write_text(json.dumps(state, indent=2) + "\n")
+        os.replace(partial, directory / STATE_FILE)
+
+
+def patch(model: nn.Module, config: CompressionConfig | None = None) -> Handle:
+    """Gives a Hugging Face model token pruning; at temperature 0, where it starts, it computes what it did before.
+
+    Args:
+        model: an instance of a supported class (BlipForQuestionAnswering). Its parameters stay as they are; the
+            alignment tokens join them as `madtp_guide`.
+        config: alignment and selection settings.
+
+    Raises:
+        TypeError: the class is not supported. ValueError: the model is patched already.
+    """
+    if hasattr(model, "madtp_handle"):
+        raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
+    for family in FAMILIES:
+        if isinstance(model, family.source):
+            return Handle(model, family, config or CompressionConfig())
+    supported = ", ".join(family.source.__name__ for family in FAMILIES)
+    raise TypeError(f"model must be one of {supported}, got {type(model).__name__}")
+
+
+class ModelError(RuntimeError):
+    """A saved model is missing, cut short, or of another kind."""
+
+
+def from_pretrained(directory: str | os.PathLike) -> nn.Module:
+    """Loads a compressed model that `save_pretrained` wrote: weights, alignment tokens, temperatures.
+
+    Returns:
+        the patched model, in eval mode, ready to prune.
+
+    Raises:
+        ModelError: the directory lacks something, or is of another version or class; says what to do.
+    """
+    directory = Path(directory)
+    try:
+        state = json.loads((directory / STATE_FILE).read_text())
+        kind = json.loads((directory / "config.json").read_text())["architectures"][0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ModelError(f"{directory} is not a compressed model ({error}); make one with: madtp compress") from error
+    if state.get("version") != STATE_VERSION:
+        raise ModelError(f"{directory / STATE_FILE} must be of version {STATE_VERSION}, got {state.get('version')}")
+    family = next((family for family in FAMILIES if family.source.__name__ == kind), None)
+    if family is None:
+        raise ModelError(f"{directory} must hold one of {[f.source.__name__ for f in FAMILIES]}, got {kind}")
+    return _load(directory, family, state)
+
+
+def _load(directory: Path, family: Family, state: dict) -> nn.Module:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model = family.source(family.source.config_class.from_pretrained(directory))
+        handle = patch(model, CompressionConfig.from_dict(state["config"]))
+        handle.set_temperature(state["temperatures"])
+        weights = load_file(directory / "model.safetensors")
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{directory} cannot be read ({reason}); save the model again") from error
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    wrong = sorted({*missing, *unexpected} - tied)
+    if wrong:
+        raise ModelError(f"{directory}: weights must match config.json, {len(wrong)} do not (first: {wrong[0]})")
+    model.tie_weights()
+    return model.eval()
