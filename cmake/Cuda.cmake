@@ -1,0 +1,33 @@
+# MADTP_CUDA=AUTO|ON|OFF -> MADTP_HAS_CUDA, or MADTP_CUDA_MISSING: the reason why not. No GPU is needed to build.
+set(MADTP_HAS_CUDA OFF)
+set(MADTP_CUDA_MISSING "")
+
+if(NOT MADTP_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "MADTP_CUDA must be AUTO, ON or OFF, got '${MADTP_CUDA}'")
+elseif(MADTP_CUDA STREQUAL "OFF")
+  set(MADTP_CUDA_MISSING "built with MADTP_CUDA=OFF")
+else()
+  if(NOT CMAKE_CUDA_COMPILER)
+    unset(CMAKE_CUDA_COMPILER CACHE) # an earlier failure must not outlive the installation of nvcc
+  endif()
+  set(CMAKE_CUDA_ARCHITECTURES ${MADTP_CUDA_ARCHS})
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    find_package(CUDAToolkit REQUIRED)
+    set(MADTP_HAS_CUDA ON)
+  elseif(MADTP_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "MADTP_CUDA=ON, but no working nvcc was found: put it on PATH or name it in CUDACXX")
+  else()
+    set(MADTP_CUDA_MISSING "no working nvcc was found at build time (PATH, CUDACXX)")
+  endif()
+endif()
+
+if(MADTP_HAS_CUDA)
+  message(STATUS "Madtp: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${MADTP_CUDA_ARCHS}")
+else()
+  message(STATUS "Madtp: CPU kernels only, ${MADTP_CUDA_MISSING}")
+  set(MADTP_CUDA_ARCHS "") # what build_config.h reports; the cache keeps the request
+  set(CMAKE_CUDA_COMPILER_VERSION "")
+endif()

@@ -1,0 +1,27 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+
+#include "madtp/status.h"
+
+namespace py = pybind11;
+
+namespace madtp::python {
+
+// An address as Python passes it: tensor.data_ptr(), or 0 for null.
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Turns a status into an exception: RuntimeError("madtp::cpu::select_tokens: invalid argument"), or
+// ValueError when the cause is a MADTP_CPU_ISA that this build or this CPU lacks. Safe with the GIL released.
+void check(Status status, const char* function);
+
+// One function per op family, defined in the file of that name. cuda is null in a build without CUDA.
+void bind_tokens(py::module_& cpu, py::module_* cuda);
+
+}  // namespace madtp::python
