@@ -1,7 +1,19 @@
 """MADTP++ for Hugging Face vision-language models: token pruning guided by alignment, and 2:4 weights, trained jointly."""
 
 from madtp.accounting import profile
+from madtp.compression import Result, compress, measure
 from madtp.config import CompressionConfig
 from madtp.patching import ModelError, from_pretrained, patch
+from madtp.trainer import MadtpTrainer
 
-__all__ = ["CompressionConfig", "ModelError", "from_pretrained", "patch", "profile"]
+__all__ = [
+    "CompressionConfig",
+    "MadtpTrainer",
+    "ModelError",
+    "Result",
+    "compress",
+    "from_pretrained",
+    "measure",
+    "patch",
+    "profile",
+]

@@ -96,7 +96,7 @@ def profile(
     for stack, macs in dense.items():
         add(stack, dense_macs=macs / samples)
     modules = dict(model.named_modules())
-    sparse = {stack[-1]: _sparsity(modules[stack[-1]], stack[-1] in planned_sparse) for stack in kept}
+    sparse = _sparse_shares(model, kept, planned_sparse)
     for stack, macs in kept.items():
         counted, executed = sparse[stack[-1]]
         add(stack, counted_macs=macs * counted / samples, executed_macs=macs * executed / samples)
@@ -110,6 +110,19 @@ def profile(
         branches={branch: account("branch", branch) for branch in (*branches, OTHER)},
         modules={name: account("module", name) for name in modules if name and ".parametrizations" not in name},
     )
+
+
+def counted_macs(
+    model: nn.Module, inputs: Mapping[str, Any], *, planned_sparse: Collection[str] = ()
+) -> dict[str, float]:
+    """The counted MACs per sample of each branch of a patched model, as `profile` has them, from one forward pass."""
+    branches, samples = model.madtp_handle.branches, _leading_size(inputs)
+    kept = _forward_macs(model, inputs)
+    sparse = _sparse_shares(model, kept, planned_sparse)
+    macs = Counter(dict.fromkeys((*branches, OTHER), 0.0))
+    for stack, amount in kept.items():
+        macs[_branch(stack, branches)] += amount * sparse[stack[-1]][0] / samples
+    return dict(macs)
 
 
 def dense_mode(model: nn.Module):
@@ -184,9 +197,14 @@ def _forward_macs(model: nn.Module, inputs) -> Counter:
     return macs
 
 
+def _branch(stack: tuple[str, ...], branches: Mapping[str, Sequence[str]]) -> str:
+    """The branch of the innermost running module that belongs to one."""
+    return next((b for name in reversed(stack) for b, patterns in branches.items() if matches(name, patterns)), OTHER)
+
+
 def _scopes(stack: tuple[str, ...], branches: Mapping[str, Sequence[str]]) -> set[tuple[str, ...]]:
     """Everything an amount in the innermost module of the stack counts for."""
-    branch = next((b for name in reversed(stack) for b, patterns in branches.items() if matches(name, patterns)), OTHER)
+    branch = _branch(stack, branches)
     names = {".".join(parts[:i]) for parts in (name.split(".") for name in stack) for i in range(1, len(parts) + 1)}
     return {("total",), ("branch", branch), *(("module", name) for name in names)}
 
@@ -200,6 +218,13 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 seen.add(id(parameter))
                 masked = isinstance(module, ParametrizationList) and module.is_tensor
                 yield name.partition(".parametrizations.")[0], (module() if masked else parameter).detach()
+
+
+def _sparse_shares(model: nn.Module, macs: Counter, planned_sparse: Collection[str]) -> dict[str, tuple[float, float]]:
+    """(counted, executed) share of the MACs of each module that ran some, each weight looked at once."""
+    modules = dict(model.named_modules())
+    names = {stack[-1] for stack in macs}
+    return {name: _sparsity(modules[name], name in planned_sparse) for name in names}
 
 
 def _sparsity(module: nn.Module, planned: bool) -> tuple[float, float]:

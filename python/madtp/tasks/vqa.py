@@ -92,9 +92,16 @@ class VqaTask:
     (Li et al. 2022, appendix on VQA).
     """
 
+    collate = staticmethod(collate)
+
     def __init__(self, tokenizer, answers: Iterable[str] = ANSWERS):
+        self.tokenizer = tokenizer
         self.answers = list(answers)
         self.answer_ids = torch.tensor([answer_token(tokenizer, answer) for answer in self.answers])  # (A,)
+
+    def save_processor(self, directory: Path | str) -> None:
+        """Write the tokenizer beside a saved model."""
+        self.tokenizer.save_pretrained(directory)
 
     def answer_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Decoder logits at the start token (Q, V) -> logits of the candidates (Q, A), in the order of `answers`."""

@@ -1,0 +1,176 @@
+"""Joint training: task, alignment and distillation losses, while masks go N:M and temperatures move to their target."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from madtp.accounting import counted_macs
+from madtp.config import CompressionConfig
+from madtp.controller import TemperatureController
+from madtp.distill import JointLoss
+from madtp.hwp import Pattern, WeightPruner
+
+CONTROLLER_FILE = "madtp_controller.json"
+
+
+class MadtpTrainer(Trainer):
+    """`transformers.Trainer` for a patched model and its dense teacher.
+
+    The loss is L_task + align L_align + vision L_vis + text L_txt + kd T^2 KL (weights of the config), where L_vis and
+    L_txt compare the summary tokens after every layer with the teacher's. Every `controller_interval` steps the counted
+    MACs of `probe` are observed and the temperatures moved.
+
+    Args:
+        model: patched (see `madtp.patch`); its forward takes a batch and returns loss and logits (B, L, V), position i
+            of which predicts labels[:, i + 1].
+        teacher: the dense model, patched at temperature 0 so that it reports its summary tokens. It is frozen.
+        config: loss weights, mask schedule, controller.
+        targets: counted MACs per sample of each pruned branch, such as `branch_targets` gives.
+        probe: a batch without shared images to observe MACs on.
+        sparse_modules: names of the Linear modules that go N:M.
+        args, **kwargs: of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        config: CompressionConfig,
+        *,
+        targets: dict[str, float],
+        probe: dict[str, Tensor],
+        sparse_modules: list[str],
+        args: TrainingArguments,
+        **kwargs,
+    ):
+        super().__init__(model=model, args=args, **kwargs)
+        self.config, self.handle = config, model.madtp_handle
+        self.teacher = teacher.to(args.device).eval().requires_grad_(False)
+        self.probe = {name: value.to(args.device) for name, value in probe.items()}
+        self.joint_loss = JointLoss(
+            config.align_weight, config.vision_weight, config.text_weight, config.kd_weight, config.kd_temperature
+        )
+        self.pruner = WeightPruner(
+            model,
+            config.pattern,
+            sparse_modules,
+            schedule=config.hwp_schedule,
+            total_steps=self._total_steps(),
+            refresh_interval=config.hwp_refresh,
+            decay=config.hwp_decay,
+            ramp=config.hwp_ramp,
+        )
+        # Until the masks have their final pattern, MACs are counted as they will be then.
+        self.planned_sparse = set(sparse_modules) if Pattern.parse(config.pattern).sparse24 else set()
+        self.controller = TemperatureController(
+            targets,
+            temperature=config.temperature,
+            gain=config.controller_gain,
+            bounds=(config.temperature_min, config.temperature_max),
+        )
+        self.handle.set_temperature(self.controller.temperatures)
+        self.handle.collect_alignment(config.align_weight > 0)
+        self.observed: dict[str, float] = {}
+        self._parts: dict[str, list[Tensor]] = {}
+        self.add_callback(_Cooperation(self))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(**inputs)
+        with torch.no_grad():
+            taught = self.teacher(**inputs)
+        aligned = self.handle.aligned
+        if aligned["vision"] is not None and inputs.get("image_index") is not None:
+            aligned["vision"] = aligned["vision"][inputs["image_index"]]
+        summaries = self.handle.summaries, self.teacher.madtp_handle.summaries
+        loss, parts = self.joint_loss(
+            output.loss,
+            aligned=None if aligned["vision"] is None else (aligned["vision"], aligned["text"]),
+            summaries={branch: (summaries[0][branch], summaries[1][branch]) for branch in summaries[0]},
+            logits=(output.logits, taught.logits),
+            mask=self._predicting(inputs["labels"]),
+        )
+        for name, part in parts.items():
+            self._parts.setdefault(name, []).append(part)
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the parts of the loss, the temperatures and what the controller saw last."""
+        if "loss" in logs:
+            logs |= {f"loss_{name}": torch.stack(part).mean().item() for name, part in self._parts.items()}
+            logs |= {f"tau_{branch}": tau for branch, tau in self.handle.temperatures.items()}
+            logs |= {f"macs_{branch}": macs for branch, macs in self.observed.items()}
+            self._parts.clear()
+        super().log(logs, *args, **kwargs)
+
+    def observe(self) -> dict[str, float]:
+        """Counted MACs per sample of the probe, per branch, as they will be once the masks are final."""
+        self.observed = counted_macs(self.model, self.probe, planned_sparse=self.planned_sparse)
+        return self.observed
+
+    def steer(self) -> None:
+        """One observation, one move of the temperatures."""
+        observed = self.observe()
+        self.handle.set_temperature(self.controller.update({b: observed[b] for b in self.controller.targets}))
+
+    def settle(self, tolerance: float = 0.002, rounds: int = 40) -> float:
+        """After training: moves the temperatures until the probe is within `tolerance` of the total target.
+
+        Returns:
+            the share by which the probe misses the target, positive when it costs more.
+        """
+        target = sum(self.controller.targets.values())
+        for _ in range(rounds):
+            observed = self.observe()
+            miss = sum(observed[branch] for branch in self.controller.targets) / target - 1
+            if abs(miss) <= tolerance:
+                break
+            self.steer()
+        return miss
+
+    def _predicting(self, labels: Tensor) -> Tensor:
+        """(B, L) bool: decoder positions whose next label counts."""
+        pad = self.model.config.text_config.pad_token_id
+        following = (labels[:, 1:] != pad) & (labels[:, 1:] >= 0)
+        return nn.functional.pad(following, (0, 1), value=False)
+
+    def _total_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        batches = math.ceil(len(self.train_dataset) / self.args.train_batch_size)
+        return math.ceil(self.args.num_train_epochs * max(batches // self.args.gradient_accumulation_steps, 1))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = json.loads((Path(resume_from_checkpoint) / CONTROLLER_FILE).read_text())
+        self.controller.load_state_dict(saved)
+        self.handle.set_temperature(self.controller.temperatures)
+
+
+class _Cooperation(TrainerCallback):
+    """Moves masks and temperatures between optimiser steps."""
+
+    def __init__(self, trainer: MadtpTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.pruner.step(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.trainer.config.controller_interval == 0:
+            self.trainer.steer()
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / CONTROLLER_FILE).write_text(json.dumps(self.trainer.controller.state_dict()))
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a MadtpTrainer that was written to its end: the controller's file is its last."""
+    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{CONTROLLER_FILE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

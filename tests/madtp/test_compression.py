@@ -1,0 +1,149 @@
+"""Joint training end to end on a tiny model: it reaches its MAC target, saves, resumes, and keeps what an interrupt left."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import tiny_batch, tiny_blip
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+
+import madtp
+from madtp.compression import pairs, time_per_sample
+from madtp.trainer import CONTROLLER_FILE, MadtpTrainer, last_checkpoint
+
+CONFIG = madtp.CompressionConfig(
+    flops_reduction=0.55, alignment_tokens=8, alignment_dim=32, controller_interval=2, hwp_schedule="gradual"
+)
+
+
+class Questions(Dataset):
+    """Random images; the question repeats the answer, so there is something to learn."""
+
+    def __init__(self, count: int):
+        generator = torch.Generator().manual_seed(3)
+        self.pixels = torch.randn(count, 3, 16, 16, generator=generator)
+        self.words = torch.randint(4, 20, (count, 7), generator=generator)
+
+    def __len__(self):
+        return len(self.words)
+
+    def __getitem__(self, i):
+        answer = self.words[i, 0]
+        return {
+            "pixel_values": self.pixels[i],
+            "input_ids": self.words[i],
+            "attention_mask": torch.ones(7, dtype=torch.long),
+            "labels": torch.stack([torch.tensor(2), answer, torch.tensor(3)]),
+        }
+
+
+class Task:
+    @staticmethod
+    def collate(items):
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+    def accuracy(self, model, data, batch_size=16, progress=iter):
+        right = 0
+        with torch.no_grad():
+            for batch in progress(torch.utils.data.DataLoader(data, batch_size, collate_fn=self.collate)):
+                model(**batch)
+                right += len(batch["labels"])
+        return right / len(data)
+
+    def save_processor(self, directory):
+        (directory / "processor.txt").write_text("words")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Questions(48)
+
+
+def test_compress_reaches_the_target_and_reports_what_was_saved(tmp_path, data):
+    dense = tiny_blip()
+    before = copy.deepcopy(dense.state_dict())
+    training = {"max_steps": 30, "per_device_train_batch_size": 16, "disable_tqdm": True, "save_strategy": "no"}
+    result = madtp.compress(dense, Task(), data, data, CONFIG, output_dir=tmp_path, training=training)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    report = json.loads(json.dumps(result.report))
+    compressed = report["compressed"]
+    assert report["dense"]["counted_gmacs"] == pytest.approx(report["dense"]["dense_gmacs"])
+    assert compressed["counted_gmacs"] == pytest.approx(0.45 * compressed["dense_gmacs"], rel=0.03)
+    assert compressed["counted_gmacs"] < compressed["executed_gmacs"] < compressed["dense_gmacs"]
+    assert compressed["nonzero_params"] < 0.75 * report["dense"]["params"]
+    tokens = compressed["tokens_per_layer"]["vision"]
+    assert len(tokens) == 2 and 17 > tokens[0] > tokens[1] > 1
+    assert report["plan"]["temperatures"] == result.model.madtp_handle.temperatures
+    for name in report["plan"]["sparse_modules"]:
+        weight = result.model.get_submodule(name).weight
+        assert (weight.unflatten(-1, (-1, 4)).count_nonzero(-1) <= 2).all()
+    assert not any("decoder" in name or "guide" in name for name in report["plan"]["sparse_modules"])
+    assert (result.path / "processor.txt").exists()
+    assert all(time > 0 for time in time_per_sample({"x": result.model}, pairs(Task(), data, 8)).values())
+
+
+def make_trainer(tmp_path, data, steps, **training):
+    from madtp.compression import _training_arguments
+    from madtp.controller import branch_targets
+
+    student, teacher = tiny_blip(), tiny_blip()
+    handle = madtp.patch(student, CONFIG)
+    madtp.patch(teacher, CONFIG)
+    probe = tiny_batch()
+    targets = branch_targets(madtp.profile(student, probe), 0.3, tuple(handle.pruning))
+    arguments = {"max_steps": steps, "save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 8}
+    args = _training_arguments(tmp_path, CONFIG, arguments | {"disable_tqdm": True} | training)
+    modules = ["vision_model.encoder.layers.0.mlp.fc1"]
+    return MadtpTrainer(
+        student,
+        teacher,
+        CONFIG,
+        targets=targets,
+        probe=probe,
+        sparse_modules=modules,
+        args=args,
+        train_dataset=data,
+        data_collator=Task.collate,
+    )
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_resumes_where_it_would_have_been(tmp_path, data):
+    whole = make_trainer(tmp_path / "whole", data, 8)
+    whole.train()
+    stopped = make_trainer(tmp_path / "stopped", data, 8)
+    stopped.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    checkpoint = last_checkpoint(tmp_path / "stopped" / "checkpoints")
+    assert checkpoint.name == "checkpoint-4"
+    broken = checkpoint.with_name("checkpoint-7")  # one that an interrupt cut short
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    assert last_checkpoint(tmp_path / "stopped" / "checkpoints") == checkpoint
+    assert (checkpoint / CONTROLLER_FILE).exists()
+    resumed = make_trainer(tmp_path / "stopped", data, 8)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.handle.temperatures == pytest.approx(whole.handle.temperatures)
+    for (name, a), b in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_the_loss_is_the_sum_of_its_parts(tmp_path, data):
+    trainer = make_trainer(tmp_path, data, 2)
+    batch = Task.collate([data[i] for i in range(6)])
+    loss = trainer.compute_loss(trainer.model, batch)
+    parts = {name: values[-1] for name, values in trainer._parts.items()}
+    weights = {"task": 1.0, "align": 0.1, "vision": 1.0, "text": 10.0, "kd": 1.0}
+    assert set(parts) == set(weights)
+    torch.testing.assert_close(loss.detach(), sum(weights[name] * part for name, part in parts.items()))
+    loss.backward()
+    assert trainer.handle.alignment_tokens.grad.abs().sum() > 0
+    assert all(p.grad is None for p in trainer.teacher.parameters())
