@@ -123,9 +123,12 @@ def varlen_attention_backward(
 
         through_summary = (d_summary * sharing.head_share).transpose(1, 2)[:, :, None, :]  # (B, H, 1, N)
         d_probabilities = sharing.is_summary[:, None, :, None] * through_summary
-        best_head = probabilities.argmax(dim=1, keepdim=True)  # (B, 1, N, N)
-        d_maximum = (d_received[:, None, :] * sharing.counted)[:, None]  # (B, 1, N, N)
-        d_probabilities = d_probabilities.scatter_add(1, best_head, d_maximum)
+        d_maximum = d_received[:, None, :] * sharing.counted  # (B, N, N)
+        maximum = probabilities.amax(dim=1)
+        for head in range(probabilities.shape[1]):  # the first head that reaches the maximum takes the gradient
+            best = probabilities[:, head] == maximum
+            d_probabilities[:, head] += d_maximum * best
+            d_maximum = d_maximum.masked_fill(best, 0)
     d_probabilities = d_probabilities + torch.einsum("bihd,bjhd->bhij", d_out, maps.values)
     mean = (d_probabilities * probabilities).sum(dim=-1, keepdim=True)
     d_scores = probabilities * (d_probabilities - mean)
