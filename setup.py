@@ -20,7 +20,7 @@ PASSED_THROUGH = ("MADTP_CUDA", "MADTP_CUDA_ARCHS", "MADTP_BUILD_TESTS", "MADTP_
 
 
 def tool(name: str, directory: str) -> str:
-    """The tool that pip installed beside this interpreter, whether or not its scripts are on PATH, else the system's."""
+    """The tool that pip installed for this interpreter, whether or not it is on PATH, else the system's."""
     try:
         return str(Path(getattr(importlib.import_module(name), directory), name))
     except ImportError:

@@ -1,0 +1,63 @@
+# Each target prepares what it needs, given make, Python (3.11 or newer) and a C++17 compiler; nvcc is used when it is there.
+#   make demo                       creates .venv from requirements.txt, builds the kernels into it, runs the demo
+#   make test PYTHON=python3.12     the same with another interpreter; VENV= says where the environment goes
+#   make test PYTHON=/usr/bin/python3 VENV=     no environment: that interpreter as it is, which has torch and the rest;
+#                                   only madtp-kernels is added to it, nothing is downloaded
+PYTHON ?= python3
+VENV ?= .venv
+
+ifeq ($(strip $(VENV)),)
+READY :=
+BIN := $(dir $(shell command -v $(PYTHON)))
+PY := $(PYTHON)
+else
+READY := $(VENV)/.ready
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+$(READY): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -r requirements.txt
+	touch $@
+endif
+BUILD := $(CURDIR)/build/make
+export PATH := $(BIN):$(PATH)
+export MADTP_BUILD_DIR := $(BUILD)
+CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+.DEFAULT_GOAL := test
+.PHONY: demo test test-package bench gpu lint format build clean
+
+demo: build
+	madtp demo
+
+test: export MADTP_BUILD_TESTS := ON
+test: build
+	ctest --test-dir $(BUILD) --output-on-failure
+	$(PY) -m pytest tests -m "not slow and not gpu"
+
+test-package: build
+	$(PY) -m pytest tests/build -m slow
+
+bench: build
+	$(PY) -m benchmarks.run
+
+gpu: build
+	$(PY) -m pytest tests -m gpu
+	$(PY) -m benchmarks.run
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(READY)
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CXX_SOURCES)
+
+build: $(READY)
+	$(PY) -m pip install --no-build-isolation --no-deps -e .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks madtp_kernels/include madtp_kernels/lib madtp_kernels/_C.*
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
