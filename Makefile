@@ -1,8 +1,8 @@
 # Each target prepares what it needs, given make, Python (3.11 or newer) and a C++17 compiler; nvcc is used when it is there.
 #   make demo                       creates .venv from requirements.txt, builds the kernels into it, runs the demo
 #   make test PYTHON=python3.12     the same with another interpreter; VENV= says where the environment goes
-#   make test PYTHON=/usr/bin/python3 VENV=     no environment: that interpreter as it is, which has torch and the rest;
-#                                   only madtp-kernels is added to it, nothing is downloaded
+#   make test PYTHON=/usr/bin/python3 VENV=     no environment: that interpreter as it is, with the torch and the rest it has;
+#                                   nothing is downloaded or installed, the kernels are built into the source tree
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -10,10 +10,15 @@ ifeq ($(strip $(VENV)),)
 READY :=
 BIN := $(dir $(shell command -v $(PYTHON)))
 PY := $(PYTHON)
+INSTALL := $(PY) setup.py -q build_ext --inplace
+MADTP := $(PY) -c "from madtp.cli import main; main()"
+export PYTHONPATH := $(CURDIR):$(CURDIR)/python:$(PYTHONPATH)
 else
 READY := $(VENV)/.ready
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
+INSTALL := $(PY) -m pip install --no-build-isolation --no-deps -e .
+MADTP := madtp
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -r requirements.txt
@@ -28,7 +33,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o
 .PHONY: demo test test-package bench gpu lint format build clean
 
 demo: build
-	madtp demo
+	$(MADTP) demo
 
 test: export MADTP_BUILD_TESTS := ON
 test: build
@@ -56,7 +61,7 @@ format: $(READY)
 	clang-format -i $(CXX_SOURCES)
 
 build: $(READY)
-	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	$(INSTALL)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks madtp_kernels/include madtp_kernels/lib madtp_kernels/_C.*
