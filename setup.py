@@ -4,12 +4,12 @@ MADTP_CUDA=AUTO|ON|OFF, MADTP_CUDA_ARCHS, MADTP_BUILD_TESTS, MADTP_WERROR, CMAKE
 MADTP_BUILD_DIR for the build tree, which is kept so that installing again compiles only what changed.
 """
 
-import importlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -19,22 +19,19 @@ ROOT = Path(__file__).parent.resolve()
 PASSED_THROUGH = ("MADTP_CUDA", "MADTP_CUDA_ARCHS", "MADTP_BUILD_TESTS", "MADTP_WERROR")
 
 
-def tool(name: str, directory: str) -> str:
-    """The tool that pip installed for this interpreter, whether or not it is on PATH, else the system's."""
-    try:
-        return str(Path(getattr(importlib.import_module(name), directory), name))
-    except ImportError:
-        found = shutil.which(name)
-        if found is None:
-            raise SystemExit(f"{name} is needed to build madtp-kernels: pip install {name}") from None
-        return found
+def tool(name: str) -> str:
+    """The tool that pip installed beside this interpreter, whether or not that is on PATH, else the first on PATH."""
+    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if found is None:
+        raise SystemExit(f"{name} is needed to build madtp-kernels: pip install {name}")
+    return found
 
 
 class CMakeBuild(build_ext):
     def run(self) -> None:
         import pybind11
 
-        cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
+        cmake, ninja = tool("cmake"), tool("ninja")
         package = Path(self.get_ext_fullpath("madtp_kernels._C")).resolve().parent
         build = Path(os.environ.get("MADTP_BUILD_DIR") or ROOT / "build" / f"cmake-{sys.implementation.cache_tag}")
         configure = [
