@@ -78,7 +78,5 @@ PYBIND11_MODULE(_C, module) {
 #else
   py::module_* cuda = nullptr;
 #endif
-#if MADTP_HAS_TOKENS
   bind_tokens(cpu, cuda);
-#endif
 }

@@ -1,0 +1,198 @@
+#pragma once
+
+// A vector of floats as wide as the instruction set this file is compiled for, and the three element types
+// loaded into it and stored from it. Compiler vector extensions, so that one source serves SSE2, AVX2,
+// AVX-512 and other machines; operators work element by element and a * b + c becomes one FMA where there is
+// one.
+
+#include <cstdint>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if !defined(MADTP_ISA)
+#error "files in cpu/kernels are compiled once per instruction set: see cmake/Isa.cmake"
+#endif
+
+namespace madtp::cpu::MADTP_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef std::int32_t IntVec __attribute__((vector_size(kWidth * 4)));
+typedef std::uint32_t BitVec __attribute__((vector_size(kWidth * 4)));
+typedef std::uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
+
+// The element types. bfloat16 and float16 are only ever converted, never computed with.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline Vec broadcast(float value) { return Vec{} + value; }
+
+// Lane by lane: mask is all ones or all zeros per lane, as comparisons give it.
+inline Vec select(IntVec mask, Vec yes, Vec no) {
+  return bit_cast<Vec>((mask & bit_cast<IntVec>(yes)) | (~mask & bit_cast<IntVec>(no)));
+}
+
+// The larger of the two; NaN where either is NaN.
+inline Vec max_or_nan(Vec a, Vec b) { return select((b > a) | (b != b), b, a); }
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kWidth; ++i) total += v[i];
+  return total;
+}
+
+// --- load and store, converting to and from float
+
+namespace detail {
+
+inline HalfVec load_half(const void* from) {
+  HalfVec bits;
+  __builtin_memcpy(&bits, from, sizeof bits);
+  return bits;
+}
+
+inline void store_half(void* to, HalfVec bits) { __builtin_memcpy(to, &bits, sizeof bits); }
+
+#if !defined(__F16C__)
+inline float half_to_float(std::uint16_t half) {
+  const std::uint32_t sign = std::uint32_t(half & 0x8000u) << 16;
+  const std::uint32_t exponent = (half >> 10) & 31u, mantissa = half & 0x3ffu;
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24 is exact
+    const float magnitude = float(mantissa) * (1.0f / 16777216.0f);
+    return bit_cast<float>(bit_cast<std::uint32_t>(magnitude) | sign);
+  }
+  const std::uint32_t biased = exponent == 31 ? 255 : exponent + 112;
+  return bit_cast<float>(sign | (biased << 23) | (mantissa << 13));
+}
+
+inline std::uint16_t float_to_half(float value) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(value), sign = (bits >> 16) & 0x8000u;
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return std::uint16_t(sign | 0x7e00u);   // NaN
+  if (magnitude >= 0x477ff000u) return std::uint16_t(sign | 0x7c00u);  // rounds to infinity
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the mantissa, rounded, in the low bits
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    return std::uint16_t(sign | (bit_cast<std::uint32_t>(shifted) - 0x3f000000u));
+  }
+  const std::uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);  // to nearest, ties to even
+  return std::uint16_t(sign | ((rounded - 0x38000000u) >> 13));
+}
+#endif
+
+}  // namespace detail
+
+inline Vec load(const float* from) {
+  Vec v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Vec load(const BFloat16* from) {
+  return bit_cast<Vec>(__builtin_convertvector(detail::load_half(from), BitVec) << 16);
+}
+
+inline Vec load(const Float16* from) {
+  const HalfVec bits = detail::load_half(from);
+#if defined(__AVX512F__)
+  // maskz with a full mask is the plain instruction, and does not trip g++ 12's -Wmaybe-uninitialized.
+  return bit_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)));
+#elif defined(__F16C__)
+  return bit_cast<Vec>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = detail::half_to_float(bits[i]);
+  return v;
+#endif
+}
+
+inline void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof v); }
+
+inline void store(BFloat16* to, Vec v) {
+  const BitVec bits = bit_cast<BitVec>(v), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // ties to even
+  const BitVec is_nan = bit_cast<BitVec>(v != v);
+  const BitVec high = (is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & (rounded >> 16));
+  detail::store_half(to, __builtin_convertvector(high, HalfVec));
+}
+
+inline void store(Float16* to, Vec v) {
+#if defined(__AVX512F__)
+  detail::store_half(
+      to, bit_cast<HalfVec>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT)));
+#elif defined(__F16C__)
+  detail::store_half(to, bit_cast<HalfVec>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT)));
+#else
+  HalfVec bits;
+  for (int i = 0; i < kWidth; ++i) bits[i] = detail::float_to_half(v[i]);
+  detail::store_half(to, bits);
+#endif
+}
+
+// The first `count` < kWidth elements; the other lanes are zero.
+template <typename T>
+inline Vec load_part(const T* from, std::int64_t count) {
+  T block[kWidth] = {};
+  __builtin_memcpy(block, from, std::size_t(count) * sizeof(T));
+  return load(block);
+}
+
+template <typename T>
+inline void store_part(T* to, Vec v, std::int64_t count) {
+  T block[kWidth];
+  store(block, v);
+  __builtin_memcpy(to, block, std::size_t(count) * sizeof(T));
+}
+
+// Calls body(offset, load, store) for every kWidth of `count` elements, the last one with partial access:
+// load(pointer) and store(pointer, v) take pointers at the offset.
+template <typename Body>
+inline void for_each_vector(std::int64_t count, Body&& body) {
+  std::int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth)
+    body(i, [](auto* from) { return load(from); }, [](auto* to, Vec v) { store(to, v); });
+  if (const std::int64_t rest = count - i; rest > 0)
+    body(
+        i, [rest](auto* from) { return load_part(from, rest); },
+        [rest](auto* to, Vec v) { store_part(to, v, rest); });
+}
+
+// e^x to about 1 ulp for x <= 0 (Cephes polynomial); below -87 it stays at the least normal number. NaN is
+// NaN.
+inline Vec exp_nonpositive(Vec x) {
+  const Vec lowest = broadcast(-87.3f), magic = broadcast(12582912.0f);  // 1.5 * 2^23: rounds to an integer
+  x = select(x < lowest, lowest, x);
+  const Vec n = (x * 1.44269504088896341f + magic) - magic;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const BitVec exponent = bit_cast<BitVec>(__builtin_convertvector(n, IntVec)) << 23;
+  return bit_cast<Vec>(bit_cast<BitVec>(p) + exponent);
+}
+
+}  // namespace madtp::cpu::MADTP_ISA

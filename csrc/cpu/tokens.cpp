@@ -1,0 +1,111 @@
+// The public entry points: they check their arguments, then run the kernels of the chosen instruction set.
+
+#include "madtp/tokens.h"
+
+#include <cmath>
+
+#include "cpu/isa.h"
+
+#define MADTP_ISA baseline
+#include "cpu/kernels/tokens.h"
+#undef MADTP_ISA
+#if MADTP_HAS_AVX2
+#define MADTP_ISA avx2
+#include "cpu/kernels/tokens.h"
+#undef MADTP_ISA
+#endif
+#if MADTP_HAS_AVX512
+#define MADTP_ISA avx512
+#include "cpu/kernels/tokens.h"
+#undef MADTP_ISA
+#endif
+
+namespace madtp::cpu {
+namespace {
+
+// Some data, or none to point to.
+bool present(const void* data, std::int64_t count) { return data != nullptr || count == 0; }
+
+// 0 first, never decreasing, `rows` (or at most that) last.
+bool offsets(const std::int32_t* cu_seqlens, std::int64_t batch, std::int64_t rows, bool exactly) {
+  if (cu_seqlens == nullptr || batch < 0 || rows < 0 || rows > INT32_MAX || cu_seqlens[0] != 0) return false;
+  for (std::int64_t b = 0; b < batch; ++b)
+    if (cu_seqlens[b + 1] < cu_seqlens[b]) return false;
+  return exactly ? cu_seqlens[batch] == rows : cu_seqlens[batch] <= rows;
+}
+
+bool matrix(const void* data, DType dtype, std::int64_t rows, std::int64_t columns) {
+  return size_of(dtype) != 0 && columns >= 0 && present(data, rows * columns);
+}
+
+bool valid(const TokenSelection& s) {
+  return s.capacity >= 0 && offsets(s.cu_seqlens, s.batch, s.rows, true) &&
+         offsets(s.cu_seqlens_out, s.batch, s.capacity, false) && present(s.keep, s.rows) &&
+         present(s.merge_weight, s.rows) && present(s.source, s.capacity);
+}
+
+}  // namespace
+
+Status token_importance(const float* summary, const float* received, const void* mag_logits,
+                        DType logits_dtype, std::int64_t logits_stride, std::int64_t alignment_tokens,
+                        const std::int32_t* cu_seqlens, std::int64_t rows, std::int64_t batch,
+                        const std::int32_t* summary_index, float* importance, int threads) {
+  if (!offsets(cu_seqlens, batch, rows, true) || !matrix(mag_logits, logits_dtype, rows, alignment_tokens) ||
+      alignment_tokens < 1 || !present(summary, rows) || !present(received, rows) ||
+      !present(importance, rows) || threads < 1)
+    return Status::invalid_argument;
+  MADTP_DISPATCH(token_importance(summary, received, mag_logits, logits_dtype, logits_stride,
+                                  alignment_tokens, cu_seqlens, batch, summary_index, importance, threads));
+}
+
+Status select_tokens(const float* importance, const void* mag_logits, DType logits_dtype,
+                     std::int64_t logits_stride, std::int64_t alignment_tokens,
+                     const std::int32_t* cu_seqlens, std::int64_t rows, std::int64_t batch,
+                     const std::int32_t* summary_index, double temperature, std::uint8_t* keep,
+                     std::int32_t* cu_seqlens_out, std::int32_t* source, float* merge_weight, int threads) {
+  if (!offsets(cu_seqlens, batch, rows, true) || !matrix(mag_logits, logits_dtype, rows, alignment_tokens) ||
+      alignment_tokens < 1 || !(temperature >= 0 && std::isfinite(temperature)) ||
+      !present(importance, rows) || !present(keep, rows) || cu_seqlens_out == nullptr ||
+      !present(source, rows) || !present(merge_weight, rows) || threads < 1)
+    return Status::invalid_argument;
+  MADTP_DISPATCH(select_tokens(importance, mag_logits, logits_dtype, logits_stride, alignment_tokens,
+                               cu_seqlens, rows, batch, summary_index, temperature, keep, cu_seqlens_out,
+                               source, merge_weight, threads));
+}
+
+Status gather_merge(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
+                    const TokenSelection& selection, void* out, int threads) {
+  if (!valid(selection) || !matrix(x, dtype, selection.rows, channels) ||
+      !matrix(out, dtype, selection.capacity, channels) || threads < 1)
+    return Status::invalid_argument;
+  MADTP_DISPATCH(gather_merge(x, dtype, x_stride, channels, selection, out, threads));
+}
+
+Status gather_merge_backward(const void* grad, std::int64_t grad_stride, const void* x, DType dtype,
+                             std::int64_t x_stride, std::int64_t channels, const TokenSelection& selection,
+                             void* grad_x, float* grad_weight, int threads) {
+  if (!valid(selection) || !matrix(x, dtype, selection.rows, channels) ||
+      !matrix(grad, dtype, selection.capacity, channels) ||
+      !matrix(grad_x, dtype, selection.rows, channels) || !present(grad_weight, selection.rows) ||
+      threads < 1)
+    return Status::invalid_argument;
+  MADTP_DISPATCH(gather_merge_backward(grad, grad_stride, x, dtype, x_stride, channels, selection, grad_x,
+                                       grad_weight, threads));
+}
+
+Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
+                              const TokenSelection& selection, const void* weight, const void* bias,
+                              DType affine_dtype, double eps, void* x_out, void* normed, float* mean,
+                              float* rstd, int threads) {
+  if (!valid(selection) || !matrix(x, dtype, selection.rows, channels) ||
+      !matrix(x_out, dtype, selection.capacity, channels) ||
+      !matrix(normed, dtype, selection.capacity, channels) || !present(weight, channels) ||
+      !present(bias, channels) || (affine_dtype != dtype && affine_dtype != DType::float32) ||
+      !(eps > 0 && std::isfinite(eps)) || !present(mean, selection.capacity) ||
+      !present(rstd, selection.capacity) || threads < 1)
+    return Status::invalid_argument;
+  MADTP_DISPATCH(gather_merge_layernorm(x, dtype, x_stride, channels, selection, weight, bias, affine_dtype,
+                                        eps, x_out, normed, mean, rstd, threads));
+}
+
+}  // namespace madtp::cpu

@@ -1,0 +1,114 @@
+#pragma once
+
+// Dynamic token pruning on packed batches: B sequences one after another in T rows, sequence b in rows
+// cu_seqlens[b] to cu_seqlens[b + 1]. The equations are those of MADTP (Cao et al., CVPR 2024, arXiv
+// 2403.02991, section 3.3).
+//
+// Pointers of madtp::cpu point to host memory, those of madtp::cuda to device memory of the current device.
+// Outputs are written in full and must not overlap inputs. Strides count elements between rows; the elements
+// of a row are contiguous. Row counts are at most 2^31 - 1.
+//
+// Every function returns Status::invalid_argument, before anything is written, for a null pointer to data
+// that is not empty, a negative size, or a DType outside the enum. madtp::cpu also refuses cu_seqlens that do
+// not start at 0, decrease or do not end at the row count; madtp::cuda cannot see them, and is memory-safe on
+// any value.
+
+#include <cstdint>
+
+#include "madtp/dtype.h"
+#include "madtp/status.h"
+#include "madtp/version.h"
+
+namespace madtp {
+
+// The `source` of an output row past the true total.
+constexpr std::int32_t padding_row = INT32_MIN;
+
+// Which tokens stay and where they go: what select_tokens writes.
+struct TokenSelection {
+  const std::uint8_t* keep;    // (rows,) 0 or 1
+  const std::int32_t* source;  // (capacity,) input row; -(b + 1): merged row of sequence b; or padding_row
+  const float* merge_weight;   // (rows,) weight of a pruned row in the merged row of its sequence
+  const std::int32_t* cu_seqlens;      // (batch + 1,) of the input
+  const std::int32_t* cu_seqlens_out;  // (batch + 1,) of the output; a merged row is the last of its sequence
+  std::int64_t rows;                   // T
+  std::int64_t capacity;               // output rows, at least cu_seqlens_out[batch]
+  std::int64_t batch;                  // B
+};
+
+namespace cpu {
+
+// importance (rows,) = (S_cls + S_self + S_mag) / 3: `summary`, and the shares of `received` and of
+// relu(max_k mag_logits) in their sums over the prunable tokens of the sequence; 0 at the summary token.
+Status token_importance(const float* summary,                        // (rows,)
+                        const float* received,                       // (rows,)
+                        const void* mag_logits, DType logits_dtype,  // (rows, alignment_tokens)
+                        std::int64_t logits_stride, std::int64_t alignment_tokens,
+                        const std::int32_t* cu_seqlens,  // (batch + 1,)
+                        std::int64_t rows, std::int64_t batch,
+                        const std::int32_t* summary_index,  // (batch,), -1: none; null: row 0 of each
+                        float* importance,                  // (rows,)
+                        int threads);
+
+// keep j when S_j > min_k sum_j softmax_j(A_jk / temperature) S_j, or all of a sequence where fewer than 2
+// would go or a value is not finite. temperature 0 keeps everything; it must be finite and not negative.
+Status select_tokens(const float* importance,                     // (rows,)
+                     const void* mag_logits, DType logits_dtype,  // (rows, alignment_tokens)
+                     std::int64_t logits_stride, std::int64_t alignment_tokens,
+                     const std::int32_t* cu_seqlens,  // (batch + 1,)
+                     std::int64_t rows, std::int64_t batch,
+                     const std::int32_t* summary_index,  // (batch,), -1: none; null: row 0 of each
+                     double temperature,
+                     std::uint8_t* keep,            // (rows,)
+                     std::int32_t* cu_seqlens_out,  // (batch + 1,)
+                     std::int32_t* source,          // (rows,), padding_row past the total
+                     float* merge_weight,           // (rows,), 0 where kept
+                     int threads);
+
+// Kept rows copied, the pruned rows of a sequence summed with their weights in float32, zeros past the total.
+Status gather_merge(const void* x, DType dtype, std::int64_t x_stride,  // (rows, channels)
+                    std::int64_t channels, const TokenSelection& selection,
+                    void* out,  // (capacity, channels)
+                    int threads);
+
+// The gradient of gather_merge to x and to merge_weight (0 where kept).
+Status gather_merge_backward(const void* grad, std::int64_t grad_stride,  // (capacity, channels), of dtype
+                             const void* x, DType dtype, std::int64_t x_stride,  // (rows, channels)
+                             std::int64_t channels, const TokenSelection& selection,
+                             void* grad_x,        // (rows, channels)
+                             float* grad_weight,  // (rows,)
+                             int threads);
+
+// gather_merge, then LayerNorm of the rows as stored, statistics in float32; all zero past the total.
+Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,  // (rows, channels)
+                              std::int64_t channels, const TokenSelection& selection, const void* weight,
+                              const void* bias,  // (channels,)
+                              DType affine_dtype, double eps,
+                              void* x_out,               // (capacity, channels)
+                              void* normed,              // (capacity, channels)
+                              float* mean, float* rstd,  // (capacity,)
+                              int threads);
+
+}  // namespace cpu
+
+#if MADTP_HAS_CUDA
+namespace cuda {
+
+// As their namesakes above, enqueued on `stream` (a cudaStream_t). Nothing is read on the host.
+
+Status gather_merge(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
+                    const TokenSelection& selection, void* out, void* stream);
+
+Status gather_merge_backward(const void* grad, std::int64_t grad_stride, const void* x, DType dtype,
+                             std::int64_t x_stride, std::int64_t channels, const TokenSelection& selection,
+                             void* grad_x, float* grad_weight, void* stream);
+
+Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
+                              const TokenSelection& selection, const void* weight, const void* bias,
+                              DType affine_dtype, double eps, void* x_out, void* normed, float* mean,
+                              float* rstd, void* stream);
+
+}  // namespace cuda
+#endif
+
+}  // namespace madtp
