@@ -125,22 +125,23 @@ std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* 
   return length - pruned + 1;
 }
 
-// source of the sequence's output rows from `row` on, and its merge weights.
+// source of the sequence's output rows from `row` on, and its merge weights. Without branches on keep, which
+// no processor can predict.
 void lay_out(const Sequence& s, std::int64_t b, const float* importance, const std::uint8_t* keep,
              std::int32_t* row, float* merge_weight) {
-  std::int64_t pruned = 0;
+  const std::int32_t* const first = row;
   double total = 0;
   for (std::int64_t j = s.begin; j < s.end; ++j) {
-    if (keep[j]) {
-      *row++ = std::int32_t(j);
-    } else {
-      ++pruned;
-      total += importance[j];
-    }
+    *row = std::int32_t(j);  // a pruned row is overwritten by the next, the last one by the merged row below
+    row += keep[j];
+    total += keep[j] ? 0 : importance[j];
   }
+  const std::int64_t pruned = s.end - s.begin - (row - first);
   if (pruned > 0) *row = std::int32_t(-(b + 1));
+  const bool weighted = total > 0;
+  const float scale = float(1 / (weighted ? total : double(pruned)));
   for (std::int64_t j = s.begin; j < s.end; ++j)
-    merge_weight[j] = keep[j] ? 0 : total > 0 ? float(importance[j] / total) : 1 / float(pruned);
+    merge_weight[j] = keep[j] ? 0 : (weighted ? importance[j] : 1.0f) * scale;
 }
 
 }  // namespace
@@ -174,6 +175,7 @@ Status select_tokens(const float* importance, const void* mag_logits, DType logi
   });
   cu_seqlens_out[0] = 0;
   for (std::int64_t b = 0; b < batch; ++b) cu_seqlens_out[b + 1] += cu_seqlens_out[b];
+#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1) schedule(static)
   for (std::int64_t b = 0; b < batch; ++b)
     lay_out(sequence(cu_seqlens, summary_index, b), b, importance, keep, source + cu_seqlens_out[b],
             merge_weight);

@@ -1,0 +1,280 @@
+#include "madtp/tokens.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "tests/test.h"
+
+using namespace madtp;
+
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Three sequences of 5, 0 and 4 rows: two pruned in the first, all but row 6 kept in the last.
+struct Fixture {
+  std::vector<std::uint8_t> keep{1, 0, 1, 0, 1, 1, 0, 0, 1};
+  std::vector<float> merge_weight{0, 0.25f, 0, 0.75f, 0, 0, 0.5f, 0.5f, 0};
+  std::vector<std::int32_t> cu_seqlens{0, 5, 5, 9}, cu_seqlens_out{0, 4, 4, 7};
+  std::vector<std::int32_t> source{0, 2, 4, -1, 5, 8, -3, padding_row, padding_row};
+  TokenSelection selection() const {
+    return {keep.data(),
+            source.data(),
+            merge_weight.data(),
+            cu_seqlens.data(),
+            cu_seqlens_out.data(),
+            std::int64_t(keep.size()),
+            std::int64_t(source.size()),
+            std::int64_t(cu_seqlens.size()) - 1};
+  }
+};
+
+std::vector<float> ramp(std::int64_t count) {
+  std::vector<float> values(count);
+  for (std::int64_t i = 0; i < count; ++i) values[i] = float((i * 37) % 101) / 13 - 3;
+  return values;
+}
+
+float widen(std::uint16_t bits, DType dtype) {
+  if (dtype == DType::bfloat16) {
+    const std::uint32_t wide = std::uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+  const float sign = bits & 0x8000 ? -1.0f : 1.0f;
+  if (exponent == 31) return mantissa ? kNaN : sign * kInfinity;
+  return sign *
+         (exponent ? std::ldexp(1024.0f + float(mantissa), exponent - 25) : std::ldexp(float(mantissa), -24));
+}
+
+// The nearest value of a 16-bit type, ties to even, by looking through all of them.
+std::uint16_t narrow(double value, DType dtype) {
+  const bool negative = std::signbit(value);
+  const double magnitude = std::abs(value);
+  const std::uint16_t infinity = dtype == DType::bfloat16 ? 0x7f80 : 0x7c00;
+  std::uint16_t low = 0, high = infinity;  // of like sign, bits are in the order of the values
+  while (high - low > 1) {
+    const std::uint16_t middle = std::uint16_t((low + high) / 2);
+    (double(widen(middle, dtype)) <= magnitude ? low : high) = middle;
+  }
+  const double below = widen(low, dtype);
+  const double step =
+      high == infinity ? below - widen(std::uint16_t(low - 1), dtype) : widen(high, dtype) - below;
+  const double over = magnitude - below;
+  const bool up = over > step / 2 || (over == step / 2 && low % 2 == 1);
+  return std::uint16_t((up ? high : low) | (negative ? 0x8000 : 0));
+}
+
+bool is_nan(std::uint16_t bits, DType dtype) { return std::isnan(widen(bits, dtype)); }
+
+}  // namespace
+
+TEST(gather_merge_copies_sums_and_pads) {
+  const Fixture f;
+  for (std::int64_t channels : {1, 3, 16, 37, 1500}) {
+    for (int threads : {1, 2}) {
+      const std::int64_t stride = channels + 2;
+      const std::vector<float> x = ramp(9 * stride);
+      std::vector<float> out(9 * channels, kNaN);
+      EXPECT(cpu::gather_merge(x.data(), DType::float32, stride, channels, f.selection(), out.data(),
+                               threads) == Status::ok);
+      for (std::int64_t row = 0; row < 9; ++row) {
+        for (std::int64_t c = 0; c < channels; ++c) {
+          const auto at = [&](std::int64_t j) { return double(x[j * stride + c]); };
+          const double expected = row == 3   ? 0.25 * at(1) + 0.75 * at(3)
+                                  : row == 6 ? 0.5 * at(6) + 0.5 * at(7)
+                                  : row > 6  ? 0
+                                             : at(f.source[row]);
+          EXPECT_NEAR(out[row * channels + c], expected, 1e-6);
+        }
+      }
+    }
+  }
+}
+
+TEST(sixteen_bit_types_convert_exactly_and_round_to_nearest_even) {
+  // One pruned sequence of two rows: every 16-bit value, and zeros. Weight 1 returns the values, 1/3 rounds
+  // them.
+  const std::int64_t channels = 65536;
+  std::vector<std::uint16_t> x(2 * channels, 0), out(channels);
+  for (std::int64_t i = 0; i < channels; ++i) x[i] = std::uint16_t(i);
+  const std::uint8_t keep[2] = {0, 0};
+  const std::int32_t cu_seqlens[2] = {0, 2}, cu_seqlens_out[2] = {0, 1}, source[1] = {-1};
+  for (DType dtype : {DType::bfloat16, DType::float16}) {
+    for (float weight : {1.0f, 1.0f / 3}) {
+      const float merge_weight[2] = {weight, 0};
+      const TokenSelection selection{keep, source, merge_weight, cu_seqlens, cu_seqlens_out, 2, 1, 1};
+      EXPECT(cpu::gather_merge(x.data(), dtype, channels, channels, selection, out.data(), 1) == Status::ok);
+      int wrong = 0;
+      for (std::int64_t i = 0; i < channels; ++i) {
+        const float value = widen(x[i], dtype);
+        if (!std::isfinite(value)) {
+          wrong += std::isnan(value) ? !is_nan(out[i], dtype) : out[i] != x[i];
+        } else {
+          const std::uint16_t expected = narrow(value * weight + 0.0f, dtype);
+          wrong += out[i] != expected;
+        }
+      }
+      EXPECT_NEAR(wrong, 0, 0);
+    }
+  }
+}
+
+TEST(layernorm_normalises_the_stored_rows) {
+  const Fixture f;
+  for (std::int64_t channels : {1, 5, 64, 131}) {
+    const std::vector<float> x = ramp(9 * channels), weight = ramp(channels), bias = ramp(channels);
+    std::vector<float> out(9 * channels, kNaN), normed(9 * channels, kNaN), mean(9, kNaN), rstd(9, kNaN);
+    EXPECT(cpu::gather_merge_layernorm(x.data(), DType::float32, channels, channels, f.selection(),
+                                       weight.data(), bias.data(), DType::float32, 1e-3, out.data(),
+                                       normed.data(), mean.data(), rstd.data(), 2) == Status::ok);
+    for (std::int64_t row = 0; row < 9; ++row) {
+      double mu = 0, variance = 0;
+      for (std::int64_t c = 0; c < channels; ++c) mu += out[row * channels + c] / double(channels);
+      for (std::int64_t c = 0; c < channels; ++c) {
+        const double d = out[row * channels + c] - mu;
+        variance += d * d / double(channels);
+      }
+      const bool padding = row > 6;
+      const double scale = padding ? 0 : 1 / std::sqrt(variance + 1e-3);
+      EXPECT_NEAR(mean[row], mu, 1e-5);
+      EXPECT_NEAR(rstd[row], scale, 1e-4 * scale);
+      for (std::int64_t c = 0; c < channels; ++c) {
+        const double expected = padding ? 0 : (out[row * channels + c] - mu) * scale * weight[c] + bias[c];
+        EXPECT_NEAR(normed[row * channels + c], expected, 2e-4);
+      }
+    }
+  }
+}
+
+TEST(backward_is_the_transpose_of_forward) {
+  const Fixture f;
+  const std::int64_t channels = 21;
+  const std::vector<float> x = ramp(9 * channels), grad = ramp(9 * channels + 5);
+  std::vector<float> out(9 * channels), grad_x(9 * channels, kNaN), grad_weight(9, kNaN);
+  EXPECT(cpu::gather_merge(x.data(), DType::float32, channels, channels, f.selection(), out.data(), 1) ==
+         Status::ok);
+  EXPECT(cpu::gather_merge_backward(grad.data() + 5, channels, x.data(), DType::float32, channels, channels,
+                                    f.selection(), grad_x.data(), grad_weight.data(), 2) == Status::ok);
+  double forward = 0, backward = 0, by_weight = 0, merged = 0;
+  for (std::int64_t i = 0; i < 7 * channels; ++i) forward += double(out[i]) * grad[5 + i];
+  for (std::int64_t i = 0; i < 9 * channels; ++i) backward += double(x[i]) * grad_x[i];
+  for (std::int64_t j = 0; j < 9; ++j) by_weight += double(f.merge_weight[j]) * grad_weight[j];
+  for (std::int64_t row : {3, 6})
+    for (std::int64_t c = 0; c < channels; ++c)
+      merged += double(out[row * channels + c]) * grad[5 + row * channels + c];
+  EXPECT_NEAR(backward, forward, 1e-3);
+  EXPECT_NEAR(by_weight, merged, 1e-3);
+  for (std::int64_t j = 0; j < 9; ++j) EXPECT(!f.keep[j] || grad_weight[j] == 0);
+}
+
+TEST(importance_and_selection_follow_their_equations) {
+  const std::int64_t rows = 30, tokens = 19;
+  const std::vector<std::int32_t> cu_seqlens{0, 1, 1, 30}, summary_index{0, -1, 28};
+  std::vector<float> summary(rows), received(rows), logits = ramp(rows * tokens), importance(rows, kNaN);
+  for (std::int64_t j = 0; j < rows; ++j) summary[j] = 0.01f * float(j % 7), received[j] = 1 + float(j % 5);
+  EXPECT(cpu::token_importance(summary.data(), received.data(), logits.data(), DType::float32, tokens, tokens,
+                               cu_seqlens.data(), rows, 3, summary_index.data(), importance.data(),
+                               2) == Status::ok);
+  const auto best = [&](std::int64_t j) {
+    return std::max(0.0f, *std::max_element(&logits[j * tokens], &logits[j * tokens] + tokens));
+  };
+  double received_sum = 0, guidance_sum = 0;
+  for (std::int64_t j = 1; j < 30; ++j)
+    if (j != 29) received_sum += received[j], guidance_sum += best(j);
+  EXPECT_NEAR(importance[0], 0, 0);
+  EXPECT_NEAR(importance[29], 0, 0);
+  for (std::int64_t j = 1; j < 29; ++j)
+    EXPECT_NEAR(importance[j], (summary[j] + received[j] / received_sum + best(j) / guidance_sum) / 3, 1e-6);
+
+  const double tau = 0.8;
+  std::vector<std::uint8_t> keep(rows, 7);
+  std::vector<std::int32_t> cu_seqlens_out(4, -5), source(rows, -5);
+  std::vector<float> merge_weight(rows, kNaN);
+  EXPECT(cpu::select_tokens(importance.data(), logits.data(), DType::float32, tokens, tokens,
+                            cu_seqlens.data(), rows, 3, summary_index.data(), tau, keep.data(),
+                            cu_seqlens_out.data(), source.data(), merge_weight.data(), 2) == Status::ok);
+  double threshold = kInfinity;
+  for (std::int64_t k = 0; k < tokens; ++k) {
+    double weight = 0, weighted = 0;
+    for (std::int64_t j = 1; j < 29; ++j) {
+      const double e = std::exp(logits[j * tokens + k] / tau);
+      weight += e, weighted += e * importance[j];
+    }
+    threshold = std::min(threshold, weighted / weight);
+  }
+  std::vector<std::int32_t> expected{0};
+  double total = 0;
+  for (std::int64_t j = 1; j < 30; ++j) {
+    const bool kept = j == 29 || importance[j] > threshold;
+    EXPECT(keep[j] == kept);
+    if (kept) expected.push_back(std::int32_t(j));
+    if (!kept) total += importance[j];
+  }
+  EXPECT(total > 0);
+  expected.push_back(-3);
+  for (std::int64_t j = 0; j < 30; ++j)
+    EXPECT_NEAR(merge_weight[j], keep[j] ? 0 : importance[j] / total, 1e-6);
+  EXPECT((cu_seqlens_out == std::vector<std::int32_t>{0, 1, 1, std::int32_t(expected.size())}));
+  expected.resize(rows, padding_row);
+  EXPECT(source == expected);
+}
+
+TEST(bad_arguments_are_refused_and_nothing_is_written) {
+  Fixture f;
+  const std::vector<float> x = ramp(9 * 4);
+  std::vector<float> out(9 * 4, 5), statistics(9, 5);
+  const auto gather = [&](const void* from, DType dtype, std::int64_t channels, int threads) {
+    return cpu::gather_merge(from, dtype, channels, channels, f.selection(), out.data(), threads);
+  };
+  const auto refused = [&](Status status) { EXPECT(status == Status::invalid_argument); };
+  refused(gather(nullptr, DType::float32, 4, 1));
+  refused(gather(x.data(), DType(9), 4, 1));
+  refused(gather(x.data(), DType::float32, -1, 1));
+  refused(gather(x.data(), DType::float32, 4, 0));
+  refused(cpu::gather_merge_layernorm(x.data(), DType::float32, 4, 4, f.selection(), x.data(), x.data(),
+                                      DType::float16, 1e-5, out.data(), out.data(), statistics.data(),
+                                      statistics.data(), 1));
+  refused(cpu::gather_merge_layernorm(x.data(), DType::float32, 4, 4, f.selection(), x.data(), x.data(),
+                                      DType::float32, 0, out.data(), out.data(), statistics.data(),
+                                      statistics.data(), 1));
+  refused(cpu::gather_merge_backward(x.data(), 4, x.data(), DType::float32, 4, 4, f.selection(), out.data(),
+                                     nullptr, 1));
+  for (const std::vector<std::int32_t>& broken :
+       {std::vector<std::int32_t>{1, 5, 5, 9}, {0, 5, 4, 9}, {0, 5, 5, 8}}) {
+    f.cu_seqlens = broken;
+    refused(gather(x.data(), DType::float32, 4, 1));
+  }
+  f = Fixture();
+  f.cu_seqlens_out.back() = 10;
+  refused(gather(x.data(), DType::float32, 4, 1));
+
+  const std::int32_t cu_seqlens[2] = {0, 9};
+  std::uint8_t keep[9];
+  std::int32_t cu_seqlens_out[2], source[9];
+  const auto select = [&](double temperature, std::int64_t tokens) {
+    return cpu::select_tokens(x.data(), x.data(), DType::float32, 4, tokens, cu_seqlens, 9, 1, nullptr,
+                              temperature, keep, cu_seqlens_out, source, out.data(), 1);
+  };
+  refused(select(-1, 4));
+  refused(select(double(kNaN), 4));
+  refused(select(double(kInfinity), 4));
+  refused(select(1, 0));
+  EXPECT((out == std::vector<float>(9 * 4, 5)));
+}
+
+TEST(a_source_that_names_no_row_gives_zeros) {
+  Fixture f;
+  f.source = {9, INT32_MAX, -4, INT32_MIN + 1, 0, 8, -2, padding_row, 5};
+  const std::vector<float> x = ramp(9 * 4);
+  std::vector<float> out(9 * 4, kNaN);
+  EXPECT(cpu::gather_merge(x.data(), DType::float32, 4, 4, f.selection(), out.data(), 1) == Status::ok);
+  for (std::int64_t row : {0, 1, 2, 3, 6, 7})  // -2 is the empty sequence: a sum of nothing
+    for (std::int64_t c = 0; c < 4; ++c) EXPECT(out[row * 4 + c] == 0);
+  for (std::int64_t c = 0; c < 4; ++c) EXPECT(out[8 * 4 + c] == x[5 * 4 + c]);
+}
