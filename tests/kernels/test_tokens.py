@@ -346,6 +346,21 @@ def test_gather_merge_refuses():
         mk.gather_merge(torch.zeros(1, 1).expand(2**31, 1), selection)
 
 
+@pytest.mark.slow
+def test_more_elements_than_int32_counts():
+    rows, channels = 33_000, 65_536  # 2.16e9 elements; pages that are only read cost no memory
+    x = torch.zeros(rows, channels, dtype=torch.bfloat16)
+    x[-2:] = torch.tensor([[1.0], [3.0]])
+    importance = torch.zeros(rows)
+    importance[-2] = 1.0
+    selection = mk.select_tokens(importance, torch.zeros(rows, 1), cu_seqlens_of([rows]), 1.0)
+    assert selection.source.tolist() == [0, rows - 2, -1]
+    merge_weight = selection.merge_weight.clone()
+    merge_weight[-1] = 0.5
+    out = mk.gather_merge(x, selection._replace(merge_weight=merge_weight))
+    assert (out[1] == 1).all() and (out[2] == 1.5).all()
+
+
 def test_dispatch(monkeypatch):
     x, selection = torch.zeros(8, 2), select([4, 4])[2]
     choice = mk.explain("gather_merge", x, selection)

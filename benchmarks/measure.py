@@ -1,0 +1,95 @@
+"""Times and memory of functions that take turns in one process."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.registry import Thunk
+
+L2_FLUSH_BYTES = 256 << 20
+
+
+class Spread(NamedTuple):
+    """Seconds: median and the 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
+        return cls(statistics.median(values), cuts[0], cuts[3])
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep what is freed, as servers' allocators do: else page faults rule the time of large outputs."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(-4, 0)  # M_MMAP_MAX
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def take_turns(
+    functions: Mapping[str, Sequence[Thunk]], device: torch.device, rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of every call, by name: in each round every function runs once, on the next of its input sets.
+
+    Turns make a drift of the machine's speed hit all alike, and give pairs to take ratios of.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    timer = _cuda_timer() if device.type == "cuda" else _cpu_timer
+    for turn in range(-warmup, rounds):
+        for name, sets in functions.items():
+            elapsed = timer(sets[turn % len(sets)])
+            if turn >= 0:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def _cpu_timer(function: Thunk) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _cuda_timer():
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def timer(function: Thunk) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return timer
+
+
+def peak_bytes(function: Thunk, device: torch.device) -> int:
+    """Most memory the call held at once beyond what was held before, its result included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

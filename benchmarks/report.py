@@ -1,0 +1,73 @@
+"""Results as tables: on the terminal while they come, and as docs/benchmarks.md from the committed files.
+
+Times of a CPU are shown as ratios only: its absolute times say more of the machine than of the code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+HEADER = """# Benchmarks
+
+Made by `make bench` from the files in `benchmarks/results/`; slower rows included. In each table all providers did
+the same work, in turns in one process, on data that no cache holds, after a check of their results. *Speed-up* is over
+the baseline: the median of the ratios of neighbouring runs, and their 20th and 80th percentile. *Memory* is the most a
+call held at once, its result included. Freed memory stays with the process, as with a server's allocator.
+"""
+
+
+def title(block: dict) -> str:
+    case = ", ".join(f"{name} {value}" for name, value in block["case"].items())
+    return case if block["threads"] is None else f"{case}, {block['threads']} threads"
+
+
+def columns(row: dict, baseline: str, device_is_cpu: bool) -> tuple[str, ...] | None:
+    """provider, speed-up, spread, memory (and time on a GPU); None for a provider that could not run here."""
+    if "unavailable" in row:
+        return None
+    if "wrong" in row:
+        return row["provider"], "wrong", row["wrong"], ""
+    speedup, name = row.get("speedup"), row["provider"] + (" (baseline)" if row["provider"] == baseline else "")
+    ratio, spread = (
+        ("", "") if speedup is None else (f"{speedup['median']:.2f}x", f"{speedup['p20']:.2f}-{speedup['p80']:.2f}")
+    )
+    cells = (name, ratio, spread, f"{row['peak_bytes'] / 2**20:.1f} MiB")
+    return cells if device_is_cpu else (*cells, f"{row['seconds']['median'] * 1e6:.1f} us")
+
+
+def headings(device_is_cpu: bool) -> tuple[str, ...]:
+    return ("provider", "speed-up", "20-80 %", "memory") + (() if device_is_cpu else ("median",))
+
+
+def print_table(entry, block: dict) -> None:
+    on_cpu = block["threads"] is not None
+    table = Table(*headings(on_cpu), title=f"{entry.name}: {title(block)}", title_justify="left")
+    for row in block["rows"]:
+        if (cells := columns(row, entry.baseline, on_cpu)) is not None:
+            table.add_row(*cells)
+    Console().print(table)
+
+
+def write_document(results: Path, document: Path = DOCUMENT) -> None:
+    """docs/benchmarks.md from every results file."""
+    parts = [HEADER]
+    for path in sorted(results.glob("*/*.json")):
+        result = json.loads(path.read_text())
+        if "blocks" not in result:
+            continue
+        about = result["machine"]
+        on_cpu = result["blocks"][0]["threads"] is not None
+        where = f"CPU, {about['cpu_isa']}" if on_cpu else about["device"]
+        parts.append(f"## {result['entry']} ({where})\n\n{result['summary'].capitalize()}; torch {about['torch']}.\n")
+        for block in result["blocks"]:
+            heads = headings(on_cpu)
+            lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+            rows = (columns(row, result["baseline"], on_cpu) for row in block["rows"])
+            lines += [f"| {' | '.join(cells)} |" for cells in rows if cells is not None]
+            parts.append(f"**{title(block)}**\n\n" + "\n".join(lines) + "\n")
+    document.write_text("\n".join(parts))
