@@ -20,6 +20,7 @@ AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _implementations: dict[str, dict[str, Callable]] = {}
+_limits: dict[str, Callable[[str, tuple[int, ...]], str | None]] = {}
 _public: dict[str, Callable] = {}
 
 
@@ -37,12 +38,19 @@ class Choice:
         return f"{self.op}: {self.backend} ({self.reason}){others}"
 
 
-def register(op: str, **backends: Callable) -> None:
-    """Makes `backends` (name -> function with the arguments of the reference) the implementations of `op`."""
+def register(
+    op: str, *, limits: Callable[[str, tuple[int, ...]], str | None] | None = None, **backends: Callable
+) -> None:
+    """Makes `backends` (name -> function with the arguments of the reference) the implementations of `op`.
+
+    limits: (backend, shape of the op's first tensor) -> why that backend cannot run it, or None.
+    """
     unknown = set(backends) - set(BACKENDS)
     if unknown or "reference" not in backends:
         raise ValueError(f"{op} needs a reference and backends among {BACKENDS}, got {tuple(backends)}")
     _implementations[op] = backends
+    if limits is not None:
+        _limits[op] = limits
 
 
 def public(function: Callable) -> Callable:
@@ -51,18 +59,25 @@ def public(function: Callable) -> Callable:
     return function
 
 
-def implementation(op: str, backend: str | None, dtype: torch.dtype, device: torch.device) -> Callable:
+def implementation(
+    op: str, backend: str | None, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
+) -> Callable:
     """The function that runs `op` on tensors of this dtype and device; raises when the requested backend cannot."""
-    return _implementations[op][choose(op, backend, dtype, device).backend]
+    return _implementations[op][choose(op, backend, dtype, device, shape).backend]
 
 
-def choose(op: str, backend: str | None, dtype: torch.dtype, device: torch.device) -> Choice:
-    """Picks the backend of one call. Raises ValueError for an unknown name, RuntimeError when it cannot run here."""
+def choose(
+    op: str, backend: str | None, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
+) -> Choice:
+    """Picks the backend of one call. Raises ValueError for an unknown name, RuntimeError when it cannot run here.
+
+    shape: of the op's first tensor, for ops whose backends are limited by it.
+    """
     requested, origin = (backend, "backend=") if backend not in (None, "auto") else _default()
     if requested not in (*BACKENDS, "auto"):
         raise ValueError(f"{origin} must be one of auto, {', '.join(BACKENDS)}, got {requested!r}")
     order = AUTO_ORDER.get(device.type, ("reference",))
-    obstacles = {name: why for name in BACKENDS if (why := _obstacle(op, name, dtype, device))}
+    obstacles = {name: why for name in BACKENDS if (why := _obstacle(op, name, dtype, device, shape))}
     best = next(name for name in order if name not in obstacles)
     if requested == "auto":
         rejected = {name: obstacles.get(name, f"{best} comes first on {device.type}") for name in BACKENDS}
@@ -75,6 +90,11 @@ def choose(op: str, backend: str | None, dtype: torch.dtype, device: torch.devic
     return Choice(op, requested, f"asked for by {origin}", {n: w for n, w in obstacles.items() if n != requested})
 
 
+def has(op: str, backend: str) -> bool:
+    """Whether `op` has an implementation on `backend`, runnable here or not."""
+    return backend in _implementations[op]
+
+
 def explain(op: str, *args, **kwargs) -> Choice:
     """Says which backend `op(*args, **kwargs)` would run on and why, without running it.
 
@@ -85,14 +105,14 @@ def explain(op: str, *args, **kwargs) -> Choice:
     bound = inspect.signature(_public[op]).bind(*args, **kwargs).arguments
     first = next(iter(bound.values()))
     tensor = first if isinstance(first, torch.Tensor) else first[0]
-    return choose(op, bound.get("backend"), tensor.dtype, tensor.device)
+    return choose(op, bound.get("backend"), tensor.dtype, tensor.device, tuple(tensor.shape))
 
 
 def _default() -> tuple[str, str]:
     return os.environ.get("MADTP_BACKEND", "auto").strip().lower() or "auto", "MADTP_BACKEND"
 
 
-def _obstacle(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+def _obstacle(op: str, backend: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> str | None:
     """Why `backend` cannot run this call, or None when it can."""
     if backend not in _implementations[op]:
         return f"{op} has no {backend} implementation"
@@ -100,7 +120,7 @@ def _obstacle(op: str, backend: str, dtype: torch.dtype, device: torch.device) -
         return None
     if dtype not in FAST_DTYPES:
         return f"{dtype} runs on the reference only"
-    return _BACKEND_OBSTACLES[backend](device)
+    return _BACKEND_OBSTACLES[backend](device) or (_limits[op](backend, shape) if op in _limits else None)
 
 
 def _cpu_obstacle(device: torch.device) -> str | None:

@@ -33,6 +33,51 @@ def _matrix(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), _DTYPES[x.dtype], x.stride(0)
 
 
+def _heads(x: Tensor) -> Tensor:
+    """x (T, H, D), or a copy of it when the elements of a head are not contiguous."""
+    return x if x.shape[2] <= 1 or x.stride(2) == 1 else x.contiguous()
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    summary_index: Tensor | None,
+    return_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (_heads(x) for x in (q, k, v))
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    summary_index = _contiguous(summary_index)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    summary = q.new_empty(q.shape[0] if return_stats else 0, dtype=torch.float32)
+    received = torch.empty_like(summary)
+    _call(
+        "varlen_attention",
+        q.device,
+        _DTYPES[q.dtype],
+        *(number for x in (q, k, v) for number in (x.data_ptr(), x.stride(0), x.stride(1))),
+        _address(cu_seqlens_q),
+        _address(cu_seqlens_k),
+        q.shape[0],
+        k.shape[0],
+        cu_seqlens_q.numel() - 1,
+        *q.shape[1:],
+        softmax_scale,
+        causal,
+        _address(summary_index),
+        _address(out),
+        _address(summary),
+        _address(received),
+    )
+    return out, summary, received
+
+
 def token_importance(
     summary: Tensor, received: Tensor, mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
 ) -> Tensor:

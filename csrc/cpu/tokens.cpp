@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "cpu/checks.h"
 #include "cpu/isa.h"
 
 #define MADTP_ISA baseline
@@ -22,21 +23,6 @@
 
 namespace madtp::cpu {
 namespace {
-
-// Some data, or none to point to.
-bool present(const void* data, std::int64_t count) { return data != nullptr || count == 0; }
-
-// 0 first, never decreasing, `rows` (or at most that) last.
-bool offsets(const std::int32_t* cu_seqlens, std::int64_t batch, std::int64_t rows, bool exactly) {
-  if (cu_seqlens == nullptr || batch < 0 || rows < 0 || rows > INT32_MAX || cu_seqlens[0] != 0) return false;
-  for (std::int64_t b = 0; b < batch; ++b)
-    if (cu_seqlens[b + 1] < cu_seqlens[b]) return false;
-  return exactly ? cu_seqlens[batch] == rows : cu_seqlens[batch] <= rows;
-}
-
-bool matrix(const void* data, DType dtype, std::int64_t rows, std::int64_t columns) {
-  return size_of(dtype) != 0 && columns >= 0 && present(data, rows * columns);
-}
 
 bool valid(const TokenSelection& s) {
   return s.capacity >= 0 && offsets(s.cu_seqlens, s.batch, s.rows, true) &&

@@ -78,5 +78,6 @@ PYBIND11_MODULE(_C, module) {
 #else
   py::module_* cuda = nullptr;
 #endif
+  bind_attention(cpu);
   bind_tokens(cpu, cuda);
 }

@@ -22,6 +22,7 @@ T* pointer(std::uintptr_t address) {
 void check(Status status, const char* function);
 
 // One function per op family, defined in the file of that name. cuda is null in a build without CUDA.
+void bind_attention(py::module_& cpu);
 void bind_tokens(py::module_& cpu, py::module_* cuda);
 
 }  // namespace madtp::python

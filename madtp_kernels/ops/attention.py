@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from madtp_kernels import dispatch
+from madtp_kernels import dispatch, native
 from madtp_kernels.ops import checks
 from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.reference import attention as reference
@@ -103,8 +103,17 @@ torch.library.define(
     "madtp::varlen_attention_backward",
     f"(Tensor grad_out, Tensor grad_summary, Tensor grad_received, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )
-for _op in ("varlen_attention", "varlen_attention_backward"):
-    dispatch.register(_op, reference=getattr(reference, _op))
+
+
+def _limits(backend: str, shape: tuple[int, ...]) -> str | None:
+    head_dim = shape[-1]
+    if head_dim % 16 or not 16 <= head_dim <= 128:
+        return f"head_dim must be a multiple of 16 from 16 to 128, got {head_dim}"
+    return None
+
+
+dispatch.register("varlen_attention", reference=reference.varlen_attention, cpu=native.varlen_attention, limits=_limits)
+dispatch.register("varlen_attention_backward", reference=reference.varlen_attention_backward)
 
 
 def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, summary_index):
@@ -123,14 +132,16 @@ def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
 @torch.library.impl("madtp::varlen_attention", "CompositeExplicitAutograd")
 def _varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats, backend):
     _check_values(q, k, cu_q, cu_k, max_q, max_k, summary_index)
-    run = dispatch.implementation("varlen_attention", backend, q.dtype, q.device)
+    run = dispatch.implementation("varlen_attention", backend, q.dtype, q.device, tuple(q.shape))
     return run(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats)
 
 
 @torch.library.impl("madtp::varlen_attention_backward", "CompositeExplicitAutograd")
 def _varlen_attention_backward(grad_out, grad_summary, grad_received, q, *arguments):
     *arguments, backend = arguments
-    run = dispatch.implementation("varlen_attention_backward", backend, q.dtype, q.device)
+    # A forward on a backend without a backward of its own: the reference recomputes what it needs.
+    backend = backend if backend == "auto" or dispatch.has("varlen_attention_backward", backend) else "reference"
+    run = dispatch.implementation("varlen_attention_backward", backend, q.dtype, q.device, tuple(q.shape))
     return run(grad_out, grad_summary, grad_received, q, *arguments)
 
 

@@ -7,8 +7,10 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import madtp_kernels as mk
+from madtp_kernels import dispatch
 
 LENGTHS = [5, 1, 0, 9]
+needs_extension = pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="no C++ extension")
 
 
 def qkv(rows, heads=3, dim=4, dtype=torch.float64):
@@ -77,6 +79,76 @@ def test_opcheck_and_flops():
     with FlopCounterMode(display=False) as counter:
         mk.varlen_attention(q, k, v, cu, max_seqlen_q=9)
     assert counter.get_total_flops() == 4 * (25 + 1 + 81) * 12
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 128])
+def test_cpu_within_twice_the_reference_error(dtype, causal, dim):
+    lengths = [63, 1, 0, 111, 2, 17]
+    cu, index = cu_seqlens_of(lengths), torch.tensor([62, 0, -1, 5, -1, 0], dtype=torch.int32)
+    qkv = torch.randn(sum(lengths), 3, 3, dim).to(dtype)  # packed: rows are 9 heads apart
+
+    def attend(qkv, backend, return_stats=True):
+        ragged = {"cu_seqlens_q": cu, "max_seqlen_q": 111, "causal": causal, "summary_index": index}
+        result = mk.varlen_attention(*qkv.unbind(1), **ragged, return_stats=return_stats, backend=backend)
+        return (result[0], *result[1]) if return_stats else result
+
+    exact = attend(qkv.double(), "reference")
+    for got, want, limit in zip(attend(qkv, "cpu"), exact, attend(qkv, "reference"), strict=True):
+        assert got.dtype == limit.dtype
+        assert (got.double() - want).abs().max() <= 2 * (limit.double() - want).abs().max() + 1e-6
+    assert torch.equal(attend(qkv, "cpu", return_stats=False), attend(qkv, "cpu")[0])
+
+
+@needs_extension
+def test_cpu_results_do_not_depend_on_batch_or_threads():
+    lengths, before = [200, 37, 1, 90], torch.get_num_threads()
+    q, k, v = torch.randn(3, sum(lengths), 2, 32).unbind()
+    results = {}
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            out, stats = mk.varlen_attention(
+                q, k, v, cu_seqlens_of(lengths), max_seqlen_q=200, return_stats=True, backend="cpu"
+            )
+            results[threads] = (out, *stats)
+    finally:
+        torch.set_num_threads(before)
+    begin = 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        out, stats = mk.varlen_attention(
+            q[rows], k[rows], v[rows], cu_seqlens_of([length]), max_seqlen_q=length, return_stats=True, backend="cpu"
+        )
+        for result in results.values():
+            assert all(torch.equal(a[rows], b) for a, b in zip(result, (out, *stats), strict=True))
+        begin += length
+
+
+@needs_extension
+def test_cpu_forward_has_the_exact_gradient():
+    q, k, v = (x.detach() for x in qkv(sum(LENGTHS), dim=16))
+    cu = cu_seqlens_of(LENGTHS)
+
+    def gradients(dtype, backend):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out, stats = mk.varlen_attention(*inputs, cu, max_seqlen_q=9, return_stats=True, backend=backend)
+        return torch.autograd.grad((out**2).sum() + (stats.summary * stats.received).sum(), inputs)
+
+    for got, want in zip(gradients(torch.float32, "cpu"), gradients(torch.float64, "reference"), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@needs_extension
+def test_head_dims_the_cpu_kernel_lacks_run_on_the_reference():
+    q, k, v = (x.float().detach() for x in qkv(15, dim=24))
+    ragged = {"cu_seqlens_q": cu_seqlens_of(LENGTHS), "max_seqlen_q": 9}
+    choice = mk.explain("varlen_attention", q, k, v, **ragged)
+    assert choice.backend == "reference" and "head_dim must be a multiple of 16" in choice.rejected["cpu"]
+    with pytest.raises(RuntimeError, match="cannot run on backend 'cpu' .*head_dim must be a multiple of 16"):
+        mk.varlen_attention(q, k, v, **ragged, backend="cpu")
 
 
 @pytest.mark.parametrize(

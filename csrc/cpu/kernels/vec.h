@@ -5,7 +5,9 @@
 // AVX-512 and other machines; operators work element by element and a * b + c becomes one FMA where there is
 // one.
 
+#include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -46,7 +48,7 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-inline Vec broadcast(float value) { return Vec{} + value; }
+inline Vec broadcast(float value) { return value - Vec{}; }  // x - 0 is x, and free; 0 + x is not
 
 // Lane by lane: mask is all ones or all zeros per lane, as comparisons give it.
 inline Vec select(IntVec mask, Vec yes, Vec no) {
@@ -61,6 +63,43 @@ inline float sum(Vec v) {
   for (int i = 0; i < kWidth; ++i) total += v[i];
   return total;
 }
+
+#if defined(__GNUC__) && !defined(__clang__)
+namespace detail {
+// Swaps the off-diagonal Step x Step squares of every 2 Step x 2 Step square of the tile.
+template <int Step, std::size_t... Lane>
+inline void transpose_step(Vec (&tile)[kWidth], std::index_sequence<Lane...>) {
+  constexpr IntVec upper{std::int32_t(Lane & Step ? kWidth + Lane - Step : Lane)...};
+  constexpr IntVec lower{std::int32_t(Lane & Step ? kWidth + Lane : Lane + Step)...};
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    if (i & Step) continue;
+    const Vec a = tile[i], b = tile[i + Step];
+    tile[i] = __builtin_shuffle(a, b, upper);
+    tile[i + Step] = __builtin_shuffle(a, b, lower);
+  }
+}
+}  // namespace detail
+
+// tile[i][j] <-> tile[j][i]
+inline void transpose(Vec (&tile)[kWidth]) {
+  constexpr std::make_index_sequence<kWidth> lanes;
+  detail::transpose_step<1>(tile, lanes);
+  detail::transpose_step<2>(tile, lanes);
+  if constexpr (kWidth > 4) detail::transpose_step<4>(tile, lanes);
+  if constexpr (kWidth > 8) detail::transpose_step<8>(tile, lanes);
+}
+#else
+inline void transpose(Vec (&tile)[kWidth]) {
+  for (int i = 0; i < kWidth; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float below = tile[i][j];
+      tile[i][j] = tile[j][i];
+      tile[j][i] = below;
+    }
+  }
+}
+#endif
 
 // --- load and store, converting to and from float
 

@@ -8,6 +8,7 @@ enum class Status : int {
   invalid_argument = 1,  // a size, dtype or pointer breaks a documented rule; nothing was written
   unsupported = 2,       // this build or this machine cannot run it
   cuda_error = 3,        // the CUDA runtime refused the launch
+  out_of_memory = 4,     // scratch memory could not be had; nothing was written
 };
 
 constexpr const char* to_string(Status status) {
@@ -18,6 +19,8 @@ constexpr const char* to_string(Status status) {
       return "invalid argument";
     case Status::unsupported:
       return "unsupported";
+    case Status::out_of_memory:
+      return "out of memory";
     case Status::cuda_error:
       return "CUDA error";
   }

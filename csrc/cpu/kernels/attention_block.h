@@ -1,0 +1,220 @@
+#pragma once
+
+// A block of R query rows of one head against all keys of its sequence, in registers and L1: scores, softmax,
+// output, and the running maximum over heads of the probabilities.
+//
+// Everything is laid out in panels of two vectors: keys [panel][head_dim][kPanel], values [panel of
+// head_dim][key][kPanel], scores and maxima [panel][R][kPanel]; strides are constants, and a micro-kernel of
+// R x 2 accumulators serves both products.
+
+#include <cmath>
+
+#include "cpu/kernels/vec.h"
+
+namespace madtp::cpu::MADTP_ISA {
+
+constexpr int kPanel = 2 * kWidth;
+// Accumulators, two vectors of the panel and one broadcast must fit the register file: 32 or 16 of them.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMaxBlockRows = 14;
+#else
+constexpr int kMaxBlockRows = 6;
+#endif
+constexpr std::int64_t kMaxHeadDim = 128;
+constexpr float kMasked = -1e30f;  // finite, so that a row of nothing but masked scores has no NaN
+
+struct QueryBlock {
+  const float* queries;     // (R, kMaxHeadDim), scaled by softmax_scale * log2(e)
+  const float* keys;        // panels of the head
+  const float* values;      // panels of the head
+  std::int64_t value_rows;  // keys in a panel of values
+  std::int64_t key_count;   // keys that some row of the block sees
+  std::int64_t head_dim;
+  std::int64_t first_limit;  // row r sees keys below first_limit + r * limit_step, and below key_count
+  std::int64_t limit_step;   // 1 under a causal mask, else 0
+  float* scores;             // panels of R rows; probabilities before normalisation when the block is done
+  float* out;                // (R, head_dim)
+  std::int64_t out_stride;
+  float* maxima;    // panels of R rows, the maximum over the heads so far; null: no statistics
+  bool first_head;  // maxima hold nothing yet
+  float* norms;     // (R,) of the output rows; with maxima only
+  float* inverse;   // (R,) 1 / sum of the scores of each row
+};
+
+// 2^x to about 1 ulp for x <= 0; below -120 it stays at 2^-120. NaN is NaN.
+inline Vec exp2_nonpositive(Vec x) {
+  const Vec lowest = broadcast(-120.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23: rounds to an integer
+  x = select(x < lowest, lowest, x);
+  const Vec shifted = x + magic;
+  const Vec f = x - (shifted - magic);
+  Vec p = broadcast(1.534581180e-4f);
+  p = p * f + 1.339993122e-3f;
+  p = p * f + 9.618488958e-3f;
+  p = p * f + 5.550328777e-2f;
+  p = p * f + 2.402264689e-1f;
+  p = p * f + 6.931472057e-1f;
+  p = p * f + 1.0f;
+  return bit_cast<Vec>(bit_cast<BitVec>(p) + (bit_cast<BitVec>(shifted) << 23));
+}
+
+inline Vec lane_numbers() {
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = float(i);
+  return v;
+}
+
+// acc[r] += left[r * kLeftStride + i] * right[i * kPanel ...] over i < count: both products of attention.
+template <int R, int V, int kLeftStride>
+inline __attribute__((always_inline)) void accumulate(const float* __restrict left,
+                                                      const float* __restrict right, std::int64_t count,
+                                                      Vec (&acc)[R][V]) {
+#pragma GCC unroll 4
+  for (std::int64_t i = 0; i < count; ++i) {
+    Vec b[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) b[v] = load(right + i * kPanel + v * kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec a = broadcast(left[r * kLeftStride + i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = a * b[v] + acc[r][v];
+    }
+  }
+}
+
+// Scores of V vectors of one panel, and the running row maxima.
+template <int R, int V>
+inline __attribute__((always_inline)) void score_panel(const QueryBlock& block, std::int64_t panel,
+                                                       Vec (&highest)[R]) {
+  Vec acc[R][V] = {};
+  accumulate<R, V, kMaxHeadDim>(block.queries, block.keys + panel * block.head_dim * kPanel, block.head_dim,
+                                acc);
+  float* const scores = block.scores + panel * R * kPanel;
+  const std::int64_t first_key = panel * kPanel;
+  if (first_key + V * kWidth > block.first_limit || first_key + V * kWidth > block.key_count) {
+    for (int r = 0; r < R; ++r) {
+      std::int64_t limit = block.first_limit + r * block.limit_step;
+      limit = (limit < block.key_count ? limit : block.key_count) - first_key;
+      for (int v = 0; v < V; ++v)
+        acc[r][v] =
+            select(lane_numbers() < broadcast(float(limit - v * kWidth)), acc[r][v], broadcast(kMasked));
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      store(scores + r * kPanel + v * kWidth, acc[r][v]);
+      highest[r] = select(acc[r][v] > highest[r], acc[r][v], highest[r]);
+    }
+  }
+}
+
+// Output columns of V vectors from `column` on, scaled; returns each row's sum of squares in `squares`.
+template <int R, int V, bool kStatistics>
+inline __attribute__((always_inline)) void value_panel(const QueryBlock& block, std::int64_t panel,
+                                                       Vec (&squares)[R]) {
+  const std::int64_t panels = (block.key_count + kPanel - 1) / kPanel, last = panels - 1;
+  const std::int64_t value_panels = (block.head_dim + kPanel - 1) / kPanel;
+  const float* const values = block.values + panel * block.value_rows * kPanel;
+  Vec acc[R][V] = {};
+  for (std::int64_t p = 0; p < panels; ++p) {
+    const std::int64_t count = p < last ? kPanel : block.key_count - last * kPanel;
+    const float* const scores = block.scores + p * R * kPanel;
+    accumulate<R, V, kPanel>(scores, values + p * kPanel * kPanel, count, acc);
+    if (kStatistics) {
+      // Spread over the value panels, so that the maxima travel while the products compute.
+      if (p % value_panels != panel) continue;
+      float* const maxima = block.maxima + p * R * kPanel;
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec inverse = broadcast(block.inverse[r]);
+        for (int v = 0; v < 2; ++v) {
+          float* const at = maxima + r * kPanel + v * kWidth;
+          const Vec probability = load(scores + r * kPanel + v * kWidth) * inverse;
+          store(at, block.first_head ? probability : max_or_nan(load(at), probability));
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const Vec inverse = broadcast(block.inverse[r]);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const Vec y = acc[r][v] * inverse;
+      store(block.out + r * block.out_stride + panel * kPanel + v * kWidth, y);
+      squares[r] = y * y + squares[r];
+    }
+  }
+}
+
+template <int R>
+inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
+  const std::int64_t vectors = (block.key_count + kWidth - 1) / kWidth;
+  const bool masked = block.limit_step > 0 || block.key_count % kWidth != 0;
+  for (int r = 0; r < R; ++r) {
+    float peak = highest[r][0];
+    for (int i = 1; i < kWidth; ++i) peak = highest[r][i] > peak ? highest[r][i] : peak;
+    const Vec top = broadcast(peak);
+    Vec total[2] = {};
+    float* row = block.scores + r * kPanel;
+    std::int64_t v = 0;
+    for (; v + 2 <= vectors; v += 2, row += R * kPanel) {
+      const Vec a = exp2_nonpositive(load(row) - top), b = exp2_nonpositive(load(row + kWidth) - top);
+      store(row, a);
+      store(row + kWidth, b);
+      total[0] += a;
+      total[1] += b;
+    }
+    if (v < vectors) {
+      const Vec a = exp2_nonpositive(load(row) - top);
+      store(row, a);
+      store(row + kWidth, Vec{});
+      total[0] += a;
+    }
+    if (masked) {  // what exp2 left of masked keys must be nothing
+      std::int64_t limit = block.first_limit + r * block.limit_step;
+      limit = limit < block.key_count ? limit : block.key_count;
+      for (std::int64_t j = limit; j < vectors * kWidth; ++j)
+        block.scores[(j / kPanel * R + r) * kPanel + j % kPanel] = 0;
+    }
+    block.inverse[r] = 1 / sum(total[0] + total[1]);
+  }
+}
+
+template <int R, bool kStatistics>
+__attribute__((noinline)) void attend(const QueryBlock& block) {
+  Vec highest[R];
+  for (int r = 0; r < R; ++r) highest[r] = broadcast(-INFINITY);
+  const std::int64_t whole = block.key_count / kPanel, rest = block.key_count % kPanel;
+  for (std::int64_t p = 0; p < whole; ++p) score_panel<R, 2>(block, p, highest);
+  if (rest > kWidth) {
+    score_panel<R, 2>(block, whole, highest);
+  } else if (rest > 0) {
+    score_panel<R, 1>(block, whole, highest);
+  }
+  softmax<R>(block, highest);
+
+  Vec squares[R] = {};
+  const std::int64_t pairs = block.head_dim / kPanel;
+  for (std::int64_t p = 0; p < pairs; ++p) value_panel<R, 2, kStatistics>(block, p, squares);
+  if (block.head_dim % kPanel != 0) value_panel<R, 1, kStatistics>(block, pairs, squares);
+  if (kStatistics)
+    for (int r = 0; r < R; ++r) block.norms[r] = std::sqrt(sum(squares[r]));
+}
+
+using AttendFunction = void (*)(const QueryBlock&);
+
+// attend<rows, statistics>
+template <int R = kMaxBlockRows>
+inline AttendFunction attend_function(std::int64_t rows, bool statistics) {
+  if constexpr (R == 0) {
+    return nullptr;
+  } else {
+    if (rows == R) return statistics ? &attend<R, true> : &attend<R, false>;
+    return attend_function<R - 1>(rows, statistics);
+  }
+}
+
+}  // namespace madtp::cpu::MADTP_ISA

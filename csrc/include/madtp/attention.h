@@ -1,0 +1,46 @@
+#pragma once
+
+// Softmax attention inside packed sequences that also returns how important every token is to the others
+// (MADTP, Cao et al., CVPR 2024, arXiv 2403.02991, section 3.3). The rules of madtp/tokens.h on pointers,
+// cu_seqlens and statuses hold here too.
+
+#include <cstdint>
+
+#include "madtp/dtype.h"
+#include "madtp/status.h"
+
+namespace madtp {
+
+// Queries, keys and values of B sequences. Self-attention passes the same cu_seqlens twice. The head_dim
+// elements of a head are contiguous; strides count elements.
+struct AttentionInputs {
+  DType dtype;
+  const void* q;                     // (rows_q, heads, head_dim)
+  const void* k;                     // (rows_k, heads, head_dim)
+  const void* v;                     // (rows_k, heads, head_dim)
+  std::int64_t q_strides[2];         // between rows, between heads
+  std::int64_t k_strides[2];
+  std::int64_t v_strides[2];
+  const std::int32_t* cu_seqlens_q;  // (batch + 1,)
+  const std::int32_t* cu_seqlens_k;  // (batch + 1,)
+  std::int64_t rows_q, rows_k, batch, heads, head_dim;
+  float softmax_scale;
+  bool causal;                        // query i sees keys 0 to i of its sequence; self-attention only
+  const std::int32_t* summary_index;  // (batch,) row inside its sequence, -1: none; null: row 0 of each
+};
+
+namespace cpu {
+
+// out_i = sum_j softmax_j(softmax_scale q_i k_j) v_j. With statistics, which are for self-attention:
+// summary_j = sum_h P[h,s,j] ||out[h,j]|| / sum_h ||out[h,j]|| for the summary token s, and
+// received_j = sum over queries i != s of max_h P[h,i,j], under a causal mask divided by the number that see j.
+// head_dim is a multiple of 16, at most 128. Computes in float32; memory beside the outputs is O(rows * heads).
+// Status::out_of_memory when that cannot be had: nothing was written.
+Status varlen_attention(const AttentionInputs& inputs,
+                        void* out,        // (rows_q, heads, head_dim), contiguous
+                        float* summary,   // (rows_q,); null with `received`: no statistics
+                        float* received,  // (rows_q,)
+                        int threads);
+
+}  // namespace cpu
+}  // namespace madtp

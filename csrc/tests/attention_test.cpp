@@ -1,0 +1,184 @@
+#include "madtp/attention.h"
+
+#include <algorithm>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "tests/test.h"
+
+using namespace madtp;
+
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+struct Problem {
+  std::vector<std::int32_t> cu_q, cu_k, summary;
+  std::int64_t heads, dim;
+  bool causal;
+  std::vector<float> q, k, v;
+
+  Problem(std::vector<std::int32_t> q_lengths, std::vector<std::int32_t> k_lengths, std::int64_t h,
+          std::int64_t d, bool c)
+      : heads(h), dim(d), causal(c) {
+    cu_q = ends(q_lengths), cu_k = ends(k_lengths);
+    for (std::size_t b = 0; b < q_lengths.size(); ++b)
+      summary.push_back(b % 3 == 2 ? -1 : q_lengths[b] > 0 ? q_lengths[b] / 2 : 0);
+    std::mt19937 generator(7);
+    std::normal_distribution<float> normal(0, 1);
+    for (std::vector<float>* x : {&q, &k, &v}) {
+      x->resize(std::size_t((x == &q ? cu_q : cu_k).back()) * heads * dim);
+      for (float& value : *x) value = normal(generator);
+    }
+  }
+
+  AttentionInputs inputs() const {
+    const std::int64_t row = heads * dim;
+    return {
+        DType::float32, q.data(),    k.data(),    v.data(),    {row, dim},    {row, dim},
+        {row, dim},     cu_q.data(), cu_k.data(), cu_q.back(), cu_k.back(),   std::int64_t(cu_q.size()) - 1,
+        heads,          dim,         0.2f,        causal,      summary.data()};
+  }
+
+ private:
+  static std::vector<std::int32_t> ends(const std::vector<std::int32_t>& lengths) {
+    std::vector<std::int32_t> result{0};
+    for (std::int32_t length : lengths) result.push_back(result.back() + length);
+    return result;
+  }
+};
+
+struct Outputs {
+  std::vector<float> out, summary, received;
+  explicit Outputs(const Problem& p)
+      : out(p.q.size(), kNaN), summary(p.cu_q.back(), kNaN), received(p.cu_q.back(), kNaN) {}
+};
+
+// The equations, one query at a time in double.
+Outputs expected(const Problem& p, bool statistics) {
+  Outputs result(p);
+  for (std::size_t b = 0; b + 1 < p.cu_q.size(); ++b) {
+    const std::int64_t q0 = p.cu_q[b], n = p.cu_q[b + 1] - q0, k0 = p.cu_k[b], m = p.cu_k[b + 1] - k0;
+    std::vector<double> best(n * m), from_summary(p.heads * m), norms(n * p.heads);
+    for (std::int64_t h = 0; h < p.heads; ++h) {
+      for (std::int64_t i = 0; i < n; ++i) {
+        const std::int64_t seen = p.causal ? i + 1 : m;
+        std::vector<double> weights(m, 0);
+        double peak = -1e300, total = 0;
+        for (std::int64_t j = 0; j < seen; ++j) {
+          for (std::int64_t d = 0; d < p.dim; ++d)
+            weights[j] += 0.2f * double(p.q[((q0 + i) * p.heads + h) * p.dim + d]) *
+                          p.k[((k0 + j) * p.heads + h) * p.dim + d];
+          peak = std::max(peak, weights[j]);
+        }
+        for (std::int64_t j = 0; j < seen; ++j) total += weights[j] = std::exp(weights[j] - peak);
+        double norm = 0;
+        for (std::int64_t d = 0; d < p.dim; ++d) {
+          double value = 0;
+          for (std::int64_t j = 0; j < seen; ++j)
+            value += weights[j] / total * p.v[((k0 + j) * p.heads + h) * p.dim + d];
+          result.out[((q0 + i) * p.heads + h) * p.dim + d] = float(value);
+          norm += value * value;
+        }
+        norms[i * p.heads + h] = std::sqrt(norm);
+        for (std::int64_t j = 0; j < seen; ++j) {
+          best[i * m + j] = std::max(best[i * m + j], weights[j] / total);
+          if (i == p.summary[b]) from_summary[h * m + j] = weights[j] / total;
+        }
+      }
+    }
+    if (!statistics) continue;
+    for (std::int64_t j = 0; j < n; ++j) {
+      double received = 0, observers = 0, norm = 0, weighted = 0;
+      for (std::int64_t i = 0; i < n; ++i) {
+        if (i == p.summary[b] || (p.causal && i < j)) continue;
+        received += best[i * m + j];
+        observers += 1;
+      }
+      for (std::int64_t h = 0; h < p.heads; ++h) {
+        norm += norms[j * p.heads + h];
+        weighted += norms[j * p.heads + h] * from_summary[h * m + j];
+      }
+      result.received[q0 + j] = float(received / (p.causal ? std::max(observers, 1.0) : 1.0));
+      result.summary[q0 + j] = float(weighted / norm);
+    }
+  }
+  return result;
+}
+
+void expect_equal(const std::vector<float>& got, const std::vector<float>& wanted, double tolerance) {
+  EXPECT(got.size() == wanted.size());
+  for (std::size_t i = 0; i < got.size(); ++i) EXPECT_NEAR(got[i], wanted[i], tolerance);
+}
+
+}  // namespace
+
+TEST(self_attention_with_statistics) {
+  for (std::int64_t dim : {16, 32, 64, 80, 128}) {
+    for (bool causal : {false, true}) {
+      const Problem p({1, 0, 33, 2, 130, 64, 17}, {1, 0, 33, 2, 130, 64, 17}, 3, dim, causal);
+      const Outputs wanted = expected(p, true);
+      Outputs one(p), plain(p);
+      EXPECT(cpu::varlen_attention(p.inputs(), one.out.data(), one.summary.data(), one.received.data(), 1) ==
+             Status::ok);
+      expect_equal(one.out, wanted.out, 2e-5);
+      expect_equal(one.summary, wanted.summary, 1e-5);
+      expect_equal(one.received, wanted.received, 1e-4);
+      EXPECT(cpu::varlen_attention(p.inputs(), plain.out.data(), nullptr, nullptr, 2) == Status::ok);
+      EXPECT(plain.out == one.out);
+      for (int threads : {2, 3, 40}) {
+        Outputs more(p);
+        EXPECT(cpu::varlen_attention(p.inputs(), more.out.data(), more.summary.data(), more.received.data(),
+                                     threads) == Status::ok);
+        EXPECT(more.out == one.out && more.summary == one.summary && more.received == one.received);
+      }
+    }
+  }
+}
+
+TEST(cross_attention) {
+  const Problem p({5, 1, 0, 20}, {77, 3, 4, 130}, 2, 48, false);
+  Outputs got(p);
+  EXPECT(cpu::varlen_attention(p.inputs(), got.out.data(), nullptr, nullptr, 2) == Status::ok);
+  expect_equal(got.out, expected(p, false).out, 1e-5);
+}
+
+TEST(large_scores_do_not_overflow_and_nan_stays_in_its_sequence) {
+  Problem p({20, 35}, {20, 35}, 2, 32, false);
+  for (float& value : p.q) value *= 3000;
+  Outputs clean(p), broken(p);
+  EXPECT(cpu::varlen_attention(p.inputs(), clean.out.data(), clean.summary.data(), clean.received.data(),
+                               1) == Status::ok);
+  for (float value : clean.out) EXPECT(std::isfinite(value));
+  p.q[3] = kNaN;
+  EXPECT(cpu::varlen_attention(p.inputs(), broken.out.data(), broken.summary.data(), broken.received.data(),
+                               1) == Status::ok);
+  EXPECT(std::isnan(broken.out[0]) && std::isnan(broken.received[5]));
+  for (std::size_t i = 20 * 2 * 32; i < p.q.size(); ++i) EXPECT(broken.out[i] == clean.out[i]);
+  for (std::size_t i = 20; i < 55; ++i)
+    EXPECT(broken.received[i] == clean.received[i] && broken.summary[i] == clean.summary[i]);
+}
+
+TEST(bad_attention_arguments_are_refused) {
+  const Problem p({4, 3}, {4, 3}, 2, 32, false);
+  std::vector<float> out(p.q.size(), 5), statistic(7, 5);
+  const auto refused = [&](auto change, bool statistics = true) {
+    AttentionInputs inputs = p.inputs();
+    change(inputs);
+    EXPECT(cpu::varlen_attention(inputs, out.data(), statistics ? statistic.data() : nullptr,
+                                 statistics ? statistic.data() : nullptr, 1) == Status::invalid_argument);
+  };
+  const std::int32_t other_keys[] = {0, 3, 7}, no_keys[] = {0, 7, 7};
+  refused([](AttentionInputs& a) { a.head_dim = 24; });
+  refused([](AttentionInputs& a) { a.head_dim = 144; });
+  refused([](AttentionInputs& a) { a.dtype = DType(3); });
+  refused([](AttentionInputs& a) { a.k = nullptr; });
+  refused([](AttentionInputs& a) { a.rows_q = 6; });
+  refused([](AttentionInputs& a) { a.softmax_scale = kNaN; });
+  refused([&](AttentionInputs& a) { a.cu_seqlens_k = other_keys; });
+  refused([&](AttentionInputs& a) { a.cu_seqlens_k = no_keys; }, false);
+  EXPECT(cpu::varlen_attention(p.inputs(), out.data(), statistic.data(), nullptr, 1) ==
+         Status::invalid_argument);
+  EXPECT((out == std::vector<float>(p.q.size(), 5)));
+}
