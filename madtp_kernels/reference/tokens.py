@@ -35,9 +35,9 @@ def token_importance(
     guidance = mag_logits.to(summary.dtype).max(dim=1).values.relu()  # (T,)
     parts = []
     for begin, end in _bounds(cu_seqlens):
-        mask = prunable[begin:end].to(summary.dtype)
-        scores = summary[begin:end] * mask + _share(received[begin:end] * mask) + _share(guidance[begin:end] * mask)
-        parts.append(scores / 3)
+        # Masked, not multiplied by zero: the summary token takes no part, whatever it holds.
+        s, r, g = (t[begin:end].masked_fill(~prunable[begin:end], 0) for t in (summary, received, guidance))
+        parts.append((s + _share(r) + _share(g)) / 3)
     return torch.cat(parts) if parts else summary.clone()
 
 
@@ -106,7 +106,8 @@ def gather_merge(
 ) -> Tensor:  # (R, C)
     """Kept rows copied, pruned rows of a sequence summed with their weights, zeros past the true total."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    weighted = x.to(wide) * (merge_weight.to(wide) * ~keep)[:, None]
+    # Masked, not multiplied by zero: what is broken in a kept row stays there.
+    weighted = (x.to(wide) * merge_weight.to(wide)[:, None]).masked_fill(keep[:, None], 0)
     merged = [weighted[begin:end].sum(dim=0) for begin, end in _bounds(cu_seqlens)]
     zero = x.new_zeros(1, x.shape[1])
     table = torch.cat([x, torch.stack(merged).to(x.dtype), zero]) if merged else torch.cat([x, zero])

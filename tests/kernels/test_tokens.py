@@ -176,6 +176,26 @@ def test_corner_sequences(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_what_takes_no_part_cannot_spoil_the_rest(backend):
+    cu = cu_seqlens_of([12])
+    summary, received, logits = scores([12])
+    clean = mk.token_importance(mk.AttentionStats(summary, received), logits, cu, backend=backend)
+    for tensor in (summary, received, logits):
+        tensor[0] = math.nan  # the summary token
+    importance = mk.token_importance(mk.AttentionStats(summary, received), logits, cu, backend=backend)
+    assert torch.equal(importance, clean)
+    selection = mk.select_tokens(importance, logits, cu, 1.0, backend=backend)
+    x = torch.randn(12, 4)
+    merged = mk.gather_merge(x, selection, backend=backend)[-1]
+    x[selection.keep] = math.inf
+    assert torch.equal(mk.gather_merge(x, selection, backend=backend)[-1], merged)
+
+    if backend == "cpu":
+        logits[5] = -math.inf  # weight 0, at any temperature
+        assert mk.select_tokens(importance, logits, cu, 1e300, backend="cpu").source.numel() < 12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
     cu = torch.zeros(1, dtype=torch.int32)
     stats = mk.AttentionStats(torch.empty(0), torch.empty(0))

@@ -154,9 +154,7 @@ inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
   const std::int64_t vectors = (block.key_count + kWidth - 1) / kWidth;
   const bool masked = block.limit_step > 0 || block.key_count % kWidth != 0;
   for (int r = 0; r < R; ++r) {
-    float peak = highest[r][0];
-    for (int i = 1; i < kWidth; ++i) peak = highest[r][i] > peak ? highest[r][i] : peak;
-    const Vec top = broadcast(peak);
+    const Vec top = broadcast(highest_or_nan(highest[r]));
     Vec total[2] = {};
     float* row = block.scores + r * kPanel;
     std::int64_t v = 0;

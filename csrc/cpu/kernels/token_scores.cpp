@@ -27,9 +27,7 @@ float row_max(const T* row, std::int64_t count) {
   Vec best = broadcast(-INFINITY);
   std::int64_t k = 0;
   for (; k + kWidth <= count; k += kWidth) best = max_or_nan(best, load(row + k));
-  float result = best[0];
-  for (int i = 1; i < kWidth; ++i)
-    if (best[i] > result || best[i] != best[i]) result = best[i];
+  float result = highest_or_nan(best);
   if (k < count) {
     const Vec rest = load_part(row + k, count - k);
     for (std::int64_t i = 0; i < count - k; ++i)
@@ -108,7 +106,8 @@ std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* 
     if (!std::isfinite(importance[j])) return length;
     if (importance[j] > highest) highest = importance[j];
   }
-  const float inverse_tau = float(1 / temperature < FLT_MAX ? 1 / temperature : FLT_MAX);
+  const double inverse = 1 / temperature;
+  const float inverse_tau = inverse > FLT_MAX ? FLT_MAX : inverse < FLT_MIN ? FLT_MIN : float(inverse);
   constexpr int kVectors = 4;
   float threshold = -INFINITY;
   for (std::int64_t k = 0; k < alignment_tokens; k += kVectors * kWidth) {

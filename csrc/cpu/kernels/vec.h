@@ -58,11 +58,43 @@ inline Vec select(IntVec mask, Vec yes, Vec no) {
 // The larger of the two; NaN where either is NaN.
 inline Vec max_or_nan(Vec a, Vec b) { return select((b > a) | (b != b), b, a); }
 
-inline float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kWidth; ++i) total += v[i];
-  return total;
+#if defined(__GNUC__) && !defined(__clang__)
+namespace detail {
+// v, its lanes moved by Step.
+template <int Step, std::size_t... Lane>
+inline Vec rotate(Vec v, std::index_sequence<Lane...>) {
+  constexpr IntVec from{std::int32_t((Lane + Step) % kWidth)...};
+  return __builtin_shuffle(v, from);
 }
+}  // namespace detail
+
+// All lanes combined in a tree.
+template <typename Combine>
+inline float reduce(Vec v, Combine combine) {
+  constexpr std::make_index_sequence<kWidth> lanes;
+  if constexpr (kWidth > 8) v = combine(v, detail::rotate<8>(v, lanes));
+  if constexpr (kWidth > 4) v = combine(v, detail::rotate<4>(v, lanes));
+  v = combine(v, detail::rotate<2>(v, lanes));
+  return combine(v, detail::rotate<1>(v, lanes))[0];
+}
+#else
+template <typename Combine>
+inline float reduce(Vec v, Combine combine) {
+  for (int step = kWidth / 2; step > 0; step /= 2) {
+    Vec moved;
+    for (int i = 0; i < kWidth; ++i) moved[i] = v[(i + step) % kWidth];
+    v = combine(v, moved);
+  }
+  return v[0];
+}
+#endif
+
+inline float sum(Vec v) {
+  return reduce(v, [](Vec a, Vec b) { return a + b; });
+}
+
+// The largest lane, NaN if one is.
+inline float highest_or_nan(Vec v) { return reduce(v, max_or_nan); }
 
 #if defined(__GNUC__) && !defined(__clang__)
 namespace detail {

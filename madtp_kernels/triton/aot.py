@@ -1,0 +1,195 @@
+"""Compiles every Triton kernel as it ships, without a GPU, and reports registers, shared memory and spills.
+
+    python -m madtp_kernels.triton.aot [--all] [--json PATH]
+
+Each launcher runs on meta tensors; what it would launch (types, alignment, block sizes, warps) is compiled instead, for
+sm_80 and sm_90. Exit code 1 if a kernel spills registers.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from madtp_kernels.triton import gather_merge, token_scores
+
+TARGETS = (80, 90)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT = 16  # what triton specialises pointers and sizes on
+BATCH, ROWS, OUT_ROWS = 32, 32 * 577, 32 * 300
+WIDTHS = {  # columns of the report
+    "kernel": 30,
+    "target": 8,
+    "dtype": 10,
+    "channels": 10,
+    "alignment_tokens": 18,
+    "warps": 7,
+    "registers": 11,
+    "spilled_bytes": 15,
+    "shared_bytes": 12,
+}
+
+
+# --- one entry per launcher: its arguments from a dtype and the model's sizes
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _cu_seqlens() -> Tensor:
+    return _meta(BATCH + 1, dtype=torch.int32)
+
+
+def _summary_index(given: bool) -> Tensor | None:
+    return _meta(BATCH, dtype=torch.int32) if given else None
+
+
+def _selection() -> tuple[Tensor, ...]:
+    keep, source = _meta(ROWS, dtype=torch.bool), _meta(OUT_ROWS, dtype=torch.int32)
+    return keep, source, _meta(ROWS), _cu_seqlens(), _cu_seqlens()
+
+
+# name -> function of (dtype, C, K, whether the optional arguments are given) that calls the launcher
+LAUNCHES: dict[str, Callable] = {
+    "token_importance": lambda dtype, channels, alignment_tokens, optional: token_scores.token_importance(
+        _meta(ROWS), _meta(ROWS), _meta(ROWS, alignment_tokens, dtype=dtype), _cu_seqlens(), _summary_index(optional)
+    ),
+    "select_tokens": lambda dtype, channels, alignment_tokens, optional: token_scores.select_tokens(
+        _meta(ROWS), _meta(ROWS, alignment_tokens, dtype=dtype), _cu_seqlens(), 1.0, _summary_index(optional)
+    ),
+    "gather_merge": lambda dtype, channels, alignment_tokens, optional: gather_merge.gather_merge(
+        _meta(ROWS, channels, dtype=dtype), *_selection()
+    ),
+    "gather_merge_layernorm": lambda dtype, channels, alignment_tokens, optional: gather_merge.gather_merge_layernorm(
+        _meta(ROWS, channels, dtype=dtype),
+        *_selection(),
+        *(_meta(channels, dtype=torch.float32 if optional else dtype) for _ in range(2)),
+        1e-5,
+    ),
+    "gather_merge_backward": lambda dtype, channels, alignment_tokens, optional: gather_merge.gather_merge_backward(
+        _meta(OUT_ROWS, channels, dtype=dtype), _meta(ROWS, channels, dtype=dtype), *_selection()
+    ),
+}
+
+SHIPPED = [(768, 100, False)]  # C, K, optional arguments given: BLIP and ViT-B with the default configuration
+OTHERS = [(1024, 100, True), (1408, 256, True), (5120, 7, True), (17, 1, False)]
+
+
+# --- what a launch compiles to
+
+
+def recorded(launch: Callable, *args) -> list[tuple[JITFunction, dict, dict]]:
+    """(kernel, arguments by name, options) of everything `launch(*args)` would run."""
+    runs = []
+
+    def run(kernel, *values, grid, warmup, **named):
+        arguments = dict(zip(kernel.arg_names, values, strict=False))
+        options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+        arguments |= {name: value for name, value in named.items() if name in kernel.arg_names}
+        runs.append((kernel, arguments, options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        launch(*args)
+    return runs
+
+
+def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
+    """The kernel specialised on these arguments as triton's launcher would."""
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        specialised = not parameter.do_not_specialize
+        is_one = isinstance(value, int) and value == 1 and specialised
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name] = "constexpr"
+            constants[(position,)] = value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        # A meta tensor stands for one that torch allocated, which is aligned.
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % ALIGNMENT == 0 and specialised):
+            attributes[(position,)] = [["tt.divisibility", ALIGNMENT]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory of the one kernel in `cubin`."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        output = subprocess.run(
+            [tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True
+        ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output)}
+    # These kernels have no arrays and call nothing, so their stack is what was spilled.
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def reports(sizes: list[tuple[int, int, bool]], targets=TARGETS) -> Iterator[dict]:
+    """One row per kernel, dtype, sizes and target; kernels that no longer differ are compiled once."""
+    seen = set()
+    for arch in targets:
+        for launch in LAUNCHES.values():
+            for channels, alignment_tokens, optional in sizes:
+                for dtype in DTYPES:
+                    for kernel, arguments, options in recorded(launch, dtype, channels, alignment_tokens, optional):
+                        source = source_of(kernel, arguments)
+                        key = (arch, kernel.__name__, source.hash(), tuple(sorted(options.items())))
+                        if key in seen:
+                            continue
+                        seen.add(key)
+                        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+                        values = (
+                            kernel.__name__,
+                            f"sm_{arch}",
+                            str(dtype).removeprefix("torch."),
+                            channels,
+                            alignment_tokens,
+                            options["num_warps"],
+                            *resources(compiled.asm["cubin"]),
+                            compiled.metadata.shared,
+                        )
+                        yield dict(zip(WIDTHS, values, strict=True))
+
+
+def line(cells: Iterable) -> str:
+    return "".join(f"{cell!s:{width}}" for cell, width in zip(cells, WIDTHS.values(), strict=True)).rstrip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m madtp_kernels.triton.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="other widths and optional arguments too")
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile, unset it")
+
+    rows = []
+    print(line(WIDTHS))
+    for row in reports(SHIPPED + OTHERS if options.all else SHIPPED):
+        rows.append(row)
+        print(line(row.values()), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    spilling = sorted({row["kernel"] for row in rows if row["spilled_bytes"]})
+    if spilling:
+        print(f"registers spill to local memory in {', '.join(spilling)}", file=sys.stderr)
+    return int(bool(spilling))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
