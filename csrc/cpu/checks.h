@@ -9,7 +9,9 @@
 namespace madtp::cpu {
 
 // Some data, or none to point to.
-inline bool present(const void* data, std::int64_t count) { return data != nullptr || count == 0; }
+inline bool present(const void* data, std::int64_t rows, std::int64_t columns = 1) {
+  return data != nullptr || rows == 0 || columns == 0;
+}
 
 // 0 first, never decreasing, `rows` (or at most that) last.
 inline bool offsets(const std::int32_t* cu_seqlens, std::int64_t batch, std::int64_t rows, bool exactly) {
@@ -20,7 +22,7 @@ inline bool offsets(const std::int32_t* cu_seqlens, std::int64_t batch, std::int
 }
 
 inline bool matrix(const void* data, DType dtype, std::int64_t rows, std::int64_t columns) {
-  return size_of(dtype) != 0 && columns >= 0 && present(data, rows * columns);
+  return size_of(dtype) != 0 && columns >= 0 && present(data, rows, columns);
 }
 
 }  // namespace madtp::cpu

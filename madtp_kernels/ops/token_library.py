@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch, native
-from madtp_kernels.ops.checks import check_cu_seqlens_values, check_summary_index_values
+from madtp_kernels.ops.checks import check_cu_seqlens_values, check_rows, check_summary_index_values, require
 from madtp_kernels.reference import tokens as reference
 from madtp_kernels.reference.ragged import segment_sum, sequence_ids, summary_rows
 from madtp_kernels.reference.tokens import PADDING
@@ -87,7 +87,12 @@ def _select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_inde
 
 def _run_gather(op, lead, selection, rest, backend):
     x = lead[-1]
-    _, source, _, cu_seqlens, cu_seqlens_out = selection
+    keep, source, merge_weight, cu_seqlens, cu_seqlens_out = selection
+    # torch.ops can be called without the public function, and kernels trust these sizes.
+    require(lead[0].dtype == x.dtype, "grad", f"{x.dtype} like x", lead[0])
+    check_rows("selection.keep", keep, x.shape[0], "x")
+    check_rows("selection.merge_weight", merge_weight, x.shape[0], "x")
+    check_rows("selection.cu_seqlens", cu_seqlens_out, cu_seqlens.shape[0], "its input_cu_seqlens")
     check_cu_seqlens_values("selection.input_cu_seqlens", cu_seqlens, x.shape[0])
     check_cu_seqlens_values("selection.cu_seqlens", cu_seqlens_out, source.shape[0], at_most=True)
     run = dispatch.implementation(op, backend, x.dtype, x.device)
@@ -108,6 +113,9 @@ def _gather_merge_backward(grad, x, keep, source, merge_weight, cu_seqlens, cu_s
 @torch.library.impl("madtp::gather_merge_layernorm", "CompositeExplicitAutograd")
 def _gather_merge_layernorm(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, weight, bias, eps, backend):
     selection = (keep, source, merge_weight, cu_seqlens, cu_seqlens_out)
+    require(weight.dtype == bias.dtype, "bias", f"{weight.dtype} like weight", bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        check_rows(name, value, x.shape[1], "x has channels")
     return _run_gather("gather_merge_layernorm", (x,), selection, (weight, bias, eps), backend)
 
 

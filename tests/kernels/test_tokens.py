@@ -382,6 +382,18 @@ def test_more_elements_than_int32_counts():
     assert (out[1] == 1).all() and (out[2] == 1.5).all()
 
 
+def test_the_ops_themselves_check_what_kernels_trust():
+    _, _, s = select([4, 4])
+    flat = (s.keep, s.source, s.merge_weight, s.input_cu_seqlens, s.cu_seqlens)
+    x, ones = torch.zeros(8, 2), torch.ones(2)
+    with pytest.raises(ValueError, match="selection.keep must be of 8 rows like x"):
+        torch.ops.madtp.gather_merge(x, torch.ones(9, dtype=torch.bool), *flat[1:], "auto")
+    with pytest.raises(ValueError, match="bias must be torch.float32 like weight, got float16"):
+        torch.ops.madtp.gather_merge_layernorm(x, *flat, ones, ones.half(), 1e-5, "auto")
+    with pytest.raises(ValueError, match="grad must be torch.float32 like x, got float16"):
+        torch.ops.madtp.gather_merge_backward(x[: s.source.numel()].half(), x, *flat, "auto")
+
+
 def test_dispatch(monkeypatch):
     x, selection = torch.zeros(8, 2), select([4, 4])[2]
     choice = mk.explain("gather_merge", x, selection)

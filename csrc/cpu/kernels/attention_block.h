@@ -82,6 +82,23 @@ inline __attribute__((always_inline)) void accumulate(const float* __restrict le
   }
 }
 
+// Masks the stored scores of a panel that some row sees in part, and takes their row maxima. Out of line:
+// inlined, its constants would cost the products their registers.
+template <int R, int V>
+__attribute__((noinline)) void mask_panel(const QueryBlock& block, std::int64_t panel, Vec (&highest)[R]) {
+  for (int r = 0; r < R; ++r) {
+    std::int64_t limit = block.first_limit + r * block.limit_step;
+    limit = (limit < block.key_count ? limit : block.key_count) - panel * kPanel;
+    for (int v = 0; v < V; ++v) {
+      float* const at = block.scores + (panel * R + r) * kPanel + v * kWidth;
+      const IntVec seen = lane_numbers() < broadcast(float(limit - v * kWidth));
+      const Vec masked = select(seen, load(at), broadcast(kMasked));
+      store(at, masked);
+      highest[r] = max(masked, highest[r]);
+    }
+  }
+}
+
 // Scores of V vectors of one panel, and the running row maxima.
 template <int R, int V>
 inline __attribute__((always_inline)) void score_panel(const QueryBlock& block, std::int64_t panel,
@@ -90,22 +107,21 @@ inline __attribute__((always_inline)) void score_panel(const QueryBlock& block, 
   accumulate<R, V, kMaxHeadDim>(block.queries, block.keys + panel * block.head_dim * kPanel, block.head_dim,
                                 acc);
   float* const scores = block.scores + panel * R * kPanel;
-  const std::int64_t first_key = panel * kPanel;
-  if (first_key + V * kWidth > block.first_limit || first_key + V * kWidth > block.key_count) {
-    for (int r = 0; r < R; ++r) {
-      std::int64_t limit = block.first_limit + r * block.limit_step;
-      limit = (limit < block.key_count ? limit : block.key_count) - first_key;
-      for (int v = 0; v < V; ++v)
-        acc[r][v] =
-            select(lane_numbers() < broadcast(float(limit - v * kWidth)), acc[r][v], broadcast(kMasked));
-    }
+  const std::int64_t end = panel * kPanel + V * kWidth;
+  if (end > block.first_limit || end > block.key_count) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) store(scores + r * kPanel + v * kWidth, acc[r][v]);
+    mask_panel<R, V>(block, panel, highest);
+    return;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       store(scores + r * kPanel + v * kWidth, acc[r][v]);
-      highest[r] = select(acc[r][v] > highest[r], acc[r][v], highest[r]);
+      highest[r] = max(acc[r][v], highest[r]);
     }
   }
 }
@@ -132,7 +148,7 @@ inline __attribute__((always_inline)) void value_panel(const QueryBlock& block, 
         for (int v = 0; v < 2; ++v) {
           float* const at = maxima + r * kPanel + v * kWidth;
           const Vec probability = load(scores + r * kPanel + v * kWidth) * inverse;
-          store(at, block.first_head ? probability : max_or_nan(load(at), probability));
+          store(at, block.first_head ? probability : max_nonnegative(load(at), probability));
         }
       }
     }

@@ -71,7 +71,7 @@ float block_threshold(const Sequence& s, const float* importance, float highest,
   for (std::int64_t j = s.begin; j < s.end; ++j) {
     if (j == s.summary) continue;
     lanes(j, a);
-    for (int n = 0; n < N; ++n) best[n] = select(a[n] > best[n], a[n], best[n]);
+    for (int n = 0; n < N; ++n) best[n] = max(a[n], best[n]);
   }
   for (std::int64_t j = s.begin; j < s.end; ++j) {
     if (j == s.summary) continue;

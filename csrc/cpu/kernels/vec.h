@@ -52,7 +52,16 @@ inline Vec broadcast(float value) { return value - Vec{}; }  // x - 0 is x, and 
 
 // Lane by lane: mask is all ones or all zeros per lane, as comparisons give it.
 inline Vec select(IntVec mask, Vec yes, Vec no) {
-  return bit_cast<Vec>((mask & bit_cast<IntVec>(yes)) | (~mask & bit_cast<IntVec>(no)));
+  return mask ? yes : no;
+}
+
+// The larger of the two; b where either is NaN.
+inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+
+// The larger of two that have no sign bit; NaN where either is NaN, as its bits are above all others.
+inline Vec max_nonnegative(Vec a, Vec b) {
+  const BitVec x = bit_cast<BitVec>(a), y = bit_cast<BitVec>(b);
+  return bit_cast<Vec>(x > y ? x : y);
 }
 
 // The larger of the two; NaN where either is NaN.
