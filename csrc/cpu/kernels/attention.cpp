@@ -113,7 +113,15 @@ class Attention {
       pack_values(row(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], seen, a_.head_dim, w.values);
       for (std::int64_t block = begin; block < end; ++block) {
         const std::int64_t i = blocks.begin(block), rows = blocks.begin(block + 1) - i;
-        attend_block(s, h, i, rows, seen, w.maxima + (i - first_row) * padded(s.keys), w);
+        QueryBlock task;
+        task.next_queries = upcoming(a_.q, a_.q_strides, s.query + i + rows, h, block + 1 < end ? rows : 0);
+        if (h + 1 < a_.heads) {  // each block fetches its share of the next head
+          const std::int64_t from = seen * (block - begin) / (end - begin);
+          const std::int64_t share = seen * (block + 1 - begin) / (end - begin) - from;
+          task.next_keys = upcoming(a_.k, a_.k_strides, s.key + from, h + 1, share);
+          task.next_values = upcoming(a_.v, a_.v_strides, s.key + from, h + 1, share);
+        }
+        attend_block(s, h, i, rows, seen, w.maxima + (i - first_row) * padded(s.keys), w, task);
       }
     }
     if (!statistics_) return;
@@ -130,13 +138,20 @@ class Attention {
   }
 
  private:
+  Upcoming upcoming(const void* base, const std::int64_t (&strides)[2], std::int64_t first, std::int64_t head,
+                    std::int64_t rows) const {
+    const std::int64_t size = sizeof(T);
+    return {reinterpret_cast<const char*>(row(base, strides, first, head)), strides[0] * size, rows,
+            a_.head_dim * size};
+  }
+
   const T* row(const void* base, const std::int64_t (&strides)[2], std::int64_t row,
                std::int64_t head) const {
     return static_cast<const T*>(base) + row * strides[0] + head * strides[1];
   }
 
   void attend_block(const Sequence& s, std::int64_t h, std::int64_t i, std::int64_t rows,
-                    std::int64_t value_rows, float* maxima, const Workspace& w) const {
+                    std::int64_t value_rows, float* maxima, const Workspace& w, QueryBlock& block) const {
     const std::int64_t dim = a_.head_dim;
     const Vec scale = broadcast(a_.softmax_scale * 1.44269504088896341f);
     for (std::int64_t r = 0; r < rows; ++r) {
@@ -147,7 +162,6 @@ class Attention {
     T* const out = out_ + ((s.query + i) * a_.heads + h) * dim;
     const bool direct = sizeof(T) == sizeof(float);
     float norms[kMaxBlockRows], inverse[kMaxBlockRows];
-    QueryBlock block;
     block.queries = w.queries;
     block.keys = w.keys;
     block.values = w.values;

@@ -23,6 +23,22 @@ constexpr int kMaxBlockRows = 6;
 constexpr std::int64_t kMaxHeadDim = 128;
 constexpr float kMasked = -1e30f;  // finite, so that a row of nothing but masked scores has no NaN
 
+// Rows of memory to fetch while something else computes: rows of one head lie too far apart for the hardware
+// to foresee.
+struct Upcoming {
+  const char* first = nullptr;
+  std::int64_t stride = 0;  // bytes
+  std::int64_t rows = 0;
+  std::int64_t bytes = 0;  // of a row
+
+  // The part of the rows that belongs to step `step` of `steps`.
+  void fetch(std::int64_t step, std::int64_t steps) const {
+    for (std::int64_t r = rows * step / steps; r < rows * (step + 1) / steps; ++r)
+      for (std::int64_t byte = 0; byte < bytes; byte += 64)
+        __builtin_prefetch(first + r * stride + byte, 0, 2);
+  }
+};
+
 struct QueryBlock {
   const float* queries;     // (R, kMaxHeadDim), scaled by softmax_scale * log2(e)
   const float* keys;        // panels of the head
@@ -39,6 +55,7 @@ struct QueryBlock {
   bool first_head;  // maxima hold nothing yet
   float* norms;     // (R,) of the output rows; with maxima only
   float* inverse;   // (R,) 1 / sum of the scores of each row
+  Upcoming next_queries, next_keys, next_values;
 };
 
 // 2^x to about 1 ulp for x <= 0; below -120 it stays at 2^-120. NaN is NaN.
@@ -137,6 +154,9 @@ inline __attribute__((always_inline)) void value_panel(const QueryBlock& block, 
   for (std::int64_t p = 0; p < panels; ++p) {
     const std::int64_t count = p < last ? kPanel : block.key_count - last * kPanel;
     const float* const scores = block.scores + p * R * kPanel;
+    const std::int64_t step = panel * panels + p;
+    block.next_keys.fetch(step, panels * value_panels);
+    block.next_values.fetch(step, panels * value_panels);
     accumulate<R, V, kPanel>(scores, values + p * kPanel * kPanel, count, acc);
     if (kStatistics) {
       // Spread over the value panels, so that the maxima travel while the products compute.
@@ -170,6 +190,9 @@ inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
   const std::int64_t vectors = (block.key_count + kWidth - 1) / kWidth;
   const bool masked = block.limit_step > 0 || block.key_count % kWidth != 0;
   for (int r = 0; r < R; ++r) {
+    block.next_queries.fetch(r, R);
+    for (std::int64_t d = 0; d < block.head_dim; d += kWidth)
+      __builtin_prefetch(block.out + r * block.out_stride + d, 1);
     const Vec top = broadcast(highest_or_nan(highest[r]));
     Vec total[2] = {};
     float* row = block.scores + r * kPanel;

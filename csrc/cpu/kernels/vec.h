@@ -51,9 +51,7 @@ inline To bit_cast(const From& from) {
 inline Vec broadcast(float value) { return value - Vec{}; }  // x - 0 is x, and free; 0 + x is not
 
 // Lane by lane: mask is all ones or all zeros per lane, as comparisons give it.
-inline Vec select(IntVec mask, Vec yes, Vec no) {
-  return mask ? yes : no;
-}
+inline Vec select(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
 
 // The larger of the two; b where either is NaN.
 inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
