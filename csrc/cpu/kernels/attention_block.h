@@ -61,7 +61,7 @@ struct QueryBlock {
 // 2^x to about 1 ulp for x <= 0; below -120 it stays at 2^-120. NaN is NaN.
 inline Vec exp2_nonpositive(Vec x) {
   const Vec lowest = broadcast(-120.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23: rounds to an integer
-  x = select(x < lowest, lowest, x);
+  x = max(lowest, x);                                                     // in this order NaN stays
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);
   Vec p = broadcast(1.534581180e-4f);

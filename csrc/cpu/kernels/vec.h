@@ -258,7 +258,7 @@ inline void for_each_vector(std::int64_t count, Body&& body) {
 // NaN.
 inline Vec exp_nonpositive(Vec x) {
   const Vec lowest = broadcast(-87.3f), magic = broadcast(12582912.0f);  // 1.5 * 2^23: rounds to an integer
-  x = select(x < lowest, lowest, x);
+  x = max(lowest, x);                                                    // in this order NaN stays
   const Vec n = (x * 1.44269504088896341f + magic) - magic;
   Vec r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
