@@ -1,4 +1,4 @@
-"""MADTP++ for Hugging Face vision-language models: token pruning guided by alignment, and 2:4 weights, trained jointly."""
+"""MADTP++ for Hugging Face vision-language models: tokens pruned by alignment and 2:4 weights, trained jointly."""
 
 from madtp.accounting import profile
 from madtp.compression import Result, compress, measure

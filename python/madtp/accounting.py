@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -112,12 +112,32 @@ def profile(
     )
 
 
+def profile_batches(model: nn.Module, batches: Sequence[Mapping[str, Any]], **options) -> Profile:
+    """`profile` of all the samples of several batches, which run one at a time."""
+    sizes = [_leading_size(batch) for batch in batches]
+    profiles = [profile(model, batch, **options) for batch in batches]
+
+    def mean(accounts: Sequence[Account]) -> Account:
+        columns = {
+            column: sum(getattr(account, column) * size for account, size in zip(accounts, sizes, strict=True))
+            / sum(sizes)
+            for column in ("dense_macs", "counted_macs", "executed_macs")
+        }
+        return replace(accounts[0], **columns)
+
+    return Profile(
+        total=mean([p.total for p in profiles]),
+        branches={name: mean([p.branches[name] for p in profiles]) for name in profiles[0].branches},
+        modules={name: mean([p.modules[name] for p in profiles]) for name in profiles[0].modules},
+    )
+
+
 def counted_macs(
-    model: nn.Module, inputs: Mapping[str, Any], *, planned_sparse: Collection[str] = ()
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], *, planned_sparse: Collection[str] = ()
 ) -> dict[str, float]:
     """The counted MACs per sample of each branch of a patched model, as `profile` has them, from one forward pass."""
-    branches, samples = model.madtp_handle.branches, _leading_size(inputs)
-    kept = _forward_macs(model, inputs)
+    branches, samples = model.madtp_handle.branches, sum(_leading_size(batch) for batch in batches)
+    kept = sum((_forward_macs(model, batch) for batch in batches), Counter())
     sparse = _sparse_shares(model, kept, planned_sparse)
     macs = Counter(dict.fromkeys((*branches, OTHER), 0.0))
     for stack, amount in kept.items():
@@ -129,6 +149,19 @@ def dense_mode(model: nn.Module):
     """A context in which a patched model is the dense one (temperature 0, no alignment); any other stays as it is."""
     handle = getattr(model, "madtp_handle", None)
     return nullcontext() if handle is None else handle.dense()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which the model is in eval mode and makes no gradients; every module gets its mode back."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 @contextmanager
@@ -183,17 +216,11 @@ class _MacCounter(TorchDispatchMode):
 
 
 def _forward_macs(model: nn.Module, inputs) -> Counter:
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), count_macs(model) as macs:
-            if isinstance(inputs, Mapping):
-                model(**inputs)
-            else:
-                model(*((inputs,) if isinstance(inputs, Tensor) else inputs))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model), count_macs(model) as macs:
+        if isinstance(inputs, Mapping):
+            model(**inputs)
+        else:
+            model(*((inputs,) if isinstance(inputs, Tensor) else inputs))
     return macs
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,22 +21,26 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 import madtp_kernels
-from madtp.accounting import disk_bytes, profile
+from madtp.accounting import counted_macs, disk_bytes, evaluating, profile_batches
 from madtp.config import CompressionConfig
 from madtp.controller import branch_targets
+from madtp.files import require_writable, whole_directory
 from madtp.hwp import Pattern, select_modules
 from madtp.patching import from_pretrained, patch
+from madtp.progress import Progress
 from madtp.trainer import MadtpTrainer, last_checkpoint
 
-PROBE_SAMPLES = 64  # of the training data, on which MACs are observed while training
-SETTLE_SAMPLES = 512  # of the training data, on which the temperatures settle
+PROBE_SAMPLES = 64  # of the calibration data, on which MACs are observed while training
+SETTLE_SAMPLES = 2048  # of the calibration data, on which the temperatures settle
 ACCOUNT_SAMPLES = 1024  # of the evaluation data, for the reported MACs
+PAIRS_BATCH = 64  # of these that run at a time
 TIMING_BATCH, TIMING_ROUNDS = 32, 15
+REACH_MARGIN = 1.15  # over the MACs asked for, which the highest temperature may need before training
 
 
 @dataclass(frozen=True)
 class Result:
-    """model: the compressed model as loaded from `path`. report: see docs/report.md; plain values."""
+    """model: the compressed model as loaded from `path`. report: plain values, see `compress`."""
 
     model: nn.Module
     report: dict
@@ -48,12 +55,14 @@ def compress(
     config: CompressionConfig,
     *,
     output_dir: str | Path,
+    calibration_data: Dataset | None = None,
     training: Mapping | None = None,
     resume: bool = False,
+    progress: Progress | None = None,
 ) -> Result:
     """Compresses a dense model: tokens and weights pruned in one training with distillation.
 
-    Temperatures are steered on training data only; eval_data is for the report.
+    eval_data is for the report only: temperatures are steered on calibration_data.
 
     Args:
         model: a supported Hugging Face model, not patched; it is left as it is.
@@ -61,17 +70,25 @@ def compress(
             `madtp.tasks.vqa.VqaTask`.
         train_data, eval_data: datasets whose items `task.collate` batches.
         config: targets and knobs.
-        output_dir: checkpoints go to output_dir/checkpoints, the model to output_dir/model.
+        output_dir: checkpoints go to output_dir/checkpoints, the model to output_dir/model, which keeps what it holds
+            until the new model is whole.
+        calibration_data: samples as the model will meet them, on which MACs are observed; None takes train_data.
         training: `transformers.TrainingArguments` fields, over the defaults here.
-        resume: go on from the last checkpoint in output_dir.
+        resume: go on from the last checkpoint in output_dir, or start when there is none; otherwise the checkpoints
+            there are removed.
+        progress: shows training and evaluations; None leaves the training to the Trainer's own bar.
 
     Returns:
-        `Result`; its report compares dense and compressed, both measured here, the latter from the saved files.
+        `Result`; its report compares dense and compressed, both measured here, the latter from the saved files:
+        {"dense": figures, "compressed": figures, "plan": what was aimed at and chosen, "config": `config.to_dict()`,
+        "versions": by package}, where figures are those of `measure` and ms_per_sample.
 
     Raises:
-        ValueError: the target cannot be reached. TypeError: the model's class is not supported.
+        ValueError: a target cannot be reached, output_dir cannot be written to, or the checkpoint is of another config.
+        TypeError: the model's class is not supported.
     """
-    output_dir = Path(output_dir)
+    output_dir = require_writable("output_dir", output_dir)
+    calibration_data = train_data if calibration_data is None else calibration_data
     set_seed(config.seed)
     student, teacher = copy.deepcopy(model), copy.deepcopy(model)
     handle = patch(student, config)
@@ -80,9 +97,11 @@ def compress(
     exclude = (*config.sparse_exclude, *handle.family.dense_modules, "madtp_guide")
     linears = select_modules(student, config.pattern, include=config.sparse_include, exclude=exclude)
     planned = linears.selected if Pattern.parse(config.pattern).sparse24 else []
-    probe = pairs(task, train_data, PROBE_SAMPLES)
-    before = profile(student, probe, planned_sparse=planned)
+    _require_params_reduction(student, linears.selected, config)
+    probe = pairs(task, calibration_data, PROBE_SAMPLES)
+    before = profile_batches(student, probe, planned_sparse=planned)
     targets = branch_targets(before, config.flops_reduction, tuple(handle.pruning))
+    _require_reach(student, probe, planned, before.total.dense_macs, config)
 
     trainer = MadtpTrainer(
         student,
@@ -96,21 +115,29 @@ def compress(
         data_collator=task.collate,
     )
     checkpoint = last_checkpoint(output_dir / "checkpoints") if resume else None
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is None:  # what an earlier run left would pass for this one's when it is interrupted
+        shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+    with progress.training(trainer) if progress else nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     magnitude = trainer.pruner.finalize()
     handle.collect_alignment(False)
-    trainer.probe = {k: v.to(trainer.args.device) for k, v in pairs(task, train_data, SETTLE_SAMPLES).items()}
-    miss = trainer.settle()
-    student.save_pretrained(output_dir / "model")
-    task.save_processor(output_dir / "model")
+    trainer.probe = pairs(task, calibration_data, SETTLE_SAMPLES)
+    dense_macs = profile_batches(student, trainer.probe).total.dense_macs
+    miss = trainer.settle((1 - config.flops_reduction) * dense_macs)
+    with whole_directory(output_dir / "model") as directory:
+        student.save_pretrained(directory)
+        task.save_processor(directory)
 
     compressed = from_pretrained(output_dir / "model")
-    figures = {
-        "dense": measure(model, task, eval_data),
-        "compressed": measure(compressed, task, eval_data, path=output_dir / "model"),
+    bars = {
+        name: partial(progress, title=f"evaluating {name}") if progress else iter for name in ("dense", "compressed")
     }
-    batch = pairs(task, eval_data, TIMING_BATCH)
+    figures = {
+        "dense": measure(model, task, eval_data, progress=bars["dense"]),
+        "compressed": measure(compressed, task, eval_data, path=output_dir / "model", progress=bars["compressed"]),
+    }
+    batch = pairs(task, eval_data, TIMING_BATCH)[0]
     for name, milliseconds in time_per_sample({"dense": model, "compressed": compressed}, batch).items():
         figures[name]["ms_per_sample"] = milliseconds
     plan = {
@@ -143,9 +170,9 @@ def measure(
     if not hasattr(model, "madtp_handle"):
         counted = copy.deepcopy(model)
         patch(counted)
-    batch = pairs(task, data, ACCOUNT_SAMPLES)
-    total = profile(counted, batch).total
+    total = profile_batches(counted, pairs(task, data, ACCOUNT_SAMPLES)).total
     return {
+        "samples": len(data),
         "accuracy": accuracy,
         "dense_gmacs": total.dense_macs / 1e9,
         "counted_gmacs": total.counted_macs / 1e9,
@@ -157,26 +184,32 @@ def measure(
     }
 
 
-@torch.no_grad()
 def time_per_sample(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> dict[str, float]:
     """Milliseconds per sample of a forward pass: medians of rounds in which the models take turns."""
     samples = len(batch["labels"])
     seconds = defaultdict(list)
-    for _ in range(TIMING_ROUNDS):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(**batch)
-            seconds[name].append(time.perf_counter() - start)
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        for _ in range(TIMING_ROUNDS):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(**batch)
+                seconds[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) / samples for name, values in seconds.items()}
 
 
-def pairs(task, data: Dataset, count: int) -> dict[str, Tensor]:
-    """A batch of about `count` samples spread over the data, every one with its own copy of its image."""
-    batch = task.collate([data[i] for i in range(0, len(data), max(1, len(data) // count))])
-    index = batch.pop("image_index", None)
-    if index is not None:
-        batch["pixel_values"] = batch["pixel_values"][index]
-    return {name: value[:count] for name, value in batch.items()}
+def pairs(task, data: Dataset, count: int) -> list[dict[str, Tensor]]:
+    """Batches of `count` items spread over the data (all, if fewer), every sample with its own copy of its image."""
+    chosen = [int(i * max(1.0, len(data) / count)) for i in range(min(count, len(data)))]
+    batches = []
+    for start in range(0, len(chosen), PAIRS_BATCH):
+        batch = task.collate([data[i] for i in chosen[start : start + PAIRS_BATCH]])
+        index = batch.pop("image_index", None)
+        if index is not None:
+            batch["pixel_values"] = batch["pixel_values"][index]
+        batches.append(batch)
+    return batches
 
 
 def versions() -> dict[str, str]:
@@ -208,6 +241,33 @@ class _TokenCount:
             name: [sum(layer) / self.sequences[name] for layer in zip(*rows, strict=True)]
             for name, rows in self.tokens.items()
         }
+
+
+def _require_params_reduction(model: nn.Module, selected: list[str], config: CompressionConfig) -> None:
+    if config.params_reduction is None:
+        return
+    n, m = Pattern.parse(config.pattern)
+    weights = sum(model.get_submodule(name).weight.numel() for name in selected)
+    reachable = weights * (1 - n / m) / sum(p.numel() for p in model.parameters())
+    if config.params_reduction > reachable:
+        raise ValueError(
+            f"params_reduction must be at most {reachable:.3f}, the share {config.pattern} zeroes in the "
+            f"{len(selected)} modules it may prune, got {config.params_reduction}"
+        )
+
+
+def _require_reach(
+    student: nn.Module, probe: list[dict[str, Tensor]], planned: list[str], dense_macs: float, config: CompressionConfig
+) -> None:
+    """Refuses a target far from what the highest temperature reaches: training moves this bound, but not by much."""
+    student.madtp_handle.set_temperature(config.temperature_max)
+    least = sum(counted_macs(student, probe, planned_sparse=planned).values()) / dense_macs
+    student.madtp_handle.set_temperature(0)
+    if least > REACH_MARGIN * (1 - config.flops_reduction):
+        raise ValueError(
+            f"flops_reduction must be at most about {1 - least:.2f}, which temperature_max {config.temperature_max:g} "
+            f"reaches on this model, got {config.flops_reduction}"
+        )
 
 
 def _training_arguments(output_dir: Path, config: CompressionConfig, training: Mapping | None) -> TrainingArguments:

@@ -19,7 +19,7 @@ class CompressionConfig:
     """
 
     flops_reduction: float = 0.5  # share of the dense MACs to save, counted: 2:4 linears half, tokens as kept
-    params_reduction: float | None = None  # share of the parameters to zero; None sets no target
+    params_reduction: float | None = None  # least share of the parameters that must go to zero; None asks for none
 
     alignment_tokens: int = 100  # K
     alignment_dim: int = 768  # d

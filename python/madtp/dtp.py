@@ -5,11 +5,10 @@ Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3; docs/metho
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from madtp.mag import AlignmentGuide, aligned_feature, normalised
-from madtp.packed import Packed
+from madtp.packed import Packed, RaggedAttention
 from madtp_kernels import (
     AttentionStats,
     Selection,
@@ -28,12 +27,13 @@ class Branch:
     Args:
         name: such as "vision".
         guide: alignment tokens and maps, shared with the other branches.
+        attention: runs the branch's attention.
         selection: "instance", each sample keeps its own number of tokens; "batch_max", the published rule: every
             sample keeps as many as the batch's maximum.
     """
 
-    def __init__(self, name: str, guide: AlignmentGuide, selection: str = "instance"):
-        self.name, self.guide, self.selection = name, guide, selection
+    def __init__(self, name: str, guide: AlignmentGuide, attention: RaggedAttention, selection: str = "instance"):
+        self.name, self.guide, self.attention, self.selection = name, guide, attention, selection
         self.temperature = 0.0
         self.align = False  # collect the aligned features of MAG, for its loss
         self.begin()

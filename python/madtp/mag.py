@@ -55,5 +55,5 @@ def aligned_feature(q: Tensor, logits: Tensor, cu_seqlens: Tensor, max_seqlen: i
 
 
 def normalised(features: list[Tensor]) -> Tensor:
-    """The features of a branch's layers, summed and l2-normalised per alignment token: list of (B, K, d) -> (B, K, d)."""
+    """The features of a branch's layers, summed and l2-normalised per alignment token: all (B, K, d)."""
     return torch.nn.functional.normalize(torch.stack(features).sum(dim=0), dim=-1)

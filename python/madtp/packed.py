@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from madtp_kernels import Selection, varlen_attention
+from madtp_kernels import AttentionStats, Selection, varlen_attention
 from madtp_kernels.reference.ragged import pad, sequence_ids
 
 MERGED = -1  # `origin` of a token that is a merge of pruned ones
@@ -95,24 +95,18 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
-def self_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, *, statistics: bool):
-    """q, k, v (T, H, D) -> (T, H*D) and AttentionStats, None without statistics."""
-    ragged = {"cu_seqlens_q": packed.cu_seqlens, "max_seqlen_q": packed.max_seqlen}
-    if not statistics:
-        return varlen_attention(q, k, v, **ragged).flatten(1), None
-    out, stats = varlen_attention(q, k, v, **ragged, return_stats=True)
-    return out.flatten(1), stats
+class RaggedAttention(nn.Module):
+    """The attention matmuls of a branch; a module, so that accounting finds whose they are."""
 
-
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed, keys: Repeated) -> Tensor:
-    """q (Tq, H, D); k, v (T, H, D) computed from keys.x -> (Tq, H*D)"""
-    out = varlen_attention(
-        q,
-        keys.read(k),
-        keys.read(v),
-        packed.cu_seqlens,
-        keys.cu_seqlens,
-        max_seqlen_q=packed.max_seqlen,
-        max_seqlen_k=keys.max_seqlen,
-    )
-    return out.flatten(1)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, keys: Repeated | None = None, *, statistics: bool = False
+    ) -> tuple[Tensor, AttentionStats | None]:
+        """q (Tq, H, D); k, v (T, H, D) of keys.x (None: self-attention) -> (Tq, H*D) and the statistics, if asked."""
+        ragged = {"cu_seqlens_q": packed.cu_seqlens, "max_seqlen_q": packed.max_seqlen}
+        if keys is not None:
+            k, v = keys.read(k), keys.read(v)
+            ragged |= {"cu_seqlens_k": keys.cu_seqlens, "max_seqlen_k": keys.max_seqlen}
+        if not statistics:
+            return varlen_attention(q, k, v, **ragged).flatten(1), None
+        out, stats = varlen_attention(q, k, v, **ragged, return_stats=True)
+        return out.flatten(1), stats

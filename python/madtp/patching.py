@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from madtp.config import CompressionConfig
 from madtp.dtp import Branch
+from madtp.files import write_whole
 from madtp.mag import AlignmentGuide
 from madtp.models import FAMILIES
 from madtp.models.family import Family
+from madtp.packed import RaggedAttention
 
 STATE_FILE = "madtp.json"
 STATE_VERSION = 1
@@ -28,7 +30,11 @@ class Handle:
         widths = {branch: getattr(model.config, name).hidden_size for branch, name in family.pruned.items()}
         model.madtp_guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths)
         model.madtp_guide.to(next(model.parameters()))
-        self.pruning = {branch: Branch(branch, model.madtp_guide, config.selection) for branch in widths}
+        model.madtp_attention = nn.ModuleDict({branch: RaggedAttention() for branch in widths})
+        self.pruning = {
+            branch: Branch(branch, model.madtp_guide, attention, config.selection)
+            for branch, attention in model.madtp_attention.items()
+        }
         model.madtp_handle = self
         model.__class__ = family.compressed
 
@@ -39,9 +45,12 @@ class Handle:
 
     @property
     def branches(self) -> dict[str, tuple[str, ...]]:
-        """The modules of each branch, its part of MAG among them."""
-        guide = {b: (f"madtp_guide.maps.{b}", f"madtp_guide.logits.{b}") for b in self.pruning}
-        return {branch: (*names, *guide.get(branch, ())) for branch, names in self.family.branches.items()}
+        """The modules of each branch, its attention and its part of MAG among them."""
+        ours = ("madtp_attention.{}", "madtp_guide.maps.{}", "madtp_guide.logits.{}")
+        return {
+            branch: (*names, *(name.format(branch) for name in ours if branch in self.pruning))
+            for branch, names in self.family.branches.items()
+        }
 
     @property
     def temperatures(self) -> dict[str, float]:
@@ -87,29 +96,37 @@ class Handle:
         }
 
     @contextmanager
-    def dense(self):
-        """A context in which the model is the dense one: nothing pruned, no alignment computed."""
-        before = {name: (branch.temperature, branch.align) for name, branch in self.pruning.items()}
+    def inference(self):
+        """A context in which the model is as after training: aligned features are not collected."""
+        before = {branch: branch.align for branch in self.pruning.values()}
         try:
-            for branch in self.pruning.values():
-                branch.temperature, branch.align = 0.0, False
+            self.collect_alignment(False)
             yield
         finally:
-            for name, (temperature, align) in before.items():
-                self.pruning[name].temperature, self.pruning[name].align = temperature, align
+            for branch, align in before.items():
+                branch.align = align
+
+    @contextmanager
+    def dense(self):
+        """A context in which the model is the dense one: nothing pruned, no alignment computed."""
+        before = self.temperatures
+        try:
+            with self.inference():
+                self.set_temperature(0)
+                yield
+        finally:
+            self.set_temperature(before)
 
     def remove(self) -> nn.Module:
         """Undoes everything: the model is of its Hugging Face class again, without the alignment tokens."""
         self.model.__class__ = self.family.source
-        del self.model.madtp_guide, self.model.madtp_handle
+        del self.model.madtp_guide, self.model.madtp_attention, self.model.madtp_handle
         return self.model
 
     def save(self, directory: Path) -> None:
         """Writes madtp.json, whole or not at all."""
         state = {"version": STATE_VERSION, "config": self.config.to_dict(), "temperatures": self.temperatures}
-        partial = directory / f"{STATE_FILE}.partial"
-        partial.write_text(json.dumps(state, indent=2) + "\n")
-        os.replace(partial, directory / STATE_FILE)
+        write_whole(directory / STATE_FILE, json.dumps(state, indent=2) + "\n")
 
 
 def patch(model: nn.Module, config: CompressionConfig | None = None) -> Handle:
@@ -150,9 +167,10 @@ def from_pretrained(directory: str | os.PathLike) -> nn.Module:
         state = json.loads((directory / STATE_FILE).read_text())
         kind = json.loads((directory / "config.json").read_text())["architectures"][0]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ModelError(f"{directory} is not a compressed model ({error}); make one with: madtp compress") from error
-    if state.get("version") != STATE_VERSION:
-        raise ModelError(f"{directory / STATE_FILE} must be of version {STATE_VERSION}, got {state.get('version')}")
+        raise ModelError(f"{directory} is not a compressed model ({error}); make one with: madtp demo") from error
+    version = state.get("version") if isinstance(state, dict) else None
+    if version != STATE_VERSION:
+        raise ModelError(f"{directory / STATE_FILE} must be of version {STATE_VERSION}, got {version}")
     family = next((family for family in FAMILIES if family.source.__name__ == kind), None)
     if family is None:
         raise ModelError(f"{directory} must hold one of {[f.source.__name__ for f in FAMILIES]}, got {kind}")
@@ -169,7 +187,7 @@ def _load(directory: Path, family: Family, state: dict) -> nn.Module:
         handle.set_temperature(state["temperatures"])
         weights = load_file(directory / "model.safetensors")
         missing, unexpected = model.load_state_dict(weights, strict=False)
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{directory} cannot be read ({reason}); save the model again") from error
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())

@@ -12,8 +12,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from madtp.accounting import counted_macs
 from madtp.config import CompressionConfig
-from madtp.controller import TemperatureController
+from madtp.controller import TemperatureController, find_root
 from madtp.distill import JointLoss
+from madtp.files import write_whole
 from madtp.hwp import Pattern, WeightPruner
 
 CONTROLLER_FILE = "madtp_controller.json"
@@ -32,7 +33,7 @@ class MadtpTrainer(Trainer):
         teacher: the dense model, patched at temperature 0 so that it reports its summary tokens. It is frozen.
         config: loss weights, mask schedule, controller.
         targets: counted MACs per sample of each pruned branch, such as `branch_targets` gives.
-        probe: a batch without shared images to observe MACs on.
+        probe: batches without shared images to observe MACs on.
         sparse_modules: names of the Linear modules that go N:M.
         args, **kwargs: of `transformers.Trainer`.
     """
@@ -44,15 +45,17 @@ class MadtpTrainer(Trainer):
         config: CompressionConfig,
         *,
         targets: dict[str, float],
-        probe: dict[str, Tensor],
+        probe: list[dict[str, Tensor]],
         sparse_modules: list[str],
         args: TrainingArguments,
         **kwargs,
     ):
         super().__init__(model=model, args=args, **kwargs)
+        # The model takes **kwargs, but its loss is a mean whatever they say: accumulated steps are to be averaged.
+        self.model_accepts_loss_kwargs = False
         self.config, self.handle = config, model.madtp_handle
         self.teacher = teacher.to(args.device).eval().requires_grad_(False)
-        self.probe = {name: value.to(args.device) for name, value in probe.items()}
+        self.probe = probe
         self.joint_loss = JointLoss(
             config.align_weight, config.vision_weight, config.text_weight, config.kd_weight, config.kd_temperature
         )
@@ -110,7 +113,9 @@ class MadtpTrainer(Trainer):
 
     def observe(self) -> dict[str, float]:
         """Counted MACs per sample of the probe, per branch, as they will be once the masks are final."""
-        self.observed = counted_macs(self.model, self.probe, planned_sparse=self.planned_sparse)
+        with self.handle.inference():
+            probe = [{name: value.to(self.args.device) for name, value in batch.items()} for batch in self.probe]
+            self.observed = counted_macs(self.model, probe, planned_sparse=self.planned_sparse)
         return self.observed
 
     def steer(self) -> None:
@@ -118,20 +123,20 @@ class MadtpTrainer(Trainer):
         observed = self.observe()
         self.handle.set_temperature(self.controller.update({b: observed[b] for b in self.controller.targets}))
 
-    def settle(self, tolerance: float = 0.002, rounds: int = 40) -> float:
-        """After training: moves the temperatures until the probe is within `tolerance` of the total target.
+    def settle(self, budget: float, tolerance: float = 0.002) -> float:
+        """After training: moves all temperatures by one factor until the probe costs `budget` counted MACs per sample.
 
         Returns:
-            the share by which the probe misses the target, positive when it costs more.
+            the share by which it misses the budget, positive when it costs more.
         """
-        target = sum(self.controller.targets.values())
-        for _ in range(rounds):
-            observed = self.observe()
-            miss = sum(observed[branch] for branch in self.controller.targets) / target - 1
-            if abs(miss) <= tolerance:
-                break
-            self.steer()
-        return miss
+
+        def miss(shift: float) -> float:
+            self.handle.set_temperature(self.controller.shifted(shift))
+            return sum(self.observe().values()) / budget - 1
+
+        shift, missed = find_root(miss, *self.controller.shifts, tolerance=tolerance)
+        self.handle.set_temperature(self.controller.shifted(shift))
+        return missed
 
     def _predicting(self, labels: Tensor) -> Tensor:
         """(B, L) bool: decoder positions whose next label counts."""
@@ -143,12 +148,18 @@ class MadtpTrainer(Trainer):
         if self.args.max_steps > 0:
             return self.args.max_steps
         batches = math.ceil(len(self.train_dataset) / self.args.train_batch_size)
-        return math.ceil(self.args.num_train_epochs * max(batches // self.args.gradient_accumulation_steps, 1))
+        return math.ceil(self.args.num_train_epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = json.loads((Path(resume_from_checkpoint) / CONTROLLER_FILE).read_text())
-        self.controller.load_state_dict(saved)
+        ours = self.config.to_dict()
+        changed = sorted(name for name in ours if saved["config"].get(name) != ours[name])
+        if changed:
+            raise ValueError(
+                f"config must be that of the checkpoint {resume_from_checkpoint}, got another {', '.join(changed)}"
+            )
+        self.controller.load_state_dict(saved["controller"])
         self.handle.set_temperature(self.controller.temperatures)
 
 
@@ -167,7 +178,8 @@ class _Cooperation(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / CONTROLLER_FILE).write_text(json.dumps(self.trainer.controller.state_dict()))
+        state = {"config": self.trainer.config.to_dict(), "controller": self.trainer.controller.state_dict()}
+        write_whole(folder / CONTROLLER_FILE, json.dumps(state))
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

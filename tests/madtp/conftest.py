@@ -2,6 +2,8 @@ import pytest
 import torch
 from transformers import BlipConfig, BlipForQuestionAnswering
 
+from madtp.tasks import easy_vqa
+
 
 def tiny_blip(seed: int = 0) -> BlipForQuestionAnswering:
     """A BLIP of two layers a branch: 17 image tokens, 32 channels."""
@@ -39,3 +41,25 @@ def blip():
 @pytest.fixture
 def batch():
     return tiny_batch()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """EasyVqa of 24 drawn images of a square, six questions each: what runs on it needs no data set."""
+    colors = {"red": (255, 0, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "green": (0, 255, 0)}
+
+    def read(split, limit, cache):
+        generator = torch.Generator().manual_seed(len(split))
+        images = torch.full((24, 3, 64, 64), 240, dtype=torch.uint8)
+        questions = []
+        for image in range(24):
+            top, left = torch.randint(40, (2,), generator=generator).tolist()
+            color = list(colors)[image % 4]
+            images[image, :, top : top + 20, left : left + 20] = torch.tensor(colors[color])[:, None, None]
+            questions.append(("what is the color of the shape?", color, image))
+            questions.append(("what shape is in the image?", "rectangle", image))
+            for other in colors:
+                questions.append((f"is there a {other} shape?", "yes" if other == color else "no", image))
+        return images, questions[:limit]
+
+    monkeypatch.setattr(easy_vqa, "_read", read)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from madtp.accounting import count_macs, disk_bytes, profile
+from madtp.accounting import count_macs, disk_bytes, profile, profile_batches
 from madtp.hwp import WeightPruner, select_modules
 
 
@@ -171,6 +171,15 @@ def test_patched_model_counts_dense_and_kept_tokens():
     assert (other.dense_macs, other.counted_macs) == (6 * 16, 3 * 16)
     assert result.modules["maps"].counted_macs == 6 * 32 and result.modules["maps"].dense_macs == 0
     assert vision.params == 72 + 36 and other.params == 18
+
+
+def test_batches_count_as_one():
+    model, (a, b) = Patched(), torch.randn(4, 6, 8).split([1, 3])
+    whole = profile(model, {"x": torch.cat([a, b])})
+    assert profile_batches(model, [{"x": a}, {"x": b}]) == whole
+    uneven = profile_batches(model, [{"x": a}, {"x": b[:, :2]}])
+    assert uneven.total.dense_macs == pytest.approx((6 * 80 + 3 * 2 * 80) / 4)
+    assert uneven.total.params == whole.total.params
 
 
 def test_hooks_go_away_after_an_error_and_training_comes_back():

@@ -1,6 +1,7 @@
-"""Joint training end to end on a tiny model: it reaches its MAC target, saves, resumes, and keeps what an interrupt left."""
+"""Joint training end to end on a tiny model: reaches its MAC target, saves, resumes, keeps what an interrupt left."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 import madtp
+from madtp import compression
 from madtp.compression import pairs, time_per_sample
 from madtp.trainer import CONTROLLER_FILE, MadtpTrainer, last_checkpoint
 
@@ -81,7 +83,85 @@ def test_compress_reaches_the_target_and_reports_what_was_saved(tmp_path, data):
         assert (weight.unflatten(-1, (-1, 4)).count_nonzero(-1) <= 2).all()
     assert not any("decoder" in name or "guide" in name for name in report["plan"]["sparse_modules"])
     assert (result.path / "processor.txt").exists()
-    assert all(time > 0 for time in time_per_sample({"x": result.model}, pairs(Task(), data, 8)).values())
+    assert all(time > 0 for time in time_per_sample({"x": result.model}, pairs(Task(), data, 8)[0]).values())
+
+
+BRIEF = {"max_steps": 2, "per_device_train_batch_size": 8, "disable_tqdm": True, "save_strategy": "no"}
+
+
+def never(*arguments, **kwargs):
+    raise AssertionError("must be refused before training")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"flops_reduction": 0.99}, "flops_reduction must be below 0.853"),
+        ({"flops_reduction": 0.8}, "flops_reduction must be at most about 0.56, which temperature_max 1000 reaches"),
+        ({"params_reduction": 0.5}, r"params_reduction must be at most 0\.\d+, the share 2:4 zeroes in the 28 modules"),
+    ],
+)
+def test_targets_out_of_reach_are_refused_before_training(tmp_path, data, monkeypatch, fields, message):
+    monkeypatch.setattr(MadtpTrainer, "train", never)
+    config = dataclasses.replace(CONFIG, **fields)
+    with pytest.raises(ValueError, match=message):
+        madtp.compress(tiny_blip(), Task(), data, data, config, output_dir=tmp_path, training=BRIEF)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_training(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(MadtpTrainer, "train", never)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="output_dir must be a directory to write to"):
+        madtp.compress(tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path / "file", training=BRIEF)
+
+
+def test_a_failing_save_keeps_the_model_that_was_there(tmp_path, data, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious").touch()
+
+    def fail(self, directory):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Task, "save_processor", fail)
+    with pytest.raises(OSError, match="disk full"):
+        madtp.compress(tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path, training=BRIEF)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["precious"]
+    assert not (tmp_path / "model.partial").exists()
+
+
+def test_a_new_run_does_not_go_on_from_an_old_one(tmp_path, data):
+    old = tmp_path / "checkpoints" / "checkpoint-900"
+    old.mkdir(parents=True)
+    (old / CONTROLLER_FILE).write_text("{}")
+    training = BRIEF | {"save_strategy": "steps", "save_steps": 1}
+    madtp.compress(tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path, training=training)
+    assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
+    other = dataclasses.replace(CONFIG, flops_reduction=0.5, kd_weight=2.0)
+    with pytest.raises(
+        ValueError, match="config must be that of .*checkpoint-2, got another flops_reduction, kd_weight"
+    ):
+        madtp.compress(tiny_blip(), Task(), data, data, other, output_dir=tmp_path, training=training, resume=True)
+    result = madtp.compress(
+        tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path, training=training, resume=True
+    )
+    assert result.report["compressed"]["samples"] == len(data)  # nothing left to train
+
+
+def test_pairs_are_spread_over_the_data(data, monkeypatch):
+    monkeypatch.setattr(compression, "PAIRS_BATCH", 4)
+    batches = pairs(Task(), data, 7)
+    assert [len(batch["labels"]) for batch in batches] == [4, 3]
+    assert torch.equal(batches[1]["input_ids"][-1], data.words[41])
+    assert sum(len(batch["labels"]) for batch in pairs(Task(), data, 100)) == 48
+
+    class Shared(Task):
+        @staticmethod
+        def collate(items):
+            batch = Task.collate(items)
+            batch["pixel_values"], batch["image_index"] = batch["pixel_values"][:1], torch.zeros(len(items)).long()
+            return batch
+
+    assert [len(batch["pixel_values"]) for batch in pairs(Shared(), data, 7)] == [4, 3]
 
 
 def make_trainer(tmp_path, data, steps, **training):
@@ -101,7 +181,7 @@ def make_trainer(tmp_path, data, steps, **training):
         teacher,
         CONFIG,
         targets=targets,
-        probe=probe,
+        probe=[probe],
         sparse_modules=modules,
         args=args,
         train_dataset=data,
@@ -147,3 +227,16 @@ def test_the_loss_is_the_sum_of_its_parts(tmp_path, data):
     loss.backward()
     assert trainer.handle.alignment_tokens.grad.abs().sum() > 0
     assert all(p.grad is None for p in trainer.teacher.parameters())
+
+
+def test_accumulated_steps_average_their_losses(tmp_path, data):
+    plain = make_trainer(tmp_path, data, 1, logging_steps=1)
+    plain.train()
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    accumulated = make_trainer(tmp_path, data, 1, **halves)
+    accumulated.train()
+    losses = [trainer.state.log_history[0]["loss"] for trainer in (plain, accumulated)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    epochs = {"max_steps": -1, "num_train_epochs": 3}
+    assert make_trainer(tmp_path, data, 1, **halves | epochs)._total_steps() == 18
+    assert make_trainer(tmp_path, data, 1, **halves | epochs | {"gradient_accumulation_steps": 5})._total_steps() == 9

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from madtp.accounting import Account, Profile
-from madtp.controller import TemperatureController, branch_targets
+from madtp.controller import TemperatureController, branch_targets, find_root
 
 
 class Plant:
@@ -135,3 +135,38 @@ def test_branch_targets_errors():
         branch_targets(profile, 0.5, ["text"])
     with pytest.raises(ValueError, match="flops_reduction must be a number"):
         branch_targets(profile, 1.0, ["vision"])
+
+
+@pytest.mark.parametrize(
+    "function, root",
+    [
+        (lambda x: 0.3 - 0.2 * x, 1.5),
+        (lambda x: -0.3 - 0.16 * x, -1.875),
+        (lambda x: math.exp(-x) - 0.5, math.log(2)),
+        (lambda x: math.tanh(3 - 5 * x), 0.6),
+        (lambda x: 0.5 - x**3, 0.5 ** (1 / 3)),
+    ],
+)
+def test_a_root_is_found_in_few_rounds(function, root):
+    seen = []
+    x, value = find_root(lambda x: seen.append(x) or function(x), -4, 7, tolerance=0.002)
+    assert value == function(x) and abs(value) <= 0.002 and len(seen) <= 10
+    assert x == pytest.approx(root, abs=0.02)
+    assert all(-4 <= x <= 7 for x in seen)
+
+
+def test_without_a_root_the_best_is_taken():
+    seen = []
+    assert find_root(lambda x: seen.append(x) or 0.2 - x / 1000, -4, 7, tolerance=0.002) == (7, 0.193)
+    assert len(seen) <= 5
+    assert find_root(lambda x: 0.3 if x < 1 else -0.1, -4, 7, tolerance=0.002)[1] == -0.1
+
+
+def test_all_temperatures_shift_by_one_factor():
+    controller = TemperatureController({"vision": 1.0, "text": 1.0}, temperature={"vision": 2.0, "text": 0.02})
+    shifted = controller.shifted(math.log(0.1))
+    assert shifted == pytest.approx({"vision": 0.2, "text": 0.01})  # 0.01 is the lowest
+    assert controller.temperatures == pytest.approx({"vision": 2.0, "text": 0.02})
+    low, high = controller.shifts
+    assert controller.shifted(low) == pytest.approx({"vision": 0.01, "text": 0.01})
+    assert controller.shifted(high) == pytest.approx({"vision": 1000.0, "text": 1000.0})

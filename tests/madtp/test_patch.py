@@ -113,6 +113,16 @@ def test_saved_model_comes_back(blip, batch, tmp_path):
     assert BlipForQuestionAnswering.from_pretrained(tmp_path).num_parameters() > 0  # plain Hugging Face reads it too
 
 
+def test_macs_belong_to_the_branch_they_do(blip, batch):
+    unpadded = {name: value[[0, 3, 4]] for name, value in batch.items()}
+    plain = madtp.profile(blip, unpadded).branches
+    madtp.patch(blip, CONFIG).set_temperature(2.0)
+    packed = madtp.profile(blip, unpadded).branches
+    assert {b: account.dense_macs for b, account in packed.items()} == {b: a.dense_macs for b, a in plain.items()}
+    assert packed["other"].counted_macs == 0
+    assert all(packed[branch].counted_macs < packed[branch].dense_macs for branch in ("vision", "text"))
+
+
 def test_deepcopy_is_independent(blip, batch):
     handle = madtp.patch(blip, CONFIG)
     twin = copy.deepcopy(blip)
@@ -149,4 +159,10 @@ def test_refuses(blip, tmp_path):
     state = json.loads((tmp_path / "madtp.json").read_text())
     (tmp_path / "madtp.json").write_text(json.dumps(state | {"version": 99}))
     with pytest.raises(madtp.ModelError, match="must be of version 1, got 99"):
+        madtp.from_pretrained(tmp_path)
+    (tmp_path / "madtp.json").write_text("[]")
+    with pytest.raises(madtp.ModelError, match="must be of version 1, got None"):
+        madtp.from_pretrained(tmp_path)
+    (tmp_path / "madtp.json").write_text(json.dumps(state | {"config": None}))
+    with pytest.raises(madtp.ModelError, match="cannot be read"):
         madtp.from_pretrained(tmp_path)

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from madtp.dtp import Branch
 from madtp.models.family import CompressedModel, Family
-from madtp.packed import Packed, Repeated, cross_attention, self_attention, split_heads
+from madtp.packed import Packed, Repeated, split_heads
 
 
 def encode_vision(model: nn.Module, pixel_values: Tensor, branch: Branch, interpolate_pos_encoding: bool) -> Packed:
@@ -24,7 +24,7 @@ def encode_vision(model: nn.Module, pixel_values: Tensor, branch: Branch, interp
     for layer in model.encoder.layers:
         attention = layer.self_attn
         qkv = attention.qkv(layer.layer_norm1(packed.x)).unflatten(-1, (3, attention.num_heads, -1))
-        out, stats = self_attention(*qkv.unbind(1), packed, statistics=branch.prunes)
+        out, stats = branch.attention(*qkv.unbind(1), packed, statistics=branch.prunes)
         x = attention.projection(out) + packed.x
         packed, normed = branch.prune_norm(packed, x, stats, layer.layer_norm2)
         packed = packed.with_x(layer.mlp(normed) + packed.x)
@@ -44,14 +44,14 @@ def encode_text(
             split_heads(project(packed.x), attention.num_attention_heads)
             for project in (attention.query, attention.key, attention.value)
         )
-        out, stats = self_attention(q, k, v, packed, statistics=branch.prunes)
+        out, stats = branch.attention(q, k, v, packed, statistics=branch.prunes)
         packed = branch.prune(packed, layer.attention.output(out, packed.x), stats)
         cross = layer.crossattention.self
         q, k, v = (
             split_heads(project(source), cross.num_attention_heads)
             for project, source in ((cross.query, packed.x), (cross.key, images.x), (cross.value, images.x))
         )
-        out = cross_attention(q, k, v, packed, images)
+        out, _ = branch.attention(q, k, v, packed, images)
         x = layer.crossattention.output(out, packed.x)
         packed = packed.with_x(layer.output(layer.intermediate(x), x))
         branch.end_block(packed)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from madtp.accounting import evaluating
 from madtp.models.blip import cross_attention_masks
 
 from . import DataError
@@ -55,8 +56,8 @@ def dense_forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
 
     batch: pixel_values (I, 3, H, W), input_ids and attention_mask (Q, L), labels (Q, D) = [bos, answer, eos],
     image_index (Q,) int64, the image of each question (absent: question q asks about image q).
-    Returns the decoder's logits (Q, D, V) and the scalar loss: what `model(...)` computes on repeated images, at the
-    vision encoder's cost of the unique ones.
+    Returns the decoder's logits (Q, D, V) and the scalar loss: what `model(...)` computes on repeated images when no
+    question is padded, at the vision encoder's cost of the unique ones.
     """
     images = model.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state  # (I, N, C)
     if batch.get("image_index") is not None:
@@ -120,15 +121,12 @@ class VqaTask:
 
         batch_size counts questions; the images they share are encoded once. progress wraps the batches, for a bar.
         """
-        device, was_training = next(model.parameters()).device, model.training
+        device = next(model.parameters()).device
         answer_ids = self.answer_ids.to(device)
         correct = 0
-        model.eval()
-        try:
+        with evaluating(model):
             for batch in progress(DataLoader(data, batch_size=batch_size, collate_fn=collate)):
                 batch = {name: value.to(device) for name, value in batch.items()}
                 best = answer_ids[self.predict(model, batch)]
                 correct += int((best == batch["labels"][:, 1]).sum())
-        finally:
-            model.train(was_training)
         return correct / max(1, len(data))

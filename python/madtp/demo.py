@@ -1,0 +1,74 @@
+"""The demo: the shipped dense BLIP compressed on easy-vqa, then measured, pictured and compared with its dense self."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from madtp import report, visualize
+from madtp.compression import Result, compress
+from madtp.config import CompressionConfig
+from madtp.files import require_writable
+from madtp.progress import Progress
+from madtp.tasks.easy_vqa import EasyVqa, ImagesWithQuestions
+from madtp.tasks.vqa import VqaTask, load_dense
+
+CONFIG = CompressionConfig(flops_reduction=0.6, alignment_tokens=64, alignment_dim=128)
+STEPS = 400
+QUESTIONS = 4  # of each image; they share its encoding
+TRAINING = {
+    "per_device_train_batch_size": 32,
+    "learning_rate": 5e-4,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 50,
+}
+PICTURE = "tokens.png"
+
+
+def run(
+    output: str | Path,
+    *,
+    flops: float = CONFIG.flops_reduction,
+    seed: int = CONFIG.seed,
+    steps: int = STEPS,
+    limit: int | None = None,
+    resume: bool = False,
+    command: str = "madtp demo",
+    console: Console | None = None,
+) -> Result:
+    """Runs it and writes report.json, report.md, tokens.png and model/ to `output`.
+
+    Args:
+        flops: share of the counted MACs to save.
+        steps: of the training.
+        limit: only the first questions of each split.
+        resume: go on from the last checkpoint in `output`.
+        command: that the report names.
+        console: where progress is shown.
+
+    Raises:
+        DataError, ValueError: what is missing or wrong, in one line.
+    """
+    config = replace(CONFIG, flops_reduction=flops, seed=seed)
+    output = require_writable("output", output)
+    model, tokenizer = load_dense()
+    task = VqaTask(tokenizer)
+    train, test = (EasyVqa(split, tokenizer, limit=limit) for split in ("train", "test"))
+    result = compress(
+        model,
+        task,
+        ImagesWithQuestions(train, QUESTIONS),
+        test,
+        config,
+        output_dir=output,
+        calibration_data=train,
+        training=TRAINING | {"max_steps": steps},
+        resume=resume,
+        progress=Progress(console),
+    )
+    visualize.picture(result.model, task, test, output / PICTURE)
+    report.write(result.report, output, command=command, picture=PICTURE)
+    return result

@@ -1,0 +1,62 @@
+"""Bars for what takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich import progress
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+Item = TypeVar("Item")
+
+
+class Progress:
+    """What `compress` shows of itself: `progress(items, title)` wraps an iteration, `training(trainer)` a training."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+
+    def __call__(self, items: Iterable[Item], title: str) -> Iterator[Item]:
+        with progress.Progress(*_columns(), console=self.console) as bar:
+            yield from bar.track(items, description=title)
+
+    @contextmanager
+    def training(self, trainer: Trainer) -> Iterator[None]:
+        """In this context the trainer reports here instead of in its own bar and dictionaries."""
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        with progress.Progress(*_columns(), progress.TextColumn("{task.fields[seen]}"), console=self.console) as bar:
+            callback = _TrainingBar(bar)
+            trainer.add_callback(callback)
+            try:
+                yield
+            finally:
+                trainer.remove_callback(callback)
+
+
+class _TrainingBar(TrainerCallback):
+    def __init__(self, bar: progress.Progress):
+        self.bar = bar
+        self.task = bar.add_task("training", total=None, seen="")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            macs = sum(value for name, value in logs.items() if name.startswith("macs_"))
+            seen = f"loss {logs['loss']:.3f}" + (f", {macs / 1e9:.4f} GMACs" if macs else "")
+            self.bar.update(self.task, seen=seen)
+
+
+def _columns() -> tuple[progress.ProgressColumn, ...]:
+    return (
+        progress.TextColumn("{task.description:<22}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )

@@ -1,0 +1,155 @@
+"""The command madtp as a user meets it, above all when something is wrong."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from PIL import Image
+
+from madtp import cli, demo
+from madtp.tasks.easy_vqa import WHEEL
+from madtp.tasks.vqa import DENSE_EASY_VQA
+from madtp.trainer import MadtpTrainer, last_checkpoint
+
+
+@pytest.fixture
+def madtp(monkeypatch, capsys):
+    """Runs the command; returns its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["madtp", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(madtp):
+    """Runs the command, which must fail the one way it fails; returns what it says."""
+
+    def run(*arguments):
+        code, out, err = madtp(*arguments)
+        assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    return run
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The demo with a checkpoint every other step."""
+    monkeypatch.setattr(demo, "TRAINING", demo.TRAINING | {"save_steps": 2, "per_device_train_batch_size": 4})
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "profile", "visualize", "env"])
+def test_every_command_has_help_with_an_example(madtp, command):
+    code, out, _ = madtp(command, "--help")
+    assert code == 0 and f"Example: madtp {command}" in out
+
+
+def test_env(madtp):
+    code, out, _ = madtp("env", "--json")
+    assert code == 0 and "torch" in json.loads(out)
+
+
+def test_demo_from_start_to_finish(madtp, refused, drawn, short, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = madtp("demo", "--steps", 4, "--output", run)
+    assert code == 0 and "accuracy, 144 samples" in out and "Traceback" not in err
+    report = json.loads((run / "report.json").read_text())
+    assert set(report) == {"dense", "compressed", "plan", "config", "versions"}
+    assert report["config"]["flops_reduction"] == 0.6
+    assert f"`madtp demo --steps 4 --output {run}`" in (run / "report.md").read_text()
+    assert "(tokens.png)" in (run / "report.md").read_text()
+    with Image.open(run / "tokens.png") as picture:
+        picture.verify()
+
+    code, out, _ = madtp("evaluate", run / "model")
+    assert code == 0 and out == f"accuracy {100 * report['compressed']['accuracy']:.2f} % on 144 questions\n"
+    code, out, _ = madtp("profile", run / "model")
+    assert code == 0 and all(branch in out for branch in ("vision", "text", "decoder", "total"))
+    assert f"{report['compressed']['counted_gmacs']:.4g}" in out
+    code, out, _ = madtp("visualize", run / "model", "--output", run / "few.png", "--images", 2)
+    assert code == 0 and out.strip() == str(run / "few.png") and (run / "few.png").exists()
+    assert "must be from 1 to the 24" in refused("visualize", run / "model", "--images", 25)
+
+    weights = run / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for command in ("evaluate", "profile", "visualize"):
+        assert f"{run / 'model'} cannot be read" in refused(command, run / "model")
+
+
+def test_dense_model(madtp, refused, drawn):
+    code, out, _ = madtp("evaluate", DENSE_EASY_VQA, "--limit", 30)
+    assert code == 0 and "on 30 questions" in out
+    code, out, _ = madtp("profile", DENSE_EASY_VQA, "--limit", 8)
+    assert code == 0 and "1,854,496" in out
+    assert "is not a compressed model" in refused("visualize", DENSE_EASY_VQA)
+
+
+def test_an_interrupted_demo_says_how_to_go_on_and_does(madtp, drawn, short, monkeypatch, tmp_path):
+    step, done = MadtpTrainer.training_step, []
+
+    def interrupted(self, *arguments, **kwargs):
+        done.append(self.state.global_step)
+        if len(done) in (1, 5):
+            raise KeyboardInterrupt
+        return step(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(MadtpTrainer, "training_step", interrupted)
+    start = ("demo", "--steps", 6, "--output", tmp_path)
+    code, _, err = madtp(*start)
+    assert code == 130 and err.splitlines()[-1] == "stopped before the first checkpoint"
+    code, _, err = madtp(*start)
+    assert code == 130
+    checkpoint = last_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint.name == "checkpoint-2"
+    command = f"madtp demo --steps 6 --output {tmp_path} --resume"
+    assert err.splitlines()[-1] == f"stopped; {checkpoint} is whole, go on with: {command}"
+    assert not (tmp_path / "model").exists()
+    del done[4:]
+    done.append(None)
+    code, out, _ = madtp(*start, "--resume")
+    assert code == 0 and done[5:] == [2, 3, 4, 5]
+    assert (tmp_path / "model" / "madtp.json").exists()
+
+
+def test_targets_that_cannot_be(refused, drawn, tmp_path):
+    assert "flops_reduction must be a number in [0, 1), got -0.5" in refused("demo", "--flops=-0.5")
+    assert "flops_reduction must be below 0.97" in refused("demo", "--flops", 0.99, "--output", tmp_path)
+    message = refused("demo", "--flops", 0.95, "--output", tmp_path)
+    assert "flops_reduction must be at most about 0." in message and "temperature_max" in message
+
+
+def test_output_that_cannot_be_written(refused, drawn, tmp_path):
+    (tmp_path / "file").touch()
+    assert "output must be a directory to write to" in refused("demo", "--output", tmp_path / "file")
+    assert "output must be a directory to write to" in refused("demo", "--output", tmp_path / "file" / "run")
+
+
+def test_model_directories_that_are_none(refused, drawn, tmp_path):
+    assert "model directory must exist" in refused("evaluate", tmp_path / "none")
+    assert "lacks config.json" in refused("profile", tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(DENSE_EASY_VQA, broken)
+    config = (broken / "config.json").read_text()
+    (broken / "config.json").write_text(config.replace("BlipForQuestionAnswering", "BlipModel"))
+    assert "must hold a BlipForQuestionAnswering, got BlipModel" in refused("evaluate", broken)
+    (broken / "config.json").write_text(config)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    assert "cannot be read" in refused("evaluate", broken)
+
+
+def test_data_that_cannot_be_had(refused, monkeypatch, tmp_path):
+    monkeypatch.setenv("MADTP_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for command in (("demo", "--output", tmp_path / "run"), ("evaluate", DENSE_EASY_VQA)):
+        message = refused(*command)
+        assert "easy-vqa data not found" in message and "pip download" in message
+    (tmp_path / WHEEL).write_bytes(b"PK\x03\x04 cut short")
+    message = refused("evaluate", DENSE_EASY_VQA)
+    assert "must have sha256" in message and "delete it" in message

@@ -1,0 +1,72 @@
+"""The table of a report, in the terminal and in Markdown."""
+
+import copy
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from madtp import report
+
+DENSE = {
+    "samples": 9673,
+    "accuracy": 0.9876,
+    "dense_gmacs": 0.0814,
+    "counted_gmacs": 0.0814,
+    "executed_gmacs": 0.0814,
+    "params": 1_854_496,
+    "nonzero_params": 1_854_368,
+    "bytes": 7_441_512,
+    "ms_per_sample": 2.0,
+    "tokens_per_layer": {"vision": [65.0, 65.0], "text": [9.0]},
+}
+COMPRESSED = DENSE | {
+    "accuracy": 0.9801,
+    "counted_gmacs": 0.0407,
+    "nonzero_params": 927_184,
+    "ms_per_sample": 1.5,
+    "tokens_per_layer": {"vision": [52.0, 32.5], "text": [8.1]},
+}
+REPORT = {
+    "dense": DENSE,
+    "compressed": COMPRESSED,
+    "plan": {"temperatures": {"vision": 1.5, "text": 0.25}, "sparse_modules": ["a", "b"], "magnitude_kept": 0.75},
+    "config": {"seed": 3, "flops_reduction": 0.5, "pattern": "2:4"},
+    "versions": {"torch": "2.13.0"},
+}
+
+
+def test_rows_compare():
+    rows = {row[0]: row[1:] for section in report.rows(REPORT) for row in section}
+    assert rows["accuracy, 9,673 samples"] == ("98.76 %", "98.01 %", "-0.75 points")
+    assert rows["GMACs, dense"] == ("0.0814", "0.0814", "+0.0 %")
+    assert rows["GMACs, counted"] == ("0.0814", "0.0407", "-50.0 %")
+    assert rows["non-zero parameters"][2] == "-50.0 %"
+    assert rows["ms per sample"] == ("2", "1.5", "-25.0 %")
+    assert rows["tokens, vision layer 2"] == ("65.0", "32.5", "-50.0 %")
+    assert rows["tokens, text layer 1"] == ("9.0", "8.1", "-10.0 %")
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.table(REPORT))
+    text = console.export_text()
+    assert "…" not in text and "tokens, vision layer 2" in text and "-0.75 points" in text
+
+
+def test_files(tmp_path):
+    report.write(REPORT, tmp_path, command="madtp demo --seed 3", picture="tokens.png")
+    assert json.loads((tmp_path / "report.json").read_text()) == REPORT
+    text = (tmp_path / "report.md").read_text()
+    assert "| GMACs, counted | 0.0814 | 0.0407 | -50.0 % |" in text
+    for part in ("`madtp demo --seed 3`", "seed: 3", "torch 2.13.0", "(tokens.png)", "50.00 % fewer", "in 2 linears"):
+        assert part in text
+    assert "![" not in report.markdown(REPORT, command="madtp demo")
+
+
+def test_branches_must_agree():
+    other = copy.deepcopy(REPORT)
+    other["compressed"]["tokens_per_layer"]["vision"].append(3.0)
+    with pytest.raises(ValueError):
+        report.rows(other)
