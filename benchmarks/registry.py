@@ -50,9 +50,9 @@ class Entry:
 
 def entries() -> dict[str, Entry]:
     """Every benchmark by name. A new op joins with one line here."""
-    from benchmarks import tokens
+    from benchmarks import attention, tokens
 
-    return {entry.name: entry for entry in (*tokens.ENTRIES,)}
+    return {entry.name: entry for entry in (*tokens.ENTRIES, *attention.ENTRIES)}
 
 
 def runnable(entry: Entry, inputs: Any) -> Iterator[tuple[str, Thunk | Unavailable]]:

@@ -63,6 +63,7 @@ struct Results {
 struct Workspace {
   float* keys;    // panels of one head
   float* values;  // panels of one head
+  float* tail;    // (kTailKeys, kMaxHeadDim)
   float* scores;  // panels of one block
   float* maxima;  // panels of every block of a task
   float* queries;
@@ -111,6 +112,11 @@ class Attention {
       const std::int64_t seen = a_.causal ? blocks.begin(end) : s.keys;
       pack_keys(row(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], seen, a_.head_dim, w.keys);
       pack_values(row(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], seen, a_.head_dim, w.values);
+      for (std::int64_t j = 0; j < s.keys % kPanel && j < kTailKeys; ++j) {
+        const T* const key = row(a_.k, a_.k_strides, s.key + s.keys / kPanel * kPanel + j, h);
+        for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
+          store(w.tail + j * kMaxHeadDim + d, load(key + d));
+      }
       for (std::int64_t block = begin; block < end; ++block) {
         const std::int64_t i = blocks.begin(block), rows = blocks.begin(block + 1) - i;
         QueryBlock task;
@@ -164,6 +170,7 @@ class Attention {
     float norms[kMaxBlockRows], inverse[kMaxBlockRows];
     block.queries = w.queries;
     block.keys = w.keys;
+    block.tail = w.tail;
     block.values = w.values;
     block.value_rows = value_rows;
     block.key_count = a_.causal ? i + rows : s.keys;
@@ -270,9 +277,13 @@ struct Plan {
 
   Workspace workspace(const AttentionInputs& a, bool statistics, Arena& arena) const {
     const std::int64_t keys = padded(longest_key);
-    return {arena.take(keys * a.head_dim),           arena.take(keys * padded(a.head_dim)),
-            arena.take(keys * kMaxBlockRows),        arena.take(statistics ? keys * task_rows : 0),
-            arena.take(kMaxBlockRows * kMaxHeadDim), arena.take(kMaxBlockRows * a.head_dim)};
+    return {arena.take(keys * a.head_dim),
+            arena.take(keys * padded(a.head_dim)),
+            arena.take(kTailKeys * kMaxHeadDim),
+            arena.take(keys * kMaxBlockRows),
+            arena.take(statistics ? keys * task_rows : 0),
+            arena.take(kMaxBlockRows * kMaxHeadDim),
+            arena.take(kMaxBlockRows * a.head_dim)};
   }
 
   Results results(const AttentionInputs& a, bool statistics, Arena& arena) const {

@@ -21,6 +21,9 @@ constexpr int kMaxBlockRows = 14;
 constexpr int kMaxBlockRows = 6;
 #endif
 constexpr std::int64_t kMaxHeadDim = 128;
+// So many keys past the last whole panel get inner products instead of a panel of padding: a CLS token beside
+// a power of two of patches leaves one.
+constexpr std::int64_t kTailKeys = 2;
 constexpr float kMasked = -1e30f;  // finite, so that a row of nothing but masked scores has no NaN
 
 // Rows of memory to fetch while something else computes: rows of one head lie too far apart for the hardware
@@ -40,9 +43,10 @@ struct Upcoming {
 };
 
 struct QueryBlock {
-  const float* queries;     // (R, kMaxHeadDim), scaled by softmax_scale * log2(e)
-  const float* keys;        // panels of the head
-  const float* values;      // panels of the head
+  const float* queries;  // (R, kMaxHeadDim), scaled by softmax_scale * log2(e)
+  const float* keys;     // panels of the head
+  const float* tail;     // (kTailKeys, kMaxHeadDim) the keys past the last whole panel, if they are that few
+  const float* values;   // panels of the head
   std::int64_t value_rows;  // keys in a panel of values
   std::int64_t key_count;   // keys that some row of the block sees
   std::int64_t head_dim;
@@ -143,6 +147,23 @@ inline __attribute__((always_inline)) void score_panel(const QueryBlock& block, 
   }
 }
 
+// Scores of the tail.
+template <int R>
+inline void score_tail(const QueryBlock& block, std::int64_t panel, Vec (&highest)[R]) {
+  for (int r = 0; r < R; ++r) {
+    Vec row = broadcast(kMasked);
+    for (std::int64_t j = 0; panel * kPanel + j < block.key_count; ++j) {
+      Vec products = {};
+      for (std::int64_t d = 0; d < block.head_dim; d += kWidth)
+        products =
+            load(block.queries + r * kMaxHeadDim + d) * load(block.tail + j * kMaxHeadDim + d) + products;
+      row[j] = sum(products);
+    }
+    store(block.scores + (panel * R + r) * kPanel, row);
+    highest[r] = max(row, highest[r]);
+  }
+}
+
 // Output columns of V vectors from `column` on, scaled; returns each row's sum of squares in `squares`.
 template <int R, int V, bool kStatistics>
 inline __attribute__((always_inline)) void value_panel(const QueryBlock& block, std::int64_t panel,
@@ -226,7 +247,9 @@ __attribute__((noinline)) void attend(const QueryBlock& block) {
   for (int r = 0; r < R; ++r) highest[r] = broadcast(-INFINITY);
   const std::int64_t whole = block.key_count / kPanel, rest = block.key_count % kPanel;
   for (std::int64_t p = 0; p < whole; ++p) score_panel<R, 2>(block, p, highest);
-  if (rest > kWidth) {
+  if (block.limit_step == 0 && rest > 0 && rest <= kTailKeys) {
+    score_tail<R>(block, whole, highest);
+  } else if (rest > kWidth) {
     score_panel<R, 2>(block, whole, highest);
   } else if (rest > 0) {
     score_panel<R, 1>(block, whole, highest);
