@@ -6,20 +6,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
-
-#define MADTP_ISA baseline
-#include "cpu/kernels/attention.h"
-#undef MADTP_ISA
-#if MADTP_HAS_AVX2
-#define MADTP_ISA avx2
-#include "cpu/kernels/attention.h"
-#undef MADTP_ISA
-#endif
-#if MADTP_HAS_AVX512
-#define MADTP_ISA avx512
-#include "cpu/kernels/attention.h"
-#undef MADTP_ISA
-#endif
+#include "cpu/kernels.h"
 
 namespace madtp::cpu {
 namespace {

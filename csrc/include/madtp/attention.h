@@ -15,10 +15,10 @@ namespace madtp {
 // elements of a head are contiguous; strides count elements.
 struct AttentionInputs {
   DType dtype;
-  const void* q;                     // (rows_q, heads, head_dim)
-  const void* k;                     // (rows_k, heads, head_dim)
-  const void* v;                     // (rows_k, heads, head_dim)
-  std::int64_t q_strides[2];         // between rows, between heads
+  const void* q;              // (rows_q, heads, head_dim)
+  const void* k;              // (rows_k, heads, head_dim)
+  const void* v;              // (rows_k, heads, head_dim)
+  std::int64_t q_strides[2];  // between rows, between heads
   std::int64_t k_strides[2];
   std::int64_t v_strides[2];
   const std::int32_t* cu_seqlens_q;  // (batch + 1,)
@@ -33,9 +33,9 @@ namespace cpu {
 
 // out_i = sum_j softmax_j(softmax_scale q_i k_j) v_j. With statistics, which are for self-attention:
 // summary_j = sum_h P[h,s,j] ||out[h,j]|| / sum_h ||out[h,j]|| for the summary token s, and
-// received_j = sum over queries i != s of max_h P[h,i,j], under a causal mask divided by the number that see j.
-// head_dim is a multiple of 16, at most 128. Computes in float32; memory beside the outputs is O(rows * heads).
-// Status::out_of_memory when that cannot be had: nothing was written.
+// received_j = sum over queries i != s of max_h P[h,i,j], under a causal mask divided by the number that see
+// j. head_dim is a multiple of 16, at most 128. Computes in float32; memory beside the outputs is O(rows *
+// heads). Status::out_of_memory when that cannot be had: nothing was written.
 Status varlen_attention(const AttentionInputs& inputs,
                         void* out,        // (rows_q, heads, head_dim), contiguous
                         float* summary,   // (rows_q,); null with `received`: no statistics

@@ -1,0 +1,25 @@
+#pragma once
+
+// Declares the kernels of every instruction set this library is compiled for. A new op adds its header to the
+// three lists.
+
+#include "build_config.h"
+
+#define MADTP_ISA baseline
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/tokens.h"
+#undef MADTP_ISA
+
+#if MADTP_HAS_AVX2
+#define MADTP_ISA avx2
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/tokens.h"
+#undef MADTP_ISA
+#endif
+
+#if MADTP_HAS_AVX512
+#define MADTP_ISA avx512
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/tokens.h"
+#undef MADTP_ISA
+#endif
