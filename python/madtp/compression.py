@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
@@ -88,17 +89,20 @@ def compress(
         TypeError: the model's class is not supported.
     """
     output_dir = require_writable("output_dir", output_dir)
+    args = _training_arguments(output_dir, config, training)
+    bars = progress or Progress(Console(quiet=True))
     calibration_data = train_data if calibration_data is None else calibration_data
     set_seed(config.seed)
     student, teacher = copy.deepcopy(model), copy.deepcopy(model)
     handle = patch(student, config)
     patch(teacher, config)
+    student.to(args.device)
 
     exclude = (*config.sparse_exclude, *handle.family.dense_modules, "madtp_guide")
     linears = select_modules(student, config.pattern, include=config.sparse_include, exclude=exclude)
     planned = linears.selected if Pattern.parse(config.pattern).sparse24 else []
     _require_params_reduction(student, linears.selected, config)
-    probe = pairs(task, calibration_data, PROBE_SAMPLES)
+    probe = pairs(task, calibration_data, PROBE_SAMPLES, args.device)
     before = profile_batches(student, probe, planned_sparse=planned)
     targets = branch_targets(before, config.flops_reduction, tuple(handle.pruning))
     _require_reach(student, probe, planned, before.total.dense_macs, config)
@@ -110,7 +114,7 @@ def compress(
         targets=targets,
         probe=probe,
         sparse_modules=linears.selected,
-        args=_training_arguments(output_dir, config, training),
+        args=args,
         train_dataset=train_data,
         data_collator=task.collate,
     )
@@ -122,23 +126,23 @@ def compress(
 
     magnitude = trainer.pruner.finalize()
     handle.collect_alignment(False)
-    trainer.probe = pairs(task, calibration_data, SETTLE_SAMPLES)
-    dense_macs = profile_batches(student, trainer.probe).total.dense_macs
-    miss = trainer.settle((1 - config.flops_reduction) * dense_macs)
+    with bars.status("settling the temperatures"):
+        trainer.probe = pairs(task, calibration_data, SETTLE_SAMPLES, args.device)
+        dense_macs = profile_batches(student, trainer.probe).total.dense_macs
+        miss = trainer.settle((1 - config.flops_reduction) * dense_macs)
     with whole_directory(output_dir / "model") as directory:
         student.save_pretrained(directory)
         task.save_processor(directory)
 
-    compressed = from_pretrained(output_dir / "model")
-    bars = {
-        name: partial(progress, title=f"evaluating {name}") if progress else iter for name in ("dense", "compressed")
-    }
+    compressed = from_pretrained(output_dir / "model").to(_device(model))
     figures = {
-        "dense": measure(model, task, eval_data, progress=bars["dense"]),
-        "compressed": measure(compressed, task, eval_data, path=output_dir / "model", progress=bars["compressed"]),
+        name: measure(subject, task, eval_data, path=path, progress=partial(bars, title=f"evaluating {name}"))
+        for name, subject, path in (("dense", model, None), ("compressed", compressed, output_dir / "model"))
     }
-    batch = pairs(task, eval_data, TIMING_BATCH)[0]
-    for name, milliseconds in time_per_sample({"dense": model, "compressed": compressed}, batch).items():
+    with bars.status("timing"):
+        batch = pairs(task, eval_data, TIMING_BATCH, _device(model))[0]
+        times = time_per_sample({"dense": model, "compressed": compressed}, batch)
+    for name, milliseconds in times.items():
         figures[name]["ms_per_sample"] = milliseconds
     plan = {
         "targets_gmacs": {branch: macs / 1e9 for branch, macs in targets.items()},
@@ -170,7 +174,7 @@ def measure(
     if not hasattr(model, "madtp_handle"):
         counted = copy.deepcopy(model)
         patch(counted)
-    total = profile_batches(counted, pairs(task, data, ACCOUNT_SAMPLES)).total
+    total = profile_batches(counted, pairs(task, data, ACCOUNT_SAMPLES, _device(model))).total
     return {
         "samples": len(data),
         "accuracy": accuracy,
@@ -195,11 +199,13 @@ def time_per_sample(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor]
             for name, model in models.items():
                 start = time.perf_counter()
                 model(**batch)
+                if _device(model).type == "cuda":
+                    torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) / samples for name, values in seconds.items()}
 
 
-def pairs(task, data: Dataset, count: int) -> list[dict[str, Tensor]]:
+def pairs(task, data: Dataset, count: int, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:
     """Batches of `count` items spread over the data (all, if fewer), every sample with its own copy of its image."""
     chosen = [int(i * max(1.0, len(data) / count)) for i in range(min(count, len(data)))]
     batches = []
@@ -208,7 +214,7 @@ def pairs(task, data: Dataset, count: int) -> list[dict[str, Tensor]]:
         index = batch.pop("image_index", None)
         if index is not None:
             batch["pixel_values"] = batch["pixel_values"][index]
-        batches.append(batch)
+        batches.append({name: value.to(device) for name, value in batch.items()})
     return batches
 
 
@@ -285,6 +291,10 @@ def _training_arguments(output_dir: Path, config: CompressionConfig, training: M
         "seed": config.seed,
     }
     return TrainingArguments(**defaults | dict(training or {}))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _saved_bytes(model: nn.Module) -> int:

@@ -15,12 +15,12 @@ from madtp.progress import Progress
 from madtp.tasks.easy_vqa import EasyVqa, ImagesWithQuestions
 from madtp.tasks.vqa import VqaTask, load_dense
 
-CONFIG = CompressionConfig(flops_reduction=0.6, alignment_tokens=64, alignment_dim=128)
-STEPS = 400
+CONFIG = CompressionConfig(flops_reduction=0.6, alignment_tokens=100, alignment_dim=128)
+STEPS = 300
 QUESTIONS = 4  # of each image; they share its encoding
 TRAINING = {
     "per_device_train_batch_size": 32,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "logging_steps": 10,
     "save_strategy": "steps",
     "save_steps": 50,
@@ -54,9 +54,11 @@ def run(
     """
     config = replace(CONFIG, flops_reduction=flops, seed=seed)
     output = require_writable("output", output)
+    progress = Progress(console)
     model, tokenizer = load_dense()
     task = VqaTask(tokenizer)
-    train, test = (EasyVqa(split, tokenizer, limit=limit) for split in ("train", "test"))
+    with progress.status("reading easy-vqa"):
+        train, test = (EasyVqa(split, tokenizer, limit=limit) for split in ("train", "test"))
     result = compress(
         model,
         task,
@@ -67,7 +69,7 @@ def run(
         calibration_data=train,
         training=TRAINING | {"max_steps": steps},
         resume=resume,
-        progress=Progress(console),
+        progress=progress,
     )
     visualize.picture(result.model, task, test, output / PICTURE)
     report.write(result.report, output, command=command, picture=PICTURE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from rich import progress
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """What `compress` shows of itself: `progress(items, title)` wraps an iteration, `training(trainer)` a training."""
+    """What `compress` shows of itself; `progress(items, title)` wraps an iteration."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True)
@@ -22,6 +22,10 @@ class Progress:
     def __call__(self, items: Iterable[Item], title: str) -> Iterator[Item]:
         with progress.Progress(*_columns(), console=self.console) as bar:
             yield from bar.track(items, description=title)
+
+    def status(self, title: str) -> AbstractContextManager:
+        """A context that takes a while and counts nothing."""
+        return self.console.status(title)
 
     @contextmanager
     def training(self, trainer: Trainer) -> Iterator[None]:

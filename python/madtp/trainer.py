@@ -33,7 +33,7 @@ class MadtpTrainer(Trainer):
         teacher: the dense model, patched at temperature 0 so that it reports its summary tokens. It is frozen.
         config: loss weights, mask schedule, controller.
         targets: counted MACs per sample of each pruned branch, such as `branch_targets` gives.
-        probe: batches without shared images to observe MACs on.
+        probe: batches without shared images to observe MACs on, where the model is.
         sparse_modules: names of the Linear modules that go N:M.
         args, **kwargs: of `transformers.Trainer`.
     """
@@ -114,8 +114,7 @@ class MadtpTrainer(Trainer):
     def observe(self) -> dict[str, float]:
         """Counted MACs per sample of the probe, per branch, as they will be once the masks are final."""
         with self.handle.inference():
-            probe = [{name: value.to(self.args.device) for name, value in batch.items()} for batch in self.probe]
-            self.observed = counted_macs(self.model, probe, planned_sparse=self.planned_sparse)
+            self.observed = counted_macs(self.model, self.probe, planned_sparse=self.planned_sparse)
         return self.observed
 
     def steer(self) -> None:

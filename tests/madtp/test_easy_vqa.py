@@ -95,6 +95,13 @@ def test_answer_of_several_tokens_is_refused(dense):
         VqaTask(dense[1], ["yes", "red circle"])
 
 
+def test_arguments_are_checked(dense):
+    with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'val'"):
+        EasyVqa("val", dense[1])
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        EasyVqa("test", dense[1], limit=0)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short"])
 def test_broken_archive(tmp_path, content):
     (tmp_path / easy_vqa.WHEEL).write_bytes(content)

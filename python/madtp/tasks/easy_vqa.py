@@ -111,6 +111,8 @@ class EasyVqa(Dataset):
     def __init__(self, split: str, tokenizer, cache: Path | None = None, limit: int | None = None):
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}")
         self.images, self.questions = _read(split, limit, cache)  # (I, 3, 64, 64) uint8, (question, answer, image)
         text = tokenizer([question for question, _, _ in self.questions], padding=True, return_tensors="pt")
         self.input_ids, self.attention_mask = text["input_ids"], text["attention_mask"]  # (Q, L)
