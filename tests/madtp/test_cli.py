@@ -1,22 +1,16 @@
 """The command madtp as a user meets it, above all when something is wrong."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-import madtp as package
 from madtp import cli, demo
 from madtp.tasks.easy_vqa import WHEEL
 from madtp.tasks.vqa import DENSE_EASY_VQA
 from madtp.trainer import MadtpTrainer, last_checkpoint
-
-ROOTS = os.pathsep.join(str(Path(__file__).parents[2] / folder) for folder in (".", "python"))
 
 
 @pytest.fixture
@@ -159,19 +153,3 @@ def test_data_that_cannot_be_had(refused, monkeypatch, tmp_path):
     (tmp_path / WHEEL).write_bytes(b"PK\x03\x04 cut short")
     message = refused("evaluate", DENSE_EASY_VQA)
     assert "must have sha256" in message and "delete it" in message
-
-
-def test_help_does_not_wait_for_torch(madtp, monkeypatch):
-    code = "import sys, madtp.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": ROOTS}).returncode == 0
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert madtp("--help")[0] == 0 and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert madtp("--help")[0] == 0 and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-
-
-def test_the_package_has_what_it_says():
-    assert set(package.__all__) <= set(dir(package))
-    assert all(getattr(package, name).__name__ == name for name in package.__all__)
-    with pytest.raises(AttributeError, match="module 'madtp' has no attribute 'nothing'"):
-        package.nothing  # noqa: B018
