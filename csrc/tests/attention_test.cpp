@@ -160,6 +160,19 @@ TEST(large_scores_do_not_overflow_and_nan_stays_in_its_sequence) {
     EXPECT(broken.received[i] == clean.received[i] && broken.summary[i] == clean.summary[i]);
 }
 
+TEST(a_summary_row_that_does_not_exist_is_none) {
+  Problem p({20, 9}, {20, 9}, 2, 32, false);
+  Outputs none(p), outside(p);
+  p.summary = {-1, -1};
+  EXPECT(cpu::varlen_attention(p.inputs(), none.out.data(), none.summary.data(), none.received.data(), 1) ==
+         Status::ok);
+  p.summary = {20, 1000};
+  EXPECT(cpu::varlen_attention(p.inputs(), outside.out.data(), outside.summary.data(),
+                               outside.received.data(), 1) == Status::ok);
+  EXPECT(outside.summary == none.summary && outside.received == none.received);
+  for (float value : none.summary) EXPECT(value == 0);
+}
+
 TEST(bad_attention_arguments_are_refused) {
   const Problem p({4, 3}, {4, 3}, 2, 32, false);
   std::vector<float> out(p.q.size(), 5), statistic(7, 5);

@@ -49,7 +49,9 @@ struct Sequence {
         queries(a.cu_seqlens_q[b + 1] - query),
         key(a.cu_seqlens_k[b]),
         keys(a.cu_seqlens_k[b + 1] - key),
-        summary(a.summary_index == nullptr ? 0 : a.summary_index[b]) {}
+        summary(a.summary_index == nullptr ? 0 : a.summary_index[b]) {
+    if (summary >= queries) summary = -1;  // a row that does not exist is none
+  }
 };
 
 // What tasks leave for the end: floats per query row of the batch.
