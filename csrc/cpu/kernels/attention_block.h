@@ -62,22 +62,6 @@ struct QueryBlock {
   Upcoming next_queries, next_keys, next_values;
 };
 
-// 2^x to about 1 ulp for x <= 0; below -120 it stays at 2^-120. NaN is NaN.
-inline Vec exp2_nonpositive(Vec x) {
-  const Vec lowest = broadcast(-120.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23: rounds to an integer
-  x = max(lowest, x);                                                     // in this order NaN stays
-  const Vec shifted = x + magic;
-  const Vec f = x - (shifted - magic);
-  Vec p = broadcast(1.534581180e-4f);
-  p = p * f + 1.339993122e-3f;
-  p = p * f + 9.618488958e-3f;
-  p = p * f + 5.550328777e-2f;
-  p = p * f + 2.402264689e-1f;
-  p = p * f + 6.931472057e-1f;
-  p = p * f + 1.0f;
-  return bit_cast<Vec>(bit_cast<BitVec>(p) + (bit_cast<BitVec>(shifted) << 23));
-}
-
 inline Vec lane_numbers() {
   Vec v;
   for (int i = 0; i < kWidth; ++i) v[i] = float(i);

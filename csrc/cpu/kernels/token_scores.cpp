@@ -58,7 +58,7 @@ void sequence_importance(const Sequence& s, const float* summary, const float* r
 // `count` on do not exist.
 template <int N, typename T>
 float block_threshold(const Sequence& s, const float* importance, float highest, const T* logits,
-                      std::int64_t stride, std::int64_t count, float inverse_tau) {
+                      std::int64_t stride, std::int64_t count, float scale) {
   const auto lanes = [&](std::int64_t j, Vec* a) {
     const T* row = logits + j * stride;
     for (int n = 0; n < N; ++n) {
@@ -78,7 +78,7 @@ float block_threshold(const Sequence& s, const float* importance, float highest,
     lanes(j, a);
     const Vec deficit = broadcast(highest - importance[j]);
     for (int n = 0; n < N; ++n) {
-      const Vec e = exp_nonpositive((a[n] - best[n]) * broadcast(inverse_tau));
+      const Vec e = exp2_nonpositive((a[n] - best[n]) * broadcast(scale));
       weight[n] += e;
       weighted[n] = e * deficit + weighted[n];
     }
@@ -106,13 +106,13 @@ std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* 
     if (!std::isfinite(importance[j])) return length;
     if (importance[j] > highest) highest = importance[j];
   }
-  const double inverse = 1 / temperature;
-  const float inverse_tau = inverse > FLT_MAX ? FLT_MAX : inverse < FLT_MIN ? FLT_MIN : float(inverse);
+  const double inverse = 1.4426950408889634 / temperature;  // log2(e) / tau
+  const float scale = inverse > FLT_MAX ? FLT_MAX : inverse < FLT_MIN ? FLT_MIN : float(inverse);
   constexpr int kVectors = 4;
   float threshold = -INFINITY;
   for (std::int64_t k = 0; k < alignment_tokens; k += kVectors * kWidth) {
-    const float value = block_threshold<kVectors>(s, importance, highest, logits + k, stride,
-                                                  alignment_tokens - k, inverse_tau);
+    const float value =
+        block_threshold<kVectors>(s, importance, highest, logits + k, stride, alignment_tokens - k, scale);
     if (value != value) return length;
     if (value > threshold) threshold = value;
   }

@@ -254,23 +254,20 @@ inline void for_each_vector(std::int64_t count, Body&& body) {
         [rest](auto* to, Vec v) { store_part(to, v, rest); });
 }
 
-// e^x to about 1 ulp for x <= 0 (Cephes polynomial); below -87 it stays at the least normal number. NaN is
-// NaN.
-inline Vec exp_nonpositive(Vec x) {
-  const Vec lowest = broadcast(-87.3f), magic = broadcast(12582912.0f);  // 1.5 * 2^23: rounds to an integer
-  x = max(lowest, x);                                                    // in this order NaN stays
-  const Vec n = (x * 1.44269504088896341f + magic) - magic;
-  Vec r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Vec p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const BitVec exponent = bit_cast<BitVec>(__builtin_convertvector(n, IntVec)) << 23;
-  return bit_cast<Vec>(bit_cast<BitVec>(p) + exponent);
+// 2^x to about 1 ulp for x <= 0; below -120 it stays at 2^-120. NaN is NaN.
+inline Vec exp2_nonpositive(Vec x) {
+  const Vec lowest = broadcast(-120.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23: rounds to an integer
+  x = max(lowest, x);                                                     // in this order NaN stays
+  const Vec shifted = x + magic;
+  const Vec f = x - (shifted - magic);
+  Vec p = broadcast(1.534581180e-4f);
+  p = p * f + 1.339993122e-3f;
+  p = p * f + 9.618488958e-3f;
+  p = p * f + 5.550328777e-2f;
+  p = p * f + 2.402264689e-1f;
+  p = p * f + 6.931472057e-1f;
+  p = p * f + 1.0f;
+  return bit_cast<Vec>(bit_cast<BitVec>(p) + (bit_cast<BitVec>(shifted) << 23));
 }
 
 }  // namespace madtp::cpu::MADTP_ISA
