@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import madtp_kernels as mk
-from benchmarks.registry import Entry, Unavailable
+from benchmarks.registry import Entry, require
 
 
 class AttentionInputs(NamedTuple):
@@ -53,10 +53,7 @@ def ours(backend: str, return_stats: bool):
     def prepare(i: AttentionInputs):
         arguments = (i.q, i.k, i.v, i.cu_seqlens)
         options = {"max_seqlen_q": i.tokens, "return_stats": return_stats, "backend": backend}
-        try:
-            mk.explain("varlen_attention", *arguments, **options)
-        except RuntimeError as error:
-            raise Unavailable(str(error)) from None
+        require("varlen_attention", *arguments, **options)
 
         def run():
             result = mk.varlen_attention(*arguments, **options)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+import madtp_kernels as mk
+
 Case = Mapping[str, Any]  # shape and knobs of one row of the table, JSON-serialisable
 Thunk = Callable[[], Any]
 
@@ -53,6 +55,14 @@ def entries() -> dict[str, Entry]:
     from benchmarks import attention, tokens
 
     return {entry.name: entry for entry in (*tokens.ENTRIES, *attention.ENTRIES)}
+
+
+def require(op: str, *args, **kwargs) -> None:
+    """Raises `Unavailable` where the backend asked for cannot run this call of an op of ours."""
+    try:
+        mk.explain(op, *args, **kwargs)
+    except RuntimeError as error:
+        raise Unavailable(str(error)) from None
 
 
 def runnable(entry: Entry, inputs: Any) -> Iterator[tuple[str, Thunk | Unavailable]]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import madtp_kernels as mk
-from benchmarks.registry import Entry, Unavailable
+from benchmarks.registry import Entry, Unavailable, require
 
 EPS = 1e-5
 
@@ -80,10 +80,7 @@ def ours(backend: str, layernorm: bool):
         scores_backend = "triton" if backend == "cuda" else backend  # CUDA C++ has the gathers only
         if backend == "triton" and i.x.device.type == "cpu":
             raise Unavailable("on a CPU Triton is interpreted, which says nothing of its speed")
-        try:
-            mk.explain("gather_merge", i.x, None, backend=backend)
-        except RuntimeError as error:
-            raise Unavailable(str(error)) from None
+        require("gather_merge", i.x, None, backend=backend)
         return run
 
     return prepare
