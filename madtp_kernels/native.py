@@ -38,30 +38,13 @@ def _heads(x: Tensor) -> Tensor:
     return x if x.shape[2] <= 1 or x.stride(2) == 1 else x.contiguous()
 
 
-def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    causal: bool,
-    summary_index: Tensor | None,
-    return_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (_heads(x) for x in (q, k, v))
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    summary_index = _contiguous(summary_index)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    summary = q.new_empty(q.shape[0] if return_stats else 0, dtype=torch.float32)
-    received = torch.empty_like(summary)
-    _call(
-        "varlen_attention",
-        q.device,
+def _attention_inputs(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, summary_index, return_stats
+):
+    """madtp::AttentionInputs; the tensors must be as `_attention_tensors` gives them, and outlive it."""
+    return dispatch.extension().cpu.AttentionInputs(
         _DTYPES[q.dtype],
-        *(number for x in (q, k, v) for number in (x.data_ptr(), x.stride(0), x.stride(1))),
+        *((x.data_ptr(), x.stride(0), x.stride(1)) for x in (q, k, v)),
         _address(cu_seqlens_q),
         _address(cu_seqlens_k),
         q.shape[0],
@@ -71,11 +54,47 @@ def varlen_attention(
         softmax_scale,
         causal,
         _address(summary_index),
-        _address(out),
-        _address(summary),
-        _address(received),
     )
-    return out, summary, received
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options):
+    """Arguments and results of `reference.attention.varlen_attention`."""
+    *numbers, summary_index, return_stats = options
+    q, k, v = (_heads(x) for x in (q, k, v))
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    summary_index = _contiguous(summary_index)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    summary = q.new_empty(q.shape[0] if return_stats else 0, dtype=torch.float32)
+    received = torch.empty_like(summary)
+    inputs = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, summary_index, return_stats)
+    _call("varlen_attention", q.device, inputs, *(_address(t) for t in (out, lse, summary, received)))
+    return out, summary, received, lse
+
+
+def varlen_attention_backward(
+    grad_out: Tensor,
+    grad_summary: Tensor,
+    grad_received: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results of `reference.attention.varlen_attention_backward`."""
+    *numbers, summary_index, return_stats = options
+    q, k, v = (_heads(x) for x in (q, k, v))
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    summary_index = _contiguous(summary_index)
+    given = [t.contiguous() for t in (out, lse, grad_out, grad_summary, grad_received)]
+    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    inputs = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, summary_index, return_stats)
+    _call("varlen_attention_backward", q.device, inputs, *(_address(t) for t in (*given, *gradients)))
+    return tuple(gradients)
 
 
 def token_importance(

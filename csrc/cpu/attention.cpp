@@ -1,4 +1,4 @@
-// The public entry point: checks its arguments, then runs the kernel of the chosen instruction set.
+// The public entry points: they check their arguments, then run the kernel of the chosen instruction set.
 
 #include "madtp/attention.h"
 
@@ -23,21 +23,41 @@ bool lengths(const AttentionInputs& a, bool self_attention) {
   return true;
 }
 
+bool query_rows(const AttentionInputs& a, const void* data) {
+  return matrix(data, a.dtype, a.rows_q, a.heads * a.head_dim);
+}
+
+bool key_rows(const AttentionInputs& a, const void* data) {
+  return matrix(data, a.dtype, a.rows_k, a.heads * a.head_dim);
+}
+
+bool valid(const AttentionInputs& a, bool statistics) {
+  return a.heads >= 0 && a.head_dim >= 16 && a.head_dim <= kMaxHeadDim && a.head_dim % 16 == 0 &&
+         offsets(a.cu_seqlens_q, a.batch, a.rows_q, true) &&
+         offsets(a.cu_seqlens_k, a.batch, a.rows_k, true) && query_rows(a, a.q) && key_rows(a, a.k) &&
+         key_rows(a, a.v) && std::isfinite(a.softmax_scale) && lengths(a, statistics || a.causal);
+}
+
 }  // namespace
 
-Status varlen_attention(const AttentionInputs& a, void* out, float* summary, float* received, int threads) {
+Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* summary, float* received,
+                        int threads) {
   const bool statistics = summary != nullptr || received != nullptr;
-  const std::int64_t columns = a.heads * a.head_dim;
-  if (!offsets(a.cu_seqlens_q, a.batch, a.rows_q, true) ||
-      !offsets(a.cu_seqlens_k, a.batch, a.rows_k, true) || a.heads < 0 || a.head_dim < 16 ||
-      a.head_dim > kMaxHeadDim || a.head_dim % 16 != 0 || !matrix(a.q, a.dtype, a.rows_q, columns) ||
-      !matrix(a.k, a.dtype, a.rows_k, columns) || !matrix(a.v, a.dtype, a.rows_k, columns) ||
-      !matrix(out, a.dtype, a.rows_q, columns) || !std::isfinite(a.softmax_scale) || threads < 1)
-    return Status::invalid_argument;
+  if (!valid(a, statistics) || !query_rows(a, out) || threads < 1) return Status::invalid_argument;
   if (statistics && !(present(summary, a.rows_q) && present(received, a.rows_q)))
     return Status::invalid_argument;
-  if (!lengths(a, statistics || a.causal)) return Status::invalid_argument;
-  MADTP_DISPATCH(varlen_attention(a, out, summary, received, threads));
+  MADTP_DISPATCH(varlen_attention(a, out, lse, summary, received, threads));
+}
+
+Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradients& g, int threads) {
+  const bool statistics = g.grad_summary != nullptr || g.grad_received != nullptr;
+  if (!valid(a, statistics) || !query_rows(a, g.grad_out) || !query_rows(a, g.grad_q) ||
+      !key_rows(a, g.grad_k) || !key_rows(a, g.grad_v) || !present(g.lse, a.rows_q, a.heads) || threads < 1)
+    return Status::invalid_argument;
+  if (statistics &&
+      !(present(g.grad_summary, a.rows_q) && present(g.grad_received, a.rows_q) && query_rows(a, g.out)))
+    return Status::invalid_argument;
+  MADTP_DISPATCH(varlen_attention_backward(a, g, threads));
 }
 
 }  // namespace madtp::cpu

@@ -8,39 +8,60 @@ namespace madtp::python {
 namespace {
 
 using Address = std::uintptr_t;
+using Strided = std::array<std::uintptr_t, 3>;  // address, row stride, head stride
 
-void varlen_attention(int dtype, Address q, std::int64_t q_row, std::int64_t q_head, Address k,
-                      std::int64_t k_row, std::int64_t k_head, Address v, std::int64_t v_row,
-                      std::int64_t v_head, Address cu_seqlens_q, Address cu_seqlens_k, std::int64_t rows_q,
-                      std::int64_t rows_k, std::int64_t batch, std::int64_t heads, std::int64_t head_dim,
-                      float softmax_scale, bool causal, Address summary_index, Address out, Address summary,
+AttentionInputs inputs(int dtype, const Strided& q, const Strided& k, const Strided& v, Address cu_seqlens_q,
+                       Address cu_seqlens_k, std::int64_t rows_q, std::int64_t rows_k, std::int64_t batch,
+                       std::int64_t heads, std::int64_t head_dim, float softmax_scale, bool causal,
+                       Address summary_index) {
+  const auto stride = [](std::uintptr_t value) { return static_cast<std::int64_t>(value); };
+  return {static_cast<DType>(dtype),
+          pointer<const void>(q[0]),
+          pointer<const void>(k[0]),
+          pointer<const void>(v[0]),
+          {stride(q[1]), stride(q[2])},
+          {stride(k[1]), stride(k[2])},
+          {stride(v[1]), stride(v[2])},
+          pointer<const std::int32_t>(cu_seqlens_q),
+          pointer<const std::int32_t>(cu_seqlens_k),
+          rows_q,
+          rows_k,
+          batch,
+          heads,
+          head_dim,
+          softmax_scale,
+          causal,
+          pointer<const std::int32_t>(summary_index)};
+}
+
+void varlen_attention(const AttentionInputs& inputs, Address out, Address lse, Address summary,
                       Address received, int threads) {
-  const AttentionInputs inputs{static_cast<DType>(dtype),
-                               pointer<const void>(q),
-                               pointer<const void>(k),
-                               pointer<const void>(v),
-                               {q_row, q_head},
-                               {k_row, k_head},
-                               {v_row, v_head},
-                               pointer<const std::int32_t>(cu_seqlens_q),
-                               pointer<const std::int32_t>(cu_seqlens_k),
-                               rows_q,
-                               rows_k,
-                               batch,
-                               heads,
-                               head_dim,
-                               softmax_scale,
-                               causal,
-                               pointer<const std::int32_t>(summary_index)};
-  check(cpu::varlen_attention(inputs, pointer<void>(out), pointer<float>(summary), pointer<float>(received),
-                              threads),
+  check(cpu::varlen_attention(inputs, pointer<void>(out), pointer<float>(lse), pointer<float>(summary),
+                              pointer<float>(received), threads),
         "madtp::cpu::varlen_attention");
+}
+
+void varlen_attention_backward(const AttentionInputs& inputs, Address out, Address lse, Address grad_out,
+                               Address grad_summary, Address grad_received, Address grad_q, Address grad_k,
+                               Address grad_v, int threads) {
+  const cpu::AttentionGradients gradients{pointer<const void>(out),
+                                          pointer<const float>(lse),
+                                          pointer<const void>(grad_out),
+                                          pointer<const float>(grad_summary),
+                                          pointer<const float>(grad_received),
+                                          pointer<void>(grad_q),
+                                          pointer<void>(grad_k),
+                                          pointer<void>(grad_v)};
+  check(cpu::varlen_attention_backward(inputs, gradients, threads), "madtp::cpu::varlen_attention_backward");
 }
 
 }  // namespace
 
 void bind_attention(py::module_& cpu_module) {
+  py::class_<AttentionInputs>(cpu_module, "AttentionInputs").def(py::init(&inputs));
   cpu_module.def("varlen_attention", &varlen_attention, py::call_guard<py::gil_scoped_release>());
+  cpu_module.def("varlen_attention_backward", &varlen_attention_backward,
+                 py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace madtp::python

@@ -1,6 +1,7 @@
 #include "madtp/attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <random>
 #include <vector>
@@ -120,17 +121,17 @@ TEST(self_attention_with_statistics) {
       const Problem p({1, 0, 33, 2, 130, 64, 17}, {1, 0, 33, 2, 130, 64, 17}, 3, dim, causal);
       const Outputs wanted = expected(p, true);
       Outputs one(p), plain(p);
-      EXPECT(cpu::varlen_attention(p.inputs(), one.out.data(), one.summary.data(), one.received.data(), 1) ==
-             Status::ok);
+      EXPECT(cpu::varlen_attention(p.inputs(), one.out.data(), nullptr, one.summary.data(),
+                                   one.received.data(), 1) == Status::ok);
       expect_equal(one.out, wanted.out, 2e-5);
       expect_equal(one.summary, wanted.summary, 1e-5);
       expect_equal(one.received, wanted.received, 1e-4);
-      EXPECT(cpu::varlen_attention(p.inputs(), plain.out.data(), nullptr, nullptr, 2) == Status::ok);
+      EXPECT(cpu::varlen_attention(p.inputs(), plain.out.data(), nullptr, nullptr, nullptr, 2) == Status::ok);
       EXPECT(plain.out == one.out);
       for (int threads : {2, 3, 40}) {
         Outputs more(p);
-        EXPECT(cpu::varlen_attention(p.inputs(), more.out.data(), more.summary.data(), more.received.data(),
-                                     threads) == Status::ok);
+        EXPECT(cpu::varlen_attention(p.inputs(), more.out.data(), nullptr, more.summary.data(),
+                                     more.received.data(), threads) == Status::ok);
         EXPECT(more.out == one.out && more.summary == one.summary && more.received == one.received);
       }
     }
@@ -140,7 +141,7 @@ TEST(self_attention_with_statistics) {
 TEST(cross_attention) {
   const Problem p({5, 1, 0, 20}, {77, 3, 4, 130}, 2, 48, false);
   Outputs got(p);
-  EXPECT(cpu::varlen_attention(p.inputs(), got.out.data(), nullptr, nullptr, 2) == Status::ok);
+  EXPECT(cpu::varlen_attention(p.inputs(), got.out.data(), nullptr, nullptr, nullptr, 2) == Status::ok);
   expect_equal(got.out, expected(p, false).out, 1e-5);
 }
 
@@ -148,12 +149,12 @@ TEST(large_scores_do_not_overflow_and_nan_stays_in_its_sequence) {
   Problem p({20, 35}, {20, 35}, 2, 32, false);
   for (float& value : p.q) value *= 3000;
   Outputs clean(p), broken(p);
-  EXPECT(cpu::varlen_attention(p.inputs(), clean.out.data(), clean.summary.data(), clean.received.data(),
-                               1) == Status::ok);
+  EXPECT(cpu::varlen_attention(p.inputs(), clean.out.data(), nullptr, clean.summary.data(),
+                               clean.received.data(), 1) == Status::ok);
   for (float value : clean.out) EXPECT(std::isfinite(value));
   p.q[3] = kNaN;
-  EXPECT(cpu::varlen_attention(p.inputs(), broken.out.data(), broken.summary.data(), broken.received.data(),
-                               1) == Status::ok);
+  EXPECT(cpu::varlen_attention(p.inputs(), broken.out.data(), nullptr, broken.summary.data(),
+                               broken.received.data(), 1) == Status::ok);
   EXPECT(std::isnan(broken.out[0]) && std::isnan(broken.received[5]));
   for (std::size_t i = 20 * 2 * 32; i < p.q.size(); ++i) EXPECT(broken.out[i] == clean.out[i]);
   for (std::size_t i = 20; i < 55; ++i)
@@ -164,10 +165,10 @@ TEST(a_summary_row_that_does_not_exist_is_none) {
   Problem p({20, 9}, {20, 9}, 2, 32, false);
   Outputs none(p), outside(p);
   p.summary = {-1, -1};
-  EXPECT(cpu::varlen_attention(p.inputs(), none.out.data(), none.summary.data(), none.received.data(), 1) ==
-         Status::ok);
+  EXPECT(cpu::varlen_attention(p.inputs(), none.out.data(), nullptr, none.summary.data(),
+                               none.received.data(), 1) == Status::ok);
   p.summary = {20, 1000};
-  EXPECT(cpu::varlen_attention(p.inputs(), outside.out.data(), outside.summary.data(),
+  EXPECT(cpu::varlen_attention(p.inputs(), outside.out.data(), nullptr, outside.summary.data(),
                                outside.received.data(), 1) == Status::ok);
   EXPECT(outside.summary == none.summary && outside.received == none.received);
   for (float value : none.summary) EXPECT(value == 0);
@@ -179,7 +180,7 @@ TEST(bad_attention_arguments_are_refused) {
   const auto refused = [&](auto change, bool statistics = true) {
     AttentionInputs inputs = p.inputs();
     change(inputs);
-    EXPECT(cpu::varlen_attention(inputs, out.data(), statistics ? statistic.data() : nullptr,
+    EXPECT(cpu::varlen_attention(inputs, out.data(), nullptr, statistics ? statistic.data() : nullptr,
                                  statistics ? statistic.data() : nullptr, 1) == Status::invalid_argument);
   };
   const std::int32_t other_keys[] = {0, 3, 7}, no_keys[] = {0, 7, 7};
@@ -191,7 +192,103 @@ TEST(bad_attention_arguments_are_refused) {
   refused([](AttentionInputs& a) { a.softmax_scale = kNaN; });
   refused([&](AttentionInputs& a) { a.cu_seqlens_k = other_keys; });
   refused([&](AttentionInputs& a) { a.cu_seqlens_k = no_keys; }, false);
-  EXPECT(cpu::varlen_attention(p.inputs(), out.data(), statistic.data(), nullptr, 1) ==
+  EXPECT(cpu::varlen_attention(p.inputs(), out.data(), nullptr, statistic.data(), nullptr, 1) ==
          Status::invalid_argument);
   EXPECT((out == std::vector<float>(p.q.size(), 5)));
+}
+
+namespace {
+
+struct Gradients {
+  std::vector<float> q, k, v;
+  explicit Gradients(const Problem& p) : q(p.q.size(), kNaN), k(p.k.size(), kNaN), v(p.v.size(), kNaN) {}
+};
+
+// The gradients of a fixed weighting of all results.
+Gradients gradients(const Problem& p, bool statistics, int threads) {
+  Outputs forward(p);
+  std::vector<float> lse(p.cu_q.back() * p.heads, kNaN), grad_out(p.q.size()), grad_row(p.cu_q.back());
+  EXPECT(cpu::varlen_attention(p.inputs(), forward.out.data(), lse.data(),
+                               statistics ? forward.summary.data() : nullptr,
+                               statistics ? forward.received.data() : nullptr, threads) == Status::ok);
+  for (std::size_t i = 0; i < grad_out.size(); ++i) grad_out[i] = std::sin(float(i));
+  for (std::size_t i = 0; i < grad_row.size(); ++i) grad_row[i] = std::cos(float(i));
+  Gradients result(p);
+  const float* const rows = statistics ? grad_row.data() : nullptr;
+  EXPECT(cpu::varlen_attention_backward(p.inputs(),
+                                        {forward.out.data(), lse.data(), grad_out.data(), rows, rows,
+                                         result.q.data(), result.k.data(), result.v.data()},
+                                        threads) == Status::ok);
+  return result;
+}
+
+// That weighting of the results of the equations.
+double weighted(const Problem& p, bool statistics) {
+  const Outputs results = expected(p, statistics);
+  double total = 0;
+  for (std::size_t i = 0; i < results.out.size(); ++i) total += double(std::sin(float(i))) * results.out[i];
+  for (std::size_t i = 0; statistics && i < results.summary.size(); ++i)
+    total += double(std::cos(float(i))) * (double(results.summary[i]) + results.received[i]);
+  return total;
+}
+
+}  // namespace
+
+TEST(gradients_are_the_slopes_of_the_equations) {
+  for (bool causal : {false, true}) {
+    for (bool statistics : {false, true}) {
+      Problem p({3, 0, 20, 1}, {3, 0, 20, 1}, 2, 16, causal);
+      const Gradients got = gradients(p, statistics, 1);
+      const auto check = [&](std::vector<float>& x, const std::vector<float>& grad) {
+        for (std::size_t i = 0; i < x.size(); i += 37) {
+          const float before = x[i], step = 1.0f / 1024;
+          x[i] = before + step;
+          const double above = weighted(p, statistics);
+          x[i] = before - step;
+          const double below = weighted(p, statistics);
+          x[i] = before;
+          EXPECT_NEAR(grad[i], (above - below) / (2 * step), 2e-3);
+        }
+      };
+      check(p.q, got.q);
+      check(p.k, got.k);
+      check(p.v, got.v);
+    }
+  }
+}
+
+TEST(gradients_do_not_depend_on_threads_and_all_are_written) {
+  for (bool statistics : {false, true}) {
+    const Problem p({1, 0, 33, 2, 640, 64}, {1, 0, 33, 2, 640, 64}, 3, 48, true);
+    const Gradients one = gradients(p, statistics, 1);
+    for (const std::vector<float>* x : {&one.q, &one.k, &one.v})
+      for (float value : *x) EXPECT(std::isfinite(value));
+    for (int threads : {2, 3, 40}) {
+      const Gradients more = gradients(p, statistics, threads);
+      EXPECT(more.q == one.q && more.k == one.k && more.v == one.v);
+    }
+  }
+  const Problem cross({5, 0, 20}, {77, 3, 130}, 2, 80, false);
+  const Gradients got = gradients(cross, false, 2);
+  for (float value : got.k) EXPECT(std::isfinite(value));
+  for (std::size_t i = 77 * 160; i < 80 * 160; ++i) EXPECT(got.k[i] == 0 && got.v[i] == 0);
+}
+
+TEST(bad_gradient_arguments_are_refused) {
+  const Problem p({4, 3}, {4, 3}, 2, 32, false);
+  std::vector<float> data(p.q.size(), 5), grad(p.q.size(), 5);
+  const cpu::AttentionGradients good{data.data(), data.data(), data.data(), data.data(),
+                                     data.data(), grad.data(), grad.data(), grad.data()};
+  const auto refused = [&](auto change) {
+    cpu::AttentionGradients gradients = good;
+    change(gradients);
+    EXPECT(cpu::varlen_attention_backward(p.inputs(), gradients, 1) == Status::invalid_argument);
+  };
+  refused([](cpu::AttentionGradients& g) { g.lse = nullptr; });
+  refused([](cpu::AttentionGradients& g) { g.grad_out = nullptr; });
+  refused([](cpu::AttentionGradients& g) { g.grad_received = nullptr; });
+  refused([](cpu::AttentionGradients& g) { g.out = nullptr; });
+  refused([](cpu::AttentionGradients& g) { g.grad_v = nullptr; });
+  EXPECT(cpu::varlen_attention_backward(p.inputs(), good, 0) == Status::invalid_argument);
+  EXPECT((grad == std::vector<float>(p.q.size(), 5)));
 }

@@ -77,7 +77,7 @@ def varlen_attention(
     else:
         check_rows("k", k, q.shape[0], "q (self-attention)")
     check_device(q.device, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, summary_index=summary_index)
-    out, summary, received = torch.ops.madtp.varlen_attention(
+    out, summary, received, _ = torch.ops.madtp.varlen_attention(
         q,
         k,
         v,
@@ -98,10 +98,12 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float softmax_scale, bool causal, Tensor? summary_index, bool return_stats, str backend"
 )
-torch.library.define("madtp::varlen_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+# Returns out, summary, received and, for the backward, the log-sum-exp (H, Tq) of the scores.
+torch.library.define("madtp::varlen_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define(
     "madtp::varlen_attention_backward",
-    f"(Tensor grad_out, Tensor grad_summary, Tensor grad_received, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor grad_summary, Tensor grad_received, Tensor out, Tensor lse, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -113,7 +115,12 @@ def _limits(backend: str, shape: tuple[int, ...]) -> str | None:
 
 
 dispatch.register("varlen_attention", reference=reference.varlen_attention, cpu=native.varlen_attention, limits=_limits)
-dispatch.register("varlen_attention_backward", reference=reference.varlen_attention_backward)
+dispatch.register(
+    "varlen_attention_backward",
+    reference=reference.varlen_attention_backward,
+    cpu=native.varlen_attention_backward,
+    limits=_limits,
+)
 
 
 def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, summary_index):
@@ -137,31 +144,34 @@ def _varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_
 
 
 @torch.library.impl("madtp::varlen_attention_backward", "CompositeExplicitAutograd")
-def _varlen_attention_backward(grad_out, grad_summary, grad_received, q, *arguments):
+def _varlen_attention_backward(grad_out, grad_summary, grad_received, out, lse, q, *arguments):
     *arguments, backend = arguments
     # A forward on a backend without a backward of its own: the reference recomputes what it needs.
     backend = backend if backend == "auto" or dispatch.has("varlen_attention_backward", backend) else "reference"
     run = dispatch.implementation("varlen_attention_backward", backend, q.dtype, q.device, tuple(q.shape))
-    return run(grad_out, grad_summary, grad_received, q, *arguments)
+    return run(grad_out, grad_summary, grad_received, out, lse, q, *arguments)
 
 
 @torch.library.register_fake("madtp::varlen_attention")
 def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats, backend):
-    statistic = q.new_empty(k.shape[0] if return_stats else 0, dtype=torch.promote_types(q.dtype, torch.float32))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), statistic, torch.empty_like(statistic)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    statistic = q.new_empty(k.shape[0] if return_stats else 0, dtype=wide)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), statistic, torch.empty_like(statistic), lse
 
 
 @torch.library.register_fake("madtp::varlen_attention_backward")
-def _(grad_out, grad_summary, grad_received, q, k, v, *arguments):
+def _(grad_out, grad_summary, grad_received, out, lse, q, k, v, *arguments):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, ctx.arguments = inputs[:5], inputs[5:]
-    ctx.save_for_backward(*tensors)
+    (out, _, _, lse), tensors, ctx.arguments = output, inputs[:5], inputs[5:]
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(out, lse, *tensors)
 
 
-def _backward(ctx, grad_out, grad_summary, grad_received):
+def _backward(ctx, grad_out, grad_summary, grad_received, _):
     grads = torch.ops.madtp.varlen_attention_backward(
         grad_out, grad_summary, grad_received, *ctx.saved_tensors, *ctx.arguments
     )

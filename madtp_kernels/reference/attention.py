@@ -19,6 +19,7 @@ class _Maps(NamedTuple):
     values: Tensor  # (B, Nk, H, D)
     probabilities: Tensor  # (B, H, Nq, Nk)
     out: Tensor  # (B, Nq, H, D)
+    lse: Tensor  # (B, H, Nq)
     visible: Tensor  # (B, Nq, Nk) bool
     real_queries: Tensor  # (B, Nq) bool
 
@@ -33,10 +34,10 @@ def _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sof
         visible = visible & torch.ones(max_seqlen_q, max_seqlen_k, dtype=torch.bool, device=q.device).tril()
     scores = torch.einsum("bihd,bjhd->bhij", queries, keys)
     # A finite floor keeps the softmax of padding rows defined; `unpad` drops them.
-    floor = torch.finfo(wide).min
-    probabilities = scores.masked_fill(~visible[:, None], floor).softmax(dim=-1)
+    scores = scores.masked_fill(~visible[:, None], torch.finfo(wide).min)
+    probabilities = scores.softmax(dim=-1)
     out = torch.einsum("bhij,bjhd->bihd", probabilities, values)
-    return _Maps(queries, keys, values, probabilities, out, visible, real_queries)
+    return _Maps(queries, keys, values, probabilities, out, scores.logsumexp(dim=-1), visible, real_queries)
 
 
 class _Sharing(NamedTuple):
@@ -72,27 +73,30 @@ def varlen_attention(
     causal: bool,
     summary_index: Tensor | None,  # (B,) int32
     return_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # out (Tq, H, D), summary (Tk,), received (Tk,)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # out (Tq, H, D), summary (Tk,), received (Tk,), lse (H, Tq)
     """Softmax attention inside each sequence; with statistics (self-attention only) also, per token j,
 
     summary_j = sum_h P[h,s,j] ||O[h,j]|| / sum_h ||O[h,j]||
     received_j = sum over queries i != s of max_h P[h,i,j]; under a causal mask divided by the number that see j.
-    Without statistics both are empty.
+    Without statistics both are empty. lse_hi = log sum_j exp(softmax_scale q_i k_j).
     """
     maps = _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)
     out = unpad(maps.out, cu_seqlens_q, q.shape[0]).to(q.dtype)
+    lse = unpad(maps.lse.transpose(1, 2), cu_seqlens_q, q.shape[0]).T.contiguous()
     if not return_stats:
-        return out, maps.out.new_empty(0), maps.out.new_empty(0)
+        return out, maps.out.new_empty(0), maps.out.new_empty(0), lse
     sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], causal)
     summary = (sharing.from_summary * sharing.head_share).sum(dim=-1)  # (B, N)
     received = (maps.probabilities.amax(dim=1) * sharing.counted).sum(dim=1) / sharing.observers  # (B, N)
-    return out, unpad(summary, cu_seqlens_q, q.shape[0]), unpad(received, cu_seqlens_q, q.shape[0])
+    return out, unpad(summary, cu_seqlens_q, q.shape[0]), unpad(received, cu_seqlens_q, q.shape[0]), lse
 
 
 def varlen_attention_backward(
     grad_out: Tensor,  # (Tq, H, D)
     grad_summary: Tensor,  # (Tk,)
     grad_received: Tensor,  # (Tk,)
+    out: Tensor,  # of the forward, as is `lse`: faster backends start from them, this one recomputes
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -10,49 +10,11 @@
 #include "cpu/kernels/attention_block.h"
 #include "cpu/kernels/dtype.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace madtp::cpu::MADTP_ISA {
 namespace {
 
-int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
 constexpr std::int64_t kBlocksPerChunk = 84 / kMaxBlockRows;  // about 84 rows
 constexpr std::int64_t kTaskRows = 600;  // more is packed less often, but the maxima leave L2
-
-// Rows 0 to count, split evenly into blocks of at most kMaxBlockRows.
-struct Blocks {
-  std::int64_t count, number;
-  explicit Blocks(std::int64_t rows) : count(rows), number((rows + kMaxBlockRows - 1) / kMaxBlockRows) {}
-  std::int64_t begin(std::int64_t block) const {
-    return block * (count / number) + (block < count % number ? block : count % number);
-  }
-  std::int64_t chunks() const { return (number + kBlocksPerChunk - 1) / kBlocksPerChunk; }
-};
-
-std::int64_t padded(std::int64_t keys) { return (keys + kPanel - 1) / kPanel * kPanel; }
-
-struct Sequence {
-  std::int64_t query, queries, key, keys;  // first row and number of rows
-  std::int64_t summary;                    // row inside the sequence, -1: none
-
-  Sequence(const AttentionInputs& a, std::int64_t b)
-      : query(a.cu_seqlens_q[b]),
-        queries(a.cu_seqlens_q[b + 1] - query),
-        key(a.cu_seqlens_k[b]),
-        keys(a.cu_seqlens_k[b + 1] - key),
-        summary(a.summary_index == nullptr ? 0 : a.summary_index[b]) {
-    if (summary >= queries) summary = -1;  // a row that does not exist is none
-  }
-};
 
 // What tasks leave for the end: floats per query row of the batch.
 struct Results {
@@ -72,36 +34,11 @@ struct Workspace {
   float* out;
 };
 
-// rows (count, head_dim) -> panels [key / kPanel][head_dim][kPanel], zeros where there is no key.
-template <typename T>
-void pack_keys(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* panels) {
-  for (std::int64_t first = 0; first < padded(count); first += kWidth) {
-    float* const to = panels + first / kPanel * kPanel * head_dim + first % kPanel;
-    for (std::int64_t d = 0; d < head_dim; d += kWidth) {
-      Vec tile[kWidth];
-      for (int i = 0; i < kWidth; ++i)
-        tile[i] = first + i < count ? load(rows + (first + i) * stride + d) : Vec{};
-      transpose(tile);
-      for (int i = 0; i < kWidth; ++i) store(to + (d + i) * kPanel, tile[i]);
-    }
-  }
-}
-
-// rows (count, head_dim) -> panels [head_dim / kPanel][count][kPanel].
-template <typename T>
-void pack_values(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t head_dim,
-                 float* panels) {
-  for (std::int64_t d = 0; d < head_dim; d += kWidth) {
-    float* const to = panels + d / kPanel * kPanel * count + d % kPanel;
-    for (std::int64_t j = 0; j < count; ++j) store(to + j * kPanel, load(rows + j * stride + d));
-  }
-}
-
 template <typename T>
 class Attention {
  public:
-  Attention(const AttentionInputs& inputs, void* out, bool statistics, const Results& results)
-      : a_(inputs), out_(static_cast<T*>(out)), statistics_(statistics), results_(results) {}
+  Attention(const AttentionInputs& inputs, void* out, float* lse, bool statistics, const Results& results)
+      : a_(inputs), out_(static_cast<T*>(out)), lse_(lse), statistics_(statistics), results_(results) {}
 
   // Chunks [first, last) of a sequence whose column sums go to column_sums (chunks, padded keys).
   void run(const Sequence& s, std::int64_t first, std::int64_t last, float* column_sums,
@@ -186,6 +123,7 @@ class Attention {
     block.first_head = h == 0;
     block.norms = norms;
     block.inverse = inverse;
+    block.lse = lse_ == nullptr ? nullptr : lse_ + h * a_.rows_q + s.query + i;
     attend_function(rows, statistics_)(block);
     if (!direct)
       for (std::int64_t r = 0; r < rows; ++r)
@@ -213,6 +151,7 @@ class Attention {
 
   const AttentionInputs& a_;
   T* const out_;
+  float* const lse_;
   const bool statistics_;
   const Results results_;
 };
@@ -220,7 +159,7 @@ class Attention {
 // From what the tasks left to the two numbers of each token of a sequence.
 void finish(const AttentionInputs& a, const Sequence& s, const Results& results, const float* column_sums,
             float* summary, float* received) {
-  const std::int64_t chunks = Blocks(s.queries).chunks();
+  const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
   for (std::int64_t j = 0; j < s.queries; ++j) {
     float total = 0;
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) total += column_sums[chunk * padded(s.keys) + j];
@@ -238,22 +177,6 @@ void finish(const AttentionInputs& a, const Sequence& s, const Results& results,
   }
 }
 
-// Floats, counted while sizes are added up and handed out afterwards, each piece on a cache line.
-class Arena {
- public:
-  explicit Arena(float* base) : base_(base) {}
-  float* take(std::int64_t count) {
-    float* const piece = base_ + used_;
-    used_ += (count + 15) / 16 * 16;
-    return piece;
-  }
-  std::int64_t used() const { return used_; }
-
- private:
-  float* const base_;
-  std::int64_t used_ = 0;
-};
-
 struct Plan {
   std::int64_t longest_key = 0, task_rows = 0, tasks_of_sequence = 1;
   std::int64_t column_sums = 0;  // floats of a sequence
@@ -264,14 +187,15 @@ struct Plan {
       const Sequence s(a, b);
       if (s.keys > longest_key) longest_key = s.keys;
       if (s.queries > longest_query) longest_query = s.queries;
-      const std::int64_t sums = statistics && s.queries > 0 ? Blocks(s.queries).chunks() * padded(s.keys) : 0;
+      const std::int64_t sums =
+          statistics && s.queries > 0 ? Blocks(s.queries).chunks(kBlocksPerChunk) * padded(s.keys) : 0;
       if (sums > column_sums) column_sums = sums;
     }
     // Enough tasks for the threads, and no more than that: each packs the keys and values again.
     const std::int64_t by_cache = (longest_query + kTaskRows - 1) / kTaskRows;
     const std::int64_t by_threads = a.batch > 0 ? (threads + a.batch - 1) / a.batch : 1;
     tasks_of_sequence = by_cache > by_threads ? by_cache : by_threads;
-    const std::int64_t chunks = longest_query > 0 ? Blocks(longest_query).chunks() : 1;
+    const std::int64_t chunks = longest_query > 0 ? Blocks(longest_query).chunks(kBlocksPerChunk) : 1;
     if (tasks_of_sequence > chunks) tasks_of_sequence = chunks;
     if (tasks_of_sequence < 1) tasks_of_sequence = 1;
     task_rows = ((chunks + tasks_of_sequence - 1) / tasks_of_sequence + 1) * kBlocksPerChunk * kMaxBlockRows;
@@ -296,7 +220,8 @@ struct Plan {
 
 }  // namespace
 
-Status varlen_attention(const AttentionInputs& a, void* out, float* summary, float* received, int threads) {
+Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* summary, float* received,
+                        int threads) {
   const bool statistics = summary != nullptr;
   const Plan plan(a, statistics, threads);
   const std::int64_t tasks = a.batch * plan.tasks_of_sequence;
@@ -315,7 +240,7 @@ Status varlen_attention(const AttentionInputs& a, void* out, float* summary, flo
   const Results results = plan.results(a, statistics, shared_arena);
 
   with_type(a.dtype, [&](auto element) {
-    const Attention<decltype(element)> attention(a, out, statistics, results);
+    const Attention<decltype(element)> attention(a, out, lse, statistics, results);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       Arena own(base + shared + each * thread_number());
@@ -324,7 +249,7 @@ Status varlen_attention(const AttentionInputs& a, void* out, float* summary, flo
       for (std::int64_t task = 0; task < tasks; ++task) {
         const std::int64_t b = task / plan.tasks_of_sequence, part = task % plan.tasks_of_sequence;
         const Sequence s(a, b);
-        const std::int64_t chunks = Blocks(s.queries).chunks();
+        const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
         const std::int64_t first = chunks * part / plan.tasks_of_sequence;
         const std::int64_t last = chunks * (part + 1) / plan.tasks_of_sequence;
         if (first < last)

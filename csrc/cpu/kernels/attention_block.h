@@ -9,38 +9,14 @@
 
 #include <cmath>
 
-#include "cpu/kernels/vec.h"
+#include "cpu/kernels/attention_panels.h"
 
 namespace madtp::cpu::MADTP_ISA {
 
-constexpr int kPanel = 2 * kWidth;
-// Accumulators, two vectors of the panel and one broadcast must fit the register file: 32 or 16 of them.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kMaxBlockRows = 14;
-#else
-constexpr int kMaxBlockRows = 6;
-#endif
-constexpr std::int64_t kMaxHeadDim = 128;
 // So many keys past the last whole panel get inner products instead of a panel of padding: a CLS token beside
 // a power of two of patches leaves one.
 constexpr std::int64_t kTailKeys = 2;
 constexpr float kMasked = -1e30f;  // finite, so that a row of nothing but masked scores has no NaN
-
-// Rows of memory to fetch while something else computes: rows of one head lie too far apart for the hardware
-// to foresee.
-struct Upcoming {
-  const char* first = nullptr;
-  std::int64_t stride = 0;  // bytes
-  std::int64_t rows = 0;
-  std::int64_t bytes = 0;  // of a row
-
-  // The part of the rows that belongs to step `step` of `steps`.
-  void fetch(std::int64_t step, std::int64_t steps) const {
-    for (std::int64_t r = rows * step / steps; r < rows * (step + 1) / steps; ++r)
-      for (std::int64_t byte = 0; byte < bytes; byte += 64)
-        __builtin_prefetch(first + r * stride + byte, 0, 2);
-  }
-};
 
 struct QueryBlock {
   const float* queries;  // (R, kMaxHeadDim), scaled by softmax_scale * log2(e)
@@ -59,6 +35,7 @@ struct QueryBlock {
   bool first_head;  // maxima hold nothing yet
   float* norms;     // (R,) of the output rows; with maxima only
   float* inverse;   // (R,) 1 / sum of the scores of each row
+  float* lse;       // (R,) log of that sum before the maximum was taken off; null: not wanted
   Upcoming next_queries, next_keys, next_values;
 };
 
@@ -66,25 +43,6 @@ inline Vec lane_numbers() {
   Vec v;
   for (int i = 0; i < kWidth; ++i) v[i] = float(i);
   return v;
-}
-
-// acc[r] += left[r * kLeftStride + i] * right[i * kPanel ...] over i < count: both products of attention.
-template <int R, int V, int kLeftStride>
-inline __attribute__((always_inline)) void accumulate(const float* __restrict left,
-                                                      const float* __restrict right, std::int64_t count,
-                                                      Vec (&acc)[R][V]) {
-#pragma GCC unroll 4
-  for (std::int64_t i = 0; i < count; ++i) {
-    Vec b[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) b[v] = load(right + i * kPanel + v * kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec a = broadcast(left[r * kLeftStride + i]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] = a * b[v] + acc[r][v];
-    }
-  }
 }
 
 // Masks the stored scores of a panel that some row sees in part, and takes their row maxima. Out of line:
@@ -221,7 +179,9 @@ inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
       for (std::int64_t j = limit; j < vectors * kWidth; ++j)
         block.scores[(j / kPanel * R + r) * kPanel + j % kPanel] = 0;
     }
-    block.inverse[r] = 1 / sum(total[0] + total[1]);
+    const float all = sum(total[0] + total[1]);
+    block.inverse[r] = 1 / all;
+    if (block.lse != nullptr) block.lse[r] = (top[0] + std::log2(all)) * 0.693147180559945309f;
   }
 }
 

@@ -186,6 +186,12 @@ inline Vec load(const float* from) {
   return v;
 }
 
+inline IntVec load_ints(const std::int32_t* from) {
+  IntVec v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
 inline Vec load(const BFloat16* from) {
   return bit_cast<Vec>(__builtin_convertvector(detail::load_half(from), BitVec) << 16);
 }
@@ -205,6 +211,8 @@ inline Vec load(const Float16* from) {
 }
 
 inline void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof v); }
+
+inline void store(std::int32_t* to, IntVec v) { __builtin_memcpy(to, &v, sizeof v); }
 
 inline void store(BFloat16* to, Vec v) {
   const BitVec bits = bit_cast<BitVec>(v), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // ties to even

@@ -37,10 +37,28 @@ namespace cpu {
 // j. head_dim is a multiple of 16, at most 128. Computes in float32; memory beside the outputs is O(rows *
 // heads). Status::out_of_memory when that cannot be had: nothing was written.
 Status varlen_attention(const AttentionInputs& inputs,
-                        void* out,        // (rows_q, heads, head_dim), contiguous
-                        float* summary,   // (rows_q,); null with `received`: no statistics
+                        void* out,       // (rows_q, heads, head_dim), contiguous
+                        float* lse,      // (heads, rows_q) log_e of sum_j exp(softmax_scale q_i k_j), or null
+                        float* summary,  // (rows_q,); null with `received`: no statistics
                         float* received,  // (rows_q,)
                         int threads);
+
+// What the backward reads and writes beside the inputs of the forward.
+struct AttentionGradients {
+  const void* out;       // (rows_q, heads, head_dim) of the forward, contiguous; read with statistics only
+  const float* lse;      // (heads, rows_q) of the forward
+  const void* grad_out;  // (rows_q, heads, head_dim), contiguous
+  const float* grad_summary;   // (rows_q,); null with `grad_received`: the forward gave no statistics
+  const float* grad_received;  // (rows_q,)
+  void* grad_q;                // (rows_q, heads, head_dim), contiguous
+  void* grad_k;                // (rows_k, heads, head_dim), contiguous
+  void* grad_v;                // (rows_k, heads, head_dim), contiguous
+};
+
+// Exact through the output and both statistics; the maximum over heads hands its gradient to the first head
+// that reaches it. Probabilities are recomputed: memory beside the gradients is O(rows * heads * head_dim).
+Status varlen_attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
+                                 int threads);
 
 }  // namespace cpu
 }  // namespace madtp

@@ -1,0 +1,425 @@
+// The backward of attention. Per head, a sequence's queries go through in chunks of a few blocks
+// (attention_backward_block.h): a chunk's probabilities and gradients of scores stay in cache until its keys
+// and values have taken their part. With statistics, a pass over all heads finds first, for a slab of query
+// rows, which head reaches the maximum of each pair; slabs bound the memory that takes. Every sum runs in an
+// order that depends on the sequence alone.
+
+#include <cmath>
+#include <cstdlib>
+
+#include "cpu/kernels/attention.h"
+#include "cpu/kernels/attention_backward_block.h"
+#include "cpu/kernels/dtype.h"
+
+namespace madtp::cpu::MADTP_ISA {
+namespace {
+
+constexpr std::int64_t kBlocksPerChunk = 42 / kMaxBlockRows;
+constexpr std::int64_t kChunkRows = kBlocksPerChunk * kMaxBlockRows;
+constexpr std::int64_t kChunksPerSlab = 14;
+constexpr std::int64_t kSlabRows = kChunksPerSlab * kChunkRows;  // 588
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kTiny = 1.17549435e-38f;
+
+std::int64_t slabs_of(const Sequence& s) {
+  return (Blocks(s.queries).chunks(kBlocksPerChunk) + kChunksPerSlab - 1) / kChunksPerSlab;
+}
+
+// What the statistics send back, prepared for every row of the batch.
+struct StatisticGradients {
+  std::int64_t stride;     // of through_summary: rows, and what a vector may read past them
+  float* received;         // (stride,) gradient of the head-maximum of column j
+  float* through_summary;  // (heads, stride) gradient of P[h, s, j]
+  float* norm_gain;        // (rows, heads) gradient of the norm of out over that norm
+};
+
+// Scratch of one thread.
+struct Workspace {
+  float* keys;            // panels [panel][head_dim][kPanel] of one head
+  float* values;          // likewise
+  float* key_rows;        // panels [panel of head_dim][key][kPanel]
+  float* queries;         // (kMaxBlockRows, kMaxHeadDim), scaled
+  float* grad_out;        // (kMaxBlockRows, kMaxHeadDim)
+  float* chunk_queries;   // panels [panel of head_dim][row of the chunk][kPanel]
+  float* chunk_grad_out;  // likewise
+  float* probabilities;   // panels of every block of the chunk
+  float* grad_scores;     // likewise
+  float* grad_queries;    // (kMaxBlockRows, kMaxHeadDim)
+  float* maxima;          // panels of every block of a slab
+};
+
+template <typename T>
+class AttentionBackward {
+ public:
+  AttentionBackward(const AttentionInputs& inputs, const AttentionGradients& gradients, bool statistics,
+                    const StatisticGradients& prepared)
+      : a_(inputs), g_(gradients), statistics_(statistics), prepared_(prepared) {}
+
+  // Rows [begin, end) of a sequence: from the gradients of the two statistics to those of what they are made
+  // of.
+  void prepare(const Sequence& s, std::int64_t begin, std::int64_t end) const {
+    for (std::int64_t j = begin; j < end; ++j) {
+      const std::int64_t row = s.query + j;
+      const std::int64_t observers = s.queries - j - (s.summary >= j ? 1 : 0);
+      prepared_.received[row] = g_.grad_received[row] / float(a_.causal && observers > 1 ? observers : 1);
+      const bool seen = s.summary >= 0 && (!a_.causal || j <= s.summary);
+      float* const gain = prepared_.norm_gain + row * a_.heads;
+      float* const through = prepared_.through_summary + row;
+      float norm_sum = 0, mean = 0;
+      for (std::int64_t h = 0; h < a_.heads; ++h) {
+        const T* const out = static_cast<const T*>(g_.out) + (row * a_.heads + h) * a_.head_dim;
+        gain[h] = std::sqrt(dot(out, out));
+        norm_sum += gain[h];
+        through[h * prepared_.stride] = seen ? g_.grad_summary[row] * from_summary(s, h, j) : 0;
+      }
+      norm_sum = norm_sum > kTiny ? norm_sum : kTiny;
+      for (std::int64_t h = 0; h < a_.heads; ++h) mean += through[h * prepared_.stride] * gain[h] / norm_sum;
+      for (std::int64_t h = 0; h < a_.heads; ++h) {
+        const float norm = gain[h];
+        gain[h] = (through[h * prepared_.stride] - mean) / norm_sum / (norm > kTiny ? norm : kTiny);
+        through[h * prepared_.stride] = seen ? g_.grad_summary[row] * norm / norm_sum : 0;
+      }
+    }
+  }
+
+  // Chunks [first, last): the head that reaches the maximum of each pair, panels block by block.
+  void find_best(const Sequence& s, std::int64_t first, std::int64_t last, std::int32_t* best,
+                 const Workspace& w) const {
+    const Range r(s, a_, first, last);
+    for (std::int64_t h = 0; h < a_.heads; ++h) {
+      pack_keys(row(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, a_.head_dim, w.keys);
+      for (std::int64_t block = r.begin; block < r.end; ++block) {
+        const std::int64_t i = r.blocks.begin(block), rows = r.blocks.begin(block + 1) - i;
+        const std::int64_t at = (i - r.first_row) * padded(s.keys);
+        GradientBlock task = block_of(s, h, i, rows, w);
+        load_queries(s, h, i, rows, w);
+        gradient_functions(rows, true).recompute(task);
+        const std::int64_t count = task.panels() * rows * kPanel;
+        const IntVec head = IntVec{} + std::int32_t(h);
+        for (std::int64_t v = 0; v < count; v += kWidth) {
+          const Vec probability = load(w.probabilities + v);
+          if (h == 0) {
+            store(w.maxima + at + v, probability);
+            store(best + at + v, head);
+          } else {
+            const Vec highest = load(w.maxima + at + v);
+            const IntVec better = probability > highest;
+            store(w.maxima + at + v, select(better, probability, highest));
+            store(best + at + v, better ? head : load_ints(best + at + v));
+          }
+        }
+      }
+    }
+  }
+
+  // Chunks [first, last) of one head: their gradients of the queries, and what they add to those of the keys
+  // and values, panels [panel of head_dim][key][kPanel].
+  void differentiate(const Sequence& s, std::int64_t h, std::int64_t first, std::int64_t last,
+                     const std::int32_t* best, float* grad_keys, float* grad_values,
+                     const Workspace& w) const {
+    const Range r(s, a_, first, last);
+    const std::int64_t dim = a_.head_dim, capacity = padded(s.keys);
+    pack_keys(row(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.keys);
+    pack_keys(row(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], r.seen, dim, w.values);
+    pack_values(row(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.key_rows);
+    for (std::int64_t chunk = first; chunk < last; ++chunk) {
+      std::int64_t row_counts[kBlocksPerChunk], panels[kBlocksPerChunk], offsets[kBlocksPerChunk];
+      GradientChunk sums{0, row_counts, panels, offsets};
+      const std::int64_t begin = chunk * kBlocksPerChunk;
+      const std::int64_t chunk_row = r.blocks.begin(begin);
+      std::int64_t seen = 0, chunk_rows = 0;
+      for (std::int64_t block = begin; block < begin + kBlocksPerChunk && block < r.end; ++block) {
+        const std::int64_t i = r.blocks.begin(block), rows = r.blocks.begin(block + 1) - i;
+        GradientBlock task = block_of(s, h, i, rows, w);
+        const std::int64_t at = (i - chunk_row) * capacity;
+        task.probabilities += at;
+        task.grad_scores += at;
+        if (statistics_) task.best = best + (i - r.first_row) * capacity;
+        task.key_capacity = r.seen;
+        T* const grad_q = static_cast<T*>(g_.grad_q) + ((s.query + i) * a_.heads + h) * dim;
+        const bool direct = sizeof(T) == sizeof(float);
+        if (direct) task.grad_queries = reinterpret_cast<float*>(grad_q), task.grad_stride = a_.heads * dim;
+        load_queries(s, h, i, rows, w);
+        load_grad_out(s, h, i, rows, w);
+        gradient_functions(rows, statistics_).differentiate(task);
+        if (!direct)
+          for (std::int64_t q = 0; q < rows; ++q)
+            for (std::int64_t d = 0; d < dim; d += kWidth)
+              store(grad_q + q * a_.heads * dim + d, load(w.grad_queries + q * kMaxHeadDim + d));
+        to_chunk(w.queries, rows, i - chunk_row, 1 / kLog2E, w.chunk_queries);
+        to_chunk(w.grad_out, rows, i - chunk_row, 1, w.chunk_grad_out);
+        row_counts[sums.blocks] = rows;
+        panels[sums.blocks] = task.panels();
+        offsets[sums.blocks++] = at;
+        seen = task.key_count;
+        chunk_rows += rows;
+      }
+      add(sums, seen, capacity, w.probabilities, w.chunk_grad_out, grad_values);
+      add(sums, seen, capacity, w.grad_scores, w.chunk_queries, grad_keys);
+    }
+  }
+
+  // Panels [panel of head_dim][key][kPanel] of one head -> its rows of a gradient.
+  void store_rows(const Sequence& s, std::int64_t h, const float* panels, void* grad) const {
+    T* const to = static_cast<T*>(grad) + (s.key * a_.heads + h) * a_.head_dim;
+    for (std::int64_t j = 0; j < s.keys; ++j)
+      for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
+        store(to + j * a_.heads * a_.head_dim + d,
+              load(panels + (d / kPanel * padded(s.keys) + j) * kPanel + d % kPanel));
+  }
+
+ private:
+  // The blocks of some chunks, and the keys that the last of them sees.
+  struct Range {
+    Blocks blocks;
+    std::int64_t begin, end, first_row, seen;
+    Range(const Sequence& s, const AttentionInputs& a, std::int64_t first, std::int64_t last)
+        : blocks(s.queries),
+          begin(first * kBlocksPerChunk),
+          end(last * kBlocksPerChunk < blocks.number ? last * kBlocksPerChunk : blocks.number),
+          first_row(blocks.begin(begin)),
+          seen(a.causal ? blocks.begin(end) : s.keys) {}
+  };
+
+  const T* row(const void* base, const std::int64_t (&strides)[2], std::int64_t row,
+               std::int64_t head) const {
+    return static_cast<const T*>(base) + row * strides[0] + head * strides[1];
+  }
+
+  float dot(const T* x, const T* y) const {
+    Vec total = {};
+    for (std::int64_t d = 0; d < a_.head_dim; d += kWidth) total = load(x + d) * load(y + d) + total;
+    return sum(total);
+  }
+
+  // P[h, s, j] of the summary row s.
+  float from_summary(const Sequence& s, std::int64_t h, std::int64_t j) const {
+    const std::int64_t query = s.query + s.summary;
+    const float score =
+        dot(row(a_.q, a_.q_strides, query, h), row(a_.k, a_.k_strides, s.key + j, h)) * a_.softmax_scale;
+    return exp2_nonpositive(broadcast((score - g_.lse[h * a_.rows_q + query]) * kLog2E))[0];
+  }
+
+  GradientBlock block_of(const Sequence& s, std::int64_t h, std::int64_t i, std::int64_t rows,
+                         const Workspace& w) const {
+    GradientBlock block{};
+    block.queries = w.queries;
+    block.grad_out = w.grad_out;
+    block.keys = w.keys;
+    block.values = w.values;
+    block.key_rows = w.key_rows;
+    block.key_count = a_.causal ? i + rows : s.keys;
+    block.head_dim = a_.head_dim;
+    block.first_limit = a_.causal ? i + 1 : s.keys;
+    block.limit_step = a_.causal ? 1 : 0;
+    block.lse = g_.lse + h * a_.rows_q + s.query + i;
+    block.probabilities = w.probabilities;
+    block.grad_scores = w.grad_scores;
+    block.grad_queries = w.grad_queries;
+    block.grad_stride = kMaxHeadDim;
+    block.grad_scale = a_.softmax_scale;
+    if (statistics_) {
+      block.head = std::int32_t(h);
+      block.received = prepared_.received + s.query;
+      block.through_summary = prepared_.through_summary + h * prepared_.stride + s.query;
+      block.summary = s.summary < 0 ? -1 : s.summary - i;
+    }
+    return block;
+  }
+
+  void load_queries(const Sequence& s, std::int64_t h, std::int64_t i, std::int64_t rows,
+                    const Workspace& w) const {
+    const Vec scale = broadcast(a_.softmax_scale * kLog2E);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const T* const q = row(a_.q, a_.q_strides, s.query + i + r, h);
+      for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
+        store(w.queries + r * kMaxHeadDim + d, load(q + d) * scale);
+    }
+  }
+
+  // The gradient of the output, and what reaches the output through its norm.
+  void load_grad_out(const Sequence& s, std::int64_t h, std::int64_t i, std::int64_t rows,
+                     const Workspace& w) const {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t at = ((s.query + i + r) * a_.heads + h) * a_.head_dim;
+      const T* const grad = static_cast<const T*>(g_.grad_out) + at;
+      float* const to = w.grad_out + r * kMaxHeadDim;
+      for (std::int64_t d = 0; d < a_.head_dim; d += kWidth) {
+        Vec x = load(grad + d);
+        if (statistics_)
+          x += broadcast(prepared_.norm_gain[(s.query + i + r) * a_.heads + h]) *
+               load(static_cast<const T*>(g_.out) + at + d);
+        store(to + d, x);
+      }
+    }
+  }
+
+  // rows (count, kMaxHeadDim) -> rows [first, first + count) of panels [panel of
+  // head_dim][kChunkRows][kPanel].
+  void to_chunk(const float* rows, std::int64_t count, std::int64_t first, float scale, float* panels) const {
+    for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
+      for (std::int64_t r = 0; r < count; ++r)
+        store(panels + (d / kPanel * kChunkRows + first + r) * kPanel + d % kPanel,
+              load(rows + r * kMaxHeadDim + d) * scale);
+  }
+
+  void add(const GradientChunk& chunk, std::int64_t seen, std::int64_t capacity, const float* left,
+           const float* right, float* to) const {
+    for (std::int64_t d = 0; d < a_.head_dim; d += kPanel) {
+      const std::int64_t panel = d / kPanel;
+      const auto run = a_.head_dim - d > kWidth ? &add_products<2> : &add_products<1>;
+      run(chunk, seen, left, right + panel * kChunkRows * kPanel, to + panel * capacity * kPanel);
+    }
+  }
+
+  const AttentionInputs& a_;
+  const AttentionGradients& g_;
+  const bool statistics_;
+  const StatisticGradients prepared_;
+};
+
+// How the work is cut, and the memory for it.
+struct Plan {
+  std::int64_t longest_key = 0, most_slabs = 1, slab_rows = 0;
+  std::int64_t wave = 1;   // sequences at a time
+  std::int64_t parts = 1;  // of a slab, when its heads have to be looked at together
+
+  Plan(const AttentionInputs& a, bool statistics, int threads) {
+    std::int64_t longest_query = 0;
+    for (std::int64_t b = 0; b < a.batch; ++b) {
+      const Sequence s(a, b);
+      if (s.keys > longest_key) longest_key = s.keys;
+      if (s.queries > longest_query) longest_query = s.queries;
+      if (slabs_of(s) > most_slabs) most_slabs = slabs_of(s);
+    }
+    wave = a.batch;
+    if (statistics && wave > 2 * threads) wave = 2 * threads;
+    if (wave < 1) wave = 1;
+    parts = (threads + wave - 1) / wave;
+    if (parts > kChunksPerSlab) parts = kChunksPerSlab;
+    slab_rows = longest_query < kSlabRows ? (longest_query + kMaxBlockRows) / kMaxBlockRows * kMaxBlockRows
+                                          : kSlabRows;
+  }
+
+  std::int64_t best_size() const { return slab_rows * padded(longest_key); }
+  std::int64_t grad_size(const AttentionInputs& a) const { return padded(longest_key) * padded(a.head_dim); }
+  // Gradients of keys and values in the making: of the head a thread is at, or of all heads of the wave
+  // when they have to wait for another slab.
+  std::int64_t grad_slots(const AttentionInputs& a, int threads) const {
+    return most_slabs == 1 ? threads : wave * a.heads;
+  }
+
+  Workspace workspace(const AttentionInputs& a, bool statistics, Arena& arena) const {
+    const std::int64_t keys = padded(longest_key), dim = padded(a.head_dim);
+    return {arena.take(keys * dim),
+            arena.take(keys * dim),
+            arena.take(keys * dim),
+            arena.take(kMaxBlockRows * kMaxHeadDim),
+            arena.take(kMaxBlockRows * kMaxHeadDim),
+            arena.take(kChunkRows * dim),
+            arena.take(kChunkRows * dim),
+            arena.take(kChunkRows * keys),
+            arena.take(kChunkRows * keys),
+            arena.take(kMaxBlockRows * kMaxHeadDim),
+            arena.take(statistics ? best_size() : 0)};
+  }
+
+  StatisticGradients prepared(const AttentionInputs& a, bool statistics, Arena& arena) const {
+    if (!statistics) return {};
+    const std::int64_t stride = a.rows_q + kPanel;
+    return {stride, arena.take(stride), arena.take(a.heads * stride), arena.take(a.rows_q * a.heads)};
+  }
+};
+
+}  // namespace
+
+Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradients& g, int threads) {
+  const bool statistics = g.grad_summary != nullptr;
+  const Plan plan(a, statistics, threads);
+
+  Arena sizes(nullptr);
+  plan.prepared(a, statistics, sizes);
+  sizes.take(plan.grad_slots(a, threads) * 2 * plan.grad_size(a));
+  sizes.take(statistics ? plan.wave * plan.best_size() : 0);
+  const std::int64_t shared = sizes.used();
+  plan.workspace(a, statistics, sizes);
+  const std::int64_t each = sizes.used() - shared;
+  void* memory = nullptr;
+  const std::size_t bytes = std::size_t(shared + each * threads) * sizeof(float);
+  if (posix_memalign(&memory, 64, bytes > 0 ? bytes : 64) != 0) return Status::out_of_memory;
+  float* const base = static_cast<float*>(memory);
+  Arena arena(base);
+  const StatisticGradients prepared = plan.prepared(a, statistics, arena);
+  float* const grads = arena.take(plan.grad_slots(a, threads) * 2 * plan.grad_size(a));
+  float* const best_base = arena.take(statistics ? plan.wave * plan.best_size() : 0);
+  std::int32_t* const best = reinterpret_cast<std::int32_t*>(best_base);
+
+  with_type(a.dtype, [&](auto element) {
+    const AttentionBackward<decltype(element)> backward(a, g, statistics, prepared);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      Arena own(base + shared + each * thread_number());
+      const Workspace workspace = plan.workspace(a, statistics, own);
+      if (statistics) {
+#pragma omp for schedule(dynamic)
+        for (std::int64_t task = 0; task < a.batch * plan.parts; ++task) {
+          const Sequence s(a, task / plan.parts);
+          const std::int64_t part = task % plan.parts;
+          backward.prepare(s, s.queries * part / plan.parts, s.queries * (part + 1) / plan.parts);
+        }
+      }
+      for (std::int64_t wave = 0; wave < a.batch; wave += plan.wave) {
+        const std::int64_t sequences = a.batch - wave < plan.wave ? a.batch - wave : plan.wave;
+        for (std::int64_t slab = 0; slab < plan.most_slabs; ++slab) {
+          const std::int64_t begin = slab * kChunksPerSlab;
+          const auto end_of = [&](const Sequence& s) {
+            const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
+            return chunks < begin + kChunksPerSlab ? chunks : begin + kChunksPerSlab;
+          };
+          if (statistics) {
+#pragma omp for schedule(dynamic)
+            for (std::int64_t task = 0; task < sequences * plan.parts; ++task) {
+              const std::int64_t index = task / plan.parts, part = task % plan.parts;
+              const Sequence s(a, wave + index);
+              const std::int64_t chunks = end_of(s) - begin;
+              const std::int64_t first = begin + chunks * part / plan.parts;
+              const std::int64_t last = begin + chunks * (part + 1) / plan.parts;
+              const Blocks blocks(s.queries);
+              const std::int64_t rows =
+                  first < last ? blocks.begin(first * kBlocksPerChunk) - blocks.begin(begin * kBlocksPerChunk)
+                               : 0;
+              if (first < last)
+                backward.find_best(s, first, last, best + index * plan.best_size() + rows * padded(s.keys),
+                                   workspace);
+            }
+          }
+#pragma omp for schedule(dynamic)
+          for (std::int64_t task = 0; task < sequences * a.heads; ++task) {
+            const std::int64_t index = task / a.heads, h = task % a.heads;
+            const Sequence s(a, wave + index);
+            const std::int64_t slabs = slabs_of(s), last_slab = slabs > 0 ? slabs - 1 : 0;
+            if (slab > last_slab) continue;
+            const std::int64_t slot = plan.most_slabs == 1 ? thread_number() : task;
+            const std::int64_t size = padded(s.keys) * padded(a.head_dim);
+            float* const grad_keys = grads + slot * 2 * plan.grad_size(a);
+            float* const grad_values = grad_keys + plan.grad_size(a);
+            if (slab == 0)
+              for (std::int64_t i = 0; i < size; i += kWidth)
+                store(grad_keys + i, Vec{}), store(grad_values + i, Vec{});
+            if (begin < end_of(s))
+              backward.differentiate(s, h, begin, end_of(s), best + index * plan.best_size(), grad_keys,
+                                     grad_values, workspace);
+            if (slab == last_slab) {
+              backward.store_rows(s, h, grad_keys, g.grad_k);
+              backward.store_rows(s, h, grad_values, g.grad_v);
+            }
+          }
+        }
+      }
+    }
+  });
+  std::free(memory);
+  return Status::ok;
+}
+
+}  // namespace madtp::cpu::MADTP_ISA

@@ -1,0 +1,246 @@
+#pragma once
+
+// The backward of a block of R query rows of one head: probabilities again from the log-sum-exp, gradients of
+// the scores and of the queries. A chunk of blocks then adds to the gradients of its keys and values.
+// Panels are those of attention_panels.h: probabilities and gradients of scores [panel of keys][R][kPanel].
+
+#include "cpu/kernels/attention_panels.h"
+
+namespace madtp::cpu::MADTP_ISA {
+
+// Keys per tile of the products that sum over queries: kKeyTile x 2 accumulators.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kKeyTile = 8;
+#else
+constexpr int kKeyTile = 4;
+#endif
+
+struct GradientBlock {
+  const float* queries;       // (R, kMaxHeadDim), scaled by softmax_scale * log2(e)
+  const float* grad_out;      // (R, kMaxHeadDim)
+  const float* keys;          // panels [panel][head_dim][kPanel]
+  const float* values;        // panels [panel][head_dim][kPanel]
+  const float* key_rows;      // panels [panel of head_dim][key][kPanel]
+  std::int64_t key_capacity;  // keys in a panel of key_rows
+  std::int64_t key_count;     // keys that some row of the block sees
+  std::int64_t head_dim;
+  std::int64_t first_limit;  // row r sees keys below first_limit + r * limit_step, and below key_count
+  std::int64_t limit_step;   // 1 under a causal mask, else 0
+  const float* lse;          // (R,) of the scores
+  float* probabilities;
+  float* grad_scores;
+  float* grad_queries;  // (R, head_dim), row stride grad_stride
+  std::int64_t grad_stride;
+  float grad_scale;  // of grad_queries
+  // What the statistics add to the gradient of the probabilities; null without them.
+  const std::int32_t* best;  // the head that reaches the maximum, panels of R rows
+  std::int32_t head;
+  const float* received;         // (key_count,) gradient of that maximum
+  const float* through_summary;  // (key_count,) gradient of the summary row's probabilities
+  std::int64_t summary;          // that row in the block, if it is there
+
+  std::int64_t panels() const { return (key_count + kPanel - 1) / kPanel; }
+  std::int64_t limit(std::int64_t row) const {
+    const std::int64_t own = first_limit + row * limit_step;
+    return own < key_count ? own : key_count;
+  }
+};
+
+// to[r] = left[r] . panel, for V vectors of one panel: to is [R][kPanel].
+template <int R, int V>
+inline __attribute__((always_inline)) void product_panel(const float* left, const float* panel,
+                                                         std::int64_t head_dim, float* to) {
+  Vec acc[R][V] = {};
+  accumulate<R, V, kMaxHeadDim>(left, panel, head_dim, acc);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(to + r * kPanel + v * kWidth, acc[r][v]);
+}
+
+// left (R, head_dim) times all key columns that the block sees.
+template <int R>
+inline __attribute__((always_inline)) void product(const GradientBlock& block, const float* left,
+                                                   const float* panels, float* to) {
+  const std::int64_t whole = block.key_count / kPanel, rest = block.key_count % kPanel;
+  const std::int64_t size = block.head_dim * kPanel;
+  for (std::int64_t p = 0; p < whole; ++p)
+    product_panel<R, 2>(left, panels + p * size, block.head_dim, to + p * R * kPanel);
+  if (rest > kWidth)
+    product_panel<R, 2>(left, panels + whole * size, block.head_dim, to + whole * R * kPanel);
+  if (rest > 0 && rest <= kWidth)
+    product_panel<R, 1>(left, panels + whole * size, block.head_dim, to + whole * R * kPanel);
+}
+
+// Zeros where a row sees no key, up to the end of the last panel.
+template <int R>
+inline void clear_unseen(const GradientBlock& block, float* panels) {
+  for (int r = 0; r < R; ++r)
+    for (std::int64_t j = block.limit(r); j < block.panels() * kPanel; ++j)
+      panels[(j / kPanel * R + r) * kPanel + j % kPanel] = 0;
+}
+
+template <int R>
+inline void recompute_probabilities(const GradientBlock& block) {
+  product<R>(block, block.queries, block.keys, block.probabilities);
+  const std::int64_t panels = block.panels();
+  for (int r = 0; r < R; ++r) {
+    const Vec lse = broadcast(block.lse[r] * 1.44269504088896341f);
+    float* row = block.probabilities + r * kPanel;
+    for (std::int64_t p = 0; p < panels; ++p, row += R * kPanel) {
+      store(row, exp2_nonpositive(load(row) - lse));
+      store(row + kWidth, exp2_nonpositive(load(row + kWidth) - lse));
+    }
+  }
+  clear_unseen<R>(block, block.probabilities);
+}
+
+// Adds what the statistics send back to the gradient of the probabilities of one panel.
+template <int R>
+inline void add_statistics(const GradientBlock& block, std::int64_t panel, float* grads) {
+  const IntVec head = IntVec{} + block.head;
+  for (int v = 0; v < 2; ++v) {
+    const std::int64_t first = panel * kPanel + v * kWidth;
+    const Vec received = load(block.received + first);
+    const Vec through_summary = load(block.through_summary + first);
+    for (int r = 0; r < R; ++r) {
+      float* const at = grads + r * kPanel + v * kWidth;
+      const Vec more = r == block.summary
+                           ? through_summary
+                           : select(load_ints(block.best + (panel * R + r) * kPanel + v * kWidth) == head,
+                                    received, Vec{});
+      store(at, load(at) + more);
+    }
+  }
+}
+
+// The gradient of the scores: probabilities * (grad - sum_j probabilities grad).
+template <int R, bool kStatistics>
+inline void score_gradients(const GradientBlock& block) {
+  product<R>(block, block.grad_out, block.values, block.grad_scores);
+  const std::int64_t panels = block.panels();
+  if (kStatistics)
+    for (std::int64_t p = 0; p < panels; ++p) add_statistics<R>(block, p, block.grad_scores + p * R * kPanel);
+  clear_unseen<R>(block, block.grad_scores);
+  for (int r = 0; r < R; ++r) {
+    const float* probability = block.probabilities + r * kPanel;
+    float* const grads = block.grad_scores + r * kPanel;
+    Vec total[2] = {};
+    for (std::int64_t p = 0; p < panels; ++p)
+      for (int v = 0; v < 2; ++v)
+        total[v] +=
+            load(probability + p * R * kPanel + v * kWidth) * load(grads + p * R * kPanel + v * kWidth);
+    const Vec mean = broadcast(sum(total[0] + total[1]));
+    for (std::int64_t p = 0; p < panels; ++p) {
+      for (int v = 0; v < 2; ++v) {
+        float* const at = grads + p * R * kPanel + v * kWidth;
+        store(at, load(probability + p * R * kPanel + v * kWidth) * (load(at) - mean));
+      }
+    }
+  }
+}
+
+// V vectors of the gradient of the queries.
+template <int R, int V>
+inline __attribute__((always_inline)) void query_gradient_panel(const GradientBlock& block,
+                                                                std::int64_t panel) {
+  const float* const keys = block.key_rows + panel * block.key_capacity * kPanel;
+  Vec acc[R][V] = {};
+  for (std::int64_t p = 0; p < block.panels(); ++p) {
+    const std::int64_t left = block.key_count - p * kPanel;
+    accumulate<R, V, kPanel>(block.grad_scores + p * R * kPanel, keys + p * kPanel * kPanel,
+                             left < kPanel ? left : kPanel, acc);
+  }
+  const Vec scale = broadcast(block.grad_scale);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v)
+      store(block.grad_queries + r * block.grad_stride + panel * kPanel + v * kWidth, acc[r][v] * scale);
+}
+
+// Probabilities only.
+template <int R>
+__attribute__((noinline)) void recompute(const GradientBlock& block) {
+  recompute_probabilities<R>(block);
+}
+
+template <int R, bool kStatistics>
+__attribute__((noinline)) void differentiate(const GradientBlock& block) {
+  recompute_probabilities<R>(block);
+  score_gradients<R, kStatistics>(block);
+  const std::int64_t pairs = block.head_dim / kPanel;
+  for (std::int64_t p = 0; p < pairs; ++p) query_gradient_panel<R, 2>(block, p);
+  if (block.head_dim % kPanel != 0) query_gradient_panel<R, 1>(block, pairs);
+}
+
+using GradientFunction = void (*)(const GradientBlock&);
+
+struct GradientFunctions {
+  GradientFunction recompute, differentiate;
+};
+
+// Those of blocks of so many rows.
+template <int R = kMaxBlockRows>
+inline GradientFunctions gradient_functions(std::int64_t rows, bool statistics) {
+  if constexpr (R == 0) {
+    return {};
+  } else {
+    if (rows == R) return {&recompute<R>, statistics ? &differentiate<R, true> : &differentiate<R, false>};
+    return gradient_functions<R - 1>(rows, statistics);
+  }
+}
+
+// Blocks of one chunk, as the products over queries see them.
+struct GradientChunk {
+  std::int64_t blocks;
+  const std::int64_t* rows;         // (blocks,)
+  const std::int64_t* panels;       // (blocks,) of keys that the block sees
+  const std::int64_t* first_value;  // (blocks,) offset of its probabilities
+};
+
+// to[j] += sum over the chunk's rows i of left[i, j] * right[i], for a tile of keys and V vectors of a panel
+// of head_dim: right is [row][kPanel].
+template <int V>
+inline __attribute__((always_inline)) void add_tile(const GradientChunk& chunk, std::int64_t panel,
+                                                    std::int64_t key, const float* left, const float* right,
+                                                    float* to) {
+  Vec acc[kKeyTile][V];
+#pragma GCC unroll 16
+  for (int j = 0; j < kKeyTile; ++j)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[j][v] = load(to + j * kPanel + v * kWidth);
+  for (std::int64_t b = 0; b < chunk.blocks; ++b) {
+    const std::int64_t rows = chunk.rows[b];
+    if (panel < chunk.panels[b]) {
+      const float* const columns = left + chunk.first_value[b] + panel * rows * kPanel + key;
+#pragma GCC unroll 2
+      for (std::int64_t r = 0; r < rows; ++r) {
+        Vec x[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) x[v] = load(right + r * kPanel + v * kWidth);
+#pragma GCC unroll 16
+        for (int j = 0; j < kKeyTile; ++j) {
+          const Vec a = broadcast(columns[r * kPanel + j]);
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) acc[j][v] = a * x[v] + acc[j][v];
+        }
+      }
+    }
+    right += rows * kPanel;
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < kKeyTile; ++j)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(to + j * kPanel + v * kWidth, acc[j][v]);
+}
+
+// The same for all keys below key_count and one panel of head_dim; to is [key][kPanel].
+template <int V>
+__attribute__((noinline)) void add_products(const GradientChunk& chunk, std::int64_t key_count,
+                                            const float* left, const float* right, float* to) {
+  for (std::int64_t j = 0; j < key_count; j += kKeyTile)
+    add_tile<V>(chunk, j / kPanel, j % kPanel, left, right, to + j * kPanel);
+}
+
+}  // namespace madtp::cpu::MADTP_ISA

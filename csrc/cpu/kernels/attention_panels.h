@@ -1,0 +1,135 @@
+#pragma once
+
+// What the forward and the backward of attention share: how rows are cut into blocks, how keys and values are
+// laid out in panels of two vectors, and the inner loop of every product.
+
+#include "cpu/kernels/vec.h"
+#include "madtp/attention.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace madtp::cpu::MADTP_ISA {
+
+constexpr int kPanel = 2 * kWidth;
+// Accumulators, two vectors of the panel and one broadcast must fit the register file: 32 or 16 of them.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMaxBlockRows = 14;
+#else
+constexpr int kMaxBlockRows = 6;
+#endif
+constexpr std::int64_t kMaxHeadDim = 128;
+
+inline int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Rows 0 to count, split evenly into blocks of at most kMaxBlockRows.
+struct Blocks {
+  std::int64_t count, number;
+  explicit Blocks(std::int64_t rows) : count(rows), number((rows + kMaxBlockRows - 1) / kMaxBlockRows) {}
+  std::int64_t begin(std::int64_t block) const {
+    return block * (count / number) + (block < count % number ? block : count % number);
+  }
+  // How many runs of `blocks` blocks.
+  std::int64_t chunks(std::int64_t blocks) const { return (number + blocks - 1) / blocks; }
+};
+
+inline std::int64_t padded(std::int64_t keys) { return (keys + kPanel - 1) / kPanel * kPanel; }
+
+struct Sequence {
+  std::int64_t query, queries, key, keys;  // first row and number of rows
+  std::int64_t summary;                    // row inside the sequence, -1: none
+
+  Sequence(const AttentionInputs& a, std::int64_t b)
+      : query(a.cu_seqlens_q[b]),
+        queries(a.cu_seqlens_q[b + 1] - query),
+        key(a.cu_seqlens_k[b]),
+        keys(a.cu_seqlens_k[b + 1] - key),
+        summary(a.summary_index == nullptr ? 0 : a.summary_index[b]) {
+    if (summary >= queries) summary = -1;  // a row that does not exist is none
+  }
+};
+
+// Rows of memory to fetch while something else computes: rows of one head lie too far apart for the hardware
+// to foresee.
+struct Upcoming {
+  const char* first = nullptr;
+  std::int64_t stride = 0;  // bytes
+  std::int64_t rows = 0;
+  std::int64_t bytes = 0;  // of a row
+
+  // The part of the rows that belongs to step `step` of `steps`.
+  void fetch(std::int64_t step, std::int64_t steps) const {
+    for (std::int64_t r = rows * step / steps; r < rows * (step + 1) / steps; ++r)
+      for (std::int64_t byte = 0; byte < bytes; byte += 64)
+        __builtin_prefetch(first + r * stride + byte, 0, 2);
+  }
+};
+
+// rows (count, head_dim) -> panels [key / kPanel][head_dim][kPanel], zeros where there is no key.
+template <typename T>
+void pack_keys(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* panels) {
+  for (std::int64_t first = 0; first < padded(count); first += kWidth) {
+    float* const to = panels + first / kPanel * kPanel * head_dim + first % kPanel;
+    for (std::int64_t d = 0; d < head_dim; d += kWidth) {
+      Vec tile[kWidth];
+      for (int i = 0; i < kWidth; ++i)
+        tile[i] = first + i < count ? load(rows + (first + i) * stride + d) : Vec{};
+      transpose(tile);
+      for (int i = 0; i < kWidth; ++i) store(to + (d + i) * kPanel, tile[i]);
+    }
+  }
+}
+
+// rows (count, head_dim) -> panels [head_dim / kPanel][count][kPanel].
+template <typename T>
+void pack_values(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t head_dim,
+                 float* panels) {
+  for (std::int64_t d = 0; d < head_dim; d += kWidth) {
+    float* const to = panels + d / kPanel * kPanel * count + d % kPanel;
+    for (std::int64_t j = 0; j < count; ++j) store(to + j * kPanel, load(rows + j * stride + d));
+  }
+}
+
+// acc[r] += left[r * kLeftStride + i] * right[i * kPanel ...] over i < count: both products of attention.
+template <int R, int V, int kLeftStride>
+inline __attribute__((always_inline)) void accumulate(const float* __restrict left,
+                                                      const float* __restrict right, std::int64_t count,
+                                                      Vec (&acc)[R][V]) {
+#pragma GCC unroll 4
+  for (std::int64_t i = 0; i < count; ++i) {
+    Vec b[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) b[v] = load(right + i * kPanel + v * kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec a = broadcast(left[r * kLeftStride + i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] = a * b[v] + acc[r][v];
+    }
+  }
+}
+
+// Floats, counted while sizes are added up and handed out afterwards, each piece on a cache line.
+class Arena {
+ public:
+  explicit Arena(float* base) : base_(base) {}
+  float* take(std::int64_t count) {
+    float* const piece = base_ + used_;
+    used_ += (count + 15) / 16 * 16;
+    return piece;
+  }
+  std::int64_t used() const { return used_; }
+
+ private:
+  float* const base_;
+  std::int64_t used_ = 0;
+};
+
+}  // namespace madtp::cpu::MADTP_ISA
