@@ -106,7 +106,8 @@ def attention_forward(
 
     What the packed op does not have runs exactly on `torch.nn.functional.scaled_dot_product_attention`: dropout,
     additive masks and position biases, masks that differ between queries other than causal self-attention, values of
-    another head dim, and padding under `torch.compile` (packing has a data-dependent size).
+    another head dim, and padding under `torch.compile` (packing has a data-dependent size). So does a single query,
+    a generated token: packing would copy its whole cache.
 
     Padding queries get zeros in causal self-attention, and in bidirectional one where the module can do nothing else
     (`hidden_states` is the only sequence its forward takes); elsewhere they attend like real queries. Sequences
@@ -174,6 +175,8 @@ def _check_real_tokens(mask: Tensor, query: Tensor, key: Tensor, causal: bool) -
 
 def _packable(query, key, value, mask, dropout, position_bias) -> bool:
     if dropout or position_bias is not None:
+        return False
+    if query.shape[2] == 1 < key.shape[2]:  # packing would copy a whole cache for one row
         return False
     if value.shape[-1] != query.shape[-1] or key.shape[0] != query.shape[0]:  # SDPA repeats a batch of 1
         return False
