@@ -82,10 +82,15 @@ def test_one_batch_of_queries_for_all():
     torch.testing.assert_close(out, expected)
 
 
-def test_value_dims_of_their_own():
-    q, k, v = heads(), heads(seed=1), heads(dim=24, seed=2)
-    out, _ = attention_forward(SelfAttention(), q, k, v, None)
-    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("value_dim", [16, 24], ids=["packed", "value dims of their own"])
+def test_scale_and_direction(causal, value_dim):
+    q, k, v = heads(), heads(seed=1), heads(dim=value_dim, seed=2)
+    with Calls() as calls:
+        out, _ = attention_forward(SelfAttention(), q, k, v, None, scaling=0.7, is_causal=causal)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.7, is_causal=causal)
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=2e-5, atol=2e-5)
+    assert len(calls.seen) == (value_dim == 16)
 
 
 def test_float64_gradients():
