@@ -1,5 +1,6 @@
 """MADTP++ for Hugging Face vision-language models: tokens pruned by alignment and 2:4 weights, trained jointly."""
 
+from madtp import attention_interface as attention_interface  # registers "madtp" with transformers
 from madtp.accounting import profile
 from madtp.compression import Result, compress, measure
 from madtp.config import CompressionConfig

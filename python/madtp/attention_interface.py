@@ -1,0 +1,225 @@
+"""Packed attention for any transformers model: `model.set_attn_implementation("madtp")` after `import madtp`.
+
+Importing this module registers "madtp" with `transformers.AttentionInterface` and `AttentionMaskInterface`.
+Sequences are packed before `madtp_kernels.varlen_attention` runs, so padding costs nothing and takes no part.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from madtp_kernels import varlen_attention
+
+NAME = "madtp"
+
+# What an attention may ask of its implementation that neither the packed op nor SDPA computes.
+_UNSUPPORTED = ("softcap", "s_aux", "sinks", "block_indices", "cache", "output_attentions")
+
+# A module whose forward takes no other sequence than `hidden_states` attends to itself.
+_SELF_ATTENTION = {
+    *("self", "hidden_states", "attention_mask", "past_key_values", "position_embeddings", "position_ids"),
+    *("cache_position", "output_attentions", "use_cache", "kwargs"),
+}
+
+
+class _Rows(NamedTuple):
+    """Where the rows of a padded (B, N) batch go when it is packed."""
+
+    cu_seqlens: Tensor  # (B+1,) int32
+    slots: Tensor | None  # (T,) int64 into the B*N slots; None keeps all of them
+
+    @classmethod
+    def every(cls, batch: int, length: int, device: torch.device) -> _Rows:
+        return cls(torch.arange(batch + 1, dtype=torch.int32, device=device) * length, None)
+
+    @classmethod
+    def where(cls, real: Tensor) -> _Rows:  # (B, N) bool
+        lengths = real.sum(dim=1, dtype=torch.int32)
+        cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return cls(cu_seqlens, real.flatten().nonzero().squeeze(1))
+
+    def pack(self, heads: Tensor) -> Tensor:  # (B, H, N, D) -> (T, H, D)
+        rows = heads.transpose(1, 2).flatten(0, 1)
+        return rows if self.slots is None else rows.index_select(0, self.slots)
+
+    def unpack(self, rows: Tensor, batch: int, length: int) -> Tensor:  # (T, H, D) -> (B, N, H, D)
+        if self.slots is not None:
+            rows = rows.new_zeros(batch * length, *rows.shape[1:]).index_copy(0, self.slots, rows)
+        return rows.unflatten(0, (batch, length))
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """The mask "madtp" attends under, in the cheapest form that says it; called by transformers' mask builders.
+
+    Returns:
+        None: the module's `is_causal` says it all, exactly where SDPA's mask is None;
+        (B, M) bool, the real tokens: causal self-attention with padding;
+        (B, 1, 1, M) bool, the real keys: every query sees the same ones (padding, one query on a cache);
+        (B, 1, N, M) bool, who sees whom: everything else (windows, several queries on a cache, custom patterns).
+    """
+    whole = local_size is None or kv_length < local_size  # else a window or chunk hides something
+    if whole and allow_is_causal_skip and q_length == kv_length and not torch.compiler.is_compiling():
+        if attention_mask is not None and attention_mask.shape == (batch_size, kv_length):
+            return None if attention_mask.all() else attention_mask.bool()
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=1 if whole and allow_is_bidirectional_skip else q_length,  # its rows are all alike
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        local_size=local_size,
+        **kwargs,
+    )
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,  # (B, H, N, D)
+    key: Tensor,  # (B, Hk, M, D)
+    value: Tensor,  # (B, Hk, M, D)
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of a transformers module on packed rows. H is a multiple of Hk: grouped heads share keys and values.
+
+    What the packed op does not have runs exactly on `torch.nn.functional.scaled_dot_product_attention`: dropout,
+    additive masks and position biases, masks that differ between queries other than causal self-attention, values of
+    another head dim, and padding under `torch.compile` (packing has a data-dependent size). So does a single query,
+    a generated token: packing would copy its whole cache.
+
+    Padding queries get zeros in causal self-attention, and in bidirectional one where the module can do nothing else
+    (`hidden_states` is the only sequence its forward takes); elsewhere they attend like real queries. Sequences
+    without a real key get zeros.
+
+    Args:
+        attention_mask: what `madtp.attention_interface.attention_mask` returns, or any mask SDPA takes.
+
+    Returns:
+        out (B, N, H, D), and None: there are no attention weights.
+
+    Raises:
+        ValueError: the module asks for soft caps, attention sinks, key blocks, a paged cache or attention weights, or
+            a (B, M) mask meets attention that is not causal self-attention.
+    """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(f'{name} must be unset with attn_implementation="{NAME}"; set "eager" for this model')
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    padding_of_causal = attention_mask is not None and attention_mask.ndim == 2
+    if padding_of_causal:
+        _check_real_tokens(attention_mask, query, key, causal)
+    if not _packable(query, key, value, attention_mask, dropout, position_bias):
+        if padding_of_causal:
+            attention_mask = attention_mask[:, None, None] & _lower_triangle(query)  # (B, 1, N, N)
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=causal,
+            position_bias=position_bias,
+        )
+
+    batch, _, queries, _ = query.shape
+    causal = causal and queries > 1 and (attention_mask is None or padding_of_causal)
+    if causal and attention_mask is None:  # an empty static cache: its later slots are unseen
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    rows_q, rows_k = _rows(module, query, key, attention_mask)
+    out = varlen_attention(
+        rows_q.pack(query),
+        *_share_heads(rows_k.pack(key), rows_k.pack(value), query.shape[1]),
+        rows_q.cu_seqlens,
+        None if rows_q is rows_k else rows_k.cu_seqlens,
+        max_seqlen_q=queries,
+        max_seqlen_k=key.shape[2],
+        softmax_scale=scaling,
+        causal=causal,
+    )
+    return rows_q.unpack(out, batch, queries), None
+
+
+def _check_real_tokens(mask: Tensor, query: Tensor, key: Tensor, causal: bool) -> None:
+    batch, _, queries, _ = query.shape
+    expected = (batch, queries)
+    if not causal or mask.dtype != torch.bool or mask.shape != expected or key.shape[2] != queries:
+        raise ValueError(
+            f"attention_mask of two dimensions must be bool {expected} in causal self-attention, got "
+            f"{mask.dtype} {tuple(mask.shape)}, is_causal={causal}, {queries} queries, {key.shape[2]} keys"
+        )
+
+
+def _packable(query, key, value, mask, dropout, position_bias) -> bool:
+    if dropout or position_bias is not None:
+        return False
+    if query.shape[2] == 1 < key.shape[2]:  # packing would copy a whole cache for one row
+        return False
+    if value.shape[-1] != query.shape[-1] or key.shape[0] != query.shape[0]:  # SDPA repeats a batch of 1
+        return False
+    if mask is None:
+        return True
+    same_for_queries = mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:] == (1, 1, key.shape[2]))
+    return mask.dtype == torch.bool and same_for_queries and not torch.compiler.is_compiling()
+
+
+def _lower_triangle(query: Tensor) -> Tensor:
+    length = query.shape[2]
+    return torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+
+
+def _rows(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[_Rows, _Rows]:
+    """Which rows of queries and of keys take part; the same object when they are the same."""
+    batch, _, queries, _ = query.shape
+    keys = key.shape[2]
+    if mask is None:
+        rows_q = _Rows.every(batch, queries, query.device)
+        return rows_q, rows_q if keys == queries else _Rows.every(batch, keys, query.device)
+    real = mask if mask.ndim == 2 else mask[:, 0, 0].expand(batch, -1)  # (B, M)
+    rows_k = _Rows.where(real)
+    if mask.ndim == 2 or (queries == keys and _attends_to_itself(type(module))):
+        return rows_k, rows_k
+    has_key = real.any(dim=1)  # a sequence without keys has nothing to average: zeros
+    if has_key.all():
+        return _Rows.every(batch, queries, query.device), rows_k
+    return _Rows.where(has_key[:, None].expand(-1, queries)), rows_k
+
+
+@functools.cache
+def _attends_to_itself(kind: type[nn.Module]) -> bool:
+    """Equal lengths do not tell self-attention from cross-attention; a forward with one sequence does."""
+    return inspect.signature(kind.forward).parameters.keys() <= _SELF_ATTENTION
+
+
+def _share_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:  # (T, Hk, D) -> (T, H, D)
+    groups = heads // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)
