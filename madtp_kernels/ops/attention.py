@@ -126,14 +126,19 @@ dispatch.register(
 def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, summary_index):
     if q.device.type != "cpu":
         return
-    sides = (("q", q, cu_seqlens_q, max_seqlen_q), ("k", k, cu_seqlens_k, max_seqlen_k))
-    for side, rows, cu_seqlens, max_seqlen in sides:
-        checks.check_cu_seqlens_values(f"cu_seqlens_{side}", cu_seqlens, rows.shape[0])
-        longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
-        require(max_seqlen >= longest, f"max_seqlen_{side}", f"at least the longest sequence ({longest})", max_seqlen)
-    starved = (cu_seqlens_q.diff() > 0) & (cu_seqlens_k.diff() == 0)
-    require(not starved.any(), "cu_seqlens_k", "of at least one key where a sequence has queries", cu_seqlens_k)
-    checks.check_summary_index_values(summary_index, cu_seqlens_q)
+    queries = _check_lengths("q", q.shape[0], cu_seqlens_q, max_seqlen_q)
+    checks.check_summary_index_values(summary_index, queries)
+    if cu_seqlens_k is not cu_seqlens_q:
+        keys = _check_lengths("k", k.shape[0], cu_seqlens_k, max_seqlen_k)
+        starved = any(queries and not keys for queries, keys in zip(queries, keys, strict=True))
+        require(not starved, "cu_seqlens_k", "of at least one key where a sequence has queries", cu_seqlens_k)
+
+
+def _check_lengths(side: str, rows: int, cu_seqlens: Tensor, max_seqlen: int) -> list[int]:
+    lengths = checks.check_cu_seqlens_values(f"cu_seqlens_{side}", cu_seqlens, rows)
+    longest = max(lengths, default=0)
+    require(max_seqlen >= longest, f"max_seqlen_{side}", f"at least the longest sequence ({longest})", max_seqlen)
+    return lengths
 
 
 @torch.library.impl("madtp::varlen_attention", "CompositeExplicitAutograd")

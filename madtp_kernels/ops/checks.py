@@ -4,7 +4,8 @@ Metadata (dtype, shape, device) is checked by the public functions. Values are c
 only: reading them from a GPU would stall it, and kernels are safe whatever the values are.
 """
 
-import numpy as np
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -52,29 +53,31 @@ def check_packed(rows: int, cu_seqlens: Tensor, summary_index: Tensor | None, ro
         check_rows("summary_index", summary_index, cu_seqlens.numel() - 1, "cu_seqlens has sequences")
 
 
-def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, rows: int, *, at_most: bool = False) -> None:
-    """0 first, never decreasing, the row count (or `at_most` it) last. CPU tensors only; others pass."""
+def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, rows: int, *, at_most: bool = False) -> list[int]:
+    """0 first, never decreasing, the row count (or `at_most` it) last; returns the lengths of the sequences.
+
+    CPU tensors only; others pass, with no lengths. Lists, not tensors: an op on a few numbers costs more than they do.
+    """
     if cu_seqlens.device.type != "cpu":
-        return
-    values = cu_seqlens.detach().numpy()
+        return []
+    values = cu_seqlens.tolist()
     require(values[0] == 0, name, "0 at its first entry", f"{values[0]}")
-    steps = np.diff(values.astype(np.int64))
-    if (steps < 0).any():
-        at = int(np.argmax(steps < 0))
+    lengths = [end - begin for begin, end in itertools.pairwise(values)]
+    if min(lengths, default=0) < 0:
+        at = next(i for i, length in enumerate(lengths) if length < 0)
         require(False, name, "non-decreasing", f"{values[at]} then {values[at + 1]} at entry {at + 1}")
     if at_most:
         require(values[-1] <= rows, name, f"at most the row count {rows} at its last entry", f"{values[-1]}")
     else:
         require(values[-1] == rows, name, f"the row count {rows} at its last entry", f"{values[-1]}")
+    return lengths
 
 
-def check_summary_index_values(summary_index: Tensor | None, cu_seqlens: Tensor) -> None:
+def check_summary_index_values(summary_index: Tensor | None, lengths: list[int]) -> None:
     """-1, or a row inside its sequence. CPU tensors only; others pass."""
     if summary_index is None or summary_index.device.type != "cpu":
         return
-    index, lengths = summary_index.numpy(), np.diff(cu_seqlens.numpy())
-    outside = (index < -1) | (index >= np.maximum(lengths, 1))
-    if outside.any():
-        at = int(np.argmax(outside))
-        rule = f"-1 or a row of its sequence (sequence {at} has {lengths[at]} rows)"
-        require(False, "summary_index", rule, f"{index[at]}")
+    for sequence, (index, length) in enumerate(zip(summary_index.tolist(), lengths, strict=True)):
+        if not -1 <= index < max(length, 1):
+            rule = f"-1 or a row of its sequence (sequence {sequence} has {length} rows)"
+            require(False, "summary_index", rule, f"{index}")

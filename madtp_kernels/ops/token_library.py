@@ -68,8 +68,7 @@ def _score_dtype(scores: Tensor, mag_logits: Tensor) -> torch.dtype:
 
 @torch.library.impl("madtp::token_importance", "CompositeExplicitAutograd")
 def _token_importance(summary, received, mag_logits, cu_seqlens, summary_index, backend):
-    check_cu_seqlens_values("cu_seqlens", cu_seqlens, summary.shape[0])
-    check_summary_index_values(summary_index, cu_seqlens)
+    check_summary_index_values(summary_index, check_cu_seqlens_values("cu_seqlens", cu_seqlens, summary.shape[0]))
     dtype = _score_dtype(summary, mag_logits)
     run = dispatch.implementation("token_importance", backend, dtype, summary.device)
     return run(summary, received, mag_logits, cu_seqlens, summary_index)
@@ -77,8 +76,7 @@ def _token_importance(summary, received, mag_logits, cu_seqlens, summary_index, 
 
 @torch.library.impl("madtp::select_tokens", "CompositeExplicitAutograd")
 def _select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index, backend):
-    check_cu_seqlens_values("cu_seqlens", cu_seqlens, importance.shape[0])
-    check_summary_index_values(summary_index, cu_seqlens)
+    check_summary_index_values(summary_index, check_cu_seqlens_values("cu_seqlens", cu_seqlens, importance.shape[0]))
     dtype = _score_dtype(importance, mag_logits)
     run = dispatch.implementation("select_tokens", backend, dtype, importance.device)
     keep, cu_seqlens_out, source, merge_weight = run(importance, mag_logits, cu_seqlens, temperature, summary_index)
