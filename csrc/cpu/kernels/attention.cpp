@@ -49,10 +49,11 @@ class Attention {
     const std::int64_t first_row = blocks.begin(begin);
     for (std::int64_t h = 0; h < a_.heads; ++h) {
       const std::int64_t seen = a_.causal ? blocks.begin(end) : s.keys;
-      pack_keys(row(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], seen, a_.head_dim, w.keys);
+      const std::int64_t in_panels = has_tail(seen, a_.causal) ? seen / kPanel * kPanel : seen;
+      pack_keys(row(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], in_panels, a_.head_dim, w.keys);
       pack_values(row(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], seen, a_.head_dim, w.values);
-      for (std::int64_t j = 0; j < s.keys % kPanel && j < kTailKeys; ++j) {
-        const T* const key = row(a_.k, a_.k_strides, s.key + s.keys / kPanel * kPanel + j, h);
+      for (std::int64_t j = 0; in_panels + j < seen; ++j) {
+        const T* const key = row(a_.k, a_.k_strides, s.key + in_panels + j, h);
         for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
           store(w.tail + j * kMaxHeadDim + d, load(key + d));
       }
@@ -106,7 +107,7 @@ class Attention {
     }
     T* const out = out_ + ((s.query + i) * a_.heads + h) * dim;
     const bool direct = sizeof(T) == sizeof(float);
-    float norms[kMaxBlockRows], inverse[kMaxBlockRows];
+    float norms[kRowLanes], inverse[kRowLanes];
     block.queries = w.queries;
     block.keys = w.keys;
     block.tail = w.tail;

@@ -16,7 +16,15 @@ namespace madtp::cpu::MADTP_ISA {
 // So many keys past the last whole panel get inner products instead of a panel of padding: a CLS token beside
 // a power of two of patches leaves one.
 constexpr std::int64_t kTailKeys = 2;
+inline bool has_tail(std::int64_t keys, bool causal) {
+  return !causal && keys % kPanel > 0 && keys % kPanel <= kTailKeys;
+}
+
 constexpr float kMasked = -1e30f;  // finite, so that a row of nothing but masked scores has no NaN
+
+constexpr float kLogE2 = 0.693147180559945309f;
+// Floats for a number per row of a block, rounded up to whole vectors.
+constexpr int kRowLanes = (kMaxBlockRows + kWidth - 1) / kWidth * kWidth;
 
 struct QueryBlock {
   const float* queries;  // (R, kMaxHeadDim), scaled by softmax_scale * log2(e)
@@ -33,8 +41,8 @@ struct QueryBlock {
   std::int64_t out_stride;
   float* maxima;    // panels of R rows, the maximum over the heads so far; null: no statistics
   bool first_head;  // maxima hold nothing yet
-  float* norms;     // (R,) of the output rows; with maxima only
-  float* inverse;   // (R,) 1 / sum of the scores of each row
+  float* norms;     // (kRowLanes,) of the output rows; with maxima only
+  float* inverse;   // (kRowLanes,) 1 / sum of the scores of each row
   float* lse;       // (R,) log of that sum before the maximum was taken off; null: not wanted
   Upcoming next_queries, next_keys, next_values;
 };
@@ -92,15 +100,20 @@ inline __attribute__((always_inline)) void score_panel(const QueryBlock& block, 
 // Scores of the tail.
 template <int R>
 inline void score_tail(const QueryBlock& block, std::int64_t panel, Vec (&highest)[R]) {
+  const std::int64_t count = block.key_count - panel * kPanel;
+  float scores[kTailKeys][kRowLanes];
+  for (std::int64_t j = 0; j < count; ++j) {
+    Vec products[R] = {};
+    for (std::int64_t d = 0; d < block.head_dim; d += kWidth) {
+      const Vec key = load(block.tail + j * kMaxHeadDim + d);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) products[r] = load(block.queries + r * kMaxHeadDim + d) * key + products[r];
+    }
+    reduce_rows(products, [](Vec x, Vec y) { return x + y; }, scores[j]);
+  }
   for (int r = 0; r < R; ++r) {
     Vec row = broadcast(kMasked);
-    for (std::int64_t j = 0; panel * kPanel + j < block.key_count; ++j) {
-      Vec products = {};
-      for (std::int64_t d = 0; d < block.head_dim; d += kWidth)
-        products =
-            load(block.queries + r * kMaxHeadDim + d) * load(block.tail + j * kMaxHeadDim + d) + products;
-      row[j] = sum(products);
-    }
+    for (std::int64_t j = 0; j < count; ++j) row[j] = scores[j][r];
     store(block.scores + (panel * R + r) * kPanel, row);
     highest[r] = max(row, highest[r]);
   }
@@ -152,11 +165,14 @@ template <int R>
 inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
   const std::int64_t vectors = (block.key_count + kWidth - 1) / kWidth;
   const bool masked = block.limit_step > 0 || block.key_count % kWidth != 0;
+  float tops[kRowLanes], sums[kRowLanes];
+  reduce_rows(highest, max_or_nan, tops);
+  Vec totals[R];
   for (int r = 0; r < R; ++r) {
     block.next_queries.fetch(r, R);
     for (std::int64_t d = 0; d < block.head_dim; d += kWidth)
       __builtin_prefetch(block.out + r * block.out_stride + d, 1);
-    const Vec top = broadcast(highest_or_nan(highest[r]));
+    const Vec top = broadcast(tops[r]);
     Vec total[2] = {};
     float* row = block.scores + r * kPanel;
     std::int64_t v = 0;
@@ -179,10 +195,15 @@ inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
       for (std::int64_t j = limit; j < vectors * kWidth; ++j)
         block.scores[(j / kPanel * R + r) * kPanel + j % kPanel] = 0;
     }
-    const float all = sum(total[0] + total[1]);
-    block.inverse[r] = 1 / all;
-    if (block.lse != nullptr) block.lse[r] = (top[0] + std::log2(all)) * 0.693147180559945309f;
+    totals[r] = total[0] + total[1];
   }
+  reduce_rows(totals, [](Vec x, Vec y) { return x + y; }, sums);
+  for (int first = 0; first < R; first += kWidth) {
+    const Vec all = load(sums + first);
+    store(block.inverse + first, 1.0f / all);
+    if (block.lse != nullptr) store(sums + first, (load(tops + first) + log2_positive(all)) * kLogE2);
+  }
+  for (int r = 0; block.lse != nullptr && r < R; ++r) block.lse[r] = sums[r];
 }
 
 template <int R, bool kStatistics>
@@ -191,7 +212,7 @@ __attribute__((noinline)) void attend(const QueryBlock& block) {
   for (int r = 0; r < R; ++r) highest[r] = broadcast(-INFINITY);
   const std::int64_t whole = block.key_count / kPanel, rest = block.key_count % kPanel;
   for (std::int64_t p = 0; p < whole; ++p) score_panel<R, 2>(block, p, highest);
-  if (block.limit_step == 0 && rest > 0 && rest <= kTailKeys) {
+  if (has_tail(block.key_count, block.limit_step != 0)) {
     score_tail<R>(block, whole, highest);
   } else if (rest > kWidth) {
     score_panel<R, 2>(block, whole, highest);
@@ -204,8 +225,10 @@ __attribute__((noinline)) void attend(const QueryBlock& block) {
   const std::int64_t pairs = block.head_dim / kPanel;
   for (std::int64_t p = 0; p < pairs; ++p) value_panel<R, 2, kStatistics>(block, p, squares);
   if (block.head_dim % kPanel != 0) value_panel<R, 1, kStatistics>(block, pairs, squares);
-  if (kStatistics)
-    for (int r = 0; r < R; ++r) block.norms[r] = std::sqrt(sum(squares[r]));
+  if (kStatistics) {
+    reduce_rows(squares, [](Vec x, Vec y) { return x + y; }, block.norms);
+    for (int r = 0; r < R; ++r) block.norms[r] = std::sqrt(block.norms[r]);
+  }
 }
 
 using AttendFunction = void (*)(const QueryBlock&);

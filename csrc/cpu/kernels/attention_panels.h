@@ -72,10 +72,10 @@ struct Upcoming {
   }
 };
 
-// rows (count, head_dim) -> panels [key / kPanel][head_dim][kPanel], zeros where there is no key.
+// rows (count, head_dim) -> panels [key / kPanel][head_dim][kPanel], zeros up to the end of the last vector.
 template <typename T>
 void pack_keys(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* panels) {
-  for (std::int64_t first = 0; first < padded(count); first += kWidth) {
+  for (std::int64_t first = 0; first < count; first += kWidth) {
     float* const to = panels + first / kPanel * kPanel * head_dim + first % kPanel;
     for (std::int64_t d = 0; d < head_dim; d += kWidth) {
       Vec tile[kWidth];

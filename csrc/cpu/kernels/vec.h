@@ -120,6 +120,16 @@ inline void transpose_step(Vec (&tile)[kWidth], std::index_sequence<Lane...>) {
 }
 }  // namespace detail
 
+namespace detail {
+// Rows i and i + Step become one: lanes without the bit Step hold row i, lanes with it row i + Step.
+template <int Step, typename Combine>
+inline void fold(Vec (&tile)[kWidth], Combine combine) {
+  transpose_step<Step>(tile, std::make_index_sequence<kWidth>{});
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; i += 2 * Step) tile[i] = combine(tile[i], tile[i + Step]);
+}
+}  // namespace detail
+
 // tile[i][j] <-> tile[j][i]
 inline void transpose(Vec (&tile)[kWidth]) {
   constexpr std::make_index_sequence<kWidth> lanes;
@@ -129,6 +139,21 @@ inline void transpose(Vec (&tile)[kWidth]) {
   if constexpr (kWidth > 8) detail::transpose_step<8>(tile, lanes);
 }
 #else
+namespace detail {
+template <int Step, typename Combine>
+inline void fold(Vec (&tile)[kWidth], Combine combine) {
+  for (int i = 0; i < kWidth; i += 2 * Step) {
+    const Vec a = tile[i], b = tile[i + Step];
+    Vec upper, lower;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      upper[lane] = lane & Step ? b[lane - Step] : a[lane];
+      lower[lane] = lane & Step ? b[lane] : a[lane + Step];
+    }
+    tile[i] = combine(upper, lower);
+  }
+}
+}  // namespace detail
+
 inline void transpose(Vec (&tile)[kWidth]) {
   for (int i = 0; i < kWidth; ++i) {
     for (int j = 0; j < i; ++j) {
@@ -260,6 +285,37 @@ inline void for_each_vector(std::int64_t count, Body&& body) {
     body(
         i, [rest](auto* from) { return load_part(from, rest); },
         [rest](auto* to, Vec v) { store_part(to, v, rest); });
+}
+
+// to[r] = all lanes of rows[r] combined, for many rows at once: far fewer shuffles than row by row. Pairs of
+// rows fold into one vector until lane r holds row r; the order is that of a tree, the same for every row. to
+// has room for R rounded up to kWidth.
+template <int R, typename Combine>
+inline void reduce_rows(const Vec (&rows)[R], Combine combine, float* to) {
+  for (int first = 0; first < R; first += kWidth) {
+    Vec tile[kWidth];
+    for (int i = 0; i < kWidth; ++i) tile[i] = first + i < R ? rows[first + i] : Vec{};
+    detail::fold<1>(tile, combine);
+    detail::fold<2>(tile, combine);
+    if constexpr (kWidth > 4) detail::fold<4>(tile, combine);
+    if constexpr (kWidth > 8) detail::fold<8>(tile, combine);
+    store(to + first, tile[0]);
+  }
+}
+
+// log2(x) to about 1 ulp for finite x > 0 that are not subnormal.
+inline Vec log2_positive(Vec x) {
+  // x = 2^e m with m in [1/sqrt(2), sqrt(2)), and log(m) = 2 atanh((m - 1) / (m + 1)).
+  const BitVec shifted = bit_cast<BitVec>(x) - 0x3f3504f3u;
+  const IntVec exponent = bit_cast<IntVec>(shifted) >> 23;
+  const Vec m = bit_cast<Vec>((shifted & 0x007fffffu) + 0x3f3504f3u);
+  const Vec s = (m - 1.0f) / (m + 1.0f), square = s * s;
+  Vec p = broadcast(2.885390082f / 9);
+  p = p * square + 2.885390082f / 7;
+  p = p * square + 2.885390082f / 5;
+  p = p * square + 2.885390082f / 3;
+  p = p * square + 2.885390082f;
+  return p * s + __builtin_convertvector(exponent, Vec);
 }
 
 // 2^x to about 1 ulp for x <= 0; below -120 it stays at 2^-120. NaN is NaN.
