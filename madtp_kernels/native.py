@@ -57,6 +57,12 @@ def _attention_inputs(
     )
 
 
+def _workspace(op: str, inputs, return_stats: bool) -> Tensor:
+    """The scratch memory of one call, from torch's allocator, so that its profiler sees it."""
+    size = getattr(dispatch.extension().cpu, f"{op}_workspace")(inputs, return_stats, torch.get_num_threads())
+    return torch.empty(size, dtype=torch.uint8)
+
+
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options):
     """Arguments and results of `reference.attention.varlen_attention`."""
     *numbers, summary_index, return_stats = options
@@ -68,7 +74,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     summary = q.new_empty(q.shape[0] if return_stats else 0, dtype=torch.float32)
     received = torch.empty_like(summary)
     inputs = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, summary_index, return_stats)
-    _call("varlen_attention", q.device, inputs, *(_address(t) for t in (out, lse, summary, received)))
+    workspace = _workspace("varlen_attention", inputs, return_stats)
+    _call("varlen_attention", q.device, inputs, *(_address(t) for t in (out, lse, summary, received, workspace)))
     return out, summary, received, lse
 
 
@@ -93,7 +100,8 @@ def varlen_attention_backward(
     given = [t.contiguous() for t in (out, lse, grad_out, grad_summary, grad_received)]
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     inputs = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, summary_index, return_stats)
-    _call("varlen_attention_backward", q.device, inputs, *(_address(t) for t in (*given, *gradients)))
+    workspace = _workspace("varlen_attention_backward", inputs, return_stats)
+    _call("varlen_attention_backward", q.device, inputs, *(_address(t) for t in (*given, *gradients, workspace)))
     return tuple(gradients)
 
 

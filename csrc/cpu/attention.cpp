@@ -41,23 +41,38 @@ bool valid(const AttentionInputs& a, bool statistics) {
 }  // namespace
 
 Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* summary, float* received,
-                        int threads) {
+                        void* workspace, int threads) {
   const bool statistics = summary != nullptr || received != nullptr;
-  if (!valid(a, statistics) || !query_rows(a, out) || threads < 1) return Status::invalid_argument;
+  if (!valid(a, statistics) || !query_rows(a, out) || workspace == nullptr || threads < 1)
+    return Status::invalid_argument;
   if (statistics && !(present(summary, a.rows_q) && present(received, a.rows_q)))
     return Status::invalid_argument;
-  MADTP_DISPATCH(varlen_attention(a, out, lse, summary, received, threads));
+  MADTP_DISPATCH(varlen_attention(a, out, lse, summary, received, workspace, threads));
 }
 
-Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradients& g, int threads) {
+Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradients& g, void* workspace,
+                                 int threads) {
   const bool statistics = g.grad_summary != nullptr || g.grad_received != nullptr;
   if (!valid(a, statistics) || !query_rows(a, g.grad_out) || !query_rows(a, g.grad_q) ||
-      !key_rows(a, g.grad_k) || !key_rows(a, g.grad_v) || !present(g.lse, a.rows_q, a.heads) || threads < 1)
+      !key_rows(a, g.grad_k) || !key_rows(a, g.grad_v) || !present(g.lse, a.rows_q, a.heads) ||
+      workspace == nullptr || threads < 1)
     return Status::invalid_argument;
   if (statistics &&
       !(present(g.grad_summary, a.rows_q) && present(g.grad_received, a.rows_q) && query_rows(a, g.out)))
     return Status::invalid_argument;
-  MADTP_DISPATCH(varlen_attention_backward(a, g, threads));
+  MADTP_DISPATCH(varlen_attention_backward(a, g, workspace, threads));
+}
+
+Status varlen_attention_workspace(const AttentionInputs& a, bool statistics, int threads,
+                                  std::int64_t* bytes) {
+  if (!valid(a, statistics) || threads < 1 || bytes == nullptr) return Status::invalid_argument;
+  MADTP_DISPATCH(varlen_attention_workspace(a, statistics, threads, bytes));
+}
+
+Status varlen_attention_backward_workspace(const AttentionInputs& a, bool statistics, int threads,
+                                           std::int64_t* bytes) {
+  if (!valid(a, statistics) || threads < 1 || bytes == nullptr) return Status::invalid_argument;
+  MADTP_DISPATCH(varlen_attention_backward_workspace(a, statistics, threads, bytes));
 }
 
 }  // namespace madtp::cpu

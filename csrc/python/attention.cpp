@@ -35,15 +35,15 @@ AttentionInputs inputs(int dtype, const Strided& q, const Strided& k, const Stri
 }
 
 void varlen_attention(const AttentionInputs& inputs, Address out, Address lse, Address summary,
-                      Address received, int threads) {
+                      Address received, Address workspace, int threads) {
   check(cpu::varlen_attention(inputs, pointer<void>(out), pointer<float>(lse), pointer<float>(summary),
-                              pointer<float>(received), threads),
+                              pointer<float>(received), pointer<void>(workspace), threads),
         "madtp::cpu::varlen_attention");
 }
 
 void varlen_attention_backward(const AttentionInputs& inputs, Address out, Address lse, Address grad_out,
                                Address grad_summary, Address grad_received, Address grad_q, Address grad_k,
-                               Address grad_v, int threads) {
+                               Address grad_v, Address workspace, int threads) {
   const cpu::AttentionGradients gradients{pointer<const void>(out),
                                           pointer<const float>(lse),
                                           pointer<const void>(grad_out),
@@ -52,7 +52,15 @@ void varlen_attention_backward(const AttentionInputs& inputs, Address out, Addre
                                           pointer<void>(grad_q),
                                           pointer<void>(grad_k),
                                           pointer<void>(grad_v)};
-  check(cpu::varlen_attention_backward(inputs, gradients, threads), "madtp::cpu::varlen_attention_backward");
+  check(cpu::varlen_attention_backward(inputs, gradients, pointer<void>(workspace), threads),
+        "madtp::cpu::varlen_attention_backward");
+}
+
+template <Status (*size)(const AttentionInputs&, bool, int, std::int64_t*)>
+std::int64_t workspace(const AttentionInputs& inputs, bool statistics, int threads) {
+  std::int64_t bytes = 0;
+  check(size(inputs, statistics, threads, &bytes), "madtp::cpu::varlen_attention");
+  return bytes;
 }
 
 }  // namespace
@@ -62,6 +70,8 @@ void bind_attention(py::module_& cpu_module) {
   cpu_module.def("varlen_attention", &varlen_attention, py::call_guard<py::gil_scoped_release>());
   cpu_module.def("varlen_attention_backward", &varlen_attention_backward,
                  py::call_guard<py::gil_scoped_release>());
+  cpu_module.def("varlen_attention_workspace", &workspace<cpu::varlen_attention_workspace>);
+  cpu_module.def("varlen_attention_backward_workspace", &workspace<cpu::varlen_attention_backward_workspace>);
 }
 
 }  // namespace madtp::python

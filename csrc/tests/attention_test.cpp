@@ -14,6 +14,26 @@ namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
+// As many floats as asked for, none more, and none a number; one for arguments that are refused anyway.
+std::vector<float> workspace(decltype(cpu::varlen_attention_workspace) size, const AttentionInputs& inputs,
+                             bool statistics, int threads) {
+  std::int64_t bytes = 0;
+  if (size(inputs, statistics, threads, &bytes) != Status::ok) return {kNaN};
+  return std::vector<float>(bytes > 0 ? bytes / sizeof(float) : 1, kNaN);
+}
+
+Status attend(const AttentionInputs& inputs, float* out, float* lse, float* summary, float* received,
+              int threads) {
+  auto memory = workspace(cpu::varlen_attention_workspace, inputs, summary != nullptr, threads);
+  return cpu::varlen_attention(inputs, out, lse, summary, received, memory.data(), threads);
+}
+
+Status differentiate(const AttentionInputs& inputs, const cpu::AttentionGradients& gradients, int threads) {
+  const bool statistics = gradients.grad_summary != nullptr;
+  auto memory = workspace(cpu::varlen_attention_backward_workspace, inputs, statistics, threads);
+  return cpu::varlen_attention_backward(inputs, gradients, memory.data(), threads);
+}
+
 struct Problem {
   std::vector<std::int32_t> cu_q, cu_k, summary;
   std::int64_t heads, dim;
@@ -121,17 +141,17 @@ TEST(self_attention_with_statistics) {
       const Problem p({1, 0, 33, 2, 130, 64, 17}, {1, 0, 33, 2, 130, 64, 17}, 3, dim, causal);
       const Outputs wanted = expected(p, true);
       Outputs one(p), plain(p);
-      EXPECT(cpu::varlen_attention(p.inputs(), one.out.data(), nullptr, one.summary.data(),
-                                   one.received.data(), 1) == Status::ok);
+      EXPECT(attend(p.inputs(), one.out.data(), nullptr, one.summary.data(), one.received.data(), 1) ==
+             Status::ok);
       expect_equal(one.out, wanted.out, 2e-5);
       expect_equal(one.summary, wanted.summary, 1e-5);
       expect_equal(one.received, wanted.received, 1e-4);
-      EXPECT(cpu::varlen_attention(p.inputs(), plain.out.data(), nullptr, nullptr, nullptr, 2) == Status::ok);
+      EXPECT(attend(p.inputs(), plain.out.data(), nullptr, nullptr, nullptr, 2) == Status::ok);
       EXPECT(plain.out == one.out);
       for (int threads : {2, 3, 40}) {
         Outputs more(p);
-        EXPECT(cpu::varlen_attention(p.inputs(), more.out.data(), nullptr, more.summary.data(),
-                                     more.received.data(), threads) == Status::ok);
+        EXPECT(attend(p.inputs(), more.out.data(), nullptr, more.summary.data(), more.received.data(),
+                      threads) == Status::ok);
         EXPECT(more.out == one.out && more.summary == one.summary && more.received == one.received);
       }
     }
@@ -141,7 +161,7 @@ TEST(self_attention_with_statistics) {
 TEST(cross_attention) {
   const Problem p({5, 1, 0, 20}, {77, 3, 4, 130}, 2, 48, false);
   Outputs got(p);
-  EXPECT(cpu::varlen_attention(p.inputs(), got.out.data(), nullptr, nullptr, nullptr, 2) == Status::ok);
+  EXPECT(attend(p.inputs(), got.out.data(), nullptr, nullptr, nullptr, 2) == Status::ok);
   expect_equal(got.out, expected(p, false).out, 1e-5);
 }
 
@@ -149,12 +169,12 @@ TEST(large_scores_do_not_overflow_and_nan_stays_in_its_sequence) {
   Problem p({20, 35}, {20, 35}, 2, 32, false);
   for (float& value : p.q) value *= 3000;
   Outputs clean(p), broken(p);
-  EXPECT(cpu::varlen_attention(p.inputs(), clean.out.data(), nullptr, clean.summary.data(),
-                               clean.received.data(), 1) == Status::ok);
+  EXPECT(attend(p.inputs(), clean.out.data(), nullptr, clean.summary.data(), clean.received.data(), 1) ==
+         Status::ok);
   for (float value : clean.out) EXPECT(std::isfinite(value));
   p.q[3] = kNaN;
-  EXPECT(cpu::varlen_attention(p.inputs(), broken.out.data(), nullptr, broken.summary.data(),
-                               broken.received.data(), 1) == Status::ok);
+  EXPECT(attend(p.inputs(), broken.out.data(), nullptr, broken.summary.data(), broken.received.data(), 1) ==
+         Status::ok);
   EXPECT(std::isnan(broken.out[0]) && std::isnan(broken.received[5]));
   for (std::size_t i = 20 * 2 * 32; i < p.q.size(); ++i) EXPECT(broken.out[i] == clean.out[i]);
   for (std::size_t i = 20; i < 55; ++i)
@@ -165,11 +185,11 @@ TEST(a_summary_row_that_does_not_exist_is_none) {
   Problem p({20, 9}, {20, 9}, 2, 32, false);
   Outputs none(p), outside(p);
   p.summary = {-1, -1};
-  EXPECT(cpu::varlen_attention(p.inputs(), none.out.data(), nullptr, none.summary.data(),
-                               none.received.data(), 1) == Status::ok);
+  EXPECT(attend(p.inputs(), none.out.data(), nullptr, none.summary.data(), none.received.data(), 1) ==
+         Status::ok);
   p.summary = {20, 1000};
-  EXPECT(cpu::varlen_attention(p.inputs(), outside.out.data(), nullptr, outside.summary.data(),
-                               outside.received.data(), 1) == Status::ok);
+  EXPECT(attend(p.inputs(), outside.out.data(), nullptr, outside.summary.data(), outside.received.data(),
+                1) == Status::ok);
   EXPECT(outside.summary == none.summary && outside.received == none.received);
   for (float value : none.summary) EXPECT(value == 0);
 }
@@ -180,8 +200,8 @@ TEST(bad_attention_arguments_are_refused) {
   const auto refused = [&](auto change, bool statistics = true) {
     AttentionInputs inputs = p.inputs();
     change(inputs);
-    EXPECT(cpu::varlen_attention(inputs, out.data(), nullptr, statistics ? statistic.data() : nullptr,
-                                 statistics ? statistic.data() : nullptr, 1) == Status::invalid_argument);
+    EXPECT(attend(inputs, out.data(), nullptr, statistics ? statistic.data() : nullptr,
+                  statistics ? statistic.data() : nullptr, 1) == Status::invalid_argument);
   };
   const std::int32_t other_keys[] = {0, 3, 7}, no_keys[] = {0, 7, 7};
   refused([](AttentionInputs& a) { a.head_dim = 24; });
@@ -192,8 +212,7 @@ TEST(bad_attention_arguments_are_refused) {
   refused([](AttentionInputs& a) { a.softmax_scale = kNaN; });
   refused([&](AttentionInputs& a) { a.cu_seqlens_k = other_keys; });
   refused([&](AttentionInputs& a) { a.cu_seqlens_k = no_keys; }, false);
-  EXPECT(cpu::varlen_attention(p.inputs(), out.data(), nullptr, statistic.data(), nullptr, 1) ==
-         Status::invalid_argument);
+  EXPECT(attend(p.inputs(), out.data(), nullptr, statistic.data(), nullptr, 1) == Status::invalid_argument);
   EXPECT((out == std::vector<float>(p.q.size(), 5)));
 }
 
@@ -208,17 +227,16 @@ struct Gradients {
 Gradients gradients(const Problem& p, bool statistics, int threads) {
   Outputs forward(p);
   std::vector<float> lse(p.cu_q.back() * p.heads, kNaN), grad_out(p.q.size()), grad_row(p.cu_q.back());
-  EXPECT(cpu::varlen_attention(p.inputs(), forward.out.data(), lse.data(),
-                               statistics ? forward.summary.data() : nullptr,
-                               statistics ? forward.received.data() : nullptr, threads) == Status::ok);
+  EXPECT(attend(p.inputs(), forward.out.data(), lse.data(), statistics ? forward.summary.data() : nullptr,
+                statistics ? forward.received.data() : nullptr, threads) == Status::ok);
   for (std::size_t i = 0; i < grad_out.size(); ++i) grad_out[i] = std::sin(float(i));
   for (std::size_t i = 0; i < grad_row.size(); ++i) grad_row[i] = std::cos(float(i));
   Gradients result(p);
   const float* const rows = statistics ? grad_row.data() : nullptr;
-  EXPECT(cpu::varlen_attention_backward(p.inputs(),
-                                        {forward.out.data(), lse.data(), grad_out.data(), rows, rows,
-                                         result.q.data(), result.k.data(), result.v.data()},
-                                        threads) == Status::ok);
+  EXPECT(differentiate(p.inputs(),
+                       {forward.out.data(), lse.data(), grad_out.data(), rows, rows, result.q.data(),
+                        result.k.data(), result.v.data()},
+                       threads) == Status::ok);
   return result;
 }
 
@@ -282,13 +300,13 @@ TEST(bad_gradient_arguments_are_refused) {
   const auto refused = [&](auto change) {
     cpu::AttentionGradients gradients = good;
     change(gradients);
-    EXPECT(cpu::varlen_attention_backward(p.inputs(), gradients, 1) == Status::invalid_argument);
+    EXPECT(differentiate(p.inputs(), gradients, 1) == Status::invalid_argument);
   };
   refused([](cpu::AttentionGradients& g) { g.lse = nullptr; });
   refused([](cpu::AttentionGradients& g) { g.grad_out = nullptr; });
   refused([](cpu::AttentionGradients& g) { g.grad_received = nullptr; });
   refused([](cpu::AttentionGradients& g) { g.out = nullptr; });
   refused([](cpu::AttentionGradients& g) { g.grad_v = nullptr; });
-  EXPECT(cpu::varlen_attention_backward(p.inputs(), good, 0) == Status::invalid_argument);
+  EXPECT(differentiate(p.inputs(), good, 0) == Status::invalid_argument);
   EXPECT((grad == std::vector<float>(p.q.size(), 5)));
 }

@@ -5,8 +5,6 @@
 
 #include "cpu/kernels/attention.h"
 
-#include <cstdlib>
-
 #include "cpu/kernels/attention_block.h"
 #include "cpu/kernels/dtype.h"
 
@@ -178,18 +176,23 @@ void finish(const AttentionInputs& a, const Sequence& s, const Results& results,
   }
 }
 
+// How the work is cut, and the memory for it.
 struct Plan {
+  const AttentionInputs& a;
+  const bool statistics;
+  int threads;
   std::int64_t longest_key = 0, task_rows = 0, tasks_of_sequence = 1;
   std::int64_t column_sums = 0;  // floats of a sequence
 
-  Plan(const AttentionInputs& a, bool statistics, int threads) {
+  Plan(const AttentionInputs& inputs, bool with_statistics, int most_threads)
+      : a(inputs), statistics(with_statistics), threads(most_threads) {
     std::int64_t longest_query = 0;
     for (std::int64_t b = 0; b < a.batch; ++b) {
       const Sequence s(a, b);
       if (s.keys > longest_key) longest_key = s.keys;
       if (s.queries > longest_query) longest_query = s.queries;
-      const std::int64_t sums =
-          statistics && s.queries > 0 ? Blocks(s.queries).chunks(kBlocksPerChunk) * padded(s.keys) : 0;
+      const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
+      const std::int64_t sums = statistics && s.queries > 0 ? chunks * padded(s.keys) : 0;
       if (sums > column_sums) column_sums = sums;
     }
     // Enough tasks for the threads, and no more than that: each packs the keys and values again.
@@ -199,10 +202,20 @@ struct Plan {
     const std::int64_t chunks = longest_query > 0 ? Blocks(longest_query).chunks(kBlocksPerChunk) : 1;
     if (tasks_of_sequence > chunks) tasks_of_sequence = chunks;
     if (tasks_of_sequence < 1) tasks_of_sequence = 1;
-    task_rows = ((chunks + tasks_of_sequence - 1) / tasks_of_sequence + 1) * kBlocksPerChunk * kMaxBlockRows;
+    task_rows = (chunks + tasks_of_sequence - 1) / tasks_of_sequence * kBlocksPerChunk * kMaxBlockRows;
+    if (task_rows > longest_query) task_rows = longest_query;
+    if (threads > tasks()) threads = tasks() > 0 ? int(tasks()) : 1;
   }
 
-  Workspace workspace(const AttentionInputs& a, bool statistics, Arena& arena) const {
+  std::int64_t tasks() const { return a.batch * tasks_of_sequence; }
+
+  Results results(Arena& arena) const {
+    const std::int64_t count = statistics ? a.rows_q * a.heads : 0;
+    return {arena.take(count), arena.take(count), arena.take(a.batch * column_sums)};
+  }
+
+  // Of one thread.
+  Workspace workspace(Arena& arena) const {
     const std::int64_t keys = padded(longest_key);
     return {arena.take(keys * a.head_dim),
             arena.take(keys * padded(a.head_dim)),
@@ -212,42 +225,31 @@ struct Plan {
             arena.take(kMaxBlockRows * kMaxHeadDim),
             arena.take(kMaxBlockRows * a.head_dim)};
   }
-
-  Results results(const AttentionInputs& a, bool statistics, Arena& arena) const {
-    const std::int64_t count = statistics ? a.rows_q * a.heads : 0;
-    return {arena.take(count), arena.take(count), arena.take(a.batch * column_sums)};
-  }
 };
 
 }  // namespace
 
+Status varlen_attention_workspace(const AttentionInputs& a, bool statistics, int threads,
+                                  std::int64_t* bytes) {
+  *bytes = floats_of(Plan(a, statistics, threads)) * sizeof(float);
+  return Status::ok;
+}
+
 Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* summary, float* received,
-                        int threads) {
+                        void* memory, int threads) {
   const bool statistics = summary != nullptr;
   const Plan plan(a, statistics, threads);
-  const std::int64_t tasks = a.batch * plan.tasks_of_sequence;
-  if (threads > tasks) threads = tasks > 0 ? int(tasks) : 1;
-
-  Arena sizes(nullptr);
-  plan.results(a, statistics, sizes);
-  const std::int64_t shared = sizes.used();
-  plan.workspace(a, statistics, sizes);
-  const std::int64_t each = sizes.used() - shared;
-  void* memory = nullptr;
-  const std::size_t bytes = std::size_t(shared + each * threads) * sizeof(float);
-  if (posix_memalign(&memory, 64, bytes > 0 ? bytes : 64) != 0) return Status::out_of_memory;
-  float* const base = static_cast<float*>(memory);
-  Arena shared_arena(base);
-  const Results results = plan.results(a, statistics, shared_arena);
+  Arena arena(static_cast<float*>(memory));
+  const Results results = plan.results(arena);
+  float* const own = arena.next();
 
   with_type(a.dtype, [&](auto element) {
     const Attention<decltype(element)> attention(a, out, lse, statistics, results);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
     {
-      Arena own(base + shared + each * thread_number());
-      const Workspace workspace = plan.workspace(a, statistics, own);
+      const Workspace workspace = workspace_of_thread(plan, own);
 #pragma omp for schedule(dynamic)
-      for (std::int64_t task = 0; task < tasks; ++task) {
+      for (std::int64_t task = 0; task < plan.tasks(); ++task) {
         const std::int64_t b = task / plan.tasks_of_sequence, part = task % plan.tasks_of_sequence;
         const Sequence s(a, b);
         const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
@@ -263,7 +265,6 @@ Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* 
       }
     }
   });
-  std::free(memory);
   return Status::ok;
 }
 

@@ -6,9 +6,13 @@
 namespace madtp::cpu::MADTP_ISA {
 
 Status varlen_attention(const AttentionInputs& inputs, void* out, float* lse, float* summary, float* received,
-                        int threads);
+                        void* workspace, int threads);
+Status varlen_attention_workspace(const AttentionInputs& inputs, bool statistics, int threads,
+                                  std::int64_t* bytes);
 
 Status varlen_attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
-                                 int threads);
+                                 void* workspace, int threads);
+Status varlen_attention_backward_workspace(const AttentionInputs& inputs, bool statistics, int threads,
+                                           std::int64_t* bytes);
 
 }  // namespace madtp::cpu::MADTP_ISA

@@ -5,7 +5,6 @@
 // order that depends on the sequence alone.
 
 #include <cmath>
-#include <cstdlib>
 
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/attention_backward_block.h"
@@ -278,13 +277,24 @@ class AttentionBackward {
   const StatisticGradients prepared_;
 };
 
+// What all threads share.
+struct Results {
+  StatisticGradients statistics;
+  float* grads;        // slots of two accumulators: gradients of keys and of values in the making
+  std::int32_t* best;  // the head that reaches the maximum, for a slab of each sequence of the wave
+};
+
 // How the work is cut, and the memory for it.
 struct Plan {
+  const AttentionInputs& a;
+  const bool statistics;
+  const int threads;
   std::int64_t longest_key = 0, most_slabs = 1, slab_rows = 0;
   std::int64_t wave = 1;   // sequences at a time
   std::int64_t parts = 1;  // of a slab, when its heads have to be looked at together
 
-  Plan(const AttentionInputs& a, bool statistics, int threads) {
+  Plan(const AttentionInputs& inputs, bool with_statistics, int thread_count)
+      : a(inputs), statistics(with_statistics), threads(thread_count) {
     std::int64_t longest_query = 0;
     for (std::int64_t b = 0; b < a.batch; ++b) {
       const Sequence s(a, b);
@@ -297,19 +307,26 @@ struct Plan {
     if (wave < 1) wave = 1;
     parts = (threads + wave - 1) / wave;
     if (parts > kChunksPerSlab) parts = kChunksPerSlab;
-    slab_rows = longest_query < kSlabRows ? (longest_query + kMaxBlockRows) / kMaxBlockRows * kMaxBlockRows
-                                          : kSlabRows;
+    slab_rows = longest_query < kSlabRows ? longest_query : kSlabRows;
   }
 
-  std::int64_t best_size() const { return slab_rows * padded(longest_key); }
-  std::int64_t grad_size(const AttentionInputs& a) const { return padded(longest_key) * padded(a.head_dim); }
-  // Gradients of keys and values in the making: of the head a thread is at, or of all heads of the wave
-  // when they have to wait for another slab.
-  std::int64_t grad_slots(const AttentionInputs& a, int threads) const {
-    return most_slabs == 1 ? threads : wave * a.heads;
+  std::int64_t best_size() const { return statistics ? slab_rows * padded(longest_key) : 0; }
+  std::int64_t grad_size() const { return padded(longest_key) * padded(a.head_dim); }
+
+  Results results(Arena& arena) const {
+    StatisticGradients prepared{};
+    if (statistics) {
+      const std::int64_t stride = a.rows_q + kPanel;
+      prepared = {stride, arena.take(stride), arena.take(a.heads * stride), arena.take(a.rows_q * a.heads)};
+    }
+    // A slot for the head that a thread is at, or for every head of the wave when they wait for another slab.
+    const std::int64_t slots = most_slabs == 1 ? threads : wave * a.heads;
+    float* const grads = arena.take(slots * 2 * grad_size());
+    return {prepared, grads, reinterpret_cast<std::int32_t*>(arena.take(wave * best_size()))};
   }
 
-  Workspace workspace(const AttentionInputs& a, bool statistics, Arena& arena) const {
+  // Of one thread.
+  Workspace workspace(Arena& arena) const {
     const std::int64_t keys = padded(longest_key), dim = padded(a.head_dim);
     return {arena.take(keys * dim),
             arena.take(keys * dim),
@@ -321,45 +338,31 @@ struct Plan {
             arena.take(kChunkRows * keys),
             arena.take(kChunkRows * keys),
             arena.take(kMaxBlockRows * kMaxHeadDim),
-            arena.take(statistics ? best_size() : 0)};
-  }
-
-  StatisticGradients prepared(const AttentionInputs& a, bool statistics, Arena& arena) const {
-    if (!statistics) return {};
-    const std::int64_t stride = a.rows_q + kPanel;
-    return {stride, arena.take(stride), arena.take(a.heads * stride), arena.take(a.rows_q * a.heads)};
+            arena.take(best_size())};
   }
 };
 
 }  // namespace
 
-Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradients& g, int threads) {
+Status varlen_attention_backward_workspace(const AttentionInputs& a, bool statistics, int threads,
+                                           std::int64_t* bytes) {
+  *bytes = floats_of(Plan(a, statistics, threads)) * sizeof(float);
+  return Status::ok;
+}
+
+Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradients& g, void* memory,
+                                 int threads) {
   const bool statistics = g.grad_summary != nullptr;
   const Plan plan(a, statistics, threads);
-
-  Arena sizes(nullptr);
-  plan.prepared(a, statistics, sizes);
-  sizes.take(plan.grad_slots(a, threads) * 2 * plan.grad_size(a));
-  sizes.take(statistics ? plan.wave * plan.best_size() : 0);
-  const std::int64_t shared = sizes.used();
-  plan.workspace(a, statistics, sizes);
-  const std::int64_t each = sizes.used() - shared;
-  void* memory = nullptr;
-  const std::size_t bytes = std::size_t(shared + each * threads) * sizeof(float);
-  if (posix_memalign(&memory, 64, bytes > 0 ? bytes : 64) != 0) return Status::out_of_memory;
-  float* const base = static_cast<float*>(memory);
-  Arena arena(base);
-  const StatisticGradients prepared = plan.prepared(a, statistics, arena);
-  float* const grads = arena.take(plan.grad_slots(a, threads) * 2 * plan.grad_size(a));
-  float* const best_base = arena.take(statistics ? plan.wave * plan.best_size() : 0);
-  std::int32_t* const best = reinterpret_cast<std::int32_t*>(best_base);
+  Arena arena(static_cast<float*>(memory));
+  const Results results = plan.results(arena);
+  float* const own = arena.next();
 
   with_type(a.dtype, [&](auto element) {
-    const AttentionBackward<decltype(element)> backward(a, g, statistics, prepared);
+    const AttentionBackward<decltype(element)> backward(a, g, statistics, results.statistics);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      Arena own(base + shared + each * thread_number());
-      const Workspace workspace = plan.workspace(a, statistics, own);
+      const Workspace workspace = workspace_of_thread(plan, own);
       if (statistics) {
 #pragma omp for schedule(dynamic)
         for (std::int64_t task = 0; task < a.batch * plan.parts; ++task) {
@@ -389,7 +392,8 @@ Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradie
                   first < last ? blocks.begin(first * kBlocksPerChunk) - blocks.begin(begin * kBlocksPerChunk)
                                : 0;
               if (first < last)
-                backward.find_best(s, first, last, best + index * plan.best_size() + rows * padded(s.keys),
+                backward.find_best(s, first, last,
+                                   results.best + index * plan.best_size() + rows * padded(s.keys),
                                    workspace);
             }
           }
@@ -401,14 +405,14 @@ Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradie
             if (slab > last_slab) continue;
             const std::int64_t slot = plan.most_slabs == 1 ? thread_number() : task;
             const std::int64_t size = padded(s.keys) * padded(a.head_dim);
-            float* const grad_keys = grads + slot * 2 * plan.grad_size(a);
-            float* const grad_values = grad_keys + plan.grad_size(a);
+            float* const grad_keys = results.grads + slot * 2 * plan.grad_size();
+            float* const grad_values = grad_keys + plan.grad_size();
             if (slab == 0)
               for (std::int64_t i = 0; i < size; i += kWidth)
                 store(grad_keys + i, Vec{}), store(grad_values + i, Vec{});
             if (begin < end_of(s))
-              backward.differentiate(s, h, begin, end_of(s), best + index * plan.best_size(), grad_keys,
-                                     grad_values, workspace);
+              backward.differentiate(s, h, begin, end_of(s), results.best + index * plan.best_size(),
+                                     grad_keys, grad_values, workspace);
             if (slab == last_slab) {
               backward.store_rows(s, h, grad_keys, g.grad_k);
               backward.store_rows(s, h, grad_values, g.grad_v);
@@ -418,7 +422,6 @@ Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradie
       }
     }
   });
-  std::free(memory);
   return Status::ok;
 }
 

@@ -119,17 +119,40 @@ inline __attribute__((always_inline)) void accumulate(const float* __restrict le
 // Floats, counted while sizes are added up and handed out afterwards, each piece on a cache line.
 class Arena {
  public:
-  explicit Arena(float* base) : base_(base) {}
+  explicit Arena(float* base = nullptr) : base_(base) {}
   float* take(std::int64_t count) {
-    float* const piece = base_ + used_;
+    float* const piece = next();
     used_ += (count + 15) / 16 * 16;
     return piece;
   }
+  float* next() const { return base_ == nullptr ? nullptr : base_ + used_; }
   std::int64_t used() const { return used_; }
 
  private:
   float* const base_;
   std::int64_t used_ = 0;
 };
+
+// A plan has the `threads` it runs on, and takes its shared `results` and the `workspace` of each thread from
+// an arena, in that order.
+template <typename Plan>
+std::int64_t floats_of_thread(const Plan& plan) {
+  Arena arena;
+  plan.workspace(arena);
+  return arena.used();
+}
+
+template <typename Plan>
+std::int64_t floats_of(const Plan& plan) {
+  Arena arena;
+  plan.results(arena);
+  return arena.used() + plan.threads * floats_of_thread(plan);
+}
+
+template <typename Plan>
+auto workspace_of_thread(const Plan& plan, float* base) {
+  Arena arena(base + thread_number() * floats_of_thread(plan));
+  return plan.workspace(arena);
+}
 
 }  // namespace madtp::cpu::MADTP_ISA

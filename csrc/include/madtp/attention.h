@@ -34,14 +34,19 @@ namespace cpu {
 // out_i = sum_j softmax_j(softmax_scale q_i k_j) v_j. With statistics, which are for self-attention:
 // summary_j = sum_h P[h,s,j] ||out[h,j]|| / sum_h ||out[h,j]|| for the summary token s, and
 // received_j = sum over queries i != s of max_h P[h,i,j], under a causal mask divided by the number that see
-// j. head_dim is a multiple of 16, at most 128. Computes in float32; memory beside the outputs is O(rows *
-// heads). Status::out_of_memory when that cannot be had: nothing was written.
+// j. head_dim is a multiple of 16, at most 128. Computes in float32.
 Status varlen_attention(const AttentionInputs& inputs,
                         void* out,       // (rows_q, heads, head_dim), contiguous
                         float* lse,      // (heads, rows_q) log_e of sum_j exp(softmax_scale q_i k_j), or null
                         float* summary,  // (rows_q,); null with `received`: no statistics
                         float* received,  // (rows_q,)
+                        void* workspace,  // as many bytes as varlen_attention_workspace says
                         int threads);
+
+// The bytes that a forward with these arguments needs beside its results, O(rows * heads); a workspace is
+// best aligned to 64 bytes.
+Status varlen_attention_workspace(const AttentionInputs& inputs, bool statistics, int threads,
+                                  std::int64_t* bytes);
 
 // What the backward reads and writes beside the inputs of the forward.
 struct AttentionGradients {
@@ -56,9 +61,11 @@ struct AttentionGradients {
 };
 
 // Exact through the output and both statistics; the maximum over heads hands its gradient to the first head
-// that reaches it. Probabilities are recomputed: memory beside the gradients is O(rows * heads * head_dim).
+// that reaches it. Probabilities are recomputed: the workspace is O(rows * heads * head_dim).
 Status varlen_attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
-                                 int threads);
+                                 void* workspace, int threads);
+Status varlen_attention_backward_workspace(const AttentionInputs& inputs, bool statistics, int threads,
+                                           std::int64_t* bytes);
 
 }  // namespace cpu
 }  // namespace madtp
