@@ -33,6 +33,7 @@ class Entry:
         gate: (inputs, result of a provider, its name); raises AssertionError when the result is wrong.
         bytes: (case, inputs) -> bytes that must be read and written at least.
         flops: (case, inputs) -> floating-point operations, 0 where none matter.
+        against: the key of the cases to plot time and memory against, if they differ in one number.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Entry:
     gate: Callable[[Any, Any, str], None]
     bytes: Callable[[Case, Any], int]
     flops: Callable[[Case, Any], int] = lambda case, inputs: 0
+    against: str | None = None
 
     def __post_init__(self):
         if self.baseline not in self.providers:
@@ -52,9 +54,9 @@ class Entry:
 
 def entries() -> dict[str, Entry]:
     """Every benchmark by name. A new op joins with one line here."""
-    from benchmarks import attention, tokens
+    from benchmarks import attention, attention_backward, tokens
 
-    return {entry.name: entry for entry in (*tokens.ENTRIES, *attention.ENTRIES)}
+    return {entry.name: entry for entry in (*tokens.ENTRIES, *attention.ENTRIES, *attention_backward.ENTRIES)}
 
 
 def require(op: str, *args, **kwargs) -> None:

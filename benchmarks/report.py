@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.plot import plot
+
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HEADER = """# Benchmarks
 
@@ -64,6 +66,10 @@ def write_document(results: Path, document: Path = DOCUMENT) -> None:
         on_cpu = result["blocks"][0]["threads"] is not None
         where = f"CPU, {about['cpu_isa']}" if on_cpu else about["device"]
         parts.append(f"## {result['entry']} ({where})\n\n{result['summary'].capitalize()}; torch {about['torch']}.\n")
+        if result.get("against") is not None:
+            picture = document.with_name(f"benchmark-{path.parent.name}-{result['entry']}.png")
+            plot(result, picture)
+            parts.append(f"![time and memory against {result['against']}]({picture.name})\n")
         for block in result["blocks"]:
             heads = headings(on_cpu)
             lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

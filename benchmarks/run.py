@@ -111,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
             "entry": name,
             "summary": entry.summary,
             "baseline": entry.baseline,
+            "against": entry.against,
             "machine": machine(device),
             "rounds": options.rounds,
             "blocks": blocks,
