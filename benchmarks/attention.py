@@ -163,10 +163,16 @@ def cross_sdpa(i: CrossInputs):
     return lambda: F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def cross_eager(i: CrossInputs):
+    q, k, v = (x.transpose(1, 2) for x in i[:3])
+    return lambda: (torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v).transpose(1, 2)
+
+
 def check_cross(i: CrossInputs, result, provider: str) -> None:
     q, k, v = (x.double().transpose(1, 2) for x in i[:3])
     want = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    torch.testing.assert_close(result.double(), want, rtol=1e-4, atol=1e-4)
+    tolerance = 1e-4 if i.q.dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(result.double(), want, rtol=tolerance, atol=tolerance)
 
 
 def self_attention(name: str, summary: str, cases, **options) -> Entry:
@@ -202,7 +208,7 @@ ENTRIES = (
         summary="a few queries of text on the tokens of an image",
         cases=CROSS,
         inputs=cross_inputs,
-        providers={"torch SDPA": cross_sdpa, "madtp cpu": cross_ours("cpu")},
+        providers={"torch SDPA": cross_sdpa, "torch eager": cross_eager, "madtp cpu": cross_ours("cpu")},
         baseline="torch SDPA",
         gate=check_cross,
         bytes=lambda case, i: 2 * i.q.nbytes + 2 * i.k.nbytes,

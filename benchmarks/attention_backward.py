@@ -71,9 +71,9 @@ def check(i: BackwardInputs, result, provider: str) -> None:
     for got, want in zip(result, torch.autograd.grad(results, qkv, grads), strict=True):
         got = got if got.shape == want.shape else attention.rows(i.forward, got)
         # Where two heads tie to rounding, the gradient of their maximum may go to either.
-        assert (got.double() - want).abs().flatten()[::7].quantile(0.999) < 1e-4, (
-            "the gradients are not the reference's"
-        )
+        error = (got.double() - want).abs().flatten()[::7].quantile(0.999) / want.abs().max()
+        tolerance = 1e-5 if got.dtype == torch.float32 else 1e-2
+        assert error < tolerance, f"the gradients are not the reference's: off by {error:.1e} of the largest"
 
 
 ENTRIES = (

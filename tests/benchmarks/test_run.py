@@ -89,7 +89,16 @@ def test_the_document_shows_ratios_and_no_absolute_times_of_a_cpu(double, tmp_pa
     text = (tmp_path / "benchmarks.md").read_text()
     assert "## double (CPU, " in text and "| torch (baseline) | 1.00x | 1.00-1.00 |" in text
     assert "| wrong | wrong | not the double |" in text
-    assert "absent" not in text and " us |" not in text
+    assert "absent" not in text and " us |" not in text and "![" not in text
+
+
+def test_cases_that_differ_in_one_number_are_plotted(double, monkeypatch, tmp_path):
+    entry = dataclasses.replace(ENTRY, against="size", providers={"torch": ENTRY.providers["torch"], "absent": missing})
+    monkeypatch.setattr(run, "entries", lambda: {"double": entry})
+    run.main(["--rounds", "3", "--threads", "1,2", "--output", str(tmp_path / "cpu")])
+    write_document(tmp_path, tmp_path / "benchmarks.md")
+    assert "![time and memory against size](benchmark-cpu-double.png)" in (tmp_path / "benchmarks.md").read_text()
+    assert (tmp_path / "benchmark-cpu-double.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
