@@ -72,10 +72,50 @@ def test_cross_attention_in_float64():
     assert torch.autograd.gradcheck(attend, (q, k, v))
 
 
-def test_opcheck_and_flops():
-    q, k, v = qkv(sum(LENGTHS), dtype=torch.float32)
+@pytest.mark.parametrize("dim", [4, 16])  # the reference, and the CPU kernel where it is built
+def test_opcheck(dim):
+    q, k, v = qkv(sum(LENGTHS), dim=dim, dtype=torch.float32)
     cu = cu_seqlens_of(LENGTHS)
     opcheck(torch.ops.madtp.varlen_attention, (q, k, v, cu, cu, 9, 9, 0.5, False, None, True, "auto"))
+
+
+@pytest.mark.parametrize("dim", [4, 16])
+def test_compiles_in_one_graph(dim):
+    cu = cu_seqlens_of(LENGTHS)
+
+    def attend(q, k, v):
+        out, stats = mk.varlen_attention(q, k, v, cu, max_seqlen_q=9, causal=True, return_stats=True)
+        return (out**2).sum() + (stats.summary * stats.received).sum()
+
+    inputs = list(qkv(sum(LENGTHS), dim=dim, dtype=torch.float32))
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), attend(*inputs))
+    for got, want in zip(
+        torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(attend(*inputs), inputs), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dim", [4, 16])
+def test_nan_stays_in_its_sequence_and_large_scores_do_not_overflow(dim):
+    cu = cu_seqlens_of([7, 5, 1])
+    q, k, v = (x.detach() for x in qkv(13, dim=dim, dtype=torch.float32))
+
+    def attend(q):
+        out, stats = mk.varlen_attention(q, k, v, cu, max_seqlen_q=7, return_stats=True)
+        return torch.cat([out.flatten(1), stats.summary[:, None], stats.received[:, None]], dim=1)
+
+    large = attend(q * 1e4)
+    assert large.isfinite().all()
+    assert attend(q.index_fill(0, torch.tensor(9), torch.inf))[7:12].isnan().any()
+    broken = attend((q * 1e4).index_fill(0, torch.tensor(9), torch.nan))
+    assert broken[7:12].isnan().any()
+    assert torch.equal(broken[:7], large[:7]) and torch.equal(broken[12:], large[12:])
+
+
+def test_flops():
+    q, k, v = qkv(sum(LENGTHS), dtype=torch.float32)
+    cu = cu_seqlens_of(LENGTHS)
     with FlopCounterMode(display=False) as counter:
         mk.varlen_attention(q, k, v, cu, max_seqlen_q=9)
     assert counter.get_total_flops() == 4 * (25 + 1 + 81) * 12
@@ -230,6 +270,9 @@ def test_head_dims_the_cpu_kernel_lacks_run_on_the_reference():
     [
         ({"k": torch.zeros(8, 2, 5)}, r"k must be of 2 heads of 4 like q, got float32 \(8, 2, 5\)"),
         ({"v": torch.zeros(8, 2, 4).half()}, "v must be a 3-dimensional tensor of float32, got float16"),
+        ({"k": torch.zeros(8, 2, 4, device="meta")}, r"k must be on cpu, got float32 \(8, 2, 4\) on meta"),
+        ({"k": torch.zeros(7, 2, 4), "v": torch.zeros(7, 2, 4)}, r"k must be of 8 rows like q \(self-attention\)"),
+        ({"cu_seqlens_q": cu_seqlens_of([5, 4])}, "cu_seqlens_q must be the row count 8 at its last entry, got 9"),
         ({"max_seqlen_q": 4}, r"max_seqlen_q must be at least the longest sequence \(5\), got int 4"),
         ({"summary_index": torch.tensor([0, 3], dtype=torch.int32)}, r"sequence 1 has 3 rows\), got 3"),
         ({"cu_seqlens_k": torch.tensor([0, 8, 8], dtype=torch.int32), "max_seqlen_k": 8}, "at least one key where"),
