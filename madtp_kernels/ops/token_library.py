@@ -71,10 +71,18 @@ def _score_dtype(scores: Tensor, mag_logits: Tensor) -> torch.dtype:
     return torch.promote_types(scores.dtype, mag_logits.dtype)
 
 
+def _check_scores(scores, mag_logits, cu_seqlens, summary_index, received=None):
+    # torch.ops can be called without the public function, and kernels trust these sizes.
+    for name, value in (("mag_logits", mag_logits), ("stats.received", received)):
+        if value is not None:
+            check_rows(name, value, scores.shape[0], "the scores")
+    check_cu_seqlens_values("cu_seqlens", cu_seqlens, scores.shape[0])
+    check_summary_index_values(summary_index, cu_seqlens)
+
+
 @torch.library.impl("madtp::token_importance", "CompositeExplicitAutograd")
 def _token_importance(summary, received, mag_logits, cu_seqlens, summary_index, backend):
-    check_cu_seqlens_values("cu_seqlens", cu_seqlens, summary.shape[0])
-    check_summary_index_values(summary_index, cu_seqlens)
+    _check_scores(summary, mag_logits, cu_seqlens, summary_index, received)
     dtype = _score_dtype(summary, mag_logits)
     run = dispatch.implementation("token_importance", backend, dtype, summary.device)
     return run(summary, received, mag_logits, cu_seqlens, summary_index)
@@ -82,8 +90,7 @@ def _token_importance(summary, received, mag_logits, cu_seqlens, summary_index, 
 
 @torch.library.impl("madtp::select_tokens", "CompositeExplicitAutograd")
 def _select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index, backend):
-    check_cu_seqlens_values("cu_seqlens", cu_seqlens, importance.shape[0])
-    check_summary_index_values(summary_index, cu_seqlens)
+    _check_scores(importance, mag_logits, cu_seqlens, summary_index)
     dtype = _score_dtype(importance, mag_logits)
     run = dispatch.implementation("select_tokens", backend, dtype, importance.device)
     keep, cu_seqlens_out, source, merge_weight = run(importance, mag_logits, cu_seqlens, temperature, summary_index)
@@ -92,8 +99,7 @@ def _select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_inde
 
 @torch.library.impl("madtp::score_and_select", "CompositeExplicitAutograd")
 def _score_and_select(summary, received, mag_logits, cu_seqlens, temperature, summary_index, backend):
-    check_cu_seqlens_values("cu_seqlens", cu_seqlens, summary.shape[0])
-    check_summary_index_values(summary_index, cu_seqlens)
+    _check_scores(summary, mag_logits, cu_seqlens, summary_index, received)
     run = dispatch.implementation("score_and_select", backend, _score_dtype(summary, mag_logits), summary.device)
     importance, keep, cu_seqlens_out, source, merge_weight = run(
         summary, received, mag_logits, cu_seqlens, temperature, summary_index

@@ -311,6 +311,12 @@ def test_the_op_itself_checks_what_kernels_trust():
     cu = torch.tensor([0, 4, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match="the row count 8 at its last entry, got 9"):
         torch.ops.madtp.score_and_select(ROWS, ROWS, torch.zeros(8, 3), cu, 1.0, None, "auto")
+    for received, logits, name in (
+        (ROWS[:7], torch.zeros(8, 3), "stats.received"),
+        (ROWS, torch.zeros(7, 3), "mag_logits"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be of 8 rows like the scores"):
+            torch.ops.madtp.score_and_select(ROWS, received, logits, cu[:2] * 2, 1.0, None, "auto")
 
 
 def test_dispatch():
