@@ -1,4 +1,4 @@
-"""The prune step: importance given -> threshold and selection -> gather and merge (-> LayerNorm)."""
+"""The prune step: statistics of attention -> importance, threshold, selection -> gather and merge (-> LayerNorm)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPS = 1e-5
 
 class PruneInputs(NamedTuple):
     x: Tensor  # (B * (N + 1), C), a summary token first in each sequence
-    importance: Tensor  # (B * (N + 1),)
+    stats: mk.AttentionStats  # (B * (N + 1),) each
     mag_logits: Tensor  # (B * (N + 1), K)
     cu_seqlens: Tensor  # (B + 1,)
     temperature: float
@@ -41,10 +41,10 @@ CASES = [
 
 
 def prune_inputs(case, device, seed) -> PruneInputs:
-    """Importance uniform in [0, 1), shifted so that about `keep` of the tokens are above the threshold, near its mean.
+    """Statistics that put about `keep` of the tokens above the threshold.
 
-    With standard normal logits and a large temperature every threshold is close to the mean; a power of the uniform
-    draw puts the wanted share of tokens above it.
+    With standard normal logits and a large temperature every threshold is close to the mean importance. `summary` rules
+    it, the other two parts being shares of many tokens: a power of a uniform draw with the wanted share above its mean.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, length, keep = case["batch"], case["tokens"] + 1, case["keep"]
@@ -57,7 +57,7 @@ def prune_inputs(case, device, seed) -> PruneInputs:
     dtype = getattr(torch, case["dtype"])
     return PruneInputs(
         torch.randn(rows, case["channels"], generator=generator).to(device, dtype),
-        torch.rand(rows, generator=generator).pow(power).to(device),
+        mk.AttentionStats(*(torch.rand(rows, generator=generator).pow(p).to(device) for p in (power, 1))),
         torch.randn(rows, case["alignment_tokens"], generator=generator).to(device),
         torch.arange(0, rows + 1, length, dtype=torch.int32, device=device),
         1000.0,
@@ -70,20 +70,26 @@ def prune_inputs(case, device, seed) -> PruneInputs:
 def ours(backend: str, layernorm: bool):
     def prepare(i: PruneInputs):
         def run():
-            selection = mk.select_tokens(
-                i.importance, i.mag_logits, i.cu_seqlens, i.temperature, backend=scores_backend
+            pruned = mk.prune_tokens(
+                i.x, i.stats, i.mag_logits, i.cu_seqlens, i.temperature, norm=norm, backend=step_backend
             )
-            if layernorm:
-                return mk.gather_merge_layernorm(i.x, selection, i.weight, i.bias, EPS, backend=backend)
-            return mk.gather_merge(i.x, selection, backend=backend)
+            return pruned[:2] if layernorm else pruned.x
 
-        scores_backend = "triton" if backend == "cuda" else backend  # CUDA C++ has the gathers only
+        norm = (i.weight, i.bias, EPS) if layernorm else None
+        step_backend = "auto" if backend == "cuda" else backend  # CUDA C++ has the gathers only, auto takes them
         if backend == "triton" and i.x.device.type == "cpu":
             raise Unavailable("on a CPU Triton is interpreted, which says nothing of its speed")
         require("gather_merge", i.x, None, backend=backend)
         return run
 
     return prepare
+
+
+def torch_importance(stats: mk.AttentionStats, mag_logits: Tensor) -> Tensor:
+    """(B, N) of padded (B, N) statistics and (B, N, K) logits, as the peers compute it."""
+    guidance = mag_logits.amax(-1).relu()
+    shares = (part / part.sum(1, keepdim=True) for part in (stats.received, guidance))
+    return (stats.summary + sum(shares)) / 3
 
 
 def published(layernorm: bool):
@@ -94,11 +100,12 @@ def published(layernorm: bool):
     """
 
     def prepare(i: PruneInputs):
-        x, importance, logits = (t.unflatten(0, (i.batch, -1)) for t in (i.x, i.importance, i.mag_logits))
+        x, logits = (t.unflatten(0, (i.batch, -1)) for t in (i.x, i.mag_logits))
+        stats = mk.AttentionStats(*(t.unflatten(0, (i.batch, -1))[:, 1:] for t in i.stats))
 
         def run():
             summary, tokens = x[:, :1], x[:, 1:]
-            scores, channels = importance[:, 1:], tokens.shape[-1]
+            scores, channels = torch_importance(stats, logits[:, 1:]), tokens.shape[-1]
             threshold = ((logits[:, 1:] / i.temperature).softmax(1) * scores[..., None]).sum(1).amin(-1, keepdim=True)
             count = int((scores > threshold).sum(1).max())
             best = scores.topk(count, dim=1, sorted=False).indices
@@ -124,13 +131,15 @@ def masked(layernorm: bool):
         length = i.x.shape[0] // batch
         sequence = torch.arange(i.x.shape[0], device=device) // length
         is_summary = torch.arange(i.x.shape[0], device=device) % length == 0
+        stats = mk.AttentionStats(*(t.unflatten(0, (batch, length))[:, 1:] for t in i.stats))
 
         def run():
-            scores = i.importance.unflatten(0, (batch, length))[:, 1:]
             logits = i.mag_logits.unflatten(0, (batch, length))[:, 1:]
+            scores = torch_importance(stats, logits)
             threshold = ((logits / i.temperature).softmax(1) * scores[..., None]).sum(1).amin(-1)
-            keep = (i.importance > threshold[sequence]) | is_summary
-            weights = i.importance.masked_fill(keep, 0)
+            importance = F.pad(scores, (1, 0)).flatten()
+            keep = (importance > threshold[sequence]) | is_summary
+            weights = importance.masked_fill(keep, 0)
             weights = weights / weights.new_zeros(batch).index_add(0, sequence, weights)[sequence]
             merged = i.x.new_zeros(batch, i.x.shape[1], dtype=torch.float32)
             merged = merged.index_add(0, sequence[~keep], i.x[~keep] * weights[~keep][:, None])
@@ -156,11 +165,11 @@ def check(i: PruneInputs, result, provider: str) -> None:
     """Ragged providers against the float64 reference; the published rule keeps another number of tokens."""
     if provider == "copy of x":
         return
-    selection = mk.select_tokens(
-        i.importance.double(), i.mag_logits.double(), i.cu_seqlens, i.temperature, backend="reference"
+    x, weight, bias, logits, *stats = (t.double() for t in (i.x, i.weight, i.bias, i.mag_logits, *i.stats))
+    exact = mk.prune_tokens(
+        x, mk.AttentionStats(*stats), logits, i.cu_seqlens, i.temperature, norm=(weight, bias, EPS), backend="reference"
     )
-    wide = [t.double() for t in (i.x, i.weight, i.bias)]
-    expected = mk.gather_merge_layernorm(wide[0], selection, *wide[1:], EPS, backend="reference")
+    selection, expected = exact.selection, exact[:2]
     results = result if isinstance(result, tuple) else (result,)
     tolerance = 1e-4 if i.x.dtype == torch.float32 else 6e-2
     if provider.startswith("published"):
@@ -180,9 +189,9 @@ def check(i: PruneInputs, result, provider: str) -> None:
 
 def least_bytes(layernorm: bool):
     def count(case, i: PruneInputs) -> int:
-        selection = mk.select_tokens(i.importance, i.mag_logits, i.cu_seqlens, i.temperature)
+        _, selection = mk.score_and_select(i.stats, i.mag_logits, i.cu_seqlens, i.temperature)
         outputs = (2 if layernorm else 1) * selection.source.numel() * i.x.shape[1] * i.x.element_size()
-        return i.x.nbytes + outputs + i.mag_logits.nbytes + i.importance.nbytes
+        return i.x.nbytes + outputs + i.mag_logits.nbytes + sum(part.nbytes for part in i.stats)
 
     return count
 
@@ -209,6 +218,6 @@ def _entry(name: str, summary: str, layernorm: bool) -> Entry:
 
 
 ENTRIES = (
-    _entry("prune_step", "importance given: threshold, selection, gather and merge", layernorm=False),
+    _entry("prune_step", "statistics given: importance, threshold, selection, gather and merge", layernorm=False),
     _entry("prune_step_layernorm", "the same and the LayerNorm that follows", layernorm=True),
 )

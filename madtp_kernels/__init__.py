@@ -6,17 +6,21 @@ Importing never fails for a missing capability: a call that needs one raises and
 from madtp_kernels.dispatch import explain
 from madtp_kernels.ops.attention import AttentionStats, varlen_attention
 from madtp_kernels.ops.masks import nm_mask
+from madtp_kernels.ops.prune import Pruned, prune_tokens, score_and_select
 from madtp_kernels.ops.tokens import Selection, gather_merge, gather_merge_layernorm, select_tokens, token_importance
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionStats",
+    "Pruned",
     "Selection",
     "explain",
     "gather_merge",
     "gather_merge_layernorm",
     "nm_mask",
+    "prune_tokens",
+    "score_and_select",
     "select_tokens",
     "token_importance",
     "varlen_attention",

@@ -132,10 +132,7 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     importance, mag_logits = importance.contiguous(), _rows(mag_logits)
     cu_seqlens, summary_index = cu_seqlens.contiguous(), _contiguous(summary_index)
-    keep = torch.empty_like(importance, dtype=torch.bool)
-    cu_seqlens_out = torch.empty_like(cu_seqlens)
-    source = torch.empty_like(importance, dtype=torch.int32)
-    merge_weight = torch.empty_like(importance)
+    selection = _empty_selection(importance, cu_seqlens)
     _call(
         "select_tokens",
         importance.device,
@@ -147,12 +144,44 @@ def select_tokens(
         cu_seqlens.numel() - 1,
         _address(summary_index),
         temperature,
-        _address(keep),
-        _address(cu_seqlens_out),
-        _address(source),
-        _address(merge_weight),
+        *(_address(t) for t in selection),
     )
-    return keep, cu_seqlens_out, source, merge_weight
+    return selection
+
+
+def score_and_select(
+    summary: Tensor,
+    received: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float,
+    summary_index: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    summary, received, mag_logits = summary.contiguous(), received.contiguous(), _rows(mag_logits)
+    cu_seqlens, summary_index = cu_seqlens.contiguous(), _contiguous(summary_index)
+    importance = torch.empty_like(summary)
+    selection = _empty_selection(importance, cu_seqlens)
+    _call(
+        "score_and_select",
+        summary.device,
+        _address(summary),
+        _address(received),
+        *_matrix(mag_logits),
+        mag_logits.shape[1],
+        _address(cu_seqlens),
+        summary.shape[0],
+        cu_seqlens.numel() - 1,
+        _address(summary_index),
+        temperature,
+        *(_address(t) for t in (importance, *selection)),
+    )
+    return importance, *selection
+
+
+def _empty_selection(importance: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """keep, cu_seqlens_out, source and merge_weight, to be written."""
+    keep, source = (torch.empty_like(importance, dtype=dtype) for dtype in (torch.bool, torch.int32))
+    return keep, torch.empty_like(cu_seqlens), source, torch.empty_like(importance)
 
 
 def gather_merge(x: Tensor, *selection: Tensor) -> Tensor:

@@ -17,15 +17,28 @@ bool valid(const TokenSelection& s) {
          present(s.merge_weight, s.rows) && present(s.source, s.capacity);
 }
 
+// What importance and selection both read.
+bool valid_scores(const void* mag_logits, DType dtype, std::int64_t alignment_tokens,
+                  const std::int32_t* cu_seqlens, std::int64_t rows, std::int64_t batch, int threads) {
+  return offsets(cu_seqlens, batch, rows, true) && matrix(mag_logits, dtype, rows, alignment_tokens) &&
+         alignment_tokens >= 1 && threads >= 1;
+}
+
+// What selection writes, and its temperature.
+bool valid_choice(double temperature, std::int64_t rows, const std::uint8_t* keep,
+                  const std::int32_t* cu_seqlens_out, const std::int32_t* source, const float* merge_weight) {
+  return temperature >= 0 && std::isfinite(temperature) && present(keep, rows) && cu_seqlens_out != nullptr &&
+         present(source, rows) && present(merge_weight, rows);
+}
+
 }  // namespace
 
 Status token_importance(const float* summary, const float* received, const void* mag_logits,
                         DType logits_dtype, std::int64_t logits_stride, std::int64_t alignment_tokens,
                         const std::int32_t* cu_seqlens, std::int64_t rows, std::int64_t batch,
                         const std::int32_t* summary_index, float* importance, int threads) {
-  if (!offsets(cu_seqlens, batch, rows, true) || !matrix(mag_logits, logits_dtype, rows, alignment_tokens) ||
-      alignment_tokens < 1 || !present(summary, rows) || !present(received, rows) ||
-      !present(importance, rows) || threads < 1)
+  if (!valid_scores(mag_logits, logits_dtype, alignment_tokens, cu_seqlens, rows, batch, threads) ||
+      !present(summary, rows) || !present(received, rows) || !present(importance, rows))
     return Status::invalid_argument;
   MADTP_DISPATCH(token_importance(summary, received, mag_logits, logits_dtype, logits_stride,
                                   alignment_tokens, cu_seqlens, batch, summary_index, importance, threads));
@@ -36,14 +49,28 @@ Status select_tokens(const float* importance, const void* mag_logits, DType logi
                      const std::int32_t* cu_seqlens, std::int64_t rows, std::int64_t batch,
                      const std::int32_t* summary_index, double temperature, std::uint8_t* keep,
                      std::int32_t* cu_seqlens_out, std::int32_t* source, float* merge_weight, int threads) {
-  if (!offsets(cu_seqlens, batch, rows, true) || !matrix(mag_logits, logits_dtype, rows, alignment_tokens) ||
-      alignment_tokens < 1 || !(temperature >= 0 && std::isfinite(temperature)) ||
-      !present(importance, rows) || !present(keep, rows) || cu_seqlens_out == nullptr ||
-      !present(source, rows) || !present(merge_weight, rows) || threads < 1)
+  if (!valid_scores(mag_logits, logits_dtype, alignment_tokens, cu_seqlens, rows, batch, threads) ||
+      !valid_choice(temperature, rows, keep, cu_seqlens_out, source, merge_weight) ||
+      !present(importance, rows))
     return Status::invalid_argument;
   MADTP_DISPATCH(select_tokens(importance, mag_logits, logits_dtype, logits_stride, alignment_tokens,
                                cu_seqlens, rows, batch, summary_index, temperature, keep, cu_seqlens_out,
                                source, merge_weight, threads));
+}
+
+Status score_and_select(const float* summary, const float* received, const void* mag_logits,
+                        DType logits_dtype, std::int64_t logits_stride, std::int64_t alignment_tokens,
+                        const std::int32_t* cu_seqlens, std::int64_t rows, std::int64_t batch,
+                        const std::int32_t* summary_index, double temperature, float* importance,
+                        std::uint8_t* keep, std::int32_t* cu_seqlens_out, std::int32_t* source,
+                        float* merge_weight, int threads) {
+  if (!valid_scores(mag_logits, logits_dtype, alignment_tokens, cu_seqlens, rows, batch, threads) ||
+      !valid_choice(temperature, rows, keep, cu_seqlens_out, source, merge_weight) ||
+      !present(summary, rows) || !present(received, rows) || !present(importance, rows))
+    return Status::invalid_argument;
+  MADTP_DISPATCH(score_and_select(summary, received, mag_logits, logits_dtype, logits_stride,
+                                  alignment_tokens, cu_seqlens, rows, batch, summary_index, temperature,
+                                  importance, keep, cu_seqlens_out, source, merge_weight, threads));
 }
 
 Status gather_merge(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,

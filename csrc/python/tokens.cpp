@@ -48,6 +48,20 @@ void select_tokens(Address importance, Address logits, int logits_dtype, std::in
         "madtp::cpu::select_tokens");
 }
 
+void score_and_select(Address summary, Address received, Address logits, int logits_dtype,
+                      std::int64_t logits_stride, std::int64_t alignment_tokens, Address cu_seqlens,
+                      std::int64_t rows, std::int64_t batch, Address summary_index, double temperature,
+                      Address importance, Address keep, Address cu_seqlens_out, Address source,
+                      Address merge_weight, int threads) {
+  check(cpu::score_and_select(
+            pointer<const float>(summary), pointer<const float>(received), pointer<const void>(logits),
+            dtype(logits_dtype), logits_stride, alignment_tokens, pointer<const std::int32_t>(cu_seqlens),
+            rows, batch, pointer<const std::int32_t>(summary_index), temperature, pointer<float>(importance),
+            pointer<std::uint8_t>(keep), pointer<std::int32_t>(cu_seqlens_out), pointer<std::int32_t>(source),
+            pointer<float>(merge_weight), threads),
+        "madtp::cpu::score_and_select");
+}
+
 // The gathers are the same on both devices but for how they run: on so many threads, or on a stream.
 [[maybe_unused]] int how(int threads) { return threads; }
 [[maybe_unused]] void* how(Address stream) { return pointer<void>(stream); }
@@ -100,6 +114,7 @@ void bind_tokens(py::module_& cpu_module, [[maybe_unused]] py::module_* cuda_mod
   const py::call_guard<py::gil_scoped_release> unlocked{};
   cpu_module.def("token_importance", &token_importance, unlocked);
   cpu_module.def("select_tokens", &select_tokens, unlocked);
+  cpu_module.def("score_and_select", &score_and_select, unlocked);
   cpu_module.def("gather_merge", gather_merge<int>(&cpu::gather_merge, "madtp::cpu::gather_merge"), unlocked);
   cpu_module.def("gather_merge_backward",
                  gather_merge_backward<int>(&cpu::gather_merge_backward, "madtp::cpu::gather_merge_backward"),

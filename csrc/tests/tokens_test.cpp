@@ -225,6 +225,42 @@ TEST(importance_and_selection_follow_their_equations) {
   EXPECT(source == expected);
 }
 
+TEST(score_and_select_writes_what_the_two_write) {
+  const std::int64_t rows = 90, tokens = 37;
+  const std::vector<std::int32_t> cu_seqlens{0, 1, 1, 30, 90}, summary_index{0, -1, 28, -1};
+  std::vector<float> summary(rows), received = ramp(rows), logits = ramp(rows * tokens);
+  for (std::int64_t j = 0; j < rows; ++j) summary[j] = 0.01f * float(j % 7), received[j] += 4;
+  struct Written {
+    std::vector<float> importance, merge_weight;
+    std::vector<std::uint8_t> keep;
+    std::vector<std::int32_t> cu_seqlens_out, source;
+    explicit Written(std::int64_t n)
+        : importance(n, kNaN), merge_weight(n, kNaN), keep(n, 7), cu_seqlens_out(5, -5), source(n, -5) {}
+  };
+  for (double temperature : {0.0, 0.7}) {
+    for (int threads : {1, 2}) {
+      Written two(rows), one(rows);
+      EXPECT(cpu::token_importance(summary.data(), received.data(), logits.data(), DType::float32, tokens,
+                                   tokens, cu_seqlens.data(), rows, 4, summary_index.data(),
+                                   two.importance.data(), threads) == Status::ok);
+      EXPECT(cpu::select_tokens(two.importance.data(), logits.data(), DType::float32, tokens, tokens,
+                                cu_seqlens.data(), rows, 4, summary_index.data(), temperature,
+                                two.keep.data(), two.cu_seqlens_out.data(), two.source.data(),
+                                two.merge_weight.data(), threads) == Status::ok);
+      EXPECT(cpu::score_and_select(summary.data(), received.data(), logits.data(), DType::float32, tokens,
+                                   tokens, cu_seqlens.data(), rows, 4, summary_index.data(), temperature,
+                                   one.importance.data(), one.keep.data(), one.cu_seqlens_out.data(),
+                                   one.source.data(), one.merge_weight.data(), threads) == Status::ok);
+      EXPECT((temperature == 0) == (two.cu_seqlens_out.back() == rows));
+      EXPECT(one.importance == two.importance);
+      EXPECT(one.merge_weight == two.merge_weight);
+      EXPECT(one.keep == two.keep);
+      EXPECT(one.cu_seqlens_out == two.cu_seqlens_out);
+      EXPECT(one.source == two.source);
+    }
+  }
+}
+
 TEST(bad_arguments_are_refused_and_nothing_is_written) {
   Fixture f;
   const std::vector<float> x = ramp(9 * 4);
@@ -265,6 +301,16 @@ TEST(bad_arguments_are_refused_and_nothing_is_written) {
   refused(select(double(kNaN), 4));
   refused(select(double(kInfinity), 4));
   refused(select(1, 0));
+  const auto both = [&](const float* received, double temperature, std::int64_t tokens, float* importance) {
+    return cpu::score_and_select(x.data(), received, x.data(), DType::float32, 4, tokens, cu_seqlens, 9, 1,
+                                 nullptr, temperature, importance, keep, cu_seqlens_out, source, out.data(),
+                                 1);
+  };
+  refused(both(nullptr, 1, 4, statistics.data()));
+  refused(both(x.data(), -1, 4, statistics.data()));
+  refused(both(x.data(), 1, 0, statistics.data()));
+  refused(both(x.data(), 1, 4, nullptr));
+  EXPECT((statistics == std::vector<float>(9, 5)));
   EXPECT((out == std::vector<float>(9 * 4, 5)));
 }
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from madtp_kernels import dispatch, native
 from madtp_kernels.ops.checks import check_cu_seqlens_values, check_rows, check_summary_index_values, require
+from madtp_kernels.ops.token_gradients import importance_gradient, selection_gradient
 from madtp_kernels.reference import tokens as reference
-from madtp_kernels.reference.ragged import segment_sum, sequence_ids, summary_rows
 from madtp_kernels.reference.tokens import PADDING
 
 SELECTION = "Tensor keep, Tensor source, Tensor merge_weight, Tensor cu_seqlens, Tensor cu_seqlens_out"
@@ -22,6 +22,11 @@ torch.library.define(
     "madtp::select_tokens",
     f"(Tensor importance, {SCORES}, float temperature, Tensor? summary_index, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "madtp::score_and_select",
+    f"(Tensor summary, Tensor received, {SCORES}, float temperature, Tensor? summary_index, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define("madtp::gather_merge", f"(Tensor x, {SELECTION}, str backend) -> Tensor")
 torch.library.define(
@@ -45,7 +50,7 @@ def _triton(module: str, name: str):
     return launch
 
 
-for _op in ("token_importance", "select_tokens"):
+for _op in ("token_importance", "select_tokens", "score_and_select"):
     dispatch.register(
         _op,
         reference=getattr(reference, _op),
@@ -66,9 +71,17 @@ def _score_dtype(scores: Tensor, mag_logits: Tensor) -> torch.dtype:
     return torch.promote_types(scores.dtype, mag_logits.dtype)
 
 
+def _check_scores(scores, mag_logits, cu_seqlens, summary_index, received=None):
+    # torch.ops can be called without the public function, and kernels trust these sizes.
+    for name, value in (("mag_logits", mag_logits), ("stats.received", received)):
+        if value is not None:
+            check_rows(name, value, scores.shape[0], "the scores")
+    check_summary_index_values(summary_index, check_cu_seqlens_values("cu_seqlens", cu_seqlens, scores.shape[0]))
+
+
 @torch.library.impl("madtp::token_importance", "CompositeExplicitAutograd")
 def _token_importance(summary, received, mag_logits, cu_seqlens, summary_index, backend):
-    check_summary_index_values(summary_index, check_cu_seqlens_values("cu_seqlens", cu_seqlens, summary.shape[0]))
+    _check_scores(summary, mag_logits, cu_seqlens, summary_index, received)
     dtype = _score_dtype(summary, mag_logits)
     run = dispatch.implementation("token_importance", backend, dtype, summary.device)
     return run(summary, received, mag_logits, cu_seqlens, summary_index)
@@ -76,11 +89,21 @@ def _token_importance(summary, received, mag_logits, cu_seqlens, summary_index, 
 
 @torch.library.impl("madtp::select_tokens", "CompositeExplicitAutograd")
 def _select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index, backend):
-    check_summary_index_values(summary_index, check_cu_seqlens_values("cu_seqlens", cu_seqlens, importance.shape[0]))
+    _check_scores(importance, mag_logits, cu_seqlens, summary_index)
     dtype = _score_dtype(importance, mag_logits)
     run = dispatch.implementation("select_tokens", backend, dtype, importance.device)
     keep, cu_seqlens_out, source, merge_weight = run(importance, mag_logits, cu_seqlens, temperature, summary_index)
     return merge_weight, keep, cu_seqlens_out, source  # the differentiable one first, as opcheck needs it
+
+
+@torch.library.impl("madtp::score_and_select", "CompositeExplicitAutograd")
+def _score_and_select(summary, received, mag_logits, cu_seqlens, temperature, summary_index, backend):
+    _check_scores(summary, mag_logits, cu_seqlens, summary_index, received)
+    run = dispatch.implementation("score_and_select", backend, _score_dtype(summary, mag_logits), summary.device)
+    importance, keep, cu_seqlens_out, source, merge_weight = run(
+        summary, received, mag_logits, cu_seqlens, temperature, summary_index
+    )
+    return importance, merge_weight, keep, cu_seqlens_out, source
 
 
 def _run_gather(op, lead, selection, rest, backend):
@@ -126,7 +149,7 @@ def _(summary, received, mag_logits, cu_seqlens, summary_index, backend):
 
 
 @torch.library.register_fake("madtp::select_tokens")
-def _(importance, mag_logits, cu_seqlens, temperature, summary_index, backend):
+def _fake_select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index, backend):
     rows = importance.shape[0]
     return (
         torch.empty_like(importance),
@@ -134,6 +157,12 @@ def _(importance, mag_logits, cu_seqlens, temperature, summary_index, backend):
         torch.empty_like(cu_seqlens),
         cu_seqlens.new_empty(rows),
     )
+
+
+@torch.library.register_fake("madtp::score_and_select")
+def _(summary, received, mag_logits, cu_seqlens, temperature, summary_index, backend):
+    importance = torch.empty_like(summary)
+    return importance, *_fake_select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index, backend)
 
 
 @torch.library.register_fake("madtp::gather_merge")
@@ -156,36 +185,13 @@ def _(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, weight, bias, e
 # --- autograd
 
 
-def _per_row(values: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
-    """(B,) -> (T,): the value of the sequence each row belongs to."""
-    return values[sequence_ids(cu_seqlens, rows)]
-
-
-def _share_backward(grad: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The gradient through values / (their sum over the sequence), zero where that sum is zero."""
-    total = _per_row(segment_sum(values, cu_seqlens), cu_seqlens, values.shape[0])
-    safe = torch.where(total == 0, torch.ones_like(total), total)
-    mean = _per_row(segment_sum(grad * values / safe, cu_seqlens), cu_seqlens, values.shape[0])
-    return torch.where(total == 0, torch.zeros_like(grad), (grad - mean) / safe)
-
-
 def _importance_setup(ctx, inputs, output):
     _, received, mag_logits, cu_seqlens, summary_index, _ = inputs
     ctx.save_for_backward(received, mag_logits, cu_seqlens, summary_index)
 
 
 def _importance_backward(ctx, grad):
-    received, mag_logits, cu_seqlens, summary_index = ctx.saved_tensors
-    prunable = ~summary_rows(cu_seqlens, summary_index, received.shape[0])
-    grad = grad * prunable / 3
-    best, alignment_token = mag_logits.max(dim=1)
-    guidance = best.to(received.dtype).relu() * prunable
-    grad_guidance = _share_backward(grad, guidance, cu_seqlens) * (prunable & (best > 0))
-    grad_logits = torch.zeros_like(mag_logits).scatter_(
-        1, alignment_token[:, None], grad_guidance.to(mag_logits.dtype)[:, None]
-    )
-    grad_received = _share_backward(grad, received * prunable, cu_seqlens) * prunable
-    return grad, grad_received, grad_logits, None, None, None
+    return *importance_gradient(grad, *ctx.saved_tensors), None, None, None
 
 
 torch.library.register_autograd("madtp::token_importance", _importance_backward, setup_context=_importance_setup)
@@ -199,17 +205,30 @@ def _selection_setup(ctx, inputs, output):
 
 
 def _selection_backward(ctx, grad, grad_keep, grad_cu_seqlens, grad_source):
-    # merge_weight_j = S_j / total over the pruned; constant (uniform) where the total is not positive.
-    importance, cu_seqlens, keep, merge_weight = ctx.saved_tensors
-    rows = importance.shape[0]
-    total = _per_row(segment_sum(importance * ~keep, cu_seqlens), cu_seqlens, rows)
-    mean = _per_row(segment_sum(grad * merge_weight, cu_seqlens), cu_seqlens, rows)
-    live = ~keep & (total > 0)
-    grad_importance = torch.where(live, (grad - mean) / torch.where(live, total, torch.ones_like(total)), 0)
-    return grad_importance, None, None, None, None, None
+    return selection_gradient(grad, *ctx.saved_tensors), None, None, None, None, None
 
 
 torch.library.register_autograd("madtp::select_tokens", _selection_backward, setup_context=_selection_setup)
+
+
+def _score_and_select_setup(ctx, inputs, output):
+    _, received, mag_logits, cu_seqlens, _, summary_index, _ = inputs
+    importance, merge_weight, keep, *_ = output
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(received, mag_logits, cu_seqlens, summary_index, importance, keep, merge_weight)
+
+
+def _score_and_select_backward(ctx, grad_importance, grad_merge_weight, *_):
+    # mag_logits reach the loss through importance alone: which tokens they select is a constant.
+    *inputs, importance, keep, merge_weight = ctx.saved_tensors
+    cu_seqlens = inputs[2]
+    grad = grad_importance + selection_gradient(grad_merge_weight, importance, cu_seqlens, keep, merge_weight)
+    return *importance_gradient(grad, *inputs), None, None, None, None
+
+
+torch.library.register_autograd(
+    "madtp::score_and_select", _score_and_select_backward, setup_context=_score_and_select_setup
+)
 
 
 def _gather_setup(ctx, inputs, output):

@@ -2,6 +2,7 @@
 
 All take a packed batch: B sequences one after another in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1]. Each
 sequence keeps its own number of tokens, in order, and its result is bit-equal whoever else is in the batch.
+`ops/prune.py` has the first two as one op and the whole step as one call.
 """
 
 from __future__ import annotations
@@ -63,19 +64,8 @@ def token_importance(
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
-    summary, received = stats
-    check_tensor("stats.summary", summary, 1, STATISTICS)
-    check_tensor("stats.received", received, 1, (summary.dtype,))
-    check_tensor("mag_logits", mag_logits, 2, FLOATS)
-    require(mag_logits.shape[1] > 0, "mag_logits", "of at least one alignment token, (T, K)", mag_logits)
-    rows = summary.shape[0]
-    check_rows("stats.received", received, rows, "stats.summary")
-    check_rows("mag_logits", mag_logits, rows, "stats.summary")
-    checks.check_packed(rows, cu_seqlens, summary_index, "stats.summary")
-    check_device(
-        summary.device, received=received, mag_logits=mag_logits, cu_seqlens=cu_seqlens, summary_index=summary_index
-    )
-    return torch.ops.madtp.token_importance(summary, received, mag_logits, cu_seqlens, summary_index, backend or "auto")
+    check_statistics(stats, mag_logits, cu_seqlens, summary_index)
+    return torch.ops.madtp.token_importance(*stats, mag_logits, cu_seqlens, summary_index, backend or "auto")
 
 
 @dispatch.public
@@ -110,28 +100,12 @@ def select_tokens(
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
     check_tensor("importance", importance, 1, STATISTICS)
-    check_tensor("mag_logits", mag_logits, 2, FLOATS)
-    require(mag_logits.shape[1] > 0, "mag_logits", "of at least one alignment token, (T, K)", mag_logits)
-    rows = importance.shape[0]
-    check_rows("mag_logits", mag_logits, rows, "importance")
-    checks.check_packed(rows, cu_seqlens, summary_index, "importance")
-    check_device(importance.device, mag_logits=mag_logits, cu_seqlens=cu_seqlens, summary_index=summary_index)
-    require(
-        isinstance(temperature, int | float) and 0 <= temperature < math.inf,
-        "temperature",
-        "a finite number >= 0",
-        temperature,
-    )
-    require(capacity in ("exact", "upper_bound"), "capacity", '"exact" or "upper_bound"', capacity)
+    _check_scores("importance", importance, mag_logits, cu_seqlens, summary_index)
+    check_choice(temperature, capacity)
     merge_weight, keep, cu_seqlens_out, source = torch.ops.madtp.select_tokens(
         importance, mag_logits, cu_seqlens, float(temperature), summary_index, backend or "auto"
     )
-    if capacity == "exact":
-        total = cu_seqlens_out[-1].item()
-        torch._check(total >= 0)
-        torch._check(total <= rows)
-        source = source[:total]
-    return Selection(keep, cu_seqlens_out, source, merge_weight, cu_seqlens)
+    return Selection(keep, cu_seqlens_out, sized(source, cu_seqlens_out, capacity), merge_weight, cu_seqlens)
 
 
 @dispatch.public
@@ -151,7 +125,7 @@ def gather_merge(x: Tensor, selection: Selection, *, backend: str | None = None)
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
     _check_gather(x, selection)
-    return torch.ops.madtp.gather_merge(x, *_flat(selection), backend or "auto")
+    return torch.ops.madtp.gather_merge(x, *flat(selection), backend or "auto")
 
 
 @dispatch.public
@@ -173,19 +147,25 @@ def gather_merge_layernorm(
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
     _check_gather(x, selection)
-    for name, value in (("weight", weight), ("bias", bias)):
-        check_tensor(name, value, 1, tuple(dict.fromkeys((x.dtype, torch.float32))))
-        require(value.shape[0] == x.shape[1], name, f"of shape ({x.shape[1]},) like the channels of x", value)
-    require(weight.dtype == bias.dtype, "bias", f"{weight.dtype} like weight", bias)
-    check_device(x.device, weight=weight, bias=bias)
-    require(isinstance(eps, int | float) and 0 < eps < math.inf, "eps", "a finite number > 0", eps)
+    check_norm(x, weight, bias, eps)
     x_out, normed, _, _ = torch.ops.madtp.gather_merge_layernorm(
-        x, *_flat(selection), weight, bias, float(eps), backend or "auto"
+        x, *flat(selection), weight, bias, float(eps), backend or "auto"
     )
     return x_out, normed
 
 
-def _flat(selection: Selection) -> tuple[Tensor, ...]:
+def sized(source: Tensor, cu_seqlens_out: Tensor, capacity: str) -> Tensor:
+    """`source` with as many rows as the capacity says; "exact" reads the total on the host."""
+    if capacity == "upper_bound":
+        return source
+    total = cu_seqlens_out[-1].item()
+    torch._check(total >= 0)
+    torch._check(total <= source.shape[0])
+    return source[:total]
+
+
+def flat(selection: Selection) -> tuple[Tensor, ...]:
+    """The selection in the order of the ops' arguments."""
     return (
         selection.keep,
         selection.source,
@@ -193,6 +173,43 @@ def _flat(selection: Selection) -> tuple[Tensor, ...]:
         selection.input_cu_seqlens,
         selection.cu_seqlens,
     )
+
+
+def check_statistics(
+    stats: AttentionStats, mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
+) -> None:
+    summary, received = stats
+    check_tensor("stats.summary", summary, 1, STATISTICS)
+    check_tensor("stats.received", received, 1, (summary.dtype,))
+    check_rows("stats.received", received, summary.shape[0], "stats.summary")
+    check_device(summary.device, **{"stats.received": received})
+    _check_scores("stats.summary", summary, mag_logits, cu_seqlens, summary_index)
+
+
+def _check_scores(
+    name: str, scores: Tensor, mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
+) -> None:
+    check_tensor("mag_logits", mag_logits, 2, FLOATS)
+    require(mag_logits.shape[1] > 0, "mag_logits", "of at least one alignment token, (T, K)", mag_logits)
+    check_rows("mag_logits", mag_logits, scores.shape[0], name)
+    checks.check_packed(scores.shape[0], cu_seqlens, summary_index, name)
+    check_device(scores.device, mag_logits=mag_logits, cu_seqlens=cu_seqlens, summary_index=summary_index)
+
+
+def check_choice(temperature: float, capacity: str) -> None:
+    ok = isinstance(temperature, int | float) and 0 <= temperature < math.inf
+    require(ok, "temperature", "a finite number >= 0", temperature)
+    require(capacity in ("exact", "upper_bound"), "capacity", '"exact" or "upper_bound"', capacity)
+
+
+def check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, of: str = "") -> None:
+    """The LayerNorm of the rows of x; `of` goes before the names of its arguments."""
+    for name, value in ((f"{of}weight", weight), (f"{of}bias", bias)):
+        check_tensor(name, value, 1, tuple(dict.fromkeys((x.dtype, torch.float32))))
+        require(value.shape[0] == x.shape[1], name, f"of shape ({x.shape[1]},) like the channels of x", value)
+    require(weight.dtype == bias.dtype, f"{of}bias", f"{weight.dtype} like {of}weight", bias)
+    check_device(x.device, **{f"{of}weight": weight, f"{of}bias": bias})
+    require(isinstance(eps, int | float) and 0 < eps < math.inf, f"{of}eps", "a finite number > 0", eps)
 
 
 def _check_gather(x: Tensor, selection: Selection) -> None:

@@ -75,6 +75,19 @@ def select_tokens(
     return layout(keep, importance, cu_seqlens)
 
 
+def score_and_select(
+    summary: Tensor,  # (T,)
+    received: Tensor,  # (T,)
+    mag_logits: Tensor,  # (T, K)
+    cu_seqlens: Tensor,  # (B+1,) int32
+    temperature: float,
+    summary_index: Tensor | None = None,  # (B,) int32
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`token_importance` and `select_tokens` of it: importance (T,), then what `select_tokens` returns."""
+    importance = token_importance(summary, received, mag_logits, cu_seqlens, summary_index)
+    return importance, *select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index)
+
+
 def layout(keep: Tensor, importance: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The selection that a (T,) keep mask describes: kept rows in order, then one merged row where any was pruned."""
     source, ends, weights = [], [0], []

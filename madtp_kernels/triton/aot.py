@@ -71,6 +71,13 @@ LAUNCHES: dict[str, Callable] = {
     "select_tokens": lambda dtype, channels, alignment_tokens, optional: token_scores.select_tokens(
         _meta(ROWS), _meta(ROWS, alignment_tokens, dtype=dtype), _cu_seqlens(), 1.0, _summary_index(optional)
     ),
+    "score_and_select": lambda dtype, channels, alignment_tokens, optional: token_scores.score_and_select(
+        *(_meta(ROWS) for _ in range(2)),
+        _meta(ROWS, alignment_tokens, dtype=dtype),
+        _cu_seqlens(),
+        1.0,
+        _summary_index(optional),
+    ),
     "gather_merge": lambda dtype, channels, alignment_tokens, optional: gather_merge.gather_merge(
         _meta(ROWS, channels, dtype=dtype), *_selection()
     ),

@@ -14,8 +14,8 @@ from madtp_kernels import (
     Selection,
     gather_merge,
     gather_merge_layernorm,
-    select_tokens,
-    token_importance,
+    prune_tokens,
+    score_and_select,
 )
 from madtp_kernels.reference.ragged import summary_rows
 from madtp_kernels.reference.tokens import layout
@@ -57,35 +57,50 @@ class Branch:
 
         packed: the batch as it entered the block; its features give the alignment logits.
         """
-        selection = self._select(packed, stats)
-        return packed.with_x(x) if selection is None else packed.selected(gather_merge(x, selection), selection)
+        logits = self._alignment_logits(packed)
+        return self._pruned(packed, x, stats, logits)[0] if self.prunes else packed.with_x(x)
 
     def prune_norm(
         self, packed: Packed, x: Tensor, stats: AttentionStats | None, norm: nn.LayerNorm
     ) -> tuple[Packed, Tensor]:
         """`prune` and the LayerNorm that follows, in one pass: the tokens that stay, and their normed features."""
-        selection = self._select(packed, stats)
-        if selection is None:
+        logits = self._alignment_logits(packed)
+        if not self.prunes:
             return packed.with_x(x), norm(x)
-        kept, normed = gather_merge_layernorm(x, selection, norm.weight, norm.bias, norm.eps)
-        return packed.selected(kept, selection), normed
+        return self._pruned(packed, x, stats, logits, (norm.weight, norm.bias, norm.eps))
 
     def end_block(self, packed: Packed) -> None:
         """Remembers what a block leaves."""
         self.layers.append(packed.with_x(packed.x.new_empty(0)))
         self.summaries.append(packed.summary())
 
-    def _select(self, packed: Packed, stats: AttentionStats | None) -> Selection | None:
+    def _alignment_logits(self, packed: Packed) -> Tensor | None:
+        """(T, K) where they are needed; collects the aligned features on the way."""
         if not (self.prunes or self.align):
             return None
         q, logits = self.guide(self.name, packed.x)
         if self.align:
             self._aligned.append(aligned_feature(q, logits, packed.cu_seqlens, packed.max_seqlen))
-        if not self.prunes:
-            return None
-        importance = token_importance(stats, logits, packed.cu_seqlens)
-        selection = select_tokens(importance, logits.detach(), packed.cu_seqlens, self.temperature)
-        return selection if self.selection == "instance" else batch_max(selection, importance)
+        return logits
+
+    def _pruned(
+        self,
+        packed: Packed,
+        x: Tensor,
+        stats: AttentionStats,
+        logits: Tensor,
+        norm: tuple[Tensor, Tensor, float] | None = None,
+    ) -> tuple[Packed, Tensor | None]:
+        if self.selection == "instance":
+            x, normed, selection, _ = prune_tokens(x, stats, logits, packed.cu_seqlens, self.temperature, norm=norm)
+        else:
+            importance, own = score_and_select(stats, logits, packed.cu_seqlens, self.temperature)
+            selection = batch_max(own, importance)
+            if norm is None:
+                x, normed = gather_merge(x, selection), None
+            else:
+                x, normed = gather_merge_layernorm(x, selection, *norm)
+        return packed.selected(x, selection), normed
 
 
 def batch_max(selection: Selection, importance: Tensor) -> Selection:

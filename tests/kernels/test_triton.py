@@ -405,7 +405,7 @@ def aot(*options, folder):
 def check_aot(report):
     kernels = {
         name
-        for module in ("token_scores", "gather_merge")
+        for module in ("token_scores", "token_layout", "gather_merge")
         for name in vars(importlib.import_module(f"madtp_kernels.triton.{module}"))
         if name.endswith("_kernel")
     }

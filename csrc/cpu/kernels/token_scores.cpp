@@ -126,21 +126,33 @@ std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* 
 
 // source of the sequence's output rows from `row` on, and its merge weights. Without branches on keep, which
 // no processor can predict.
-void lay_out(const Sequence& s, std::int64_t b, const float* importance, const std::uint8_t* keep,
-             std::int32_t* row, float* merge_weight) {
+void lay_out(std::int64_t begin, std::int64_t end, std::int64_t b, const float* importance,
+             const std::uint8_t* keep, std::int32_t* row, float* merge_weight) {
   const std::int32_t* const first = row;
   double total = 0;
-  for (std::int64_t j = s.begin; j < s.end; ++j) {
+  for (std::int64_t j = begin; j < end; ++j) {
     *row = std::int32_t(j);  // a pruned row is overwritten by the next, the last one by the merged row below
     row += keep[j];
     total += keep[j] ? 0 : importance[j];
   }
-  const std::int64_t pruned = s.end - s.begin - (row - first);
+  const std::int64_t pruned = end - begin - (row - first);
   if (pruned > 0) *row = std::int32_t(-(b + 1));
   const bool weighted = total > 0;
   const float scale = float(1 / (weighted ? total : double(pruned)));
-  for (std::int64_t j = s.begin; j < s.end; ++j)
+  for (std::int64_t j = begin; j < end; ++j)
     merge_weight[j] = keep[j] ? 0 : (weighted ? importance[j] : 1.0f) * scale;
+}
+
+// The layout of a batch from keep and, in cu_seqlens_out[b + 1], the rows that sequence b has after pruning.
+void lay_out_batch(const float* importance, const std::int32_t* cu_seqlens, std::int64_t rows,
+                   std::int64_t batch, const std::uint8_t* keep, std::int32_t* cu_seqlens_out,
+                   std::int32_t* source, float* merge_weight, int threads) {
+  cu_seqlens_out[0] = 0;
+  for (std::int64_t b = 0; b < batch; ++b) cu_seqlens_out[b + 1] += cu_seqlens_out[b];
+#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1) schedule(static)
+  for (std::int64_t b = 0; b < batch; ++b)
+    lay_out(cu_seqlens[b], cu_seqlens[b + 1], b, importance, keep, source + cu_seqlens_out[b], merge_weight);
+  for (std::int64_t row = cu_seqlens_out[batch]; row < rows; ++row) source[row] = padding_row;
 }
 
 }  // namespace
@@ -172,13 +184,27 @@ Status select_tokens(const float* importance, const void* mag_logits, DType logi
           std::int32_t(sequence_keep(sequence(cu_seqlens, summary_index, b), importance, logits,
                                      logits_stride, alignment_tokens, temperature, keep));
   });
-  cu_seqlens_out[0] = 0;
-  for (std::int64_t b = 0; b < batch; ++b) cu_seqlens_out[b + 1] += cu_seqlens_out[b];
-#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1) schedule(static)
-  for (std::int64_t b = 0; b < batch; ++b)
-    lay_out(sequence(cu_seqlens, summary_index, b), b, importance, keep, source + cu_seqlens_out[b],
-            merge_weight);
-  for (std::int64_t row = cu_seqlens_out[batch]; row < rows; ++row) source[row] = padding_row;
+  lay_out_batch(importance, cu_seqlens, rows, batch, keep, cu_seqlens_out, source, merge_weight, threads);
+  return Status::ok;
+}
+
+Status score_and_select(const float* summary, const float* received, const void* mag_logits,
+                        DType logits_dtype, std::int64_t logits_stride, std::int64_t alignment_tokens,
+                        const std::int32_t* cu_seqlens, std::int64_t rows, std::int64_t batch,
+                        const std::int32_t* summary_index, double temperature, float* importance,
+                        std::uint8_t* keep, std::int32_t* cu_seqlens_out, std::int32_t* source,
+                        float* merge_weight, int threads) {
+  with_type(logits_dtype, [&](auto element) {
+    const auto* logits = static_cast<const decltype(element)*>(mag_logits);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1) schedule(dynamic)
+    for (std::int64_t b = 0; b < batch; ++b) {
+      const Sequence s = sequence(cu_seqlens, summary_index, b);
+      sequence_importance(s, summary, received, logits, logits_stride, alignment_tokens, importance);
+      cu_seqlens_out[b + 1] = std::int32_t(
+          sequence_keep(s, importance, logits, logits_stride, alignment_tokens, temperature, keep));
+    }
+  });
+  lay_out_batch(importance, cu_seqlens, rows, batch, keep, cu_seqlens_out, source, merge_weight, threads);
   return Status::ok;
 }
 

@@ -65,6 +65,23 @@ Status select_tokens(const float* importance,                     // (rows,)
                      float* merge_weight,           // (rows,), 0 where kept
                      int threads);
 
+// token_importance, then select_tokens of it, each sequence in one go while its logits are in the cache: what
+// both write, bit for bit.
+Status score_and_select(const float* summary,                        // (rows,)
+                        const float* received,                       // (rows,)
+                        const void* mag_logits, DType logits_dtype,  // (rows, alignment_tokens)
+                        std::int64_t logits_stride, std::int64_t alignment_tokens,
+                        const std::int32_t* cu_seqlens,  // (batch + 1,)
+                        std::int64_t rows, std::int64_t batch,
+                        const std::int32_t* summary_index,  // (batch,), -1: none; null: row 0 of each
+                        double temperature,
+                        float* importance,             // (rows,)
+                        std::uint8_t* keep,            // (rows,)
+                        std::int32_t* cu_seqlens_out,  // (batch + 1,)
+                        std::int32_t* source,          // (rows,), padding_row past the total
+                        float* merge_weight,           // (rows,), 0 where kept
+                        int threads);
+
 // Kept rows copied, the pruned rows of a sequence summed with their weights in float32, zeros past the total.
 Status gather_merge(const void* x, DType dtype, std::int64_t x_stride,  // (rows, channels)
                     std::int64_t channels, const TokenSelection& selection,

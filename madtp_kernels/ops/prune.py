@@ -1,0 +1,115 @@
+"""The prune step as one call: `score_and_select`, then a gather. It is what follows attention in a pruned block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from madtp_kernels import dispatch
+from madtp_kernels.ops.attention import AttentionStats
+from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels.ops.tokens import FLOATS, Selection, check_choice, check_norm, check_statistics, flat, sized
+
+
+class Pruned(NamedTuple):
+    """What the prune step leaves of a packed batch, and how it came to it."""
+
+    x: Tensor  # (T_out, C)
+    normed: Tensor | None  # (T_out, C), the LayerNorm of x; None without `norm`
+    selection: Selection
+    importance: Tensor  # (T,) float32
+
+
+@dispatch.public
+def score_and_select(
+    stats: AttentionStats,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float,
+    *,
+    summary_index: Tensor | None = None,
+    capacity: str = "exact",
+    backend: str | None = None,
+) -> tuple[Tensor, Selection]:
+    """`token_importance` and `select_tokens` in one pass per sequence, one launch on a GPU; bit-equal to the two.
+
+    Args:
+        stats, mag_logits, cu_seqlens, summary_index: as in `token_importance`.
+        temperature, capacity: as in `select_tokens`.
+        backend: auto, reference, cpu or triton.
+
+    Returns:
+        importance (T,) float32 and the `Selection`. Differentiable in stats and, through importance, in mag_logits;
+        which tokens stay is a constant: the gradient is that of the two ops with mag_logits detached in the second.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
+    """
+    check_statistics(stats, mag_logits, cu_seqlens, summary_index)
+    check_choice(temperature, capacity)
+    return _score_and_select(stats, mag_logits, cu_seqlens, temperature, summary_index, capacity, backend)
+
+
+def prune_tokens(
+    x: Tensor,
+    stats: AttentionStats,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float,
+    *,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    summary_index: Tensor | None = None,
+    capacity: str = "exact",
+    backend: str | None = None,
+) -> Pruned:
+    """The whole prune step of MADTP (arXiv 2403.02991, section 3.3): what follows attention in a pruned block.
+
+    `score_and_select`, then `gather_merge`, or with `norm` `gather_merge_layernorm`; `explain` knows each by its name.
+
+    Args:
+        x: (T, C) float32, bfloat16 or float16, the features after attention and its residual; any row stride.
+        stats: `summary` and `received`, each (T,) float32, from `varlen_attention(..., return_stats=True)`.
+        mag_logits: (T, K) alignment logits q E^T, float32, bfloat16 or float16.
+        cu_seqlens: (B+1,) int32.
+        temperature: tau >= 0. Larger prunes more; 0 keeps everything.
+        norm: (weight, bias, eps) of the LayerNorm that follows: (C,) dtype of x or float32, (C,) likewise, > 0.
+        summary_index: (B,) int32, the summary token's row inside its sequence, always kept; None is row 0, -1 is none.
+        capacity: "exact" reads the true total once; "upper_bound" returns T rows and reads nothing on the host.
+        backend: auto, reference, cpu or triton.
+
+    Returns:
+        A `Pruned`: x with each sequence's kept rows in order and then, where any was pruned, their merged row; normed;
+        the selection and the importance it came from. Differentiable in x, stats, mag_logits, weight and bias.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
+    """
+    check_tensor("x", x, 2, FLOATS)
+    check_statistics(stats, mag_logits, cu_seqlens, summary_index)
+    check_rows("x", x, stats.summary.shape[0], "stats.summary")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    require(stats.summary.dtype == wide, "stats.summary", f"{wide} for x of {x.dtype}", stats.summary)
+    check_device(stats.summary.device, x=x)
+    check_choice(temperature, capacity)
+    if norm is not None:
+        require(isinstance(norm, tuple) and len(norm) == 3, "norm", "(weight, bias, eps) or None", norm)
+        check_norm(x, *norm, of="norm.")
+    importance, selection = _score_and_select(
+        stats, mag_logits, cu_seqlens, temperature, summary_index, capacity, backend
+    )
+    backend = backend or "auto"
+    if norm is None:
+        return Pruned(torch.ops.madtp.gather_merge(x, *flat(selection), backend), None, selection, importance)
+    weight, bias, eps = norm
+    out, normed, _, _ = torch.ops.madtp.gather_merge_layernorm(x, *flat(selection), weight, bias, float(eps), backend)
+    return Pruned(out, normed, selection, importance)
+
+
+def _score_and_select(stats, mag_logits, cu_seqlens, temperature, summary_index, capacity, backend):
+    importance, merge_weight, keep, cu_seqlens_out, source = torch.ops.madtp.score_and_select(
+        *stats, mag_logits, cu_seqlens, float(temperature), summary_index, backend or "auto"
+    )
+    source = sized(source, cu_seqlens_out, capacity)
+    return importance, Selection(keep, cu_seqlens_out, source, merge_weight, cu_seqlens)

@@ -1,0 +1,57 @@
+"""The gradients of importance and selection as functions of tensors, without a host read."""
+
+import torch
+from torch import Tensor
+
+from madtp_kernels.reference.ragged import segment_sum, sequence_ids, summary_rows
+
+
+def importance_gradient(
+    grad: Tensor,  # (T,), of importance
+    received: Tensor,  # (T,)
+    mag_logits: Tensor,  # (T, K)
+    cu_seqlens: Tensor,  # (B+1,) int32
+    summary_index: Tensor | None,  # (B,) int32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the gradients of summary (T,), received (T,) and mag_logits (T, K)."""
+    prunable = ~summary_rows(cu_seqlens, summary_index, received.shape[0])
+    grad = grad * prunable / 3
+    best, alignment_token = mag_logits.max(dim=1)
+    guidance = best.to(received.dtype).relu() * prunable
+    grad_guidance = _share_backward(grad, guidance, cu_seqlens) * (prunable & (best > 0))
+    grad_logits = torch.zeros_like(mag_logits).scatter_(
+        1, alignment_token[:, None], grad_guidance.to(mag_logits.dtype)[:, None]
+    )
+    grad_received = _share_backward(grad, received * prunable, cu_seqlens) * prunable
+    return grad, grad_received, grad_logits
+
+
+def selection_gradient(
+    grad: Tensor,  # (T,), of merge_weight
+    importance: Tensor,  # (T,)
+    cu_seqlens: Tensor,  # (B+1,) int32
+    keep: Tensor,  # (T,) bool
+    merge_weight: Tensor,  # (T,)
+) -> Tensor:  # (T,)
+    """-> the gradient of importance; which tokens stay is a constant.
+
+    merge_weight_j = S_j / total over the pruned; constant (uniform) where the total is not positive.
+    """
+    rows = importance.shape[0]
+    total = _per_row(segment_sum(importance * ~keep, cu_seqlens), cu_seqlens, rows)
+    mean = _per_row(segment_sum(grad * merge_weight, cu_seqlens), cu_seqlens, rows)
+    live = ~keep & (total > 0)
+    return torch.where(live, (grad - mean) / torch.where(live, total, torch.ones_like(total)), 0)
+
+
+def _per_row(values: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+    """(B,) -> (T,): the value of the sequence each row belongs to."""
+    return values[sequence_ids(cu_seqlens, rows)]
+
+
+def _share_backward(grad: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The gradient through values / (their sum over the sequence), zero where that sum is zero."""
+    total = _per_row(segment_sum(values, cu_seqlens), cu_seqlens, values.shape[0])
+    safe = torch.where(total == 0, torch.ones_like(total), total)
+    mean = _per_row(segment_sum(grad * values / safe, cu_seqlens), cu_seqlens, values.shape[0])
+    return torch.where(total == 0, torch.zeros_like(grad), (grad - mean) / safe)

@@ -1,0 +1,149 @@
+"""Importance and keep of one sequence, by one program: what the kernels of `token_scores` are made of."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def summary_row(p_summary_index, i_b):
+    """The summary token's row inside its sequence; -1 is none."""
+    row = tl.full((), 0, tl.int32)
+    if p_summary_index is not None:
+        row = tl.load(p_summary_index + i_b)
+    return row
+
+
+@triton.jit
+def _logits(p_logits, o_t, m_t, k, K: tl.constexpr, STRIDE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(BLOCK_T, BLOCK_K) float32 from alignment token k on; -inf where masked or past K."""
+    o_k = k + tl.arange(0, BLOCK_K)
+    m_a = m_t[:, None] & (o_k < K)[None, :]
+    return tl.load(p_logits + o_t[:, None] * STRIDE + o_k[None, :], mask=m_a, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def sequence_importance(
+    p_summary,
+    p_received,
+    p_logits,
+    p_importance,
+    begin,
+    end,
+    summary,  # the summary token's row inside the sequence
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Writes the importance of one sequence."""
+    b_received_sum = tl.zeros((BLOCK_T,), tl.float32)
+    b_guidance_sum = tl.zeros((BLOCK_T,), tl.float32)
+    for start in range(begin, end, BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        m_t = (o_t < end) & (o_t - begin != summary)
+        b_best = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            b_a = _logits(p_logits, o_t, m_t, k, K, STRIDE, BLOCK_K)
+            b_best = tl.maximum(b_best, b_a, propagate_nan=tl.PropagateNan.ALL)
+        b_broken = tl.max((b_best != b_best).to(tl.int32), axis=1)  # tl.max drops NaN, the reference does not
+        b_guidance = tl.maximum(tl.max(b_best, axis=1), 0.0)
+        b_guidance = tl.where(b_broken > 0, float("nan"), b_guidance)
+        tl.store(p_importance + o_t, b_guidance, mask=m_t)
+        b_received_sum += tl.load(p_received + o_t, mask=m_t, other=0.0)
+        b_guidance_sum += b_guidance
+    received_sum = tl.sum(b_received_sum)
+    guidance_sum = tl.sum(b_guidance_sum)
+    tl.debug_barrier()  # the guidance parked in p_importance is read back, perhaps by other threads
+
+    for start in range(begin, end, BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        m_t = (o_t < end) & (o_t - begin != summary)
+        b_received = tl.load(p_received + o_t, mask=m_t, other=0.0)
+        b_guidance = tl.load(p_importance + o_t, mask=m_t, other=0.0)
+        b_received = tl.where(received_sum == 0, 0.0, b_received / received_sum)
+        b_guidance = tl.where(guidance_sum == 0, 0.0, b_guidance / guidance_sum)
+        b_s = (tl.load(p_summary + o_t, mask=m_t, other=0.0) + b_received + b_guidance) / 3
+        tl.store(p_importance + o_t, tl.where(m_t, b_s, 0.0), mask=o_t < end)
+
+
+@triton.jit
+def sequence_keep(
+    p_importance,
+    p_logits,
+    p_keep,
+    p_count,
+    p_total,
+    scale,
+    i_b,
+    begin,
+    end,
+    summary,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Writes keep, the row count and the pruned importance of sequence i_b."""
+    b_highest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    b_prunable = tl.zeros((BLOCK_T,), tl.int32)
+    b_broken = tl.zeros((BLOCK_T,), tl.int32)
+    for start in range(begin, end, BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        m_t = (o_t < end) & (o_t - begin != summary)
+        b_s = tl.load(p_importance + o_t, mask=m_t, other=0.0)
+        b_highest = tl.where(m_t, tl.maximum(b_highest, b_s), b_highest)
+        b_prunable += m_t.to(tl.int32)
+        b_broken = tl.where(tl.abs(b_s) < float("inf"), b_broken, 1)  # NaN too
+    highest = tl.max(b_highest)
+    prunable = tl.sum(b_prunable)
+    broken = tl.max(b_broken)
+
+    # max_k sum_j softmax_j(A_jk / tau) (highest - S_j). The maximum over j comes first, in a pass of its own: the
+    # second pass hits the cache and needs one exponential per logit, an online softmax needs two. Sums stay in BLOCK_T
+    # lanes until the end, so that there is one reduction per BLOCK_K alignment tokens.
+    threshold = tl.full((), float("-inf"), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        b_best = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
+        for start in range(begin, end, BLOCK_T):
+            o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
+            m_t = (o_t < end) & (o_t - begin != summary)
+            b_best = tl.maximum(b_best, _logits(p_logits, o_t, m_t, k, K, STRIDE, BLOCK_K))
+        b_max = tl.max(b_best, axis=0)
+        b_max = tl.where(b_max == float("-inf"), 0.0, b_max)  # -inf - -inf would be NaN on rows that do not exist
+
+        b_weight = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+        b_weighted = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+        for start in range(begin, end, BLOCK_T):
+            o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
+            m_t = (o_t < end) & (o_t - begin != summary)
+            b_deficit = highest - tl.load(p_importance + o_t, mask=m_t, other=0.0)
+            b_deficit = tl.where(m_t, b_deficit, 0.0)
+            b_e = tl.exp2((_logits(p_logits, o_t, m_t, k, K, STRIDE, BLOCK_K) - b_max[None, :]) * scale)
+            b_weight += b_e
+            b_weighted += b_e * b_deficit[:, None]
+        b_theta = tl.div_rn(tl.sum(b_weighted, axis=0), tl.sum(b_weight, axis=0))
+        b_theta = tl.where(k + tl.arange(0, BLOCK_K) < K, b_theta, float("-inf"))
+        broken = tl.maximum(broken, tl.max((b_theta != b_theta).to(tl.int32)))
+        threshold = tl.maximum(threshold, tl.max(b_theta))
+
+    b_pruned = tl.zeros((BLOCK_T,), tl.int32)
+    b_total = tl.zeros((BLOCK_T,), tl.float32)
+    for start in range(begin, end, BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        m_t = (o_t < end) & (o_t - begin != summary)
+        b_s = tl.load(p_importance + o_t, mask=m_t, other=0.0)
+        m_pruned = m_t & (highest - b_s >= threshold)
+        b_pruned += m_pruned.to(tl.int32)
+        b_total += tl.where(m_pruned, b_s, 0.0)
+    pruned = tl.sum(b_pruned)
+    everything = (scale == 0) | (broken > 0) | (prunable < 2) | (pruned < 2)
+    tl.store(p_count + i_b, tl.where(everything, end - begin, end - begin - pruned + 1).to(tl.int32))
+    tl.store(p_total + i_b, tl.sum(b_total))
+
+    for start in range(begin, end, BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        m_t = (o_t < end) & (o_t - begin != summary)
+        b_s = tl.load(p_importance + o_t, mask=m_t, other=0.0)
+        m_pruned = m_t & (highest - b_s >= threshold)
+        b_keep = tl.where(m_pruned, 0, 1) | everything.to(tl.int32)
+        tl.store(p_keep + o_t, b_keep.to(tl.uint8), mask=o_t < end)
