@@ -68,7 +68,7 @@ class Sparse24Weight:
         """(N, C): the weight that was compressed, bit by bit, but that -0.0 became 0.0."""
         rows, columns = self.shape
         dense = self.values.new_zeros(rows, columns // 4, 4)
-        return dense.scatter_(2, self.positions(), self.values.view(rows, columns // 4, 2)).view(rows, columns)
+        return dense.scatter_(2, self.positions(), self.values.reshape(rows, columns // 4, 2)).view(rows, columns)
 
     def positions(self) -> Tensor:
         """(N, C/4, 2) int64: the columns of the kept values inside their groups."""

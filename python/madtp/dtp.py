@@ -5,6 +5,8 @@ Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3; docs/metho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from madtp.mag import AlignmentGuide, aligned_feature, normalised
@@ -36,6 +38,7 @@ class Branch:
         self.name, self.guide, self.attention, self.selection = name, guide, attention, selection
         self.temperature = 0.0
         self.align = False  # collect the aligned features of MAG, for its loss
+        self.observer: Callable[[Tensor, Selection], None] | None = None  # told of every importance (T,) and selection
         self.begin()
 
     def begin(self) -> None:
@@ -85,7 +88,11 @@ class Branch:
             return None
         importance = token_importance(stats, logits, packed.cu_seqlens)
         selection = select_tokens(importance, logits.detach(), packed.cu_seqlens, self.temperature)
-        return selection if self.selection == "instance" else batch_max(selection, importance)
+        if self.selection == "batch_max":
+            selection = batch_max(selection, importance)
+        if self.observer is not None:
+            self.observer(importance, selection)
+        return selection
 
 
 def batch_max(selection: Selection, importance: Tensor) -> Selection:
