@@ -32,6 +32,7 @@ def save_sparse24(path: str | os.PathLike, weights: Mapping[str, Sparse24Weight 
 
     Raises:
         ValueError: a value is neither, a 2:4 weight's indices do not ascend, or two names collide.
+        OSError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     sparse = [name for name, weight in weights.items() if isinstance(weight, Sparse24Weight)]
@@ -50,8 +51,11 @@ def save_sparse24(path: str | os.PathLike, weights: Mapping[str, Sparse24Weight 
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     metadata = {"format": FORMAT, "version": VERSION, "sparse24": json.dumps(sparse)}
     metadata["sha256"] = _checksum(metadata["sparse24"], tensors)
-    with whole_file(path) as partial:
-        save_file(tensors, partial, metadata)
+    try:
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{os.fspath(path)} cannot be written ({error})") from error
 
 
 def load_sparse24(path: str | os.PathLike) -> dict[str, Sparse24Weight | Tensor]:

@@ -119,14 +119,16 @@ def test_a_failed_write_leaves_what_was_there(saved, monkeypatch):
     assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == ["w.safetensors"]
 
 
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(OSError, match="absent/w cannot be written"):
+        save_sparse24(tmp_path / "absent" / "w", {"a": compressed()})
+
+
 @pytest.mark.parametrize(
     "weights, message",
     [
         ({"a": 3}, r"weights\['a'\] must be a Sparse24Weight or a tensor, got int 3"),
-        (
-            {"a": compressed(), "a.values": torch.ones(1)},
-            "weights must be of names that differ once stored, got a.values",
-        ),
+        ({"a": compressed(), "a.values": torch.ones(1)}, "weights must be of names that differ once stored, got a"),
     ],
 )
 def test_save_refuses(tmp_path, weights, message):

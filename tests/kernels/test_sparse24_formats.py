@@ -86,7 +86,5 @@ def test_bitmask_refuses():
     with pytest.raises(ValueError, match=r"bitmask must be \(N, C/8\) = \(16, 4\)"):
         from_bitmask(**stored | {"bitmask": stored["bitmask"][:, :3]})
     stored["bitmask"][2, 1] = 0b0011_0111
-    with pytest.raises(
-        ValueError, match="bitmask must be of exactly 2 bits in every 4, got another number at row 2, group 2"
-    ):
+    with pytest.raises(ValueError, match="bitmask must be of exactly 2 bits in every 4, got .* at row 2, group 2"):
         from_bitmask(**stored)

@@ -95,6 +95,16 @@ def test_as_the_buffers_of_a_module(monkeypatch):
     assert torch.equal(weight.layout("cpu"), masked())  # written to in place: packed again
 
 
+def test_inside_a_compiled_function():
+    compressed, x = sparse24_compress(masked()), torch.randn(3, 48)
+
+    def linear(values, indices, x):
+        return x @ Sparse24Weight(values, indices).to_dense().T
+
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(compressed.values, compressed.indices, x), x @ masked().T)
+
+
 def test_layouts_are_packed_once(monkeypatch):
     monkeypatch.setattr(sparse24_weight, "_layouts", {})
     packed = []
@@ -113,9 +123,7 @@ def test_indices_that_do_not_ascend_are_named():
     for nibble in set(range(16)) - set(ASCENDING):
         compressed = sparse24_compress(masked())
         compressed.indices[3, 2] = (compressed.indices[3, 2] & 15) | (nibble << 4)
-        message = (
-            f"indices must be two ascending columns for every group, got {nibble & 3}, {nibble >> 2} at row 3, group 5"
-        )
+        message = f"indices must be two ascending columns .*, got {nibble & 3}, {nibble >> 2} at row 3, group 5"
         with pytest.raises(ValueError, match=message):
             compressed.check_indices()
         assert compressed.to_dense().shape == (24, 48)  # and nothing is written outside
