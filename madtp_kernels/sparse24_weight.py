@@ -44,7 +44,7 @@ class Sparse24Weight:
         ok = indices.shape == (rows, half // 4) and indices.device == values.device
         require(ok, "indices", f"(N, C/8) = {(rows, half // 4)} on {values.device} like values", indices)
         self.values, self.indices = values, indices
-        self._packed: dict[str, tuple[tuple[int, int], Any]] = {}
+        self._packed: dict[str, tuple[tuple[int, int] | None, Any]] = {}  # backend -> (versions, layout)
 
     @property
     def shape(self) -> torch.Size:
@@ -87,12 +87,14 @@ class Sparse24Weight:
     def layout(self, backend: str) -> Any:
         """The weight as the kernels of `backend` read it, kept until values or indices are written to.
 
+        Under torch.compile writes go unnoticed: what was packed stays, so make another `Sparse24Weight` after one.
+
         Raises:
             ValueError: no layout is registered for `backend`.
         """
         require(backend in _layouts, "backend", f"one with a 2:4 layout ({', '.join(_layouts) or 'none'})", backend)
-        state = (_version(self.values), _version(self.indices))
-        if backend not in self._packed or self._packed[backend][0] != state:
+        state = None if torch.compiler.is_compiling() else (_version(self.values), _version(self.indices))
+        if backend not in self._packed or (state is not None and self._packed[backend][0] != state):
             self._packed[backend] = state, _layouts[backend](self)
         return self._packed[backend][1]
 

@@ -95,14 +95,28 @@ def test_as_the_buffers_of_a_module(monkeypatch):
     assert torch.equal(weight.layout("cpu"), masked())  # written to in place: packed again
 
 
-def test_inside_a_compiled_function():
-    compressed, x = sparse24_compress(masked()), torch.randn(3, 48)
+def test_inside_a_compiled_function(monkeypatch):
+    monkeypatch.setitem(sparse24_weight._layouts, "cpu", lambda weight: weight.to_dense())
+    x = torch.randn(3, 48)
 
-    def linear(values, indices, x):
-        return x @ Sparse24Weight(values, indices).to_dense().T
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = sparse24_compress(masked())
 
+        def forward(self, x):
+            rebuilt = Sparse24Weight(self.weight.values, self.weight.indices)
+            return x @ self.weight.layout("cpu").T, x @ rebuilt.to_dense().T
+
+    linear = Linear()
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(compressed.values, compressed.indices, x), x @ masked().T)
+    for _ in range(2):
+        assert all(torch.equal(out, x @ masked().T) for out in compiled(x))
+    linear.weight = sparse24_compress(2 * masked())
+    assert all(torch.equal(out, x @ (2 * masked()).T) for out in compiled(x))
+    linear.weight.values.zero_()
+    linear.weight.layout("cpu")  # outside the compiled function the write is noticed
+    assert not any(out.any() for out in compiled(x))
 
 
 def test_layouts_are_packed_once(monkeypatch):

@@ -57,7 +57,7 @@ def collect_inputs(
             pruning step gave its token, or, before the first, that one; so a weight that serves tokens about to go
             counts less. The summary token weighs as much as the best token of its sequence, a merged one the merged
             importance; the weights in one call of a module are scaled to a mean of 1. Rows whose branch is not pruned,
-            such as a decoder's, weigh 1.
+            such as a decoder's, weigh 1, and so do rows that may be of either of two branches by their number.
 
     Raises:
         ValueError: a module is no Linear of the model; token_weighted and the model prunes no tokens.
