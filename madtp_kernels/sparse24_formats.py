@@ -40,16 +40,16 @@ def from_torch_semi_structured(tensor: SparseSemiStructuredTensor) -> Sparse24We
     Raises:
         ValueError: another kind. cuSPARSELt keeps its layout to itself: there, `sparse24_compress(tensor.to_dense())`.
     """
-    ok = isinstance(tensor, SparseSemiStructuredTensorCUTLASS) and tensor.packed is not None
-    rule = "a SparseSemiStructuredTensorCUTLASS (for cuSPARSELt compress its to_dense())"
-    require(ok, "tensor", rule, f"a {type(tensor).__name__}")
+    ok = isinstance(tensor, SparseSemiStructuredTensorCUTLASS) and tensor.packed is not None and tensor.dtype in DTYPES
+    rule = "a floating-point SparseSemiStructuredTensorCUTLASS (for cuSPARSELt compress its to_dense())"
+    require(ok, "tensor", rule, f"a {type(tensor).__name__} of {getattr(tensor, 'dtype', None)}")
     # As integers: torch moves the halves of a float32 as float16, and those that are signalling NaN would change.
     dense = sparse_semi_structured_to_dense_cutlass(tensor.packed.view(torch.int16), tensor.meta)
     return sparse24_compress(dense.view(tensor.dtype))
 
 
 def to_bitmask(weight: Sparse24Weight) -> dict[str, Tensor]:
-    """The "sparse-24-bitmask" format of compressed-tensors (0.9 to 0.12), whose names get the module's in front.
+    """The "sparse-24-bitmask" format, as compressed-tensors 0.12 has it; its names follow the module's.
 
     Returns:
         "shape" (2, 1) int64; "compressed" (N, C/2), the values; "bitmask" (N, C/8) uint8, bit c % 8 of byte c // 8 set

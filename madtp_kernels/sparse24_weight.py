@@ -81,7 +81,7 @@ class Sparse24Weight:
         if values is self.values:
             return self
         if values.dtype != self.dtype:
-            values = values + 0.0  # an underflow can leave -0.0
+            values = values.masked_fill(values == 0, 0)  # an underflow can leave -0.0
         return Sparse24Weight(values, self.indices.to(values.device))
 
     def layout(self, backend: str) -> Any:

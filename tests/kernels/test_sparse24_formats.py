@@ -53,8 +53,10 @@ def test_torch_semi_structured_refuses():
         with pytest.raises(ValueError, match=message):
             to_torch_semi_structured(sparse24_compress(weight))
     opaque = SparseSemiStructuredTensorCUSPARSELT(torch.Size((64, 64)), torch.ones(10), None, None, None, None)
-    with pytest.raises(ValueError, match="got a SparseSemiStructuredTensorCUSPARSELT"):
+    with pytest.raises(ValueError, match="got a SparseSemiStructuredTensorCUSPARSELT of torch.float32"):
         from_torch_semi_structured(opaque)
+    with pytest.raises(ValueError, match="tensor must be a floating-point SparseSemiStructuredTensorCUTLASS"):
+        from_torch_semi_structured(torch.ones(32, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

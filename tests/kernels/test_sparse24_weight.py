@@ -73,6 +73,8 @@ def test_to_pickle_deepcopy_and_bytes():
         assert other.values.data_ptr() != compressed.values.data_ptr()
     assert repr(half) == "Sparse24Weight(shape=(24, 48), dtype=torch.bfloat16, device=cpu)"
     assert compressed.to("meta").device.type == "meta"
+    with pytest.raises(ValueError, match="values must be a 2-dimensional tensor of float32 .*, got int8"):
+        compressed.to(torch.int8)
 
 
 def test_as_the_buffers_of_a_module(monkeypatch):

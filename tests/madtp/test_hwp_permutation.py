@@ -69,6 +69,8 @@ def test_known_optimum_ties_and_nothing_to_gain():
     assert search_permutation(torch.randn(3, 8), "2:4", score=score).after == 1
     with pytest.raises(ValueError, match="weight must be free of NaN"):
         search_permutation(torch.full((2, 8), torch.nan), "2:4")
+    with pytest.raises(ValueError, match="weight must be a 2-dimensional tensor, got"):
+        search_permutation(torch.ones(8), "2:4")
     with pytest.raises(ValueError, match="rounds must be an integer of at least 0, got int -1"):
         search_permutation(torch.ones(2, 8), "2:4", rounds=-1)
 

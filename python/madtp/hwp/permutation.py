@@ -47,6 +47,7 @@ def search_permutation(
         ValueError: an argument breaks a rule.
     """
     n, m = Pattern.parse(pattern)
+    require(isinstance(weight, Tensor) and weight.ndim == 2, "weight", "a 2-dimensional tensor", weight)
     require(isinstance(rounds, int) and rounds >= 0, "rounds", "an integer of at least 0", rounds)
     before = _share_kept(weight, n, m, score)
     columns = weight.shape[-1]
