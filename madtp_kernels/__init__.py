@@ -4,24 +4,34 @@ Importing never fails for a missing capability: a call that needs one raises and
 """
 
 from madtp_kernels.dispatch import explain
+from madtp_kernels.nm_patterns import Pattern, explain_pattern
 from madtp_kernels.ops.attention import AttentionStats, varlen_attention
-from madtp_kernels.ops.masks import nm_mask
+from madtp_kernels.ops.masks import nm_mask, transposable_mask
 from madtp_kernels.ops.prune import Pruned, prune_tokens, score_and_select
 from madtp_kernels.ops.tokens import Selection, gather_merge, gather_merge_layernorm, select_tokens, token_importance
+from madtp_kernels.sparse24_files import load_sparse24, save_sparse24
+from madtp_kernels.sparse24_weight import Sparse24Weight, sparse24_compress
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionStats",
+    "Pattern",
     "Pruned",
     "Selection",
+    "Sparse24Weight",
     "explain",
+    "explain_pattern",
     "gather_merge",
     "gather_merge_layernorm",
+    "load_sparse24",
     "nm_mask",
     "prune_tokens",
+    "save_sparse24",
     "score_and_select",
     "select_tokens",
+    "sparse24_compress",
     "token_importance",
+    "transposable_mask",
     "varlen_attention",
 ]

@@ -34,6 +34,7 @@ def environment() -> dict:
         "cpu_isas_available": _guarded(lambda: list(_native().cpu.available_isas())),
         "threads": _guarded(lambda: importlib.import_module("torch").get_num_threads()),
         "gpus": _guarded(_gpus),
+        "patterns": _guarded(_patterns),
         "cmake_dir": _guarded(_cmake_dir),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MADTP_")},
     }
@@ -97,6 +98,16 @@ def _gpus() -> list[str]:
     if torch.version.cuda is None and torch.version.hip is None:
         raise Missing(f"torch {torch.__version__} is a CPU build" + ("" if _has_driver() else ", and no NVIDIA driver"))
     raise Missing("torch sees no device (CUDA_VISIBLE_DEVICES?)" if _has_driver() else "no NVIDIA driver")
+
+
+def _patterns() -> dict[str, list[str]]:
+    patterns = importlib.import_module("madtp_kernels.nm_patterns")
+    dense = [str(pattern) for pattern in patterns.COMMON if not patterns.explain_pattern(pattern).runs]
+    runs = {
+        f"run as {unit.runs} ({unit.name}, {unit.dtypes})": [str(p) for p in patterns.COMMON if p.runs_as(unit.runs)]
+        for unit in patterns.UNITS
+    }
+    return runs | {"run dense": dense}
 
 
 def _has_driver() -> bool:

@@ -5,6 +5,8 @@ Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3; docs/metho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from madtp.mag import AlignmentGuide, aligned_feature, normalised
@@ -36,6 +38,7 @@ class Branch:
         self.name, self.guide, self.attention, self.selection = name, guide, attention, selection
         self.temperature = 0.0
         self.align = False  # collect the aligned features of MAG, for its loss
+        self.observer: Callable[[Tensor, Selection], None] | None = None  # told of every importance (T,) and selection
         self.begin()
 
     def begin(self) -> None:
@@ -92,7 +95,9 @@ class Branch:
         norm: tuple[Tensor, Tensor, float] | None = None,
     ) -> tuple[Packed, Tensor | None]:
         if self.selection == "instance":
-            x, normed, selection, _ = prune_tokens(x, stats, logits, packed.cu_seqlens, self.temperature, norm=norm)
+            x, normed, selection, importance = prune_tokens(
+                x, stats, logits, packed.cu_seqlens, self.temperature, norm=norm
+            )
         else:
             importance, own = score_and_select(stats, logits, packed.cu_seqlens, self.temperature)
             selection = batch_max(own, importance)
@@ -100,6 +105,8 @@ class Branch:
                 x, normed = gather_merge(x, selection), None
             else:
                 x, normed = gather_merge_layernorm(x, selection, *norm)
+        if self.observer is not None:
+            self.observer(importance, selection)
         return packed.selected(x, selection), normed
 
 

@@ -1,5 +1,4 @@
 import copy
-import itertools
 
 import pytest
 import torch
@@ -7,6 +6,7 @@ from torch import nn
 
 from madtp import hwp
 from madtp.hwp import Pattern, WeightPruner, is_pattern, select_modules
+from madtp_kernels import nm_mask
 
 
 def make_model():
@@ -16,46 +16,6 @@ def make_model():
 
 def names_of(model, pattern="2:4", **options):
     return select_modules(model, pattern, **options).selected
-
-
-def worst_in_four(n, m):
-    """Brute force: the most non-zeros of an n:m weight that one aligned group of 4 can hold, over 12 columns."""
-    columns = 12
-    choices = [
-        set(itertools.chain.from_iterable(itertools.combinations(range(s, s + m), k) for k in range(n + 1)))
-        for s in range(0, columns, m)
-    ]
-    return max(
-        sum(start <= c < start + 4 for group in rows for c in group)
-        for start in range(0, columns, 4)
-        for rows in itertools.product(*choices)
-    )
-
-
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 6])
-def test_sparse24_rule_against_brute_force(m):
-    for n in range(1, min(m, 3) + 1):
-        assert Pattern(n, m).sparse24 == (worst_in_four(n, m) <= 2)
-
-
-def test_sparse24_patterns_of_the_method():
-    runs = {text: Pattern.parse(text).sparse24 for text in ("2:4", "1:4", "2:8", "1:8", "2:16", "4:8", "8:16", "4:16")}
-    assert runs == {"2:4": True, "1:4": True, "2:8": True, "1:8": True, "2:16": True} | dict.fromkeys(
-        ("4:8", "8:16", "4:16"), False
-    )
-    assert str(Pattern.parse("2:4")) == "2:4" and Pattern.parse(Pattern(1, 8)) == (1, 8)
-
-
-@pytest.mark.parametrize("text", ["24", "5:4", "0:4", "2:4:8", "-1:4", "a:b", "", None])
-def test_pattern_errors(text):
-    with pytest.raises(ValueError, match='pattern must be "n:m" with 1 <= n <= m, got'):
-        Pattern.parse(text)
-
-
-def test_is_pattern():
-    weight = torch.tensor([[1.0, -0.0, 0.0, 2.0, 0.0, 0.0, 3.0, 4.0]])
-    assert is_pattern(weight, "2:4") and is_pattern(weight, "4:8")
-    assert not is_pattern(weight, "1:4") and not is_pattern(weight, "2:8") and not is_pattern(weight, "2:3")
 
 
 def test_select_modules_reports_what_stays_dense():
@@ -84,7 +44,7 @@ def test_one_shot_masks_and_straight_through_gradient(pattern):
     masked = copy.deepcopy(dense)
     for name in ("0", "2", "4"):
         layer = masked.get_submodule(name)
-        layer.weight.data *= hwp.nm_mask(layer.weight, *pruner.pattern)
+        layer.weight.data *= nm_mask(layer.weight, *pruner.pattern)
         assert is_pattern(model.get_submodule(name).weight, pattern)
     assert torch.equal(model(x), masked(x))
     assert not torch.signbit(model[0].weight[model[0].weight == 0]).any()
@@ -94,6 +54,21 @@ def test_one_shot_masks_and_straight_through_gradient(pattern):
     original, reference = model[0].parametrizations.weight.original, masked[0].weight
     expected = reference.grad + decay * dense[0].weight * (reference == 0)
     torch.testing.assert_close(original.grad, expected.detach())
+
+
+def test_masks_by_the_norms_of_inputs():
+    model, dense = make_model(), make_model()
+    norms = {"0": torch.rand(16), "2": torch.rand(24)}
+    pruner = WeightPruner(model, "2:4", ["0", "2"], schedule="one_shot", norms=norms)
+    pruner.finalize()
+    for name in ("0", "2"):
+        weight = dense.get_submodule(name).weight
+        kept = nm_mask(weight, 2, 4, score=weight.abs() * norms[name])
+        assert torch.equal(model.get_submodule(name).weight, weight.masked_fill(~kept, 0))
+    for wrong in ({"0": norms["0"]}, norms | {"2": torch.rand(16)}, norms | {"2": torch.full((24,), torch.nan)}):
+        with pytest.raises(ValueError, match=r"norms\['2'\] must be finite of shape \(24,\), got"):
+            WeightPruner(dense, "2:4", ["0", "2"], schedule="one_shot", norms=wrong)
+    assert not hasattr(dense[0], "parametrizations")
 
 
 def test_gradual_schedule_and_refresh():
@@ -112,7 +87,7 @@ def test_gradual_schedule_and_refresh():
     pruner.step(21)
     assert torch.equal(model[0].weight == 0, before == 0)  # not yet
     pruner.step(24)
-    assert torch.equal(model[0].weight != 0, hwp.nm_mask(model[0].parametrizations.weight.original, 2, 4))
+    assert torch.equal(model[0].weight != 0, nm_mask(model[0].parametrizations.weight.original, 2, 4))
 
 
 def test_optimizer_trains_the_dense_weight_and_finalize_bakes_it():

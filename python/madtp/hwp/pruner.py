@@ -1,4 +1,4 @@
-"""Hardware-aware weight pruning: N:M masks by magnitude on Linear layers, grown during training.
+"""N:M masks grown during training.
 
 The optimiser keeps the dense weight and the forward pass sees the masked one, so a weight pruned early can come back.
 """
@@ -6,87 +6,20 @@ The optimiser keeps the dense weight and the forward pass sees the masked one, s
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from madtp_kernels.ops.masks import nm_mask
-
-
-class Pattern(NamedTuple):
-    """At most n non-zeros in every m consecutive weights along the input dimension; in text, "2:4"."""
-
-    n: int
-    m: int
-
-    @classmethod
-    def parse(cls, text: str | Pattern) -> Pattern:
-        n, _, m = str(text).partition(":")
-        if not (n.isdecimal() and m.isdecimal() and 1 <= int(n) <= int(m)):
-            raise ValueError(f'pattern must be "n:m" with 1 <= n <= m, got {text!r}')
-        return cls(int(n), int(m))
-
-    @property
-    def sparse24(self) -> bool:
-        """Whether every weight of this pattern is a 2:4 weight, which is what Sparse Tensor Cores run.
-
-        2:4 means at most 2 non-zeros in every aligned group of 4. Such a group overlaps one or more groups of m, and
-        each can put min(n, overlap) non-zeros there: so 1:2, 1:4, 2:8 and 2:16 qualify, 4:8, 4:16 and 2:6 do not.
-        """
-        starts = range(0, math.lcm(4, self.m), 4)
-        overlaps = (Counter(i // self.m for i in range(start, start + 4)).values() for start in starts)
-        return all(sum(min(self.n, overlap) for overlap in group) <= 2 for group in overlaps)
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
-
-
-def is_pattern(weight: Tensor, pattern: Pattern | str) -> bool:
-    """Whether weight (N, C) has at most n non-zeros in every m along C (-0.0 is zero); False if m does not divide C."""
-    n, m = Pattern.parse(pattern)
-    if weight.shape[-1] % m:
-        return False
-    return bool((weight.detach().unflatten(-1, (-1, m)).count_nonzero(-1) <= n).all())
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a module name, or a module it is inside of, matches one of the shell-style patterns."""
-    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
-
-
-class SparseModules(NamedTuple):
-    """Which Linear modules of a model go N:M."""
-
-    selected: list[str]
-    dense: dict[str, str]  # name -> why it stays dense
-
-
-def select_modules(
-    model: nn.Module, pattern: Pattern | str, *, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()
-) -> SparseModules:
-    """Every Linear that `pattern` fits and whose name matches `include` and not `exclude`, in model order."""
-    pattern, include, exclude = Pattern.parse(pattern), tuple(include), tuple(exclude)
-    sharers = _sharers(model)
-    selected, dense = [], {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        reason = None if matches(name, include) and not matches(name, exclude) else "excluded"
-        reason = reason or _misfit(name, module, pattern, sharers)
-        if reason:
-            dense[name] = reason
-        else:
-            selected.append(name)
-    return SparseModules(selected, dense)
+from madtp.hwp.modules import linears
+from madtp.hwp.scores import activation_score, norms_of
+from madtp_kernels import Pattern, nm_mask
 
 
 class WeightPruner:
-    """Masks Linear weights N:M by magnitude while they train.
+    """Masks Linear weights N:M while they train, by magnitude or by |W| ||x||.
 
     Gradients reach every weight of the dense tensor (straight-through), and pruned ones also feel `decay` * weight:
     what stays pruned fades and the mask settles. This is SR-STE (Zhou et al., ICLR 2021, arXiv 2102.04010). The decay
@@ -101,9 +34,12 @@ class WeightPruner:
         total_steps: optimiser steps of the training; only "gradual" reads it.
         refresh_interval: steps between two choices of the masks.
         decay: lambda of SR-STE.
+        norms: module name -> (in_features,), the norms of its inputs, such as `collect_inputs` measures; the masks then
+            keep the largest |W| ||x||. None keeps the largest |W|.
 
     Raises:
-        ValueError: a module does not exist, does not fit the pattern, or shares its weight with another module.
+        ValueError: a module does not exist, does not fit the pattern, shares its weight with another module, or has no
+            norms among those given.
     """
 
     def __init__(
@@ -117,6 +53,7 @@ class WeightPruner:
         refresh_interval: int = 1,
         decay: float = 2e-4,
         ramp: float = 0.5,
+        norms: Mapping[str, Tensor] | None = None,
     ):
         if schedule not in ("gradual", "one_shot"):
             raise ValueError(f'schedule must be "gradual" or "one_shot", got {schedule!r}')
@@ -127,7 +64,10 @@ class WeightPruner:
         self.pattern = Pattern.parse(pattern)
         self.refresh_interval = refresh_interval
         self.ramp_steps = ramp * total_steps if schedule == "gradual" else 0
-        self.modules = _linears(model, modules, self.pattern)
+        self.modules = linears(model, modules, self.pattern)
+        self.norms = None
+        if norms is not None:
+            self.norms = {name: norms_of(name, module, norms) for name, module in self.modules.items()}
         for module in self.modules.values():
             parametrize.register_parametrization(module, "weight", _Masked(module.weight, decay))
         self.kept = self.pattern.m
@@ -162,10 +102,11 @@ class WeightPruner:
         return m - math.floor((m - n) * progress)
 
     def _refresh(self, kept: int) -> None:
-        for module in self.modules.values():
+        for name, module in self.modules.items():
             if _is_masked(module):
                 weight = module.parametrizations.weight
-                weight[0].mask.copy_(nm_mask(weight.original, kept, self.pattern.m))
+                score = None if self.norms is None else activation_score(weight.original, self.norms[name])
+                weight[0].mask.copy_(nm_mask(weight.original, kept, self.pattern.m, score=score))
         self.kept = kept
 
 
@@ -176,24 +117,6 @@ def bake(model: nn.Module) -> float:
         the share of the magnitude kept: sum |w| over kept weights / sum |w| over all; 1 when nothing was masked.
     """
     return _bake(list(model.modules()))
-
-
-class LinearSparsity(NamedTuple):
-    """What one Linear weight holds, as the forward pass sees it."""
-
-    weights: int
-    nonzero: int
-    sparse24: bool  # at most 2 non-zeros in every aligned 4: Sparse Tensor Cores can run it
-
-
-def sparsity(model: nn.Module) -> dict[str, LinearSparsity]:
-    """For every Linear of the model, by name: what is zero and whether the hardware can use it."""
-    report = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight.detach()
-            report[name] = LinearSparsity(weight.numel(), int(weight.count_nonzero()), is_pattern(weight, "2:4"))
-    return report
 
 
 def _bake(modules: Iterable[nn.Module]) -> float:
@@ -240,37 +163,3 @@ class _Masked(nn.Module):
 
 def _is_masked(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], _Masked)
-
-
-def _linears(model: nn.Module, names: Iterable[str], pattern: Pattern) -> dict[str, nn.Linear]:
-    """The named modules, all checked before any is touched."""
-    modules, found, sharers = dict(model.named_modules()), {}, _sharers(model)
-    for name in names:
-        module = modules.get(name)
-        if not isinstance(module, nn.Linear):
-            what = f"a {type(module).__name__}" if module is not None else "no module of the model"
-            raise ValueError(f"modules must name Linear modules, got {name!r}, which is {what}")
-        reason = _misfit(name, module, pattern, sharers)
-        if reason:
-            raise ValueError(f"modules must fit pattern {pattern}, got {name!r}: {reason}")
-        found[name] = module
-    return found
-
-
-def _misfit(name: str, module: nn.Linear, pattern: Pattern, sharers: dict[int, list[str]]) -> str | None:
-    """Why a Linear cannot be masked: a mask on one of two modules that share a weight would untie them."""
-    if parametrize.is_parametrized(module, "weight"):
-        return "weight is parametrized already"
-    if module.in_features % pattern.m:
-        return f"in_features {module.in_features} is not a multiple of {pattern.m}"
-    others = [other for other in sharers[id(module.weight)] if other != name]
-    return f"weight is shared with {', '.join(others)}" if others else None
-
-
-def _sharers(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold each parameter, by its id."""
-    holders = defaultdict(list)
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            holders[id(parameter)].append(name)
-    return holders
