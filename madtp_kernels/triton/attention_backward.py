@@ -1,0 +1,427 @@
+"""Triton kernels of the backward of `varlen_attention`, through the output and both statistics.
+
+P is recomputed from the log-sum-exp. With delta_hi = sum_j P dP, dS = P (dP - delta): one kernel per block of keys
+sums dK and dV over the queries, one per block of queries sums dQ over the keys, so nothing is added atomically. What
+comes through the norms of `summary` is folded into grad_out beforehand; what comes through P[h,s,j] and the head
+maximum is added to dP where it belongs. Beside the gradients memory is O(T).
+Bound: seven matrix products of the size of Q K^T, an eighth with statistics; registers allow one or two programs an SM.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from madtp_kernels.triton.attention_argmax import HeadArgmax
+from madtp_kernels.triton.attention_statistics import head_sums, launch_from_summary
+from madtp_kernels.triton.attention_tiles import (
+    LOG2_E,
+    dims,
+    heads,
+    load_lse,
+    load_tile,
+    observers,
+    program_of,
+    sequence_rows,
+    statistic,
+    store_tile,
+    strides,
+    summary_row,
+    zero_tail,
+)
+from madtp_kernels.triton.common import OPTIONS, on_device
+
+ROWS = 64  # of a program of the preparing kernel
+SLAB = 1024  # queries of a sequence whose arg-max heads are held at a time
+MOST_HEADS = 255
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+@triton.jit(do_not_specialize=["T", "H", "max_seqlen"])
+def prepare_kernel(
+    p_grad_out,  # (T, H, D), row stride grad_row, head stride grad_head
+    p_out,  # (T, H, D) contiguous
+    p_cu_seqlens,  # (B+1,) int32
+    p_summary_index,  # (B,) int32 or None
+    p_grad_summary,  # (T,) fp32, or None without statistics, as all that follow but delta
+    p_grad_received,  # (T,) fp32
+    p_from_summary,  # (H, T) fp32: P[h,s,j]
+    p_norms,  # (H, T) fp32: ||O||
+    p_delta,  # (H, T) fp32, out: grad_out' O
+    p_d_out,  # (T, H, D), out: grad_out' = grad_out and what comes through the norms
+    p_through,  # (H, T) fp32, out: gradient of P[h,s,j] through `summary`
+    p_d_maximum,  # (T,) fp32, out: gradient of max_h P[h,i,j], the same for all counted queries
+    grad_row,
+    grad_head,
+    T,
+    H,
+    max_seqlen,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """One block of rows of one head."""
+    i_m, i_h, i_b = program_of(tl.cdiv(max_seqlen, BLOCK), H)
+    begin, n = sequence_rows(p_cu_seqlens, i_b, T, max_seqlen)
+    if i_m * BLOCK >= n:
+        return
+    o_m = i_m * BLOCK + tl.arange(0, BLOCK)
+    m_m = o_m < n
+    o_head = i_h.to(tl.int64) * T + begin + o_m
+    b_out = load_tile(p_out + i_h * D, begin, o_m, H * D, m_m, D, BLOCK_D).to(tl.float32)
+    b_grad = load_tile(p_grad_out + i_h.to(tl.int64) * grad_head, begin, o_m, grad_row, m_m, D, BLOCK_D)
+    b_grad = b_grad.to(tl.float32)
+    if p_grad_summary is not None:
+        b_norms, b_weighted = head_sums(p_from_summary, p_norms, begin + o_m, m_m, T, H)
+        b_norms = tl.maximum(b_norms, TINY)
+        b_norm = tl.load(p_norms + o_head, mask=m_m, other=0.0)
+        b_d_summary = tl.load(p_grad_summary + begin + o_m, mask=m_m, other=0.0)
+        b_p = tl.load(p_from_summary + o_head, mask=m_m, other=0.0)
+        b_d_norm = b_d_summary * (b_p - b_weighted / b_norms) / b_norms
+        b_grad += tl.where(b_norm > 0, b_d_norm / b_norm, 0.0)[:, None] * b_out
+        b_grad = b_grad.to(p_d_out.dtype.element_ty)
+        store_tile(p_d_out + i_h * D, begin, o_m, H * D, m_m, b_grad, D, BLOCK_D)
+        b_grad = b_grad.to(tl.float32)
+        tl.store(p_through + o_head, b_d_summary * b_norm / b_norms, mask=m_m)
+        if i_h == 0:
+            b_observers = observers(o_m, n, summary_row(p_summary_index, i_b, n), CAUSAL)
+            b_d_received = tl.load(p_grad_received + begin + o_m, mask=m_m, other=0.0)
+            tl.store(p_d_maximum + begin + o_m, b_d_received / b_observers, mask=m_m)
+    tl.store(p_delta + o_head, tl.sum(b_grad * b_out, 1), mask=m_m)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "B", "max_seqlen_q", "max_seqlen_k", "slab_begin"])
+def key_gradient_kernel(
+    p_q,  # (Tq, H, D)
+    p_k,  # (Tk, H, D)
+    p_v,  # (Tk, H, D)
+    p_d_out,  # (Tq, H, D)
+    p_lse,  # (H, Tq) fp32
+    p_delta,  # (H, Tq) fp32
+    p_cu_seqlens_q,  # (B+1,) int32
+    p_cu_seqlens_k,  # (B+1,) int32
+    p_summary_index,  # (B,) int32 or None
+    p_head,  # (T, slab) uint8, or None without statistics, as the two that follow
+    p_through,  # (H, T) fp32
+    p_d_maximum,  # (T,) fp32
+    p_dk,  # (Tk, H, D) contiguous, out
+    p_dv,  # (Tk, H, D) contiguous, out
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    grad_row,
+    grad_head,
+    scale,
+    softmax_scale,
+    Tq,
+    Tk,
+    H,
+    B,
+    max_seqlen_q,
+    max_seqlen_k,
+    slab_begin,
+    slab,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """dK and dV of one block of keys of one head, from the queries of one slab; ACCUMULATE: added to what is there."""
+    zero_tail(p_dk, p_cu_seqlens_k, B, Tk, H * D)
+    zero_tail(p_dv, p_cu_seqlens_k, B, Tk, H * D)
+    i_n, i_h, i_b = program_of(tl.cdiv(max_seqlen_k, BLOCK_N), H)
+    begin, n_q = sequence_rows(p_cu_seqlens_q, i_b, Tq, max_seqlen_q)
+    first, n_k = sequence_rows(p_cu_seqlens_k, i_b, Tk, max_seqlen_k)
+    if i_n * BLOCK_N >= n_k:
+        return
+
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n_k
+    b_k = load_tile(p_k + i_h.to(tl.int64) * k_head, first, o_n, k_row, m_n, D, BLOCK_D)
+    b_v = load_tile(p_v + i_h.to(tl.int64) * v_head, first, o_n, v_row, m_n, D, BLOCK_D)
+    p_q += i_h.to(tl.int64) * q_head
+    p_d_out += i_h.to(tl.int64) * grad_head
+    o_head = i_h.to(tl.int64) * Tq + begin
+    if p_head is not None:
+        summary = summary_row(p_summary_index, i_b, n_q)
+        b_through = tl.load(p_through + o_head + o_n, mask=m_n, other=0.0)
+        b_d_maximum = tl.load(p_d_maximum + first + o_n, mask=m_n, other=0.0)
+    b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    earliest = tl.maximum(slab_begin, i_n * BLOCK_N // BLOCK_M * BLOCK_M) if CAUSAL else slab_begin
+    for start in range(earliest, tl.minimum(n_q, slab_begin + slab), BLOCK_M):
+        o = tl.arange(0, BLOCK_M)
+        o_m = start + o
+        m_m = o_m < n_q
+        b_q = load_tile(p_q, begin + start, o, q_row, m_m, D, BLOCK_D)
+        b_d_out = load_tile(p_d_out, begin + start, o, grad_row, m_m, D, BLOCK_D)
+        b_lse = load_lse(p_lse, o_head + o_m, m_m, float("inf"))  # queries that do not exist: P = 0
+        b_delta = tl.load(p_delta + o_head + o_m, mask=m_m, other=0.0)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_p = tl.exp2(b_s * scale - b_lse[None, :])
+        if CAUSAL:
+            b_p = tl.where(o_n[:, None] <= o_m[None, :], b_p, 0.0)
+        b_dv = tl.dot(b_p.to(b_d_out.dtype), b_d_out, b_dv, input_precision="ieee")
+        b_dp = tl.dot(b_v, tl.trans(b_d_out), input_precision="ieee")
+        if p_head is not None:
+            p_tile = p_head + (first + o_n)[:, None] * slab + (o_m - slab_begin)[None, :]
+            b_best = tl.load(p_tile, mask=m_n[:, None] & m_m[None, :], other=255)
+            b_dp += tl.where(b_best.to(tl.int32) == i_h, b_d_maximum[:, None], 0.0)
+            b_dp += tl.where(o_m[None, :] == summary, b_through[:, None], 0.0)
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    b_dk *= softmax_scale
+    if ACCUMULATE:
+        b_dk += load_tile(p_dk + i_h * D, first, o_n, H * D, m_n, D, BLOCK_D)
+        b_dv += load_tile(p_dv + i_h * D, first, o_n, H * D, m_n, D, BLOCK_D)
+    store_tile(p_dk + i_h * D, first, o_n, H * D, m_n, b_dk, D, BLOCK_D)
+    store_tile(p_dv + i_h * D, first, o_n, H * D, m_n, b_dv, D, BLOCK_D)
+
+
+@triton.jit
+def _add_keys(
+    b_dq,  # (BLOCK_M, BLOCK_D) fp32
+    b_q,  # (BLOCK_M, BLOCK_D)
+    b_d_out,  # (BLOCK_M, BLOCK_D)
+    b_lse,  # (BLOCK_M,) fp32
+    b_delta,  # (BLOCK_M,) fp32
+    p_k,
+    p_v,
+    p_head,
+    p_through,
+    p_d_maximum,
+    first,
+    start,
+    o_m,
+    n,
+    i_h,
+    summary,
+    slab_begin,
+    slab,
+    k_row,
+    v_row,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """dQ from one block of keys; unless MASKED every query sees every key of it."""
+    o = tl.arange(0, BLOCK_N)
+    o_n = start + o
+    m_n = o_n < n if MASKED else None
+    b_k = load_tile(p_k, first + start, o, k_row, m_n, D, BLOCK_D)
+    b_v = load_tile(p_v, first + start, o, v_row, m_n, D, BLOCK_D)
+    b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None])
+    if MASKED:
+        m_visible = m_n[None, :]
+        if CAUSAL:
+            m_visible = m_visible & (o_n[None, :] <= o_m[:, None])
+        b_p = tl.where(m_visible, b_p, 0.0)
+    b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision="ieee")
+    if p_head is not None:
+        m_n = o_n < n
+        p_tile = p_head + (first + o_n)[None, :] * slab + (o_m - slab_begin)[:, None]
+        b_best = tl.load(p_tile, mask=m_n[None, :] & (o_m < slab_begin + slab)[:, None], other=255)
+        b_d_maximum = tl.load(p_d_maximum + first + o_n, mask=m_n, other=0.0)
+        b_dp += tl.where(b_best.to(tl.int32) == i_h, b_d_maximum[None, :], 0.0)
+        b_through = tl.load(p_through + first + o_n, mask=m_n, other=0.0)
+        b_dp += tl.where(o_m[:, None] == summary, b_through[None, :], 0.0)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "B", "max_seqlen_q", "max_seqlen_k", "slab_begin"])
+def query_gradient_kernel(
+    p_q,  # the arguments of key_gradient_kernel
+    p_k,
+    p_v,
+    p_d_out,
+    p_lse,
+    p_delta,
+    p_cu_seqlens_q,
+    p_cu_seqlens_k,
+    p_summary_index,
+    p_head,
+    p_through,
+    p_d_maximum,
+    p_dq,  # (Tq, H, D) contiguous, out
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    grad_row,
+    grad_head,
+    scale,
+    softmax_scale,
+    Tq,
+    Tk,
+    H,
+    B,
+    max_seqlen_q,
+    max_seqlen_k,
+    slab_begin,
+    slab,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """dQ of one block of queries of one head."""
+    zero_tail(p_dq, p_cu_seqlens_q, B, Tq, H * D)
+    i_m, i_h, i_b = program_of(tl.cdiv(tl.minimum(max_seqlen_q - slab_begin, slab), BLOCK_M), H)
+    begin, n_q = sequence_rows(p_cu_seqlens_q, i_b, Tq, max_seqlen_q)
+    first, n_k = sequence_rows(p_cu_seqlens_k, i_b, Tk, max_seqlen_k)
+    top = slab_begin + i_m * BLOCK_M
+    if top >= n_q:
+        return
+
+    o_m = top + tl.arange(0, BLOCK_M)
+    m_m = o_m < n_q
+    p_k += i_h.to(tl.int64) * k_head
+    p_v += i_h.to(tl.int64) * v_head
+    o_head = i_h.to(tl.int64) * Tq
+    summary = -1
+    if p_head is not None:
+        p_through += o_head
+        summary = summary_row(p_summary_index, i_b, n_q)
+    b_q = load_tile(p_q + i_h.to(tl.int64) * q_head, begin, o_m, q_row, m_m, D, BLOCK_D)
+    b_d_out = load_tile(p_d_out + i_h.to(tl.int64) * grad_head, begin, o_m, grad_row, m_m, D, BLOCK_D)
+    b_lse = load_lse(p_lse, o_head + begin + o_m, m_m, 0.0)
+    b_delta = tl.load(p_delta + o_head + begin + o_m, mask=m_m, other=0.0)
+    b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if CAUSAL:
+        n_k = tl.minimum(n_k, top + BLOCK_M)
+        whole = tl.minimum(top, n_k) // BLOCK_N * BLOCK_N
+    else:
+        whole = n_k // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        b_dq = _add_keys(
+            b_dq, b_q, b_d_out, b_lse, b_delta, p_k, p_v, p_head, p_through, p_d_maximum, first, start, o_m, n_k, i_h,
+            summary, slab_begin, slab, k_row, v_row, scale, D, BLOCK_D, BLOCK_N, CAUSAL, False,
+        )  # fmt: skip
+    for start in range(whole, n_k, BLOCK_N):
+        b_dq = _add_keys(
+            b_dq, b_q, b_d_out, b_lse, b_delta, p_k, p_v, p_head, p_through, p_d_maximum, first, start, o_m, n_k, i_h,
+            summary, slab_begin, slab, k_row, v_row, scale, D, BLOCK_D, BLOCK_N, CAUSAL, True,
+        )  # fmt: skip
+    store_tile(p_dq + i_h * D, begin, o_m, H * D, m_m, b_dq * softmax_scale, D, BLOCK_D)
+
+
+# --- launcher
+
+
+def _key_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 128 if head_dim <= 64 else 64, "num_warps": 8, "num_stages": 2}
+
+
+def _query_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 128 if head_dim <= 64 else 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+
+
+def varlen_attention_backward(
+    grad_out: Tensor,  # (Tq, H, D)
+    grad_summary: Tensor,  # (Tk,) fp32, empty without statistics
+    grad_received: Tensor,  # (Tk,) fp32
+    out: Tensor,  # (Tq, H, D)
+    lse: Tensor,  # (H, Tq) fp32
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    summary_index: Tensor | None,
+    return_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # like q, k, v
+    """As `reference.attention.varlen_attention_backward`, given `out` and `lse` of the forward.
+
+    ValueError: more than 255 heads with statistics, a head is kept as a byte.
+    """
+    (rows, head_count, head_dim), batch = q.shape, cu_seqlens_q.numel() - 1
+    if return_stats and head_count > MOST_HEADS:
+        raise ValueError(f"q must have at most {MOST_HEADS} heads when return_stats is True, got {head_count}")
+    if softmax_scale < 0:
+        flipped = (-q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, -softmax_scale)
+        dq, dk, dv = varlen_attention_backward(
+            grad_out, grad_summary, grad_received, out, lse, *flipped, causal, summary_index, return_stats
+        )
+        return dq.neg_(), dk, dv
+    if min(max_seqlen_q, max_seqlen_k, rows, head_count, batch) == 0:
+        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+    q, k, v, grad_out, out, lse = heads(q), heads(k), heads(v), heads(grad_out), out.contiguous(), lse.contiguous()
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    summary_index = None if summary_index is None else summary_index.contiguous()
+    scale, slab = softmax_scale * LOG2_E, max_seqlen_q
+    ragged = (cu_seqlens_q, max_seqlen_q, scale, causal, summary_index)
+    delta = statistic(q, head_count, rows)
+    d_out, argmax, from_summary, norms, through, d_maximum = grad_out, None, None, None, None, None
+    with on_device(q.device):
+        if return_stats:
+            slab = min(triton.cdiv(max_seqlen_q, 128) * 128, SLAB)
+            from_summary, norms = launch_from_summary(q, k, lse, out, *ragged)
+            d_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            through, d_maximum = statistic(q, head_count, rows), statistic(q, rows)
+            argmax = HeadArgmax(q, k, lse, cu_seqlens_q, max_seqlen_q, slab)
+        prepare_kernel[(triton.cdiv(max_seqlen_q, ROWS) * head_count * batch,)](
+            grad_out,
+            out,
+            cu_seqlens_q,
+            summary_index,
+            grad_summary.contiguous() if return_stats else None,
+            grad_received.contiguous() if return_stats else None,
+            from_summary,
+            norms,
+            delta,
+            d_out if return_stats else None,
+            through,
+            d_maximum,
+            *strides(grad_out),
+            rows,
+            head_count,
+            max_seqlen_q,
+            **dims(head_dim),
+            BLOCK=ROWS,
+            CAUSAL=causal,
+            **OPTIONS,
+        )
+        slabs = range(0, max_seqlen_q, slab)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dk, dv = (  # several slabs add up in float32
+            torch.empty(x.shape, dtype=x.dtype if len(slabs) == 1 else torch.float32, device=x.device) for x in (k, v)
+        )
+        key_blocks, query_blocks = _key_blocks(head_dim, q.dtype), _query_blocks(head_dim, q.dtype)
+        shared = {**dims(head_dim), "CAUSAL": causal}
+        for slab_begin in slabs:
+            if argmax is not None:
+                argmax.fill(slab_begin, d_maximum, from_summary, through, delta, scale, causal, summary_index)
+            inputs = (q, k, v, d_out, lse, delta, cu_seqlens_q, cu_seqlens_k, summary_index)
+            inputs += (None if argmax is None else argmax.heads, through, d_maximum)
+            sizes = (*strides(q, k, v, d_out), scale, softmax_scale, rows, k.shape[0], head_count, batch)
+            sizes += (max_seqlen_q, max_seqlen_k, slab_begin, slab)
+            key_gradient_kernel[(triton.cdiv(max_seqlen_k, key_blocks["BLOCK_N"]) * head_count * batch,)](
+                *inputs, dk, dv, *sizes, **shared, ACCUMULATE=slab_begin > 0, **OPTIONS | key_blocks
+            )
+            slab_rows = min(max_seqlen_q - slab_begin, slab)
+            query_gradient_kernel[(triton.cdiv(slab_rows, query_blocks["BLOCK_M"]) * head_count * batch,)](
+                *inputs, dq, *sizes, **shared, **OPTIONS | query_blocks
+            )
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
