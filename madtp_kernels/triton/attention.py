@@ -54,7 +54,7 @@ def _attend(
     """One block of keys into the running softmax; unless MASKED every query sees every key of it."""
     o = tl.arange(0, BLOCK_N)
     m_n = start + o < n if MASKED else None
-    b_k = load_tile(p_k, first + start, o, k_row, m_n, D, BLOCK_D)
+    b_k = load_tile(p_k, first + start, k_row, m_n, BLOCK_N, D, BLOCK_D)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if MASKED:
         m_visible = m_n[None, :]
@@ -64,7 +64,7 @@ def _attend(
     b_next = tl.maximum(b_max, tl.max(b_s, 1) * scale)
     b_p = tl.exp2(b_s * scale - b_next[:, None])
     b_shrink = tl.exp2(b_max - b_next)
-    b_v = load_tile(p_v, first + start, o, v_row, m_n, D, BLOCK_D)
+    b_v = load_tile(p_v, first + start, v_row, m_n, BLOCK_N, D, BLOCK_D)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
     return b_acc, b_next, b_sum * b_shrink + tl.sum(b_p, 1)
 
@@ -113,7 +113,7 @@ def attention_kernel(
     m_m = o_m < n_q
     p_k += i_h.to(tl.int64) * k_head
     p_v += i_h.to(tl.int64) * v_head
-    b_q = load_tile(p_q + i_h.to(tl.int64) * q_head, begin, o_m, q_row, m_m, D, BLOCK_D)
+    b_q = load_tile(p_q + i_h.to(tl.int64) * q_head, begin + i_m * BLOCK_M, q_row, m_m, BLOCK_M, D, BLOCK_D)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -135,7 +135,7 @@ def attention_kernel(
 
     b_out = b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None]  # 0: a sequence without keys
     o_head = i_h.to(tl.int64) * Tq + begin + o_m
-    store_tile(p_out + i_h * D, begin, o_m, H * D, m_m, b_out, D, BLOCK_D)
+    store_tile(p_out + i_h * D, begin + i_m * BLOCK_M, H * D, m_m, b_out, BLOCK_M, D, BLOCK_D)
     tl.store(p_lse + o_head, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
     if p_norms is not None:
         tl.store(p_norms + o_head, tl.sqrt(tl.sum(b_out * b_out, 1)), mask=m_m)

@@ -26,6 +26,12 @@ ROWS = 128  # of a program of the delta kernel
 NO_HEAD = tl.constexpr(255)  # pairs whose query is not counted; heads are numbered up to 254
 
 
+@triton.jit
+def head_tile(p_head, row, column, slab, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to (ROWS, COLUMNS) of the arg-max heads: keys from `row` (int64), queries of the slab from `column`."""
+    return p_head + row * slab + (column + tl.arange(0, ROWS)[:, None] * slab + tl.arange(0, COLUMNS)[None, :])
+
+
 @triton.jit(do_not_specialize=["T", "H", "max_seqlen", "slab_begin"])
 def head_argmax_kernel(
     p_q,  # (T, H, D)
@@ -56,20 +62,20 @@ def head_argmax_kernel(
     rows = tl.minimum(max_seqlen - slab_begin, slab)
     i_n, i_m, i_b = program_of(tl.cdiv(max_seqlen, BLOCK_N), tl.cdiv(rows, BLOCK_M))
     begin, n = sequence_rows(p_cu_seqlens, i_b, T, max_seqlen)
-    o_slab = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_m = slab_begin + o_slab
+    top = slab_begin + i_m * BLOCK_M
+    o_m = top + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if (i_n * BLOCK_N >= n) | (slab_begin + i_m * BLOCK_M >= n):
+    if (i_n * BLOCK_N >= n) | (top >= n):
         return
     if CAUSAL:
-        if i_n * BLOCK_N >= slab_begin + (i_m + 1) * BLOCK_M:
+        if i_n * BLOCK_N >= top + BLOCK_M:
             return
     m_m, m_n = o_m < n, o_n < n
     b_best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
     b_head = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for i_h in range(H):
-        b_q = load_tile(p_q, begin, o_m, q_row, m_m, D, BLOCK_D)
-        b_k = load_tile(p_k, begin, o_n, k_row, m_n, D, BLOCK_D)
+        b_q = load_tile(p_q, begin + top, q_row, m_m, BLOCK_M, D, BLOCK_D)
+        b_k = load_tile(p_k, begin + i_n * BLOCK_N, k_row, m_n, BLOCK_N, D, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_log = b_s * scale - load_lse(p_lse, begin + o_m, m_m, 0.0)[:, None]
         b_head = tl.where(b_log > b_best, i_h, b_head)
@@ -80,7 +86,7 @@ def head_argmax_kernel(
 
     m_counted = m_m & (o_m != summary_row(p_summary_index, i_b, n))
     b_head = tl.where(m_counted[:, None], b_head, NO_HEAD)
-    p_tile = p_head + (begin + o_n)[None, :] * slab + o_slab[:, None]
+    p_tile = tl.trans(head_tile(p_head, begin + i_n * BLOCK_N, i_m * BLOCK_M, slab, BLOCK_N, BLOCK_M))
     tl.store(p_tile, b_head.to(tl.uint8), mask=m_m[:, None] & m_n[None, :])
 
     m_pair = m_counted[:, None] & m_n[None, :]
@@ -91,7 +97,7 @@ def head_argmax_kernel(
     p_partial += _partial_block(begin, i_n, i_b, BLOCK_N) * H * slab
     for i_h in range(H):
         b_sum = tl.sum(tl.where(b_head == i_h, b_share, 0.0), 1)
-        tl.store(p_partial + o_slab, b_sum, mask=m_m)
+        tl.store(p_partial + (o_m - slab_begin), b_sum, mask=m_m)
         p_partial += slab
 
 

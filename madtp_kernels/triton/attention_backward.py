@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from madtp_kernels.triton.attention_argmax import HeadArgmax
+from madtp_kernels.triton.attention_argmax import HeadArgmax, head_tile
 from madtp_kernels.triton.attention_statistics import head_sums, launch_from_summary
 from madtp_kernels.triton.attention_tiles import (
     LOG2_E,
@@ -69,8 +69,8 @@ def prepare_kernel(
     o_m = i_m * BLOCK + tl.arange(0, BLOCK)
     m_m = o_m < n
     o_head = i_h.to(tl.int64) * T + begin + o_m
-    b_out = load_tile(p_out + i_h * D, begin, o_m, H * D, m_m, D, BLOCK_D).to(tl.float32)
-    b_grad = load_tile(p_grad_out + i_h.to(tl.int64) * grad_head, begin, o_m, grad_row, m_m, D, BLOCK_D)
+    b_out = load_tile(p_out + i_h * D, begin + i_m * BLOCK, H * D, m_m, BLOCK, D, BLOCK_D).to(tl.float32)
+    b_grad = load_tile(p_grad_out + i_h.to(tl.int64) * grad_head, begin + i_m * BLOCK, grad_row, m_m, BLOCK, D, BLOCK_D)
     b_grad = b_grad.to(tl.float32)
     if p_grad_summary is not None:
         b_norms, b_weighted = head_sums(p_from_summary, p_norms, begin + o_m, m_m, T, H)
@@ -81,7 +81,7 @@ def prepare_kernel(
         b_d_norm = b_d_summary * (b_p - b_weighted / b_norms) / b_norms
         b_grad += tl.where(b_norm > 0, b_d_norm / b_norm, 0.0)[:, None] * b_out
         b_grad = b_grad.to(p_d_out.dtype.element_ty)
-        store_tile(p_d_out + i_h * D, begin, o_m, H * D, m_m, b_grad, D, BLOCK_D)
+        store_tile(p_d_out + i_h * D, begin + i_m * BLOCK, H * D, m_m, b_grad, BLOCK, D, BLOCK_D)
         b_grad = b_grad.to(tl.float32)
         tl.store(p_through + o_head, b_d_summary * b_norm / b_norms, mask=m_m)
         if i_h == 0:
@@ -143,8 +143,9 @@ def key_gradient_kernel(
 
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n_k
-    b_k = load_tile(p_k + i_h.to(tl.int64) * k_head, first, o_n, k_row, m_n, D, BLOCK_D)
-    b_v = load_tile(p_v + i_h.to(tl.int64) * v_head, first, o_n, v_row, m_n, D, BLOCK_D)
+    row = first + i_n * BLOCK_N
+    b_k = load_tile(p_k + i_h.to(tl.int64) * k_head, row, k_row, m_n, BLOCK_N, D, BLOCK_D)
+    b_v = load_tile(p_v + i_h.to(tl.int64) * v_head, row, v_row, m_n, BLOCK_N, D, BLOCK_D)
     p_q += i_h.to(tl.int64) * q_head
     p_d_out += i_h.to(tl.int64) * grad_head
     o_head = i_h.to(tl.int64) * Tq + begin
@@ -156,11 +157,10 @@ def key_gradient_kernel(
     b_dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     earliest = tl.maximum(slab_begin, i_n * BLOCK_N // BLOCK_M * BLOCK_M) if CAUSAL else slab_begin
     for start in range(earliest, tl.minimum(n_q, slab_begin + slab), BLOCK_M):
-        o = tl.arange(0, BLOCK_M)
-        o_m = start + o
+        o_m = start + tl.arange(0, BLOCK_M)
         m_m = o_m < n_q
-        b_q = load_tile(p_q, begin + start, o, q_row, m_m, D, BLOCK_D)
-        b_d_out = load_tile(p_d_out, begin + start, o, grad_row, m_m, D, BLOCK_D)
+        b_q = load_tile(p_q, begin + start, q_row, m_m, BLOCK_M, D, BLOCK_D)
+        b_d_out = load_tile(p_d_out, begin + start, grad_row, m_m, BLOCK_M, D, BLOCK_D)
         b_lse = load_lse(p_lse, o_head + o_m, m_m, float("inf"))  # queries that do not exist: P = 0
         b_delta = tl.load(p_delta + o_head + o_m, mask=m_m, other=0.0)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
@@ -170,7 +170,7 @@ def key_gradient_kernel(
         b_dv = tl.dot(b_p.to(b_d_out.dtype), b_d_out, b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_d_out), input_precision="ieee")
         if p_head is not None:
-            p_tile = p_head + (first + o_n)[:, None] * slab + (o_m - slab_begin)[None, :]
+            p_tile = head_tile(p_head, row, start - slab_begin, slab, BLOCK_N, BLOCK_M)
             b_best = tl.load(p_tile, mask=m_n[:, None] & m_m[None, :], other=255)
             b_dp += tl.where(b_best.to(tl.int32) == i_h, b_d_maximum[:, None], 0.0)
             b_dp += tl.where(o_m[None, :] == summary, b_through[:, None], 0.0)
@@ -178,10 +178,10 @@ def key_gradient_kernel(
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     b_dk *= softmax_scale
     if ACCUMULATE:
-        b_dk += load_tile(p_dk + i_h * D, first, o_n, H * D, m_n, D, BLOCK_D)
-        b_dv += load_tile(p_dv + i_h * D, first, o_n, H * D, m_n, D, BLOCK_D)
-    store_tile(p_dk + i_h * D, first, o_n, H * D, m_n, b_dk, D, BLOCK_D)
-    store_tile(p_dv + i_h * D, first, o_n, H * D, m_n, b_dv, D, BLOCK_D)
+        b_dk += load_tile(p_dk + i_h * D, row, H * D, m_n, BLOCK_N, D, BLOCK_D)
+        b_dv += load_tile(p_dv + i_h * D, row, H * D, m_n, BLOCK_N, D, BLOCK_D)
+    store_tile(p_dk + i_h * D, row, H * D, m_n, b_dk, BLOCK_N, D, BLOCK_D)
+    store_tile(p_dv + i_h * D, row, H * D, m_n, b_dv, BLOCK_N, D, BLOCK_D)
 
 
 @triton.jit
@@ -199,26 +199,27 @@ def _add_keys(
     first,
     start,
     o_m,
+    m_m,
     n,
     i_h,
     summary,
-    slab_begin,
+    column,
     slab,
     k_row,
     v_row,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """dQ from one block of keys; unless MASKED every query sees every key of it."""
-    o = tl.arange(0, BLOCK_N)
-    o_n = start + o
+    o_n = start + tl.arange(0, BLOCK_N)
     m_n = o_n < n if MASKED else None
-    b_k = load_tile(p_k, first + start, o, k_row, m_n, D, BLOCK_D)
-    b_v = load_tile(p_v, first + start, o, v_row, m_n, D, BLOCK_D)
+    b_k = load_tile(p_k, first + start, k_row, m_n, BLOCK_N, D, BLOCK_D)
+    b_v = load_tile(p_v, first + start, v_row, m_n, BLOCK_N, D, BLOCK_D)
     b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None])
     if MASKED:
         m_visible = m_n[None, :]
@@ -228,8 +229,8 @@ def _add_keys(
     b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision="ieee")
     if p_head is not None:
         m_n = o_n < n
-        p_tile = p_head + (first + o_n)[None, :] * slab + (o_m - slab_begin)[:, None]
-        b_best = tl.load(p_tile, mask=m_n[None, :] & (o_m < slab_begin + slab)[:, None], other=255)
+        p_tile = tl.trans(head_tile(p_head, first + start, column, slab, BLOCK_N, BLOCK_M))
+        b_best = tl.load(p_tile, mask=m_m[:, None] & m_n[None, :], other=255)
         b_d_maximum = tl.load(p_d_maximum + first + o_n, mask=m_n, other=0.0)
         b_dp += tl.where(b_best.to(tl.int32) == i_h, b_d_maximum[None, :], 0.0)
         b_through = tl.load(p_through + first + o_n, mask=m_n, other=0.0)
@@ -295,8 +296,8 @@ def query_gradient_kernel(
     if p_head is not None:
         p_through += o_head
         summary = summary_row(p_summary_index, i_b, n_q)
-    b_q = load_tile(p_q + i_h.to(tl.int64) * q_head, begin, o_m, q_row, m_m, D, BLOCK_D)
-    b_d_out = load_tile(p_d_out + i_h.to(tl.int64) * grad_head, begin, o_m, grad_row, m_m, D, BLOCK_D)
+    b_q = load_tile(p_q + i_h.to(tl.int64) * q_head, begin + top, q_row, m_m, BLOCK_M, D, BLOCK_D)
+    b_d_out = load_tile(p_d_out + i_h.to(tl.int64) * grad_head, begin + top, grad_row, m_m, BLOCK_M, D, BLOCK_D)
     b_lse = load_lse(p_lse, o_head + begin + o_m, m_m, 0.0)
     b_delta = tl.load(p_delta + o_head + begin + o_m, mask=m_m, other=0.0)
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -307,15 +308,15 @@ def query_gradient_kernel(
         whole = n_k // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         b_dq = _add_keys(
-            b_dq, b_q, b_d_out, b_lse, b_delta, p_k, p_v, p_head, p_through, p_d_maximum, first, start, o_m, n_k, i_h,
-            summary, slab_begin, slab, k_row, v_row, scale, D, BLOCK_D, BLOCK_N, CAUSAL, False,
+            b_dq, b_q, b_d_out, b_lse, b_delta, p_k, p_v, p_head, p_through, p_d_maximum, first, start, o_m, m_m,
+            n_k, i_h, summary, i_m * BLOCK_M, slab, k_row, v_row, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False,
         )  # fmt: skip
     for start in range(whole, n_k, BLOCK_N):
         b_dq = _add_keys(
-            b_dq, b_q, b_d_out, b_lse, b_delta, p_k, p_v, p_head, p_through, p_d_maximum, first, start, o_m, n_k, i_h,
-            summary, slab_begin, slab, k_row, v_row, scale, D, BLOCK_D, BLOCK_N, CAUSAL, True,
+            b_dq, b_q, b_d_out, b_lse, b_delta, p_k, p_v, p_head, p_through, p_d_maximum, first, start, o_m, m_m,
+            n_k, i_h, summary, i_m * BLOCK_M, slab, k_row, v_row, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True,
         )  # fmt: skip
-    store_tile(p_dq + i_h * D, begin, o_m, H * D, m_m, b_dq * softmax_scale, D, BLOCK_D)
+    store_tile(p_dq + i_h * D, begin + top, H * D, m_m, b_dq * softmax_scale, BLOCK_M, D, BLOCK_D)
 
 
 # --- launcher
@@ -323,14 +324,14 @@ def query_gradient_kernel(
 
 def _key_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 128 if head_dim <= 64 else 64, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 32, "BLOCK_N": 128 if head_dim <= 64 else 64, "num_warps": 8, "num_stages": 2}
 
 
 def _query_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 128 if head_dim <= 64 else 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 128 if head_dim <= 64 else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 
 def varlen_attention_backward(

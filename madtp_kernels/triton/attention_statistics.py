@@ -63,8 +63,8 @@ def head_maximum_kernel(
     m_m, m_n = o_m < n, o_n < n
     b_best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
     for _ in range(H):
-        b_q = load_tile(p_q, begin, o_m, q_row, m_m, D, BLOCK_D)
-        b_k = load_tile(p_k, begin, o_n, k_row, m_n, D, BLOCK_D)
+        b_q = load_tile(p_q, begin + i_m * BLOCK_M, q_row, m_m, BLOCK_M, D, BLOCK_D)
+        b_k = load_tile(p_k, begin + i_n * BLOCK_N, k_row, m_n, BLOCK_N, D, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_log = b_s * scale - load_lse(p_lse, begin + o_m, m_m, 0.0)[:, None]
         b_best = tl.maximum(b_best, b_log, propagate_nan=tl.PropagateNan.ALL)
@@ -115,11 +115,11 @@ def from_summary_kernel(
     row = begin + tl.maximum(summary, 0)
     i_h = i_h.to(tl.int64)
     b_q = tl.load(p_q + i_h * q_head + row * q_row + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_k = load_tile(p_k + i_h * k_head, begin, o_n, k_row, m_seen, D, BLOCK_D).to(tl.float32)
+    b_k = load_tile(p_k + i_h * k_head, begin + i_n * BLOCK, k_row, m_seen, BLOCK, D, BLOCK_D).to(tl.float32)
     b_log = tl.sum(b_k * b_q[None, :], 1) * scale - load_lse(p_lse, i_h * T + row, None, None)
     tl.store(p_from_summary + i_h * T + begin + o_n, tl.where(m_seen, tl.exp2(b_log), 0.0), mask=m_n)
     if p_norms is not None:
-        b_out = load_tile(p_out + i_h * D, begin, o_n, H * D, m_n, D, BLOCK_D).to(tl.float32)
+        b_out = load_tile(p_out + i_h * D, begin + i_n * BLOCK, H * D, m_n, BLOCK, D, BLOCK_D).to(tl.float32)
         tl.store(p_norms + i_h * T + begin + o_n, tl.sqrt(tl.sum(b_out * b_out, 1)), mask=m_n)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from madtp_kernels.triton.common import sequence_bounds
 
 LOG2_E = 1.4426950408889634
+MOST_STRIDE = 2**24  # elements from row to row
 TAIL_BLOCK = tl.constexpr(1024)
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -50,10 +51,16 @@ def observers(o_n, n, summary, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_x, first, o, stride, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(len(o), BLOCK_D) of rows first + o of one head; zeros where masked. mask None: all rows exist."""
+def _tile(p_x, row, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to rows row, row + 1, ...: one 64-bit address, and 32-bit offsets, which take half the registers."""
+    return p_x + row * stride + (tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :])
+
+
+@triton.jit
+def load_tile(p_x, row, stride, mask, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(ROWS, BLOCK_D) of one head from `row` (int64) on; zeros where masked. mask None: all rows exist."""
     o_d = tl.arange(0, BLOCK_D)
-    p_tile = p_x + first * stride + (o.to(tl.int64)[:, None] * stride + o_d[None, :])
+    p_tile = _tile(p_x, row, stride, ROWS, BLOCK_D)
     if mask is None and D == BLOCK_D:
         return tl.load(p_tile)
     elif mask is None:
@@ -65,11 +72,10 @@ def load_tile(p_x, first, o, stride, mask, D: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
-def store_tile(p_x, first, o, stride, mask, b_x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_tile(p_x, row, stride, mask, b_x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
-    p_tile = p_x + first * stride + (o.to(tl.int64)[:, None] * stride + o_d[None, :])
     m_tile = mask[:, None] if D == BLOCK_D else mask[:, None] & (o_d < D)[None, :]
-    tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=m_tile)
+    tl.store(_tile(p_x, row, stride, ROWS, BLOCK_D), b_x.to(p_x.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
@@ -92,8 +98,8 @@ def zero_tail(p_x, p_cu_seqlens, B, T, WIDTH):
 
 
 def heads(x: Tensor) -> Tensor:
-    """x (T, H, D), or a copy when its channels are not contiguous. Any row and head stride will do."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    """x (T, H, D), or a copy when its channels are not contiguous or its rows too far apart for 32-bit offsets."""
+    return x if x.stride(2) == 1 and x.stride(0) < MOST_STRIDE else x.contiguous()
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
