@@ -146,7 +146,7 @@ def _blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     narrow = head_dim <= 64
     if dtype == torch.float32:
         return {"BLOCK_M": 64 if narrow else 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3 if narrow else 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 64 if narrow else 32, "num_warps": 8, "num_stages": 3}
 
 
 def varlen_attention(

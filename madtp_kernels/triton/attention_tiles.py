@@ -27,7 +27,7 @@ def program_of(blocks, H):
 
 @triton.jit
 def sequence_rows(p_cu_seqlens, i_b, T, max_seqlen):
-    """First row (int64) and length (int32) of sequence i_b, never longer than the grid and the buffers were made for."""
+    """First row (int64) and length (int32) of sequence i_b, never longer than the grid and buffers were made for."""
     begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
     return begin, tl.minimum(end - begin, max_seqlen).to(tl.int32)
 
