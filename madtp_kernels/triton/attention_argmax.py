@@ -12,6 +12,7 @@ from torch import Tensor
 
 from madtp_kernels.triton.attention_tiles import (
     dims,
+    head_tile,
     load_lse,
     load_tile,
     program_of,
@@ -24,12 +25,6 @@ from madtp_kernels.triton.common import OPTIONS
 
 ROWS = 128  # of a program of the delta kernel
 NO_HEAD = tl.constexpr(255)  # pairs whose query is not counted; heads are numbered up to 254
-
-
-@triton.jit
-def head_tile(p_head, row, column, slab, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers to (ROWS, COLUMNS) of the arg-max heads: keys from `row` (int64), queries of the slab from `column`."""
-    return p_head + row * slab + (column + tl.arange(0, ROWS)[:, None] * slab + tl.arange(0, COLUMNS)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "H", "max_seqlen", "slab_begin"])

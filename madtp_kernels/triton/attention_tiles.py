@@ -79,6 +79,12 @@ def store_tile(p_x, row, stride, mask, b_x, ROWS: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
+def head_tile(p_head, row, column, slab, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to (ROWS, COLUMNS) of the arg-max heads: keys from `row` (int64), queries of the slab from `column`."""
+    return p_head + row * slab + (column + tl.arange(0, ROWS)[:, None] * slab + tl.arange(0, COLUMNS)[None, :])
+
+
+@triton.jit
 def load_lse(p_lse, o, mask, other):
     """Log-sum-exp of rows, to base 2."""
     return tl.load(p_lse + o, mask=mask, other=other) * _LOG2_E
