@@ -143,10 +143,9 @@ def attention_kernel(
 
 def _blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """The largest tiles that keep everything in registers on sm_80 and sm_90."""
-    narrow = head_dim <= 64
     if dtype == torch.float32:
-        return {"BLOCK_M": 64 if narrow else 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64 if narrow else 32, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 8, "num_stages": 3}
 
 
 def varlen_attention(

@@ -263,13 +263,13 @@ def query_gradient_kernel(
 
 def _key_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     return {"BLOCK_M": 32, "BLOCK_N": 128 if head_dim <= 64 else 64, "num_warps": 8, "num_stages": 2}
 
 
 def _query_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": 128 if head_dim <= 64 else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 

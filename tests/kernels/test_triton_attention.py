@@ -17,9 +17,8 @@ from madtp_kernels.triton.attention_backward import varlen_attention_backward
 
 pytestmark = MARKS
 
-LENGTHS = [63, 1, 0, 37, 2, 17]
-INDEX = [62, 0, -1, 5, -1, 99]  # last, first, none, inside, none, past the end
-BATCH_INDICES = {"first": None, "any": INDEX, "none": [-1] * len(LENGTHS)}
+LENGTHS = [37, 1, 0, 19, 2, 3]
+INDEX = [36, 0, -1, 5, -1, 99]  # last, first, none, inside, none, past the end
 
 
 class Case:
@@ -97,15 +96,15 @@ def test_head_dims(dtype, dim):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("summary", BATCH_INDICES)
-def test_summary_tokens(dtype, causal, summary):
-    Case(LENGTHS, dtype=dtype, causal=causal, index=BATCH_INDICES[summary]).check()
+@pytest.mark.parametrize("index", [INDEX, [-1] * len(INDEX)], ids=["any", "none"])
+def test_summary_tokens(dtype, causal, index):
+    Case(LENGTHS, dtype=dtype, causal=causal, index=index).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_without_statistics(dtype, causal):
-    case = Case(LENGTHS, dtype=dtype, dim=32, causal=causal, stats=False)
+    case = Case([63, 1, 0, 5], dtype=dtype, dim=32, causal=causal, stats=False)
     case.check()
     out, *_, lse = case.run()[:4]
     case.stats = True
@@ -189,7 +188,7 @@ def test_a_sequence_does_not_depend_on_the_batch(dtype, length, causal, monkeypa
 
 
 def test_any_layout_is_read():
-    case = Case([33, 4], heads=3)
+    case = Case([33, 4], dtype=torch.float16)
     expected = case.run([x.contiguous() for x in case.qkv.unbind(1)])
     head_major = case.qkv.permute(1, 2, 0, 3).contiguous().transpose(1, 2)
     channels_apart = torch.stack([case.qkv, case.qkv], -1)[..., 0].unbind(1)
@@ -203,9 +202,9 @@ def test_any_layout_is_read():
 
 
 def test_rows_past_the_last_sequence_are_zero():
-    case = Case([20, 30], index=[3, 4])
+    case = Case([20, 30], dtype=torch.float16, index=[3, 4])
     expected = case.run()
-    padded = Case([20, 30, 25], index=[3, 4])
+    padded = Case([20, 30, 25], dtype=torch.float16, index=[3, 4])
     padded.cu, padded.longest = case.cu, 30
     padded.qkv[:50], padded.qkv[50:] = case.qkv, math.nan
     padded.grads = [torch.cat([g, g.new_full((25, *g.shape[1:]), math.nan)]) for g in case.grads]
@@ -231,46 +230,46 @@ def test_corner_batches(lengths):
 
 @pytest.mark.parametrize("part", range(3))
 def test_nan_stays_in_its_sequence(part):
-    case = Case([40, 30, 50], index=[0, 29, -1])
+    case = Case([40, 30, 50], dtype=torch.float16, index=[0, 29, -1])
     clean = case.run()
     case.qkv[41, part, 0, 3] = math.nan
-    for position, (got, want) in enumerate(zip(case.run(), clean, strict=True)):
+    broken = case.run()
+    for position, (got, want) in enumerate(zip(broken, clean, strict=True)):
         got, want = (x.T if position == 3 else x for x in (got, want))
         assert torch.equal(got[:40], want[:40]) and torch.equal(got[70:], want[70:])
         assert position in (1, 2, 3) or got[40:70].isnan().any()
-    assert case.run()[2][40:70].isnan().any() == (part < 2)
+    assert broken[2][40:70].isnan().any() == (part < 2)
 
 
 def test_large_scores():
-    case = Case([50, 20])
-    case.qkv[:, :2] *= 200  # scores of 1e4
-    assert all(x.isfinite().all() for x in case.run())
-    got, exact = case.run()[:3], case.reference(torch.float64)[:3]
-    bound = case.reference(torch.float32)[:3]
-    assert all(largest(g - e) <= 3 * largest(b - e) + 1e-5 for g, e, b in zip(got, exact, bound, strict=True))
+    case = Case([37, 2], dtype=torch.float16)
+    case.qkv[:, :2] *= 200  # scores of 1e4: a rounding of the log-sum-exp is 1e-3 of P
+    got, exact = case.run(), case.reference(torch.float64)
+    assert all(x.isfinite().all() for x in got)
+    assert all(largest(g - e) <= 1e-2 for g, e in zip(got[:3], exact[:3], strict=True))
 
 
 def test_negative_scale():
-    case = Case([40, 3])
+    case = Case([20, 3])
     case.scale *= -1
     case.check()
 
 
 def test_equal_heads_send_the_gradient_to_the_first():
-    case = Case([40, 3], heads=3)
+    case = Case([20, 3], heads=3)
     case.qkv[:, :2, 1:] = case.qkv[:, :2, :1]
     case.check()
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_value_makes_a_kernel_write_out_of_bounds(causal, seed, monkeypatch):
     """On a GPU values are not checked: the guards of the outputs see a write past the end, the process a wild read."""
     monkeypatch.setattr(attention_backward, "SLAB", 128)
     generator = torch.Generator().manual_seed(seed)
-    case = Case([40], causal=causal)
+    case = Case([40], dtype=torch.float16, causal=causal)
     case.cu, case.index = wild_integers(7, generator), wild_integers(6, generator)
-    for case.longest in (1, 25, 130):
+    for case.longest in (25, 130):
         case.run()
     q, k, v = case.qkv.unbind(1)
     cu_k = wild_integers(7, generator)
@@ -281,5 +280,6 @@ def test_no_value_makes_a_kernel_write_out_of_bounds(causal, seed, monkeypatch):
 
 def test_refuses_more_heads_than_a_byte_holds():
     case = Case([1], heads=256)
+    q, k, v = case.qkv.unbind(1)
     with pytest.raises(ValueError, match="q must have at most 255 heads when return_stats is True, got 256"):
-        case.run()
+        varlen_attention_backward(*case.grads, q, q[..., 0].T, q, k, v, *case.arguments())
