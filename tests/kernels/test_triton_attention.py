@@ -17,7 +17,7 @@ from madtp_kernels.triton.attention_backward import varlen_attention_backward
 
 pytestmark = MARKS
 
-LENGTHS = [37, 1, 0, 19, 2, 3]
+LENGTHS = [35, 1, 0, 6, 2, 3]
 INDEX = [36, 0, -1, 5, -1, 99]  # last, first, none, inside, none, past the end
 
 
@@ -91,7 +91,7 @@ def equal(got, expected):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 128])
 def test_head_dims(dtype, dim):
-    Case([37, 1, 0, 2], dim=dim, dtype=dtype, causal=dim % 64 == 0, index=[34, 0, -1, 1]).check()
+    Case([33, 1, 0, 2], dim=dim, dtype=dtype, causal=dim % 64 == 0, index=[32, 0, -1, 1]).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,12 +104,12 @@ def test_summary_tokens(dtype, causal, index):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_without_statistics(dtype, causal):
-    case = Case([63, 1, 0, 5], dtype=dtype, dim=32, causal=causal, stats=False)
+    case = Case([37, 1, 0, 5], dtype=dtype, dim=32, causal=causal, stats=False)
     case.check()
-    out, *_, lse = case.run()[:4]
-    case.stats = True
-    with_statistics = case.run()
-    assert torch.equal(with_statistics[0], out) and torch.equal(with_statistics[3], lse)
+    qkv, arguments = case.qkv.unbind(1), case.arguments()
+    out, _, _, lse = varlen_attention(*qkv, *arguments)
+    same, _, _, same_lse = varlen_attention(*qkv, *arguments[:-1], True)
+    assert torch.equal(same, out) and torch.equal(same_lse, lse)
 
 
 def test_log_sum_exp_is_natural():
@@ -129,7 +129,7 @@ def test_image_length():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cross_attention(dtype):
-    queries, keys = [40, 1, 0, 3, 9], [17, 5, 4, 130, 1]
+    queries, keys = [34, 1, 0, 3, 2], [17, 5, 4, 66, 1]
     cu_q, cu_k = cu_seqlens_of(queries).to(DEVICE), cu_seqlens_of(keys).to(DEVICE)
     q = torch.randn(sum(queries), 2, 32, device=DEVICE).to(dtype)
     k, v = torch.randn(2, sum(keys), 2, 32, device=DEVICE).to(dtype).unbind()
@@ -137,10 +137,10 @@ def test_cross_attention(dtype):
 
     def reference(dtype):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = mk.varlen_attention(*inputs, cu_q, cu_k, max_seqlen_q=40, max_seqlen_k=130, backend="reference")
+        out = mk.varlen_attention(*inputs, cu_q, cu_k, max_seqlen_q=34, max_seqlen_k=66, backend="reference")
         return out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))
 
-    arguments = (q, k, v, cu_q, cu_k, 40, 130, 32**-0.5, False, None, False)
+    arguments = (q, k, v, cu_q, cu_k, 34, 66, 32**-0.5, False, None, False)
     out, summary, received, lse = varlen_attention(*arguments)
     grads = varlen_attention_backward(grad, summary, received, out, lse, *arguments)
     within_bound((out, *grads), reference(torch.float64), reference(dtype))
@@ -158,21 +158,21 @@ def test_queries_without_keys_give_zeros():
 @pytest.mark.parametrize("causal", [False, True])
 def test_slabs_of_queries(causal, monkeypatch):
     """Longer sequences than a slab: dk and dv add up in float32; sequences of one slab are as they were."""
-    case = Case([150, 20, 1], dtype=torch.float16, causal=causal, index=[149, 3, 0])
+    case = Case([140, 20], dtype=torch.float16, causal=causal, index=[139, 3])
     whole = case.run()
     monkeypatch.setattr(attention_backward, "SLAB", 128)
     case.check()
     cut = case.run()
     assert equal(cut[:5], whole[:5])  # to dq
-    assert all(torch.equal(c[150:], w[150:]) for c, w in zip(cut[5:], whole[5:], strict=True))
+    assert all(torch.equal(c[140:], w[140:]) for c, w in zip(cut[5:], whole[5:], strict=True))
     assert all(grad.dtype == torch.float16 for grad in cut[4:])
 
 
-@pytest.mark.parametrize(("dtype", "length"), [(torch.float16, 130), (torch.float32, 40)])
+@pytest.mark.parametrize(("dtype", "length"), [(torch.float16, 130), (torch.float32, 18)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_sequence_does_not_depend_on_the_batch(dtype, length, causal, monkeypatch):
     monkeypatch.setattr(attention_backward, "SLAB", 128)
-    lengths, index = [length, 37, 1], [length - 1, 4, -1]
+    lengths, index = [length, 17, 1], [length - 1, 4, -1]
     case = Case(lengths, dtype=dtype, causal=causal, index=index)
     together = case.run()
     assert equal(case.run(), together)
