@@ -18,7 +18,7 @@ from madtp_kernels.triton.attention_backward import varlen_attention_backward
 pytestmark = MARKS
 
 LENGTHS = [35, 1, 0, 6, 2, 3]
-INDEX = [36, 0, -1, 5, -1, 99]  # last, first, none, inside, none, past the end
+INDEX = [34, 0, -1, 5, -1, 99]  # last, first, none, inside, none, past the end
 
 
 class Case:
