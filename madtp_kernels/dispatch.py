@@ -53,6 +53,15 @@ def register(
         _limits[op] = limits
 
 
+def triton_launcher(module: str, name: str) -> Callable:
+    """Function `name` of madtp_kernels.triton.`module`, which is imported, and triton with it, when it is called."""
+
+    def launch(*args):
+        return getattr(importlib.import_module(f"madtp_kernels.triton.{module}"), name)(*args)
+
+    return launch
+
+
 def public(function: Callable) -> Callable:
     """Marks the user-facing function of an op, so that `explain` can bind its arguments."""
     _public[function.__name__] = function
@@ -88,11 +97,6 @@ def choose(
             f"{op} cannot run on backend {requested!r} (from {origin}): {obstacles[requested]}; auto would run {best!r}"
         )
     return Choice(op, requested, f"asked for by {origin}", {n: w for n, w in obstacles.items() if n != requested})
-
-
-def has(op: str, backend: str) -> bool:
-    """Whether `op` has an implementation on `backend`, runnable here or not."""
-    return backend in _implementations[op]
 
 
 def explain(op: str, *args, **kwargs) -> Choice:

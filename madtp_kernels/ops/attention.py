@@ -114,11 +114,18 @@ def _limits(backend: str, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-dispatch.register("varlen_attention", reference=reference.varlen_attention, cpu=native.varlen_attention, limits=_limits)
+dispatch.register(
+    "varlen_attention",
+    reference=reference.varlen_attention,
+    cpu=native.varlen_attention,
+    triton=dispatch.triton_launcher("attention", "varlen_attention"),
+    limits=_limits,
+)
 dispatch.register(
     "varlen_attention_backward",
     reference=reference.varlen_attention_backward,
     cpu=native.varlen_attention_backward,
+    triton=dispatch.triton_launcher("attention_backward", "varlen_attention_backward"),
     limits=_limits,
 )
 
@@ -151,8 +158,6 @@ def _varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_
 @torch.library.impl("madtp::varlen_attention_backward", "CompositeExplicitAutograd")
 def _varlen_attention_backward(grad_out, grad_summary, grad_received, out, lse, q, *arguments):
     *arguments, backend = arguments
-    # A forward on a backend without a backward of its own: the reference recomputes what it needs.
-    backend = backend if backend == "auto" or dispatch.has("varlen_attention_backward", backend) else "reference"
     run = dispatch.implementation("varlen_attention_backward", backend, q.dtype, q.device, tuple(q.shape))
     return run(grad_out, grad_summary, grad_received, out, lse, q, *arguments)
 

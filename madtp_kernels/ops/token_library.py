@@ -1,7 +1,5 @@
 """The token ops as torch sees them: schema, backends, fake and autograd."""
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -41,28 +39,19 @@ torch.library.define(
 # --- backends
 
 
-def _triton(module: str, name: str):
-    """A launcher that imports triton only when it is called."""
-
-    def launch(*args):
-        return getattr(importlib.import_module(f"madtp_kernels.triton.{module}"), name)(*args)
-
-    return launch
-
-
 for _op in ("token_importance", "select_tokens", "score_and_select"):
     dispatch.register(
         _op,
         reference=getattr(reference, _op),
         cpu=getattr(native, _op),
-        triton=_triton("token_scores", _op),
+        triton=dispatch.triton_launcher("token_scores", _op),
     )
 for _op in ("gather_merge", "gather_merge_backward", "gather_merge_layernorm"):
     dispatch.register(
         _op,
         reference=getattr(reference, _op),
         cpu=getattr(native, _op),
-        triton=_triton("gather_merge", _op),
+        triton=dispatch.triton_launcher("gather_merge", _op),
         cuda=getattr(native, _op),
     )
 

@@ -7,6 +7,7 @@ sm_80 and sm_90. Exit code 1 if a kernel spills registers.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -24,18 +26,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from madtp_kernels.triton import gather_merge, token_scores
+from madtp_kernels.triton import attention, attention_backward, gather_merge, token_scores
 
 TARGETS = (80, 90)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # what triton specialises pointers and sizes on
-BATCH, ROWS, OUT_ROWS = 32, 32 * 577, 32 * 300
+BATCH, LONGEST, ROWS, OUT_ROWS = 32, 577, 32 * 577, 32 * 300
 WIDTHS = {  # columns of the report
+    "op": 43,
     "kernel": 30,
     "target": 8,
     "dtype": 10,
     "channels": 10,
     "alignment_tokens": 18,
+    "head_dim": 10,
     "warps": 7,
     "registers": 11,
     "spilled_bytes": 15,
@@ -44,6 +48,13 @@ WIDTHS = {  # columns of the report
 
 
 # --- one entry per launcher: its arguments from a dtype and the model's sizes
+
+
+class Sizes(NamedTuple):
+    channels: int
+    alignment_tokens: int
+    head_dim: int
+    optional: bool  # the optional arguments are given
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,37 +74,73 @@ def _selection() -> tuple[Tensor, ...]:
     return keep, source, _meta(ROWS), _cu_seqlens(), _cu_seqlens()
 
 
-# name -> function of (dtype, C, K, whether the optional arguments are given) that calls the launcher
+def _attention(dtype: torch.dtype, sizes: Sizes, statistics: bool) -> tuple:
+    """All arguments of the forward: q, k and v of a fused projection; causal where the optional arguments are given."""
+    qkv = _meta(ROWS, 3, sizes.channels // sizes.head_dim, sizes.head_dim, dtype=dtype).unbind(1)
+    ragged = (_cu_seqlens(), _cu_seqlens(), LONGEST, LONGEST)
+    return *qkv, *ragged, sizes.head_dim**-0.5, sizes.optional, _summary_index(sizes.optional), statistics
+
+
+def _attention_backward(dtype: torch.dtype, sizes: Sizes, statistics: bool) -> None:
+    arguments = _attention(dtype, sizes, statistics)
+    out = _meta(*arguments[0].shape, dtype=dtype)
+    attention_backward.varlen_attention_backward(
+        out, _meta(ROWS), _meta(ROWS), out, _meta(out.shape[1], ROWS), *arguments
+    )
+
+
+# name -> function of (dtype, sizes) that calls the launcher
 LAUNCHES: dict[str, Callable] = {
-    "token_importance": lambda dtype, channels, alignment_tokens, optional: token_scores.token_importance(
-        _meta(ROWS), _meta(ROWS), _meta(ROWS, alignment_tokens, dtype=dtype), _cu_seqlens(), _summary_index(optional)
+    "token_importance": lambda dtype, sizes: token_scores.token_importance(
+        _meta(ROWS),
+        _meta(ROWS),
+        _meta(ROWS, sizes.alignment_tokens, dtype=dtype),
+        _cu_seqlens(),
+        _summary_index(sizes.optional),
     ),
-    "select_tokens": lambda dtype, channels, alignment_tokens, optional: token_scores.select_tokens(
-        _meta(ROWS), _meta(ROWS, alignment_tokens, dtype=dtype), _cu_seqlens(), 1.0, _summary_index(optional)
-    ),
-    "score_and_select": lambda dtype, channels, alignment_tokens, optional: token_scores.score_and_select(
-        *(_meta(ROWS) for _ in range(2)),
-        _meta(ROWS, alignment_tokens, dtype=dtype),
+    "select_tokens": lambda dtype, sizes: token_scores.select_tokens(
+        _meta(ROWS),
+        _meta(ROWS, sizes.alignment_tokens, dtype=dtype),
         _cu_seqlens(),
         1.0,
-        _summary_index(optional),
+        _summary_index(sizes.optional),
     ),
-    "gather_merge": lambda dtype, channels, alignment_tokens, optional: gather_merge.gather_merge(
-        _meta(ROWS, channels, dtype=dtype), *_selection()
+    "score_and_select": lambda dtype, sizes: token_scores.score_and_select(
+        *(_meta(ROWS) for _ in range(2)),
+        _meta(ROWS, sizes.alignment_tokens, dtype=dtype),
+        _cu_seqlens(),
+        1.0,
+        _summary_index(sizes.optional),
     ),
-    "gather_merge_layernorm": lambda dtype, channels, alignment_tokens, optional: gather_merge.gather_merge_layernorm(
-        _meta(ROWS, channels, dtype=dtype),
+    "gather_merge": lambda dtype, sizes: gather_merge.gather_merge(
+        _meta(ROWS, sizes.channels, dtype=dtype), *_selection()
+    ),
+    "gather_merge_layernorm": lambda dtype, sizes: gather_merge.gather_merge_layernorm(
+        _meta(ROWS, sizes.channels, dtype=dtype),
         *_selection(),
-        *(_meta(channels, dtype=torch.float32 if optional else dtype) for _ in range(2)),
+        *(_meta(sizes.channels, dtype=torch.float32 if sizes.optional else dtype) for _ in range(2)),
         1e-5,
     ),
-    "gather_merge_backward": lambda dtype, channels, alignment_tokens, optional: gather_merge.gather_merge_backward(
-        _meta(OUT_ROWS, channels, dtype=dtype), _meta(ROWS, channels, dtype=dtype), *_selection()
+    "gather_merge_backward": lambda dtype, sizes: gather_merge.gather_merge_backward(
+        _meta(OUT_ROWS, sizes.channels, dtype=dtype), _meta(ROWS, sizes.channels, dtype=dtype), *_selection()
     ),
+    "varlen_attention": lambda dtype, sizes: attention.varlen_attention(*_attention(dtype, sizes, False)),
+    "varlen_attention with statistics": lambda dtype, sizes: attention.varlen_attention(
+        *_attention(dtype, sizes, True)
+    ),
+    "varlen_attention_backward": lambda dtype, sizes: _attention_backward(dtype, sizes, False),
+    "varlen_attention_backward with statistics": lambda dtype, sizes: _attention_backward(dtype, sizes, True),
 }
 
-SHIPPED = [(768, 100, False)]  # C, K, optional arguments given: BLIP and ViT-B with the default configuration
-OTHERS = [(1024, 100, True), (1408, 256, True), (5120, 7, True), (17, 1, False)]
+SHIPPED = [Sizes(768, 100, 64, False)]  # BLIP and ViT-B with the default configuration
+OTHERS = [
+    Sizes(1024, 100, 128, True),
+    Sizes(1408, 256, 32, True),
+    Sizes(5120, 7, 80, True),
+    Sizes(17, 1, 16, False),
+    Sizes(768, 100, 96, False),
+    Sizes(768, 100, 64, True),
+]
 
 
 # --- what a launch compiles to
@@ -146,31 +193,28 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def reports(sizes: list[tuple[int, int, bool]], targets=TARGETS) -> Iterator[dict]:
+def reports(all_sizes: list[Sizes], targets=TARGETS) -> Iterator[dict]:
     """One row per kernel, dtype, sizes and target; kernels that no longer differ are compiled once."""
     seen = set()
-    for arch in targets:
-        for launch in LAUNCHES.values():
-            for channels, alignment_tokens, optional in sizes:
-                for dtype in DTYPES:
-                    for kernel, arguments, options in recorded(launch, dtype, channels, alignment_tokens, optional):
-                        source = source_of(kernel, arguments)
-                        key = (arch, kernel.__name__, source.hash(), tuple(sorted(options.items())))
-                        if key in seen:
-                            continue
-                        seen.add(key)
-                        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-                        values = (
-                            kernel.__name__,
-                            f"sm_{arch}",
-                            str(dtype).removeprefix("torch."),
-                            channels,
-                            alignment_tokens,
-                            options["num_warps"],
-                            *resources(compiled.asm["cubin"]),
-                            compiled.metadata.shared,
-                        )
-                        yield dict(zip(WIDTHS, values, strict=True))
+    for arch, (op, launch), sizes, dtype in itertools.product(targets, LAUNCHES.items(), all_sizes, DTYPES):
+        for kernel, arguments, options in recorded(launch, dtype, sizes):
+            source = source_of(kernel, arguments)
+            key = (arch, kernel.__name__, source.hash(), tuple(sorted(options.items())))
+            if key in seen:
+                continue
+            seen.add(key)
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            values = (
+                op,
+                kernel.__name__,
+                f"sm_{arch}",
+                str(dtype).removeprefix("torch."),
+                *sizes[:3],
+                options["num_warps"],
+                *resources(compiled.asm["cubin"]),
+                compiled.metadata.shared,
+            )
+            yield dict(zip(WIDTHS, values, strict=True))
 
 
 def line(cells: Iterable) -> str:

@@ -10,51 +10,25 @@ import sys
 import pytest
 import torch
 from ragged_cases import LENGTHS, SUMMARIES, cu_seqlens_of, scores
+from triton_cases import DEVICE, DTYPES, MARKS, ON_GPU, wild_integers, within_twice
 
 import madtp_kernels as mk
 from madtp_kernels.reference.tokens import PADDING
 
 pytest.importorskip("triton")
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-# The interpreter does bfloat16 arithmetic on the bits of its uint16 storage.
-BFLOAT16 = pytest.param(
-    torch.bfloat16, marks=[pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")]
+MODULES = (
+    "token_scores",
+    "token_layout",
+    "gather_merge",
+    "attention",
+    "attention_statistics",
+    "attention_argmax",
+    "attention_backward",
+    "attention_gradients",
 )
-DTYPES = [torch.float32, torch.float16, BFLOAT16]
-GUARD = 64  # elements on either side of an output, which keep its alignment
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy, on NaN and inf of masked lanes
-    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def guarded_outputs(monkeypatch):
-    """torch.empty hands out poison between guards: what is not written shows, and so does a write past the end."""
-    torch.manual_seed(0)
-    empty, guards = torch.empty, []
-
-    def poisoned(*shape, dtype=torch.float32, device=None, **rest):
-        shape = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
-        if device is None or torch.device(device).type == "meta" or rest:
-            return empty(shape, dtype=dtype, device=device, **rest)
-        buffer = empty(shape.numel() + 2 * GUARD, dtype=dtype, device=device)
-        buffer.view(torch.uint8).fill_(0x7F)
-        if dtype.is_floating_point:
-            buffer.fill_(math.nan)
-        guards.append(
-            (buffer.view(torch.uint8), buffer.view(torch.uint8).clone(), shape.numel() * buffer.element_size())
-        )
-        return buffer[GUARD : GUARD + shape.numel()].view(shape)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    yield
-    for now, before, size in guards:
-        edge = (now.numel() - size) // 2
-        assert torch.equal(now[:edge], before[:edge]) and torch.equal(now[edge + size :], before[edge + size :])
+pytestmark = MARKS
 
 
 def batch(lengths, **options):
@@ -71,17 +45,6 @@ def selection_of(lengths, temperature=1.0, capacity="exact", seed=0, backend="re
 
 def flat(s):
     return s.keep, s.source, s.merge_weight, s.input_cu_seqlens, s.cu_seqlens
-
-
-def largest(difference):
-    return difference.abs().max().item() if difference.numel() else 0.0
-
-
-def within_twice(got, exact, same_dtype):
-    """The error rule of every backend."""
-    for g, e, r in zip(got, exact, same_dtype, strict=True):
-        assert g.shape == r.shape and g.dtype == r.dtype
-        assert largest(g.double() - e) <= 2 * largest(r.double() - e) + 1e-6
 
 
 # --- scores
@@ -367,10 +330,9 @@ def test_no_value_makes_a_kernel_write_out_of_bounds(seed):
     scores_module = importlib.import_module("madtp_kernels.triton.token_scores")
     gather_module = importlib.import_module("madtp_kernels.triton.gather_merge")
     generator = torch.Generator().manual_seed(seed)
-    wild = torch.tensor([-(2**31), -(2**30), -5, -1, 0, 1, 3, 20, 39, 40, 41, 2**30, 2**31 - 1], dtype=torch.int32)
 
     def any_of(n):
-        return wild[torch.randint(len(wild), (n,), generator=generator)].to(DEVICE)
+        return wild_integers(n, generator)
 
     rows, sequences = 40, 6
     cu, cu_out, index = any_of(sequences + 1), any_of(sequences + 1), any_of(sequences)
@@ -405,7 +367,7 @@ def aot(*options, folder):
 def check_aot(report):
     kernels = {
         name
-        for module in ("token_scores", "token_layout", "gather_merge")
+        for module in MODULES
         for name in vars(importlib.import_module(f"madtp_kernels.triton.{module}"))
         if name.endswith("_kernel")
     }
