@@ -9,21 +9,10 @@
 
 #include "cpu/kernels/attention_block.h"
 #include "cpu/kernels/dtype.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "cpu/kernels/threads.h"
 
 namespace madtp::cpu::MADTP_ISA {
 namespace {
-
-int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 constexpr std::int64_t kBlocksPerChunk = 84 / kMaxBlockRows;  // about 84 rows
 constexpr std::int64_t kTaskRows = 600;  // more is packed less often, but the maxima leave L2

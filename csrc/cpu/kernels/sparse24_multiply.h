@@ -1,0 +1,169 @@
+#pragma once
+
+// One unit of a 2:4 weight times a block of channels: `sums` of its rows grow by the products, each block
+// added up from zero first. Two kernels share the layout and the order of every sum: one has tokens in the
+// lanes of its vectors, the other, for few tokens, features.
+
+#include "cpu/kernels/sparse24_layout.h"
+
+namespace madtp::cpu::MADTP_ISA {
+
+// --- lanes are tokens
+
+constexpr int kTileVectors = kWidth == 16 ? 8 : 6;  // times two rows: the accumulators, in registers
+
+// What a tile of V vectors of tokens is multiplied with and added to.
+struct TokenTile {
+  const float* panel;  // (columns of the block, V * kWidth)
+  float* sums;         // (rows of the group, V * kWidth)
+  bool first;          // sums hold nothing yet
+};
+
+// Pairs in flight: enough chains of additions to hide the latency of one.
+constexpr int pairs_at_once(int vectors) { return vectors == 1 ? 4 : vectors <= 3 ? 2 : 1; }
+
+template <int V>
+inline const float* panel_column(const float* panel, std::uint8_t column) {
+  const float* at = panel + std::size_t(column) * (V * kWidth);
+  asm("" : "+r"(at));  // an address in one register: with an index, memory operands cost more
+  return at;
+}
+
+// One step of rows that each have their own column.
+template <int V, int R>
+inline __attribute__((always_inline)) void add_own(const float* panel, const float* weights,
+                                                   const std::uint8_t* columns, Vec (&acc)[R][V]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const float* const x = panel_column<V>(panel, columns[r]);
+    const Vec w = broadcast(weights[r]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = w * load(x + v * kWidth) + acc[r][v];
+  }
+}
+
+// One step of pairs of rows that have their column in common: each vector is loaded once.
+template <int V, int R>
+inline __attribute__((always_inline)) void add_shared(const float* panel, const float* weights,
+                                                      const std::uint8_t* columns, Vec (&acc)[R][V]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r += 2) {
+    const float* const x = panel_column<V>(panel, columns[r]);
+    const Vec w0 = broadcast(weights[r]), w1 = broadcast(weights[r + 1]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Vec t = load(x + v * kWidth);
+      acc[r][v] = w0 * t + acc[r][v];
+      acc[r + 1][v] = w1 * t + acc[r + 1][v];
+    }
+  }
+}
+
+template <int V>
+__attribute__((noinline)) void multiply_tokens(const Unit& unit, const float* weights,
+                                               const TokenTile& tile) {
+  constexpr int R = 2 * pairs_at_once(V);
+  const std::uint8_t* const unit_rows = unit.rows();
+  for (int r0 = 0; r0 < kUnitRows; r0 += R) {
+    float* rows[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      rows[r] = tile.sums + std::size_t(unit_rows[r0 + r]) * (V * kWidth);
+      for (int v = 0; v < V; ++v) __builtin_prefetch(rows[r] + v * kWidth, 1);
+    }
+    int begin = 0, end = unit.steps;  // what all pairs share
+    for (int r = 0; r < R; r += 2) {
+      const int first = unit.shared()[r0 + r], last = unit.shared()[r0 + r + 1];
+      begin = begin > first ? begin : first;
+      end = end < last ? end : last;
+    }
+    const float* w = weights + r0;
+    const std::uint8_t* columns = unit.columns() + r0;
+    Vec acc[R][V] = {};
+    int s = 0;
+    for (; s < begin && s < unit.steps; ++s, w += kUnitRows, columns += kUnitRows)
+      add_own<V>(tile.panel, w, columns, acc);
+    for (; s < end; ++s, w += kUnitRows, columns += kUnitRows) add_shared<V>(tile.panel, w, columns, acc);
+    for (; s < unit.steps; ++s, w += kUnitRows, columns += kUnitRows) add_own<V>(tile.panel, w, columns, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        float* const at = rows[r] + v * kWidth;
+        store(at, tile.first ? acc[r][v] : load(at) + acc[r][v]);
+      }
+    }
+  }
+}
+
+using MultiplyTokens = void (*)(const Unit&, const float* weights, const TokenTile&);
+
+// multiply_tokens<vectors>
+template <int V = kTileVectors>
+inline MultiplyTokens multiply_tokens_function(int vectors) {
+  if constexpr (V == 0) {
+    return nullptr;
+  } else {
+    return vectors == V ? &multiply_tokens<V> : multiply_tokens_function<V - 1>(vectors);
+  }
+}
+
+// --- lanes are the rows of a unit
+
+#if defined(__AVX512F__)
+constexpr int kRowTokens = 8;  // at most
+
+template <typename W, int T>
+__attribute__((noinline)) void multiply_rows(const Unit& unit, const float* x,  // (T, kBlock)
+                                             float* sums,                       // (T, kGroupRows)
+                                             bool first) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(kWidth)));
+  const W* w = static_cast<const W*>(unit.weights());
+  const std::uint8_t* columns = unit.columns();
+  Vec acc[T] = {};
+  for (int section = 0; section < 2; ++section) {
+    Vec low[T], high[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      low[t] = load(x + t * kBlock + section * kSection);
+      high[t] = load(x + t * kBlock + section * kSection + kWidth);
+    }
+    const int end = section == 1 ? unit.steps : unit.steps < kSection / 2 ? unit.steps : kSection / 2;
+    for (int s = section * (kSection / 2); s < end; ++s, w += kUnitRows, columns += kUnitRows) {
+      Bytes bytes;
+      __builtin_memcpy(&bytes, columns, sizeof bytes);
+      const __m512i column = bit_cast<__m512i>(__builtin_convertvector(bytes, IntVec));
+      const Vec weights = load(w);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t)
+        acc[t] = weights * bit_cast<Vec>(_mm512_permutex2var_ps(bit_cast<__m512>(low[t]), column,
+                                                                bit_cast<__m512>(high[t]))) +
+                 acc[t];
+    }
+  }
+  const std::uint8_t* const rows = unit.rows();
+  for (int t = 0; t < T; ++t) {
+    float* const to = sums + t * kGroupRows;
+    for (int r = 0; r < kUnitRows; ++r) to[rows[r]] = first ? acc[t][r] : to[rows[r]] + acc[t][r];
+  }
+}
+#else
+constexpr int kRowTokens = 0;  // no instruction looks up enough columns
+
+template <typename W, int T>
+void multiply_rows(const Unit&, const float*, float*, bool) {}
+#endif
+
+using MultiplyRows = void (*)(const Unit&, const float* x, float* sums, bool first);
+
+// multiply_rows<W, tokens>
+template <typename W, int T = kRowTokens>
+inline MultiplyRows multiply_rows_function(int tokens) {
+  if constexpr (T == 0) {
+    return nullptr;
+  } else {
+    return tokens == T ? &multiply_rows<W, T> : multiply_rows_function<W, T - 1>(tokens);
+  }
+}
+
+}  // namespace madtp::cpu::MADTP_ISA
