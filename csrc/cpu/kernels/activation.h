@@ -48,12 +48,12 @@ inline Vec quick_gelu(Vec x) { return x * sigmoid(1.702f * x); }
 
 inline Vec relu(Vec x) { return max(Vec{}, x); }  // in this order NaN stays
 
-// with_activation(activation, body) calls body(f) with f(Vec) -> Vec, or not at all for none.
+// with_activation(activation, body) calls body(f) with f(Vec) -> Vec.
 template <typename Body>
 inline void with_activation(Activation activation, Body&& body) {
   switch (activation) {
     case Activation::none:
-      return;
+      return body([](Vec x) { return x; });
     case Activation::gelu:
       return body([](Vec x) { return gelu(x); });
     case Activation::gelu_tanh:

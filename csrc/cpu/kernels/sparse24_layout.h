@@ -36,6 +36,10 @@ struct Unit {
   }
   const std::uint8_t* rows() const { return columns() + steps * kUnitRows; }
   const std::uint8_t* shared() const { return rows() + kUnitRows; }
+  std::int64_t bytes() const { return reinterpret_cast<const char*>(rows()) + kHeader - data; }
+  // What to fetch while this unit computes. Units come from far away, in an order of lines that the hardware
+  // does not foresee.
+  const char* ahead() const { return data + 3 * bytes(); }
 };
 
 struct Layout {

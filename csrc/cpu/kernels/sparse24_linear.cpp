@@ -102,8 +102,10 @@ class Linear {
         const std::int64_t token = (first + v) * kWidth;
         for (std::int64_t n = 0; n < features; n += kWidth) {
           Vec tile[kWidth];
+#pragma GCC unroll 16
           for (int i = 0; i < kWidth; ++i) tile[i] = load(sums(group) + (n + i) * stride + v * kWidth);
           transpose(tile);
+#pragma GCC unroll 16
           for (int i = 0; i < kWidth; ++i) store(w.rows + i * kGroupRows + n, tile[i]);
         }
         finish(w.rows, token, rows_ - token < kWidth ? rows_ - token : kWidth, group);
@@ -136,9 +138,15 @@ class Linear {
     for (int v = 0; v < vectors; ++v, token += kWidth) {
       for (int c = 0; c < columns; c += kWidth) {
         Vec tile[kWidth];
-        for (int i = 0; i < kWidth; ++i)
-          tile[i] = token + i < rows_ ? load(x(token + i) + block * kBlock + c) : Vec{};
+        const T* const from = x(token) + block * kBlock + c;
+        if (token + kWidth <= rows_) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kWidth; ++i) tile[i] = load(from + i * a_.x_stride);
+        } else {
+          for (int i = 0; i < kWidth; ++i) tile[i] = token + i < rows_ ? load(from + i * a_.x_stride) : Vec{};
+        }
         transpose(tile);
+#pragma GCC unroll 16
         for (int i = 0; i < kWidth; ++i) store(panel + ((c + i) * vectors + v) * kWidth, tile[i]);
       }
     }
@@ -155,44 +163,42 @@ class Linear {
     }
   }
 
-  template <typename Body>
-  void with_vector(const void* vector, DType dtype, Body&& body) const {
-    if (vector == nullptr) return;
-    if (dtype == DType::float32) {
-      body(static_cast<const float*>(vector));
-    } else {
-      body(static_cast<const T*>(vector));
-    }
+  // The part of a vector of all features that belongs to a group, in float32; null where there is none.
+  const float* part(const void* vector, DType dtype, std::int64_t group, float* scratch) const {
+    const std::int64_t first = layout_.first_row(group);
+    if (vector == nullptr || dtype == DType::float32)
+      return vector == nullptr ? nullptr : static_cast<const float*>(vector) + first;
+    for_each_vector(layout_.row_count(group), [&](std::int64_t i, auto load, auto store) {
+      store(scratch + i, load(static_cast<const T*>(vector) + first + i));
+    });
+    return scratch;
   }
 
-  // sums (count, kGroupRows) of the features of a group -> rows of the output from `token` on.
-  void finish(float* sums, std::int64_t token, std::int64_t count, std::int64_t group) const {
+  // sums (count, kGroupRows) of the features of a group -> rows of the output from `token` on. Out of line,
+  // so that both kernels end in the same instructions.
+  __attribute__((noinline)) void finish(const float* sums, std::int64_t token, std::int64_t count,
+                                        std::int64_t group) const {
     const std::int64_t first = layout_.first_row(group), features = layout_.row_count(group);
-    for (std::int64_t t = 0; t < count; ++t) {
-      float* const row = sums + t * kGroupRows;
-      with_vector(a_.bias, a_.bias_dtype, [&](auto* bias) {
+    float scratch[2][kGroupRows];
+    const float* const bias = part(a_.bias, a_.bias_dtype, group, scratch[0]);
+    const float* const scale = part(a_.scale, a_.scale_dtype, group, scratch[1]);
+    with_activation(a_.activation, [&](auto activation) {
+      for (std::int64_t t = 0; t < count; ++t) {
+        const float* const row = sums + t * kGroupRows;
+        T* const to = out_ + (token + t) * out_stride_ + first;
+        const T* const residual = a_.residual == nullptr ? nullptr
+                                                         : static_cast<const T*>(a_.residual) +
+                                                               (token + t) * a_.residual_stride + first;
         for_each_vector(features, [&](std::int64_t i, auto load, auto store) {
-          store(row + i, load(row + i) + load(bias + first + i));
+          Vec y = load(row + i);
+          if (bias != nullptr) y += load(bias + i);
+          y = activation(y);
+          if (scale != nullptr) y *= load(scale + i);
+          if (residual != nullptr) y += load(residual + i);
+          store(to + i, y);
         });
-      });
-      with_activation(a_.activation, [&](auto activation) {
-        for_each_vector(features, [&](std::int64_t i, auto load, auto store) {
-          store(row + i, activation(load(row + i)));
-        });
-      });
-      with_vector(a_.scale, a_.scale_dtype, [&](auto* scale) {
-        for_each_vector(features, [&](std::int64_t i, auto load, auto store) {
-          store(row + i, load(row + i) * load(scale + first + i));
-        });
-      });
-      T* const to = out_ + (token + t) * out_stride_ + first;
-      const T* const residual = static_cast<const T*>(a_.residual);
-      for_each_vector(features, [&](std::int64_t i, auto load, auto store) {
-        const Vec y = load(row + i);
-        store(to + i,
-              residual == nullptr ? y : load(residual + (token + t) * a_.residual_stride + first + i) + y);
-      });
-    }
+      }
+    });
   }
 
   const Sparse24Linear& a_;

@@ -22,6 +22,15 @@ struct TokenTile {
 // Pairs in flight: enough chains of additions to hide the latency of one.
 constexpr int pairs_at_once(int vectors) { return vectors == 1 ? 4 : vectors <= 3 ? 2 : 1; }
 
+// Holds a vector that is used twice in its register: the compiler would rather load it twice.
+inline void hold([[maybe_unused]] Vec& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#endif
+}
+
 template <int V>
 inline const float* panel_column(const float* panel, std::uint8_t column) {
   const float* at = panel + std::size_t(column) * (V * kWidth);
@@ -52,7 +61,8 @@ inline __attribute__((always_inline)) void add_shared(const float* panel, const 
     const Vec w0 = broadcast(weights[r]), w1 = broadcast(weights[r + 1]);
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const Vec t = load(x + v * kWidth);
+      Vec t = load(x + v * kWidth);
+      hold(t);
       acc[r][v] = w0 * t + acc[r][v];
       acc[r + 1][v] = w1 * t + acc[r + 1][v];
     }
@@ -63,7 +73,13 @@ template <int V>
 __attribute__((noinline)) void multiply_tokens(const Unit& unit, const float* weights,
                                                const TokenTile& tile) {
   constexpr int R = 2 * pairs_at_once(V);
+  const float* const panel = tile.panel;
+  const int steps = unit.steps;
+  const std::uint8_t* const unit_columns = unit.columns();
   const std::uint8_t* const unit_rows = unit.rows();
+  const std::uint8_t* const shared = unit.shared();
+  const char* ahead = unit.ahead();
+  const std::int64_t slice = unit.bytes() * R / kUnitRows;
   for (int r0 = 0; r0 < kUnitRows; r0 += R) {
     float* rows[R];
 #pragma GCC unroll 8
@@ -71,28 +87,30 @@ __attribute__((noinline)) void multiply_tokens(const Unit& unit, const float* we
       rows[r] = tile.sums + std::size_t(unit_rows[r0 + r]) * (V * kWidth);
       for (int v = 0; v < V; ++v) __builtin_prefetch(rows[r] + v * kWidth, 1);
     }
-    int begin = 0, end = unit.steps;  // what all pairs share
+    for (const char* const stop = ahead + slice; ahead < stop; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    int begin = 0, end = steps;  // what all pairs share
     for (int r = 0; r < R; r += 2) {
-      const int first = unit.shared()[r0 + r], last = unit.shared()[r0 + r + 1];
-      begin = begin > first ? begin : first;
+      const int first = shared[r0 + r], last = shared[r0 + r + 1];
+      begin = begin > first ? begin : first < steps ? first : steps;
       end = end < last ? end : last;
     }
     const float* w = weights + r0;
-    const std::uint8_t* columns = unit.columns() + r0;
+    const std::uint8_t* columns = unit_columns + r0;
     Vec acc[R][V] = {};
     int s = 0;
-    for (; s < begin && s < unit.steps; ++s, w += kUnitRows, columns += kUnitRows)
-      add_own<V>(tile.panel, w, columns, acc);
-    for (; s < end; ++s, w += kUnitRows, columns += kUnitRows) add_shared<V>(tile.panel, w, columns, acc);
-    for (; s < unit.steps; ++s, w += kUnitRows, columns += kUnitRows) add_own<V>(tile.panel, w, columns, acc);
+    for (; s < begin; ++s, w += kUnitRows, columns += kUnitRows) add_own<V>(panel, w, columns, acc);
+    for (; s < end; ++s, w += kUnitRows, columns += kUnitRows) add_shared<V>(panel, w, columns, acc);
+    for (; s < steps; ++s, w += kUnitRows, columns += kUnitRows) add_own<V>(panel, w, columns, acc);
+    if (!tile.first) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        float* const at = rows[r] + v * kWidth;
-        store(at, tile.first ? acc[r][v] : load(at) + acc[r][v]);
-      }
+        for (int v = 0; v < V; ++v) acc[r][v] += load(rows[r] + v * kWidth);
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) store(rows[r] + v * kWidth, acc[r][v]);
   }
 }
 
@@ -117,9 +135,9 @@ template <typename W, int T>
 __attribute__((noinline)) void multiply_rows(const Unit& unit, const float* x,  // (T, kBlock)
                                              float* sums,                       // (T, kGroupRows)
                                              bool first) {
-  typedef std::uint8_t Bytes __attribute__((vector_size(kWidth)));
   const W* w = static_cast<const W*>(unit.weights());
   const std::uint8_t* columns = unit.columns();
+  const std::int64_t ahead = unit.ahead() - unit.data;
   Vec acc[T] = {};
   for (int section = 0; section < 2; ++section) {
     Vec low[T], high[T];
@@ -130,10 +148,11 @@ __attribute__((noinline)) void multiply_rows(const Unit& unit, const float* x,  
     }
     const int end = section == 1 ? unit.steps : unit.steps < kSection / 2 ? unit.steps : kSection / 2;
     for (int s = section * (kSection / 2); s < end; ++s, w += kUnitRows, columns += kUnitRows) {
-      Bytes bytes;
-      __builtin_memcpy(&bytes, columns, sizeof bytes);
-      const __m512i column = bit_cast<__m512i>(__builtin_convertvector(bytes, IntVec));
+      const __m512i column =
+          _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
       const Vec weights = load(w);
+      __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead, 0, 2);
+      __builtin_prefetch(columns + ahead, 0, 2);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t)
         acc[t] = weights * bit_cast<Vec>(_mm512_permutex2var_ps(bit_cast<__m512>(low[t]), column,
