@@ -85,7 +85,7 @@ __attribute__((noinline)) void multiply_tokens(const Unit& unit, const float* we
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       rows[r] = tile.sums + std::size_t(unit_rows[r0 + r]) * (V * kWidth);
-      for (int v = 0; v < V; ++v) __builtin_prefetch(rows[r] + v * kWidth, 1);
+      for (int i = 0; i < V * kWidth; i += 16) __builtin_prefetch(rows[r] + i, 1);  // a line has 16
     }
     for (const char* const stop = ahead + slice; ahead < stop; ahead += 64) __builtin_prefetch(ahead, 0, 2);
     int begin = 0, end = steps;  // what all pairs share
