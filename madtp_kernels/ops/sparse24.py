@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -46,18 +48,17 @@ def sparse24_linear(
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
     check_tensor("x", x, 2, FLOATS)
-    for name in ("values", "indices", "shape", "layout"):
-        require(hasattr(weight, name), "weight", "a Sparse24Weight", type(weight).__name__)
+    ok = not isinstance(weight, Tensor) and all(map(partial(hasattr, weight), ("values", "indices", "shape", "layout")))
+    require(ok, "weight", "a Sparse24Weight", type(weight).__name__)
     features, channels = weight.shape
     require(x.shape[1] == channels, "x", f"of {channels} channels like weight", x)
     if total is not None:
         require(isinstance(total, Tensor) and total.numel() == 1, "total", "a tensor of one int32", total)
-    activation = activation or "none"
-    require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
+    check_device(x.device, weight=weight.values, bias=bias, residual=residual, scale=scale, total=total)
     runs = _backend(backend, x.dtype, x.device)
     layout = None if runs == "reference" else weight.layout(runs)
     return torch.ops.madtp.sparse24_linear(
-        x, weight.values, weight.indices, layout, bias, activation, residual, scale, total, backend or "auto"
+        x, weight.values, weight.indices, layout, bias, activation or "none", residual, scale, total, backend or "auto"
     )
 
 
@@ -132,8 +133,7 @@ def _check(x, values, indices, layout, bias, activation, residual, scale, total)
     check_device(x.device, values=values, layout=layout, bias=bias, residual=residual, scale=scale, total=total)
 
 
-@torch.library.impl("madtp::sparse24_pack", "CompositeExplicitAutograd")
-def _pack(values, indices):
+def _pack(values: Tensor, indices: Tensor) -> Tensor:
     check_tensor("values", values, 2, dispatch.FAST_DTYPES)
     check_weight(values, indices)
     check_device(torch.device("cpu"), values=values)
@@ -141,6 +141,9 @@ def _pack(values, indices):
     nibbles = torch.stack([indices & 15, indices >> 4])
     require(bool(((nibbles & 3) < nibbles >> 2).all()), "indices", "ascending in every group (i0 < i1)", "others")
     return native.sparse24_pack(values.detach(), indices)
+
+
+torch.library.impl("madtp::sparse24_pack", "CompositeExplicitAutograd", _pack)
 
 
 @torch.library.impl("madtp::sparse24_linear", "CompositeExplicitAutograd")
