@@ -52,9 +52,9 @@ class Entry:
 
 def entries() -> dict[str, Entry]:
     """Every benchmark by name. A new op joins with one line here."""
-    from benchmarks import attention, tokens
+    from benchmarks import attention, sparse24, tokens
 
-    return {entry.name: entry for entry in (*tokens.ENTRIES, *attention.ENTRIES)}
+    return {entry.name: entry for entry in (*tokens.ENTRIES, *attention.ENTRIES, *sparse24.ENTRIES)}
 
 
 def require(op: str, *args, **kwargs) -> None:

@@ -64,7 +64,7 @@ def sparse24_linear(
 
 @torch.compiler.assume_constant_result
 def _backend(backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
-    return dispatch.choose("sparse24_linear", backend, dtype, device).backend
+    return dispatch.backend_name("sparse24_linear", backend, dtype, device)
 
 
 def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:

@@ -123,8 +123,8 @@ class Linear {
         for (int c = 0; c < kBlock; c += kWidth)
           store(to + c, c < columns ? load(x(t) + block * kBlock + c) : Vec{});
       }
-      for (std::int64_t u = 0; u < layout_.unit_count(group); ++u)
-        multiply(layout_.unit(a_.layout, group, block, u), w.panel, w.sums, block == 0);
+      multiply(layout_.unit(a_.layout, group, block, 0), layout_.unit_count(group), w.panel, w.sums,
+               block == 0);
     }
     finish(w.sums, 0, rows_, group);
   }

@@ -131,49 +131,53 @@ inline MultiplyTokens multiply_tokens_function(int vectors) {
 #if defined(__AVX512F__)
 constexpr int kRowTokens = 8;  // at most
 
+// `count` units that follow one another.
 template <typename W, int T>
-__attribute__((noinline)) void multiply_rows(const Unit& unit, const float* x,  // (T, kBlock)
-                                             float* sums,                       // (T, kGroupRows)
+__attribute__((noinline)) void multiply_rows(Unit unit, std::int64_t count,
+                                             const float* x,  // (T, kBlock)
+                                             float* sums,     // (T, kGroupRows)
                                              bool first) {
-  const W* w = static_cast<const W*>(unit.weights());
-  const std::uint8_t* columns = unit.columns();
   const std::int64_t ahead = unit.ahead() - unit.data;
-  Vec acc[T] = {};
-  for (int section = 0; section < 2; ++section) {
-    Vec low[T], high[T];
+  for (; count > 0; --count, unit.data += unit.bytes()) {
+    const W* weights = static_cast<const W*>(unit.weights());
+    const std::uint8_t* columns = unit.columns();
+    Vec acc[T] = {};
+    for (int section = 0; section < 2; ++section) {
+      Vec low[T], high[T];
 #pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        low[t] = load(x + t * kBlock + section * kSection);
+        high[t] = load(x + t * kBlock + section * kSection + kWidth);
+      }
+      const int end = section == 1 ? unit.steps : unit.steps < kSection / 2 ? unit.steps : kSection / 2;
+      for (int s = section * (kSection / 2); s < end; ++s, weights += kUnitRows, columns += kUnitRows) {
+        const Vec w = load(weights);
+        const __m512i column =
+            _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
+        __builtin_prefetch(reinterpret_cast<const char*>(weights) + ahead, 0, 2);
+        __builtin_prefetch(columns + ahead, 0, 2);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t)
+          acc[t] = w * bit_cast<Vec>(_mm512_permutex2var_ps(bit_cast<__m512>(low[t]), column,
+                                                            bit_cast<__m512>(high[t]))) +
+                   acc[t];
+      }
+    }
+    const std::uint8_t* const rows = unit.rows();
     for (int t = 0; t < T; ++t) {
-      low[t] = load(x + t * kBlock + section * kSection);
-      high[t] = load(x + t * kBlock + section * kSection + kWidth);
+      float* const to = sums + t * kGroupRows;
+      for (int r = 0; r < kUnitRows; ++r) to[rows[r]] = first ? acc[t][r] : to[rows[r]] + acc[t][r];
     }
-    const int end = section == 1 ? unit.steps : unit.steps < kSection / 2 ? unit.steps : kSection / 2;
-    for (int s = section * (kSection / 2); s < end; ++s, w += kUnitRows, columns += kUnitRows) {
-      const __m512i column =
-          _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
-      const Vec weights = load(w);
-      __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead, 0, 2);
-      __builtin_prefetch(columns + ahead, 0, 2);
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t)
-        acc[t] = weights * bit_cast<Vec>(_mm512_permutex2var_ps(bit_cast<__m512>(low[t]), column,
-                                                                bit_cast<__m512>(high[t]))) +
-                 acc[t];
-    }
-  }
-  const std::uint8_t* const rows = unit.rows();
-  for (int t = 0; t < T; ++t) {
-    float* const to = sums + t * kGroupRows;
-    for (int r = 0; r < kUnitRows; ++r) to[rows[r]] = first ? acc[t][r] : to[rows[r]] + acc[t][r];
   }
 }
 #else
 constexpr int kRowTokens = 0;  // no instruction looks up enough columns
 
 template <typename W, int T>
-void multiply_rows(const Unit&, const float*, float*, bool) {}
+void multiply_rows(Unit, std::int64_t, const float*, float*, bool) {}
 #endif
 
-using MultiplyRows = void (*)(const Unit&, const float* x, float* sums, bool first);
+using MultiplyRows = void (*)(Unit, std::int64_t count, const float* x, float* sums, bool first);
 
 // multiply_rows<W, tokens>
 template <typename W, int T = kRowTokens>
