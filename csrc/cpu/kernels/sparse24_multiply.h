@@ -19,8 +19,10 @@ struct TokenTile {
   bool first;          // sums hold nothing yet
 };
 
-// Pairs in flight: enough chains of additions to hide the latency of one.
-constexpr int pairs_at_once(int vectors) { return vectors == 1 ? 4 : vectors <= 3 ? 2 : 1; }
+// Pairs in flight: chains of additions enough to hide the latency of one, but more pairs share fewer steps.
+constexpr int pairs_at_once(int vectors) {
+  return kWidth == 16 ? (vectors == 1 ? 2 : 1) : vectors == 1 ? 4 : vectors <= 3 ? 2 : 1;
+}
 
 // Holds a vector that is used twice in its register: the compiler would rather load it twice.
 inline void hold([[maybe_unused]] Vec& v) {
