@@ -44,7 +44,7 @@ struct Sparse24Linear {
 namespace cpu {
 
 // Bytes of the layout of a weight, which the instruction set in use shapes: a layout belongs to the process
-// that packed it. About 0.64 of the bytes of the dense weight in float32, 0.77 in the 16-bit types.
+// that packed it. About 0.64 of the bytes of the dense weight in float32, 0.78 in the 16-bit types.
 Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType weight_dtype,
                              std::int64_t* bytes);
 
