@@ -10,9 +10,10 @@
 //   rows     uint8[kUnitRows]           rows 2p and 2p + 1 are a pair; numbers inside the group
 //   shared   uint8[kUnitRows]           in steps shared[2p] <= s < shared[2p + 1] the pair has one column
 //
-// A block has two sections; all steps of the first come before those of the second. In the first a pair's own
-// columns come before the shared ones, in the second after them, so that the shared ones are one run. A row
-// is always summed in the order of its steps, by every kernel: that is why no bit depends on the row count.
+// A pair's shared columns come first, then those of its own. Only where one instruction can look up a
+// section, half a block, are the steps of the first section kept before those of the second: there the own
+// columns of the first come before the shared ones, so that these still are one run. A row is always summed
+// in the order of its steps, by every kernel: that is why no bit depends on the row count.
 
 #include "cpu/kernels/vec.h"
 #include "madtp/dtype.h"
@@ -22,6 +23,7 @@ namespace madtp::cpu::MADTP_ISA {
 constexpr int kUnitRows = kWidth > 8 ? kWidth : 8;
 constexpr int kBlock = kWidth == 16 ? 64 : 128;  // a panel of tokens for one block stays in L1
 constexpr int kSection = kBlock / 2;             // with AVX-512 what one permute looks up
+constexpr bool kLookUp = kWidth == 16;           // there is a kernel that needs that
 constexpr int kGroupRows = 256;                  // row numbers are bytes
 constexpr int kHeader = 4 * kUnitRows;           // rows and shared, padded
 

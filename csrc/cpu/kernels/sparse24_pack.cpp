@@ -23,7 +23,7 @@ int count(std::uint64_t bits) { return __builtin_popcountll(bits); }
 
 struct Pair {
   std::uint8_t a, b;
-  int lead, shared;  // own columns in the first section, shared columns in both
+  int lead, shared;  // steps before the shared ones, and those
 };
 
 // Scratch of one thread.
@@ -74,7 +74,7 @@ void pair_rows(int rows, Workspace& w) {
     taken[a] = taken[b] = true;
     const Columns &x = w.columns[a], &y = w.columns[b];
     const int shared = count(x.section[0] & y.section[0]) + count(x.section[1] & y.section[1]);
-    const Pair pair{a, b, count(x.section[0] & ~y.section[0]), shared};
+    const Pair pair{a, b, kLookUp ? count(x.section[0] & ~y.section[0]) : 0, shared};
     int at = pairs++;  // neighbours alike in both numbers, so that branches are foreseen
     for (; at > 0 && w.pairs[at - 1].shared == shared && w.pairs[at - 1].lead > pair.lead; --at)
       w.pairs[at] = w.pairs[at - 1];
@@ -134,9 +134,10 @@ void pack(const Sparse24Weight& weight, const Layout& layout, void* data, std::i
                                         (first + row) * (weight.channels / 2) + block * (kBlock / 2)
                                   : nullptr;
       RowWriter<W> writer(weights + r, unit_columns + r, values, kept);
-      writer.append(0, kept.section[0] & ~others.section[0]);
+      if (kLookUp) writer.append(0, kept.section[0] & ~others.section[0]);
       writer.append(0, kept.section[0] & others.section[0]);
       writer.append(1, kept.section[1] & others.section[1]);
+      if (!kLookUp) writer.append(0, kept.section[0] & ~others.section[0]);
       writer.append(1, kept.section[1] & ~others.section[1]);
       unit_rows[r] = std::uint8_t(row);
       shared[r] = std::uint8_t(r % 2 == 0 ? pair.lead : pair.lead + pair.shared);
