@@ -10,7 +10,8 @@ namespace madtp::cpu::MADTP_ISA {
 
 // --- lanes are tokens
 
-constexpr int kTileVectors = kWidth == 16 ? 8 : 6;  // times two rows: the accumulators, in registers
+// Times two rows: the accumulators, in registers. With more, a panel and the units leave L1.
+constexpr int kTileVectors = 6;
 
 // What a tile of V vectors of tokens is multiplied with and added to.
 struct TokenTile {
