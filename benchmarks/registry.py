@@ -54,9 +54,10 @@ class Entry:
 
 def entries() -> dict[str, Entry]:
     """Every benchmark by name. A new op joins with one line here."""
-    from benchmarks import attention, attention_backward, tokens
+    from benchmarks import attention, attention_backward, sparse24, tokens
 
-    return {entry.name: entry for entry in (*tokens.ENTRIES, *attention.ENTRIES, *attention_backward.ENTRIES)}
+    modules = (tokens, attention, attention_backward, sparse24)
+    return {entry.name: entry for module in modules for entry in module.ENTRIES}
 
 
 def require(op: str, *args, **kwargs) -> None:

@@ -72,7 +72,18 @@ def implementation(
     op: str, backend: str | None, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
 ) -> Callable:
     """The function that runs `op` on tensors of this dtype and device; raises when the requested backend cannot."""
-    return _implementations[op][choose(op, backend, dtype, device, shape).backend]
+    return _implementations[op][backend_name(op, backend, dtype, device, shape)]
+
+
+def backend_name(
+    op: str, backend: str | None, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
+) -> str:
+    """`choose(...).backend`, found without the reasons: it runs at every call."""
+    requested = backend if backend not in (None, "auto") else _default()[0]
+    for name in AUTO_ORDER.get(device.type, ("reference",)) if requested == "auto" else (requested,):
+        if name in BACKENDS and _obstacle(op, name, dtype, device, shape) is None:
+            return name
+    return choose(op, backend, dtype, device, shape).backend
 
 
 def choose(

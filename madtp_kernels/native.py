@@ -9,6 +9,7 @@ from torch import Tensor
 from madtp_kernels import dispatch
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # madtp::DType
+_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4}  # madtp::Activation
 
 
 def _call(op: str, device: torch.device, *args) -> None:
@@ -232,6 +233,67 @@ def gather_merge_layernorm(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tenso
         _address(rstd),
     )
     return x_out, normed, mean, rstd
+
+
+def sparse24_layout_bytes(features: int, channels: int, dtype: torch.dtype) -> int:
+    """Size of the layout of a weight; it depends on the instruction set of this process."""
+    return dispatch.extension().cpu.sparse24_layout_bytes(features, channels, _DTYPES[dtype])
+
+
+def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
+    values, indices = values.contiguous(), indices.contiguous()
+    features, channels = values.shape[0], 2 * values.shape[1]
+    layout = values.new_empty(sparse24_layout_bytes(features, channels, values.dtype), dtype=torch.uint8)
+    _call(
+        "sparse24_pack",
+        values.device,
+        _address(values),
+        _DTYPES[values.dtype],
+        _address(indices),
+        features,
+        channels,
+        _address(layout),
+    )
+    return layout
+
+
+def sparse24_linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    total: Tensor | None,
+) -> Tensor:
+    x, layout = _rows(x), sparse24_pack(values, indices) if layout is None else layout
+    bias, scale = _contiguous(bias), _contiguous(scale)
+    residual = None if residual is None else _rows(residual)
+    out = x.new_empty(x.shape[0], values.shape[0])
+    _call(
+        "sparse24_linear",
+        x.device,
+        _address(x),
+        _DTYPES[x.dtype],
+        x.stride(0),
+        x.shape[0],
+        _address(layout),
+        _DTYPES[values.dtype],
+        values.shape[0],
+        x.shape[1],
+        _address(bias),
+        0 if bias is None else _DTYPES[bias.dtype],
+        _ACTIVATIONS[activation],
+        _address(scale),
+        0 if scale is None else _DTYPES[scale.dtype],
+        _address(residual),
+        0 if residual is None else residual.stride(0),
+        _address(total),
+        _address(out),
+    )
+    return out
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

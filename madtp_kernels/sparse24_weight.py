@@ -10,6 +10,7 @@ from torch import Tensor
 
 from madtp_kernels.ops.checks import check_tensor, require
 from madtp_kernels.ops.masks import nm_mask
+from madtp_kernels.reference.sparse24 import sparse24_to_dense
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ASCENDING = (0b0100, 0b1000, 0b1001, 0b1100, 0b1101, 0b1110)  # the valid nibbles: i0 | i1 << 2 with i0 < i1
@@ -66,9 +67,7 @@ class Sparse24Weight:
 
     def to_dense(self) -> Tensor:
         """(N, C): the weight that was compressed, bit by bit, but that -0.0 became 0.0."""
-        rows, columns = self.shape
-        dense = self.values.new_zeros(rows, columns // 4, 4)
-        return dense.scatter_(2, self.positions(), self.values.reshape(rows, columns // 4, 2)).view(rows, columns)
+        return sparse24_to_dense(self.values, self.indices)
 
     def positions(self) -> Tensor:
         """(N, C/4, 2) int64: the columns of the kept values inside their groups."""

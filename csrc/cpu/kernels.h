@@ -7,12 +7,14 @@
 
 #define MADTP_ISA baseline
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"
 #undef MADTP_ISA
 
 #if MADTP_HAS_AVX2
 #define MADTP_ISA avx2
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"
 #undef MADTP_ISA
 #endif
@@ -20,6 +22,7 @@
 #if MADTP_HAS_AVX512
 #define MADTP_ISA avx512
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"
 #undef MADTP_ISA
 #endif

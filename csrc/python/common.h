@@ -23,6 +23,7 @@ void check(Status status, const char* function);
 
 // One function per op family, defined in the file of that name. cuda is null in a build without CUDA.
 void bind_attention(py::module_& cpu);
+void bind_sparse24(py::module_& cpu);
 void bind_tokens(py::module_& cpu, py::module_* cuda);
 
 }  // namespace madtp::python

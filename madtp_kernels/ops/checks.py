@@ -24,9 +24,9 @@ def require(condition: bool, name: str, rule: str, got) -> None:
 
 
 def check_tensor(name: str, value, ndim: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    ok = isinstance(value, Tensor) and value.ndim == ndim and value.dtype in dtypes
-    require(ok, name, f"a {ndim}-dimensional tensor of {allowed}", value)
+    if not (isinstance(value, Tensor) and value.ndim == ndim and value.dtype in dtypes):
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        require(False, name, f"a {ndim}-dimensional tensor of {allowed}", value)
 
 
 def check_rows(name: str, value: Tensor, rows: int, of: str) -> None:

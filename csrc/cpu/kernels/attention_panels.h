@@ -3,12 +3,9 @@
 // What the forward and the backward of attention share: how rows are cut into blocks, how keys and values are
 // laid out in panels of two vectors, and the inner loop of every product.
 
+#include "cpu/kernels/threads.h"
 #include "cpu/kernels/vec.h"
 #include "madtp/attention.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace madtp::cpu::MADTP_ISA {
 
@@ -20,14 +17,6 @@ constexpr int kMaxBlockRows = 14;
 constexpr int kMaxBlockRows = 6;
 #endif
 constexpr std::int64_t kMaxHeadDim = 128;
-
-inline int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // Rows 0 to count, split evenly into blocks of at most kMaxBlockRows.
 struct Blocks {

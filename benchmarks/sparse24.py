@@ -1,0 +1,113 @@
+"""2:4 linear layers with their epilogue: ours, and the dense product with the epilogue in torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import madtp_kernels as mk
+from benchmarks.registry import Entry, require
+from madtp_kernels import Sparse24Weight, sparse24_compress
+
+
+class LinearInputs(NamedTuple):
+    x: Tensor  # (T, C)
+    dense: Tensor  # (N, C)
+    weight: Sparse24Weight
+    bias: Tensor  # (N,)
+    activation: str | None
+    residual: Tensor | None  # (T, N)
+
+
+LAYERS = (  # of a ViT-B block
+    {"in_features": 768, "out_features": 3072, "epilogue": "gelu"},
+    {"in_features": 3072, "out_features": 768, "epilogue": "residual"},
+    {"in_features": 768, "out_features": 2304, "epilogue": "bias"},
+    {"in_features": 768, "out_features": 768, "epilogue": "bias"},
+)
+TOKENS = (1, 4, 12, 16, 32, 64, 197, 577, 2308)
+CASES = [{"tokens": tokens, **layer, "dtype": "float32"} for layer in LAYERS for tokens in TOKENS]
+CASES.append({"tokens": 577, **LAYERS[0], "dtype": "bfloat16"})
+
+
+def linear_inputs(case, device, seed) -> LinearInputs:
+    generator = torch.Generator().manual_seed(seed)
+    tokens, channels, features = case["tokens"], case["in_features"], case["out_features"]
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    dense = draw(features, channels) * channels**-0.5
+    dense = dense * mk.nm_mask(dense, 2, 4)
+    epilogue = case["epilogue"]
+    tensors = draw(tokens, channels), dense, draw(features), draw(tokens, features)
+    x, dense, bias, residual = (tensor.to(device, getattr(torch, case["dtype"])) for tensor in tensors)
+    return LinearInputs(
+        x,
+        dense,
+        sparse24_compress(dense),
+        bias,
+        "gelu" if epilogue == "gelu" else None,
+        residual if epilogue == "residual" else None,
+    )
+
+
+def torch_linear(i: LinearInputs):
+    def run():
+        y = F.linear(i.x, i.dense, i.bias)
+        if i.activation is not None:
+            y = F.gelu(y)
+        return y if i.residual is None else i.residual + y
+
+    return run
+
+
+def ours(backend: str):
+    def prepare(i: LinearInputs):
+        options = {"activation": i.activation, "residual": i.residual, "backend": backend}
+        require("sparse24_linear", i.x, i.weight, i.bias, **options)
+        if backend != "reference":
+            i.weight.layout(backend)  # packed before the clock starts
+
+        def run():
+            with torch.no_grad():
+                return mk.sparse24_linear(i.x, i.weight, i.bias, **options)
+
+        return run
+
+    return prepare
+
+
+def check(i: LinearInputs, result: Tensor, provider: str) -> None:
+    y = F.linear(i.x.double(), i.dense.double(), i.bias.double())
+    y = y if i.activation is None else F.gelu(y)
+    y = y if i.residual is None else i.residual.double() + y
+    tolerance = 1e-4 if i.x.dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(result.double(), y, rtol=tolerance, atol=tolerance)
+
+
+def least_bytes(case, i: LinearInputs) -> int:
+    """x and the output once, the kept weights and their columns once."""
+    rows = [i.x.nbytes, i.x.shape[0] * i.dense.shape[0] * i.x.element_size(), i.bias.nbytes]
+    rows += [] if i.residual is None else [i.residual.nbytes]
+    return sum(rows) + i.weight.values.nbytes + i.weight.indices.nbytes
+
+
+def flops(case, i: LinearInputs) -> int:
+    """Of the dense product, so that rates compare."""
+    return 2 * i.x.shape[0] * i.dense.numel()
+
+
+ENTRIES = (
+    Entry(
+        name="sparse24_linear",
+        summary="a linear layer with a 2:4 weight and its epilogue; the rate counts the FLOPs of the dense product",
+        cases=CASES,
+        inputs=linear_inputs,
+        providers={"torch dense": torch_linear, "madtp cpu": ours("cpu"), "madtp reference": ours("reference")},
+        baseline="torch dense",
+        gate=check,
+        bytes=least_bytes,
+        flops=flops,
+    ),
+)

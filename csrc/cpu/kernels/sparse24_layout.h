@@ -1,0 +1,90 @@
+#pragma once
+
+// How a 2:4 weight lies in memory for the kernels of one instruction set.
+//
+// The features (rows of W) are cut into groups, the channels into blocks. Within a group and a block,
+// features that keep many of the same columns are paired, and units of a few pairs follow one another:
+//
+//   weights  W[steps][kUnitRows]        step s of a unit's row r multiplies column columns[s][r] of the block
+//   columns  uint8[steps][kUnitRows]
+//   rows     uint8[kUnitRows]           rows 2p and 2p + 1 are a pair; numbers inside the group
+//   shared   uint8[kUnitRows]           in steps shared[2p] <= s < shared[2p + 1] the pair has one column
+//
+// A pair's shared columns come first, then those of its own. Only where one instruction can look up a
+// section, half a block, are the steps of the first section kept before those of the second: there the own
+// columns of the first come before the shared ones, so that these still are one run. A row is always summed
+// in the order of its steps, by every kernel: that is why no bit depends on the row count.
+
+#include "cpu/kernels/vec.h"
+#include "madtp/dtype.h"
+
+namespace madtp::cpu::MADTP_ISA {
+
+constexpr int kUnitRows = kWidth > 8 ? kWidth : 8;
+constexpr int kBlock = kWidth == 16 ? 64 : 128;  // a panel of tokens for one block stays in L1
+constexpr int kSection = kBlock / 2;             // with AVX-512 what one permute looks up
+constexpr bool kLookUp = kWidth == 16;           // there is a kernel that needs that
+constexpr int kGroupRows = 256;                  // row numbers are bytes
+constexpr int kHeader = 4 * kUnitRows;           // rows and shared, padded
+
+struct Unit {
+  const char* data;
+  int steps;
+  std::size_t weight_bytes;
+
+  const void* weights() const { return data; }
+  const std::uint8_t* columns() const {
+    return reinterpret_cast<const std::uint8_t*>(data) + std::size_t(steps) * kUnitRows * weight_bytes;
+  }
+  const std::uint8_t* rows() const { return columns() + steps * kUnitRows; }
+  const std::uint8_t* shared() const { return rows() + kUnitRows; }
+  std::int64_t bytes() const { return reinterpret_cast<const char*>(rows()) + kHeader - data; }
+  // What to fetch while this unit computes. Units come from far away, in an order of lines that the hardware
+  // does not foresee.
+  const char* ahead() const { return data + 3 * bytes(); }
+};
+
+struct Layout {
+  std::int64_t features, channels;
+  std::size_t weight_bytes;
+  std::int64_t units, groups, blocks;
+
+  Layout(std::int64_t features_, std::int64_t channels_, DType weight_dtype)
+      : features(features_),
+        channels(channels_),
+        weight_bytes(size_of(weight_dtype)),
+        units((features + kUnitRows - 1) / kUnitRows),
+        groups((units * kUnitRows + kGroupRows - 1) / kGroupRows),
+        blocks((channels + kBlock - 1) / kBlock) {}
+
+  std::int64_t first_unit(std::int64_t group) const { return units * group / groups; }
+  std::int64_t first_row(std::int64_t group) const { return first_unit(group) * kUnitRows; }
+  std::int64_t unit_count(std::int64_t group) const { return first_unit(group + 1) - first_unit(group); }
+  // Features of a group; its last unit may have rows beyond them, of zeros.
+  std::int64_t row_count(std::int64_t group) const {
+    const std::int64_t end = first_row(group + 1) < features ? first_row(group + 1) : features;
+    return end - first_row(group);
+  }
+
+  int block_columns(std::int64_t block) const {
+    const std::int64_t rest = channels - block * kBlock;
+    return int(rest < kBlock ? rest : kBlock);
+  }
+  std::int64_t unit_bytes(int columns) const {
+    return std::int64_t(columns / 2) * kUnitRows * std::int64_t(weight_bytes + 1) + kHeader;
+  }
+  std::int64_t row_of_units_bytes() const {  // one unit of every block
+    return blocks == 0 ? 0 : (blocks - 1) * unit_bytes(kBlock) + unit_bytes(block_columns(blocks - 1));
+  }
+  std::int64_t bytes() const { return units * row_of_units_bytes(); }
+
+  // Unit `unit` of a group and a block, in a layout that starts at `data`.
+  Unit unit(const void* data, std::int64_t group, std::int64_t block, std::int64_t unit) const {
+    const int columns = block_columns(block);
+    return {static_cast<const char*>(data) + first_unit(group) * row_of_units_bytes() +
+                unit_count(group) * block * unit_bytes(kBlock) + unit * unit_bytes(columns),
+            columns / 2, weight_bytes};
+  }
+};
+
+}  // namespace madtp::cpu::MADTP_ISA

@@ -1,0 +1,256 @@
+// A task is a tile of tokens times a span of features: block by block of the channels it transposes x into a
+// panel that stays in L1 and runs the units over it; the sums stay in L2, and when they are complete each row
+// gets its bias, activation, scale and residual. A few tokens are not worth vectors of their own: then the
+// lanes are features.
+
+#include <cstdlib>
+
+#include "cpu/kernels/activation.h"
+#include "cpu/kernels/dtype.h"
+#include "cpu/kernels/sparse24.h"
+#include "cpu/kernels/sparse24_multiply.h"
+#include "cpu/kernels/threads.h"
+
+namespace madtp::cpu::MADTP_ISA {
+namespace {
+
+constexpr std::int64_t kSpanGroups = 3;      // of features that share a panel: sums of 768 rows stay in L2
+constexpr std::int64_t kPanelColumns = 256;  // what a column number can name, so that none is out of bounds
+
+// Cuts `count` into `parts` even parts.
+struct Cut {
+  std::int64_t count, parts;
+  std::int64_t begin(std::int64_t part) const { return count * part / parts; }
+  std::int64_t largest() const { return (count + parts - 1) / parts; }
+};
+
+std::int64_t at_least(std::int64_t parts, std::int64_t wanted, std::int64_t most) {
+  parts = parts > wanted ? parts : wanted;
+  return parts < most ? parts : most;
+}
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Scratch of one thread.
+struct Workspace {
+  float* panel;
+  float* sums;
+  float* weights;  // of one unit
+  float* rows;     // (kWidth, kGroupRows)
+};
+
+// How the work is cut, which changes no bit of it.
+struct Plan {
+  bool by_rows;      // lanes are features
+  Cut tiles, spans;  // of vectors of tokens, of groups of features
+  std::int64_t panel, sums;
+
+  Plan(const Layout& layout, std::int64_t rows, int threads) {
+    const std::int64_t groups = layout.groups;
+    by_rows = rows <= kRowTokens;
+    if (by_rows) {
+      tiles = {1, 1};
+      spans = {groups, groups};
+      panel = rows * kBlock;
+      sums = rows * kGroupRows;
+      return;
+    }
+    const std::int64_t vectors = ceil_div(rows, kWidth), few = ceil_div(vectors, kTileVectors);
+    spans = {groups, at_least(ceil_div(groups, kSpanGroups), ceil_div(threads, few), groups)};
+    tiles = {vectors, at_least(few, ceil_div(threads, spans.parts), vectors)};
+    const std::int64_t tokens = tiles.largest() * kWidth;
+    panel = kPanelColumns * tokens;
+    sums = (spans.largest() + 1) * kGroupRows * tokens;  // one more: row numbers of any value stay inside
+  }
+
+  std::int64_t tasks() const { return tiles.parts * spans.parts; }
+  std::int64_t floats() const { return panel + sums + kBlock / 2 * kUnitRows + kWidth * kGroupRows; }
+  Workspace workspace(float* memory) const {
+    return {memory, memory + panel, memory + panel + sums, memory + panel + sums + kBlock / 2 * kUnitRows};
+  }
+};
+
+template <typename T, typename W>
+class Linear {
+ public:
+  Linear(const Sparse24Linear& inputs, const Layout& layout, std::int64_t rows, void* out,
+         std::int64_t out_stride)
+      : a_(inputs), layout_(layout), rows_(rows), out_(static_cast<T*>(out)), out_stride_(out_stride) {}
+
+  // Tokens in the lanes: vectors [first, last) of tokens, groups [first_group, last_group) of features.
+  void run_tile(std::int64_t first, std::int64_t last, std::int64_t first_group, std::int64_t last_group,
+                const Workspace& w) const {
+    const int vectors = int(last - first);
+    const MultiplyTokens multiply = multiply_tokens_function(vectors);
+    const std::int64_t stride = vectors * kWidth;
+    const auto sums = [&](std::int64_t group) {
+      return w.sums + (layout_.first_row(group) - layout_.first_row(first_group)) * stride;
+    };
+    for (std::int64_t block = 0; block < layout_.blocks; ++block) {
+      pack_panel(first * kWidth, vectors, block, w.panel);
+      for (std::int64_t group = first_group; group < last_group; ++group) {
+        const TokenTile tile{w.panel, sums(group), block == 0};
+        for (std::int64_t u = 0; u < layout_.unit_count(group); ++u) {
+          const Unit unit = layout_.unit(a_.layout, group, block, u);
+          multiply(unit, floats(unit, w.weights), tile);
+        }
+      }
+    }
+    for (std::int64_t group = first_group; group < last_group; ++group) {
+      const std::int64_t features = layout_.row_count(group);
+      for (std::int64_t v = 0; v < vectors; ++v) {
+        const std::int64_t token = (first + v) * kWidth;
+        for (std::int64_t n = 0; n < features; n += kWidth) {
+          Vec tile[kWidth];
+#pragma GCC unroll 16
+          for (int i = 0; i < kWidth; ++i) tile[i] = load(sums(group) + (n + i) * stride + v * kWidth);
+          transpose(tile);
+#pragma GCC unroll 16
+          for (int i = 0; i < kWidth; ++i) store(w.rows + i * kGroupRows + n, tile[i]);
+        }
+        finish(w.rows, token, rows_ - token < kWidth ? rows_ - token : kWidth, group);
+      }
+    }
+  }
+
+  // Features in the lanes: all tokens, one group.
+  void run_rows(std::int64_t group, const Workspace& w) const {
+    const MultiplyRows multiply = multiply_rows_function<W>(int(rows_));
+    for (std::int64_t block = 0; block < layout_.blocks; ++block) {
+      const int columns = layout_.block_columns(block);
+      for (std::int64_t t = 0; t < rows_; ++t) {
+        float* const to = w.panel + t * kBlock;
+        for (int c = 0; c < kBlock; c += kWidth)
+          store(to + c, c < columns ? load(x(t) + block * kBlock + c) : Vec{});
+      }
+      multiply(layout_.unit(a_.layout, group, block, 0), layout_.unit_count(group), w.panel, w.sums,
+               block == 0);
+    }
+    finish(w.sums, 0, rows_, group);
+  }
+
+ private:
+  const T* x(std::int64_t token) const { return static_cast<const T*>(a_.x) + token * a_.x_stride; }
+
+  // The columns of one block, tokens in the lanes; zeros where there is no token.
+  void pack_panel(std::int64_t token, int vectors, std::int64_t block, float* panel) const {
+    const int columns = layout_.block_columns(block);
+    for (int v = 0; v < vectors; ++v, token += kWidth) {
+      for (int c = 0; c < columns; c += kWidth) {
+        Vec tile[kWidth];
+        const T* const from = x(token) + block * kBlock + c;
+        if (token + kWidth <= rows_) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kWidth; ++i) tile[i] = load(from + i * a_.x_stride);
+        } else {
+          for (int i = 0; i < kWidth; ++i) tile[i] = token + i < rows_ ? load(from + i * a_.x_stride) : Vec{};
+        }
+        transpose(tile);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) store(panel + ((c + i) * vectors + v) * kWidth, tile[i]);
+      }
+    }
+  }
+
+  // The weights of a unit in float32.
+  static const float* floats(const Unit& unit, float* scratch) {
+    if constexpr (sizeof(W) == sizeof(float)) {
+      return static_cast<const float*>(unit.weights());
+    } else {
+      const W* const weights = static_cast<const W*>(unit.weights());
+      for (int i = 0; i < unit.steps * kUnitRows; i += kWidth) store(scratch + i, load(weights + i));
+      return scratch;
+    }
+  }
+
+  // The part of a vector of all features that belongs to a group, in float32; null where there is none.
+  const float* part(const void* vector, DType dtype, std::int64_t group, float* scratch) const {
+    const std::int64_t first = layout_.first_row(group);
+    if (vector == nullptr || dtype == DType::float32)
+      return vector == nullptr ? nullptr : static_cast<const float*>(vector) + first;
+    for_each_vector(layout_.row_count(group), [&](std::int64_t i, auto load, auto store) {
+      store(scratch + i, load(static_cast<const T*>(vector) + first + i));
+    });
+    return scratch;
+  }
+
+  // sums (count, kGroupRows) of the features of a group -> rows of the output from `token` on. Out of line,
+  // so that both kernels end in the same instructions.
+  __attribute__((noinline)) void finish(const float* sums, std::int64_t token, std::int64_t count,
+                                        std::int64_t group) const {
+    const std::int64_t first = layout_.first_row(group), features = layout_.row_count(group);
+    float scratch[2][kGroupRows];
+    const float* const bias = part(a_.bias, a_.bias_dtype, group, scratch[0]);
+    const float* const scale = part(a_.scale, a_.scale_dtype, group, scratch[1]);
+    with_activation(a_.activation, [&](auto activation) {
+      for (std::int64_t t = 0; t < count; ++t) {
+        const float* const row = sums + t * kGroupRows;
+        T* const to = out_ + (token + t) * out_stride_ + first;
+        const T* const residual = a_.residual == nullptr ? nullptr
+                                                         : static_cast<const T*>(a_.residual) +
+                                                               (token + t) * a_.residual_stride + first;
+        for_each_vector(features, [&](std::int64_t i, auto load, auto store) {
+          Vec y = load(row + i);
+          if (bias != nullptr) y += load(bias + i);
+          y = activation(y);
+          if (scale != nullptr) y *= load(scale + i);
+          if (residual != nullptr) y += load(residual + i);
+          store(to + i, y);
+        });
+      }
+    });
+  }
+
+  const Sparse24Linear& a_;
+  const Layout& layout_;
+  std::int64_t rows_;
+  T* out_;
+  std::int64_t out_stride_;
+};
+
+}  // namespace
+
+Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
+  const Layout layout(a.features, a.channels, a.weight_dtype);
+  std::int64_t rows = a.rows;
+  if (a.total != nullptr && *a.total < rows) rows = *a.total > 0 ? *a.total : 0;
+  const Plan plan(layout, rows, threads);
+  const std::int64_t tasks = rows > 0 && a.features > 0 ? plan.tasks() : 0;
+  if (threads > tasks) threads = tasks > 0 ? int(tasks) : 1;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, std::size_t(plan.floats() * threads) * sizeof(float)) != 0)
+    return Status::out_of_memory;
+
+  const auto run = [&](auto element, auto weight) {
+    using T = decltype(element);
+    const Linear<T, decltype(weight)> linear(a, layout, rows, out, out_stride);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      const Workspace w = plan.workspace(static_cast<float*>(memory) + plan.floats() * thread_number());
+#pragma omp for schedule(dynamic) nowait
+      for (std::int64_t task = 0; task < tasks; ++task) {
+        const std::int64_t tile = task / plan.spans.parts, span = task % plan.spans.parts;
+        if (plan.by_rows) {
+          linear.run_rows(span, w);
+        } else {
+          linear.run_tile(plan.tiles.begin(tile), plan.tiles.begin(tile + 1), plan.spans.begin(span),
+                          plan.spans.begin(span + 1), w);
+        }
+      }
+#pragma omp for schedule(static)
+      for (std::int64_t row = rows; row < a.rows; ++row)
+        __builtin_memset(static_cast<T*>(out) + row * out_stride, 0, std::size_t(a.features) * sizeof(T));
+    }
+  };
+  with_type(a.dtype, [&](auto element) {
+    if (a.weight_dtype == DType::float32) {
+      run(element, float{});
+    } else {
+      run(element, element);
+    }
+  });
+  std::free(memory);
+  return Status::ok;
+}
+
+}  // namespace madtp::cpu::MADTP_ISA

@@ -1,0 +1,61 @@
+#pragma once
+
+// y = residual + scale * activation(x W^T + bias) with a 2:4 sparse W: at most 2 non-zeros in every aligned
+// group of 4 columns. The rules of madtp/tokens.h on pointers and statuses hold here too.
+
+#include <cstdint>
+
+#include "madtp/dtype.h"
+#include "madtp/status.h"
+
+namespace madtp {
+
+// The values are part of the ABI. gelu is x Phi(x), gelu_tanh its usual approximation, quick_gelu
+// x sigmoid(1.702 x).
+enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2, quick_gelu = 3, relu = 4 };
+
+// W (features, channels) as stored: the two kept values of every group and where they stand in it.
+struct Sparse24Weight {
+  DType dtype;
+  const void* values;           // (features, channels / 2)
+  const std::uint8_t* indices;  // (features, channels / 8), two groups a byte, the first in the low nibble;
+                                // a nibble is i0 | i1 << 2, columns i0 < i1
+  std::int64_t features;        // a multiple of 8
+  std::int64_t channels;        // a multiple of 16
+};
+
+struct Sparse24Linear {
+  DType dtype;    // of x, residual and the output
+  const void* x;  // (rows, channels)
+  std::int64_t x_stride, rows;
+  const void* layout;  // what sparse24_pack wrote
+  DType weight_dtype;  // float32 or dtype
+  std::int64_t features, channels;
+  const void* bias;  // (features,), or null
+  DType bias_dtype;  // float32 or dtype
+  Activation activation;
+  const void* scale;     // (features,), or null
+  DType scale_dtype;     // float32 or dtype
+  const void* residual;  // (rows, features), or null
+  std::int64_t residual_stride;
+  const std::int32_t* total;  // one number: rows from it on are written as zeros; null: there are none
+};
+
+namespace cpu {
+
+// Bytes of the layout of a weight, which the instruction set in use shapes: a layout belongs to the process
+// that packed it. About 0.64 of the bytes of the dense weight in float32, 0.78 in the 16-bit types.
+Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType weight_dtype,
+                             std::int64_t* bytes);
+
+// Writes the layout. Status::invalid_argument for indices that do not ascend.
+Status sparse24_pack(const Sparse24Weight& weight, void* layout, int threads);
+
+// Accumulates in float32 and casts once. A row of the result has the same bits whatever the other rows, their
+// number and the number of threads are.
+Status sparse24_linear(const Sparse24Linear& inputs,
+                       void* out,  // (rows, features)
+                       std::int64_t out_stride, int threads);
+
+}  // namespace cpu
+}  // namespace madtp

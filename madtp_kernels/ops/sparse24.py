@@ -1,0 +1,207 @@
+"""Linear layers with a 2:4 sparse weight: at most 2 non-zeros in every aligned group of 4 columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from madtp_kernels import dispatch, native
+from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels.reference import sparse24 as reference
+from madtp_kernels.sparse24_weight import Sparse24Weight, register_layout
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+
+
+@dispatch.public
+def sparse24_linear(
+    x: Tensor,
+    weight: Sparse24Weight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    total: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer with its epilogue: y = residual + scale * activation(x W^T + bias).
+
+    Args:
+        x: (T, C) float32, bfloat16 or float16; any row stride. C is a multiple of 16.
+        weight: a `Sparse24Weight` of shape (N, C) in float32 or the dtype of x. N is a multiple of 8.
+        bias: (N,) float32 or the dtype of x.
+        activation: gelu, gelu_tanh, quick_gelu (x sigmoid(1.702 x)), relu, or None.
+        residual: (T, N) dtype of x; any row stride.
+        scale: (N,) float32 or the dtype of x.
+        total: int32, one element: rows from it on are zeros. None: there are none.
+        backend: auto, reference or cpu.
+
+    Returns:
+        (T, N) dtype of x, accumulated in float32 and cast once. On the cpu backend a row has the same bits whatever the
+        other rows are and however many. Differentiable in x, bias, residual and scale; the weight gets no gradient.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
+    """
+    check_tensor("x", x, 2, FLOATS)
+    require(isinstance(weight, Sparse24Weight), "weight", "a Sparse24Weight", type(weight).__name__)
+    features, channels = weight.shape
+    require(x.shape[1] == channels, "x", f"of {channels} channels like weight", x)
+    if total is not None:
+        require(isinstance(total, Tensor) and total.numel() == 1, "total", "a tensor of one int32", total)
+    check_device(x.device, weight=weight.values, bias=bias, residual=residual, scale=scale, total=total)
+    runs = _backend(backend, x.dtype, x.device)
+    layout = None if runs == "reference" else weight.layout(runs)
+    return torch.ops.madtp.sparse24_linear(
+        x, weight.values, weight.indices, layout, bias, activation or "none", residual, scale, total, backend or "auto"
+    )
+
+
+@torch.compiler.assume_constant_result
+def _backend(backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
+    return dispatch.backend_name("sparse24_linear", backend, dtype, device)
+
+
+def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
+    """The layout of a weight for the C++ CPU kernel of this process.
+
+    Args:
+        values: (N, C/2) float32, bfloat16 or float16: two of every four weights. N is a multiple of 8, C of 16.
+        indices: (N, C/8) uint8: their columns inside the group, i0 | i1 << 2 with i0 < i1, two groups a byte, the first
+            in the low nibble.
+
+    Returns:
+        (bytes,) uint8, about 0.64 of the dense weight's bytes in float32. It depends on the instruction set in use, so
+        it belongs to this process: keep values and indices, and pack again.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the C++ extension cannot be loaded.
+    """
+    return torch.ops.madtp.sparse24_pack(values, indices)
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor values, Tensor indices, Tensor? layout, Tensor? bias, str activation, Tensor? residual, "
+    "Tensor? scale, Tensor? total, str backend"
+)
+torch.library.define("madtp::sparse24_pack", "(Tensor values, Tensor indices) -> Tensor")
+torch.library.define("madtp::sparse24_linear", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define(
+    "madtp::sparse24_linear_backward", f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+register_layout("cpu", lambda weight: sparse24_pack(weight.values, weight.indices))
+dispatch.register("sparse24_linear", reference=reference.sparse24_linear, cpu=native.sparse24_linear)
+
+
+def check_weight(values: Tensor, indices: Tensor) -> None:
+    """The metadata of the canonical form, as every kernel needs it."""
+    check_tensor("values", values, 2, FLOATS)
+    check_tensor("indices", indices, 2, (torch.uint8,))
+    features, channels = values.shape[0], 2 * values.shape[1]
+    require(features % 8 == 0, "values", "of a multiple of 8 rows (features)", values)
+    require(channels % 16 == 0, "values", "of shape (N, C/2), C a multiple of 16", values)
+    expected = (features, channels // 8)
+    require(tuple(indices.shape) == expected, "indices", f"of shape {expected}, (N, C/8)", indices)
+    check_device(values.device, indices=indices)
+
+
+def _check(x, values, indices, layout, bias, activation, residual, scale, total):
+    # torch.ops can be called without the public function, and kernels trust these.
+    check_tensor("x", x, 2, FLOATS)
+    check_weight(values, indices)
+    either = tuple(dict.fromkeys((x.dtype, torch.float32)))
+    check_tensor("values", values, 2, either)
+    features, channels = values.shape[0], 2 * values.shape[1]
+    require(x.shape[1] == channels, "x", f"of {channels} channels like weight", x)
+    for name, vector in (("bias", bias), ("scale", scale)):
+        if vector is not None:
+            check_tensor(name, vector, 1, either)
+            check_rows(name, vector, features, "weight")
+    if residual is not None:
+        check_tensor("residual", residual, 2, (x.dtype,))
+        expected = (x.shape[0], features)
+        require(tuple(residual.shape) == expected, "residual", f"of shape {expected}, (T, N)", residual)
+    if total is not None:
+        require(total.numel() == 1 and total.dtype == torch.int32, "total", "a tensor of one int32", total)
+    require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
+    check_device(x.device, values=values, layout=layout, bias=bias, residual=residual, scale=scale, total=total)
+
+
+def _pack(values: Tensor, indices: Tensor) -> Tensor:
+    check_tensor("values", values, 2, dispatch.FAST_DTYPES)
+    check_weight(values, indices)
+    check_device(torch.device("cpu"), values=values)
+    dispatch.extension()
+    nibbles = torch.stack([indices & 15, indices >> 4])
+    require(bool(((nibbles & 3) < nibbles >> 2).all()), "indices", "ascending in every group (i0 < i1)", "others")
+    return native.sparse24_pack(values.detach(), indices)
+
+
+torch.library.impl("madtp::sparse24_pack", "CompositeExplicitAutograd", _pack)
+
+
+@torch.library.impl("madtp::sparse24_linear", "CompositeExplicitAutograd")
+def _linear(x, values, indices, layout, bias, activation, residual, scale, total, backend):
+    _check(x, values, indices, layout, bias, activation, residual, scale, total)
+    run = dispatch.implementation("sparse24_linear", backend, x.dtype, x.device)
+    if run is native.sparse24_linear:
+        layout = _pack(values, indices) if layout is None else layout
+        size = native.sparse24_layout_bytes(values.shape[0], x.shape[1], values.dtype)
+        ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
+        require(ok, "layout", f"contiguous uint8 of shape ({size},), from sparse24_pack", layout)
+    return run(x, values, indices, layout, bias, activation, residual, scale, total)
+
+
+@torch.library.impl("madtp::sparse24_linear_backward", "CompositeExplicitAutograd")
+def _linear_backward(grad, x, values, indices, layout, bias, activation, residual, scale, total, backend):
+    _check(x, values, indices, layout, bias, activation, residual, scale, total)
+    # Weights that train stay dense and masked: this gradient passes through, and no backend has its own.
+    return reference.sparse24_linear_backward(
+        grad, x, values, indices, layout, bias, activation, residual, scale, total
+    )
+
+
+@torch.library.register_fake("madtp::sparse24_pack")
+def _(values, indices):
+    size = native.sparse24_layout_bytes(values.shape[0], 2 * values.shape[1], values.dtype)
+    return values.new_empty(size, dtype=torch.uint8)
+
+
+@torch.library.register_fake("madtp::sparse24_linear")
+def _(x, values, indices, layout, bias, activation, residual, scale, total, backend):
+    return x.new_empty(x.shape[0], values.shape[0])
+
+
+@torch.library.register_fake("madtp::sparse24_linear_backward")
+def _(grad, x, values, indices, layout, bias, activation, residual, scale, total, backend):
+    return x.new_empty(x.shape), *(
+        x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, residual, scale)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, values, indices, layout, bias, ctx.activation, residual, scale, total, ctx.backend = inputs
+    ctx.save_for_backward(x, values, indices, layout, bias, residual, scale, total)
+
+
+def _backward(ctx, grad):
+    x, values, indices, layout, bias, residual, scale, total = ctx.saved_tensors
+    grad_x, *grads = torch.ops.madtp.sparse24_linear_backward(
+        grad, x, values, indices, layout, bias, ctx.activation, residual, scale, total, ctx.backend
+    )
+    given = zip(grads, (bias, residual, scale), strict=True)
+    grad_bias, grad_residual, grad_scale = (None if tensor is None else grad for grad, tensor in given)
+    return grad_x, None, None, None, grad_bias, None, grad_residual, grad_scale, None, None
+
+
+torch.library.register_autograd("madtp::sparse24_linear", _backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.madtp.sparse24_linear, get_raw=True)
+def _flops(x, values, *_, out_val=None, **__) -> int:
+    """What is executed: 2 FLOP per kept weight and row, half of the dense product."""
+    return 2 * x.shape[0] * values.numel()

@@ -1,0 +1,101 @@
+"""Linear layers with a 2:4 weight, in plain PyTorch: at most 2 non-zeros in every aligned group of 4 columns.
+
+The canonical form keeps two values of every group and their columns inside it: `values` (N, C/2), and `indices` uint8
+(N, C/8), where byte b of a row holds group 2b in its low nibble and group 2b + 1 in the high one. A nibble is
+i0 | i1 << 2 with i0 < i1; a group with fewer non-zeros keeps zeros. `madtp_kernels.Sparse24Weight` holds the two.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_QUICK = 1.702  # CLIP's approximation of GELU
+
+
+def sparse24_to_dense(values: Tensor, indices: Tensor) -> Tensor:
+    """values (N, C/2), indices (N, C/8) -> weight (N, C)."""
+    nibbles = torch.stack([indices & 15, indices >> 4], dim=-1).flatten(1)  # (N, C/4)
+    columns = torch.stack([nibbles & 3, nibbles >> 2], dim=-1).long()  # (N, C/4, 2)
+    groups = values.new_zeros(*nibbles.shape, 4)
+    return groups.scatter(-1, columns, values.unflatten(1, (-1, 2))).flatten(1)
+
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(_QUICK * x),
+    "relu": F.relu,
+}
+
+
+def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    gate = torch.sigmoid(_QUICK * x)
+    return grad * gate * (1 + _QUICK * x * (1 - gate))
+
+
+_BACKWARDS = {
+    "none": lambda grad, x: grad,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    "quick_gelu": _quick_gelu_backward,
+    "relu": lambda grad, x: grad * (x > 0),
+}
+
+
+def _real(x: Tensor, total: Tensor | None) -> Tensor:
+    """(T, 1) bool: the rows before the total."""
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    return rows < (x.shape[0] if total is None else total)
+
+
+def sparse24_linear(
+    x: Tensor,  # (T, C)
+    values: Tensor,  # (N, C/2)
+    indices: Tensor,  # (N, C/8)
+    layout: Tensor | None,  # for other backends
+    bias: Tensor | None,  # (N,)
+    activation: str,
+    residual: Tensor | None,  # (T, N)
+    scale: Tensor | None,  # (N,)
+    total: Tensor | None,  # one int32
+) -> Tensor:  # (T, N)
+    """residual + scale * activation(x W^T + bias), zeros from row `total` on."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dense = sparse24_to_dense(values, indices).to(wide)
+    out = ACTIVATIONS[activation](F.linear(x.to(wide), dense, None if bias is None else bias.to(wide)))
+    if scale is not None:
+        out = out * scale.to(wide)
+    if residual is not None:
+        out = residual.to(wide) + out
+    return torch.where(_real(x, total), out.to(x.dtype), 0)
+
+
+def sparse24_linear_backward(
+    grad: Tensor,  # (T, N)
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    total: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `sparse24_linear` to x, bias, residual and scale, exactly; empty for what is None."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    real = _real(x, total)
+    grad = torch.where(real, grad, 0)
+    dense = sparse24_to_dense(values, indices).to(wide)
+    # Rows past the total may hold anything, and take no part.
+    before = F.linear(torch.where(real, x, 0).to(wide), dense, None if bias is None else bias.to(wide))  # (T, N)
+    grad_out = grad.to(wide)
+    grad_scale = x.new_empty(0)
+    if scale is not None:
+        grad_scale = (grad_out * ACTIVATIONS[activation](before)).sum(0).to(scale.dtype)
+        grad_out = grad_out * scale.to(wide)
+    grad_before = _BACKWARDS[activation](grad_out, before)
+    grad_bias = x.new_empty(0) if bias is None else grad_before.sum(0).to(bias.dtype)
+    grad_residual = x.new_empty(0) if residual is None else grad
+    return (grad_before @ dense).to(x.dtype), grad_bias, grad_residual, grad_scale
