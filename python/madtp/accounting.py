@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from madtp.hwp import is_pattern, matches
+from madtp.hwp import Sparse24Linear, is_pattern, matches
 
 BRANCHES = {"vision": ("vision_model",), "text": ("text_encoder",), "decoder": ("text_decoder",)}
 OTHER = "other"
@@ -90,9 +90,8 @@ def profile(
         for scope in _scopes(stack, branches):
             ledger[scope].update(amounts)
 
-    for owner, parameter in _parameters(model):
-        nonzero = parameter.numel() if parameter.is_meta else int(parameter.count_nonzero())
-        add((owner,), params=parameter.numel(), nonzero_params=nonzero)
+    for owner, count, nonzero in _parameters(model):
+        add((owner,), params=count, nonzero_params=nonzero)
     for stack, macs in dense.items():
         add(stack, dense_macs=macs / samples)
     modules = dict(model.named_modules())
@@ -195,13 +194,16 @@ def disk_bytes(path: str | PathLike) -> int:
 class _MacCounter(TorchDispatchMode):
     """Applies the FLOP formulas of torch, those of `register_flop_formula` included, to every op that runs."""
 
-    # torch counts the attention kernels of GPUs only.
-    extra = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop}
+    # torch counts the attention kernels of GPUs only; a 2:4 product counts as the dense one here, and halves later.
+    extra = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
+        torch.ops.madtp.sparse24_linear: lambda x, values, *_, **__: 4 * x.shape[0] * values.numel(),
+    }
 
     def __init__(self, macs: Counter, stack: list[str]):
         super().__init__()
         self.macs, self.stack = macs, stack
-        self.formulas = {**self.extra, **flop_counter.flop_registry}
+        self.formulas = flop_counter.flop_registry | self.extra
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -236,15 +238,25 @@ def _scopes(stack: tuple[str, ...], branches: Mapping[str, Sequence[str]]) -> se
     return {("total",), ("branch", branch), *(("module", name) for name in names)}
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter once, as the forward pass sees it, with the name of the module that owns it."""
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters, and how many are not zero; a packed 2:4 weight counts as the dense one it stands for."""
+    counts = [(count, nonzero) for _, count, nonzero in _parameters(model)]
+    return sum(count for count, _ in counts), sum(nonzero for _, nonzero in counts)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """Every parameter once, as the forward pass sees it: the module that owns it, its size, how much is not zero."""
     seen = set()
     for name, module in model.named_modules():
+        if isinstance(module, Sparse24Linear):
+            yield name, module.sparse_weight.shape.numel(), int(module.values.count_nonzero())
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 masked = isinstance(module, ParametrizationList) and module.is_tensor
-                yield name.partition(".parametrizations.")[0], (module() if masked else parameter).detach()
+                used = (module() if masked else parameter).detach()
+                nonzero = used.numel() if used.is_meta else int(used.count_nonzero())
+                yield name.partition(".parametrizations.")[0], used.numel(), nonzero
 
 
 def _sparse_shares(model: nn.Module, macs: Counter, planned_sparse: Collection[str]) -> dict[str, tuple[float, float]]:
@@ -256,8 +268,8 @@ def _sparse_shares(model: nn.Module, macs: Counter, planned_sparse: Collection[s
 
 def _sparsity(module: nn.Module, planned: bool) -> tuple[float, float]:
     """(counted, executed) share of the MACs run directly in the module."""
-    if getattr(module, "executes_sparse", False):
-        return 0.5, 0.5
+    if isinstance(module, Sparse24Linear):
+        return 0.5, 0.5 if module.executes_sparse else 1.0
     if not isinstance(module, nn.Linear):
         return 1.0, 1.0
     weight = module.weight.detach()

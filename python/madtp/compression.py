@@ -22,11 +22,11 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 import madtp_kernels
-from madtp.accounting import counted_macs, disk_bytes, evaluating, profile_batches
+from madtp.accounting import count_parameters, counted_macs, disk_bytes, evaluating, profile_batches
 from madtp.config import CompressionConfig
 from madtp.controller import branch_targets
 from madtp.files import require_writable, whole_directory
-from madtp.hwp import Pattern, select_modules
+from madtp.hwp import Pattern, pack, select_modules
 from madtp.patching import from_pretrained, patch
 from madtp.progress import Progress
 from madtp.trainer import MadtpTrainer, last_checkpoint
@@ -130,6 +130,7 @@ def compress(
         trainer.probe = pairs(task, calibration_data, SETTLE_SAMPLES, args.device)
         dense_macs = profile_batches(student, trainer.probe).total.dense_macs
         miss = trainer.settle((1 - config.flops_reduction) * dense_macs)
+    packed = pack(student, linears.selected)
     with whole_directory(output_dir / "model") as directory:
         student.save_pretrained(directory)
         task.save_processor(directory)
@@ -149,6 +150,7 @@ def compress(
         "temperatures": handle.temperatures,
         "calibration_miss": miss,
         "sparse_modules": linears.selected,
+        "packed_modules": sorted(packed),
         "dense_modules": linears.dense,
         "magnitude_kept": magnitude,
     }
@@ -175,14 +177,15 @@ def measure(
         counted = copy.deepcopy(model)
         patch(counted)
     total = profile_batches(counted, pairs(task, data, ACCOUNT_SAMPLES, _device(model))).total
+    params, nonzero_params = count_parameters(model)
     return {
         "samples": len(data),
         "accuracy": accuracy,
         "dense_gmacs": total.dense_macs / 1e9,
         "counted_gmacs": total.counted_macs / 1e9,
         "executed_gmacs": total.executed_macs / 1e9,
-        "params": sum(p.numel() for p in model.parameters()),
-        "nonzero_params": sum(int(p.count_nonzero()) for p in model.parameters()),
+        "params": params,
+        "nonzero_params": nonzero_params,
         "bytes": disk_bytes(path / "model.safetensors") if path else _saved_bytes(model),
         "tokens_per_layer": watch.means() or counted.madtp_handle.tokens_per_layer,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from madtp.config import CompressionConfig
 from madtp.dtp import Branch
 from madtp.files import write_whole
+from madtp.hwp.packing import Sparse24Linear, replace_linear, unpack
 from madtp.mag import AlignmentGuide
 from madtp.models import FAMILIES
 from madtp.models.family import Family
 from madtp.packed import RaggedAttention
 
-STATE_FILE = "madtp.json"
-STATE_VERSION = 1
+STATE_FILE, WEIGHTS_FILE = "madtp.json", "model.safetensors"
+STATE_VERSION = 2
 
 
 class Handle:
@@ -51,6 +53,11 @@ class Handle:
             branch: (*names, *(name.format(branch) for name in ours if branch in self.pruning))
             for branch, names in self.family.branches.items()
         }
+
+    @property
+    def activations(self) -> Mapping[str, str]:
+        """Of `madtp.hwp.pack`: what follows which Linear."""
+        return self.family.activations
 
     @property
     def temperatures(self) -> dict[str, float]:
@@ -118,14 +125,25 @@ class Handle:
             self.set_temperature(before)
 
     def remove(self) -> nn.Module:
-        """Undoes everything: the model is of its Hugging Face class again, without the alignment tokens."""
+        """Undoes everything: the model is of its Hugging Face class again, its Linears plain, no alignment tokens."""
+        unpack(self.model)
         self.model.__class__ = self.family.source
         del self.model.madtp_guide, self.model.madtp_attention, self.model.madtp_handle
         return self.model
 
     def save(self, directory: Path) -> None:
-        """Writes madtp.json, whole or not at all."""
-        state = {"version": STATE_VERSION, "config": self.config.to_dict(), "temperatures": self.temperatures}
+        """Writes madtp.json, whole or not at all, beside the weights, which must be there."""
+        state = {
+            "version": STATE_VERSION,
+            "config": self.config.to_dict(),
+            "temperatures": self.temperatures,
+            "sparse24": {
+                name: module.activation
+                for name, module in self.model.named_modules()
+                if isinstance(module, Sparse24Linear)
+            },
+            "weights_sha256": _sha256(directory / WEIGHTS_FILE),
+        }
         write_whole(directory / STATE_FILE, json.dumps(state, indent=2) + "\n")
 
 
@@ -185,8 +203,15 @@ def _load(directory: Path, family: Family, state: dict) -> nn.Module:
         model = family.source(family.source.config_class.from_pretrained(directory))
         handle = patch(model, CompressionConfig.from_dict(state["config"]))
         handle.set_temperature(state["temperatures"])
-        weights = load_file(directory / "model.safetensors")
+        if _sha256(directory / WEIGHTS_FILE) != state["weights_sha256"]:
+            raise ValueError(f"{WEIGHTS_FILE} is not as it was written: its checksum does not match {STATE_FILE}")
+        weights = load_file(directory / WEIGHTS_FILE)
+        for name, activation in state["sparse24"].items():
+            empty = Sparse24Linear.empty(model.get_submodule(name), activation)
+            replace_linear(model, name, empty, family.activations)
         missing, unexpected = model.load_state_dict(weights, strict=False)
+        for name in state["sparse24"]:
+            model.get_submodule(name).sparse_weight.check_indices(f"{name}.indices")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{directory} cannot be read ({reason}); save the model again") from error
@@ -196,3 +221,8 @@ def _load(directory: Path, family: Family, state: dict) -> nn.Module:
         raise ModelError(f"{directory}: weights must match config.json, {len(wrong)} do not (first: {wrong[0]})")
     model.tie_weights()
     return model.eval()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

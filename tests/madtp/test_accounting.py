@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from madtp.accounting import count_macs, disk_bytes, profile, profile_batches
-from madtp.hwp import WeightPruner, select_modules
+from madtp.hwp import WeightPruner, pack, select_modules
+from madtp_kernels import dispatch
 
 
 def vision_macs(layers, width, ffn, patch, image):
@@ -101,9 +102,18 @@ def test_patterns_that_do_not_run_as_24_count_in_full():
     assert account.counted_macs == account.dense_macs == 256
     assert account.nonzero_params == 128
 
-    model[0].executes_sparse = True
-    account = profile(model, torch.randn(3, 32)).total
-    assert (account.dense_macs, account.counted_macs, account.executed_macs) == (256, 128, 128)
+
+@pytest.mark.parametrize(("backend", "executed"), [("cpu", 128), ("reference", 256)])
+def test_a_packed_linear_executes_half_where_a_sparse_kernel_runs(monkeypatch, backend, executed):
+    if backend == "cpu" and dispatch.extension_obstacle() is not None:
+        pytest.skip("no C++ extension")
+    monkeypatch.setenv("MADTP_BACKEND", backend)
+    model = nn.Sequential(nn.Linear(32, 8))
+    WeightPruner(model, "2:4", ["0"], schedule="one_shot").finalize()
+    assert pack(model) == {"0": None}
+    account = profile(model, torch.randn(1, 32)).total
+    assert (account.dense_macs, account.counted_macs, account.executed_macs) == (256, 128, executed)
+    assert (account.params, account.nonzero_params) == (264, 136)
 
 
 @pytest.mark.parametrize("inference", [False, True])

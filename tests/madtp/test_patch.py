@@ -155,13 +155,16 @@ def test_refuses(blip, tmp_path):
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(madtp.ModelError, match="cannot be read"):
         madtp.from_pretrained(tmp_path)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(madtp.ModelError, match="its checksum does not match madtp.json"):
+        madtp.from_pretrained(tmp_path)
     weights.write_bytes(whole)
     state = json.loads((tmp_path / "madtp.json").read_text())
     (tmp_path / "madtp.json").write_text(json.dumps(state | {"version": 99}))
-    with pytest.raises(madtp.ModelError, match="must be of version 1, got 99"):
+    with pytest.raises(madtp.ModelError, match="must be of version 2, got 99"):
         madtp.from_pretrained(tmp_path)
     (tmp_path / "madtp.json").write_text("[]")
-    with pytest.raises(madtp.ModelError, match="must be of version 1, got None"):
+    with pytest.raises(madtp.ModelError, match="must be of version 2, got None"):
         madtp.from_pretrained(tmp_path)
     (tmp_path / "madtp.json").write_text(json.dumps(state | {"config": None}))
     with pytest.raises(madtp.ModelError, match="cannot be read"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from madtp.dtp import Branch
+from madtp.hwp import residual_linear
 from madtp.models.family import CompressedModel, Family
 from madtp.packed import Packed, Repeated, split_heads
 
@@ -25,9 +26,10 @@ def encode_vision(model: nn.Module, pixel_values: Tensor, branch: Branch, interp
         attention = layer.self_attn
         qkv = attention.qkv(layer.layer_norm1(packed.x)).unflatten(-1, (3, attention.num_heads, -1))
         out, stats = branch.attention(*qkv.unbind(1), packed, statistics=branch.prunes)
-        x = attention.projection(out) + packed.x
+        x = residual_linear(attention.projection, out, packed.x)
         packed, normed = branch.prune_norm(packed, x, stats, layer.layer_norm2)
-        packed = packed.with_x(layer.mlp(normed) + packed.x)
+        hidden = layer.mlp.activation_fn(layer.mlp.fc1(normed))
+        packed = packed.with_x(residual_linear(layer.mlp.fc2, hidden, packed.x))
         branch.end_block(packed)
     return packed.with_x(model.post_layernorm(packed.x))
 
@@ -45,17 +47,24 @@ def encode_text(
             for project in (attention.query, attention.key, attention.value)
         )
         out, stats = branch.attention(q, k, v, packed, statistics=branch.prunes)
-        packed = branch.prune(packed, layer.attention.output(out, packed.x), stats)
+        packed = branch.prune(packed, _add_norm(layer.attention.output, out, packed.x), stats)
         cross = layer.crossattention.self
         q, k, v = (
             split_heads(project(source), cross.num_attention_heads)
             for project, source in ((cross.query, packed.x), (cross.key, images.x), (cross.value, images.x))
         )
         out, _ = branch.attention(q, k, v, packed, images)
-        x = layer.crossattention.output(out, packed.x)
-        packed = packed.with_x(layer.output(layer.intermediate(x), x))
+        x = _add_norm(layer.crossattention.output, out, packed.x)
+        packed = packed.with_x(_add_norm(layer.output, layer.intermediate(x), x))
         branch.end_block(packed)
     return packed
+
+
+def _add_norm(output: nn.Module, hidden: Tensor, residual: Tensor) -> Tensor:
+    """A BlipTextOutput or BlipTextSelfOutput: LayerNorm(dropout(dense(hidden)) + residual)."""
+    if output.training:
+        return output(hidden, residual)
+    return output.LayerNorm(residual_linear(output.dense, hidden, residual))
 
 
 @contextmanager
@@ -170,4 +179,8 @@ BLIP_VQA = Family(
     branches={"vision": ("vision_model",), "text": ("text_encoder",), "decoder": ("text_decoder",)},
     pruned={"vision": "vision_config", "text": "text_config"},
     dense_modules=("text_decoder",),
+    activations={
+        "vision_model.encoder.layers.*.mlp.fc1": "activation_fn",
+        "text_encoder.encoder.layer.*.intermediate.dense": "intermediate_act_fn",
+    },
 )

@@ -18,6 +18,7 @@ class Family:
     branches: Mapping[str, tuple[str, ...]]  # branch -> its modules, for accounting
     pruned: Mapping[str, str]  # branch with token pruning -> the config that holds its hidden_size
     dense_modules: tuple[str, ...]  # modules whose weights are never pruned
+    activations: Mapping[str, str]  # pattern of a Linear's name -> the attribute of its parent that follows it
 
 
 class CompressedModel:
