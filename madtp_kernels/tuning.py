@@ -34,6 +34,7 @@ SHIPPED = Path(__file__).with_name("tuning")
 ROUNDS, SECONDS = 9, 0.05  # the most of each, but three rounds at least
 MARGIN = 0.97  # a tie is ours: dense costs memory
 
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*dispatch.FAST_DTYPES, torch.float64)}
 _measuring = threading.Lock()
 
 
@@ -70,7 +71,9 @@ def problem(
 ) -> Problem:
     rows = min(1 << round(math.log2(max(1, x.shape[0]))), MOST_ROWS)
     epilogue = f"{activation or 'none'}{'' if scale is None else '+scale'}{'' if residual is None else '+residual'}"
-    return Problem(rows, *weight.shape, _name(x.dtype), _name(weight.dtype), epilogue, torch.get_num_threads())
+    features, half = weight.values.shape
+    names = _NAMES[x.dtype], _NAMES[weight.dtype]
+    return Problem(rows, features, 2 * half, *names, epilogue, torch.get_num_threads())
 
 
 def fastest(case: Problem) -> str:
@@ -106,8 +109,7 @@ def enabled() -> bool:
 
 
 def known(case: Problem) -> Timing | None:
-    shipped = _table(SHIPPED / _file_name()).get(case)
-    return _table(_cache(os.environ.get("MADTP_CACHE"))).get(case, shipped) if enabled() else shipped
+    return _table(os.environ.get("MADTP_CACHE") if enabled() else SHIPPED).get(case)
 
 
 @torch.no_grad()
@@ -147,10 +149,6 @@ def _seconds(function) -> float:
     return time.perf_counter() - start
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @functools.cache
 def machine() -> dict[str, str]:
     """What a measurement holds for."""
@@ -171,7 +169,6 @@ def _file_name() -> str:
     return f"sparse24-{hashlib.sha256(json.dumps(machine()).encode()).hexdigest()[:16]}.json"
 
 
-@functools.cache
 def _cache(folder: str | None) -> Path:
     return (Path(folder).expanduser() if folder else Path.home() / ".cache" / "madtp") / "tuning" / _file_name()
 
@@ -184,16 +181,20 @@ def _read(path: Path) -> dict[Problem, Timing]:
         return {}
 
 
-_table = functools.cache(_read)  # the dictionary of this process, which `_keep` adds to
+@functools.cache
+def _table(folder: str | Path | None) -> dict[Problem, Timing]:
+    """What this process knows: of SHIPPED that alone, else what is shipped and what the cache holds; `_keep` adds."""
+    shipped = _read(SHIPPED / _file_name())
+    return shipped if folder is SHIPPED else shipped | _read(_cache(folder))
 
 
 def _keep(case: Problem, timing: Timing) -> None:
-    path = _cache(os.environ.get("MADTP_CACHE"))
-    table = _table(path)
-    table[case] = timing
+    folder = os.environ.get("MADTP_CACHE")
+    path = _cache(folder)
+    _table(folder)[case] = timing
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        everyone = _read(path) | table  # other processes write here too
+        everyone = _read(path) | {case: timing}  # other processes write here too
         with whole_file(path) as partial:
             partial.write_text(json.dumps({**machine(), "timings": list(everyone.items())}) + "\n")
     except OSError:

@@ -96,7 +96,7 @@ def test_what_was_measured_outlives_the_process(measured, tmp_path):
     file.write_text(other)
     tuning.fastest(case_of(4))
     forget()
-    assert {case.rows for case in tuning._table(file)} == {4, 16, 2048}
+    assert {case.rows for case in tuning._table(str(tmp_path))} == {4, 2048}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"timings": [[1, 2]]}', '{"timings": [[[1], [1, 2, 3]]]}', "\udcff"])
