@@ -34,6 +34,7 @@ class Entry:
         bytes: (case, inputs) -> bytes that must be read and written at least.
         flops: (case, inputs) -> floating-point operations, 0 where none matter.
         against: the key of the cases to plot time and memory against, if they differ in one number.
+        grid: the provider whose speed-up is shown as a heat map, the first key of the cases across and the others down.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Entry:
     bytes: Callable[[Case, Any], int]
     flops: Callable[[Case, Any], int] = lambda case, inputs: 0
     against: str | None = None
+    grid: str | None = None
 
     def __post_init__(self):
         if self.baseline not in self.providers:

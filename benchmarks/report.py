@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.plot import plot
+from benchmarks.plot import grid, heat_map, plot
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HEADER = """# Benchmarks
@@ -55,6 +55,15 @@ def print_table(entry, block: dict) -> None:
     Console().print(table)
 
 
+def grid_table(result: dict, threads: int | None) -> str:
+    """The speed-ups of an entry with `grid`, a row for each of its other keys' values."""
+    across, down, speedups = grid(result, threads)
+    title = next(iter(result["blocks"][0]["case"])) + ("" if threads is None else f", {threads} threads")
+    lines = [f"| {title} | {' | '.join(map(str, across))} |", "|---" * (1 + len(across)) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{v:.2f}x' for v in row)} |" for name, row in zip(down, speedups, strict=True)]
+    return "\n".join(lines) + "\n"
+
+
 def write_document(results: Path, document: Path = DOCUMENT) -> None:
     """docs/benchmarks.md from every results file."""
     parts = [HEADER]
@@ -66,8 +75,13 @@ def write_document(results: Path, document: Path = DOCUMENT) -> None:
         on_cpu = result["blocks"][0]["threads"] is not None
         where = f"CPU, {about['cpu_isa']}" if on_cpu else about["device"]
         parts.append(f"## {result['entry']} ({where})\n\n{result['summary'].capitalize()}; torch {about['torch']}.\n")
+        picture = document.with_name(f"benchmark-{path.parent.name}-{result['entry']}.png")
+        if result.get("grid") is not None:
+            heat_map(result, picture)
+            parts.append(f"![speed-up of {result['grid']} over {result['baseline']}]({picture.name})\n")
+            parts += [grid_table(result, count) for count in dict.fromkeys(b["threads"] for b in result["blocks"])]
+            continue
         if result.get("against") is not None:
-            picture = document.with_name(f"benchmark-{path.parent.name}-{result['entry']}.png")
             plot(result, picture)
             parts.append(f"![time and memory against {result['against']}]({picture.name})\n")
         for block in result["blocks"]:

@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
             "summary": entry.summary,
             "baseline": entry.baseline,
             "against": entry.against,
+            "grid": entry.grid,
             "machine": machine(device),
             "rounds": options.rounds,
             "blocks": blocks,

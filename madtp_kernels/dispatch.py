@@ -1,7 +1,8 @@
 """Which backend runs an op, and why.
 
 Every op has a `reference`; `cpu` (C++), `triton` and `cuda` (C++) are faster where they can run. `auto` takes the first
-that can, in the order below. `MADTP_BACKEND` sets the default of the process, `backend=` that of one call.
+that can, in the order below, or what an op has measured to be faster; a 2:4 weight can also run `dense`, in torch.
+`MADTP_BACKEND` sets the default of the process, `backend=` that of one call.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "dense", "cpu", "triton", "cuda")
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _implementations: dict[str, dict[str, Callable]] = {}
 _limits: dict[str, Callable[[str, tuple[int, ...]], str | None]] = {}
 _public: dict[str, Callable] = {}
+_tuned: dict[str, Callable[..., Choice]] = {}
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,16 @@ class Choice:
 
 
 def register(
-    op: str, *, limits: Callable[[str, tuple[int, ...]], str | None] | None = None, **backends: Callable
+    op: str,
+    *,
+    limits: Callable[[str, tuple[int, ...]], str | None] | None = None,
+    tuned: Callable[..., Choice] | None = None,
+    **backends: Callable,
 ) -> None:
     """Makes `backends` (name -> function with the arguments of the reference) the implementations of `op`.
 
     limits: (backend, shape of the op's first tensor) -> why that backend cannot run it, or None.
+    tuned: (choice of auto, the arguments of a call) -> the choice after what was measured, for `explain`.
     """
     unknown = set(backends) - set(BACKENDS)
     if unknown or "reference" not in backends:
@@ -51,6 +58,8 @@ def register(
     _implementations[op] = backends
     if limits is not None:
         _limits[op] = limits
+    if tuned is not None:
+        _tuned[op] = tuned
 
 
 def triton_launcher(module: str, name: str) -> Callable:
@@ -79,7 +88,7 @@ def backend_name(
     op: str, backend: str | None, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
 ) -> str:
     """`choose(...).backend`, found without the reasons: it runs at every call."""
-    requested = backend if backend not in (None, "auto") else _default()[0]
+    requested = _request(backend)[0]
     for name in AUTO_ORDER.get(device.type, ("reference",)) if requested == "auto" else (requested,):
         if name in BACKENDS and _obstacle(op, name, dtype, device, shape) is None:
             return name
@@ -93,7 +102,7 @@ def choose(
 
     shape: of the op's first tensor, for ops whose backends are limited by it.
     """
-    requested, origin = (backend, "backend=") if backend not in (None, "auto") else _default()
+    requested, origin = _request(backend)
     if requested not in (*BACKENDS, "auto"):
         raise ValueError(f"{origin} must be one of auto, {', '.join(BACKENDS)}, got {requested!r}")
     order = AUTO_ORDER.get(device.type, ("reference",))
@@ -120,10 +129,19 @@ def explain(op: str, *args, **kwargs) -> Choice:
     bound = inspect.signature(_public[op]).bind(*args, **kwargs).arguments
     first = next(iter(bound.values()))
     tensor = first if isinstance(first, torch.Tensor) else first[0]
-    return choose(op, bound.get("backend"), tensor.dtype, tensor.device, tuple(tensor.shape))
+    choice = choose(op, bound.get("backend"), tensor.dtype, tensor.device, tuple(tensor.shape))
+    return _tuned[op](choice, **bound) if op in _tuned and is_auto(bound.get("backend")) else choice
 
 
-def _default() -> tuple[str, str]:
+def is_auto(backend: str | None) -> bool:
+    """Whether neither the call nor the process asks for a backend."""
+    return _request(backend)[0] == "auto"
+
+
+def _request(backend: str | None) -> tuple[str, str]:
+    """The backend that was asked for, and where."""
+    if backend not in (None, "auto"):
+        return backend, "backend="
     return os.environ.get("MADTP_BACKEND", "auto").strip().lower() or "auto", "MADTP_BACKEND"
 
 
@@ -167,7 +185,12 @@ def _cuda_obstacle(device: torch.device) -> str | None:
     return None
 
 
-_BACKEND_OBSTACLES = {"cpu": _cpu_obstacle, "triton": _triton_obstacle, "cuda": _cuda_obstacle}
+_BACKEND_OBSTACLES = {
+    "dense": lambda device: None,
+    "cpu": _cpu_obstacle,
+    "triton": _triton_obstacle,
+    "cuda": _cuda_obstacle,
+}
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from madtp_kernels import dispatch, native
+from madtp_kernels import dense, dispatch, native, tuning
 from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.reference import sparse24 as reference
 from madtp_kernels.sparse24_weight import Sparse24Weight, register_layout
@@ -37,11 +37,15 @@ def sparse24_linear(
         residual: (T, N) dtype of x; any row stride.
         scale: (N,) float32 or the dtype of x.
         total: int32, one element: rows from it on are zeros. None: there are none.
-        backend: auto, reference or cpu.
+        backend: auto, reference, cpu or dense: torch's product on the dense weight, which is then kept as well. On a
+            CPU auto measures, at the first use of a shape, which of the two is faster (`madtp_kernels.tuning`); under
+            torch.compile it is cpu.
 
     Returns:
-        (T, N) dtype of x, accumulated in float32 and cast once. On the cpu backend a row has the same bits whatever the
-        other rows are and however many. Differentiable in x, bias, residual and scale; the weight gets no gradient.
+        (T, N) dtype of x, accumulated in float32; cast once, on dense twice. On the cpu backend a row has the same bits
+        whatever the other rows are and however many; on dense the last bits may follow their number, and so they may
+        on auto, which chooses by it: backend="cpu" pins them. Differentiable in x, bias, residual and scale; the weight
+        gets no gradient.
 
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
@@ -54,6 +58,8 @@ def sparse24_linear(
         require(isinstance(total, Tensor) and total.numel() == 1, "total", "a tensor of one int32", total)
     check_device(x.device, weight=weight.values, bias=bias, residual=residual, scale=scale, total=total)
     runs = _backend(backend, x.dtype, x.device)
+    if runs == "cpu" and not torch.compiler.is_compiling() and dispatch.is_auto(backend):
+        runs = backend = tuning.fastest(tuning.problem(x, weight, activation, residual, scale))
     layout = None if runs == "reference" else weight.layout(runs)
     return torch.ops.madtp.sparse24_linear(
         x, weight.values, weight.indices, layout, bias, activation or "none", residual, scale, total, backend or "auto"
@@ -63,6 +69,13 @@ def sparse24_linear(
 @torch.compiler.assume_constant_result
 def _backend(backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
     return dispatch.backend_name("sparse24_linear", backend, dtype, device)
+
+
+def _tuned(choice, x, weight, bias=None, *, activation=None, residual=None, scale=None, **__) -> dispatch.Choice:
+    """For `explain`: the choice with what was measured of the call."""
+    if choice.backend != "cpu":
+        return choice
+    return tuning.explain(choice, tuning.problem(x, weight, activation, residual, scale))
 
 
 def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
@@ -94,7 +107,14 @@ torch.library.define(
 )
 
 register_layout("cpu", lambda weight: sparse24_pack(weight.values, weight.indices))
-dispatch.register("sparse24_linear", reference=reference.sparse24_linear, cpu=native.sparse24_linear)
+register_layout("dense", lambda weight: weight.to_dense().detach())
+dispatch.register(
+    "sparse24_linear",
+    reference=reference.sparse24_linear,
+    cpu=native.sparse24_linear,
+    dense=dense.sparse24_linear,
+    tuned=_tuned,
+)
 
 
 def check_weight(values: Tensor, indices: Tensor) -> None:
@@ -153,6 +173,10 @@ def _linear(x, values, indices, layout, bias, activation, residual, scale, total
         size = native.sparse24_layout_bytes(values.shape[0], x.shape[1], values.dtype)
         ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
         require(ok, "layout", f"contiguous uint8 of shape ({size},), from sparse24_pack", layout)
+    if run is dense.sparse24_linear and layout is not None:
+        shape = values.shape[0], x.shape[1]
+        ok = layout.dtype == values.dtype and tuple(layout.shape) == shape
+        require(ok, "layout", f"the dense weight, {values.dtype} of shape {shape}", layout)
     return run(x, values, indices, layout, bias, activation, residual, scale, total)
 
 
@@ -202,6 +226,6 @@ torch.library.register_autograd("madtp::sparse24_linear", _backward, setup_conte
 
 
 @register_flop_formula(torch.ops.madtp.sparse24_linear, get_raw=True)
-def _flops(x, values, *_, out_val=None, **__) -> int:
-    """What is executed: 2 FLOP per kept weight and row, half of the dense product."""
-    return 2 * x.shape[0] * values.numel()
+def _flops(x, values, *rest, out_val=None, **__) -> int:
+    """What is executed: 2 FLOP per kept weight and row, half of the dense product; all of it on dense."""
+    return 2 * x.shape[0] * values.numel() * (2 if rest[-1] == "dense" else 1)

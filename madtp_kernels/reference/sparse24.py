@@ -43,7 +43,7 @@ _BACKWARDS = {
 }
 
 
-def _real(x: Tensor, total: Tensor | None) -> Tensor:
+def real_rows(x: Tensor, total: Tensor | None) -> Tensor:
     """(T, 1) bool: the rows before the total."""
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     return rows < (x.shape[0] if total is None else total)
@@ -68,7 +68,7 @@ def sparse24_linear(
         out = out * scale.to(wide)
     if residual is not None:
         out = residual.to(wide) + out
-    return torch.where(_real(x, total), out.to(x.dtype), 0)
+    return torch.where(real_rows(x, total), out.to(x.dtype), 0)
 
 
 def sparse24_linear_backward(
@@ -85,7 +85,7 @@ def sparse24_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `sparse24_linear` to x, bias, residual and scale, exactly; empty for what is None."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    real = _real(x, total)
+    real = real_rows(x, total)
     grad = torch.where(real, grad, 0)
     dense = sparse24_to_dense(values, indices).to(wide)
     # Rows past the total may hold anything, and take no part.

@@ -1,0 +1,174 @@
+"""What auto takes for a 2:4 linear layer: from made-up measurements, kept on disk. Nothing here is timed."""
+
+import pytest
+import torch
+from sparse24_cases import dense24
+
+import madtp_kernels as mk
+from madtp_kernels import dense, dispatch, native, sparse24_compress, tuning
+from madtp_kernels.tuning import Problem, Timing
+
+pytestmark = pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="no C++ extension")
+DENSE_WINS, OURS_WINS = Timing(20.0, 10.0, "2026-01-02"), Timing(10.0, 20.0, "2026-01-02")
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Tuning on, in an empty cache, and the cases it measures: dense wins from 16 rows on."""
+    cases = []
+
+    def measure(case):
+        cases.append(case)
+        return DENSE_WINS if case.rows >= 16 else OURS_WINS
+
+    monkeypatch.setenv("MADTP_TUNE", "on")
+    monkeypatch.setenv("MADTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    forget()
+    yield cases
+    forget()
+
+
+def forget():
+    """As a new process."""
+    tuning._table.cache_clear()
+
+
+def case_of(rows=16, **changes):
+    weight = sparse24_compress(dense24(24, 32))
+    return tuning.problem(torch.zeros(rows, 32), weight, None, None, None)._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "group"), [(0, 1), (1, 1), (3, 4), (12, 16), (22, 16), (23, 32), (197, 256), (577, 512), (9000, 1024)]
+)
+def test_rows_go_to_the_nearest_power_of_two(rows, group):
+    assert case_of(rows).rows == group
+
+
+def test_auto_runs_what_was_faster(measured, monkeypatch):
+    weight, ran = sparse24_compress(dense24(24, 32)), []
+    for name, module in (("cpu", native), ("dense", dense)):
+        run = module.sparse24_linear
+        spy = lambda *args, name=name, run=run: ran.append(name) or run(*args)  # noqa: E731
+        monkeypatch.setitem(dispatch._implementations["sparse24_linear"], name, spy)
+    for rows in (2, 16, 17, 16, 2):
+        mk.sparse24_linear(torch.randn(rows, 32), weight)
+    assert ran == ["cpu", "dense", "dense", "dense", "cpu"]
+    assert [case.rows for case in measured] == [2, 16]
+    mk.sparse24_linear(torch.randn(16, 32), weight, backend="cpu")
+    monkeypatch.setenv("MADTP_BACKEND", "cpu")
+    mk.sparse24_linear(torch.randn(16, 32), weight)
+    assert ran[5:] == ["cpu", "cpu"] and len(measured) == 2
+
+
+def test_the_dense_weight_is_kept_only_where_it_wins(measured):
+    weight = sparse24_compress(dense24(24, 32))
+    mk.sparse24_linear(torch.randn(2, 32), weight)
+    assert set(weight._packed) == {"cpu"}
+    mk.sparse24_linear(torch.randn(16, 32), weight)
+    assert set(weight._packed) == {"cpu", "dense"}
+
+
+def test_every_class_is_measured_apart(measured):
+    weight, x = sparse24_compress(dense24(24, 32)), torch.randn(4, 32)
+    residual, scale = torch.zeros(4, 24), torch.ones(24)
+    calls = [{}, {"activation": "gelu"}, {"residual": residual}, {"scale": scale, "activation": "gelu"}]
+    for call in calls * 2:
+        mk.sparse24_linear(x, weight, **call)
+    mk.sparse24_linear(x.bfloat16(), weight)
+    assert len(measured) == len(set(measured)) == 5
+    assert str(measured[3]).startswith("4 rows, 32 to 24, float32, weight float32, gelu+scale, ")
+
+
+def test_a_tie_is_ours():
+    assert Timing(10.0, 9.9, "").backend == "cpu" and Timing(10.0, 9.0, "").backend == "dense"
+
+
+def test_what_was_measured_outlives_the_process(measured, tmp_path):
+    assert tuning.fastest(case_of(16)) == "dense"
+    forget()
+    assert tuning.fastest(case_of(16)) == "dense" and len(measured) == 1
+    (file,) = (tmp_path / "tuning").iterdir()
+    assert '"torch"' in file.read_text()
+    other = file.read_text().replace("[16,", "[2048,")  # another process adds to the file
+    file.write_text(other)
+    tuning.fastest(case_of(4))
+    forget()
+    assert {case.rows for case in tuning._table(str(tmp_path))} == {4, 2048}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"timings": [[1, 2]]}', '{"timings": [[[1], [1, 2, 3]]]}', "\udcff"])
+def test_a_broken_cache_is_measured_again(measured, tmp_path, text):
+    file = tuning._cache(str(tmp_path))
+    file.parent.mkdir()
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    assert tuning.fastest(case_of(16)) == "dense" and len(measured) == 1
+    forget()
+    assert tuning.known(case_of(16)) == DENSE_WINS
+
+
+def test_an_unwritable_cache_stays_in_the_process(measured, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MADTP_CACHE", str(tmp_path / "file"))
+    assert tuning.fastest(case_of(16)) == tuning.fastest(case_of(16)) == "dense" and len(measured) == 1
+
+
+def test_off_measures_nothing_and_reads_what_is_shipped(measured, tmp_path, monkeypatch):
+    tuning.fastest(case_of(16))
+    monkeypatch.setenv("MADTP_TUNE", "off")
+    assert tuning.fastest(case_of(16)) == tuning.fastest(case_of(64)) == "cpu"
+    assert len(measured) == 1
+    (tmp_path / "tuning").rename(tmp_path / "shipped")
+    forget()
+    assert tuning.fastest(case_of(16)) == "dense" and tuning.fastest(case_of(64)) == "cpu"
+    monkeypatch.setenv("MADTP_TUNE", "maybe")
+    with pytest.raises(ValueError, match="MADTP_TUNE must be on or off, got 'maybe'"):
+        tuning.fastest(case_of(16))
+
+
+def test_nothing_is_measured_under_a_dispatch_mode_or_a_compiler(measured):
+    weight, x = sparse24_compress(dense24(24, 32)), torch.randn(16, 32)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        mk.sparse24_linear(x, weight)
+    assert counter.get_total_flops() == 16 * 24 * 32
+    compiled = torch.compile(lambda x: mk.sparse24_linear(x, weight), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), mk.sparse24_linear(x, weight, backend="cpu"))
+    assert not measured
+    mk.sparse24_linear(x, weight)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        mk.sparse24_linear(x, weight)
+    assert counter.get_total_flops() == 2 * 16 * 24 * 32  # of dense
+
+
+def test_explain_shows_the_numbers(measured, monkeypatch):
+    weight, x = sparse24_compress(dense24(24, 32)), torch.randn(16, 32)
+    assert "nothing was measured (16 rows, 32 to 24, float32" in str(mk.explain("sparse24_linear", x, weight))
+    assert "the first call does" in str(mk.explain("sparse24_linear", x, weight)) and not measured
+    mk.sparse24_linear(x, weight)
+    choice = mk.explain("sparse24_linear", x, weight)
+    assert choice.backend == "dense" and "cpu 20.0 us, dense 10.0 us" in choice.reason
+    assert "2026-01-02" in choice.reason and choice.rejected["cpu"].startswith("dense is faster")
+    mk.sparse24_linear(x[:2], weight)
+    choice = mk.explain("sparse24_linear", x[:2], weight, None)
+    assert choice.backend == "cpu" and choice.rejected["dense"].startswith("cpu is faster")
+    assert "asked for by backend=" in mk.explain("sparse24_linear", x, weight, backend="cpu").reason
+    assert mk.explain("sparse24_linear", x.double(), weight).backend == "reference"
+    monkeypatch.setenv("MADTP_TUNE", "off")
+    assert "MADTP_TUNE is off" in str(mk.explain("sparse24_linear", x, weight))
+
+
+def test_a_measurement_runs_every_kind_of_problem(monkeypatch):
+    # The clock is a counter: only that both run is of interest.
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: next(ticks))
+    state = torch.get_rng_state()
+    for dtype, weight_dtype, epilogue in (
+        ("float32", "float32", "gelu+residual"),
+        ("bfloat16", "float32", "none+scale+residual"),
+        ("float16", "float16", "relu"),
+    ):
+        timing = tuning.measure(Problem(4, 24, 32, dtype, weight_dtype, epilogue, 1))
+        assert timing.ours == timing.dense == 1e6
+    assert torch.equal(torch.get_rng_state(), state)
