@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +95,9 @@ class Sparse24Weight:
         require(backend in _layouts, "backend", f"one with a 2:4 layout ({', '.join(_layouts) or 'none'})", backend)
         state = None if torch.compiler.is_compiling() else (_version(self.values), _version(self.indices))
         if backend not in self._packed or (state is not None and self._packed[backend][0] != state):
-            self._packed[backend] = state, _layouts[backend](self)
+            # Out of inference mode: its tensors could not be saved for a backward later.
+            with contextlib.nullcontext() if state is None else torch.inference_mode(False):
+                self._packed[backend] = state, _layouts[backend](self)
         return self._packed[backend][1]
 
     def check_indices(self, name: str = "indices") -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import madtp_kernels as mk
-from madtp_kernels import sparse24_weight
+from madtp_kernels import sparse24_linear, sparse24_weight
 from madtp_kernels.sparse24_weight import ASCENDING, Sparse24Weight, register_layout, sparse24_compress
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -178,3 +178,13 @@ def test_compress_refuses(weight, message):
 def test_constructor_refuses(values, indices, message):
     with pytest.raises(ValueError, match=message):
         Sparse24Weight(values, indices)
+
+
+def test_a_layout_made_in_inference_mode_serves_a_backward_too():
+    weight, x = sparse24_compress(masked()), torch.randn(3, 48, requires_grad=True)
+    with torch.inference_mode():
+        expected = sparse24_linear(x, weight)
+    out = sparse24_linear(x, weight)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, weight.to_dense().sum(0).expand(3, -1))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import activations
 
 from madtp.hwp.modules import matches
-from madtp_kernels import Sparse24Weight, dispatch, sparse24_compress, sparse24_linear
+from madtp_kernels import Sparse24Weight, explain, sparse24_compress, sparse24_linear
 from madtp_kernels.nm_patterns import is_pattern
 
 ACTIVATIONS = {
@@ -40,6 +40,7 @@ class Sparse24Linear(nn.Module):
         self.register_parameter("bias", bias)
         self.activation = activation
         self._weight = weight
+        self._last = (1, False)  # rows of the last call, and whether it had a residual
 
     @classmethod
     def empty(cls, linear: nn.Linear, activation: str | None = None) -> Sparse24Linear:
@@ -67,12 +68,17 @@ class Sparse24Linear(nn.Module):
 
     @property
     def executes_sparse(self) -> bool:
-        """Whether a sparse kernel runs here; else the reference multiplies the dense weight."""
-        return dispatch.choose("sparse24_linear", None, self.values.dtype, self.values.device).backend != "reference"
+        """Whether a call like the last one runs on a sparse kernel, and not on the dense weight."""
+        (rows, with_residual), weight = self._last, self.sparse_weight
+        x = self.values.new_empty(rows, self.in_features)
+        residual = self.values.new_empty(rows, self.out_features) if with_residual else None
+        choice = explain("sparse24_linear", x, weight, self.bias, activation=self.activation, residual=residual)
+        return choice.backend not in ("reference", "dense")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., C), residual (..., N) -> (..., N)"""
         rows = None if residual is None else residual.flatten(0, -2)
+        self._last = (x.shape[:-1].numel(), residual is not None)
         y = sparse24_linear(x.flatten(0, -2), self.sparse_weight, self.bias, activation=self.activation, residual=rows)
         return y.unflatten(0, x.shape[:-1])
 
