@@ -10,6 +10,9 @@ namespace {
 
 constexpr int kStep = 4 * kWidth;  // columns at a time: a group per lane
 
+typedef std::uint64_t PairVec __attribute__((vector_size(kWidth * 4)));
+typedef std::uint8_t ByteVec __attribute__((vector_size(kWidth / 2)));
+
 // Lane g of vector i is entry i of group g.
 struct Groups {
   Vec entry[4];
@@ -69,9 +72,9 @@ IntVec prune_step(const T* weight, const float* score, T* values, std::uint8_t* 
   store(values + kWidth, second_half(first, second));
 
   const IntVec column0 = ~is0 & (2 + is1), column1 = 1 - (is3 | is2) - is3;
-  std::int32_t nibbles[kWidth];
-  store(nibbles, column0 | column1 << 2);
-  for (int i = 0; i < kWidth / 2; ++i) indices[i] = std::uint8_t(nibbles[2 * i] | nibbles[2 * i + 1] << 4);
+  const PairVec pairs = bit_cast<PairVec>(column0 | column1 << 2);  // two nibbles each, 32 bits apart
+  const ByteVec bytes = __builtin_convertvector(pairs | pairs >> 28, ByteVec);
+  __builtin_memcpy(indices, &bytes, sizeof bytes);
   return nan;
 }
 
