@@ -27,10 +27,11 @@ endif
 BUILD := $(CURDIR)/build/make
 export PATH := $(BIN):$(PATH)
 export MADTP_BUILD_DIR := $(BUILD)
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-package bench gpu lint format build clean
+.PHONY: demo test test-asan test-package bench gpu lint format build clean
 
 demo: build
 	$(MADTP) demo
@@ -39,6 +40,11 @@ test: export MADTP_BUILD_TESTS := ON
 test: build
 	ctest --test-dir $(BUILD) --output-on-failure
 	$(PY) -m pytest tests -m "not slow and not gpu"
+
+test-asan: $(READY)
+	cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 $(SANITIZE)" -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON
+	cmake --build build/asan
+	ctest --test-dir build/asan --output-on-failure
 
 test-package: build
 	$(PY) -m pytest tests/build -m slow

@@ -9,6 +9,7 @@ from madtp_kernels.ops.attention import AttentionStats, varlen_attention
 from madtp_kernels.ops.masks import nm_mask, transposable_mask
 from madtp_kernels.ops.prune import Pruned, prune_tokens, score_and_select
 from madtp_kernels.ops.sparse24 import sparse24_linear
+from madtp_kernels.ops.sparse24_prune import sparse24_prune
 from madtp_kernels.ops.tokens import Selection, gather_merge, gather_merge_layernorm, select_tokens, token_importance
 from madtp_kernels.sparse24_files import load_sparse24, save_sparse24
 from madtp_kernels.sparse24_weight import Sparse24Weight, sparse24_compress
@@ -33,6 +34,7 @@ __all__ = [
     "select_tokens",
     "sparse24_compress",
     "sparse24_linear",
+    "sparse24_prune",
     "token_importance",
     "transposable_mask",
     "varlen_attention",

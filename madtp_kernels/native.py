@@ -257,6 +257,26 @@ def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
     return layout
 
 
+def sparse24_prune(weight: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Arguments and results of the reference; RuntimeError for a NaN."""
+    weight, score = _rows(weight), None if score is None else _rows(score.float())
+    features, channels = weight.shape
+    values = weight.new_empty(features, channels // 2)
+    indices = weight.new_empty(features, channels // 8, dtype=torch.uint8)
+    _call(
+        "sparse24_prune",
+        weight.device,
+        *_matrix(weight),
+        _address(score),
+        0 if score is None else score.stride(0),
+        features,
+        channels,
+        _address(values),
+        _address(indices),
+    )
+    return values, indices
+
+
 def sparse24_linear(
     x: Tensor,
     values: Tensor,

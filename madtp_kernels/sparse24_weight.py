@@ -124,7 +124,7 @@ def sparse24_compress(weight: Tensor) -> Sparse24Weight:
 
     Args:
         weight: (N, C) float32, bfloat16, float16 or float64, no NaN, with at most 2 non-zeros in every aligned 4
-            columns (-0.0 is zero); N a multiple of 8, C of 16. `weight.masked_fill(~nm_mask(weight, 2, 4), 0)` is one.
+            columns (-0.0 is zero); N a multiple of 8, C of 16. `sparse24_prune` makes any weight so.
 
     Returns:
         `Sparse24Weight` on the device of weight, detached. A group with fewer non-zeros keeps the lowest free columns.
@@ -132,9 +132,8 @@ def sparse24_compress(weight: Tensor) -> Sparse24Weight:
     Raises:
         ValueError: an argument breaks a rule; names the first group with more than 2 non-zeros. Two host reads.
     """
-    check_tensor("weight", weight, 2, DTYPES)
+    check_dense(weight)
     rows, columns = weight.shape
-    require(rows % 8 == 0 and columns % 16 == 0, "weight", "(N, C) with N a multiple of 8 and C of 16", weight)
     weight = weight.detach()
     kept = nm_mask(weight, 2, 4)
     lost = (weight != 0) & ~kept
@@ -145,6 +144,13 @@ def sparse24_compress(weight: Tensor) -> Sparse24Weight:
         require(False, "weight", "2:4, at most 2 non-zeros in every aligned 4 columns", got)
     values = weight[kept].view(rows, columns // 2) + 0.0  # -0.0 becomes 0.0
     return Sparse24Weight(values, pack_positions(kept))
+
+
+def check_dense(weight: Tensor) -> None:
+    """The metadata of a weight that can become a `Sparse24Weight`."""
+    check_tensor("weight", weight, 2, DTYPES)
+    rows, columns = weight.shape
+    require(rows % 8 == 0 and columns % 16 == 0, "weight", "(N, C) with N a multiple of 8 and C of 16", weight)
 
 
 def pack_positions(kept: Tensor) -> Tensor:

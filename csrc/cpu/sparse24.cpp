@@ -44,6 +44,14 @@ Status sparse24_pack(const Sparse24Weight& weight, void* layout, int threads) {
   MADTP_DISPATCH(sparse24_pack(weight, layout, threads));
 }
 
+Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* indices, int threads) {
+  const std::int64_t features = dense.features, channels = dense.channels;
+  if (!weight_shape(features, channels, dense.dtype) || !present(dense.weight, features, channels) ||
+      !present(values, features, channels) || !present(indices, features, channels) || threads < 1)
+    return Status::invalid_argument;
+  MADTP_DISPATCH(sparse24_prune(dense, values, indices, threads));
+}
+
 Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
   if (!weight_shape(a.features, a.channels, a.weight_dtype) || a.rows < 0 || a.rows > INT32_MAX ||
       !matrix(a.x, a.dtype, a.rows, a.channels) || !matrix(out, a.dtype, a.rows, a.features) ||

@@ -23,6 +23,19 @@ void pack(Address values, int dtype, Address indices, std::int64_t features, std
   check(cpu::sparse24_pack(weight, pointer<void>(layout), threads), "madtp::cpu::sparse24_pack");
 }
 
+void prune(Address weight, int dtype, std::int64_t weight_stride, Address score, std::int64_t score_stride,
+           std::int64_t features, std::int64_t channels, Address values, Address indices, int threads) {
+  const Sparse24Dense dense{static_cast<DType>(dtype),
+                            pointer<const void>(weight),
+                            weight_stride,
+                            pointer<const float>(score),
+                            score_stride,
+                            features,
+                            channels};
+  check(cpu::sparse24_prune(dense, pointer<void>(values), pointer<std::uint8_t>(indices), threads),
+        "madtp::cpu::sparse24_prune");
+}
+
 void linear(Address x, int dtype, std::int64_t x_stride, std::int64_t rows, Address layout, int weight_dtype,
             std::int64_t features, std::int64_t channels, Address bias, int bias_dtype, int activation,
             Address scale, int scale_dtype, Address residual, std::int64_t residual_stride, Address total,
@@ -52,6 +65,7 @@ void bind_sparse24(py::module_& cpu_module) {
   const py::call_guard<py::gil_scoped_release> unlocked{};
   cpu_module.def("sparse24_layout_bytes", &layout_bytes);
   cpu_module.def("sparse24_pack", &pack, unlocked);
+  cpu_module.def("sparse24_prune", &prune, unlocked);
   cpu_module.def("sparse24_linear", &linear, unlocked);
 }
 

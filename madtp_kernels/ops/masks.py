@@ -35,7 +35,7 @@ def nm_mask(weight: Tensor, n: int, m: int, *, score: Tensor | None = None, dim:
     require(isinstance(n, int) and 1 <= n <= m, "n", f"an integer from 1 to m = {m}", n)
     require(isinstance(dim, int) and -weight.ndim <= dim < weight.ndim, "dim", f"a dimension of {weight.ndim}", dim)
     require(weight.shape[dim] % m == 0, "weight", f"of a size along dim {dim} that is a multiple of m = {m}", weight)
-    groups = _scores(weight, score).movedim(dim, -1).unflatten(-1, (-1, m))
+    groups = checked_scores(weight, score).movedim(dim, -1).unflatten(-1, (-1, m))
     keep = _first_by_rank(groups, n) if m <= RANKED else _first_by_sort(groups, n)
     return keep.flatten(-2).movedim(-1, dim).contiguous()
 
@@ -62,7 +62,7 @@ def transposable_mask(weight: Tensor, *, score: Tensor | None = None) -> Tensor:
     require(rows % 4 == 0 and columns % 4 == 0, "weight", "of sizes that are multiples of 4", weight)
     # Sums of float32 scores in float64 do not round; an infinite score would turn 0 * inf into NaN.
     limit = torch.finfo(torch.float64).max / 16
-    scores = _scores(weight, score).double().clamp(-limit, limit)
+    scores = checked_scores(weight, score).double().clamp(-limit, limit)
     blocks = scores.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).transpose(1, 2).reshape(-1, 16)
     patterns = _transposable_patterns().to(weight.device)  # (90, 16)
     best = [(chunk @ patterns.double().T).argmax(1) for chunk in blocks.split(BLOCKS_AT_ONCE)]
@@ -70,7 +70,8 @@ def transposable_mask(weight: Tensor, *, score: Tensor | None = None) -> Tensor:
     return keep.transpose(1, 2).reshape(rows, columns)
 
 
-def _scores(weight: Tensor, score: Tensor | None) -> Tensor:
+def checked_scores(weight: Tensor, score: Tensor | None) -> Tensor:
+    """What ranks the weights. Raises ValueError for a NaN or a score of another shape or device."""
     require(not weight.isnan().any(), "weight", "free of NaN", weight)
     if score is None:
         return weight.detach().abs()

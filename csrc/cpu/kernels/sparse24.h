@@ -10,6 +10,8 @@ Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType
 
 Status sparse24_pack(const Sparse24Weight& weight, void* layout, int threads);
 
+Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* indices, int threads);
+
 Status sparse24_linear(const Sparse24Linear& inputs, void* out, std::int64_t out_stride, int threads);
 
 }  // namespace madtp::cpu::MADTP_ISA

@@ -24,6 +24,17 @@ struct Sparse24Weight {
   std::int64_t channels;        // a multiple of 16
 };
 
+// A dense W, before it is 2:4.
+struct Sparse24Dense {
+  DType dtype;
+  const void* weight;  // (features, channels)
+  std::int64_t weight_stride;
+  const float* score;  // (features, channels): what ranks the columns of a group; null: their magnitudes
+  std::int64_t score_stride;
+  std::int64_t features;  // a multiple of 8
+  std::int64_t channels;  // a multiple of 16
+};
+
 struct Sparse24Linear {
   DType dtype;    // of x, residual and the output
   const void* x;  // (rows, channels)
@@ -42,6 +53,15 @@ struct Sparse24Linear {
 };
 
 namespace cpu {
+
+// Keeps the two columns of every group that rank highest, of equal ones the lower, and writes them as a
+// Sparse24Weight. A kept zero is as good as none: a group with fewer than two non-zeros left stores zeros
+// (never -0) at its lowest free columns. Status::invalid_argument for a NaN in weight or score; values and
+// indices are then of no use.
+Status sparse24_prune(const Sparse24Dense& dense,
+                      void* values,           // (features, channels / 2), dtype of the weight
+                      std::uint8_t* indices,  // (features, channels / 8)
+                      int threads);
 
 // Bytes of the layout of a weight, which the instruction set in use shapes: a layout belongs to the process
 // that packed it. About 0.64 of the bytes of the dense weight in float32, 0.78 in the 16-bit types.
