@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import random
 import statistics
 import sys
 import time
@@ -43,12 +44,15 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of every call, by name: in each round every function runs once, on the next of its input sets.
 
-    Turns make a drift of the machine's speed hit all alike, and give pairs to take ratios of.
+    Turns make a drift of the machine's speed hit all alike, and give pairs to take ratios of. Each round has another
+    order, as a function finds in the caches what the one before it left there.
     """
+    shuffled = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     timer = _cuda_timer() if device.type == "cuda" else _cpu_timer
     for turn in range(-warmup, rounds):
-        for name, sets in functions.items():
+        for name in shuffled.sample(list(functions), len(functions)):
+            sets = functions[name]
             elapsed = timer(sets[turn % len(sets)])
             if turn >= 0:
                 seconds[name].append(elapsed)

@@ -49,9 +49,11 @@ def double(monkeypatch):
 def test_functions_take_turns_on_their_own_sets():
     calls = []
     functions = {name: [lambda name=name, i=i: calls.append((name, i)) for i in range(2)] for name in ("a", "b")}
-    seconds = take_turns(functions, CPU, rounds=3, warmup=0)
-    assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 0), ("b", 0)]
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    seconds = take_turns(functions, CPU, rounds=8, warmup=0)
+    rounds = [calls[i : i + 2] for i in range(0, 16, 2)]
+    assert [sorted(each) for each in rounds] == [[("a", i % 2), ("b", i % 2)] for i in range(8)]
+    assert len({each[0][0] for each in rounds}) == 2, "the order changes"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 8, "b": 8}
 
 
 def test_spread_has_median_and_percentiles():
