@@ -42,8 +42,11 @@ def _heads(x: Tensor) -> Tensor:
 def _attention_inputs(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, summary_index, return_stats
 ):
-    """madtp::AttentionInputs; the tensors must be as `_attention_tensors` gives them, and outlive it."""
-    return dispatch.extension().cpu.AttentionInputs(
+    """madtp::AttentionInputs, and the tensors it points to, which must outlive it."""
+    q, k, v = (_heads(x) for x in (q, k, v))
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    summary_index = _contiguous(summary_index)
+    inputs = dispatch.extension().cpu.AttentionInputs(
         _DTYPES[q.dtype],
         *((x.data_ptr(), x.stride(0), x.stride(1)) for x in (q, k, v)),
         _address(cu_seqlens_q),
@@ -56,6 +59,7 @@ def _attention_inputs(
         causal,
         _address(summary_index),
     )
+    return inputs, (q, k, v, cu_seqlens_q, cu_seqlens_k, summary_index)
 
 
 def _workspace(op: str, inputs, return_stats: bool) -> Tensor:
@@ -66,15 +70,12 @@ def _workspace(op: str, inputs, return_stats: bool) -> Tensor:
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options):
     """Arguments and results of `reference.attention.varlen_attention`."""
-    *numbers, summary_index, return_stats = options
-    q, k, v = (_heads(x) for x in (q, k, v))
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    summary_index = _contiguous(summary_index)
+    return_stats = options[-1]
+    inputs, _alive = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     summary = q.new_empty(q.shape[0] if return_stats else 0, dtype=torch.float32)
     received = torch.empty_like(summary)
-    inputs = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, summary_index, return_stats)
     workspace = _workspace("varlen_attention", inputs, return_stats)
     _call("varlen_attention", q.device, inputs, *(_address(t) for t in (out, lse, summary, received, workspace)))
     return out, summary, received, lse
@@ -94,13 +95,10 @@ def varlen_attention_backward(
     *options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results of `reference.attention.varlen_attention_backward`."""
-    *numbers, summary_index, return_stats = options
-    q, k, v = (_heads(x) for x in (q, k, v))
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    summary_index = _contiguous(summary_index)
+    return_stats = options[-1]
+    inputs, _alive = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     given = [t.contiguous() for t in (out, lse, grad_out, grad_summary, grad_received)]
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    inputs = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, summary_index, return_stats)
     workspace = _workspace("varlen_attention_backward", inputs, return_stats)
     _call("varlen_attention_backward", q.device, inputs, *(_address(t) for t in (*given, *gradients, workspace)))
     return tuple(gradients)

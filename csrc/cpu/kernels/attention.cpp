@@ -48,10 +48,10 @@ class Attention {
     for (std::int64_t h = 0; h < a_.heads; ++h) {
       const std::int64_t seen = a_.causal ? blocks.begin(end) : s.keys;
       const std::int64_t in_panels = has_tail(seen, a_.causal) ? seen / kPanel * kPanel : seen;
-      pack_keys(row(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], in_panels, a_.head_dim, w.keys);
-      pack_values(row(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], seen, a_.head_dim, w.values);
+      pack_keys(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], in_panels, a_.head_dim, w.keys);
+      pack_values(head_row<T>(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], seen, a_.head_dim, w.values);
       for (std::int64_t j = 0; in_panels + j < seen; ++j) {
-        const T* const key = row(a_.k, a_.k_strides, s.key + in_panels + j, h);
+        const T* const key = head_row<T>(a_.k, a_.k_strides, s.key + in_panels + j, h);
         for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
           store(w.tail + j * kMaxHeadDim + d, load(key + d));
       }
@@ -85,24 +85,14 @@ class Attention {
   Upcoming upcoming(const void* base, const std::int64_t (&strides)[2], std::int64_t first, std::int64_t head,
                     std::int64_t rows) const {
     const std::int64_t size = sizeof(T);
-    return {reinterpret_cast<const char*>(row(base, strides, first, head)), strides[0] * size, rows,
+    return {reinterpret_cast<const char*>(head_row<T>(base, strides, first, head)), strides[0] * size, rows,
             a_.head_dim * size};
-  }
-
-  const T* row(const void* base, const std::int64_t (&strides)[2], std::int64_t row,
-               std::int64_t head) const {
-    return static_cast<const T*>(base) + row * strides[0] + head * strides[1];
   }
 
   void attend_block(const Sequence& s, std::int64_t h, std::int64_t i, std::int64_t rows,
                     std::int64_t value_rows, float* maxima, const Workspace& w, QueryBlock& block) const {
     const std::int64_t dim = a_.head_dim;
-    const Vec scale = broadcast(a_.softmax_scale * 1.44269504088896341f);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const T* const q = row(a_.q, a_.q_strides, s.query + i + r, h);
-      for (std::int64_t d = 0; d < dim; d += kWidth)
-        store(w.queries + r * kMaxHeadDim + d, load(q + d) * scale);
-    }
+    load_queries<T>(a_, s.query + i, rows, h, w.queries);
     T* const out = out_ + ((s.query + i) * a_.heads + h) * dim;
     const bool direct = sizeof(T) == sizeof(float);
     float norms[kRowLanes], inverse[kRowLanes];

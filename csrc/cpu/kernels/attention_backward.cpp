@@ -17,7 +17,6 @@ constexpr std::int64_t kBlocksPerChunk = 42 / kMaxBlockRows;
 constexpr std::int64_t kChunkRows = kBlocksPerChunk * kMaxBlockRows;
 constexpr std::int64_t kChunksPerSlab = 14;
 constexpr std::int64_t kSlabRows = kChunksPerSlab * kChunkRows;  // 588
-constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kTiny = 1.17549435e-38f;
 
 std::int64_t slabs_of(const Sequence& s) {
@@ -86,12 +85,12 @@ class AttentionBackward {
                  const Workspace& w) const {
     const Range r(s, a_, first, last);
     for (std::int64_t h = 0; h < a_.heads; ++h) {
-      pack_keys(row(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, a_.head_dim, w.keys);
+      pack_keys(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, a_.head_dim, w.keys);
       for (std::int64_t block = r.begin; block < r.end; ++block) {
         const std::int64_t i = r.blocks.begin(block), rows = r.blocks.begin(block + 1) - i;
         const std::int64_t at = (i - r.first_row) * padded(s.keys);
         GradientBlock task = block_of(s, h, i, rows, w);
-        load_queries(s, h, i, rows, w);
+        load_queries<T>(a_, s.query + i, rows, h, w.queries);
         gradient_functions(rows, true).recompute(task);
         const std::int64_t count = task.panels() * rows * kPanel;
         const IntVec head = IntVec{} + std::int32_t(h);
@@ -118,9 +117,9 @@ class AttentionBackward {
                      const Workspace& w) const {
     const Range r(s, a_, first, last);
     const std::int64_t dim = a_.head_dim, capacity = padded(s.keys);
-    pack_keys(row(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.keys);
-    pack_keys(row(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], r.seen, dim, w.values);
-    pack_values(row(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.key_rows);
+    pack_keys(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.keys);
+    pack_keys(head_row<T>(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], r.seen, dim, w.values);
+    pack_values(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.key_rows);
     for (std::int64_t chunk = first; chunk < last; ++chunk) {
       std::int64_t row_counts[kBlocksPerChunk], panels[kBlocksPerChunk], offsets[kBlocksPerChunk];
       GradientChunk sums{0, row_counts, panels, offsets};
@@ -138,7 +137,7 @@ class AttentionBackward {
         T* const grad_q = static_cast<T*>(g_.grad_q) + ((s.query + i) * a_.heads + h) * dim;
         const bool direct = sizeof(T) == sizeof(float);
         if (direct) task.grad_queries = reinterpret_cast<float*>(grad_q), task.grad_stride = a_.heads * dim;
-        load_queries(s, h, i, rows, w);
+        load_queries<T>(a_, s.query + i, rows, h, w.queries);
         load_grad_out(s, h, i, rows, w);
         gradient_functions(rows, statistics_).differentiate(task);
         if (!direct)
@@ -180,11 +179,6 @@ class AttentionBackward {
           seen(a.causal ? blocks.begin(end) : s.keys) {}
   };
 
-  const T* row(const void* base, const std::int64_t (&strides)[2], std::int64_t row,
-               std::int64_t head) const {
-    return static_cast<const T*>(base) + row * strides[0] + head * strides[1];
-  }
-
   float dot(const T* x, const T* y) const {
     Vec total = {};
     for (std::int64_t d = 0; d < a_.head_dim; d += kWidth) total = load(x + d) * load(y + d) + total;
@@ -195,7 +189,8 @@ class AttentionBackward {
   float from_summary(const Sequence& s, std::int64_t h, std::int64_t j) const {
     const std::int64_t query = s.query + s.summary;
     const float score =
-        dot(row(a_.q, a_.q_strides, query, h), row(a_.k, a_.k_strides, s.key + j, h)) * a_.softmax_scale;
+        dot(head_row<T>(a_.q, a_.q_strides, query, h), head_row<T>(a_.k, a_.k_strides, s.key + j, h)) *
+        a_.softmax_scale;
     return exp2_nonpositive(broadcast((score - g_.lse[h * a_.rows_q + query]) * kLog2E))[0];
   }
 
@@ -224,16 +219,6 @@ class AttentionBackward {
       block.summary = s.summary < 0 ? -1 : s.summary - i;
     }
     return block;
-  }
-
-  void load_queries(const Sequence& s, std::int64_t h, std::int64_t i, std::int64_t rows,
-                    const Workspace& w) const {
-    const Vec scale = broadcast(a_.softmax_scale * kLog2E);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const T* const q = row(a_.q, a_.q_strides, s.query + i + r, h);
-      for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
-        store(w.queries + r * kMaxHeadDim + d, load(q + d) * scale);
-    }
   }
 
   // The gradient of the output, and what reaches the output through its norm.

@@ -85,7 +85,7 @@ inline void recompute_probabilities(const GradientBlock& block) {
   product<R>(block, block.queries, block.keys, block.probabilities);
   const std::int64_t panels = block.panels();
   for (int r = 0; r < R; ++r) {
-    const Vec lse = broadcast(block.lse[r] * 1.44269504088896341f);
+    const Vec lse = broadcast(block.lse[r] * kLog2E);
     float* row = block.probabilities + r * kPanel;
     for (std::int64_t p = 0; p < panels; ++p, row += R * kPanel) {
       store(row, exp2_nonpositive(load(row) - lse));
@@ -214,18 +214,7 @@ inline __attribute__((always_inline)) void add_tile(const GradientChunk& chunk, 
     const std::int64_t rows = chunk.rows[b];
     if (panel < chunk.panels[b]) {
       const float* const columns = left + chunk.first_value[b] + panel * rows * kPanel + key;
-#pragma GCC unroll 2
-      for (std::int64_t r = 0; r < rows; ++r) {
-        Vec x[V];
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) x[v] = load(right + r * kPanel + v * kWidth);
-#pragma GCC unroll 16
-        for (int j = 0; j < kKeyTile; ++j) {
-          const Vec a = broadcast(columns[r * kPanel + j]);
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) acc[j][v] = a * x[v] + acc[j][v];
-        }
-      }
+      accumulate<kKeyTile, V, 1, kPanel>(columns, right, rows, acc);
     }
     right += rows * kPanel;
   }

@@ -109,7 +109,7 @@ inline void score_tail(const QueryBlock& block, std::int64_t panel, Vec (&highes
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) products[r] = load(block.queries + r * kMaxHeadDim + d) * key + products[r];
     }
-    reduce_rows(products, [](Vec x, Vec y) { return x + y; }, scores[j]);
+    reduce_rows(products, add, scores[j]);
   }
   for (int r = 0; r < R; ++r) {
     Vec row = broadcast(kMasked);
@@ -197,7 +197,7 @@ inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
     }
     totals[r] = total[0] + total[1];
   }
-  reduce_rows(totals, [](Vec x, Vec y) { return x + y; }, sums);
+  reduce_rows(totals, add, sums);
   for (int first = 0; first < R; first += kWidth) {
     const Vec all = load(sums + first);
     store(block.inverse + first, 1.0f / all);
@@ -226,7 +226,7 @@ __attribute__((noinline)) void attend(const QueryBlock& block) {
   for (std::int64_t p = 0; p < pairs; ++p) value_panel<R, 2, kStatistics>(block, p, squares);
   if (block.head_dim % kPanel != 0) value_panel<R, 1, kStatistics>(block, pairs, squares);
   if (kStatistics) {
-    reduce_rows(squares, [](Vec x, Vec y) { return x + y; }, block.norms);
+    reduce_rows(squares, add, block.norms);
     for (int r = 0; r < R; ++r) block.norms[r] = std::sqrt(block.norms[r]);
   }
 }

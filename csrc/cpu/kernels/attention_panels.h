@@ -86,8 +86,28 @@ void pack_values(const T* rows, std::int64_t stride, std::int64_t count, std::in
   }
 }
 
-// acc[r] += left[r * kLeftStride + i] * right[i * kPanel ...] over i < count: both products of attention.
-template <int R, int V, int kLeftStride>
+constexpr float kLog2E = 1.44269504088896341f;
+
+// One head of one row.
+template <typename T>
+const T* head_row(const void* base, const std::int64_t (&strides)[2], std::int64_t row, std::int64_t head) {
+  return static_cast<const T*>(base) + row * strides[0] + head * strides[1];
+}
+
+// Query rows [first, first + count) of the batch, one head -> (count, kMaxHeadDim), for scores to base 2.
+template <typename T>
+void load_queries(const AttentionInputs& a, std::int64_t first, std::int64_t count, std::int64_t head,
+                  float* queries) {
+  const Vec scale = broadcast(a.softmax_scale * kLog2E);
+  for (std::int64_t r = 0; r < count; ++r) {
+    const T* const q = head_row<T>(a.q, a.q_strides, first + r, head);
+    for (std::int64_t d = 0; d < a.head_dim; d += kWidth)
+      store(queries + r * kMaxHeadDim + d, load(q + d) * scale);
+  }
+}
+
+// acc[r] += left[r * kRow + i * kStep] * right[i * kPanel ...] over i < count: every product of attention.
+template <int R, int V, int kRow, int kStep = 1>
 inline __attribute__((always_inline)) void accumulate(const float* __restrict left,
                                                       const float* __restrict right, std::int64_t count,
                                                       Vec (&acc)[R][V]) {
@@ -98,7 +118,7 @@ inline __attribute__((always_inline)) void accumulate(const float* __restrict le
     for (int v = 0; v < V; ++v) b[v] = load(right + i * kPanel + v * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec a = broadcast(left[r * kLeftStride + i]);
+      const Vec a = broadcast(left[r * kRow + i * kStep]);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) acc[r][v] = a * b[v] + acc[r][v];
     }

@@ -96,9 +96,9 @@ inline float reduce(Vec v, Combine combine) {
 }
 #endif
 
-inline float sum(Vec v) {
-  return reduce(v, [](Vec a, Vec b) { return a + b; });
-}
+inline Vec add(Vec a, Vec b) { return a + b; }
+
+inline float sum(Vec v) { return reduce(v, add); }
 
 // The largest lane, NaN if one is.
 inline float highest_or_nan(Vec v) { return reduce(v, max_or_nan); }
