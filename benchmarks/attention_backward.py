@@ -87,6 +87,8 @@ ENTRIES = (
             "torch eager with statistics": eager,
             "madtp cpu": ours("cpu", return_stats=False),
             "madtp cpu with statistics": ours("cpu", return_stats=True),
+            "madtp triton": ours("triton", return_stats=False),
+            "madtp triton with statistics": ours("triton", return_stats=True),
         },
         baseline="torch SDPA",
         gate=check,
