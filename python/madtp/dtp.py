@@ -6,6 +6,7 @@ Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3; docs/metho
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -37,12 +38,16 @@ class Branch:
     def __init__(self, name: str, guide: AlignmentGuide, attention: RaggedAttention, selection: str = "instance"):
         self.name, self.guide, self.attention, self.selection = name, guide, attention, selection
         self.temperature = 0.0
+        self.capacity = "exact"  # or "upper_bound": no host reads, of `select_tokens`
+        self.samples_per_feature = 1  # consecutive parts of the batch whose aligned features are averaged
         self.align = False  # collect the aligned features of MAG, for its loss
         self.observer: Callable[[Tensor, Selection], None] | None = None  # told of every importance (T,) and selection
-        self.begin()
+        self.entered: Packed | None = None  # what the last forward began with, without the features
+        self.begin(None)
 
-    def begin(self) -> None:
-        """Forget the last forward."""
+    def begin(self, packed: Packed | None) -> None:
+        """Forget the last forward; the next one is of `packed`."""
+        self.entered = None if packed is None else packed.with_x(packed.x.new_empty(0))
         self.layers: list[Packed] = []  # what is left after each block, without the features
         self.summaries: list[Tensor] = []  # (B, C) after each block
         self._aligned: list[Tensor] = []
@@ -53,38 +58,45 @@ class Branch:
 
     def aligned(self) -> Tensor | None:
         """(B, K, d) aligned features of the last forward, normalised; None if none were collected."""
-        return normalised(self._aligned) if self._aligned else None
+        parts = self.samples_per_feature
+        features = [f.unflatten(0, (parts, -1)).mean(0) if parts > 1 else f for f in self._aligned]
+        return normalised(features) if features else None
 
     def prune(self, packed: Packed, x: Tensor, stats: AttentionStats | None) -> Packed:
         """Features after self-attention and its residual x (T, C) -> the tokens that stay.
 
         packed: the batch as it entered the block; its features give the alignment logits.
         """
-        logits = self._alignment_logits(packed)
-        return self._pruned(packed, x, stats, logits)[0] if self.prunes else packed.with_x(x)
+        logits, aligned = self._alignment(packed)
+        after = self._pruned(packed, x, stats, logits)[0] if self.prunes else packed.with_x(x)
+        return replace(after, aligned=aligned)
 
     def prune_norm(
         self, packed: Packed, x: Tensor, stats: AttentionStats | None, norm: nn.LayerNorm
     ) -> tuple[Packed, Tensor]:
         """`prune` and the LayerNorm that follows, in one pass: the tokens that stay, and their normed features."""
-        logits = self._alignment_logits(packed)
-        if not self.prunes:
-            return packed.with_x(x), norm(x)
-        return self._pruned(packed, x, stats, logits, (norm.weight, norm.bias, norm.eps))
+        logits, aligned = self._alignment(packed)
+        if self.prunes:
+            after, normed = self._pruned(packed, x, stats, logits, (norm.weight, norm.bias, norm.eps))
+        else:
+            after, normed = packed.with_x(x), norm(x)
+        return replace(after, aligned=aligned), normed
 
     def end_block(self, packed: Packed) -> None:
         """Remembers what a block leaves."""
-        self.layers.append(packed.with_x(packed.x.new_empty(0)))
+        self.layers.append(replace(packed, x=packed.x.new_empty(0), aligned=None))
         self.summaries.append(packed.summary())
+        if packed.aligned is not None:
+            self._aligned.append(packed.aligned)
 
-    def _alignment_logits(self, packed: Packed) -> Tensor | None:
-        """(T, K) where they are needed; collects the aligned features on the way."""
+    def _alignment(self, packed: Packed) -> tuple[Tensor | None, Tensor | None]:
+        """The logits (T, K) and the aligned feature (B, K, d) of the tokens entering a block, where they are needed."""
         if not (self.prunes or self.align):
-            return None
+            return None, None
         q, logits = self.guide(self.name, packed.x)
-        if self.align:
-            self._aligned.append(aligned_feature(q, logits, packed.cu_seqlens, packed.max_seqlen))
-        return logits
+        if not self.align:
+            return logits, None
+        return logits, aligned_feature(q, logits, packed.cu_seqlens, packed.max_seqlen, packed.summary_index)
 
     def _pruned(
         self,
@@ -96,11 +108,20 @@ class Branch:
     ) -> tuple[Packed, Tensor | None]:
         if self.selection == "instance":
             x, normed, selection, importance = prune_tokens(
-                x, stats, logits, packed.cu_seqlens, self.temperature, norm=norm
+                x,
+                stats,
+                logits,
+                packed.cu_seqlens,
+                self.temperature,
+                norm=norm,
+                summary_index=packed.summary_index,
+                capacity=self.capacity,
             )
         else:
-            importance, own = score_and_select(stats, logits, packed.cu_seqlens, self.temperature)
-            selection = batch_max(own, importance)
+            importance, own = score_and_select(
+                stats, logits, packed.cu_seqlens, self.temperature, summary_index=packed.summary_index
+            )
+            selection = batch_max(own, importance, packed.summary_index)
             if norm is None:
                 x, normed = gather_merge(x, selection), None
             else:
@@ -110,13 +131,13 @@ class Branch:
         return packed.selected(x, selection), normed
 
 
-def batch_max(selection: Selection, importance: Tensor) -> Selection:
+def batch_max(selection: Selection, importance: Tensor, summary_index: Tensor | None = None) -> Selection:
     """The published rule, for comparison: every sample keeps as many tokens as the sample that keeps most, its best.
 
     A sample with fewer than 2 tokens over that number keeps all. One host read per layer, as published.
     """
     cu_seqlens = selection.input_cu_seqlens
-    is_summary = summary_rows(cu_seqlens, None, importance.shape[0])
+    is_summary = summary_rows(cu_seqlens, summary_index, importance.shape[0])
     bounds = list(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True))
     most = max((int((selection.keep & ~is_summary)[begin:end].sum()) for begin, end in bounds), default=0)
     keep = is_summary.clone()

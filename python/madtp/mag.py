@@ -40,12 +40,14 @@ class AlignmentLogits(nn.Module):
         return q @ alignment_tokens.T
 
 
-def aligned_feature(q: Tensor, logits: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def aligned_feature(
+    q: Tensor, logits: Tensor, cu_seqlens: Tensor, max_seqlen: int, summary_index: Tensor | None = None
+) -> Tensor:
     """F = softmax over the prunable tokens of (A^T / sqrt(d)) times q: (T, d), (T, K) -> (B, K, d).
 
-    The summary token (row 0 of a sequence) takes no part; a sequence with nothing else has F = 0.
+    The summary token (row 0 of a sequence, or `summary_index`) takes no part; a sequence with nothing else has F = 0.
     """
-    prunable = ~summary_rows(cu_seqlens, None, q.shape[0])
+    prunable = ~summary_rows(cu_seqlens, summary_index, q.shape[0])
     padded_q, _ = pad(q, cu_seqlens, max_seqlen)  # (B, N, d)
     padded_logits, _ = pad(logits / q.shape[1] ** 0.5, cu_seqlens, max_seqlen)  # (B, N, K)
     counts, _ = pad(prunable, cu_seqlens, max_seqlen)  # (B, N)

@@ -16,8 +16,9 @@ from madtp.dtp import Branch
 from madtp.files import write_whole
 from madtp.hwp.packing import Sparse24Linear, replace_linear, unpack
 from madtp.mag import AlignmentGuide
-from madtp.models import FAMILIES
-from madtp.models.family import Family
+from madtp.models import FAMILIES, family_of
+from madtp.models.family import Family, activations, compressed_class
+from madtp.models.tower import packed_class
 from madtp.packed import RaggedAttention
 
 STATE_FILE, WEIGHTS_FILE = "madtp.json", "model.safetensors"
@@ -29,16 +30,27 @@ class Handle:
 
     def __init__(self, model: nn.Module, family: Family, config: CompressionConfig):
         self.model, self.family, self.config = model, family, config
-        widths = {branch: getattr(model.config, name).hidden_size for branch, name in family.pruned.items()}
-        model.madtp_guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths)
-        model.madtp_guide.to(next(model.parameters()))
+        specs = {branch: family.tower(model, branch) for branch in family.towers}  # raises before anything is touched
+        towers = {branch: model.get_submodule(family.path(branch)) for branch in specs}
+        widths = {branch: tower.config.hidden_size for branch, tower in towers.items()}
+        guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths)
+        model.madtp_guide = guide.to(next(model.parameters()))
         model.madtp_attention = nn.ModuleDict({branch: RaggedAttention() for branch in widths})
         self.pruning = {
             branch: Branch(branch, model.madtp_guide, attention, config.selection)
             for branch, attention in model.madtp_attention.items()
         }
+        if "vision" in self.pruning:
+            self.pruning["vision"].samples_per_feature = family.images_per_text
+        self.sources = {}  # path -> the class to go back to
+        for branch, tower in towers.items():
+            self.sources[family.path(branch)] = type(tower)
+            tower.madtp_spec, tower.madtp_branch = specs[branch], self.pruning[branch]
+            tower.__class__ = packed_class(type(tower), specs[branch].inputs)
+        self.sources.setdefault("", type(model))
+        model.__class__ = family.compressed or compressed_class(type(model))
+        self._detach = None if family.attach is None else family.attach(model)
         model.madtp_handle = self
-        model.__class__ = family.compressed
 
     @property
     def alignment_tokens(self) -> nn.Parameter:
@@ -57,7 +69,11 @@ class Handle:
     @property
     def activations(self) -> Mapping[str, str]:
         """Of `madtp.hwp.pack`: what follows which Linear."""
-        return self.family.activations
+        patterns = {}
+        for branch in self.family.towers:
+            path = self.family.path(branch)
+            patterns |= activations(path, self.model.get_submodule(path).madtp_spec.encoder)
+        return patterns
 
     @property
     def temperatures(self) -> dict[str, float]:
@@ -127,7 +143,13 @@ class Handle:
     def remove(self) -> nn.Module:
         """Undoes everything: the model is of its Hugging Face class again, its Linears plain, no alignment tokens."""
         unpack(self.model)
-        self.model.__class__ = self.family.source
+        if self._detach is not None:
+            self._detach()
+        for branch in self.family.towers:
+            tower = self.model.get_submodule(self.family.path(branch))
+            del tower.madtp_spec, tower.madtp_branch
+        for path, source in self.sources.items():
+            self.model.get_submodule(path).__class__ = source
         del self.model.madtp_guide, self.model.madtp_attention, self.model.madtp_handle
         return self.model
 
@@ -147,24 +169,25 @@ class Handle:
         write_whole(directory / STATE_FILE, json.dumps(state, indent=2) + "\n")
 
 
-def patch(model: nn.Module, config: CompressionConfig | None = None) -> Handle:
+def patch(model: nn.Module, config: CompressionConfig | None = None, *, family: Family | None = None) -> Handle:
     """Gives a Hugging Face model token pruning; at temperature 0, where it starts, it computes what it did before.
 
     Args:
-        model: an instance of a supported class (BlipForQuestionAnswering). Its parameters stay as they are; the
-            alignment tokens join them as `madtp_guide`.
+        model: of a class in `madtp.models.FAMILIES`, or of one that `family` describes. Its parameters stay as they
+            are; the alignment tokens join them as `madtp_guide`.
         config: alignment and selection settings.
+        family: which towers prune; None takes what is known of the model's class.
 
     Raises:
-        TypeError: the class is not supported. ValueError: the model is patched already.
+        TypeError: the class is not known. ValueError: the model is patched already.
     """
     if hasattr(model, "madtp_handle"):
         raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
-    for family in FAMILIES:
-        if isinstance(model, family.source):
-            return Handle(model, family, config or CompressionConfig())
-    supported = ", ".join(family.source.__name__ for family in FAMILIES)
-    raise TypeError(f"model must be one of {supported}, got {type(model).__name__}")
+    family = family or family_of(model)
+    if family is None:
+        known = ", ".join(family.source.__name__ for family in FAMILIES)
+        raise TypeError(f"model must be one of {known}, or come with a family=, got {type(model).__name__}")
+    return Handle(model, family, config or CompressionConfig())
 
 
 class ModelError(RuntimeError):
@@ -208,7 +231,7 @@ def _load(directory: Path, family: Family, state: dict) -> nn.Module:
         weights = load_file(directory / WEIGHTS_FILE)
         for name, activation in state["sparse24"].items():
             empty = Sparse24Linear.empty(model.get_submodule(name), activation)
-            replace_linear(model, name, empty, family.activations)
+            replace_linear(model, name, empty, handle.activations)
         missing, unexpected = model.load_state_dict(weights, strict=False)
         for name in state["sparse24"]:
             model.get_submodule(name).sparse_weight.check_indices(f"{name}.indices")

@@ -1,4 +1,4 @@
-"""BLIP (Li et al., ICML 2022) on packed tokens: vision encoder, text encoder with cross-attention, answer decoder."""
+"""BLIP (Li et al., ICML 2022) on packed tokens: its text encoder and decoders read the image tokens that are left."""
 
 from __future__ import annotations
 
@@ -9,62 +9,34 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from torch.nn import functional as F
+from transformers.models.blip.modeling_blip import (
+    BlipForConditionalGenerationModelOutput,
+    BlipImageTextMatchingModelOutput,
+)
+from transformers.utils import ModelOutput, can_return_tuple
 
-from madtp.dtp import Branch
-from madtp.hwp import residual_linear
-from madtp.models.family import CompressedModel, Family
-from madtp.packed import Packed, Repeated, split_heads
-
-
-def encode_vision(model: nn.Module, pixel_values: Tensor, branch: Branch, interpolate_pos_encoding: bool) -> Packed:
-    """A BlipVisionModel on (B, 3, H, W): every block prunes between its attention and its MLP."""
-    branch.begin()
-    hidden = model.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-    packed = Packed.from_padded(hidden)
-    for layer in model.encoder.layers:
-        attention = layer.self_attn
-        qkv = attention.qkv(layer.layer_norm1(packed.x)).unflatten(-1, (3, attention.num_heads, -1))
-        out, stats = branch.attention(*qkv.unbind(1), packed, statistics=branch.prunes)
-        x = residual_linear(attention.projection, out, packed.x)
-        packed, normed = branch.prune_norm(packed, x, stats, layer.layer_norm2)
-        hidden = layer.mlp.activation_fn(layer.mlp.fc1(normed))
-        packed = packed.with_x(residual_linear(layer.mlp.fc2, hidden, packed.x))
-        branch.end_block(packed)
-    return packed.with_x(model.post_layernorm(packed.x))
+from madtp.models.family import CompressedModel
+from madtp.packed import Packed
 
 
 def encode_text(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, images: Repeated, branch: Branch
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    images: Packed,
+    image_index: Tensor | None = None,
+    names: tuple[str, str] = ("questions", "images"),
 ) -> Packed:
-    """A BlipTextModel as encoder on (B, L) token ids: prunes between self-attention and cross-attention."""
-    branch.begin()
-    packed = Packed.from_padded(model.embeddings(input_ids), attention_mask)
-    for layer in model.encoder.layer:
-        attention = layer.attention.self
-        q, k, v = (
-            split_heads(project(packed.x), attention.num_attention_heads)
-            for project in (attention.query, attention.key, attention.value)
-        )
-        out, stats = branch.attention(q, k, v, packed, statistics=branch.prunes)
-        packed = branch.prune(packed, _add_norm(layer.attention.output, out, packed.x), stats)
-        cross = layer.crossattention.self
-        q, k, v = (
-            split_heads(project(source), cross.num_attention_heads)
-            for project, source in ((cross.query, packed.x), (cross.key, images.x), (cross.value, images.x))
-        )
-        out, _ = branch.attention(q, k, v, packed, images)
-        x = _add_norm(layer.crossattention.output, out, packed.x)
-        packed = packed.with_x(_add_norm(layer.output, layer.intermediate(x), x))
-        branch.end_block(packed)
-    return packed
-
-
-def _add_norm(output: nn.Module, hidden: Tensor, residual: Tensor) -> Tensor:
-    """A BlipTextOutput or BlipTextSelfOutput: LayerNorm(dropout(dense(hidden)) + residual)."""
-    if output.training:
-        return output(hidden, residual)
-    return output.LayerNorm(residual_linear(output.dense, hidden, residual))
+    """A patched BlipTextModel on (Q, L) token ids that reads packed images; image_index (Q,) says which of them."""
+    texts = input_ids.shape[0]
+    if image_index is None and texts != images.batch:
+        what, which = names
+        raise ValueError(f"image_index must say which of {images.batch} {which} each of {texts} {what} is about")
+    if image_index is not None and image_index.shape != (texts,):
+        raise ValueError(f"image_index must be of shape ({texts},), got {tuple(image_index.shape)}")
+    keys = images.in_order() if image_index is None else images.repeated(image_index)
+    return model.encode(input_ids, attention_mask, keys)
 
 
 @contextmanager
@@ -162,25 +134,101 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
             )
 
     def _encode(self, input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index) -> Packed:
-        questions, images = input_ids.shape[0], pixel_values.shape[0]
-        if image_index is None and questions != images:
-            raise ValueError(f"image_index must say which of {images} images each of {questions} questions is about")
-        if image_index is not None and image_index.shape != (questions,):
-            raise ValueError(f"image_index must be of shape ({questions},), got {tuple(image_index.shape)}")
-        branches = self.madtp_handle.pruning
-        vision = encode_vision(self.vision_model, pixel_values, branches["vision"], interpolate_pos_encoding)
-        keys = vision.in_order() if image_index is None else vision.repeated(image_index)
-        return encode_text(self.text_encoder, input_ids, attention_mask, keys, branches["text"])
+        images = self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return encode_text(self.text_encoder, input_ids, attention_mask, images, image_index)
 
 
-BLIP_VQA = Family(
-    source=transformers.BlipForQuestionAnswering,
-    compressed=BlipForQuestionAnswering,
-    branches={"vision": ("vision_model",), "text": ("text_encoder",), "decoder": ("text_decoder",)},
-    pruned={"vision": "vision_config", "text": "text_config"},
-    dense_modules=("text_decoder",),
-    activations={
-        "vision_model.encoder.layers.*.mlp.fc1": "activation_fn",
-        "text_encoder.encoder.layer.*.intermediate.dense": "intermediate_act_fn",
-    },
-)
+class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditionalGeneration):
+    """The Hugging Face captioning model with a pruned vision encoder; its decoder reads the tokens that are left."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> BlipForConditionalGenerationModelOutput:
+        """As in Hugging Face; image_embeds and last_hidden_state have the tokens that are left first, then zeros."""
+        images, mask = self._encode(pixel_values, interpolate_pos_encoding)
+        with cross_attention_masks(self.text_decoder):
+            outputs = self.text_decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                encoder_hidden_states=images,
+                encoder_attention_mask=mask,
+                labels=labels,
+                reduction="mean",
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        return BlipForConditionalGenerationModelOutput(
+            loss=outputs.loss, logits=outputs.logits, image_embeds=images, last_hidden_state=images
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **generate_kwargs,
+    ) -> Tensor:
+        """Token ids of the captions, (B, L); `input_ids` (B, L) is a prompt whose last token is dropped, as there."""
+        text = self.config.text_config
+        images, mask = self._encode(pixel_values, interpolate_pos_encoding)
+        if input_ids is None:
+            prompt = torch.full((images.shape[0], 1), text.bos_token_id, device=images.device)
+        else:
+            prompt = input_ids[:, :-1].clone()
+            prompt[:, 0] = text.bos_token_id
+        with cross_attention_masks(self.text_decoder):
+            return self.text_decoder.generate(
+                input_ids=prompt,
+                eos_token_id=text.sep_token_id,
+                pad_token_id=text.pad_token_id,
+                attention_mask=None if attention_mask is None else attention_mask[:, :-1],
+                encoder_hidden_states=images,
+                encoder_attention_mask=mask,
+                **generate_kwargs,
+            )
+
+    def _encode(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, Tensor]:
+        return self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).to_padded()
+
+
+class BlipForImageTextRetrieval(CompressedModel, transformers.BlipForImageTextRetrieval):
+    """The Hugging Face model with pruned encoders: matching (text reads image) or contrastive (each by itself)."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        use_itm_head: bool | None = True,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        image_index: Tensor | None = None,
+        **kwargs,
+    ) -> BlipImageTextMatchingModelOutput:
+        """As in Hugging Face: itm_score is (Q, 2) of the matching head, else (I, Q) similarities.
+
+        `image_index` (Q,) int64: the image each text is matched with (None: its own).
+        """
+        images = self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        if use_itm_head:
+            text = encode_text(self.text_encoder, input_ids, attention_mask, images, image_index, ("texts", "images"))
+            score = self.itm_head(text.summary())
+        else:
+            text = self.text_encoder.encode(input_ids, attention_mask)
+            image_features = F.normalize(self.vision_proj(images.summary()), dim=-1)
+            score = image_features @ F.normalize(self.text_proj(text.summary()), dim=-1).T
+        return BlipImageTextMatchingModelOutput(
+            itm_score=score,
+            last_hidden_state=images.to_positions(self.vision_model.madtp_branch.entered.max_seqlen),
+            question_embeds=text.to_positions(input_ids.shape[1]),
+        )

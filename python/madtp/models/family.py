@@ -1,29 +1,86 @@
-"""What the package needs to know of a model family, and what every compressed model can do."""
+"""What the package needs to know of a model class, and what every compressed model can do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 from torch import nn
 
+from madtp.models.encoder import Encoder
+from madtp.models.tower import Tower
+from madtp.models.towers import TOWERS, tower_of
+
 
 @dataclass(frozen=True)
 class Family:
-    """A Hugging Face class and its packed counterpart."""
+    """Which towers of a model class prune their tokens.
 
-    source: type[nn.Module]
-    compressed: type[nn.Module]
-    branches: Mapping[str, tuple[str, ...]]  # branch -> its modules, for accounting
-    pruned: Mapping[str, str]  # branch with token pruning -> the config that holds its hidden_size
-    dense_modules: tuple[str, ...]  # modules whose weights are never pruned
-    activations: Mapping[str, str]  # pattern of a Linear's name -> the attribute of its parent that follows it
+    Args:
+        source: the Hugging Face class; a family given to `madtp.patch` may leave it out.
+        towers: branch -> dotted path of its tower in the model, "" for the model itself. Where the tower is of a class
+            that nothing is known of, a pair of the path and a `Tower` that describes it.
+        others: branches that do not prune, for accounting: branch -> the modules it consists of.
+        dense_modules: modules whose weights stay dense.
+        compressed: a subclass of source with another forward, where the model needs one.
+        images_per_text: how many images each text is about; MAG averages over them.
+        attach: called with the patched model, where it needs hooks; returns what undoes them.
+    """
+
+    towers: Mapping[str, str | tuple[str, Tower]]
+    source: type[nn.Module] | None = None
+    others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dense_modules: tuple[str, ...] = ()
+    compressed: type[nn.Module] | None = None
+    images_per_text: int = 1
+    attach: Callable[[nn.Module], Callable[[], None]] | None = None
+
+    def path(self, branch: str) -> str:
+        entry = self.towers[branch]
+        return entry if isinstance(entry, str) else entry[0]
+
+    def tower(self, model: nn.Module, branch: str) -> Tower:
+        """Raises TypeError where nothing is known of the tower's class."""
+        entry = self.towers[branch]
+        if not isinstance(entry, str):
+            return entry[1]
+        module = attrgetter(entry)(model) if entry else model
+        tower = tower_of(module)
+        if tower is None:
+            known = ", ".join(kind.__name__ for kind in TOWERS)
+            raise TypeError(
+                f"{entry or 'model'} must be one of {known}, or described by a Tower, got {type(module).__name__}"
+            )
+        return tower
+
+    @property
+    def branches(self) -> dict[str, tuple[str, ...]]:
+        """Branch -> the modules it consists of, shell-style patterns."""
+        return {branch: (self.path(branch) or "*",) for branch in self.towers} | dict(self.others)
+
+
+def activations(path: str, encoder: Encoder) -> dict[str, str]:
+    """Pattern of the name of every Linear that an activation follows -> the attribute of its parent that applies it."""
+    if len(encoder.mlp) == 1:
+        return {}
+    parent, _, _ = encoder.mlp[0].rpartition(".")
+    attribute = encoder.mlp[1].removeprefix(f"{parent}.")
+    name = ".".join(part for part in (path, encoder.blocks, "*", encoder.mlp[0]) if part)
+    return {name: attribute}
 
 
 class CompressedModel:
-    """Mixed into the packed classes: saves what `madtp.from_pretrained` needs beside the Hugging Face files."""
+    """Mixed into the classes of patched models: saves what `madtp.from_pretrained` needs beside the weights."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         super().save_pretrained(save_directory, *args, **kwargs)
         self.madtp_handle.save(Path(save_directory))
+
+
+@functools.cache
+def compressed_class(source: type[nn.Module]) -> type[nn.Module]:
+    """`source` as a `CompressedModel`, of the same name: a saved model gives it as that of its Hugging Face class."""
+    return type(source.__name__, (CompressedModel, source), {"__doc__": source.__doc__, "__module__": __name__})

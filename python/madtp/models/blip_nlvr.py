@@ -1,0 +1,142 @@
+"""BLIP for NLVR2 (Li et al., ICML 2022): is a statement about two images true? Hugging Face has no such model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BlipConfig, BlipTextModel, BlipVisionModel
+from transformers.models.blip.modeling_blip import BlipPreTrainedModel
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+from transformers.utils import ModelOutput
+
+from madtp.dtp import Branch
+from madtp.models.encoder import attend
+from madtp.models.family import CompressedModel
+from madtp.models.towers import BERT_ENCODER, TOWERS
+from madtp.packed import Packed, Repeated
+
+
+@dataclass
+class NLVROutput(ModelOutput):
+    """loss: scalar, with labels. logits: (B, 2), of false and true."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class TwinOutput(nn.Module):
+    """Two attended features, each through its Linear; their mean, or with `merge` one more Linear of both."""
+
+    def __init__(self, config, merge: bool):
+        super().__init__()
+        width = config.hidden_size
+        self.dense0, self.dense1 = nn.Linear(width, width), nn.Linear(width, width)
+        self.merge_layer = nn.Linear(2 * width, width) if merge else None
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, first: Tensor, second: Tensor, residual: Tensor) -> Tensor:
+        both = self.dense0(first), self.dense1(second)
+        merged = sum(both) / 2 if self.merge_layer is None else self.merge_layer(torch.cat(both, dim=-1))
+        return self.LayerNorm(self.dropout(merged) + residual)
+
+
+class TwinCrossAttention(nn.Module):
+    """In the place of a BlipTextAttention: a cross-attention for each of two images."""
+
+    def __init__(self, config, merge: bool):
+        super().__init__()
+        self.self0, self.self1 = (BlipTextSelfAttention(config, is_cross_attention=True) for _ in range(2))
+        self.output = TwinOutput(config, merge)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor], **_) -> tuple[Tensor, None]:
+        """encoder_hidden_states: the features of both images, each (B, N, C)."""
+        attended = (
+            module(hidden_states, encoder_hidden_states=image)[0]
+            for module, image in zip((self.self0, self.self1), encoder_hidden_states, strict=True)
+        )
+        return self.output(*attended, hidden_states), None
+
+
+class BlipForNLVR(BlipPreTrainedModel):
+    """A BLIP vision encoder on two images, and a text encoder whose every layer reads both.
+
+    In the last half of the text layers the two attended features are merged by a Linear, in the first half averaged.
+
+    Args:
+        config: a BlipConfig; `text_config.encoder_hidden_size` is the width of the vision encoder.
+    """
+
+    config: BlipConfig
+
+    def __init__(self, config: BlipConfig):
+        super().__init__(config)
+        text, depth = config.text_config, config.text_config.num_hidden_layers
+        self.vision_model = BlipVisionModel(config.vision_config)
+        self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
+        for i, layer in enumerate(self.text_encoder.encoder.layer):
+            layer.crossattention = TwinCrossAttention(text, merge=i >= depth // 2)
+        self.classifier = nn.Sequential(
+            nn.Linear(text.hidden_size, text.hidden_size), nn.ReLU(), nn.Linear(text.hidden_size, 2)
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_encoder.set_input_embeddings(value)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> NLVROutput:
+        """pixel_values (B, 2, 3, H, W), input_ids and attention_mask (B, L), labels (B,) 0 or 1."""
+        if pixel_values.ndim != 5 or pixel_values.shape[:2] != (input_ids.shape[0], 2):
+            expected = f"({input_ids.shape[0]}, 2, 3, H, W)"
+            raise ValueError(f"pixel_values must be of shape {expected}, got {tuple(pixel_values.shape)}")
+        images = pixel_values.transpose(0, 1).flatten(0, 1)  # first images, then second ones
+        logits = self.classifier(self._summary(images, input_ids, attention_mask, interpolate_pos_encoding))
+        return NLVROutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
+
+    def _summary(self, images, input_ids, attention_mask, interpolate_pos_encoding) -> Tensor:
+        """(B, C): the first token of each statement."""
+        features = self.vision_model(images, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
+        text = self.text_encoder(
+            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=features.chunk(2)
+        )
+        return text.last_hidden_state[:, 0]
+
+
+class PackedBlipForNLVR(CompressedModel, BlipForNLVR):
+    """BlipForNLVR with pruned encoders."""
+
+    def _summary(self, images, input_ids, attention_mask, interpolate_pos_encoding) -> Tensor:
+        features = self.vision_model.encode(images, interpolate_pos_encoding=interpolate_pos_encoding)
+        keys = tuple(half.in_order() for half in features.split(input_ids.shape[0]))
+        return self.text_encoder.encode(input_ids, attention_mask, keys).summary()
+
+
+PackedBlipForNLVR.__name__ = BlipForNLVR.__name__  # what a saved model says it is
+
+
+def _twin_cross_attention(
+    layer: nn.Module, packed: Packed, keys: tuple[Repeated, Repeated], branch: Branch, heads: int
+) -> Tensor:
+    """(T, C)"""
+    attended = (
+        attend(layer, tuple(f"crossattention.{name}.{part}" for part in ("query", "key", "value")), *rest)
+        for name, *rest in (("self0", packed, keys[0], branch, heads), ("self1", packed, keys[1], branch, heads))
+    )
+    return layer.crossattention.output(*attended, packed.x)
+
+
+TEXT = replace(TOWERS[BlipTextModel], encoder=replace(BERT_ENCODER, cross=_twin_cross_attention))

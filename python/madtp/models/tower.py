@@ -1,0 +1,142 @@
+"""Towers: whole Hugging Face encoders, from pixels or token ids to features, that run on packed tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
+
+from madtp.dtp import Branch
+from madtp.models.encoder import Encoder, encode
+from madtp.packed import Packed
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A Hugging Face encoder with embeddings before its blocks and a pooled feature after them.
+
+    Paths are dotted attributes of the tower.
+    """
+
+    encoder: Encoder
+    inputs: str  # the argument it encodes: "pixel_values" or "input_ids"
+    pool: Callable[[nn.Module, Packed], Tensor | None]  # (tower, its last features) -> (B, C)
+    embeddings: str = "embeddings"
+    pre_norm: str | None = None  # the LayerNorm between embeddings and blocks
+    final_norm: str | None = None  # the LayerNorm of the features that leave
+    # (tower, inputs, attention_mask) -> (B,) the position of each summary token, -1: none; None: all are the first
+    summary: Callable[[nn.Module, Tensor, Tensor | None], Tensor] | None = None
+
+
+class PackedTower:
+    """Mixed into the class of a tower that `madtp.patch` takes over; `madtp_spec` and `madtp_branch` come with it.
+
+    What leaves is padded as Hugging Face expects it: every token that is left stands where it was, and zeros where one
+    was pruned or was padding. Merged tokens have no place there.
+    """
+
+    madtp_spec: Tower
+    madtp_branch: Branch
+
+    def encode(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        keys: Any = None,
+        record: list[Packed] | None = None,
+        **options,
+    ) -> Packed:
+        """pixel_values (B, 3, H, W) or input_ids (B, N) -> the packed features that leave, final LayerNorm included.
+
+        Args:
+            attention_mask: (B, N) with non-zero at real tokens.
+            keys: what cross-attention reads, in towers that have it.
+            record: gets the tokens that enter the first block and those that leave each.
+            options: of the embeddings, such as interpolate_pos_encoding or position_ids.
+        """
+        spec = self.madtp_spec
+        ndim = 4 if spec.inputs == "pixel_values" else 2
+        if not isinstance(inputs, Tensor) or inputs.ndim != ndim:
+            shape = "(B, 3, H, W)" if ndim == 4 else "(B, N)"
+            got = tuple(inputs.shape) if isinstance(inputs, Tensor) else inputs
+            raise ValueError(f"{spec.inputs} must be a tensor of shape {shape}, got {got}")
+        given = {name: value for name, value in options.items() if value is not None and value is not False}
+        hidden = attrgetter(spec.embeddings)(self)(inputs, **given)
+        if spec.pre_norm is not None:
+            hidden = attrgetter(spec.pre_norm)(self)(hidden)
+        summary = None if spec.summary is None else spec.summary(self, inputs, attention_mask)
+        packed = Packed.from_padded(hidden, attention_mask, summary)
+        packed = encode(self, spec.encoder, packed, self.madtp_branch, keys, record)
+        if spec.final_norm is None:
+            return packed
+        return packed.with_x(attrgetter(spec.final_norm)(self)(packed.x))
+
+    def _run(self, inputs, output_hidden_states, kwargs, attention_mask=None, **options) -> BaseModelOutputWithPooling:
+        asked = [
+            name for name, value in kwargs.items() if name not in _IGNORED and value is not None and value is not False
+        ]
+        if asked:
+            raise ValueError(
+                f"{', '.join(asked)} must be unset in a patched {type(self).__name__}: it has no meaning there"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
+        record = [] if output_hidden_states else None
+        packed = self.encode(inputs, attention_mask, record=record, **options)
+        length = self.madtp_branch.entered.max_seqlen
+        last_hidden_state = packed.to_positions(length)
+        last_hidden_state.madtp_packed = packed  # for those who can read it
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=self.madtp_spec.pool(self, packed),
+            hidden_states=None if record is None else tuple(state.to_positions(length) for state in record),
+        )
+
+
+_IGNORED = ("is_causal", "use_cache")  # what Hugging Face passes on whatever the encoder
+
+
+class PackedVisionTower(PackedTower):
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        bool_masked_pos: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """last_hidden_state (B, N, C), pooler_output (B, C) and, if asked for, hidden_states: what enters the first
+        block and what leaves each, (B, N, C)."""
+        options = {"interpolate_pos_encoding": interpolate_pos_encoding, "bool_masked_pos": bool_masked_pos}
+        return self._run(pixel_values, output_hidden_states, kwargs, **options)
+
+
+class PackedTextTower(PackedTower):
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """last_hidden_state (B, N, C), pooler_output (B, C) and, if asked for, hidden_states: what enters the first
+        block and what leaves each, (B, N, C)."""
+        options = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+        return self._run(input_ids, output_hidden_states, kwargs, attention_mask, **options)
+
+
+@functools.cache
+def packed_class(source: type[nn.Module], inputs: str) -> type[nn.Module]:
+    """The class of a tower that runs packed. It has the name of the Hugging Face class, which saved models give."""
+    mixin = PackedVisionTower if inputs == "pixel_values" else PackedTextTower
+    return type(source.__name__, (mixin, source), {"__doc__": source.__doc__, "__module__": __name__})

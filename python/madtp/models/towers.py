@@ -1,0 +1,167 @@
+"""Where the parts of the Hugging Face encoders are: a row for each class that can be a branch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from madtp.models.encoder import CrossAttention, Encoder
+from madtp.models.tower import Tower
+from madtp.packed import Packed, split_heads
+from madtp_kernels import varlen_attention
+
+CLIP_ENCODER = Encoder(
+    blocks="encoder.layers",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.out_proj",
+    norm1="layer_norm1",
+    norm2="layer_norm2",
+    mlp=("mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
+)
+BLIP_VISION_ENCODER = Encoder(
+    blocks="encoder.layers",
+    qkv=("self_attn.qkv",),
+    out="self_attn.projection",
+    norm1="layer_norm1",
+    norm2="layer_norm2",
+    mlp=("mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
+)
+BERT_ENCODER = Encoder(
+    blocks="encoder.layer",
+    qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+    out="attention.output.dense",
+    norm1="attention.output.LayerNorm",
+    norm2="output.LayerNorm",
+    mlp=("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
+    post_norm=True,
+    dropout1="attention.output.dropout",
+    dropout2="output.dropout",
+)
+
+
+def first(tower: nn.Module, packed: Packed) -> Tensor:
+    return packed.summary()
+
+
+def pooler(tower: nn.Module, packed: Packed) -> Tensor | None:
+    """Of ViT and BERT: a Linear and an activation on the first token, where the model has them."""
+    return None if tower.pooler is None else tower.pooler(packed.summary()[:, None])
+
+
+def post_layernorm(tower: nn.Module, packed: Packed) -> Tensor:
+    return tower.post_layernorm(packed.summary())
+
+
+def end_of_text(tower: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """(B,): where CLIP pools. A vocabulary whose end-of-text id the configuration does not know has it last."""
+    if tower.eos_token_id == 2:
+        return input_ids.int().argmax(dim=-1)
+    return (input_ids == tower.eos_token_id).int().argmax(dim=-1)
+
+
+def last_position(tower: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """(B,): SigLIP pools the last position of the text, whatever is there."""
+    if mask is not None and not mask[:, -1].all():
+        raise ValueError("attention_mask must have real tokens last: SigLIP pools there, and pads without a mask")
+    return input_ids.new_full((input_ids.shape[0],), input_ids.shape[1] - 1)
+
+
+def head_of_last(tower: nn.Module, packed: Packed) -> Tensor:
+    return tower.head(packed.summary())
+
+
+def no_summary(tower: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.full((inputs.shape[0],), -1, device=inputs.device)
+
+
+def attention_pooling(tower: nn.Module, packed: Packed) -> Tensor | None:
+    """SigLIP's head: a learned query attends to the tokens that are left, merged ones among them; then an MLP."""
+    if not tower.use_head:
+        return None
+    head, batch = tower.head, packed.batch
+    attention = head.attention
+    channels, heads = attention.embed_dim, attention.num_heads
+    weight_q, weight_kv = attention.in_proj_weight.split((channels, 2 * channels))
+    bias_q, bias_kv = attention.in_proj_bias.split((channels, 2 * channels))
+    query = split_heads(F.linear(head.probe[0], weight_q, bias_q), heads).expand(batch, -1, -1)
+    key, value = F.linear(packed.x, weight_kv, bias_kv).unflatten(-1, (2, heads, -1)).unbind(1)
+    out = varlen_attention(
+        query,
+        key,
+        value,
+        torch.arange(batch + 1, dtype=torch.int32, device=packed.x.device),
+        packed.cu_seqlens,
+        max_seqlen_q=1,
+        max_seqlen_k=packed.max_seqlen,
+    )
+    pooled = attention.out_proj(out.flatten(1))  # (B, C)
+    return pooled + head.mlp(head.layernorm(pooled))
+
+
+def _dinov2(mlp: tuple[str, ...]) -> Tower:
+    encoder = Encoder(
+        blocks="encoder.layer",
+        qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        out="attention.o_proj",
+        norm1="norm1",
+        norm2="norm2",
+        mlp=mlp,
+        scale1="layer_scale1",
+        scale2="layer_scale2",
+        dropout1="drop_path",
+        dropout2="drop_path",
+    )
+    return Tower(encoder, "pixel_values", first, final_norm="layernorm")
+
+
+VIT_ENCODER = Encoder(
+    blocks="layers",
+    qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    out="attention.o_proj",
+    norm1="layernorm_before",
+    norm2="layernorm_after",
+    mlp=("mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
+    dropout1="dropout",
+    dropout2="dropout",
+)
+BLIP_CROSS = CrossAttention(
+    query="crossattention.self.query",
+    key="crossattention.self.key",
+    value="crossattention.self.value",
+    out="crossattention.output.dense",
+    norm="crossattention.output.LayerNorm",
+    dropout="crossattention.output.dropout",
+)
+BLIP_VISION = Tower(BLIP_VISION_ENCODER, "pixel_values", post_layernorm, final_norm="post_layernorm")
+BERT = Tower(BERT_ENCODER, "input_ids", pooler)
+
+TOWERS: dict[type[nn.Module], Tower] = {
+    hf.BlipVisionModel: BLIP_VISION,
+    hf.Blip2VisionModel: BLIP_VISION,
+    hf.CLIPVisionModel: Tower(CLIP_ENCODER, "pixel_values", post_layernorm, pre_norm="pre_layrnorm"),
+    hf.SiglipVisionModel: Tower(
+        CLIP_ENCODER, "pixel_values", attention_pooling, final_norm="post_layernorm", summary=no_summary
+    ),
+    hf.ViTModel: Tower(VIT_ENCODER, "pixel_values", pooler, final_norm="layernorm"),
+    hf.Dinov2Model: _dinov2(("mlp.fc1", "mlp.activation_fn", "mlp.fc2")),
+    hf.BlipTextModel: replace(BERT, encoder=replace(BERT_ENCODER, cross=BLIP_CROSS)),
+    hf.CLIPTextModel: Tower(
+        replace(CLIP_ENCODER, causal=True), "input_ids", first, final_norm="final_layer_norm", summary=end_of_text
+    ),
+    hf.SiglipTextModel: Tower(
+        CLIP_ENCODER, "input_ids", head_of_last, final_norm="final_layer_norm", summary=last_position
+    ),
+    hf.BertModel: BERT,
+}
+
+
+def tower_of(module: nn.Module) -> Tower | None:
+    """What is known of a Hugging Face encoder; None for any other module."""
+    tower = next((tower for kind, tower in TOWERS.items() if isinstance(module, kind)), None)
+    if isinstance(module, hf.Dinov2Model) and module.config.use_swiglu_ffn:
+        return _dinov2(("mlp",))
+    return tower
