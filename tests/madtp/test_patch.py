@@ -140,7 +140,7 @@ def test_refuses(blip, tmp_path):
     handle = madtp.patch(blip, CONFIG)
     with pytest.raises(ValueError, match="model must not be patched already"):
         madtp.patch(blip)
-    with pytest.raises(TypeError, match="model must be one of BlipForQuestionAnswering, got Linear"):
+    with pytest.raises(TypeError, match="model must be one of BlipForQuestionAnswering, .*, got Linear"):
         madtp.patch(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="branches vision, text, got 'audio'"):
         handle.set_temperature({"audio": 1.0})

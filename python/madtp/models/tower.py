@@ -78,13 +78,9 @@ class PackedTower:
         return packed.with_x(attrgetter(spec.final_norm)(self)(packed.x))
 
     def _run(self, inputs, output_hidden_states, kwargs, attention_mask=None, **options) -> BaseModelOutputWithPooling:
-        asked = [
-            name for name, value in kwargs.items() if name not in _IGNORED and value is not None and value is not False
-        ]
-        if asked:
-            raise ValueError(
-                f"{', '.join(asked)} must be unset in a patched {type(self).__name__}: it has no meaning there"
-            )
+        for name, value in kwargs.items():
+            if name not in _IGNORED and value is not None and value is not False:
+                raise ValueError(f"{name} must be unset: a patched {type(self).__name__} has no such thing")
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
         record = [] if output_hidden_states else None

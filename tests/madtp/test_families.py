@@ -1,0 +1,262 @@
+"""Every family of models has every property; the table of docs/models.md says so, and is made from what runs here."""
+
+import copy
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from families import CASES, CONFIG, randomised
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+import madtp
+from madtp import hwp
+
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@functools.cache
+def _built(family):
+    torch.manual_seed(0)
+    return randomised(CASES[family].build())
+
+
+def build(family):
+    return copy.deepcopy(_built(family))
+
+
+def patched(family, temperature=2.0):
+    model = build(family)
+    madtp.patch(model, CONFIG).set_temperature(temperature)
+    return model
+
+
+def outputs(family, model, inputs=None):
+    case = CASES[family]
+    with torch.no_grad():
+        result = model(**(case.inputs() if inputs is None else inputs))
+    return {name: result[name] for name in case.outputs}
+
+
+def total(family, model):
+    """A scalar that every output has a part in."""
+    return sum(model(**CASES[family].inputs())[name].float().sin().sum() for name in CASES[family].outputs)
+
+
+def unpadded(family):
+    """The samples without padding: with it, Hugging Face computes rows that mean nothing."""
+    inputs = CASES[family].inputs()
+    mask = inputs.get("attention_mask")
+    return inputs if mask is None else {name: value[mask.all(dim=1)] for name, value in inputs.items()}
+
+
+def is_dense_at_temperature_0(family):
+    model, inputs = build(family), unpadded(family)
+    with torch.no_grad():
+        expected = model(**inputs)
+        madtp.patch(model, CONFIG)
+        result = model(**inputs)
+    compared = [n for n in (*CASES[family].outputs, "loss") if getattr(expected, n, None) is not None]
+    assert compared
+    for name in compared:
+        torch.testing.assert_close(result[name], expected[name], **CLOSE)
+
+
+def is_removed_without_a_trace(family):
+    model, inputs = build(family), CASES[family].inputs()
+    keys, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
+    expected = model(**inputs)
+    handle = madtp.patch(model, CONFIG)
+    assert [key for key in model.state_dict() if not key.startswith("madtp_")] == keys
+    handle.set_temperature(2.0)
+    model(**inputs)
+    handle.remove()
+    assert [type(module) for module in model.modules()] == kinds and list(model.state_dict()) == keys
+    result = model(**inputs)
+    for name in ("loss", *CASES[family].outputs):
+        if getattr(expected, name, None) is not None:
+            assert torch.equal(result[name], expected[name])
+
+
+def prunes_each_sample_by_itself(family):
+    model, inputs = patched(family), CASES[family].inputs()
+    together, handle = outputs(family, model), model.madtp_handle
+    last = {branch: layers[-1] for branch, layers in handle.selections.items()}
+    assert all(len({len(kept) for kept in samples}) > 1 for samples in last.values())
+    for i in range(4):
+        alone = outputs(family, model, {name: value[i : i + 1] for name, value in inputs.items()})
+        for name in CASES[family].outputs:
+            torch.testing.assert_close(alone[name][0], together[name][i], **CLOSE)
+
+
+def keeps_padding_out(family):
+    model, inputs = patched(family), CASES[family].inputs()
+    garbage = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], 7)
+    before, after = outputs(family, model), outputs(family, model, inputs | {"input_ids": garbage})
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def records_hidden_states(family):
+    """Of every tower: what enters its first block and what leaves each; zeros where no token is left."""
+    model = build(family)
+    handle = madtp.patch(model, CONFIG)
+    towers = {path: model.get_submodule(path) for path in map(handle.family.path, handle.pruning)}
+    inputs = {path: CASES[family].inputs()[tower.madtp_spec.inputs] for path, tower in towers.items()}
+    inputs = {path: value.flatten(0, 1) if value.ndim == 5 else value for path, value in inputs.items()}
+    result = {path: tower(inputs[path], output_hidden_states=True).hidden_states for path, tower in towers.items()}
+    handle.set_temperature(2.0)
+    pruned = {path: tower(inputs[path], output_hidden_states=True).hidden_states for path, tower in towers.items()}
+    handle.remove()
+    for path, tower in towers.items():
+        expected = tower(inputs[path], output_hidden_states=True).hidden_states
+        torch.testing.assert_close(result[path], expected, **CLOSE)
+        assert [state.shape for state in pruned[path]] == [state.shape for state in expected]
+        lost = (pruned[path][-1] == 0).all(dim=-1)
+        assert lost.any() and not lost.all()
+
+
+def saves_and_loads(family, tmp_path):
+    model = patched(family)
+    model.save_pretrained(tmp_path)
+    loaded = madtp.from_pretrained(tmp_path)
+    assert type(loaded) is type(model) and loaded.madtp_handle.temperatures == model.madtp_handle.temperatures
+    expected, result = outputs(family, model), outputs(family, loaded)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+
+
+def runs_2_4_and_saves_it(family, tmp_path):
+    model = patched(family)
+    pruner = hwp.WeightPruner(model, "2:4", exclude=(*model.madtp_handle.family.dense_modules, "madtp_guide"))
+    pruner.finish()
+    expected = outputs(family, model)
+    packed = hwp.pack(model)
+    assert packed
+    result = outputs(family, model)
+    for name in expected:
+        torch.testing.assert_close(result[name], expected[name], rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = outputs(family, madtp.from_pretrained(tmp_path))
+    assert all(torch.equal(loaded[name], result[name]) for name in result)
+
+
+def trains(family):
+    model = patched(family).train()
+    handle = model.madtp_handle
+    handle.collect_alignment(True)
+    (total(family, model) + sum(f.sin().sum() for f in handle.aligned.values())).backward()
+    assert handle.alignment_tokens.grad.abs().sum() > 0
+    for path in map(handle.family.path, handle.pruning):
+        embeddings = model.get_submodule(path).embeddings
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in embeddings.parameters())
+
+
+def checkpoints_gradients(family):
+    gradients = []
+    for checkpointing in (False, True):
+        model = patched(family).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.madtp_handle.collect_alignment(True)
+        loss = total(family, model) + sum(f.sin().sum() for f in model.madtp_handle.aligned.values())
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def runs_under_autocast(family):
+    model = patched(family, 0.0)
+    expected = outputs(family, model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = outputs(family, model)
+        model.madtp_handle.set_temperature(2.0)
+        pruned = outputs(family, model)
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name].float(), value, rtol=0.1, atol=0.1 * value.abs().max().item())
+        assert pruned[name].isfinite().all()
+
+
+def compiles(family):
+    model = patched(family)
+    expected = outputs(family, model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    result = outputs(family, compiled)
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value, **CLOSE)
+
+
+def generates(family):
+    model, inputs = build(family), unpadded(family)
+    inputs.pop("labels", None)
+    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    handle = madtp.patch(model, CONFIG)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+    handle.set_temperature(2.0)
+    assert len(model.generate(**inputs, **options)) == len(expected)
+
+
+def trains_under_ddp(family, tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = patched(family)
+        total(family, model).backward()
+        expected = {name: p.grad for name, p in model.named_parameters()}
+        replica = DistributedDataParallel(patched(family), find_unused_parameters=True)
+        total(family, replica).backward()
+        for name, parameter in replica.module.named_parameters():
+            if expected[name] is not None:
+                torch.testing.assert_close(parameter.grad, expected[name], **CLOSE)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _padded(family):
+    mask = CASES[family].inputs().get("attention_mask")
+    return None if mask is not None and not mask.all() else "has no padding"
+
+
+def _generates(family):
+    return None if CASES[family].generates else "does not generate"
+
+
+PROPERTIES = {  # what the table calls it: the test, and why a family has no such property
+    "dense at temperature 0": (is_dense_at_temperature_0, None),
+    "removed without a trace": (is_removed_without_a_trace, None),
+    "each sample by itself": (prunes_each_sample_by_itself, None),
+    "padding kept out": (keeps_padding_out, _padded),
+    "hidden states": (records_hidden_states, None),
+    "saved and loaded": (saves_and_loads, None),
+    "2:4": (runs_2_4_and_saves_it, None),
+    "training": (trains, None),
+    "gradient checkpointing": (checkpoints_gradients, None),
+    "autocast bfloat16": (runs_under_autocast, None),
+    "torch.compile": (compiles, None),
+    "DDP": (trains_under_ddp, None),
+    "generate, with beams": (generates, _generates),
+}
+
+
+def why_not(words, family):
+    rule = PROPERTIES[words][1]
+    return None if rule is None else rule(family)
+
+
+@pytest.mark.parametrize("words", PROPERTIES)
+@pytest.mark.parametrize("family", CASES)
+def test_property(family, words, tmp_path):
+    reason = why_not(words, family)
+    if reason:
+        pytest.skip(reason)
+    check = PROPERTIES[words][0]
+    check(family, tmp_path) if check.__code__.co_argcount == 2 else check(family)
+
+
+def table():
+    rows = [["model", *PROPERTIES], ["---"] * (1 + len(PROPERTIES))]
+    rows += [[family, *(why_not(words, family) or "yes" for words in PROPERTIES)] for family in CASES]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
