@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from madtp.files import write_whole
 from madtp.hwp.packing import Sparse24Linear, replace_linear, unpack
 from madtp.mag import AlignmentGuide
 from madtp.models import FAMILIES, family_of
-from madtp.models.family import Family, activations, compressed_class
-from madtp.models.tower import packed_class
+from madtp.models.family import CompressedModel, Family, activations
+from madtp.models.tower import FORWARDS, mixed
 from madtp.packed import RaggedAttention
 
 STATE_FILE, WEIGHTS_FILE = "madtp.json", "model.safetensors"
@@ -42,15 +43,21 @@ class Handle:
         }
         if "vision" in self.pruning:
             self.pruning["vision"].samples_per_feature = family.images_per_text
-        self.sources = {}  # path -> the class to go back to
+        self.sources: dict[str, type] = {}  # module name -> the class to go back to
         for branch, tower in towers.items():
-            self.sources[family.path(branch)] = type(tower)
             tower.madtp_spec, tower.madtp_branch = specs[branch], self.pruning[branch]
-            tower.__class__ = packed_class(type(tower), specs[branch].inputs)
+            self._mix(family.path(branch), FORWARDS[specs[branch].inputs])
+        for pattern, mixin in family.mixins.items():
+            for name in [name for name, _ in model.named_modules() if fnmatchcase(name, pattern)]:
+                self._mix(name, mixin)
         self.sources.setdefault("", type(model))
-        model.__class__ = family.compressed or compressed_class(type(model))
-        self._detach = None if family.attach is None else family.attach(model)
+        model.__class__ = family.compressed or mixed(type(model), CompressedModel)
         model.madtp_handle = self
+
+    def _mix(self, name: str, mixin: type) -> None:
+        module = self.model.get_submodule(name)
+        self.sources[name] = type(module)
+        module.__class__ = mixed(type(module), mixin)
 
     @property
     def alignment_tokens(self) -> nn.Parameter:
@@ -143,8 +150,6 @@ class Handle:
     def remove(self) -> nn.Module:
         """Undoes everything: the model is of its Hugging Face class again, its Linears plain, no alignment tokens."""
         unpack(self.model)
-        if self._detach is not None:
-            self._detach()
         for branch in self.family.towers:
             tower = self.model.get_submodule(self.family.path(branch))
             del tower.madtp_spec, tower.madtp_branch

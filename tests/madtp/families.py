@@ -44,9 +44,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def blip_config() -> hf.BlipConfig:
-    return hf.BlipConfig(
-        text_config=BLIP_TEXT, vision_config=IMAGE, projection_dim=32, image_text_hidden_size=16
-    )
+    return hf.BlipConfig(text_config=BLIP_TEXT, vision_config=IMAGE, projection_dim=32, image_text_hidden_size=16)
 
 
 def pixels(*leading: int, seed: int = 1) -> Tensor:
@@ -146,9 +144,7 @@ CASES = {
     "SiglipTextModel": Case(lambda: hf.SiglipTextModel(hf.SiglipTextConfig(**SIGLIP_TEXT)), UNPADDED, TOWER),
     "ViTModel": Case(lambda: hf.ViTModel(hf.ViTConfig(**IMAGE)), IMAGES, TOWER),
     "Dinov2Model": Case(lambda: hf.Dinov2Model(hf.Dinov2Config(**IMAGE)), IMAGES, TOWER),
-    "Dinov2Model (SwiGLU)": Case(
-        lambda: hf.Dinov2Model(hf.Dinov2Config(**IMAGE, use_swiglu_ffn=True)), IMAGES, TOWER
-    ),
+    "Dinov2Model (SwiGLU)": Case(lambda: hf.Dinov2Model(hf.Dinov2Config(**IMAGE, use_swiglu_ffn=True)), IMAGES, TOWER),
     "BertModel": Case(lambda: hf.BertModel(hf.BertConfig(**BERT)), text, TOWER),
 }
 CONFIG = madtp.CompressionConfig(alignment_tokens=8, alignment_dim=24)

@@ -11,6 +11,7 @@ from madtp.models.tower import Tower
 
 DUAL = {"vision": "vision_model", "text": "text_model"}
 DECODER = {"decoder": ("text_decoder",)}
+DECODER_MASKS = {"text_decoder.bert.encoder.layer.*.crossattention.self": blip.MaskedCrossAttention}
 
 FAMILIES = (
     Family(
@@ -19,6 +20,7 @@ FAMILIES = (
         others=DECODER,
         dense_modules=("text_decoder",),
         compressed=blip.BlipForQuestionAnswering,
+        mixins=DECODER_MASKS,
     ),
     Family(
         {"vision": "vision_model"},
@@ -26,6 +28,7 @@ FAMILIES = (
         others=DECODER,
         dense_modules=("text_decoder.cls",),
         compressed=blip.BlipForConditionalGeneration,
+        mixins=DECODER_MASKS,
     ),
     Family(
         {"vision": "vision_model", "text": "text_encoder"},
@@ -51,7 +54,7 @@ FAMILIES = (
             source,
             others={"qformer": ("qformer",), "language": ("language_model",)},
             dense_modules=("qformer", "language_model", "language_projection"),
-            attach=blip2.qformer_masks,
+            mixins={"qformer": blip2.PackedQFormer},
         )
         for source in (hf.Blip2Model, hf.Blip2ForConditionalGeneration, hf.Blip2ForImageTextRetrieval)
     ),

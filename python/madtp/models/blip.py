@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -39,26 +37,15 @@ def encode_text(
     return model.encode(input_ids, attention_mask, keys)
 
 
-@contextmanager
-def cross_attention_masks(decoder: nn.Module) -> Iterator[None]:
-    """Lets a BlipTextLMHeadModel see its `encoder_attention_mask`, which Hugging Face drops on the way.
+class MaskedCrossAttention:
+    """Mixed into the cross-attentions of a BLIP decoder: they see the mask that Hugging Face drops on the way.
 
-    There BlipTextAttention gets the mask of its cross-attention as `attention_mask`, but the module that attends reads
-    `encoder_attention_mask`; so an answer would depend on how far its question was padded.
+    There BlipTextAttention gets it as `attention_mask`, but the module that attends reads `encoder_attention_mask`; so
+    an answer would depend on how far its question was padded.
     """
 
-    def hand_over(module, args, kwargs):
-        return args, kwargs | {"encoder_attention_mask": kwargs.get("attention_mask")}
-
-    hooks = [
-        layer.crossattention.self.register_forward_pre_hook(hand_over, with_kwargs=True)
-        for layer in decoder.bert.encoder.layer
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
+        return super().forward(hidden_states, encoder_attention_mask=attention_mask, **kwargs)
 
 
 @dataclass
@@ -96,15 +83,14 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
         question, mask = self._encode(
             input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index
         ).to_padded()
-        with cross_attention_masks(self.text_decoder):
-            answer = self.text_decoder(
-                input_ids=labels if decoder_input_ids is None else decoder_input_ids,
-                attention_mask=decoder_attention_mask,
-                encoder_hidden_states=question,
-                encoder_attention_mask=mask,
-                labels=labels,
-                reduction="mean",
-            )
+        answer = self.text_decoder(
+            input_ids=labels if decoder_input_ids is None else decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=question,
+            encoder_attention_mask=mask,
+            labels=labels,
+            reduction="mean",
+        )
         loss = None if labels is None else answer.loss.mean()
         return QuestionAnsweringOutput(loss=loss, logits=answer.logits)
 
@@ -123,15 +109,14 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
             input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index
         ).to_padded()
         text = self.config.text_config
-        with cross_attention_masks(self.text_decoder):
-            return self.text_decoder.generate(
-                input_ids=torch.full((question.shape[0], 1), self.decoder_start_token_id, device=question.device),
-                eos_token_id=text.sep_token_id,
-                pad_token_id=text.pad_token_id,
-                encoder_hidden_states=question,
-                encoder_attention_mask=mask,
-                **generate_kwargs,
-            )
+        return self.text_decoder.generate(
+            input_ids=torch.full((question.shape[0], 1), self.decoder_start_token_id, device=question.device),
+            eos_token_id=text.sep_token_id,
+            pad_token_id=text.pad_token_id,
+            encoder_hidden_states=question,
+            encoder_attention_mask=mask,
+            **generate_kwargs,
+        )
 
     def _encode(self, input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index) -> Packed:
         images = self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
@@ -154,17 +139,16 @@ class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditio
     ) -> BlipForConditionalGenerationModelOutput:
         """As in Hugging Face; image_embeds and last_hidden_state have the tokens that are left first, then zeros."""
         images, mask = self._encode(pixel_values, interpolate_pos_encoding)
-        with cross_attention_masks(self.text_decoder):
-            outputs = self.text_decoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                encoder_hidden_states=images,
-                encoder_attention_mask=mask,
-                labels=labels,
-                reduction="mean",
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
+        outputs = self.text_decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=images,
+            encoder_attention_mask=mask,
+            labels=labels,
+            reduction="mean",
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
         return BlipForConditionalGenerationModelOutput(
             loss=outputs.loss, logits=outputs.logits, image_embeds=images, last_hidden_state=images
         )
@@ -186,16 +170,15 @@ class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditio
         else:
             prompt = input_ids[:, :-1].clone()
             prompt[:, 0] = text.bos_token_id
-        with cross_attention_masks(self.text_decoder):
-            return self.text_decoder.generate(
-                input_ids=prompt,
-                eos_token_id=text.sep_token_id,
-                pad_token_id=text.pad_token_id,
-                attention_mask=None if attention_mask is None else attention_mask[:, :-1],
-                encoder_hidden_states=images,
-                encoder_attention_mask=mask,
-                **generate_kwargs,
-            )
+        return self.text_decoder.generate(
+            input_ids=prompt,
+            eos_token_id=text.sep_token_id,
+            pad_token_id=text.pad_token_id,
+            attention_mask=None if attention_mask is None else attention_mask[:, :-1],
+            encoder_hidden_states=images,
+            encoder_attention_mask=mask,
+            **generate_kwargs,
+        )
 
     def _encode(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, Tensor]:
         return self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).to_padded()

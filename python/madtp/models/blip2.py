@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
+from torch import Tensor
 
 
-def qformer_masks(model: nn.Module) -> Callable[[], None]:
-    """Lets the Q-Former read the packed image tokens, merged ones among them, with the mask they need.
+class PackedQFormer:
+    """Mixed into the Q-Former: it reads the image tokens that are left, merged ones among them, under their mask.
 
     Hugging Face passes it the features of all positions and a mask of ones, from half a dozen places.
     """
 
-    def hand_over(module, args, kwargs):
-        packed = getattr(kwargs.get("encoder_hidden_states"), "madtp_packed", None)
-        if packed is None:
-            return None
-        hidden, mask = packed.to_padded()
-        return args, kwargs | {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
-
-    return model.qformer.register_forward_pre_hook(hand_over, with_kwargs=True).remove
+    def forward(
+        self,
+        query_embeds: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs,
+    ):
+        packed = getattr(encoder_hidden_states, "madtp_packed", None)
+        if packed is not None:
+            encoder_hidden_states, encoder_attention_mask = packed.to_padded()
+        return super().forward(
+            query_embeds=query_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            **kwargs,
+        )

@@ -70,7 +70,7 @@ class BlipForNLVR(BlipPreTrainedModel):
         config: a BlipConfig; `text_config.encoder_hidden_size` is the width of the vision encoder.
     """
 
-    config: BlipConfig
+    config_class = BlipConfig
 
     def __init__(self, config: BlipConfig):
         super().__init__(config)

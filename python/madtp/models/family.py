@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -25,9 +24,9 @@ class Family:
             that nothing is known of, a pair of the path and a `Tower` that describes it.
         others: branches that do not prune, for accounting: branch -> the modules it consists of.
         dense_modules: modules whose weights stay dense.
-        compressed: a subclass of source with another forward, where the model needs one.
+        compressed: a subclass of source with another forward, where the model needs one; of the same name.
         images_per_text: how many images each text is about; MAG averages over them.
-        attach: called with the patched model, where it needs hooks; returns what undoes them.
+        mixins: pattern of module names -> a class mixed into theirs while the model is patched.
     """
 
     towers: Mapping[str, str | tuple[str, Tower]]
@@ -36,7 +35,7 @@ class Family:
     dense_modules: tuple[str, ...] = ()
     compressed: type[nn.Module] | None = None
     images_per_text: int = 1
-    attach: Callable[[nn.Module], Callable[[], None]] | None = None
+    mixins: Mapping[str, type] = field(default_factory=dict)
 
     def path(self, branch: str) -> str:
         entry = self.towers[branch]
@@ -78,9 +77,3 @@ class CompressedModel:
     def save_pretrained(self, save_directory, *args, **kwargs):
         super().save_pretrained(save_directory, *args, **kwargs)
         self.madtp_handle.save(Path(save_directory))
-
-
-@functools.cache
-def compressed_class(source: type[nn.Module]) -> type[nn.Module]:
-    """`source` as a `CompressedModel`, of the same name: a saved model gives it as that of its Hugging Face class."""
-    return type(source.__name__, (CompressedModel, source), {"__doc__": source.__doc__, "__module__": __name__})

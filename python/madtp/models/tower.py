@@ -131,8 +131,10 @@ class PackedTextTower(PackedTower):
         return self._run(input_ids, output_hidden_states, kwargs, attention_mask, **options)
 
 
+FORWARDS = {"pixel_values": PackedVisionTower, "input_ids": PackedTextTower}  # by what a tower encodes
+
+
 @functools.cache
-def packed_class(source: type[nn.Module], inputs: str) -> type[nn.Module]:
-    """The class of a tower that runs packed. It has the name of the Hugging Face class, which saved models give."""
-    mixin = PackedVisionTower if inputs == "pixel_values" else PackedTextTower
+def mixed(source: type[nn.Module], mixin: type) -> type[nn.Module]:
+    """`source` with `mixin` ahead of it. It keeps its name, which a saved model gives as that of its class."""
     return type(source.__name__, (mixin, source), {"__doc__": source.__doc__, "__module__": __name__})
