@@ -216,3 +216,16 @@ def test_disk_bytes(tmp_path):
     assert disk_bytes(tmp_path) == 8 and disk_bytes(tmp_path / "a.bin") == 5
     with pytest.raises(FileNotFoundError, match="path must exist"):
         disk_bytes(tmp_path / "none")
+
+
+def test_nlvr_has_the_published_figures():
+    """132.54 GMACs and 259.4 M parameters: MADTP (arXiv 2403.02991), two 384-pixel images and 36 text tokens."""
+    config = BlipConfig(
+        vision_config={"image_size": 384}, text_config={"encoder_hidden_size": 768, "vocab_size": 30524}
+    )
+    with torch.device("meta"):
+        model = madtp.models.BlipForNLVR(config)
+        inputs = {"pixel_values": torch.empty(1, 2, 3, 384, 384), "input_ids": torch.zeros(1, 36, dtype=torch.long)}
+    total = madtp.profile(model, inputs).total
+    assert total.dense_macs == pytest.approx(132.54e9, rel=3e-3)
+    assert total.params == pytest.approx(259.4e6, rel=1e-3)

@@ -5,6 +5,7 @@ from torch import nn
 
 from madtp.models import blip, blip2, blip_nlvr
 from madtp.models.blip_nlvr import BlipForNLVR
+from madtp.models.blip_original import from_original
 from madtp.models.encoder import CrossAttention, Encoder
 from madtp.models.family import Family
 from madtp.models.tower import Tower
@@ -74,4 +75,4 @@ def family_of(model: nn.Module) -> Family | None:
     return next((family for family in FAMILIES if isinstance(model, family.source)), None)
 
 
-__all__ = ["FAMILIES", "BlipForNLVR", "CrossAttention", "Encoder", "Family", "Tower", "family_of"]
+__all__ = ["FAMILIES", "BlipForNLVR", "CrossAttention", "Encoder", "Family", "Tower", "family_of", "from_original"]

@@ -1,0 +1,172 @@
+"""The checkpoints of the BLIP project (Li et al., ICML 2022) as Hugging Face models: VQA, NLVR, captions, retrieval."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from madtp.models.blip_nlvr import BlipForNLVR
+
+KINDS: dict[str, type[nn.Module]] = {
+    "vqa": hf.BlipForQuestionAnswering,
+    "nlvr": BlipForNLVR,
+    "caption": hf.BlipForConditionalGeneration,
+    "retrieval": hf.BlipForImageTextRetrieval,
+}
+HEAD_DIM = 64  # of every published model
+POSITIONS = "vision_model.embeddings.position_embedding"
+
+# In this order, on the names of the checkpoint.
+_RENAMES = (
+    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"^visual_encoder\.pos_embed$", POSITIONS),
+    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual_encoder\.norm\.", "vision_model.post_layernorm."),
+    (r"^visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
+    (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
+    (r"^cls_head\.", "classifier."),
+)
+# Of the training: momentum encoders, queues, and the temperature of the contrastive loss; and what is a constant.
+_UNUSED = re.compile(r"^(visual_encoder_m|text_encoder_m|vision_proj_m|text_proj_m)\.|_queue$|^temp$|\.position_ids$")
+
+
+def from_original(
+    path: str | os.PathLike, *, kind: str, config: hf.BlipConfig | None = None, image_size: int | None = None
+) -> nn.Module:
+    """Reads a .pth file of the BLIP project.
+
+    Args:
+        path: holds a state dict, or {"model": state dict}; loaded without running any code in it.
+        kind: vqa, nlvr, caption or retrieval. A checkpoint without twin cross-attentions becomes an NLVR model by
+            giving both images its one cross-attention; the layers that merge them, and the classifier where there is
+            none, are then new.
+        config: of the model; None reads the sizes off the weights, with heads of 64.
+        image_size: of the images to come, pixels; the position table is interpolated (bicubic). None: the checkpoint's.
+
+    Returns:
+        the Hugging Face model (`BlipForNLVR` for nlvr), in eval mode.
+
+    Raises:
+        ValueError: kind is unknown, the file is no such checkpoint, or weights are left over, missing or of a wrong
+            shape; the first is named.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path must be a .pth file of the BLIP project, got {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"path must be a .pth file of the BLIP project, got {path} ({error})") from error
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or "visual_encoder.pos_embed" not in state:
+        raise ValueError(f"path must hold the weights of a BLIP model (visual_encoder.pos_embed), {path} has none")
+    weights = {_renamed(name): value for name, value in state.items() if not _UNUSED.search(name)}
+    config = config or _config(weights, image_size)
+    fresh: set[str] = set()
+    if kind == "nlvr" and not any(".crossattention.self0." in name for name in weights):
+        weights = _doubled(weights)
+        fresh = {"merge_layer", "classifier"}
+    model = KINDS[kind](config)
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    weights[POSITIONS] = interpolated(weights[POSITIONS], side)
+    return _loaded(model, weights, fresh)
+
+
+def interpolated(positions: Tensor, side: int) -> Tensor:
+    """(1, 1 + n * n, C) for n x n patches and a class token -> (1, 1 + side * side, C), bicubic."""
+    count = positions.shape[1] - 1
+    before = round(count**0.5)
+    if before**2 != count:
+        raise ValueError(f"visual_encoder.pos_embed must be of a square of patches and a class token, got {count} + 1")
+    if before == side:
+        return positions
+    grid = positions[:, 1:].unflatten(1, (before, before)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat((positions[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            break
+    return name
+
+
+def _doubled(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The cross-attention of every layer, twice: as BLIP starts NLVR from its pretrained model."""
+    result = {}
+    for name, value in weights.items():
+        if ".crossattention.self." in name or ".crossattention.output.dense." in name:
+            for twin in "01":
+                place = name.replace(".crossattention.self.", f".crossattention.self{twin}.")
+                result[place.replace(".output.dense.", f".output.dense{twin}.")] = value
+        else:
+            result[name] = value
+    kept = ("vision_model.", "text_encoder.", "classifier.")
+    return {name: value for name, value in result.items() if name.startswith(kept)}
+
+
+def _config(weights: dict[str, Tensor], image_size: int | None) -> hf.BlipConfig:
+    """The sizes of a checkpoint, read off its weights."""
+    patch = weights["vision_model.embeddings.patch_embedding.weight"]  # (C, 3, P, P)
+    size, width = patch.shape[-1], patch.shape[0]
+    side = round((weights[POSITIONS].shape[1] - 1) ** 0.5)
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": weights["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": _count(weights, r"^vision_model\.encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(1, width // HEAD_DIM),
+        "patch_size": size,
+        "image_size": image_size or side * size,
+    }
+    text = {}
+    prefix = next((p for p in ("text_encoder.", "text_decoder.bert.") if any(n.startswith(p) for n in weights)), None)
+    if prefix is not None:
+        words = weights[f"{prefix}embeddings.word_embeddings.weight"]
+        text = {
+            "vocab_size": words.shape[0],
+            "hidden_size": words.shape[1],
+            "encoder_hidden_size": width,
+            "intermediate_size": weights[f"{prefix}encoder.layer.0.intermediate.dense.weight"].shape[0],
+            "num_hidden_layers": _count(weights, rf"^{re.escape(prefix)}encoder\.layer\.(\d+)\."),
+            "num_attention_heads": max(1, words.shape[1] // HEAD_DIM),
+            "max_position_embeddings": weights[f"{prefix}embeddings.position_embeddings.weight"].shape[0],
+        }
+    shared = weights["vision_proj.weight"].shape[0] if "vision_proj.weight" in weights else 256
+    return hf.BlipConfig(vision_config=vision, text_config=text, image_text_hidden_size=shared)
+
+
+def _count(weights: dict[str, Tensor], pattern: str) -> int:
+    numbers = [int(match[1]) for match in map(re.compile(pattern).match, weights) if match]
+    return max(numbers) + 1
+
+
+def _loaded(model: nn.Module, weights: dict[str, Tensor], fresh: set[str]) -> nn.Module:
+    """The model with the weights, all of them used; parameters with a name in `fresh` may keep their start."""
+    expected = model.state_dict()
+    for name, value in weights.items():
+        if name not in expected:
+            raise ValueError(f"path must hold the weights of a {type(model).__name__}, it has {name} too")
+        if value.shape != expected[name].shape:
+            shapes = f"{tuple(expected[name].shape)}, got {tuple(value.shape)}"
+            raise ValueError(f"path must hold {name} of shape {shapes}; is config that of the checkpoint?")
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name in expected:
+        absent = name not in weights and name not in tied and not name.endswith(".position_ids")
+        if absent and not any(part in name for part in fresh):
+            raise ValueError(f"path must hold the weights of a {type(model).__name__}, it lacks {name}")
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    return model.eval()
