@@ -8,14 +8,14 @@ import torch
 from transformers import AutoImageProcessor
 
 from madtp.tasks import DataError, easy_vqa
-from madtp.tasks.easy_vqa import ANSWERS, EasyVqa, ImagesWithQuestions, build_tokenizer, collate, prepare
+from madtp.tasks.easy_vqa import ANSWERS, EasyVqa, ImagesWithQuestions, build_tokenizer, collate
 from madtp.tasks.vqa import DENSE_EASY_VQA, VqaTask, dense_forward, load_dense
 
 
 @pytest.fixture(scope="module")
 def data_there():
     try:
-        return prepare()
+        return easy_vqa.PACKAGE.prepare()
     except DataError as error:
         pytest.skip(str(error))
 
@@ -104,19 +104,19 @@ def test_arguments_are_checked(dense):
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short"])
 def test_broken_archive(tmp_path, content):
-    (tmp_path / easy_vqa.WHEEL).write_bytes(content)
+    (tmp_path / easy_vqa.PACKAGE.file).write_bytes(content)
     with pytest.raises(DataError, match="must have sha256") as error:
-        prepare(tmp_path)
+        easy_vqa.PACKAGE.prepare(tmp_path)
     assert "pip download" in one_line(error)
 
 
 def test_archive_that_cannot_be_fetched(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="not found") as error:
-        prepare(tmp_path / "none", download=False)
+        easy_vqa.PACKAGE.prepare(tmp_path / "none", download=False)
     assert "pip download" in one_line(error)
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "one\nno network"))
     with pytest.raises(DataError, match=r"\(no network\)") as error:
-        prepare(tmp_path)
+        easy_vqa.PACKAGE.prepare(tmp_path)
     assert "pip download" in one_line(error)
     assert list(tmp_path.iterdir()) == []
 

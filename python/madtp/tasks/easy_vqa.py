@@ -1,13 +1,8 @@
 """easy-vqa 1.0: 5,000 images of one coloured shape, 48,248 questions about them, 13 answers (PyPI, MIT licence)."""
 
-import hashlib
 import io
 import itertools
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -15,72 +10,22 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from . import DataError
+from .packages import Wheel
 
-WHEEL = "easy_vqa-1.0-py3-none-any.whl"
-SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
+PACKAGE = Wheel(
+    "easy-vqa data",
+    "easy-vqa==1.0",
+    "easy_vqa-1.0-py3-none-any.whl",
+    "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+)
 IMAGE_SIZE = 64
 IMAGE_MEAN = IMAGE_STD = 0.5
 ANSWERS = tuple("circle green red gray yes teal black rectangle yellow triangle brown blue no".split())
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 
 
-def cache_dir() -> Path:
-    """Where downloaded data lives: `MADTP_CACHE`, by default `~/.cache/madtp`."""
-    return Path(os.environ.get("MADTP_CACHE") or Path.home() / ".cache" / "madtp").expanduser()
-
-
-def _how_to_get(cache: Path) -> str:
-    return f"run `python -m pip download --no-deps --only-binary :all: --dest {cache} easy-vqa==1.0`"
-
-
-def _check(wheel: Path, cache: Path) -> Path:
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise DataError(
-            f"{wheel} must have sha256 {SHA256}, got {found} ({wheel.stat().st_size} bytes): "
-            f"delete it, then {_how_to_get(cache)}"
-        )
-    return wheel
-
-
-def prepare(cache: Path | None = None, download: bool = True) -> Path:
-    """Path of the easy-vqa wheel, checked against its sha256; fetched with pip (3.2 MB) when it is not cached.
-
-    The wheel is kept as it came and read in place, so one checksum vouches for every image and question.
-    Raises DataError when it is missing and cannot be had, or is not the published file.
-    """
-    cache = cache_dir() if cache is None else Path(cache)
-    wheel = cache / WHEEL
-    if wheel.is_file():
-        return _check(wheel, cache)
-    if not download:
-        raise DataError(f"easy-vqa data not found at {wheel}: {_how_to_get(cache)}")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            os.replace(_check(_download(Path(scratch), cache), cache), wheel)
-    except OSError as error:
-        raise DataError(
-            f"data cache must be a writable directory, got {cache} ({error.strerror}): set MADTP_CACHE"
-        ) from error
-    return wheel
-
-
-def _download(folder: Path, cache: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), "easy-vqa==1.0"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode or not (folder / WHEEL).is_file():
-        reason = (result.stderr.strip().splitlines() or ["no such file"])[-1]
-        raise DataError(
-            f"easy-vqa data not found at {cache} and pip could not fetch it ({reason}): {_how_to_get(cache)}"
-        )
-    return folder / WHEEL
-
-
 def _read(split: str, limit: int | None, cache: Path | None) -> tuple[torch.Tensor, list[tuple[str, str, int]]]:
-    with zipfile.ZipFile(prepare(cache)) as wheel:
+    with zipfile.ZipFile(PACKAGE.prepare(cache)) as wheel:
         root = f"easy_vqa/data/{split}"
         questions = [tuple(record) for record in json.loads(wheel.read(f"{root}/questions.json"))][:limit]
         count = 1 + max((image for _, _, image in questions), default=-1)
@@ -206,7 +151,7 @@ def build_tokenizer(cache: Path | None = None):
 
     split_words = pre_tokenizers.BertPreTokenizer()
     words = set(ANSWERS)
-    with zipfile.ZipFile(prepare(cache)) as wheel:
+    with zipfile.ZipFile(PACKAGE.prepare(cache)) as wheel:
         for question, _, _ in json.loads(wheel.read("easy_vqa/data/train/questions.json")):
             words.update(word for word, _ in split_words.pre_tokenize_str(question.lower()))
     vocabulary = {word: i for i, word in enumerate([*SPECIAL_TOKENS.values(), *sorted(words)])}
