@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from madtp.hwp.packing import Sparse24Linear, replace_linear, unpack
 from madtp.mag import AlignmentGuide
 from madtp.models import FAMILIES, family_of
 from madtp.models.family import CompressedModel, Family, activations
-from madtp.models.tower import FORWARDS, mixed
+from madtp.models.tower import FORWARDS, mix_in, mixed
 from madtp.packed import RaggedAttention
 
 STATE_FILE, WEIGHTS_FILE = "madtp.json", "model.safetensors"
@@ -46,18 +45,11 @@ class Handle:
         self.sources: dict[str, type] = {}  # module name -> the class to go back to
         for branch, tower in towers.items():
             tower.madtp_spec, tower.madtp_branch = specs[branch], self.pruning[branch]
-            self._mix(family.path(branch), FORWARDS[specs[branch].inputs])
-        for pattern, mixin in family.mixins.items():
-            for name in [name for name, _ in model.named_modules() if fnmatchcase(name, pattern)]:
-                self._mix(name, mixin)
+            self.sources |= mix_in(model, {family.path(branch): FORWARDS[specs[branch].inputs]})
+        self.sources |= mix_in(model, family.mixins)
         self.sources.setdefault("", type(model))
         model.__class__ = family.compressed or mixed(type(model), CompressedModel)
         model.madtp_handle = self
-
-    def _mix(self, name: str, mixin: type) -> None:
-        module = self.model.get_submodule(name)
-        self.sources[name] = type(module)
-        module.__class__ = mixed(type(module), mixin)
 
     @property
     def alignment_tokens(self) -> nn.Parameter:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from madtp import cli, demo
-from madtp.tasks.easy_vqa import WHEEL
+from madtp.tasks.easy_vqa import PACKAGE
 from madtp.tasks.vqa import DENSE_EASY_VQA
 from madtp.trainer import MadtpTrainer, last_checkpoint
 
@@ -150,6 +150,6 @@ def test_data_that_cannot_be_had(refused, monkeypatch, tmp_path):
     for command in (("demo", "--output", tmp_path / "run"), ("evaluate", DENSE_EASY_VQA)):
         message = refused(*command)
         assert "easy-vqa data not found" in message and "pip download" in message
-    (tmp_path / WHEEL).write_bytes(b"PK\x03\x04 cut short")
+    (tmp_path / PACKAGE.file).write_bytes(b"PK\x03\x04 cut short")
     message = refused("evaluate", DENSE_EASY_VQA)
     assert "must have sha256" in message and "delete it" in message

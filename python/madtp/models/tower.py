@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from operator import attrgetter
 from typing import Any
 
@@ -138,3 +140,25 @@ FORWARDS = {"pixel_values": PackedVisionTower, "input_ids": PackedTextTower}  # 
 def mixed(source: type[nn.Module], mixin: type) -> type[nn.Module]:
     """`source` with `mixin` ahead of it. It keeps its name, which a saved model gives as that of its class."""
     return type(source.__name__, (mixin, source), {"__doc__": source.__doc__, "__module__": __name__})
+
+
+def mix_in(model: nn.Module, mixins: Mapping[str, type]) -> dict[str, type]:
+    """Mixes classes into those of the modules whose names match; returns module name -> the class it had."""
+    before = {}
+    for pattern, mixin in mixins.items():
+        for name in [name for name, _ in model.named_modules() if fnmatchcase(name, pattern)]:
+            module = model.get_submodule(name)
+            before[name] = type(module)
+            module.__class__ = mixed(type(module), mixin)
+    return before
+
+
+@contextmanager
+def mixed_in(model: nn.Module, mixins: Mapping[str, type]) -> Iterator[None]:
+    """A context in which `mix_in` holds."""
+    before = mix_in(model, mixins)
+    try:
+        yield
+    finally:
+        for name, source in before.items():
+            model.get_submodule(name).__class__ = source

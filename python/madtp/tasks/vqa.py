@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from madtp.accounting import evaluating
-from madtp.models.blip import cross_attention_masks
+from madtp.models import DECODER_MASKS
+from madtp.models.tower import mixed_in
 
 from . import DataError
 from .easy_vqa import ANSWERS, answer_token, collate
@@ -67,7 +68,7 @@ def dense_forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
         attention_mask=batch["attention_mask"],
         encoder_hidden_states=images,
     ).last_hidden_state  # (Q, L, C)
-    with cross_attention_masks(model.text_decoder):
+    with mixed_in(model, DECODER_MASKS):
         answer = model.text_decoder(
             input_ids=batch["labels"],
             encoder_hidden_states=question,
