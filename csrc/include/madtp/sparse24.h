@@ -78,4 +78,35 @@ Status sparse24_linear(const Sparse24Linear& inputs,
                        std::int64_t out_stride, int threads);
 
 }  // namespace cpu
+
+// bfloat16 and float16, on GPUs of compute capability 8.0 and newer; Status::unsupported elsewhere and for
+// float32. Pointers to matrices and layouts are multiples of 16 bytes, strides of 8 elements, and a weight
+// has the dtype of x. Work is queued on `stream`, a cudaStream_t of the current device.
+namespace cuda {
+
+// As madtp::cpu::sparse24_prune, but that the device cannot answer at once: `has_nan` becomes 1 where it
+// would have returned Status::invalid_argument, else 0. Rows may be of any stride, and so may columns.
+Status sparse24_prune(const Sparse24Dense& dense,
+                      void* values,           // (features, channels / 2), dtype of the weight
+                      std::uint8_t* indices,  // (features, channels / 8)
+                      std::int32_t* has_nan,  // (1,)
+                      void* stream);
+
+// Bytes of the layout, the same on every device: 0.5625 of the dense weight's, padded to 64 features and
+// channels.
+Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType weight_dtype,
+                             std::int64_t* bytes);
+
+// Writes the layout of a weight whose indices ascend.
+Status sparse24_pack(const Sparse24Weight& weight, void* layout, void* stream);
+
+// Bytes of scratch memory that a call with these arguments needs on the current device; 0 for many.
+Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* bytes);
+
+// Accumulates in float32 and casts once. Rows from `total` on cost next to nothing.
+Status sparse24_linear(const Sparse24Linear& inputs,
+                       void* out,  // (rows, features)
+                       std::int64_t out_stride, void* workspace, std::int64_t workspace_bytes, void* stream);
+
+}  // namespace cuda
 }  // namespace madtp
