@@ -1,8 +1,8 @@
 #pragma once
 
 // From accumulators to rows of the output: y = residual + scale * activation(sum + bias), in float32, cast
-// once. In the accumulators of mma and wgmma a lane has two neighbouring tokens of a feature; staged in shared
-// memory they come out as rows, 64 features at a time, 128 bytes of a 16-bit type.
+// once. In the accumulators of mma and wgmma a lane has two neighbouring tokens of a feature; staged in
+// shared memory they come out as rows, 64 features at a time, 128 bytes of a 16-bit type.
 
 #include <cstdint>
 
