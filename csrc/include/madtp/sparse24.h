@@ -85,7 +85,7 @@ Status sparse24_linear(const Sparse24Linear& inputs,
 namespace cuda {
 
 // As madtp::cpu::sparse24_prune, but that the device cannot answer at once: `has_nan` becomes 1 where it
-// would have returned Status::invalid_argument, else 0. Rows may be of any stride, and so may columns.
+// would have returned Status::invalid_argument, else 0.
 Status sparse24_prune(const Sparse24Dense& dense,
                       void* values,           // (features, channels / 2), dtype of the weight
                       std::uint8_t* indices,  // (features, channels / 8)
