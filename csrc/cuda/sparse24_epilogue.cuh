@@ -12,10 +12,12 @@
 
 namespace madtp::cuda {
 
-// Floats between staged tokens. 4 modulo 16: the 32 words that a warp stages at once lie in 32 banks.
-constexpr int kStagedStride = kTileFeatures + 4;
 constexpr int kFeaturesAtOnce = 4;  // of one token, by one lane
-constexpr int kLanesPerToken = kTileFeatures / kFeaturesAtOnce;
+
+// Floats between staged tokens: 4 modulo 16, so that the 32 words that a warp stages at once lie in 32 banks.
+template <int kFeatures>
+constexpr int kStride = kFeatures + 4;
+constexpr int kStagedStride = kStride<kTileFeatures>;
 
 // What the epilogue needs of the problem.
 template <typename T>
@@ -53,45 +55,49 @@ __device__ inline float activate(float x, Activation activation) {
   }
 }
 
-template <typename T>
-__device__ void load_four(const T* from, float (&values)[4]) {
-  if constexpr (sizeof(T) == 4) {
-    const float4 four = *reinterpret_cast<const float4*>(from);
-    values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
-  } else {
-    const uint2 words = *reinterpret_cast<const uint2*>(from);
-    Pair<T> pairs[2];
-    memcpy(pairs, &words, sizeof words);
-    const float2 low = to_float2(pairs[0]), high = to_float2(pairs[1]);
-    values[0] = low.x, values[1] = low.y, values[2] = high.x, values[3] = high.y;
-  }
+__device__ inline void load_four(const float* from, float (&values)[4]) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
 }
 
 template <typename T>
-__device__ void store_four(T* to, const float (&values)[4]) {
+__device__ void unpack_four(const uint2& words, float (&values)[4]) {
+  Pair<T> pairs[2];
+  memcpy(pairs, &words, sizeof words);
+  const float2 low = to_float2(pairs[0]), high = to_float2(pairs[1]);
+  values[0] = low.x, values[1] = low.y, values[2] = high.x, values[3] = high.y;
+}
+
+template <typename T>
+__device__ uint2 pack_four(const float (&values)[4]) {
   Pair<T> pairs[2];
   round_to(values[0], values[1], pairs[0]);
   round_to(values[2], values[3], pairs[1]);
   uint2 words;
   memcpy(&words, pairs, sizeof words);
-  *reinterpret_cast<uint2*>(to) = words;
+  return words;
 }
 
 // Stages the sums of 16 features and 8 tokens, a fragment of d: those of slab `slab` and tokens 8 `group` on.
-__device__ inline void stage(float* staged, int slab, int group, const float* d, int lane) {
-  float* const to = staged + (8 * group + lane % 4 * 2) * kStagedStride + slab * kSlabRows + lane / 4;
+template <int kFeatures = kTileFeatures>
+__device__ void stage(float* staged, int slab, int group, const float* d, int lane) {
+  constexpr int kNext = kStride<kFeatures>;
+  float* const to = staged + (8 * group + lane % 4 * 2) * kNext + slab * kSlabRows + lane / 4;
   to[0] = d[0];
-  to[kStagedStride] = d[1];
+  to[kNext] = d[1];
   to[8] = d[2];
-  to[kStagedStride + 8] = d[3];
+  to[kNext + 8] = d[3];
 }
 
-// One lane of those that write the rows of a tile of 64 features from `first_feature` on.
-template <typename T>
+// One lane of those that write the rows of a tile of kFeatures features from `first_feature` on.
+template <typename T, int kFeatures = kTileFeatures>
 class RowWriter {
  public:
   __device__ RowWriter(const Output<T>& output, int first_feature, int lane)
-      : o_(output), lane_(lane), feature_(first_feature + lane % kLanesPerToken * kFeaturesAtOnce) {
+      : o_(output),
+        token_(lane / kLanesPerToken),
+        place_(lane % kLanesPerToken * kFeaturesAtOnce),
+        feature_(first_feature + place_) {
     if (feature_ >= o_.features) return;
     load_vector(o_.bias, o_.bias_is_float, bias_);
     load_vector(o_.scale, o_.scale_is_float, scale_);
@@ -101,43 +107,73 @@ class RowWriter {
   // Called by kLanes lanes.
   template <int kLanes>
   __device__ void write(const float* staged, int first_row, int count, int real_rows) const {
+    constexpr int kStep = kLanes / kLanesPerToken;
     if (feature_ >= o_.features) return;
+    if (count > o_.rows - first_row) count = o_.rows - first_row;
+    real_rows -= first_row;
 #pragma unroll 1
-    for (int i = lane_ / kLanesPerToken; i < count; i += kLanes / kLanesPerToken) {
-      const int row = first_row + i;
-      if (row >= o_.rows) return;
-      float sums[4];
-      load_four(staged + i * kStagedStride + lane_ % kLanesPerToken * kFeaturesAtOnce, sums);
-      write_four(row, sums, row < real_rows);
+    for (int first = token_; first < count; first += kTokensAtOnce * kStep) {
+      uint2 residuals[kTokensAtOnce] = {};
+      if (o_.residual != nullptr) {
+#pragma unroll
+        for (int k = 0; k < kTokensAtOnce; ++k) {
+          const int i = first + k * kStep;
+          if (i < count && i < real_rows)
+            residuals[k] = *reinterpret_cast<const uint2*>(
+                o_.residual + (first_row + i) * o_.residual_stride + feature_);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kTokensAtOnce; ++k) {
+        const int i = first + k * kStep;
+        if (i >= count) continue;
+        float y[4] = {};
+        if (i < real_rows) {
+          float sums[4];
+          load_four(staged + i * kStride<kFeatures> + place_, sums);
+          if (o_.residual != nullptr) unpack_four<T>(residuals[k], y);
+          add(sums, y);
+        }
+        store(first_row + i, y);
+      }
     }
   }
 
-  // Four features of a row from their sums, or zeros.
-  __device__ void write_four(int row, const float (&sums)[4], bool is_real) const {
-    float y[4] = {};
-    if (is_real) {
-      if (o_.residual != nullptr) load_four(o_.residual + row * o_.residual_stride + feature_, y);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float a = activate(o_.bias == nullptr ? sums[i] : sums[i] + bias_[i], o_.activation);
-        y[i] += o_.scale == nullptr ? a : a * scale_[i];
-      }
-    }
-    store_four(o_.out + row * o_.out_stride + feature_, y);
+  // Zeros in `count` rows from `first_row` on. Called by kLanes lanes.
+  template <int kLanes>
+  __device__ void clear(int first_row, int count) const {
+    if (feature_ >= o_.features) return;
+    if (count > o_.rows - first_row) count = o_.rows - first_row;
+    for (int i = token_; i < count; i += kLanes / kLanesPerToken) store(first_row + i, {});
   }
 
  private:
+  static constexpr int kLanesPerToken = kFeatures / kFeaturesAtOnce;
+  static constexpr int kTokensAtOnce = 8;  // loads under way: the latency of the residual is paid so seldom
+
+  __device__ void add(const float (&sums)[4], float (&y)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float a = activate(o_.bias == nullptr ? sums[i] : sums[i] + bias_[i], o_.activation);
+      y[i] += o_.scale == nullptr ? a : a * scale_[i];
+    }
+  }
+
+  __device__ void store(int row, const float (&y)[4]) const {
+    *reinterpret_cast<uint2*>(o_.out + row * o_.out_stride + feature_) = pack_four<T>(y);
+  }
+
   __device__ void load_vector(const void* vector, bool is_float, float (&values)[4]) const {
     if (vector == nullptr) return;
     if (is_float) {
       load_four(static_cast<const float*>(vector) + feature_, values);
     } else {
-      load_four(static_cast<const T*>(vector) + feature_, values);
+      unpack_four<T>(*reinterpret_cast<const uint2*>(static_cast<const T*>(vector) + feature_), values);
     }
   }
 
   const Output<T>& o_;
-  int lane_, feature_;
+  int token_, place_, feature_;
   float bias_[4], scale_[4];
 };
 
