@@ -119,8 +119,8 @@ class RowWriter {
         for (int k = 0; k < kTokensAtOnce; ++k) {
           const int i = first + k * kStep;
           if (i < count && i < real_rows)
-            residuals[k] = *reinterpret_cast<const uint2*>(
-                o_.residual + (first_row + i) * o_.residual_stride + feature_);
+            residuals[k] = *reinterpret_cast<const uint2*>(o_.residual +
+                                                           (first_row + i) * o_.residual_stride + feature_);
         }
       }
 #pragma unroll

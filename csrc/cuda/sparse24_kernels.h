@@ -18,7 +18,7 @@ struct Sparse24Config {
 
 // What a default is chosen by.
 struct Device {
-  int capability;          // 80 for 8.0
+  int capability;  // 80 for 8.0
   int multiprocessors;
   int block_shared_bytes;  // the most that a block may have
   int shared_bytes;        // of a multiprocessor
