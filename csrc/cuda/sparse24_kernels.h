@@ -1,7 +1,6 @@
 #pragma once
 
-// The kernels behind madtp::cuda::sparse24_linear, one per architecture. Arguments are checked by then, and
-// neither rows nor features are 0.
+// What runs behind the entry points of madtp/sparse24.h, which have checked the arguments.
 
 #include <cstdint>
 
@@ -9,7 +8,13 @@
 
 namespace madtp::cuda {
 
-// What can be tuned. A kernel has some of these only, and says Status::invalid_argument to others.
+Status prune_weight(const Sparse24Dense& dense, void* values, std::uint8_t* indices, std::int32_t* has_nan,
+                    void* stream);
+
+Status pack_weight(const Sparse24Weight& weight, void* layout, void* stream);
+
+// What can be tuned of a linear layer. A kernel has some of these only, and says Status::invalid_argument to
+// others.
 struct Sparse24Config {
   int tile_tokens, tile_features;  // of a block
   int split_k = 1;                 // blocks that share the channels of a tile
@@ -24,6 +29,7 @@ struct Device {
   int shared_bytes;        // of a multiprocessor
 };
 
+// One kernel per architecture, given some rows and features.
 Sparse24Config default_sm80(const Sparse24Linear& inputs, const Device& device);
 Status linear_sm80(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
                    const Sparse24Config& config, void* workspace, void* stream);
