@@ -318,12 +318,52 @@ def sparse24_linear(
     scale: Tensor | None,
     total: Tensor | None,
 ) -> Tensor:
-    layout = sparse24_pack(values, indices) if layout is None else layout
-    on_gpu = x.device.type == "cuda"
-    x, residual = _map(_aligned_rows if on_gpu else _rows, x, residual)
-    bias, scale = _map(_aligned if on_gpu else Tensor.contiguous, bias, scale)
+    x, layout = _rows(x), sparse24_pack(values, indices) if layout is None else layout
+    bias, scale = _contiguous(bias), _contiguous(scale)
+    residual = None if residual is None else _rows(residual)
     out = x.new_empty(x.shape[0], values.shape[0])
-    inputs = (
+    _call(
+        "sparse24_linear",
+        x.device,
+        _address(x),
+        _DTYPES[x.dtype],
+        x.stride(0),
+        x.shape[0],
+        _address(layout),
+        _DTYPES[values.dtype],
+        values.shape[0],
+        x.shape[1],
+        _address(bias),
+        0 if bias is None else _DTYPES[bias.dtype],
+        _ACTIVATIONS[activation],
+        _address(scale),
+        0 if scale is None else _DTYPES[scale.dtype],
+        _address(residual),
+        0 if residual is None else residual.stride(0),
+        _address(total),
+        _address(out),
+    )
+    return out
+
+
+def sparse24_linear_cuda(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    total: Tensor | None,
+) -> Tensor:
+    """`sparse24_linear` on Sparse Tensor Cores, of x and values in bfloat16 or float16."""
+    layout = sparse24_pack(values, indices) if layout is None else layout
+    x, residual = _map(_aligned_rows, x, residual)
+    bias, scale = _map(_aligned, bias, scale)
+    out = x.new_empty(x.shape[0], values.shape[0])
+    cuda = dispatch.extension().cuda
+    inputs = cuda.Sparse24Linear(
         _address(x),
         _DTYPES[x.dtype],
         x.stride(0),
@@ -341,11 +381,6 @@ def sparse24_linear(
         0 if residual is None else residual.stride(0),
         _address(total),
     )
-    if not on_gpu:
-        _call("sparse24_linear", x.device, *inputs, _address(out))
-        return out
-    cuda = dispatch.extension().cuda
-    inputs = cuda.Sparse24Linear(*inputs)
     with torch.cuda.device(x.device):
         workspace = x.new_empty(cuda.sparse24_linear_workspace(inputs), dtype=torch.uint8)
     _call("sparse24_linear", x.device, inputs, _address(out), _address(workspace), workspace.numel())

@@ -18,7 +18,7 @@ constexpr int kRowVectors = kBlockWords / 4;
 __global__ void __launch_bounds__(kWarps* kWarp)
     sparse24_pack_kernel(const __grid_constant__ Sparse24Weight weight, WeightLayout layout,
                          WeightBlock* to) {
-  __shared__ alignas(16) std::uint32_t tiles[kWarps][kSlabRows][kWordStride];
+  alignas(16) __shared__ std::uint32_t tiles[kWarps][kSlabRows][kWordStride];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const std::int64_t index = std::int64_t(blockIdx.x) * kWarps + warp;
   if (index >= layout.slabs * layout.blocks) return;

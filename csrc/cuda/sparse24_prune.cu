@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kThreads)
     sparse24_prune_transposed_kernel(Rows<const T> weight,     // (channels, features)
                                      Rows<const float> score,  // (channels, features)
                                      std::int64_t features, const Pruned<T> to, std::int64_t channel_tiles) {
-  __shared__ alignas(16) TransposedTile<T> values;
-  __shared__ alignas(16) TransposedTile<std::conditional_t<kScored, float, T>> scores;
+  alignas(16) __shared__ TransposedTile<T> values;
+  alignas(16) __shared__ TransposedTile<std::conditional_t<kScored, float, T>> scores;
   const std::int64_t first_feature = std::int64_t(blockIdx.x) / channel_tiles * kTile;
   const std::int64_t first_channel = std::int64_t(blockIdx.x) % channel_tiles * kTile;
   load_tile(weight, first_channel, first_feature, to.channels, features, values);

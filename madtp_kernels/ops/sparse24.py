@@ -127,7 +127,7 @@ dispatch.register(
     "sparse24_linear",
     reference=reference.sparse24_linear,
     cpu=native.sparse24_linear,
-    cuda=native.sparse24_linear,
+    cuda=native.sparse24_linear_cuda,
     dense=dense.sparse24_linear,
     limits=_limits,
     dtype=_dtype,
@@ -189,7 +189,7 @@ torch.library.impl("madtp::sparse24_pack", "CompositeExplicitAutograd", _pack)
 def _linear(x, values, indices, layout, bias, activation, residual, scale, total, backend):
     _check(x, values, indices, layout, bias, activation, residual, scale, total)
     run = dispatch.implementation("sparse24_linear", backend, _dtype(x, values), x.device)
-    if run is native.sparse24_linear:
+    if run in (native.sparse24_linear, native.sparse24_linear_cuda):
         layout = _pack(values, indices) if layout is None else layout
         size = native.sparse24_layout_bytes(values.shape[0], x.shape[1], values.dtype, values.device)
         ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
