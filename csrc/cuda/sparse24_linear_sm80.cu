@@ -90,12 +90,11 @@ __device__ void load_stage(const Problem<T>& p, const typename Tile::Stage& stag
   const std::uint32_t weight_to = ptx::shared_address(stage.weight);
 #pragma unroll
   for (int i = threadIdx.x; i < kWeightChunks; i += kThreads) {
-    const int slab = first_slab + i / kBlockChunks;
-    const bool is_real = slab < p.slabs;
-    const WeightBlock* const from =
-        WeightLayout::slab(p.layout, p.blocks, is_real ? slab : first_slab) + block;
+    const int slab =
+        min(first_slab + i / kBlockChunks, p.slabs - 1);  // the last one again: its metadata is valid
+    const WeightBlock* const from = WeightLayout::slab(p.layout, p.blocks, slab) + block;
     ptx::cp_async_16(weight_to + std::uint32_t(i * kChunk),
-                     reinterpret_cast<const uint4*>(from) + i % kBlockChunks, is_real ? kChunk : 0);
+                     reinterpret_cast<const uint4*>(from) + i % kBlockChunks);
   }
   const std::uint32_t x_to = ptx::shared_address(stage.x);
 #pragma unroll

@@ -1,0 +1,206 @@
+#pragma once
+
+// 2:4 linear layers for the tests of CUDA kernels: random problems in bfloat16 or float16 between guards,
+// their value in float64, and the error that float32 accumulation in the same dtype makes.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "madtp/sparse24.h"
+#include "tests/test.h"
+
+namespace madtp::test {
+
+inline constexpr Activation kActivations[] = {Activation::none, Activation::gelu, Activation::gelu_tanh,
+                                              Activation::quick_gelu, Activation::relu};
+inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// Rounds to the nearest, to 16 bits.
+inline std::uint16_t encode(float x, DType dtype) {
+  std::uint16_t bits;
+  if (dtype == DType::float16) {
+    const _Float16 half = static_cast<_Float16>(x);
+    std::memcpy(&bits, &half, sizeof bits);
+    return bits;
+  }
+  std::uint32_t word;
+  std::memcpy(&word, &x, sizeof word);
+  if (x != x) return 0x7fc0;
+  return std::uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+inline float decode(std::uint16_t bits, DType dtype) {
+  if (dtype == DType::float16) {
+    _Float16 half;
+    std::memcpy(&half, &bits, sizeof half);
+    return static_cast<float>(half);
+  }
+  const std::uint32_t word = std::uint32_t(bits) << 16;
+  float x;
+  std::memcpy(&x, &word, sizeof x);
+  return x;
+}
+
+// `size` elements of T on a 16-byte boundary, of which every bit is 1 (a NaN), between guards likewise.
+template <typename T>
+class Guarded {
+ public:
+  explicit Guarded(std::int64_t size = 0) : size_(std::size_t(size)), bytes_(size_ * sizeof(T) + 2 * kGuard) {
+    words_.reset(new Word[(bytes_ + sizeof(Word) - 1) / sizeof(Word)]);
+    std::memset(words_.get(), 0xff, bytes_);
+  }
+  explicit Guarded(const std::vector<T>& values) : Guarded(std::int64_t(values.size())) {
+    std::copy(values.begin(), values.end(), data());
+  }
+  Guarded(Guarded&&) = default;
+  Guarded& operator=(Guarded&&) = default;
+  ~Guarded() {
+    if (words_ == nullptr) return;
+    const unsigned char* const bytes = reinterpret_cast<const unsigned char*>(words_.get());
+    bool intact = true;
+    for (std::size_t i = 0; i < kGuard; ++i) intact &= bytes[i] == 0xff && bytes[bytes_ - 1 - i] == 0xff;
+    EXPECT(intact);
+  }
+
+  T* data() const { return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(words_.get()) + kGuard); }
+  std::size_t size() const { return size_; }
+  T& operator[](std::int64_t i) const { return data()[i]; }
+  std::vector<T> values() const { return std::vector<T>(data(), data() + size_); }
+
+ private:
+  static constexpr std::size_t kGuard = 4096;
+  struct alignas(16) Word {
+    unsigned char bytes[16];
+  };
+  std::size_t size_, bytes_;
+  std::unique_ptr<Word[]> words_;
+};
+
+// A weight with random columns in every group, and everything that a linear layer may have. Matrices have
+// rows `gap` elements apart.
+struct LinearProblem {
+  DType dtype;
+  std::int64_t rows, features, channels, gap;
+  bool affine_is_float;
+  Guarded<std::uint16_t> values, x, residual;
+  Guarded<std::uint8_t> indices, layout;
+  Guarded<float> bias, scale;
+  Guarded<std::uint16_t> narrow_bias, narrow_scale;
+
+  LinearProblem(DType dtype, std::int64_t rows, std::int64_t features, std::int64_t channels,
+                std::int64_t gap = 0, bool affine_is_float = true)
+      : dtype(dtype),
+        rows(rows),
+        features(features),
+        channels(channels),
+        gap(gap),
+        affine_is_float(affine_is_float),
+        values(features * channels / 2),
+        x(rows * (channels + gap)),
+        residual(rows * (features + gap)),
+        indices(features * channels / 8),
+        bias(features),
+        scale(features),
+        narrow_bias(features),
+        narrow_scale(features) {
+    constexpr unsigned nibbles[] = {4, 8, 12, 9, 13, 14};
+    std::mt19937 generator(unsigned(rows * 31 + features * 7 + channels));
+    std::normal_distribution<float> normal(0, 1);
+    for (std::size_t i = 0; i < indices.size(); ++i)
+      indices[std::int64_t(i)] = std::uint8_t(nibbles[generator() % 6] | nibbles[generator() % 6] << 4);
+    const auto draw = [&] { return encode(normal(generator), dtype); };
+    for (std::size_t i = 0; i < values.size(); ++i) values[std::int64_t(i)] = draw();
+    for (std::int64_t r = 0; r < rows; ++r) {
+      for (std::int64_t c = 0; c < channels; ++c) x[r * (channels + gap) + c] = draw();
+      for (std::int64_t n = 0; n < features; ++n) residual[r * (features + gap) + n] = draw();
+    }
+    for (std::int64_t n = 0; n < features; ++n) {
+      narrow_bias[n] = draw();
+      narrow_scale[n] = draw();
+      bias[n] = affine_is_float ? normal(generator) : decode(narrow_bias[n], dtype);
+      scale[n] = affine_is_float ? normal(generator) : decode(narrow_scale[n], dtype);
+    }
+    std::int64_t bytes = -1;
+    EXPECT(cuda::sparse24_layout_bytes(features, channels, dtype, &bytes) == Status::ok);
+    layout = Guarded<std::uint8_t>(bytes);
+    EXPECT(cuda::sparse24_pack(weight(), layout.data(), nullptr) == Status::ok);
+  }
+
+  Sparse24Weight weight() const { return {dtype, values.data(), indices.data(), features, channels}; }
+
+  Sparse24Linear inputs(Activation activation) const {
+    const DType affine = affine_is_float ? DType::float32 : dtype;
+    const auto choose = [&](const Guarded<float>& wide, const Guarded<std::uint16_t>& narrow) {
+      return affine_is_float ? static_cast<const void*>(wide.data()) : narrow.data();
+    };
+    return {dtype,    x.data(),        channels + gap,
+            rows,     layout.data(),   dtype,
+            features, channels,        choose(bias, narrow_bias),
+            affine,   activation,      choose(scale, narrow_scale),
+            affine,   residual.data(), features + gap,
+            nullptr};
+  }
+};
+
+template <typename Real>
+Real activate(Activation activation, Real x) {
+  switch (activation) {
+    case Activation::gelu:
+      return x * Real(0.5) * std::erfc(-x / std::sqrt(Real(2)));
+    case Activation::gelu_tanh:
+      return Real(0.5) * x * (1 + std::tanh(std::sqrt(Real(2 / M_PI)) * (x + Real(0.044715) * x * x * x)));
+    case Activation::quick_gelu:
+      return x / (1 + std::exp(Real(-1.702) * x));
+    case Activation::relu:
+      return std::max(x, Real(0));
+    default:
+      return x;
+  }
+}
+
+// (rows, features), with all of the epilogue that `inputs` has.
+template <typename Real>
+std::vector<Real> evaluate(const LinearProblem& p, const Sparse24Linear& inputs) {
+  std::vector<Real> result;
+  for (std::int64_t m = 0; m < p.rows; ++m) {
+    for (std::int64_t n = 0; n < p.features; ++n) {
+      Real sum = 0;
+      for (std::int64_t g = 0; g < p.channels / 4; ++g) {
+        const unsigned nibble = p.indices[n * p.channels / 8 + g / 2] >> (g % 2 * 4) & 15;
+        for (int k = 0; k < 2; ++k)
+          sum += Real(decode(p.values[n * p.channels / 2 + 2 * g + k], p.dtype)) *
+                 Real(decode(p.x[m * (p.channels + p.gap) + 4 * g + (nibble >> 2 * k & 3)], p.dtype));
+      }
+      if (inputs.bias != nullptr) sum += p.bias[n];
+      Real y = activate(inputs.activation, sum);
+      if (inputs.scale != nullptr) y *= p.scale[n];
+      if (inputs.residual != nullptr) y += decode(p.residual[m * (p.features + p.gap) + n], p.dtype);
+      result.push_back(y);
+    }
+  }
+  return result;
+}
+
+// Whether the errors of `got`, rows `stride` apart, are at most twice those of the same dtype.
+inline bool within_twice(const LinearProblem& p, const Sparse24Linear& inputs, const std::uint16_t* got,
+                         std::int64_t stride) {
+  const std::vector<double> exact = evaluate<double>(p, inputs);
+  const std::vector<float> same = evaluate<float>(p, inputs);
+  double error = 0, bound = 0, largest = 0;
+  for (std::size_t i = 0; i < exact.size(); ++i) {
+    const std::int64_t m = std::int64_t(i) / p.features, n = std::int64_t(i) % p.features;
+    const double difference = std::abs(double(decode(got[m * stride + n], p.dtype)) - exact[i]);
+    if (!(difference <= error)) error = difference;  // NaN stays
+    bound = std::max(bound, std::abs(double(decode(encode(same[i], p.dtype), p.dtype)) - exact[i]));
+    largest = std::max(largest, std::abs(exact[i]));
+  }
+  return error <= 2 * bound + 4 * std::numeric_limits<float>::epsilon() * largest;
+}
+
+}  // namespace madtp::test
