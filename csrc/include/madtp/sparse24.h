@@ -7,6 +7,7 @@
 
 #include "madtp/dtype.h"
 #include "madtp/status.h"
+#include "madtp/version.h"
 
 namespace madtp {
 
@@ -80,6 +81,7 @@ Status sparse24_linear(const Sparse24Linear& inputs,
 
 }  // namespace cpu
 
+#if MADTP_HAS_CUDA
 // bfloat16 and float16 (float32 too where a weight is pruned), on GPUs of compute capability 8.0 and newer
 // for which the library has code; Status::unsupported elsewhere. Pointers are multiples of 16 bytes (of 4 to
 // `total` and `has_nan`), strides of 8 elements, and a weight has the dtype of x. At most 2^30 rows, features
@@ -112,4 +114,6 @@ Status sparse24_linear(const Sparse24Linear& inputs,
                        std::int64_t out_stride, void* workspace, std::int64_t workspace_bytes, void* stream);
 
 }  // namespace cuda
+#endif
+
 }  // namespace madtp
