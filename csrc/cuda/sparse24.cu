@@ -10,7 +10,7 @@
 namespace madtp::cuda {
 namespace {
 
-constexpr std::int64_t kMost = std::int64_t{1} << 30;  // so that no tile ends past an int
+constexpr std::int64_t kMost = 1 << 27;  // so that what is counted within a tile fits 32 bits
 
 bool weight_shape(std::int64_t features, std::int64_t channels, DType dtype) {
   return size_of(dtype) != 0 && features >= 0 && features % 8 == 0 && channels >= 0 && channels % 16 == 0 &&

@@ -81,32 +81,66 @@ struct Problem {
   Output<T> output;
 };
 
-// Begins to copy block `block` of all rows of the tile into a stage. Zeros past the channels and the rows.
+// One thread of those that copy what a tile needs, 64 channels after 64 channels.
 template <typename Tile, typename T>
-__device__ void load_stage(const Problem<T>& p, const typename Tile::Stage& stage, int block, int first_slab,
-                           int first_row, int real_rows) {
-  constexpr int kThreads = Tile::kThreads, kBlockChunks = int(sizeof(WeightBlock)) / kChunk;
-  constexpr int kWeightChunks = int(sizeof(stage.weight)) / kChunk, kChunks = int(sizeof(stage.x)) / kChunk;
-  const std::uint32_t weight_to = ptx::shared_address(stage.weight);
+class Loader {
+ public:
+  __device__ Loader(const Problem<T>& p, int first_slab, int first_row, int real_rows)
+      : weight_(reinterpret_cast<const uint4*>(WeightLayout::slab(p.layout, p.blocks, first_slab))),
+        channels_left_(p.channels - int(threadIdx.x) % kRowChunks * kChunkSize) {
+    const int row = int(threadIdx.x) / kRowChunks, chunk = int(threadIdx.x) % kRowChunks;
+    rows_left_ = (real_rows - first_row - row + kRowStep - 1) / kRowStep;
+    x_ = p.x + (first_row + row) * p.x_stride + chunk * kChunkSize;
+    x_step_ = kRowStep * p.x_stride;
+    x_place_ = std::uint32_t((row * kRowChunks + (chunk ^ (row % kGroupTokens))) * kChunk);
 #pragma unroll
-  for (int i = threadIdx.x; i < kWeightChunks; i += kThreads) {
-    const int slab =
-        min(first_slab + i / kBlockChunks, p.slabs - 1);  // the last one again: its metadata is valid
-    const WeightBlock* const from = WeightLayout::slab(p.layout, p.blocks, slab) + block;
-    ptx::cp_async_16(weight_to + std::uint32_t(i * kChunk),
-                     reinterpret_cast<const uint4*>(from) + i % kBlockChunks);
+    for (int n = 0; n < kWeightCopies; ++n) {
+      const int i = int(threadIdx.x) + n * kThreads;
+      // Past the last slab that one again: its metadata is valid.
+      const int slab = min(i / kBlockChunks, p.slabs - 1 - first_slab);
+      weight_chunks_[n] = unsigned(slab) * unsigned(p.blocks) * kBlockChunks + unsigned(i % kBlockChunks);
+    }
   }
-  const std::uint32_t x_to = ptx::shared_address(stage.x);
+
+  // Begins to copy the next channels into a stage. Zeros past the rows and the channels, where nothing is
+  // read.
+  __device__ void load(const typename Tile::Stage& stage) {
+    const std::uint32_t weight_to = ptx::shared_address(stage.weight) + threadIdx.x * kChunk;
 #pragma unroll
-  for (int i = threadIdx.x; i < kChunks; i += kThreads) {
-    const int token = i / kRowChunks, chunk = i % kRowChunks;
-    const int row = first_row + token, column = block * kBlockColumns + chunk * (kChunk / int(sizeof(T)));
-    const bool is_real = row < real_rows && column < p.channels;
-    const T* const from = is_real ? p.x + row * p.x_stride + column : p.x;
-    ptx::cp_async_16(x_to + std::uint32_t((token * kRowChunks + (chunk ^ (token % kGroupTokens))) * kChunk),
-                     from, is_real ? kChunk : 0);
+    for (int n = 0; n < kWeightCopies; ++n)
+      if (kWeightChunks % kThreads == 0 || int(threadIdx.x) + n * kThreads < kWeightChunks)
+        ptx::cp_async_16(weight_to + std::uint32_t(n * kThreads * kChunk), weight_ + weight_chunks_[n]);
+    weight_ += kBlockChunks;
+
+    const std::uint32_t x_to = ptx::shared_address(stage.x) + x_place_;
+    const int copies = channels_left_ > 0 ? rows_left_ : 0;
+    const T* from = x_;
+#pragma unroll
+    for (int n = 0; n < kCopies; ++n) {
+      ptx::cp_async_16(x_to + std::uint32_t(n * kRowStep * kRowBytes), from, n < copies ? kChunk : 0);
+      from += x_step_;
+    }
+    x_ += kBlockColumns;
+    channels_left_ -= kBlockColumns;
   }
-}
+
+ private:
+  static constexpr int kThreads = Tile::kThreads;
+  static constexpr int kBlockChunks = int(sizeof(WeightBlock)) / kChunk;
+  static constexpr int kWeightChunks = Tile::kFeatures / kSlabRows * kBlockChunks;
+  static constexpr int kWeightCopies = (kWeightChunks + kThreads - 1) / kThreads;
+  static constexpr int kChunkSize = kChunk / int(sizeof(T));
+  static constexpr int kRowStep = kThreads / kRowChunks;  // rows that are copied at once
+  static constexpr int kCopies = Tile::kTokens / kRowStep;
+  static_assert(kRowStep % kGroupTokens == 0 && Tile::kTokens % kRowStep == 0);
+
+  const uint4* weight_;
+  const T* x_;
+  std::int64_t x_step_;
+  unsigned weight_chunks_[kWeightCopies];
+  int rows_left_, channels_left_;  // of this thread
+  std::uint32_t x_place_;
+};
 
 // Adds 32 channels, half kHalf of a stage, to the sums of a warp.
 template <typename T, int kHalf, typename Tile>
@@ -158,21 +192,24 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     return;
   }
 
-  const auto load = [&](int block) {
-    if (block < p.blocks)
-      load_stage<Tile>(p, stages[block % kStages], block, first_feature / kSlabRows, first_row, real_rows);
+  Loader<Tile, T> loader(p, first_feature / kSlabRows, first_row, real_rows);
+  const auto load = [&](int block, int stage) {
+    if (block < p.blocks) loader.load(stages[stage]);
     ptx::cp_async_commit_group();  // an empty one too, so that they can be counted
   };
 #pragma unroll
-  for (int block = 0; block < kStages - 1; ++block) load(block);
+  for (int block = 0; block < kStages - 1; ++block) load(block, block);
 
   float sums[Tile::kSlabs][Tile::kGroups][4] = {};
+  int now = 0, free = kStages - 1;  // stages
 #pragma unroll 1
   for (int block = 0; block < p.blocks; ++block) {
     ptx::cp_async_wait_group<kStages - 2>();
     __syncthreads();  // the stage is there for all, and the one before it was read by all
-    load(block + kStages - 1);
-    const Stage& stage = stages[block % kStages];
+    load(block + kStages - 1, free);
+    const Stage& stage = stages[now];
+    free = now;
+    now = now + 1 == kStages ? 0 : now + 1;
     std::uint32_t metadata[Tile::kSlabs];
 #pragma unroll
     for (int s = 0; s < Tile::kSlabs; ++s) metadata[s] = stage.weight[warp_slab + s].metadata[lane];

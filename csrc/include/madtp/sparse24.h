@@ -84,7 +84,7 @@ Status sparse24_linear(const Sparse24Linear& inputs,
 #if MADTP_HAS_CUDA
 // bfloat16 and float16 (float32 too where a weight is pruned), on GPUs of compute capability 8.0 and newer
 // for which the library has code; Status::unsupported elsewhere. Pointers are multiples of 16 bytes (of 4 to
-// `total` and `has_nan`), strides of 8 elements, and a weight has the dtype of x. At most 2^30 rows, features
+// `total` and `has_nan`), strides of 8 elements, and a weight has the dtype of x. At most 2^27 rows, features
 // and channels. Work is queued on `stream`, a cudaStream_t of the current device.
 namespace cuda {
 
