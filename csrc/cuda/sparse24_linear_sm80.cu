@@ -157,15 +157,13 @@ __device__ void multiply(float (&sums)[Tile::kSlabs][Tile::kGroups][4], const ty
   const int chunk = (kHalf * (kRowChunks / 2) + lane / 8) ^ (lane % 8);
   const std::uint32_t from =
       ptx::shared_address(stage.x) + std::uint32_t(((warp_token + lane % 8) * kRowChunks + chunk) * kChunk);
-  std::uint32_t x[2][4];
-  ptx::ldmatrix_x4(x[0], from);
 #pragma unroll
   for (int j = 0; j < Tile::kGroups; ++j) {
-    if (j + 1 < Tile::kGroups)
-      ptx::ldmatrix_x4(x[(j + 1) % 2], from + std::uint32_t((j + 1) * kGroupTokens * kRowBytes));
+    std::uint32_t x[4];
+    ptx::ldmatrix_x4(x, from + std::uint32_t(j * kGroupTokens * kRowBytes));
 #pragma unroll
     for (int s = 0; s < Tile::kSlabs; ++s)
-      ptx::mma_sp_m16n8k32<T, kHalf>(sums[s][j], weight[s], x[j % 2], metadata[s]);
+      ptx::mma_sp_m16n8k32<T, kHalf>(sums[s][j], weight[s], x, metadata[s]);
   }
 }
 
