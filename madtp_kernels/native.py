@@ -383,7 +383,8 @@ def sparse24_linear_cuda(
     )
     with torch.cuda.device(x.device):
         workspace = x.new_empty(cuda.sparse24_linear_workspace(inputs), dtype=torch.uint8)
-    _call("sparse24_linear", x.device, inputs, _address(out), _address(workspace), workspace.numel())
+        stream = torch.cuda.current_stream().cuda_stream
+        cuda.sparse24_linear(inputs, _address(out), _address(workspace), workspace.numel(), stream)
     return out
 
 

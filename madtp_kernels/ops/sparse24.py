@@ -60,10 +60,10 @@ def sparse24_linear(
     check_device(x.device, weight=weight.values, bias=bias, residual=residual, scale=scale, total=total)
     runs = _backend(backend, _dtype(x, weight), x.device)
     if runs == "cpu" and not torch.compiler.is_compiling() and dispatch.is_auto(backend):
-        runs = backend = tuning.fastest(tuning.problem(x, weight, activation, residual, scale))
+        runs = tuning.fastest(tuning.problem(x, weight, activation, residual, scale))
     layout = None if runs == "reference" else weight.layout(runs)
     return torch.ops.madtp.sparse24_linear(
-        x, weight.values, weight.indices, layout, bias, activation or "none", residual, scale, total, backend or "auto"
+        x, weight.values, weight.indices, layout, bias, activation or "none", residual, scale, total, runs
     )
 
 
