@@ -33,7 +33,7 @@ inline std::uint16_t encode(float x, DType dtype) {
   if (magnitude >= 65520) return std::uint16_t(sign | 0x7c00);
   int exponent;
   std::frexp(magnitude, &exponent);
-  const int unit = std::max(exponent - 11, -24);
+  const int unit = magnitude == 0 ? -24 : std::max(exponent - 11, -24);
   return std::uint16_t(
       sign | (unsigned((unit + 24) << 10) + unsigned(std::nearbyint(std::ldexp(magnitude, -unit)))));
 }
