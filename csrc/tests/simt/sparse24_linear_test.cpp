@@ -175,6 +175,9 @@ TEST(bad_linear_arguments_are_refused) {
   refused([](Sparse24Linear& a) { a.activation = Activation(5); });
   refused([](Sparse24Linear& a) { a.dtype = a.weight_dtype = DType::float32; }, Status::unsupported);
   const Sparse24Linear good = p.inputs(Activation::none);
+  std::int64_t bytes = -1;
+  EXPECT(cuda::sparse24_linear_workspace(good, &bytes) == Status::ok && bytes == 0);
+  EXPECT(cuda::sparse24_linear_workspace(good, nullptr) == Status::invalid_argument);
   EXPECT(cuda::sparse24_linear(good, nullptr, 16, nullptr, 0, nullptr) == Status::invalid_argument);
   EXPECT(cuda::sparse24_linear(good, out.data() + 4, 16, nullptr, 0, nullptr) == Status::invalid_argument);
   EXPECT(cuda::sparse24_linear(good, out.data(), 20, nullptr, 0, nullptr) == Status::invalid_argument);

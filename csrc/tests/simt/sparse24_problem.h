@@ -23,28 +23,33 @@ inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Rounds to the nearest, to 16 bits.
 inline std::uint16_t encode(float x, DType dtype) {
-  std::uint16_t bits;
-  if (dtype == DType::float16) {
-    const _Float16 half = static_cast<_Float16>(x);
-    std::memcpy(&bits, &half, sizeof bits);
-    return bits;
-  }
   std::uint32_t word;
   std::memcpy(&word, &x, sizeof word);
-  if (x != x) return 0x7fc0;
-  return std::uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
+  if (dtype == DType::bfloat16)
+    return x != x ? std::uint16_t(0x7fc0) : std::uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
+  const unsigned sign = word >> 31 << 15;
+  const float magnitude = std::abs(x);
+  if (x != x) return std::uint16_t(0x7e00);
+  if (magnitude >= 65520) return std::uint16_t(sign | 0x7c00);
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  const int unit = magnitude == 0 ? -24 : std::max(exponent - 11, -24);
+  return std::uint16_t(
+      sign | (unsigned((unit + 24) << 10) + unsigned(std::nearbyint(std::ldexp(magnitude, -unit)))));
 }
 
 inline float decode(std::uint16_t bits, DType dtype) {
-  if (dtype == DType::float16) {
-    _Float16 half;
-    std::memcpy(&half, &bits, sizeof half);
-    return static_cast<float>(half);
+  if (dtype == DType::bfloat16) {
+    const std::uint32_t word = std::uint32_t(bits) << 16;
+    float x;
+    std::memcpy(&x, &word, sizeof x);
+    return x;
   }
-  const std::uint32_t word = std::uint32_t(bits) << 16;
-  float x;
-  std::memcpy(&x, &word, sizeof x);
-  return x;
+  const int exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
+  float x =
+      exponent == 0 ? std::ldexp(float(fraction), -24) : std::ldexp(float(1024 + fraction), exponent - 25);
+  if (exponent == 31) x = fraction == 0 ? std::numeric_limits<float>::infinity() : kNaN;
+  return bits >> 15 ? -x : x;
 }
 
 // `size` elements of T on a 16-byte boundary, of which every bit is 1 (a NaN), between guards likewise.
