@@ -14,6 +14,7 @@ struct LaunchShape {
   std::int64_t blocks;
   int threads;
   int shared_bytes = 0;  // of MADTP_DYNAMIC_SHARED
+  int cluster = 1;       // blocks
 };
 
 // Status::unsupported where the library has no code for the device.
@@ -39,6 +40,14 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* str
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute cluster = {};
+  if (shape.cluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
   return to_status(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

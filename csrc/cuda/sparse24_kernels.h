@@ -34,4 +34,9 @@ Sparse24Config default_sm80(const Sparse24Linear& inputs, const Device& device);
 Status linear_sm80(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
                    const Sparse24Config& config, void* workspace, void* stream);
 
+Sparse24Config default_sm90(const Sparse24Linear& inputs, const Device& device);
+std::int64_t workspace_sm90(const Sparse24Linear& inputs, const Sparse24Config& config);
+Status linear_sm90(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
+                   const Sparse24Config& config, const Device& device, void* workspace, void* stream);
+
 }  // namespace madtp::cuda

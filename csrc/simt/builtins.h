@@ -139,6 +139,10 @@ template <typename T>
 T __ldg(const T* from) {
   return *from;
 }
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
