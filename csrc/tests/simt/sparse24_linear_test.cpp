@@ -63,7 +63,10 @@ TEST(every_epilogue) {
           if (parts & 1) inputs.bias = nullptr;
           if (parts & 2) inputs.scale = nullptr;
           if (parts & 4) inputs.residual = nullptr;
-          EXPECT(within_twice(p, inputs, run(p, inputs).data(), p.features));
+          for (int capability : {80, 90}) {
+            const Capability pretended(capability);
+            EXPECT(within_twice(p, inputs, run(p, inputs).data(), p.features));
+          }
         }
       }
     }
@@ -140,6 +143,16 @@ TEST(a_default_is_a_tile_that_the_device_can_hold) {
       }
     }
   }
+}
+
+TEST(older_devices_are_refused) {
+  const LinearProblem p(DType::bfloat16, 4, 16, 32);
+  const Guarded<std::uint16_t> out(4 * 16);
+  const Capability turing(75);
+  const Sparse24Linear inputs = p.inputs(Activation::none);
+  EXPECT(cuda::sparse24_linear(inputs, out.data(), 16, nullptr, 0, nullptr) == Status::unsupported);
+  EXPECT(cuda::sparse24_pack(p.weight(), p.layout.data(), nullptr) == Status::unsupported);
+  for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
 }
 
 TEST(bad_linear_arguments_are_refused) {

@@ -8,11 +8,11 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <random>
 #include <vector>
 
 #include "madtp/sparse24.h"
+#include "simt/machine.h"
 #include "tests/test.h"
 
 namespace madtp::test {
@@ -52,39 +52,49 @@ inline float decode(std::uint16_t bits, DType dtype) {
   return bits >> 15 ? -x : x;
 }
 
-// `size` elements of T on a 16-byte boundary, of which every bit is 1 (a NaN), between guards likewise.
+// `size` elements of T from a 16-byte boundary on, right before a page that nobody may touch. Every bit is 1
+// (a NaN), those around it too, and there they must stay.
 template <typename T>
 class Guarded {
  public:
-  explicit Guarded(std::int64_t size = 0) : size_(std::size_t(size)), bytes_(size_ * sizeof(T) + 2 * kGuard) {
-    words_.reset(new Word[(bytes_ + sizeof(Word) - 1) / sizeof(Word)]);
-    std::memset(words_.get(), 0xff, bytes_);
-  }
-  explicit Guarded(const std::vector<T>& values) : Guarded(std::int64_t(values.size())) {
-    std::copy(values.begin(), values.end(), data());
+  explicit Guarded(std::int64_t size = 0)
+      : size_(std::size_t(size)), pages_(std::max(size_ * sizeof(T), std::size_t(1))) {
+    std::memset(pages_.data(), 0xff, pages_.bytes());
   }
   Guarded(Guarded&&) = default;
   Guarded& operator=(Guarded&&) = default;
   ~Guarded() {
-    if (words_ == nullptr) return;
-    const unsigned char* const bytes = reinterpret_cast<const unsigned char*>(words_.get());
-    bool intact = true;
-    for (std::size_t i = 0; i < kGuard; ++i) intact &= bytes[i] == 0xff && bytes[bytes_ - 1 - i] == 0xff;
-    EXPECT(intact);
+    const unsigned char *const first = reinterpret_cast<unsigned char*>(data()),
+                               *const last = reinterpret_cast<unsigned char*>(data() + size_);
+    const auto intact = [](const unsigned char* from, const unsigned char* to) {
+      return std::all_of(from, to, [](unsigned char byte) { return byte == 0xff; });
+    };
+    EXPECT(pages_.data() == nullptr || (intact(pages_.data(), first) && intact(last, pages_.end())));
   }
 
-  T* data() const { return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(words_.get()) + kGuard); }
+  T* data() const {
+    if (pages_.data() == nullptr) return nullptr;
+    return reinterpret_cast<T*>(pages_.end() - (size_ * sizeof(T) + 15) / 16 * 16);
+  }
   std::size_t size() const { return size_; }
   T& operator[](std::int64_t i) const { return data()[i]; }
   std::vector<T> values() const { return std::vector<T>(data(), data() + size_); }
 
  private:
-  static constexpr std::size_t kGuard = 4096;
-  struct alignas(16) Word {
-    unsigned char bytes[16];
-  };
-  std::size_t size_, bytes_;
-  std::unique_ptr<Word[]> words_;
+  std::size_t size_;
+  simt::GuardedPages pages_;
+};
+
+// For a while the machine is of this compute capability.
+class Capability {
+ public:
+  explicit Capability(int capability) : before_(simt::options.capability) {
+    simt::options.capability = capability;
+  }
+  ~Capability() { simt::options.capability = before_; }
+
+ private:
+  int before_;
 };
 
 // A weight with random columns in every group, and everything that a linear layer may have. Matrices have
