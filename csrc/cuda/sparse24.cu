@@ -2,6 +2,9 @@
 
 #include <cuda_runtime.h>
 
+#include <string_view>
+
+#include "build_config.h"
 #include "cuda/launch.cuh"
 #include "cuda/sparse24_kernels.h"
 #include "cuda/sparse24_layout.cuh"
@@ -65,6 +68,18 @@ Status current_device(Device* device) {
   return Status::unsupported;  // no device, or no driver
 }
 
+// Whether the library was built for sm_90a, whose code runs on no other device.
+#ifdef MADTP_SIMT
+constexpr bool kHasSm90a = true;
+#else
+constexpr bool kHasSm90a = std::string_view(MADTP_CUDA_ARCHS).find("90a") != std::string_view::npos;
+#endif
+
+// TMA knows no matrix without columns.
+bool runs_sm90(const Sparse24Linear& inputs, const Device& device) {
+  return kHasSm90a && device.capability == 90 && inputs.channels > 0;
+}
+
 }  // namespace
 
 Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* indices, std::int32_t* has_nan,
@@ -100,7 +115,11 @@ Status sparse24_pack(const Sparse24Weight& weight, void* layout, void* stream) {
 Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* bytes) {
   if (!valid(inputs) || bytes == nullptr) return Status::invalid_argument;
   if (inputs.dtype == DType::float32) return Status::unsupported;
-  *bytes = 0;
+  Device device;
+  const Status status = current_device(&device);
+  if (status != Status::ok) return status;
+  const bool is_empty = inputs.rows == 0 || inputs.features == 0;
+  *bytes = !is_empty && runs_sm90(inputs, device) ? workspace_sm90(inputs, default_sm90(inputs, device)) : 0;
   return Status::ok;
 }
 
@@ -113,7 +132,11 @@ Status sparse24_linear(const Sparse24Linear& inputs, void* out, std::int64_t out
   Device device;
   const Status status = current_device(&device);
   if (status != Status::ok || inputs.rows == 0 || inputs.features == 0) return status;
-  return linear_sm80(inputs, out, out_stride, default_sm80(inputs, device), workspace, stream);
+  if (!runs_sm90(inputs, device))
+    return linear_sm80(inputs, out, out_stride, default_sm80(inputs, device), workspace, stream);
+  const Sparse24Config config = default_sm90(inputs, device);
+  if (workspace_bytes < workspace_sm90(inputs, config)) return Status::invalid_argument;
+  return linear_sm90(inputs, out, out_stride, config, device, workspace, stream);
 }
 
 }  // namespace madtp::cuda

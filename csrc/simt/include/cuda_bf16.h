@@ -2,10 +2,10 @@
 
 // __nv_bfloat16: the high half of a float, rounded to the nearest, ties to even.
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 #include <cstring>
-
-#include <cuda_runtime.h>
 
 struct __nv_bfloat16 {
   std::uint16_t bits;

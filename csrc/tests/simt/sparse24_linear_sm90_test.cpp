@@ -112,3 +112,45 @@ TEST(parts_of_the_epilogue_may_be_missing) {
       EXPECT(within_twice(p, inputs, run(p, inputs, {64, 128, splits, 1}).data(), p.features));
   }
 }
+
+TEST(the_public_function_takes_the_workspace_it_asks_for) {
+  const Capability pretended(90);
+  const LinearProblem p(DType::bfloat16, 5, 8, 64 * 24);
+  const Sparse24Linear inputs = p.inputs(Activation::gelu);
+  std::int64_t bytes = -1;
+  EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes) == Status::ok && bytes > 0);  // few rows: split
+  const Guarded<unsigned char> workspace(bytes);
+  const Guarded<std::uint16_t> out(p.rows * p.features);
+  const auto run = [&](std::int64_t given) {
+    return cuda::sparse24_linear(inputs, out.data(), p.features, workspace.data(), given, nullptr);
+  };
+  EXPECT(run(bytes - 1) == Status::invalid_argument);
+  for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
+  EXPECT(run(bytes) == Status::ok && within_twice(p, inputs, out.data(), p.features));
+  EXPECT(run(bytes) == Status::ok && within_twice(p, inputs, out.data(), p.features));  // it can serve again
+}
+
+TEST(a_default_is_a_configuration_that_there_is) {
+  Sparse24Linear inputs = LinearProblem(DType::bfloat16, 8, 8, 16).inputs(Activation::none);
+  const cuda::Device h100{90, 132, 227 * 1024, 228 * 1024};
+  for (std::int64_t rows : {1, 64, 577, 4616, 18464}) {
+    for (std::int64_t features : {8, 768, 3072}) {
+      inputs.rows = rows, inputs.features = features, inputs.channels = 768;
+      const cuda::Sparse24Config chosen = cuda::default_sm90(inputs, h100);
+      EXPECT(chosen.tile_features == 128 && chosen.cluster <= 4 && chosen.split_k <= 12);
+      if (rows <= 64) EXPECT(chosen.tile_tokens == 64);
+      if (rows == 18464) EXPECT(chosen.tile_tokens == 256 && chosen.split_k == 1);
+    }
+  }
+}
+
+TEST(bad_configurations_are_refused) {
+  const LinearProblem p(DType::bfloat16, 4, 16, 32);
+  const Guarded<std::uint16_t> out(4 * 16);
+  for (const cuda::Sparse24Config& config :
+       {cuda::Sparse24Config{32, 128}, cuda::Sparse24Config{64, 64}, cuda::Sparse24Config{64, 128, 2},
+        cuda::Sparse24Config{64, 128, 0}, cuda::Sparse24Config{64, 128, 1, 3}})
+    EXPECT(cuda::linear_sm90(p.inputs(Activation::none), out.data(), 16, config, kDevice, nullptr, nullptr) ==
+           Status::invalid_argument);
+  for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
+}
