@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 import torch
 
 BACKENDS = ("reference", "dense", "cpu", "triton", "cuda")
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "dense", "reference")}
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _implementations: dict[str, dict[str, Callable]] = {}
-_limits: dict[str, Callable[[str, tuple[int, ...]], str | None]] = {}
+_limits: dict[str, Callable[[str, tuple[int, ...], torch.dtype], str | None]] = {}
+_dtypes: dict[str, Callable[..., torch.dtype]] = {}
 _public: dict[str, Callable] = {}
 _tuned: dict[str, Callable[..., Choice]] = {}
 
@@ -43,13 +44,15 @@ class Choice:
 def register(
     op: str,
     *,
-    limits: Callable[[str, tuple[int, ...]], str | None] | None = None,
+    limits: Callable[[str, tuple[int, ...], torch.dtype], str | None] | None = None,
+    dtype: Callable[..., torch.dtype] | None = None,
     tuned: Callable[..., Choice] | None = None,
     **backends: Callable,
 ) -> None:
     """Makes `backends` (name -> function with the arguments of the reference) the implementations of `op`.
 
-    limits: (backend, shape of the op's first tensor) -> why that backend cannot run it, or None.
+    limits: (backend, shape of the op's first tensor, dtype) -> why that backend cannot run it, or None.
+    dtype: (the arguments of a call) -> the dtype that backends are chosen by, for `explain`; None: of the first tensor.
     tuned: (choice of auto, the arguments of a call) -> the choice after what was measured, for `explain`.
     """
     unknown = set(backends) - set(BACKENDS)
@@ -58,6 +61,8 @@ def register(
     _implementations[op] = backends
     if limits is not None:
         _limits[op] = limits
+    if dtype is not None:
+        _dtypes[op] = dtype
     if tuned is not None:
         _tuned[op] = tuned
 
@@ -129,7 +134,8 @@ def explain(op: str, *args, **kwargs) -> Choice:
     bound = inspect.signature(_public[op]).bind(*args, **kwargs).arguments
     first = next(iter(bound.values()))
     tensor = first if isinstance(first, torch.Tensor) else first[0]
-    choice = choose(op, bound.get("backend"), tensor.dtype, tensor.device, tuple(tensor.shape))
+    dtype = _dtypes[op](**bound) if op in _dtypes else tensor.dtype
+    choice = choose(op, bound.get("backend"), dtype, tensor.device, tuple(tensor.shape))
     return _tuned[op](choice, **bound) if op in _tuned and is_auto(bound.get("backend")) else choice
 
 
@@ -153,7 +159,7 @@ def _obstacle(op: str, backend: str, dtype: torch.dtype, device: torch.device, s
         return None
     if dtype not in FAST_DTYPES:
         return f"{dtype} runs on the reference only"
-    return _BACKEND_OBSTACLES[backend](device) or (_limits[op](backend, shape) if op in _limits else None)
+    return _BACKEND_OBSTACLES[backend](device) or (_limits[op](backend, shape, dtype) if op in _limits else None)
 
 
 def _cpu_obstacle(device: torch.device) -> str | None:
@@ -173,23 +179,43 @@ def _triton_obstacle(device: torch.device) -> str | None:
     return _missing_triton()
 
 
-def _cuda_obstacle(device: torch.device) -> str | None:
+def cuda_obstacle(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on `device`, or None when they can."""
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
     if (why := extension_obstacle()) is not None:
         return why
     if not hasattr(extension(), "cuda"):
         return "madtp_kernels._C was built without CUDA"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"needs compute capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
-    return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, got {capability}"
+    return arch_obstacle(tuple(_build_archs()), capability)
+
+
+def arch_obstacle(archs: tuple[str, ...], capability: tuple[int, int]) -> str | None:
+    """Why code for `archs` (80: that and newer; 90a: that alone; 100f: its family) cannot run, or None when it can."""
+    for arch in archs:
+        major, minor = divmod(int(arch.rstrip("af")), 10)
+        newer = (major, minor) <= capability
+        if arch[-1] == "a" and (major, minor) == capability:
+            return None
+        if arch[-1] != "a" and newer and (arch[-1] != "f" or major == capability[0]):
+            return None
+    number = f"{capability[0]}{capability[1]}"
+    return f"madtp_kernels._C was built with MADTP_CUDA_ARCHS={';'.join(archs)}, none of which runs on sm_{number}"
+
+
+@functools.cache
+def _build_archs() -> list[str]:
+    return extension().build_info()["cuda_archs"]
 
 
 _BACKEND_OBSTACLES = {
     "dense": lambda device: None,
     "cpu": _cpu_obstacle,
     "triton": _triton_obstacle,
-    "cuda": _cuda_obstacle,
+    "cuda": cuda_obstacle,
 }
 
 

@@ -3,6 +3,8 @@
 The binding is torch-free: it takes addresses, sizes and strides. Outputs are allocated here, every element is written.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,23 @@ def _address(tensor: Tensor | None) -> int:
 def _rows(x: Tensor) -> Tensor:
     """x, or a copy of it when its rows are not contiguous. Any row stride will do."""
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it that is contiguous from a 16-byte boundary on, as CUDA kernels read."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _aligned_rows(x: Tensor) -> Tensor:
+    """x (T, C), or a copy of it whose rows are contiguous and start on 16-byte boundaries."""
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _map(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else function(tensor) for tensor in tensors)
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int]:
@@ -233,15 +252,17 @@ def gather_merge_layernorm(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tenso
     return x_out, normed, mean, rstd
 
 
-def sparse24_layout_bytes(features: int, channels: int, dtype: torch.dtype) -> int:
-    """Size of the layout of a weight; it depends on the instruction set of this process."""
-    return dispatch.extension().cpu.sparse24_layout_bytes(features, channels, _DTYPES[dtype])
+def sparse24_layout_bytes(features: int, channels: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Size of the layout of a weight; on a CPU it depends on the instruction set of this process."""
+    return getattr(dispatch.extension(), device.type).sparse24_layout_bytes(features, channels, _DTYPES[dtype])
 
 
 def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
-    values, indices = values.contiguous(), indices.contiguous()
+    prepare = Tensor.contiguous if values.device.type == "cpu" else _aligned
+    values, indices = prepare(values), prepare(indices)
     features, channels = values.shape[0], 2 * values.shape[1]
-    layout = values.new_empty(sparse24_layout_bytes(features, channels, values.dtype), dtype=torch.uint8)
+    size = sparse24_layout_bytes(features, channels, values.dtype, values.device)
+    layout = values.new_empty(size, dtype=torch.uint8)
     _call(
         "sparse24_pack",
         values.device,
@@ -256,22 +277,33 @@ def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
 
 
 def sparse24_prune(weight: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Arguments and results of the reference; RuntimeError for a NaN."""
-    weight, score = _rows(weight), None if score is None else _rows(score.float())
+    """Arguments and results of the reference; RuntimeError for a NaN, which a GPU is asked for once."""
+    score = None if score is None else score.float()
     features, channels = weight.shape
     values = weight.new_empty(features, channels // 2)
     indices = weight.new_empty(features, channels // 8, dtype=torch.uint8)
+    sizes, outputs = weight.shape, (_address(values), _address(indices))
+    if weight.device.type == "cpu":
+        weight, score = _map(_rows, weight, score)
+        _call("sparse24_prune", weight.device, *_matrix(weight), *_optional_matrix(score), *sizes, *outputs)
+        return values, indices
+    transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+    if transposed:  # as it lies: the kernel turns it over
+        weight, score = _map(Tensor.t, weight, score)
+    weight, score = _map(_aligned_rows, weight, score)
+    has_nan = torch.empty(1, dtype=torch.int32, device=weight.device)
     _call(
         "sparse24_prune",
         weight.device,
         *_matrix(weight),
-        _address(score),
-        0 if score is None else score.stride(0),
-        features,
-        channels,
-        _address(values),
-        _address(indices),
+        *_optional_matrix(score),
+        *sizes,
+        transposed,
+        *outputs,
+        _address(has_nan),
     )
+    if has_nan.item():
+        raise RuntimeError("madtp::cuda::sparse24_prune: there is a NaN")
     return values, indices
 
 
@@ -312,6 +344,53 @@ def sparse24_linear(
         _address(out),
     )
     return out
+
+
+def sparse24_linear_cuda(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    total: Tensor | None,
+) -> Tensor:
+    """`sparse24_linear` on Sparse Tensor Cores, of x and values in bfloat16 or float16."""
+    layout = sparse24_pack(values, indices) if layout is None else layout
+    x, residual = _map(_aligned_rows, x, residual)
+    bias, scale = _map(_aligned, bias, scale)
+    out = x.new_empty(x.shape[0], values.shape[0])
+    cuda = dispatch.extension().cuda
+    inputs = cuda.Sparse24Linear(
+        _address(x),
+        _DTYPES[x.dtype],
+        x.stride(0),
+        x.shape[0],
+        _address(layout),
+        _DTYPES[values.dtype],
+        values.shape[0],
+        x.shape[1],
+        _address(bias),
+        0 if bias is None else _DTYPES[bias.dtype],
+        _ACTIVATIONS[activation],
+        _address(scale),
+        0 if scale is None else _DTYPES[scale.dtype],
+        _address(residual),
+        0 if residual is None else residual.stride(0),
+        _address(total),
+    )
+    with torch.cuda.device(x.device):
+        workspace = x.new_empty(cuda.sparse24_linear_workspace(inputs), dtype=torch.uint8)
+        stream = torch.cuda.current_stream().cuda_stream
+        cuda.sparse24_linear(inputs, _address(out), _address(workspace), workspace.numel(), stream)
+    return out
+
+
+def _optional_matrix(x: Tensor | None) -> tuple[int, int]:
+    """Address and row stride."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -49,6 +49,7 @@ Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* in
   if (!weight_shape(features, channels, dense.dtype) || !present(dense.weight, features, channels) ||
       !present(values, features, channels) || !present(indices, features, channels) || threads < 1)
     return Status::invalid_argument;
+  if (dense.transposed) return Status::unsupported;
   MADTP_DISPATCH(sparse24_prune(dense, values, indices, threads));
 }
 

@@ -24,6 +24,9 @@ struct alignas(16) Vector {
   std::uint32_t words[4];
 };
 
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(BFloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(Float16 x) { return __half2float(x); }
 __device__ inline float2 to_float2(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
 __device__ inline float2 to_float2(__half2 pair) { return __half22float2(pair); }
 __device__ inline void round_to(float a, float b, __nv_bfloat162& pair) {

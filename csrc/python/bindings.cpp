@@ -79,6 +79,6 @@ PYBIND11_MODULE(_C, module) {
   py::module_* cuda = nullptr;
 #endif
   bind_attention(cpu);
-  bind_sparse24(cpu);
+  bind_sparse24(cpu, cuda);
   bind_tokens(cpu, cuda);
 }

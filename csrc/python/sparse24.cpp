@@ -9,64 +9,123 @@ namespace {
 
 using Address = std::uintptr_t;
 
-std::int64_t layout_bytes(std::int64_t features, std::int64_t channels, int weight_dtype) {
-  std::int64_t bytes = 0;
-  check(cpu::sparse24_layout_bytes(features, channels, static_cast<DType>(weight_dtype), &bytes),
-        "madtp::cpu::sparse24_layout_bytes");
-  return bytes;
+template <typename Function>
+auto layout_bytes(Function function, const char* name) {
+  return [=](std::int64_t features, std::int64_t channels, int weight_dtype) {
+    std::int64_t bytes = 0;
+    check(function(features, channels, static_cast<DType>(weight_dtype), &bytes), name);
+    return bytes;
+  };
 }
 
-void pack(Address values, int dtype, Address indices, std::int64_t features, std::int64_t channels,
-          Address layout, int threads) {
-  const Sparse24Weight weight{static_cast<DType>(dtype), pointer<const void>(values),
-                              pointer<const std::uint8_t>(indices), features, channels};
-  check(cpu::sparse24_pack(weight, pointer<void>(layout), threads), "madtp::cpu::sparse24_pack");
+template <typename Run, typename Function>
+auto pack(Function function, const char* name) {
+  return [=](Address values, int dtype, Address indices, std::int64_t features, std::int64_t channels,
+             Address layout, Run run) {
+    const Sparse24Weight weight{static_cast<DType>(dtype), pointer<const void>(values),
+                                pointer<const std::uint8_t>(indices), features, channels};
+    check(function(weight, pointer<void>(layout), how(run)), name);
+  };
+}
+
+Sparse24Dense dense(Address weight, int dtype, std::int64_t weight_stride, Address score,
+                    std::int64_t score_stride, std::int64_t features, std::int64_t channels,
+                    bool transposed) {
+  return {static_cast<DType>(dtype),
+          pointer<const void>(weight),
+          weight_stride,
+          pointer<const float>(score),
+          score_stride,
+          features,
+          channels,
+          transposed};
 }
 
 void prune(Address weight, int dtype, std::int64_t weight_stride, Address score, std::int64_t score_stride,
            std::int64_t features, std::int64_t channels, Address values, Address indices, int threads) {
-  const Sparse24Dense dense{static_cast<DType>(dtype),
-                            pointer<const void>(weight),
-                            weight_stride,
-                            pointer<const float>(score),
-                            score_stride,
-                            features,
-                            channels};
-  check(cpu::sparse24_prune(dense, pointer<void>(values), pointer<std::uint8_t>(indices), threads),
-        "madtp::cpu::sparse24_prune");
+  check(
+      cpu::sparse24_prune(dense(weight, dtype, weight_stride, score, score_stride, features, channels, false),
+                          pointer<void>(values), pointer<std::uint8_t>(indices), threads),
+      "madtp::cpu::sparse24_prune");
+}
+
+Sparse24Linear inputs(Address x, int dtype, std::int64_t x_stride, std::int64_t rows, Address layout,
+                      int weight_dtype, std::int64_t features, std::int64_t channels, Address bias,
+                      int bias_dtype, int activation, Address scale, int scale_dtype, Address residual,
+                      std::int64_t residual_stride, Address total) {
+  return {static_cast<DType>(dtype),
+          pointer<const void>(x),
+          x_stride,
+          rows,
+          pointer<const void>(layout),
+          static_cast<DType>(weight_dtype),
+          features,
+          channels,
+          pointer<const void>(bias),
+          static_cast<DType>(bias_dtype),
+          static_cast<Activation>(activation),
+          pointer<const void>(scale),
+          static_cast<DType>(scale_dtype),
+          pointer<const void>(residual),
+          residual_stride,
+          pointer<const std::int32_t>(total)};
 }
 
 void linear(Address x, int dtype, std::int64_t x_stride, std::int64_t rows, Address layout, int weight_dtype,
             std::int64_t features, std::int64_t channels, Address bias, int bias_dtype, int activation,
             Address scale, int scale_dtype, Address residual, std::int64_t residual_stride, Address total,
             Address out, int threads) {
-  const Sparse24Linear inputs{static_cast<DType>(dtype),
-                              pointer<const void>(x),
-                              x_stride,
-                              rows,
-                              pointer<const void>(layout),
-                              static_cast<DType>(weight_dtype),
-                              features,
-                              channels,
-                              pointer<const void>(bias),
-                              static_cast<DType>(bias_dtype),
-                              static_cast<Activation>(activation),
-                              pointer<const void>(scale),
-                              static_cast<DType>(scale_dtype),
-                              pointer<const void>(residual),
-                              residual_stride,
-                              pointer<const std::int32_t>(total)};
-  check(cpu::sparse24_linear(inputs, pointer<void>(out), features, threads), "madtp::cpu::sparse24_linear");
+  check(cpu::sparse24_linear(
+            inputs(x, dtype, x_stride, rows, layout, weight_dtype, features, channels, bias, bias_dtype,
+                   activation, scale, scale_dtype, residual, residual_stride, total),
+            pointer<void>(out), features, threads),
+        "madtp::cpu::sparse24_linear");
 }
+
+#if MADTP_HAS_CUDA
+void cuda_prune(Address weight, int dtype, std::int64_t weight_stride, Address score,
+                std::int64_t score_stride, std::int64_t features, std::int64_t channels, bool transposed,
+                Address values, Address indices, Address has_nan, Address stream) {
+  check(cuda::sparse24_prune(
+            dense(weight, dtype, weight_stride, score, score_stride, features, channels, transposed),
+            pointer<void>(values), pointer<std::uint8_t>(indices), pointer<std::int32_t>(has_nan),
+            pointer<void>(stream)),
+        "madtp::cuda::sparse24_prune");
+}
+
+std::int64_t cuda_workspace(const Sparse24Linear& inputs) {
+  std::int64_t bytes = 0;
+  check(cuda::sparse24_linear_workspace(inputs, &bytes), "madtp::cuda::sparse24_linear_workspace");
+  return bytes;
+}
+
+void cuda_linear(const Sparse24Linear& inputs, Address out, Address workspace, std::int64_t workspace_bytes,
+                 Address stream) {
+  check(cuda::sparse24_linear(inputs, pointer<void>(out), inputs.features, pointer<void>(workspace),
+                              workspace_bytes, pointer<void>(stream)),
+        "madtp::cuda::sparse24_linear");
+}
+#endif
 
 }  // namespace
 
-void bind_sparse24(py::module_& cpu_module) {
+void bind_sparse24(py::module_& cpu_module, [[maybe_unused]] py::module_* cuda_module) {
   const py::call_guard<py::gil_scoped_release> unlocked{};
-  cpu_module.def("sparse24_layout_bytes", &layout_bytes);
-  cpu_module.def("sparse24_pack", &pack, unlocked);
+  cpu_module.def("sparse24_layout_bytes",
+                 layout_bytes(&cpu::sparse24_layout_bytes, "madtp::cpu::sparse24_layout_bytes"));
+  cpu_module.def("sparse24_pack", pack<int>(&cpu::sparse24_pack, "madtp::cpu::sparse24_pack"), unlocked);
   cpu_module.def("sparse24_prune", &prune, unlocked);
   cpu_module.def("sparse24_linear", &linear, unlocked);
+#if MADTP_HAS_CUDA
+  cuda_module->def("sparse24_layout_bytes",
+                   layout_bytes(&cuda::sparse24_layout_bytes, "madtp::cuda::sparse24_layout_bytes"));
+  cuda_module->def("sparse24_pack", pack<Address>(&cuda::sparse24_pack, "madtp::cuda::sparse24_pack"),
+                   unlocked);
+  cuda_module->def("sparse24_prune", &cuda_prune, unlocked);
+  py::class_<Sparse24Linear>(*cuda_module, "Sparse24Linear").def(py::init(&inputs));
+  cuda_module->def("sparse24_linear_workspace", &cuda_workspace);
+  cuda_module->def("sparse24_linear", &cuda_linear, unlocked);
+#endif
 }
 
 }  // namespace madtp::python

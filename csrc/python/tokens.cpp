@@ -62,10 +62,7 @@ void score_and_select(Address summary, Address received, Address logits, int log
         "madtp::cpu::score_and_select");
 }
 
-// The gathers are the same on both devices but for how they run: on so many threads, or on a stream.
-[[maybe_unused]] int how(int threads) { return threads; }
-[[maybe_unused]] void* how(Address stream) { return pointer<void>(stream); }
-
+// The gathers are the same on both devices but for how they run.
 template <typename Run, typename Function>
 auto gather_merge(Function function, const char* name) {
   return [=](Address x, int x_dtype, std::int64_t x_stride, std::int64_t channels, Address keep,

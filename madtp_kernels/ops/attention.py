@@ -107,7 +107,7 @@ torch.library.define(
 )
 
 
-def _limits(backend: str, shape: tuple[int, ...]) -> str | None:
+def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
     head_dim = shape[-1]
     if head_dim % 16 or not 16 <= head_dim <= 128:
         return f"head_dim must be a multiple of 16 from 16 to 128, got {head_dim}"

@@ -37,12 +37,13 @@ def sparse24_linear(
         residual: (T, N) dtype of x; any row stride.
         scale: (N,) float32 or the dtype of x.
         total: int32, one element: rows from it on are zeros. None: there are none.
-        backend: auto, reference, cpu or dense: torch's product on the dense weight, which is then kept as well. On a
-            CPU auto measures, at the first use of a shape, which of the two is faster (`madtp_kernels.tuning`); under
-            torch.compile it is cpu.
+        backend: auto, reference, cpu, cuda (Sparse Tensor Cores of sm_80 and newer; x and weight are both bfloat16 or
+            both float16) or dense: torch's product on the dense weight, which is then kept as well. On a CPU auto
+            measures, at the first use of a shape, whether cpu or dense is faster (`madtp_kernels.tuning`); under
+            torch.compile it is cpu. On a GPU it is cuda where that runs, else dense.
 
     Returns:
-        (T, N) dtype of x, accumulated in float32; cast once, on dense twice. On the cpu backend a row has the same bits
+        (T, N) dtype of x, accumulated in float32; cast once, on dense twice. On cpu and on cuda a row has the same bits
         whatever the other rows are and however many; on dense the last bits may follow their number, and so they may
         on auto, which chooses by it: backend="cpu" pins them. Differentiable in x, bias, residual and scale; the weight
         gets no gradient.
@@ -57,18 +58,29 @@ def sparse24_linear(
     if total is not None:
         require(isinstance(total, Tensor) and total.numel() == 1, "total", "a tensor of one int32", total)
     check_device(x.device, weight=weight.values, bias=bias, residual=residual, scale=scale, total=total)
-    runs = _backend(backend, x.dtype, x.device)
+    runs = _backend(backend, _dtype(x, weight), x.device)
     if runs == "cpu" and not torch.compiler.is_compiling() and dispatch.is_auto(backend):
-        runs = backend = tuning.fastest(tuning.problem(x, weight, activation, residual, scale))
+        runs = tuning.fastest(tuning.problem(x, weight, activation, residual, scale))
     layout = None if runs == "reference" else weight.layout(runs)
     return torch.ops.madtp.sparse24_linear(
-        x, weight.values, weight.indices, layout, bias, activation or "none", residual, scale, total, backend or "auto"
+        x, weight.values, weight.indices, layout, bias, activation or "none", residual, scale, total, runs
     )
 
 
 @torch.compiler.assume_constant_result
 def _backend(backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
     return dispatch.backend_name("sparse24_linear", backend, dtype, device)
+
+
+def _dtype(x: Tensor, weight: Sparse24Weight | Tensor, *_, **__) -> torch.dtype:
+    """What backends are chosen by: float32 for a float32 weight, whatever x is."""
+    return torch.promote_types(x.dtype, weight.dtype)
+
+
+def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    if backend == "cuda" and dtype == torch.float32:
+        return "Sparse Tensor Cores take bfloat16 and float16, the same in x and weight, and one is float32"
+    return None
 
 
 def _tuned(choice, x, weight, bias=None, *, activation=None, residual=None, scale=None, **__) -> dispatch.Choice:
@@ -79,19 +91,21 @@ def _tuned(choice, x, weight, bias=None, *, activation=None, residual=None, scal
 
 
 def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
-    """The layout of a weight for the C++ CPU kernel of this process.
+    """The layout of a weight for the C++ kernel of its device.
 
     Args:
-        values: (N, C/2) float32, bfloat16 or float16: two of every four weights. N is a multiple of 8, C of 16.
+        values: (N, C/2) float32 (not on a GPU), bfloat16 or float16: two of every four weights. N is a multiple of 8,
+            C of 16.
         indices: (N, C/8) uint8: their columns inside the group, i0 | i1 << 2 with i0 < i1, two groups a byte, the first
             in the low nibble.
 
     Returns:
-        (bytes,) uint8, about 0.64 of the dense weight's bytes in float32. It depends on the instruction set in use, so
-        it belongs to this process: keep values and indices, and pack again.
+        (bytes,) uint8, on a CPU about 0.64 of the dense weight's bytes in float32 and on a GPU 0.56. It depends on the
+        instruction set or the architecture, so it belongs to this process: keep values and indices, and pack again.
 
     Raises:
-        ValueError: an argument breaks a rule. RuntimeError: the C++ extension cannot be loaded.
+        ValueError: an argument breaks a rule; the indices are read on the host. RuntimeError: the C++ extension cannot
+            be loaded or run there.
     """
     return torch.ops.madtp.sparse24_pack(values, indices)
 
@@ -107,12 +121,16 @@ torch.library.define(
 )
 
 register_layout("cpu", lambda weight: sparse24_pack(weight.values, weight.indices))
+register_layout("cuda", lambda weight: sparse24_pack(weight.values, weight.indices))
 register_layout("dense", lambda weight: weight.to_dense().detach())
 dispatch.register(
     "sparse24_linear",
     reference=reference.sparse24_linear,
     cpu=native.sparse24_linear,
+    cuda=native.sparse24_linear_cuda,
     dense=dense.sparse24_linear,
+    limits=_limits,
+    dtype=_dtype,
     tuned=_tuned,
 )
 
@@ -152,10 +170,13 @@ def _check(x, values, indices, layout, bias, activation, residual, scale, total)
 
 
 def _pack(values: Tensor, indices: Tensor) -> Tensor:
-    check_tensor("values", values, 2, dispatch.FAST_DTYPES)
+    on_gpu = values.device.type == "cuda"
+    check_tensor("values", values, 2, dispatch.FAST_DTYPES[1:] if on_gpu else dispatch.FAST_DTYPES)
     check_weight(values, indices)
-    check_device(torch.device("cpu"), values=values)
-    dispatch.extension()
+    require(values.device.type in ("cpu", "cuda"), "values", "on cpu or cuda", values)
+    why = dispatch.cuda_obstacle(values.device) if on_gpu else dispatch.extension_obstacle()
+    if why is not None:
+        raise RuntimeError(f"sparse24_pack cannot run on {values.device}: {why}")
     nibbles = torch.stack([indices & 15, indices >> 4])
     require(bool(((nibbles & 3) < nibbles >> 2).all()), "indices", "ascending in every group (i0 < i1)", "others")
     return native.sparse24_pack(values.detach(), indices)
@@ -167,10 +188,10 @@ torch.library.impl("madtp::sparse24_pack", "CompositeExplicitAutograd", _pack)
 @torch.library.impl("madtp::sparse24_linear", "CompositeExplicitAutograd")
 def _linear(x, values, indices, layout, bias, activation, residual, scale, total, backend):
     _check(x, values, indices, layout, bias, activation, residual, scale, total)
-    run = dispatch.implementation("sparse24_linear", backend, x.dtype, x.device)
-    if run is native.sparse24_linear:
+    run = dispatch.implementation("sparse24_linear", backend, _dtype(x, values), x.device)
+    if run in (native.sparse24_linear, native.sparse24_linear_cuda):
         layout = _pack(values, indices) if layout is None else layout
-        size = native.sparse24_layout_bytes(values.shape[0], x.shape[1], values.dtype)
+        size = native.sparse24_layout_bytes(values.shape[0], x.shape[1], values.dtype, values.device)
         ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
         require(ok, "layout", f"contiguous uint8 of shape ({size},), from sparse24_pack", layout)
     if run is dense.sparse24_linear and layout is not None:
@@ -191,7 +212,7 @@ def _linear_backward(grad, x, values, indices, layout, bias, activation, residua
 
 @torch.library.register_fake("madtp::sparse24_pack")
 def _(values, indices):
-    size = native.sparse24_layout_bytes(values.shape[0], 2 * values.shape[1], values.dtype)
+    size = native.sparse24_layout_bytes(values.shape[0], 2 * values.shape[1], values.dtype, values.device)
     return values.new_empty(size, dtype=torch.uint8)
 
 

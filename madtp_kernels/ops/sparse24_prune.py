@@ -1,4 +1,4 @@
-"""Magnitude or score pruning of a dense weight straight into the 2:4 form: on the CPU in one read."""
+"""Magnitude or score pruning of a dense weight straight into the 2:4 form: in C++ in one read."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ def sparse24_prune(weight: Tensor, *, score: Tensor | None = None, backend: str 
     """Keeps the 2 entries with the largest score of every aligned 4 columns, in the canonical 2:4 form.
 
     Args:
-        weight: (N, C) float32, bfloat16, float16 or float64, no NaN; N a multiple of 8, C of 16; any row stride.
+        weight: (N, C) float32, bfloat16, float16 or float64, no NaN; N a multiple of 8, C of 16; any strides.
         score: (N, C) float32 or the dtype of weight, no NaN; None scores by magnitude.
-        backend: auto, reference or cpu.
+        backend: auto, reference, cpu or cuda, where a weight that lies transposed (`w.T`) is read as it lies.
 
     Returns:
         What `sparse24_compress` makes of `weight.masked_fill(~nm_mask(weight, 2, 4, score=score), 0)`, bit by bit, on
         every backend: equal scores keep the lowest column. On the device of weight, detached.
 
     Raises:
-        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
+        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here. On a GPU the check for NaN
+            reads one value on the host.
     """
     check_dense(weight)
     if score is not None:
@@ -43,7 +44,7 @@ def _reference(weight: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor]:
     return pruned.values, pruned.indices
 
 
-def _cpu(weight: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor]:
+def _native(weight: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor]:
     try:
         return native.sparse24_prune(weight, score)
     except RuntimeError:
@@ -51,4 +52,4 @@ def _cpu(weight: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor]:
         raise
 
 
-dispatch.register("sparse24_prune", reference=_reference, cpu=_cpu)
+dispatch.register("sparse24_prune", reference=_reference, cpu=_native, cuda=_native)

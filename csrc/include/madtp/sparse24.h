@@ -7,6 +7,7 @@
 
 #include "madtp/dtype.h"
 #include "madtp/status.h"
+#include "madtp/version.h"
 
 namespace madtp {
 
@@ -31,8 +32,9 @@ struct Sparse24Dense {
   std::int64_t weight_stride;
   const float* score;  // (features, channels): what ranks the columns of a group; null: their magnitudes
   std::int64_t score_stride;
-  std::int64_t features;  // a multiple of 8
-  std::int64_t channels;  // a multiple of 16
+  std::int64_t features;    // a multiple of 8
+  std::int64_t channels;    // a multiple of 16
+  bool transposed = false;  // weight and score are stored as (channels, features), on GPUs only
 };
 
 struct Sparse24Linear {
@@ -57,7 +59,7 @@ namespace cpu {
 // Keeps the two columns of every group that rank highest, of equal ones the lower, and writes them as a
 // Sparse24Weight. A kept zero is as good as none: a group with fewer than two non-zeros left stores zeros
 // (never -0) at its lowest free columns. Status::invalid_argument for a NaN in weight or score; values and
-// indices are then of no use.
+// indices are then of no use. Status::unsupported for a transposed weight.
 Status sparse24_prune(const Sparse24Dense& dense,
                       void* values,           // (features, channels / 2), dtype of the weight
                       std::uint8_t* indices,  // (features, channels / 8)
@@ -78,4 +80,40 @@ Status sparse24_linear(const Sparse24Linear& inputs,
                        std::int64_t out_stride, int threads);
 
 }  // namespace cpu
+
+#if MADTP_HAS_CUDA
+// bfloat16 and float16 (float32 too where a weight is pruned), on GPUs of compute capability 8.0 and newer
+// for which the library has code; Status::unsupported elsewhere. Pointers are multiples of 16 bytes (of 4 to
+// `total` and `has_nan`), strides of 8 elements, and a weight has the dtype of x. At most 2^27 rows, features
+// and channels. Work is queued on `stream`, a cudaStream_t of the current device.
+namespace cuda {
+
+// As madtp::cpu::sparse24_prune, of a transposed weight too, but that the device cannot answer at once:
+// `has_nan` becomes 1 where it would have returned Status::invalid_argument for a NaN, else 0.
+Status sparse24_prune(const Sparse24Dense& dense,
+                      void* values,           // (features, channels / 2), dtype of the weight
+                      std::uint8_t* indices,  // (features, channels / 8)
+                      std::int32_t* has_nan,  // (1,)
+                      void* stream);
+
+// Bytes of the layout, the same on every device: 0.5625 of the dense weight's, padded to 64 features and
+// channels.
+Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType weight_dtype,
+                             std::int64_t* bytes);
+
+// Writes the layout of a weight whose indices ascend.
+Status sparse24_pack(const Sparse24Weight& weight, void* layout, void* stream);
+
+// Bytes of scratch memory that a call with these arguments needs on the current device; 0 for many.
+Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* bytes);
+
+// Accumulates in float32 and casts once. Rows from `total` on cost next to nothing. A row of the result has
+// the same bits whatever the other rows and their number are.
+Status sparse24_linear(const Sparse24Linear& inputs,
+                       void* out,  // (rows, features)
+                       std::int64_t out_stride, void* workspace, std::int64_t workspace_bytes, void* stream);
+
+}  // namespace cuda
+#endif
+
 }  // namespace madtp

@@ -1,0 +1,142 @@
+// The public entry points: they check their arguments, then choose a kernel for the current device.
+
+#include <cuda_runtime.h>
+
+#include <string_view>
+
+#include "build_config.h"
+#include "cuda/launch.cuh"
+#include "cuda/sparse24_kernels.h"
+#include "cuda/sparse24_layout.cuh"
+#include "madtp/sparse24.h"
+
+namespace madtp::cuda {
+namespace {
+
+constexpr std::int64_t kMost = 1 << 27;  // so that what is counted within a tile fits 32 bits
+
+bool weight_shape(std::int64_t features, std::int64_t channels, DType dtype) {
+  return size_of(dtype) != 0 && features >= 0 && features % 8 == 0 && channels >= 0 && channels % 16 == 0 &&
+         features <= kMost && channels <= kMost;
+}
+
+// Something to point to, or nothing, on a boundary of 16 bytes.
+bool aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
+bool present(const void* data, std::int64_t rows, std::int64_t columns) {
+  return aligned(data) && (data != nullptr || rows == 0 || columns == 0);
+}
+
+bool matrix(const void* data, std::int64_t stride, std::int64_t rows, std::int64_t columns) {
+  return present(data, rows, columns) && stride % 8 == 0;
+}
+
+// A vector of float32 or `dtype`, or none.
+bool affine(const void* data, DType data_dtype, DType dtype) {
+  return data == nullptr || (aligned(data) && (data_dtype == DType::float32 || data_dtype == dtype));
+}
+
+bool valid(const Sparse24Linear& a) {
+  return weight_shape(a.features, a.channels, a.weight_dtype) && a.weight_dtype == a.dtype && a.rows >= 0 &&
+         a.rows <= kMost && matrix(a.x, a.x_stride, a.rows, a.channels) &&
+         present(a.layout, a.features, a.channels) && affine(a.bias, a.bias_dtype, a.dtype) &&
+         affine(a.scale, a.scale_dtype, a.dtype) && a.activation >= Activation::none &&
+         a.activation <= Activation::relu &&
+         (a.residual == nullptr || matrix(a.residual, a.residual_stride, a.rows, a.features));
+}
+
+bool valid(const Sparse24Dense& a) {
+  const std::int64_t rows = a.transposed ? a.channels : a.features;
+  const std::int64_t columns = a.transposed ? a.features : a.channels;
+  return weight_shape(a.features, a.channels, a.dtype) && matrix(a.weight, a.weight_stride, rows, columns) &&
+         (a.score == nullptr || matrix(a.score, a.score_stride, rows, columns));
+}
+
+Status current_device(Device* device) {
+  int id, major, minor;
+  const auto get = [&](int* value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(value, attribute, id) == cudaSuccess;
+  };
+  if (cudaGetDevice(&id) == cudaSuccess && get(&major, cudaDevAttrComputeCapabilityMajor) &&
+      get(&minor, cudaDevAttrComputeCapabilityMinor) &&
+      get(&device->multiprocessors, cudaDevAttrMultiProcessorCount) &&
+      get(&device->block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin) &&
+      get(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) {
+    device->capability = 10 * major + minor;
+    return device->capability >= 80 ? Status::ok : Status::unsupported;
+  }
+  cudaGetLastError();
+  return Status::unsupported;  // no device, or no driver
+}
+
+// Whether the library was built for sm_90a, whose code runs on no other device.
+#ifdef MADTP_SIMT
+constexpr bool kHasSm90a = true;
+#else
+constexpr bool kHasSm90a = std::string_view(MADTP_CUDA_ARCHS).find("90a") != std::string_view::npos;
+#endif
+
+// TMA knows no matrix without columns.
+bool runs_sm90(const Sparse24Linear& inputs, const Device& device) {
+  return kHasSm90a && device.capability == 90 && inputs.channels > 0;
+}
+
+}  // namespace
+
+Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* indices, std::int32_t* has_nan,
+                      void* stream) {
+  if (!valid(dense) || !present(values, dense.features, dense.channels) ||
+      !present(indices, dense.features, dense.channels) || has_nan == nullptr)
+    return Status::invalid_argument;
+  Device device;
+  const Status status = current_device(&device);
+  return status != Status::ok ? status : prune_weight(dense, values, indices, has_nan, stream);
+}
+
+Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType weight_dtype,
+                             std::int64_t* bytes) {
+  if (!weight_shape(features, channels, weight_dtype) || bytes == nullptr) return Status::invalid_argument;
+  if (weight_dtype == DType::float32) return Status::unsupported;
+  *bytes = WeightLayout(features, channels).bytes();
+  return Status::ok;
+}
+
+Status sparse24_pack(const Sparse24Weight& weight, void* layout, void* stream) {
+  const std::int64_t features = weight.features, channels = weight.channels;
+  if (!weight_shape(features, channels, weight.dtype) || !present(weight.values, features, channels) ||
+      !present(weight.indices, features, channels) || !present(layout, features, channels))
+    return Status::invalid_argument;
+  if (weight.dtype == DType::float32) return Status::unsupported;
+  Device device;
+  const Status status = current_device(&device);
+  if (status != Status::ok || features == 0 || channels == 0) return status;
+  return pack_weight(weight, layout, stream);
+}
+
+Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* bytes) {
+  if (!valid(inputs) || bytes == nullptr) return Status::invalid_argument;
+  if (inputs.dtype == DType::float32) return Status::unsupported;
+  Device device;
+  const Status status = current_device(&device);
+  if (status != Status::ok) return status;
+  const bool is_empty = inputs.rows == 0 || inputs.features == 0;
+  *bytes = !is_empty && runs_sm90(inputs, device) ? workspace_sm90(inputs, default_sm90(inputs, device)) : 0;
+  return Status::ok;
+}
+
+Status sparse24_linear(const Sparse24Linear& inputs, void* out, std::int64_t out_stride, void* workspace,
+                       std::int64_t workspace_bytes, void* stream) {
+  if (!valid(inputs) || !matrix(out, out_stride, inputs.rows, inputs.features) || workspace_bytes < 0 ||
+      !present(workspace, workspace_bytes, 1))
+    return Status::invalid_argument;
+  if (inputs.dtype == DType::float32) return Status::unsupported;
+  Device device;
+  const Status status = current_device(&device);
+  if (status != Status::ok || inputs.rows == 0 || inputs.features == 0) return status;
+  if (!runs_sm90(inputs, device))
+    return linear_sm80(inputs, out, out_stride, default_sm80(inputs, device), workspace, stream);
+  const Sparse24Config config = default_sm90(inputs, device);
+  if (workspace_bytes < workspace_sm90(inputs, config)) return Status::invalid_argument;
+  return linear_sm90(inputs, out, out_stride, config, device, workspace, stream);
+}
+
+}  // namespace madtp::cuda

@@ -1,0 +1,156 @@
+#pragma once
+
+// The machine that runs kernels: blocks one after another, or a cluster of them at a time, each thread a
+// fiber.
+//
+// A fiber runs until it must wait: in a collective for the other lanes, at a barrier, or for what an
+// asynchronous instruction will bring. Such work lands as late as is legal, when a wait covers it or nothing
+// else can run, unless `options.seed` makes it land at random moments; the seed also decides who runs next.
+// Whatever breaks a rule throws an Error out of the launch, which names the block and the thread.
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "simt/fiber.h"
+#include "simt/language.h"
+
+extern thread_local dim3 gridDim, blockDim;  // of the kernel that runs
+
+namespace madtp::simt {
+
+constexpr int kWarpSize = 32, kWarpgroupSize = 128;
+constexpr std::size_t kMostShared = 227 * 1024;  // of a block
+constexpr std::uint32_t kSharedBase = 1024;      // the address of the first byte of dynamic shared memory
+constexpr unsigned char kPoison = 0xff;          // NaN in every format
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// What the machine pretends to be.
+struct Options {
+  unsigned seed = 0;  // 0: warps run as far as they can, work lands as late as it may
+  int capability = 90;
+  int multiprocessors = 4;
+};
+inline Options options;
+
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+struct Block;
+struct Thread;
+
+// Threads that meet: a warp, a warpgroup, those of a barrier. The last one that comes runs the operation for
+// all.
+struct Meeting {
+  const char* operation = nullptr;
+  unsigned size = 0;
+  std::vector<Thread*> arrived;
+  std::vector<void*> arguments;  // by place
+};
+
+// One cp.async: bytes from `bytes` on are zeros.
+struct AsyncCopy {
+  std::uint32_t to;
+  const void* from;
+  int bytes;
+};
+
+struct Thread {
+  Context context;
+  Block* block = nullptr;
+  uint3 index{};
+  unsigned number = 0;  // in its block
+  bool done = false;
+  const char* waits_for = nullptr;
+  const void* object = nullptr;  // that it waits for
+  std::vector<AsyncCopy> open_copies;
+  std::deque<std::vector<AsyncCopy>> copies;
+
+  unsigned lane() const { return number % kWarpSize; }
+  unsigned warp() const { return number / kWarpSize; }
+};
+
+// Of a warpgroup: wgmma instructions that were issued, and those of groups that were committed.
+struct MatrixQueue {
+  using Operation = std::function<void()>;
+  std::vector<Operation> open;
+  std::deque<std::vector<Operation>> groups;
+  std::map<const float*, std::vector<float>> accumulators;  // of those under way, as they must be
+  bool fenced = false;                                      // since the last commit
+};
+
+struct Block {
+  uint3 index{};
+  int rank = 0;  // in its cluster
+  GuardedPages pages;
+  unsigned char* shared = nullptr;
+  std::size_t shared_bytes = 0;
+  std::vector<unsigned> unfenced;  // for 16 bytes each: 1 + the thread whose cp.async wrote them, 0: none
+  std::vector<Thread> threads;
+  std::vector<Meeting> warps, warpgroups, barriers;
+  std::vector<MatrixQueue> matrices;  // of the warpgroups
+};
+
+// The blocks that run together, and who of them can.
+struct Machine {
+  std::vector<Block> blocks;
+  Meeting cluster;
+  std::deque<std::function<void()>> bulk_copies;
+  const std::function<void()>* kernel = nullptr;
+  Thread* running = nullptr;
+  Context scheduler;
+  std::string error;
+  std::vector<std::deque<Thread*>> ready;  // by warp
+  std::vector<std::uint32_t> priority;
+  std::size_t ready_count = 0, warp = 0;
+  std::mt19937 random;
+};
+
+extern thread_local Machine* machine;
+
+inline Thread& self() { return *machine->running; }
+inline Block& block() { return *self().block; }
+inline bool is_random() { return options.seed != 0; }
+// At random, once in `times`; never without a seed.
+inline bool chance(unsigned times) { return is_random() && machine->random() % times == 0; }
+
+void wake(Thread& thread);
+void wake_all(const void* object);
+// Leaves the thread until it is woken.
+void wait(const char* what, const void* object = nullptr);
+
+// Runs `operation(arguments)` once all of the meeting are here, arguments by place.
+void meet(Meeting& meeting, unsigned size, unsigned place, const char* name, void* argument,
+          const std::function<void(const std::vector<void*>&)>& operation);
+
+// The same for the warp, or the warpgroup, of the running thread, arguments by lane.
+template <typename Argument, typename Operation>
+void with_warp(const char* name, Argument& argument, Operation&& operation) {
+  meet(block().warps[self().warp()], kWarpSize, self().lane(), name, &argument,
+       [&](const std::vector<void*>& all) {
+         operation([&](unsigned lane) -> Argument& { return *static_cast<Argument*>(all[lane]); });
+       });
+}
+
+template <typename Argument, typename Operation>
+void with_warpgroup(const char* name, Argument& argument, Operation&& operation) {
+  meet(block().warpgroups[self().number / kWarpgroupSize], kWarpgroupSize, self().number % kWarpgroupSize,
+       name, &argument, [&](const std::vector<void*>& all) {
+         operation([&](unsigned i) -> Argument& { return *static_cast<Argument*>(all[i]); });
+       });
+}
+
+// The memory at a shared address of `block`, checked.
+unsigned char* shared(Block& block, std::uint32_t address, std::size_t bytes, std::size_t alignment,
+                      const char* name);
+
+void run(dim3 grid, dim3 threads, std::size_t shared_bytes, int cluster, const std::function<void()>& kernel);
+
+}  // namespace madtp::simt

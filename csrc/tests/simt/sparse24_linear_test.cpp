@@ -1,0 +1,202 @@
+#include <cstring>
+#include <vector>
+
+#include "cuda/sparse24_kernels.h"
+#include "tests/simt/sparse24_problem.h"
+
+using namespace madtp;
+using namespace madtp::test;
+
+namespace {
+
+constexpr DType kTypes[] = {DType::bfloat16, DType::float16};
+constexpr cuda::Sparse24Config kTiles[] = {{128, 256}, {128, 128}, {64, 128}, {64, 64}, {16, 32}};
+constexpr std::int64_t kRows[] = {0, 1, 7, 8, 63, 64, 65, 130};
+constexpr std::int64_t kWeights[][2] = {{8, 16}, {24, 48}, {64, 64}, {136, 144}};
+
+// On one tile, or on the default of the public function; rows of the result are `gap` apart.
+Guarded<std::uint16_t> run(const LinearProblem& p, const Sparse24Linear& inputs,
+                           const cuda::Sparse24Config* tile = nullptr) {
+  const std::int64_t stride = p.features + p.gap;
+  Guarded<std::uint16_t> out(inputs.rows * stride);
+  const Status status = tile == nullptr || inputs.rows == 0
+                            ? cuda::sparse24_linear(inputs, out.data(), stride, nullptr, 0, nullptr)
+                            : cuda::linear_sm80(inputs, out.data(), stride, *tile, nullptr, nullptr);
+  EXPECT(status == Status::ok);
+  for (std::int64_t r = 0; r < inputs.rows; ++r)
+    for (std::int64_t n = p.features; n < stride; ++n) EXPECT(out[r * stride + n] == 0xffff);
+  return out;
+}
+
+}  // namespace
+
+TEST(every_tile_follows_the_equation) {
+  int turn = 0;
+  for (DType dtype : kTypes) {
+    for (const auto& weight : kWeights) {
+      for (std::int64_t rows : kRows) {
+        const LinearProblem p(dtype, rows, weight[0], weight[1]);
+        for (const cuda::Sparse24Config& tile : kTiles) {
+          const Sparse24Linear inputs = p.inputs(kActivations[turn++ % 5]);
+          EXPECT(within_twice(p, inputs, run(p, inputs, &tile).data(), p.features));
+        }
+      }
+    }
+  }
+}
+
+TEST(more_steps_than_stages_and_more_tiles_than_one) {
+  for (const cuda::Sparse24Config& tile : kTiles) {
+    const LinearProblem p(DType::bfloat16, 150, 328, 656);
+    const Sparse24Linear inputs = p.inputs(Activation::gelu);
+    EXPECT(within_twice(p, inputs, run(p, inputs, &tile).data(), p.features));
+  }
+}
+
+TEST(every_epilogue) {
+  for (DType dtype : kTypes) {
+    for (bool affine_is_float : {false, true}) {
+      const LinearProblem p(dtype, 9, 40, 32, 0, affine_is_float);
+      for (Activation activation : kActivations) {
+        for (int parts = 0; parts < 8; ++parts) {
+          Sparse24Linear inputs = p.inputs(activation);
+          if (parts & 1) inputs.bias = nullptr;
+          if (parts & 2) inputs.scale = nullptr;
+          if (parts & 4) inputs.residual = nullptr;
+          for (int capability : {80, 90}) {
+            const Capability pretended(capability);
+            EXPECT(within_twice(p, inputs, run(p, inputs).data(), p.features));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(no_bit_of_a_row_depends_on_the_tile_or_on_other_rows) {
+  const LinearProblem p(DType::bfloat16, 130, 72, 208);
+  const Sparse24Linear inputs = p.inputs(Activation::gelu);
+  const std::vector<std::uint16_t> all = run(p, inputs, &kTiles[0]).values();
+  for (const cuda::Sparse24Config& tile : kTiles) {
+    EXPECT(run(p, inputs, &tile).values() == all);
+    for (std::int64_t rows : {1, 17, 65}) {
+      Sparse24Linear part = inputs;
+      part.rows = rows;
+      part.x = p.x.data() + 11 * p.channels;
+      part.residual = p.residual.data() + 11 * p.features;
+      const std::vector<std::uint16_t> got = run(p, part, &tile).values();
+      EXPECT(std::equal(got.begin(), got.end(), all.begin() + 11 * p.features));
+    }
+  }
+}
+
+TEST(rows_past_the_total_are_zeros_whatever_they_hold) {
+  const LinearProblem p(DType::float16, 130, 72, 80);
+  const std::vector<std::uint16_t> all = run(p, p.inputs(Activation::relu)).values();
+  for (std::int32_t total : {1000, 131, 130, 129, 65, 64, 63, 16, 7, 1, 0, -5}) {  // x is spoilt as it falls
+    const std::int64_t real = std::min<std::int64_t>(std::max(total, 0), p.rows);
+    for (std::int64_t i = real * p.channels; i < p.rows * p.channels; ++i) p.x[i] = encode(kNaN, p.dtype);
+    for (const cuda::Sparse24Config& tile : kTiles) {
+      Sparse24Linear inputs = p.inputs(Activation::relu);
+      inputs.total = &total;
+      const std::vector<std::uint16_t> got = run(p, inputs, &tile).values();
+      EXPECT(std::equal(all.begin(), all.begin() + real * p.features, got.begin()));
+      EXPECT(std::all_of(got.begin() + real * p.features, got.end(), [](std::uint16_t x) { return x == 0; }));
+    }
+  }
+}
+
+TEST(rows_may_lie_apart) {
+  for (std::int64_t gap : {8, 40}) {
+    const LinearProblem p(DType::bfloat16, 70, 40, 80, gap, false);
+    for (const cuda::Sparse24Config& tile : kTiles) {
+      const Sparse24Linear inputs = p.inputs(Activation::quick_gelu);
+      EXPECT(within_twice(p, inputs, run(p, inputs, &tile).data(), p.features + gap));
+    }
+  }
+}
+
+TEST(without_channels_the_epilogue_is_left) {
+  const LinearProblem p(DType::bfloat16, 20, 24, 0);
+  const Sparse24Linear inputs = p.inputs(Activation::gelu);
+  for (const cuda::Sparse24Config& tile : kTiles)
+    EXPECT(within_twice(p, inputs, run(p, inputs, &tile).data(), p.features));
+}
+
+TEST(a_default_is_a_tile_that_the_device_can_hold) {
+  Sparse24Linear inputs = LinearProblem(DType::bfloat16, 8, 8, 16).inputs(Activation::none);
+  const cuda::Device a100{80, 108, 163 * 1024, 164 * 1024}, ada{89, 128, 99 * 1024, 100 * 1024};
+  for (std::int64_t rows : {1, 16, 64, 577, 4616, 18464}) {
+    for (std::int64_t features : {8, 768, 3072}) {
+      inputs.rows = rows;
+      inputs.features = features;
+      inputs.channels = 768;
+      for (const cuda::Device& device : {a100, ada}) {
+        const cuda::Sparse24Config chosen = cuda::default_sm80(inputs, device);
+        bool known = false;
+        for (const cuda::Sparse24Config& tile : kTiles)
+          known |= tile.tile_tokens == chosen.tile_tokens && tile.tile_features == chosen.tile_features;
+        EXPECT(known && chosen.split_k == 1 && chosen.cluster == 1);
+        EXPECT(device.block_shared_bytes > 100 * 1024 || chosen.tile_features < 256);
+        if (rows <= 16) EXPECT(chosen.tile_tokens == 16);
+        if (rows == 18464 && features == 3072) EXPECT(chosen.tile_tokens == 128);
+      }
+    }
+  }
+}
+
+TEST(older_devices_are_refused) {
+  const LinearProblem p(DType::bfloat16, 4, 16, 32);
+  const Guarded<std::uint16_t> out(4 * 16);
+  const Capability turing(75);
+  const Sparse24Linear inputs = p.inputs(Activation::none);
+  EXPECT(cuda::sparse24_linear(inputs, out.data(), 16, nullptr, 0, nullptr) == Status::unsupported);
+  EXPECT(cuda::sparse24_pack(p.weight(), p.layout.data(), nullptr) == Status::unsupported);
+  for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
+}
+
+TEST(bad_linear_arguments_are_refused) {
+  const LinearProblem p(DType::bfloat16, 4, 16, 32);
+  const Guarded<std::uint16_t> out(4 * 16 + 8);
+  const auto refused = [&](auto change, Status expected = Status::invalid_argument) {
+    Sparse24Linear inputs = p.inputs(Activation::gelu);
+    change(inputs);
+    EXPECT(cuda::sparse24_linear(inputs, out.data(), 16, nullptr, 0, nullptr) == expected);
+    std::int64_t bytes = -1;
+    EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes) == expected && bytes == -1);
+  };
+  const auto moved = [](const void* data) {
+    return static_cast<const void*>(static_cast<const char*>(data) + 8);
+  };
+  refused([](Sparse24Linear& a) { a.channels = 24; });
+  refused([](Sparse24Linear& a) { a.features = 12; });
+  refused([](Sparse24Linear& a) { a.rows = -1; });
+  refused([](Sparse24Linear& a) { a.rows = std::int64_t{1} << 31; });
+  refused([](Sparse24Linear& a) { a.x = nullptr; });
+  refused([](Sparse24Linear& a) { a.layout = nullptr; });
+  refused([&](Sparse24Linear& a) { a.x = moved(a.x); });
+  refused([&](Sparse24Linear& a) { a.layout = moved(a.layout); });
+  refused([&](Sparse24Linear& a) { a.bias = moved(a.bias); });
+  refused([&](Sparse24Linear& a) { a.scale = moved(a.scale); });
+  refused([&](Sparse24Linear& a) { a.residual = moved(a.residual); });
+  refused([](Sparse24Linear& a) { a.x_stride = 36; });
+  refused([](Sparse24Linear& a) { a.residual_stride = 20; });
+  refused([](Sparse24Linear& a) { a.dtype = DType(3); });
+  refused([](Sparse24Linear& a) { a.weight_dtype = DType::float32; });
+  refused([](Sparse24Linear& a) { a.bias_dtype = DType::float16; });
+  refused([](Sparse24Linear& a) { a.scale_dtype = DType(7); });
+  refused([](Sparse24Linear& a) { a.activation = Activation(5); });
+  refused([](Sparse24Linear& a) { a.dtype = a.weight_dtype = DType::float32; }, Status::unsupported);
+  const Sparse24Linear good = p.inputs(Activation::none);
+  std::int64_t bytes = -1;
+  EXPECT(cuda::sparse24_linear_workspace(good, &bytes) == Status::ok && bytes == 0);
+  EXPECT(cuda::sparse24_linear_workspace(good, nullptr) == Status::invalid_argument);
+  EXPECT(cuda::sparse24_linear(good, nullptr, 16, nullptr, 0, nullptr) == Status::invalid_argument);
+  EXPECT(cuda::sparse24_linear(good, out.data() + 4, 16, nullptr, 0, nullptr) == Status::invalid_argument);
+  EXPECT(cuda::sparse24_linear(good, out.data(), 20, nullptr, 0, nullptr) == Status::invalid_argument);
+  EXPECT(cuda::sparse24_linear(good, out.data(), 16, nullptr, 64, nullptr) == Status::invalid_argument);
+  for (const cuda::Sparse24Config& config :
+       {cuda::Sparse24Config{32, 32}, cuda::Sparse24Config{64, 64, 2}, cuda::Sparse24Config{64, 64, 1, 2}})
+    EXPECT(cuda::linear_sm80(good, out.data(), 16, config, nullptr, nullptr) == Status::invalid_argument);
+  for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
+}
