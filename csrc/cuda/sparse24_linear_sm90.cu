@@ -55,6 +55,7 @@ struct Tile {
   static constexpr int kAhead = kAhead_;     // steps whose weight is in registers
   static constexpr int kSums = kTokens / 2;  // of a thread
   static constexpr int kStageBytes = kTokens * kRowBytes;
+  static_assert(kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
 
   struct Shared {
     alignas(1024) unsigned char x[kStages][kStageBytes];
@@ -99,6 +100,12 @@ struct Place {
     parity ^= stage == 0;
   }
 };
+
+// Other targets have none of this.
+#if defined(MADTP_SIMT) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MADTP_SM90 1
+#endif
+#ifdef MADTP_SM90
 
 __device__ inline void wait_for(std::uint32_t barrier, int parity) {
   while (!ptx::mbarrier_try_wait(barrier, parity)) {
@@ -290,9 +297,7 @@ class Multiplier {
   Place<Tile::kStages> place_;
 };
 
-#if defined(MADTP_SIMT) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define MADTP_SM90 1
-#endif
+#endif  // MADTP_SM90
 
 template <typename Tile, int kCluster, typename T>
 __global__ void __launch_bounds__(kThreads, 1)
