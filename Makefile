@@ -31,7 +31,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-asan test-package bench gpu lint format build clean
+.PHONY: demo test test-asan coverage-cuda test-package bench gpu lint format build clean
 
 demo: build
 	$(MADTP) demo
@@ -45,6 +45,13 @@ test-asan: $(READY)
 	cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 $(SANITIZE)" -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON
 	cmake --build build/asan
 	ctest --test-dir build/asan --output-on-failure
+
+coverage-cuda: $(READY)
+	cmake -S . -B build/coverage -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 --coverage" -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON
+	find build/coverage -name '*.gcda' -delete
+	cmake --build build/coverage --target simt_tests
+	ctest --test-dir build/coverage --output-on-failure -R '^simt'
+	$(PY) csrc/tests/simt/coverage.py build/coverage
 
 test-package: build
 	$(PY) -m pytest tests/build -m slow

@@ -38,6 +38,7 @@ struct Options {
   unsigned seed = 0;  // 0: warps run as far as they can, work lands as late as it may
   int capability = 90;
   int multiprocessors = 4;
+  int error = 0;  // the cudaError_t of every call that can fail
 };
 inline Options options;
 

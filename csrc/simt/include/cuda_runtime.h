@@ -78,7 +78,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
-  return cudaSuccess;
+  return cudaError_t(madtp::simt::options.error);
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);
@@ -89,6 +89,7 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cud
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
+  if (madtp::simt::options.error != 0) return cudaError_t(madtp::simt::options.error);
   const std::tuple<std::remove_cv_t<std::remove_reference_t<Parameters>>...> given(arguments...);
   int cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i)

@@ -200,3 +200,13 @@ TEST(bad_linear_arguments_are_refused) {
     EXPECT(cuda::linear_sm80(good, out.data(), 16, config, nullptr, nullptr) == Status::invalid_argument);
   for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
 }
+
+TEST(a_device_without_the_shared_memory_is_a_status) {
+  const LinearProblem p(DType::bfloat16, 4, 16, 32);
+  const Guarded<std::uint16_t> out(4 * 16);
+  simt::options.error = 1;
+  EXPECT(cuda::linear_sm80(p.inputs(Activation::none), out.data(), 16, kTiles[0], nullptr, nullptr) ==
+         Status::cuda_error);
+  simt::options.error = 0;
+  for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
+}
