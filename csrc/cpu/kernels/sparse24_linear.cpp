@@ -15,6 +15,7 @@ namespace madtp::cpu::MADTP_ISA {
 namespace {
 
 constexpr std::int64_t kSpanGroups = 3;      // of features that share a panel: sums of 768 rows stay in L2
+constexpr double kShare = 1 << 17;           // products worth a thread of their own: some microseconds
 constexpr std::int64_t kPanelColumns = 256;  // what a column number can name, so that none is out of bounds
 
 // Cuts `count` into `parts` even parts.
@@ -214,6 +215,8 @@ Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stri
   const Layout layout(a.features, a.channels, a.weight_dtype);
   std::int64_t rows = a.rows;
   if (a.total != nullptr && *a.total < rows) rows = *a.total > 0 ? *a.total : 0;
+  const double shares = 1 + double(rows) * double(a.features) * double(a.channels) / 2 / kShare;
+  if (threads > shares) threads = int(shares);
   const Plan plan(layout, rows, threads);
   const std::int64_t tasks = rows > 0 && a.features > 0 ? plan.tasks() : 0;
   if (threads > tasks) threads = tasks > 0 ? int(tasks) : 1;

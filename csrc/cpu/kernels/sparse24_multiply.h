@@ -188,8 +188,7 @@ __attribute__((noinline)) void multiply_rows(Unit unit, std::int64_t count,
                                              float* sums,     // (T, kGroupRows)
                                              bool first) {
   constexpr int U = units_at_once(T);
-  for (; count >= U; count -= U, unit.data += U * unit.bytes())
-    multiply_units<W, T, U>(unit, x, sums, first);
+  for (; count >= U; count -= U, unit.data += U * unit.bytes()) multiply_units<W, T, U>(unit, x, sums, first);
   for (; count > 0; --count, unit.data += unit.bytes()) multiply_units<W, T, 1>(unit, x, sums, first);
 }
 #else
