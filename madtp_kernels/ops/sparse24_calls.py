@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor
 from torch import _C as _c
+from torch import Tensor
 from torch.nn import Parameter
 
 from madtp_kernels.reference.sparse24 import ACTIVATIONS
@@ -83,10 +83,4 @@ def kind_of(
 
 
 def _plain(tensor: Tensor, grad: bool) -> bool:
-    return (
-        type(tensor) in _TYPES
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not (grad and tensor.requires_grad)
-        and not tensor.is_neg()
-    )
+    return type(tensor) in _TYPES and tensor.is_cpu and not (grad and tensor.requires_grad) and not tensor.is_neg()
