@@ -80,7 +80,7 @@ class Sparse24Linear(nn.Module):
         """x (..., C), residual (..., N) -> (..., N)"""
         leading = x.shape[:-1]
         last = (leading.numel(), residual is not None)
-        if last != self._last:
+        if torch.compiler.is_compiling() or last != self._last:  # a module sets slowly; a compiler guards what is read
             self._last = last
         if len(leading) != 1:
             x, residual = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
