@@ -56,9 +56,9 @@ class Entry:
 
 def entries() -> dict[str, Entry]:
     """Every benchmark by name. A new op joins with one line here."""
-    from benchmarks import attention, attention_backward, sparse24, tokens
+    from benchmarks import attention, attention_backward, sparse24, sparse24_prune, tokens
 
-    modules = (tokens, attention, attention_backward, sparse24)
+    modules = (tokens, attention, attention_backward, sparse24, sparse24_prune)
     return {entry.name: entry for module in modules for entry in module.ENTRIES}
 
 

@@ -32,13 +32,21 @@ def sparse24_linear(
 
 
 def _product_and_epilogue(x, dense, bias, activation, residual, scale):
-    fused = bias is None or dense.dtype in (bias.dtype, torch.float32)
-    out = F.linear(x.to(dense.dtype), dense, bias.to(dense.dtype) if fused and bias is not None else None)
+    if bias is not None and bias.dtype is not dense.dtype and dense.dtype is not torch.float32:
+        out = F.linear(_cast(x, dense.dtype), dense).float() + bias
+    else:
+        out = F.linear(_cast(x, dense.dtype), dense, None if bias is None else _cast(bias, dense.dtype))
+    if activation == "none" and scale is None and residual is None:
+        return _cast(out, x.dtype)
     # One operation of torch rounds once by itself; several go through float32.
     steps = (activation != "none") + (activation == "quick_gelu") + (scale is not None) + (residual is not None)
-    if steps > 1 or any(vector is not None and vector.dtype == torch.float32 for vector in (bias, scale)):
-        out = out.float()
-    out = ACTIVATIONS[activation](out if fused else out + bias)
+    if steps > 1 or any(vector is not None and vector.dtype is torch.float32 for vector in (bias, scale)):
+        out = _cast(out, torch.float32)
+    out = ACTIVATIONS[activation](out)
     out = out if scale is None else out * scale
     out = out if residual is None else residual + out
-    return out.to(x.dtype)
+    return _cast(out, x.dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)  # .to() that changes nothing takes as long as a check

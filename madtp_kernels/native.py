@@ -318,30 +318,43 @@ def sparse24_linear(
     scale: Tensor | None,
     total: Tensor | None,
 ) -> Tensor:
-    x, layout = _rows(x), sparse24_pack(values, indices) if layout is None else layout
-    bias, scale = _contiguous(bias), _contiguous(scale)
-    residual = None if residual is None else _rows(residual)
-    out = x.new_empty(x.shape[0], values.shape[0])
-    _call(
-        "sparse24_linear",
-        x.device,
-        _address(x),
+    # Every microsecond counts here: a layer may take as few.
+    layout = sparse24_pack(values, indices) if layout is None else layout
+    x_stride, unit = x.stride()
+    if unit != 1:
+        x = x.contiguous()
+        x_stride = x.stride(0)
+    (rows, channels), features = x.shape, values.shape[0]
+    bias_at = scale_at = residual_at = residual_stride = bias_dtype = scale_dtype = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_at, bias_dtype = bias.data_ptr(), _DTYPES[bias.dtype]
+    if scale is not None:
+        scale = scale.contiguous()
+        scale_at, scale_dtype = scale.data_ptr(), _DTYPES[scale.dtype]
+    if residual is not None:
+        residual = _rows(residual)
+        residual_at, residual_stride = residual.data_ptr(), residual.stride(0)
+    out = x.new_empty(rows, features)
+    dispatch.extension().cpu.sparse24_linear(
+        x.data_ptr(),
         _DTYPES[x.dtype],
-        x.stride(0),
-        x.shape[0],
-        _address(layout),
+        x_stride,
+        rows,
+        layout.data_ptr(),
         _DTYPES[values.dtype],
-        values.shape[0],
-        x.shape[1],
-        _address(bias),
-        0 if bias is None else _DTYPES[bias.dtype],
+        features,
+        channels,
+        bias_at,
+        bias_dtype,
         _ACTIVATIONS[activation],
-        _address(scale),
-        0 if scale is None else _DTYPES[scale.dtype],
-        _address(residual),
-        0 if residual is None else residual.stride(0),
-        _address(total),
-        _address(out),
+        scale_at,
+        scale_dtype,
+        residual_at,
+        residual_stride,
+        0 if total is None else total.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
     )
     return out
 

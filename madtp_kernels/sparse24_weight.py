@@ -46,6 +46,7 @@ class Sparse24Weight:
         ok = indices.shape == (rows, half // 4) and indices.device == values.device
         require(ok, "indices", f"(N, C/8) = {(rows, half // 4)} on {values.device} like values", indices)
         self.values, self.indices = values, indices
+        self.calls: dict[tuple, Any] = {}  # what an op keeps of the kinds of calls it has checked
         self._packed: dict[str, tuple[tuple[int, int] | None, Any]] = {}  # backend -> (versions, layout)
 
     @property
@@ -92,13 +93,15 @@ class Sparse24Weight:
         Raises:
             ValueError: no layout is registered for `backend`.
         """
-        require(backend in _layouts, "backend", f"one with a 2:4 layout ({', '.join(_layouts) or 'none'})", backend)
         state = None if torch.compiler.is_compiling() else (_version(self.values), _version(self.indices))
-        if backend not in self._packed or (state is not None and self._packed[backend][0] != state):
+        packed = self._packed.get(backend)
+        if packed is None or (state is not None and packed[0] != state):
+            rule = f"one with a 2:4 layout ({', '.join(_layouts) or 'none'})"
+            require(backend in _layouts, "backend", rule, backend)
             # Out of inference mode: its tensors could not be saved for a backward later.
             with contextlib.nullcontext() if state is None else torch.inference_mode(False):
-                self._packed[backend] = state, _layouts[backend](self)
-        return self._packed[backend][1]
+                packed = self._packed[backend] = state, _layouts[backend](self)
+        return packed[1]
 
     def check_indices(self, name: str = "indices") -> None:
         """Raises ValueError for the first nibble whose columns do not ascend. Reads the indices on the host."""

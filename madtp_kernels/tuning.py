@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -69,7 +68,7 @@ class Timing(NamedTuple):
 def problem(
     x: Tensor, weight: Sparse24Weight, activation: str | None, residual: Tensor | None, scale: Tensor | None
 ) -> Problem:
-    rows = min(1 << round(math.log2(max(1, x.shape[0]))), MOST_ROWS)
+    rows = min(1 << (x.shape[0] ** 2).bit_length() // 2, MOST_ROWS)
     epilogue = f"{activation or 'none'}{'' if scale is None else '+scale'}{'' if residual is None else '+residual'}"
     features, half = weight.values.shape
     names = _NAMES[x.dtype], _NAMES[weight.dtype]

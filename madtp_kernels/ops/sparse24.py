@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from madtp_kernels import dense, dispatch, native, tuning
 from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels.ops.sparse24_calls import kind_of
 from madtp_kernels.reference import sparse24 as reference
 from madtp_kernels.sparse24_weight import Sparse24Weight, register_layout
 
@@ -51,6 +52,10 @@ def sparse24_linear(
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
+    kind = None if total is not None else kind_of(x, weight, bias, activation, residual, scale, backend)
+    if kind is not None and (known := weight.calls.get(kind)) is not None:
+        runs, run, activation = known
+        return run(x, weight.values, weight.indices, weight.layout(runs), bias, activation, residual, scale, None)
     check_tensor("x", x, 2, FLOATS)
     require(isinstance(weight, Sparse24Weight), "weight", "a Sparse24Weight", type(weight).__name__)
     features, channels = weight.shape
@@ -62,9 +67,13 @@ def sparse24_linear(
     if runs == "cpu" and not torch.compiler.is_compiling() and dispatch.is_auto(backend):
         runs = tuning.fastest(tuning.problem(x, weight, activation, residual, scale))
     layout = None if runs == "reference" else weight.layout(runs)
-    return torch.ops.madtp.sparse24_linear(
+    y = torch.ops.madtp.sparse24_linear(
         x, weight.values, weight.indices, layout, bias, activation or "none", residual, scale, total, runs
     )
+    if kind is not None and layout is not None:
+        run = dispatch.implementation("sparse24_linear", runs, x.dtype, x.device)
+        weight.calls[kind] = runs, run, activation or "none"
+    return y
 
 
 @torch.compiler.assume_constant_result

@@ -54,9 +54,14 @@ struct Layout {
         channels(channels_),
         weight_bytes(size_of(weight_dtype)),
         units((features + kUnitRows - 1) / kUnitRows),
-        groups((units * kUnitRows + kGroupRows - 1) / kGroupRows),
+        groups(group_count(units)),
         blocks((channels + kBlock - 1) / kBlock) {}
 
+  // Small layers have two as well, so that two threads can share them.
+  static std::int64_t group_count(std::int64_t units) {
+    const std::int64_t fewest = (units * kUnitRows + kGroupRows - 1) / kGroupRows;
+    return fewest == 1 && units * kUnitRows > kGroupRows / 2 ? 2 : fewest;
+  }
   std::int64_t first_unit(std::int64_t group) const { return units * group / groups; }
   std::int64_t first_row(std::int64_t group) const { return first_unit(group) * kUnitRows; }
   std::int64_t unit_count(std::int64_t group) const { return first_unit(group + 1) - first_unit(group); }

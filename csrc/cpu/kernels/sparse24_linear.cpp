@@ -15,6 +15,7 @@ namespace madtp::cpu::MADTP_ISA {
 namespace {
 
 constexpr std::int64_t kSpanGroups = 3;      // of features that share a panel: sums of 768 rows stay in L2
+constexpr double kShare = 1 << 17;           // products worth a thread of their own: some microseconds
 constexpr std::int64_t kPanelColumns = 256;  // what a column number can name, so that none is out of bounds
 
 // Cuts `count` into `parts` even parts.
@@ -214,6 +215,8 @@ Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stri
   const Layout layout(a.features, a.channels, a.weight_dtype);
   std::int64_t rows = a.rows;
   if (a.total != nullptr && *a.total < rows) rows = *a.total > 0 ? *a.total : 0;
+  const double shares = 1 + double(rows) * double(a.features) * double(a.channels) / 2 / kShare;
+  if (threads > shares) threads = int(shares);
   const Plan plan(layout, rows, threads);
   const std::int64_t tasks = rows > 0 && a.features > 0 ? plan.tasks() : 0;
   if (threads > tasks) threads = tasks > 0 ? int(tasks) : 1;
@@ -224,23 +227,20 @@ Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stri
   const auto run = [&](auto element, auto weight) {
     using T = decltype(element);
     const Linear<T, decltype(weight)> linear(a, layout, rows, out, out_stride);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      const Workspace w = plan.workspace(static_cast<float*>(memory) + plan.floats() * thread_number());
-#pragma omp for schedule(dynamic) nowait
-      for (std::int64_t task = 0; task < tasks; ++task) {
-        const std::int64_t tile = task / plan.spans.parts, span = task % plan.spans.parts;
-        if (plan.by_rows) {
-          linear.run_rows(span, w);
-        } else {
-          linear.run_tile(plan.tiles.begin(tile), plan.tiles.begin(tile + 1), plan.spans.begin(span),
-                          plan.spans.begin(span + 1), w);
-        }
+    for_each_task(tasks, threads, [&](std::int64_t task, int thread) {
+      const Workspace w = plan.workspace(static_cast<float*>(memory) + plan.floats() * thread);
+      const std::int64_t tile = task / plan.spans.parts, span = task % plan.spans.parts;
+      if (plan.by_rows) {
+        linear.run_rows(span, w);
+      } else {
+        linear.run_tile(plan.tiles.begin(tile), plan.tiles.begin(tile + 1), plan.spans.begin(span),
+                        plan.spans.begin(span + 1), w);
       }
-#pragma omp for schedule(static)
-      for (std::int64_t row = rows; row < a.rows; ++row)
-        __builtin_memset(static_cast<T*>(out) + row * out_stride, 0, std::size_t(a.features) * sizeof(T));
-    }
+    });
+    for_each_task(a.rows - rows, threads, [&](std::int64_t row, int) {
+      __builtin_memset(static_cast<T*>(out) + (rows + row) * out_stride, 0,
+                       std::size_t(a.features) * sizeof(T));
+    });
   };
   with_type(a.dtype, [&](auto element) {
     if (a.weight_dtype == DType::float32) {

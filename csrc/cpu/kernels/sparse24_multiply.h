@@ -134,44 +134,62 @@ inline MultiplyTokens multiply_tokens_function(int vectors) {
 #if defined(__AVX512F__)
 constexpr int kRowTokens = 8;  // at most
 
+// Units at once: chains of additions enough to hide the latency of one.
+constexpr int units_at_once(int tokens) { return tokens <= 3 ? 2 : 1; }
+
+// U units that follow one another.
+template <typename W, int T, int U>
+inline __attribute__((always_inline)) void multiply_units(const Unit& unit, const float* x, float* sums,
+                                                          bool first) {
+  const std::int64_t next = unit.bytes(), ahead = unit.ahead() - unit.data;
+  const char* weights = static_cast<const char*>(unit.weights());
+  const std::uint8_t* columns = unit.columns();
+  Vec acc[U][T] = {};
+  for (int section = 0; section < 2; ++section) {
+    Vec low[T], high[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      low[t] = load(x + t * kBlock + section * kSection);
+      high[t] = load(x + t * kBlock + section * kSection + kWidth);
+    }
+    const int end = section == 1 ? unit.steps : unit.steps < kSection / 2 ? unit.steps : kSection / 2;
+    for (int s = section * (kSection / 2); s < end; ++s) {
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        const Vec w = load(reinterpret_cast<const W*>(weights + u * next));
+        const __m512i column = _mm512_maskz_cvtepu8_epi32(
+            0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns + u * next)));
+        __builtin_prefetch(weights + u * next + ahead, 0, 3);
+        __builtin_prefetch(columns + u * next + ahead, 0, 3);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t)
+          acc[u][t] = w * bit_cast<Vec>(_mm512_permutex2var_ps(bit_cast<__m512>(low[t]), column,
+                                                               bit_cast<__m512>(high[t]))) +
+                      acc[u][t];
+      }
+      weights += kUnitRows * sizeof(W);
+      columns += kUnitRows;
+    }
+  }
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) {
+    const std::uint8_t* const rows = unit.rows() + u * next;
+    for (int t = 0; t < T; ++t) {
+      float* const to = sums + t * kGroupRows;
+      for (int r = 0; r < kUnitRows; ++r) to[rows[r]] = first ? acc[u][t][r] : to[rows[r]] + acc[u][t][r];
+    }
+  }
+}
+
 // `count` units that follow one another.
 template <typename W, int T>
 __attribute__((noinline)) void multiply_rows(Unit unit, std::int64_t count,
                                              const float* x,  // (T, kBlock)
                                              float* sums,     // (T, kGroupRows)
                                              bool first) {
-  const std::int64_t ahead = unit.ahead() - unit.data;
-  for (; count > 0; --count, unit.data += unit.bytes()) {
-    const W* weights = static_cast<const W*>(unit.weights());
-    const std::uint8_t* columns = unit.columns();
-    Vec acc[T] = {};
-    for (int section = 0; section < 2; ++section) {
-      Vec low[T], high[T];
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        low[t] = load(x + t * kBlock + section * kSection);
-        high[t] = load(x + t * kBlock + section * kSection + kWidth);
-      }
-      const int end = section == 1 ? unit.steps : unit.steps < kSection / 2 ? unit.steps : kSection / 2;
-      for (int s = section * (kSection / 2); s < end; ++s, weights += kUnitRows, columns += kUnitRows) {
-        const Vec w = load(weights);
-        const __m512i column =
-            _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
-        __builtin_prefetch(reinterpret_cast<const char*>(weights) + ahead, 0, 2);
-        __builtin_prefetch(columns + ahead, 0, 2);
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t)
-          acc[t] = w * bit_cast<Vec>(_mm512_permutex2var_ps(bit_cast<__m512>(low[t]), column,
-                                                            bit_cast<__m512>(high[t]))) +
-                   acc[t];
-      }
-    }
-    const std::uint8_t* const rows = unit.rows();
-    for (int t = 0; t < T; ++t) {
-      float* const to = sums + t * kGroupRows;
-      for (int r = 0; r < kUnitRows; ++r) to[rows[r]] = first ? acc[t][r] : to[rows[r]] + acc[t][r];
-    }
-  }
+  constexpr int U = units_at_once(T);
+  for (; count >= U; count -= U, unit.data += U * unit.bytes()) multiply_units<W, T, U>(unit, x, sums, first);
+  for (; count > 0; --count, unit.data += unit.bytes()) multiply_units<W, T, 1>(unit, x, sums, first);
 }
 #else
 constexpr int kRowTokens = 0;  // no instruction looks up enough columns

@@ -161,10 +161,10 @@ Status sparse24_pack(const Sparse24Weight& weight, void* data, int threads) {
       static_cast<Workspace*>(std::malloc(sizeof(Workspace) * std::size_t(threads)));
   if (workspaces == nullptr) return Status::out_of_memory;
   with_type(weight.dtype, [&](auto element) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
-    for (std::int64_t task = 0; task < tasks; ++task)
+    for_each_task(tasks, threads, [&](std::int64_t task, int thread) {
       pack<decltype(element)>(weight, layout, data, task / layout.blocks, task % layout.blocks,
-                              workspaces[thread_number()]);
+                              workspaces[thread]);
+    });
   });
   std::free(workspaces);
   return Status::ok;

@@ -49,9 +49,10 @@ class Sparse24Linear(nn.Module):
 
     @property
     def sparse_weight(self) -> Sparse24Weight:
-        if self._weight.values is not self.values or self._weight.indices is not self.indices:  # moved, or cast
-            self._weight = Sparse24Weight(self.values, self.indices)
-        return self._weight
+        weight, buffers = self._weight, self._buffers
+        if weight.values is not buffers["values"] or weight.indices is not buffers["indices"]:  # moved, or cast
+            weight = self._weight = Sparse24Weight(self.values, self.indices)
+        return weight
 
     @property
     def weight(self) -> Tensor:
@@ -77,10 +78,14 @@ class Sparse24Linear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., C), residual (..., N) -> (..., N)"""
-        rows = None if residual is None else residual.flatten(0, -2)
-        self._last = (x.shape[:-1].numel(), residual is not None)
-        y = sparse24_linear(x.flatten(0, -2), self.sparse_weight, self.bias, activation=self.activation, residual=rows)
-        return y.unflatten(0, x.shape[:-1])
+        leading = x.shape[:-1]
+        last = (leading.numel(), residual is not None)
+        if torch.compiler.is_compiling() or last != self._last:  # a module sets slowly; a compiler guards what is read
+            self._last = last
+        if len(leading) != 1:
+            x, residual = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
+        y = sparse24_linear(x, self.sparse_weight, self.bias, activation=self.activation, residual=residual)
+        return y if len(leading) == 1 else y.view(*leading, y.shape[1])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"

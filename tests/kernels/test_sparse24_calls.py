@@ -1,0 +1,121 @@
+"""Which calls of `sparse24_linear` go straight to their backend: those that nothing but the caller sees."""
+
+import pytest
+import torch
+from sparse24_cases import dense24
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import madtp_kernels as mk
+from madtp_kernels import dispatch, sparse24_compress
+from madtp_kernels.ops import sparse24
+
+pytestmark = pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="no C++ extension")
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """The calls that went the long way: a list that grows by one with each."""
+    calls, check = [], sparse24._check
+    monkeypatch.setattr(sparse24, "_check", lambda *args: calls.append(args) or check(*args))
+    return calls
+
+
+@pytest.fixture
+def weight():
+    return sparse24_compress(dense24(24, 32))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
+def test_the_second_of_a_kind_is_direct_and_has_the_same_bits(backend, weight, checked):
+    rest = {"residual": torch.randn(6, 24), "scale": torch.randn(24), "activation": "gelu", "backend": backend}
+    calls = [{"backend": backend}, {"bias": torch.randn(24), "backend": backend}, rest]
+    x = torch.randn(6, 32)
+    first = [mk.sparse24_linear(x, weight, **call) for call in calls]
+    assert len(checked) == 3
+    for call, expected in zip(calls, first, strict=True):
+        assert torch.equal(mk.sparse24_linear(x, weight, **call), expected)
+        with torch.no_grad():
+            assert torch.equal(mk.sparse24_linear(x, weight, **call), expected)
+        wide = torch.randn(6, 40)
+        wide[:, 3:35] = x
+        assert torch.equal(mk.sparse24_linear(wide[:, 3:35], weight, **call), expected)
+    assert len(checked) == 3
+    mk.sparse24_linear(torch.randn(40, 32), weight, backend=backend)  # of another class of rows
+    mk.sparse24_linear(x.bfloat16(), weight, backend=backend)
+    mk.sparse24_linear(x, weight, activation="relu", backend=backend)
+    assert len(checked) == 6
+
+
+class Recorder(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_call_that_others_see_goes_the_long_way(weight, checked):
+    x = torch.randn(6, 32)
+    expected = mk.sparse24_linear(x, weight, backend="cpu")
+    run = lambda x: mk.sparse24_linear(x, weight, backend="cpu")  # noqa: E731
+    run(x)
+    assert len(checked) == 1
+    with FlopCounterMode(display=False) as counter:
+        run(x)
+    assert counter.get_total_flops() == 6 * 24 * 32 and len(checked) == 2
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run(x)
+    assert "madtp::sparse24_linear" in [event.name for event in profiler.events()] and len(checked) == 3
+    with Recorder() as recorder:
+        run(x)
+    assert any("madtp.sparse24_linear" in name for name in recorder.names) and len(checked) == 4
+    assert isinstance(run(x.as_subclass(Subclass)), Subclass) and len(checked) == 5
+    traced = torch.jit.trace(run, x, check_trace=False)
+    assert "madtp::sparse24_linear" in str(traced.graph) and len(checked) == 6
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_gradients_flow_through_a_known_kind(weight, checked):
+    x, bias = torch.randn(6, 32), torch.nn.Parameter(torch.randn(24))
+    with torch.no_grad():
+        for _ in range(2):
+            assert mk.sparse24_linear(x, weight, bias, backend="cpu").grad_fn is None
+    mk.sparse24_linear(x, weight, bias, backend="cpu").sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((24,), 6.0))
+    x.requires_grad_()
+    mk.sparse24_linear(x, weight, bias.detach(), backend="cpu").sum().backward()
+    torch.testing.assert_close(x.grad, weight.to_dense().sum(0).expand(6, 32))
+    with torch.inference_mode():
+        mk.sparse24_linear(x, weight, bias, backend="cpu")
+    assert len(checked) == 3 + 2  # the backward checks too
+
+
+def test_views_that_a_pointer_does_not_tell(weight):
+    for _ in range(2):
+        z = torch.randn(6, 32, dtype=torch.complex64)
+        x = z.conj().imag  # negative by a flag
+        assert x.is_neg()
+        got = mk.sparse24_linear(x, weight, backend="cpu")
+        assert torch.equal(got, mk.sparse24_linear(-z.imag, weight, backend="cpu"))
+
+
+def test_writes_and_variables_are_noticed(weight, monkeypatch):
+    x = torch.randn(6, 32)
+    for _ in range(2):
+        before = mk.sparse24_linear(x, weight, backend="cpu")
+    weight.values.mul_(2)
+    assert torch.equal(mk.sparse24_linear(x, weight, backend="cpu"), 2 * before)
+    monkeypatch.setenv("MADTP_TUNE", "off")
+    for _ in range(2):
+        mk.sparse24_linear(x, weight)
+    monkeypatch.setenv("MADTP_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="MADTP_BACKEND must be one of auto"):
+        mk.sparse24_linear(x, weight)
