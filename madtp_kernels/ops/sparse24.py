@@ -44,10 +44,10 @@ def sparse24_linear(
             torch.compile it is cpu. On a GPU it is cuda where that runs, else dense.
 
     Returns:
-        (T, N) dtype of x, accumulated in float32; cast once, on dense twice. On cpu and on cuda a row has the same bits
-        whatever the other rows are and however many; on dense the last bits may follow their number, and so they may
-        on auto, which chooses by it: backend="cpu" pins them. Differentiable in x, bias, residual and scale; the weight
-        gets no gradient.
+        (T, N) dtype of x, accumulated in float32; cast once, on dense twice. On cpu and, before compute capability 9.0,
+        on cuda a row has the same bits whatever the other rows are and however many; on cuda of 9.0 and on dense the
+        last bits may follow their number, and so they may on auto, which chooses by it: backend="cpu" pins them.
+        Differentiable in x, bias, residual and scale; the weight gets no gradient.
 
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
