@@ -134,7 +134,7 @@ def check_layout(i: PackInputs, result, provider: str) -> None:
 
 
 def packed_bytes(case, i: PackInputs) -> int:
-    layout = native.sparse24_layout_bytes(*i.weight.shape, i.weight.dtype)
+    layout = native.sparse24_layout_bytes(*i.weight.shape, i.weight.dtype, i.weight.device)
     return i.sparse.nbytes + layout
 
 

@@ -252,8 +252,15 @@ def why_not(words, family):
     return None if rule is None else rule(family)
 
 
-@pytest.mark.parametrize("words", PROPERTIES)
-@pytest.mark.parametrize("family", CASES)
+def _cases():
+    """Compiling takes seconds a family: all of them are slow tests but for two."""
+    for family in CASES:
+        for words in PROPERTIES:
+            quick = words != "torch.compile" or family in ("CLIPModel", "BlipForNLVR")
+            yield pytest.param(family, words, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "words"), _cases())
 def test_property(family, words, tmp_path):
     reason = why_not(words, family)
     if reason:
