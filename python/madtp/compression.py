@@ -26,7 +26,16 @@ from madtp.accounting import count_parameters, counted_macs, disk_bytes, evaluat
 from madtp.config import CompressionConfig
 from madtp.controller import branch_targets
 from madtp.files import require_writable, whole_directory
-from madtp.hwp import Pattern, pack, select_modules
+from madtp.hwp import (
+    Pattern,
+    Permutation,
+    collect_inputs,
+    mlp_pairs,
+    pack,
+    permute_mlps,
+    prune_one_shot,
+    select_modules,
+)
 from madtp.patching import from_pretrained, patch
 from madtp.progress import Progress
 from madtp.trainer import MadtpTrainer, last_checkpoint
@@ -107,6 +116,8 @@ def compress(
     targets = branch_targets(before, config.flops_reduction, tuple(handle.pruning))
     _require_reach(student, probe, planned, before.total.dense_macs, config)
 
+    permutations = _permuted(student, linears.selected, config)
+    norms = _norms(student, linears.selected, probe, config)
     trainer = MadtpTrainer(
         student,
         teacher,
@@ -114,6 +125,7 @@ def compress(
         targets=targets,
         probe=probe,
         sparse_modules=linears.selected,
+        norms=norms,
         args=args,
         train_dataset=train_data,
         data_collator=task.collate,
@@ -153,6 +165,7 @@ def compress(
         "packed_modules": sorted(packed),
         "dense_modules": linears.dense,
         "magnitude_kept": magnitude,
+        "permutations": {name: {"before": p.before, "after": p.after} for name, p in permutations.items()},
     }
     report = {**figures, "plan": plan, "config": config.to_dict(), "versions": versions()}
     return Result(compressed, report, output_dir / "model")
@@ -250,6 +263,34 @@ class _TokenCount:
             name: [sum(layer) / self.sequences[name] for layer in zip(*rows, strict=True)]
             for name, rows in self.tokens.items()
         }
+
+
+def _permuted(student: nn.Module, selected: list[str], config: CompressionConfig) -> dict[str, Permutation]:
+    """If asked to, reorders the hidden channels of the MLPs whose second Linear goes N:M; what they compute stays."""
+    if not config.hwp_permute:
+        return {}
+    return permute_mlps(student, config.pattern, [pair for pair in mlp_pairs(student) if pair[1] in selected])
+
+
+def _norms(
+    student: nn.Module, selected: list[str], probe: list[dict[str, Tensor]], config: CompressionConfig
+) -> dict[str, Tensor] | None:
+    """What `WeightPruner` scores by; None: magnitude. With "second_order" weights are pruned and corrected here."""
+    if config.hwp_score == "magnitude":
+        return None
+    handle, second_order = student.madtp_handle, config.hwp_score == "second_order"
+    weighted = config.hwp_score == "token_weighted"
+    before = handle.temperatures
+    if weighted:
+        handle.set_temperature(config.temperature)
+    with evaluating(student), collect_inputs(student, selected, gram=second_order, token_weighted=weighted) as inputs:
+        for batch in probe:
+            student(**batch)
+    handle.set_temperature(before)
+    if second_order:
+        prune_one_shot(student, config.pattern, selected, inputs, correct=True)
+        return None
+    return {name: statistics.norms for name, statistics in inputs.items()}
 
 
 def _require_params_reduction(model: nn.Module, selected: list[str], config: CompressionConfig) -> None:

@@ -34,6 +34,10 @@ class CompressionConfig:
     pattern: str = "2:4"
     sparse_include: tuple[str, ...] = ("*",)  # module names, shell-style; the model family adds its own exclusions
     sparse_exclude: tuple[str, ...] = ()
+    # What the masks keep: the largest |W|, |W| ||x||, the same with tokens by their importance, or, once and before the
+    # training, what reconstructs the outputs best (with hwp_schedule "one_shot").
+    hwp_score: Literal["magnitude", "activation", "token_weighted", "second_order"] = "magnitude"
+    hwp_permute: bool = False  # reorder the hidden channels of MLPs first, so that the masks take less
     hwp_schedule: Literal["gradual", "one_shot"] = "gradual"
     hwp_ramp: float = 0.5  # share of the training after which the gradual schedule has the final pattern
     hwp_refresh: int = 1  # optimiser steps between two choices of the masks
@@ -61,6 +65,11 @@ class CompressionConfig:
         self._number("hwp_ramp", lambda value: 0 <= value <= 1, "a number in [0, 1]")
         self._require("selection", self.selection in ("instance", "batch_max"), '"instance" or "batch_max"')
         self._require("hwp_schedule", self.hwp_schedule in ("gradual", "one_shot"), '"gradual" or "one_shot"')
+        scores = ("magnitude", "activation", "token_weighted", "second_order")
+        self._require("hwp_score", self.hwp_score in scores, f"one of {', '.join(scores)}")
+        self._require("hwp_permute", isinstance(self.hwp_permute, bool), "true or false")
+        once = self.hwp_score != "second_order" or self.hwp_schedule == "one_shot"
+        self._require("hwp_schedule", once, '"one_shot" with hwp_score "second_order"')
         low, high = self.temperature_min, self.temperature_max
         self._require("temperature", low <= self.temperature <= high, f"from temperature_min {low} to _max {high}")
         Pattern.parse(self.pattern)

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from madtp.config import CompressionConfig
 from madtp.dtp import Branch
 from madtp.files import write_whole
-from madtp.hwp.packing import Sparse24Linear, replace_linear, unpack
+from madtp.hwp.packing import Follower, Sparse24Linear, follower_of, replace_linear, unpack
 from madtp.mag import AlignmentGuide
 from madtp.models import FAMILIES, family_of
-from madtp.models.family import CompressedModel, Family, activations
+from madtp.models.family import CompressedModel, Family, followers
 from madtp.models.tower import FORWARDS, mix_in, mixed
 from madtp.packed import RaggedAttention
 
 STATE_FILE, WEIGHTS_FILE = "madtp.json", "model.safetensors"
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class Handle:
@@ -66,13 +66,14 @@ class Handle:
         }
 
     @property
-    def activations(self) -> Mapping[str, str]:
+    def followers(self) -> dict[str, Follower]:
         """Of `madtp.hwp.pack`: what follows which Linear."""
-        patterns = {}
+        found = {}
         for branch in self.family.towers:
             path = self.family.path(branch)
-            patterns |= activations(path, self.model.get_submodule(path).madtp_spec.encoder)
-        return patterns
+            tower = self.model.get_submodule(path)
+            found |= followers(path, tower, tower.madtp_spec.encoder)
+        return found
 
     @property
     def temperatures(self) -> dict[str, float]:
@@ -157,7 +158,7 @@ class Handle:
             "config": self.config.to_dict(),
             "temperatures": self.temperatures,
             "sparse24": {
-                name: module.activation
+                name: follower_of(self.model, name)._asdict()
                 for name, module in self.model.named_modules()
                 if isinstance(module, Sparse24Linear)
             },
@@ -208,7 +209,9 @@ def from_pretrained(directory: str | os.PathLike) -> nn.Module:
         raise ModelError(f"{directory} is not a compressed model ({error}); make one with: madtp demo") from error
     version = state.get("version") if isinstance(state, dict) else None
     if version != STATE_VERSION:
-        raise ModelError(f"{directory / STATE_FILE} must be of version {STATE_VERSION}, got {version}")
+        newer = isinstance(version, int) and version > STATE_VERSION
+        remedy = "install a newer madtp" if newer else "save the model again"
+        raise ModelError(f"{directory / STATE_FILE} must be of version {STATE_VERSION}, got {version}: {remedy}")
     family = next((family for family in FAMILIES if family.source.__name__ == kind), None)
     if family is None:
         raise ModelError(f"{directory} must hold one of {[f.source.__name__ for f in FAMILIES]}, got {kind}")
@@ -226,9 +229,8 @@ def _load(directory: Path, family: Family, state: dict) -> nn.Module:
         if _sha256(directory / WEIGHTS_FILE) != state["weights_sha256"]:
             raise ValueError(f"{WEIGHTS_FILE} is not as it was written: its checksum does not match {STATE_FILE}")
         weights = load_file(directory / WEIGHTS_FILE)
-        for name, activation in state["sparse24"].items():
-            empty = Sparse24Linear.empty(model.get_submodule(name), activation)
-            replace_linear(model, name, empty, handle.activations)
+        for name, follower in state["sparse24"].items():
+            replace_linear(model, name, None, Follower(**follower))
         missing, unexpected = model.load_state_dict(weights, strict=False)
         for name in state["sparse24"]:
             model.get_submodule(name).sparse_weight.check_indices(f"{name}.indices")

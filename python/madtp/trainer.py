@@ -35,6 +35,7 @@ class MadtpTrainer(Trainer):
         targets: counted MACs per sample of each pruned branch, such as `branch_targets` gives.
         probe: batches without shared images to observe MACs on, where the model is.
         sparse_modules: names of the Linear modules that go N:M.
+        norms: of their inputs, for masks by |W| ||x||; None keeps the largest |W|.
         args, **kwargs: of `transformers.Trainer`.
     """
 
@@ -47,6 +48,7 @@ class MadtpTrainer(Trainer):
         targets: dict[str, float],
         probe: list[dict[str, Tensor]],
         sparse_modules: list[str],
+        norms: dict[str, torch.Tensor] | None = None,
         args: TrainingArguments,
         **kwargs,
     ):
@@ -68,6 +70,7 @@ class MadtpTrainer(Trainer):
             refresh_interval=config.hwp_refresh,
             decay=config.hwp_decay,
             ramp=config.hwp_ramp,
+            norms=norms,
         )
         # Until the masks have their final pattern, MACs are counted as they will be then.
         self.planned_sparse = set(sparse_modules) if Pattern.parse(config.pattern).sparse24 else set()

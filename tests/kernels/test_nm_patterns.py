@@ -49,7 +49,7 @@ def test_the_rule_holds_for_masks(pattern):
 
 def test_explain_pattern():
     found = explain_pattern("2:8")
-    assert found.runs == (UNITS[0], UNITS[2]) and list(found.rejected) == [UNITS[1]]
+    assert found.runs == (UNITS[0], UNITS[2], UNITS[3]) and list(found.rejected) == [UNITS[1]]
     assert "2:8 runs as 2:4" in str(found)
     assert "4:8 runs dense, as it can put 4 non-zeros in an aligned group of 4" in str(explain_pattern("4:8"))
     assert not explain_pattern("4:8").runs and not explain_pattern(Pattern(1, 8)).rejected

@@ -87,6 +87,22 @@ def test_compress_reaches_the_target_and_reports_what_was_saved(tmp_path, data):
     assert all(time > 0 for time in time_per_sample({"x": result.model}, pairs(Task(), data, 8)[0]).values())
 
 
+@pytest.mark.parametrize("score", ["activation", "token_weighted", "second_order"])
+def test_weights_are_chosen_by_every_score_on_permuted_channels(tmp_path, data, score):
+    config = dataclasses.replace(CONFIG, hwp_score=score, hwp_permute=True, hwp_schedule="one_shot")
+    dense = tiny_blip()
+    result = madtp.compress(dense, Task(), data, data, config, output_dir=tmp_path, training=BRIEF)
+    plan = result.report["plan"]
+    assert plan["packed_modules"] == sorted(plan["sparse_modules"])
+    assert len(plan["permutations"]) == 4
+    assert all(kept["after"] >= kept["before"] > 0.5 for kept in plan["permutations"].values())
+
+
+def test_reconstructed_weights_are_chosen_once():
+    with pytest.raises(ValueError, match='hwp_schedule must be "one_shot" with hwp_score "second_order"'):
+        dataclasses.replace(CONFIG, hwp_score="second_order")
+
+
 BRIEF = {"max_steps": 2, "per_device_train_batch_size": 8, "disable_tqdm": True, "save_strategy": "no"}
 
 

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import Dinov2Config, Dinov2Model
 from transformers.activations import ACT2FN
 
 import madtp
 from madtp import hwp
-from madtp.hwp import Sparse24Linear
+from madtp.hwp import Follower, Sparse24Linear
 
 CONFIG = madtp.CompressionConfig(alignment_tokens=8, alignment_dim=24)
 
@@ -43,8 +44,10 @@ def masked(module):
 def test_packed_layers_compute_the_same_and_come_out_again(activation, folded):
     block, x = masked(Block(activation)), torch.randn(3, 5, 32)
     expected, state = block(x), copy.deepcopy(block.state_dict())
-    assert hwp.pack(block, activations={"fc1": "act"}) == {"fc1": folded, "fc2": None}
+    packed = hwp.pack(block, followers={"fc1": Follower("act")})
+    assert packed == {"fc1": Follower("act" if folded else None), "fc2": Follower()}
     assert isinstance(block.fc1, Sparse24Linear) and type(block.odd) is nn.Linear
+    assert block.fc1.activation == folded
     assert isinstance(block.act, nn.Identity) == (folded is not None)
     torch.testing.assert_close(block(x), expected)
     torch.testing.assert_close(block.fc2.weight, state["fc2.weight"], rtol=0, atol=0)
@@ -62,9 +65,62 @@ def test_only_what_is_named_is_packed_and_what_is_not_24_never():
 def test_gradients_reach_x_residual_and_bias():
     block, x = masked(Block()), torch.randn(4, 32, requires_grad=True)
     expected = torch.autograd.grad(block(x).sum(), [x, block.fc1.bias])
-    hwp.pack(block, activations={"fc1": "act"})
+    hwp.pack(block, followers={"fc1": Follower("act")})
     for got, want in zip(torch.autograd.grad(block(x).sum(), [x, block.fc1.bias]), expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_layerscale_is_folded_and_comes_out_again():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4}
+    model = Dinov2Model(Dinov2Config(**shape, layerscale_value=0.7)).eval()
+    model = masked(model)
+    x, state = torch.randn(2, 3, 16, 16), copy.deepcopy(model.state_dict())
+    expected = model(x).last_hidden_state
+    block = "encoder.layer.0"
+    packed = hwp.pack(
+        model,
+        followers={
+            f"{block}.attention.o_proj": Follower(None, f"{block}.layer_scale1"),
+            f"{block}.mlp.fc1": Follower(f"{block}.mlp.activation_fn"),
+            f"{block}.mlp.fc2": Follower(None, f"{block}.layer_scale2"),
+        },
+    )
+    assert packed[f"{block}.mlp.fc2"] == Follower(None, f"{block}.layer_scale2")
+    assert isinstance(model.encoder.layer[0].layer_scale1, nn.Identity)
+    torch.testing.assert_close(model(x).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+    model(x).last_hidden_state.sum().backward()
+    assert model.encoder.layer[0].mlp.fc2.scale.grad.abs().sum() > 0
+    with torch.no_grad():
+        model.encoder.layer[0].mlp.fc2.scale.mul_(2)
+    hwp.unpack(model)
+    assert model.state_dict().keys() == state.keys()
+    scale = f"{block}.layer_scale2.lambda1"
+    assert torch.equal(model.state_dict().pop(scale), 2 * state.pop(scale))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+
+
+def test_residuals_of_a_wider_type_are_added_after():
+    block, x = masked(Block()), torch.randn(4, 32)
+    hwp.pack(block)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block.fc2(block.fc1(x).bfloat16(), x)
+    assert y.dtype == torch.float32
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:8", "2:16", "4:8"])
+def test_every_pattern_that_is_24_is_packed(pattern):
+    block, x = Block(), torch.randn(4, 32)
+    hwp.prune_one_shot(block, pattern, ["fc1", "fc2"])
+    expected = block(x)
+    packed = hwp.pack(block)
+    reasons = hwp.explain_linears(block)
+    if pattern == "4:8":
+        assert packed == {} and reasons["fc1"] == "dense: has more than 2 non-zeros in an aligned 4"
+    else:
+        assert set(packed) == {"fc1", "fc2"} and reasons["fc1"].startswith("2:4, runs ")
+    assert reasons["odd"] == "dense: 12 x 32 must be multiples of 8 and 16"
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_copies_casts_and_loads():
@@ -91,7 +147,7 @@ def test_a_packed_model_is_smaller_on_disk_loads_and_unpacks(blip, batch, tmp_pa
     expected = blip(**batch).logits
     packed = hwp.pack(blip, names)
     assert sorted(packed) == sorted(names)
-    assert {name for name, activation in packed.items() if activation == "gelu"} == {
+    assert {name for name in packed if blip.get_submodule(name).activation == "gelu"} == {
         name for name in names if name.endswith(("fc1", "intermediate.dense"))
     }
     torch.testing.assert_close(blip(**batch).logits, expected, rtol=1e-4, atol=1e-5)

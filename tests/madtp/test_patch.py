@@ -161,10 +161,10 @@ def test_refuses(blip, tmp_path):
     weights.write_bytes(whole)
     state = json.loads((tmp_path / "madtp.json").read_text())
     (tmp_path / "madtp.json").write_text(json.dumps(state | {"version": 99}))
-    with pytest.raises(madtp.ModelError, match="must be of version 2, got 99"):
+    with pytest.raises(madtp.ModelError, match="must be of version 3, got 99: install a newer madtp"):
         madtp.from_pretrained(tmp_path)
     (tmp_path / "madtp.json").write_text("[]")
-    with pytest.raises(madtp.ModelError, match="must be of version 2, got None"):
+    with pytest.raises(madtp.ModelError, match="must be of version 3, got None"):
         madtp.from_pretrained(tmp_path)
     (tmp_path / "madtp.json").write_text(json.dumps(state | {"config": None}))
     with pytest.raises(madtp.ModelError, match="cannot be read"):

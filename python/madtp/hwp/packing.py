@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import activations
 
-from madtp.hwp.modules import matches
 from madtp_kernels import Sparse24Weight, explain, sparse24_compress, sparse24_linear
 from madtp_kernels.nm_patterns import is_pattern
 
@@ -22,30 +22,34 @@ ACTIVATIONS = {
 
 
 class Sparse24Linear(nn.Module):
-    """A Linear with a 2:4 weight, and what follows it, in one kernel: residual + activation(x W^T + bias).
+    """A Linear with a 2:4 weight, and what follows it, in one kernel: residual + scale * activation(x W^T + bias).
 
     `values` (N, C/2) and `indices` (N, C/8) are buffers, in the canonical form of `Sparse24Weight`: saved, loaded and
-    moved as any other. Gradients pass through to x, residual and bias; the weight has none.
+    moved as any other. Gradients pass through to x, residual, bias and scale; the weight has none.
 
     Args:
         weight: (N, C).
         bias: (N,), or None.
         activation: of `sparse24_linear`.
+        scale: (N,), or None: LayerScale.
     """
 
-    def __init__(self, weight: Sparse24Weight, bias: nn.Parameter | None = None, activation: str | None = None):
+    def __init__(
+        self,
+        weight: Sparse24Weight,
+        bias: nn.Parameter | None = None,
+        activation: str | None = None,
+        scale: nn.Parameter | None = None,
+    ):
         super().__init__()
         self.register_buffer("values", weight.values)
         self.register_buffer("indices", weight.indices)
         self.register_parameter("bias", bias)
+        self.register_parameter("scale", scale)
         self.activation = activation
+        self.folded: list[tuple[str, nn.Module]] = []  # where in the model, and what, is a part of this now
         self._weight = weight
         self._last = (1, False)  # rows of the last call, and whether it had a residual
-
-    @classmethod
-    def empty(cls, linear: nn.Linear, activation: str | None = None) -> Sparse24Linear:
-        """One of the shape of `linear`, to load a state into; all weights are zero."""
-        return cls(sparse24_compress(torch.zeros_like(linear.weight)), linear.bias, activation)
 
     @property
     def sparse_weight(self) -> Sparse24Weight:
@@ -73,8 +77,8 @@ class Sparse24Linear(nn.Module):
         (rows, with_residual), weight = self._last, self.sparse_weight
         x = self.values.new_empty(rows, self.in_features)
         residual = self.values.new_empty(rows, self.out_features) if with_residual else None
-        choice = explain("sparse24_linear", x, weight, self.bias, activation=self.activation, residual=residual)
-        return choice.backend not in ("reference", "dense")
+        options = {"activation": self.activation, "residual": residual, "scale": self.scale}
+        return explain("sparse24_linear", x, weight, self.bias, **options).backend not in ("reference", "dense")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., C), residual (..., N) -> (..., N)"""
@@ -82,9 +86,13 @@ class Sparse24Linear(nn.Module):
         last = (leading.numel(), residual is not None)
         if torch.compiler.is_compiling() or last != self._last:  # a module sets slowly; a compiler guards what is read
             self._last = last
+        if residual is not None and residual.dtype != x.dtype:  # under autocast: the sum has the wider type
+            return self(x) + residual
         if len(leading) != 1:
             x, residual = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
-        y = sparse24_linear(x, self.sparse_weight, self.bias, activation=self.activation, residual=residual)
+        y = sparse24_linear(
+            x, self.sparse_weight, self.bias, activation=self.activation, residual=residual, scale=self.scale
+        )
         return y if len(leading) == 1 else y.view(*leading, y.shape[1])
 
     def extra_repr(self) -> str:
@@ -96,68 +104,122 @@ def residual_linear(module: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     return module(x, residual) if isinstance(module, Sparse24Linear) else module(x) + residual
 
 
+class Follower(NamedTuple):
+    """What a Linear can take over, by module name: the activation on what it returns, and the LayerScale."""
+
+    activation: str | None = None
+    scale: str | None = None
+
+
 def pack(
-    model: nn.Module, names: Iterable[str] | None = None, *, activations: Mapping[str, str] | None = None
-) -> dict[str, str | None]:
+    model: nn.Module, names: Iterable[str] | None = None, *, followers: Mapping[str, Follower] | None = None
+) -> dict[str, Follower]:
     """Puts a `Sparse24Linear` in the place of every Linear whose weight is 2:4 and fits the kernels.
 
-    Weights are final from here on; `unpack` brings them back as plain Linears.
+    Weights are final from here on; `unpack` brings them back as plain Linears. Any pattern with at most 2 non-zeros in
+    every aligned 4 columns is 2:4: 1:4, 2:8, 1:8 and 2:16 too.
 
     Args:
-        names: of the Linears to pack; None takes all that can be. Those that cannot stay as they are.
-        activations: pattern of module names -> the attribute of their parent that is applied to what they return; it
-            is folded into the kernel where it is known. None takes what the model's family says.
+        names: of the Linears to pack; None takes all that can be. Those that cannot stay as they are: `explain_linears`
+            says why.
+        followers: name of a Linear -> what follows it, which is folded into the kernel where it is known. None takes
+            what is known of a patched model.
 
     Returns:
-        name -> the activation folded into it, or None, of every layer packed now.
+        name -> what was folded into it, of every layer packed now.
     """
-    if activations is None:
-        activations = getattr(getattr(model, "madtp_handle", None), "activations", {})
+    if followers is None:
+        followers = getattr(getattr(model, "madtp_handle", None), "followers", {})
     chosen = None if names is None else set(names)
     packed = {}
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and (chosen is None or name in chosen) and _fits(module):
-            packed[name] = _activation(model, name, activations)
-            layer = Sparse24Linear(sparse24_compress(module.weight), module.bias, packed[name])
-            replace_linear(model, name, layer, activations)
+        if type(module) is not nn.Linear or (chosen is not None and name not in chosen):
+            continue
+        if (weight := _compressed(module)) is not None:
+            packed[name] = _known(model, followers.get(name, Follower()))
+            replace_linear(model, name, weight, packed[name])
     return packed
 
 
-def replace_linear(model: nn.Module, name: str, module: nn.Module, activations: Mapping[str, str]) -> None:
-    """Puts a packed module at `name`, and an Identity in the place of the activation it has taken over."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if module.activation is not None:
-        attribute = _attribute(name, activations)
-        module.folded = (attribute, getattr(parent, attribute))  # a tuple: no submodule, `unpack` puts it back
-        setattr(parent, attribute, nn.Identity())
-    setattr(parent, name.rpartition(".")[2], module)
+def explain_linears(model: nn.Module) -> dict[str, str]:
+    """For every Linear of the model, by name: whether it is packed 2:4, could be, or why it cannot."""
+    report = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Sparse24Linear):
+            report[name] = "2:4, runs sparse" if module.executes_sparse else "2:4, runs dense: faster, or all there is"
+        elif isinstance(module, nn.Linear):
+            report[name] = _misfit(module.weight) or "dense, but 2:4: pack makes it run sparse"
+    return report
+
+
+def replace_linear(model: nn.Module, name: str, weight: Sparse24Weight | None, follower: Follower) -> Sparse24Linear:
+    """Puts a packed module at `name`, and an Identity in the place of what it takes over; returns it.
+
+    weight: None is zeros, to load a state into.
+    """
+    linear = model.get_submodule(name)
+    weight = sparse24_compress(torch.zeros_like(linear.weight)) if weight is None else weight
+    activation = None if follower.activation is None else ACTIVATIONS[type(model.get_submodule(follower.activation))]
+    scale = None if follower.scale is None else next(model.get_submodule(follower.scale).parameters())
+    packed = Sparse24Linear(weight, linear.bias, activation, scale).train(linear.training)
+    for path in filter(None, follower):
+        packed.folded.append((path, model.get_submodule(path)))
+        _put(model, path, nn.Identity())
+    _put(model, name, packed)
+    return packed
 
 
 def unpack(model: nn.Module) -> None:
-    """Puts plain Linears, and the activations folded into them, back where `pack` took them from."""
+    """Puts plain Linears, and what was folded into them, back where `pack` took them from."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, Sparse24Linear):
             continue
         with torch.device("meta"):
             plain = nn.Linear(module.in_features, module.out_features, bias=False)
         plain.weight, plain.bias = nn.Parameter(module.weight), module.bias
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], plain.train(module.training))
-        if module.activation is not None:
-            setattr(parent, *module.folded)
+        _put(model, name, plain.train(module.training))
+        for path, folded in module.folded:
+            if module.scale is not None and list(folded.parameters()):
+                (parameter,) = [n for n, _ in folded.named_parameters()]
+                setattr(folded, parameter, module.scale)  # which may have been moved, or trained, since
+            _put(model, path, folded)
 
 
-def _fits(module: nn.Linear) -> bool:
+def follower_of(model: nn.Module, name: str) -> Follower:
+    """What a packed layer has taken over."""
+    layer = model.get_submodule(name)
+    paths = [path for path, _ in layer.folded]
+    activation = paths.pop(0) if layer.activation is not None else None
+    return Follower(activation, paths.pop() if layer.scale is not None else None)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def _misfit(weight: Tensor) -> str | None:
+    rows, columns = weight.shape
+    if rows % 8 or columns % 16:
+        return f"dense: {rows} x {columns} must be multiples of 8 and 16"
+    return None if is_pattern(weight, "2:4") else "dense: has more than 2 non-zeros in an aligned 4"
+
+
+def _compressed(module: nn.Linear) -> Sparse24Weight | None:
     rows, columns = module.weight.shape
-    return rows % 8 == 0 and columns % 16 == 0 and is_pattern(module.weight, "2:4")
-
-
-def _attribute(name: str, activations: Mapping[str, str]) -> str | None:
-    return next((attribute for pattern, attribute in activations.items() if matches(name, (pattern,))), None)
-
-
-def _activation(model: nn.Module, name: str, activations: Mapping[str, str]) -> str | None:
-    attribute = _attribute(name, activations)
-    if attribute is None:
+    if rows % 8 or columns % 16:
         return None
-    return ACTIVATIONS.get(type(getattr(model.get_submodule(name.rpartition(".")[0]), attribute)))
+    try:
+        return sparse24_compress(module.weight)
+    except ValueError:  # not 2:4
+        return None
+
+
+def _known(model: nn.Module, follower: Follower) -> Follower:
+    """The part of it that the kernel can take over."""
+    activation, scale = follower
+    if activation is not None and type(model.get_submodule(activation)) not in ACTIVATIONS:
+        activation, scale = None, None  # a scale comes after the activation
+    if scale is not None and isinstance(model.get_submodule(scale), nn.Identity):
+        scale = None
+    return Follower(activation, scale)

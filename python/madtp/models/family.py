@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from madtp.hwp.packing import Follower
 from madtp.models.encoder import Encoder
 from madtp.models.tower import Tower
 from madtp.models.towers import TOWERS, tower_of
@@ -61,14 +62,19 @@ class Family:
         return {branch: (self.path(branch) or "*",) for branch in self.towers} | dict(self.others)
 
 
-def activations(path: str, encoder: Encoder) -> dict[str, str]:
-    """Pattern of the name of every Linear that an activation follows -> the attribute of its parent that applies it."""
-    if len(encoder.mlp) == 1:
-        return {}
-    parent, _, _ = encoder.mlp[0].rpartition(".")
-    attribute = encoder.mlp[1].removeprefix(f"{parent}.")
-    name = ".".join(part for part in (path, encoder.blocks, "*", encoder.mlp[0]) if part)
-    return {name: attribute}
+def followers(path: str, tower: nn.Module, encoder: Encoder) -> dict[str, Follower]:
+    """Name of every Linear of a tower's blocks that an activation or a LayerScale follows -> the names of those."""
+    found = {}
+    for i in range(len(attrgetter(encoder.blocks)(tower))):
+        block = ".".join(part for part in (path, encoder.blocks, str(i)) if part)
+        if len(encoder.mlp) == 3:
+            first, activation, last = (f"{block}.{name}" for name in encoder.mlp)
+            found[first] = Follower(activation)
+            if encoder.scale2 is not None:
+                found[last] = Follower(None, f"{block}.{encoder.scale2}")
+        if encoder.scale1 is not None:
+            found[f"{block}.{encoder.out}"] = Follower(None, f"{block}.{encoder.scale1}")
+    return found
 
 
 class CompressedModel:
