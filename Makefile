@@ -31,7 +31,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-asan coverage-cuda test-package bench gpu lint format build clean
+.PHONY: demo test test-asan test-slow coverage-cuda test-package bench gpu lint format build clean
 
 demo: build
 	$(MADTP) demo
@@ -52,6 +52,9 @@ coverage-cuda: $(READY)
 	cmake --build build/coverage --target simt_tests
 	ctest --test-dir build/coverage --output-on-failure -R '^simt'
 	$(PY) csrc/tests/simt/coverage.py build/coverage
+
+test-slow: build
+	$(PY) -m pytest tests -m "slow and not gpu"
 
 test-package: build
 	$(PY) -m pytest tests/build -m slow
