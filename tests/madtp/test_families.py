@@ -9,9 +9,12 @@ import torch
 from families import CASES, CONFIG, randomised
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import madtp
 from madtp import hwp
+from madtp.models import Encoder, Family, Tower
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -273,3 +276,71 @@ def table():
     rows = [["model", *PROPERTIES], ["---"] * (1 + len(PROPERTIES))]
     rows += [[family, *(why_not(words, family) or "yes" for words in PROPERTIES)] for family in CASES]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def test_the_docs_have_the_table_of_what_ran():
+    assert table() in DOCS.read_text(), "docs/models.md must hold test_families.table()"
+
+
+class Mixer(torch.nn.Module):
+    """An encoder that nothing is known of: as plain as a user's own may be."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.after = torch.nn.LayerNorm(32), torch.nn.LayerNorm(32)
+            self.qkv, self.proj = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+            self.up, self.act, self.down = torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 32)
+
+        def forward(self, x):
+            q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + self.proj(out.transpose(1, 2).flatten(2))
+            return x + self.down(self.act(self.up(self.after(x))))
+
+    def __init__(self):
+        super().__init__()
+        self.config = PretrainedConfig(hidden_size=32, num_attention_heads=2)
+        self.embed = torch.nn.Embedding(40, 32)
+        self.blocks = torch.nn.ModuleList(self.Block() for _ in range(2))
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x[:, 0])
+
+
+def test_an_encoder_of_ones_own_needs_a_description():
+    encoder = Encoder(
+        blocks="blocks", qkv=("qkv",), out="proj", norm1="before", norm2="after", mlp=("up", "act", "down")
+    )
+    tower = Tower(encoder, "input_ids", pool=lambda tower, packed: packed.summary(), embeddings="embed")
+    model, ids = randomised(Mixer()), torch.randint(40, (3, 9), generator=torch.Generator().manual_seed(0))
+    expected = model(ids)
+    with pytest.raises(TypeError, match="model must be one of .*, or come with a family=, got Mixer"):
+        madtp.patch(model, CONFIG)
+    with pytest.raises(TypeError, match="model must be one of .*, or described by a Tower, got Mixer"):
+        madtp.patch(model, CONFIG, family=Family({"text": ""}))
+    handle = madtp.patch(model, CONFIG, family=Family({"text": ("", tower)}))
+    for name in ("last_hidden_state", "pooler_output"):
+        torch.testing.assert_close(model(ids)[name], expected[name], **CLOSE)
+    handle.set_temperature(2.0)
+    model(ids)
+    assert handle.tokens_per_layer["text"][-1] < 9
+    handle.remove()
+    assert type(model) is Mixer
+
+
+def test_towers_refuse_what_they_cannot_read():
+    model = patched("ViTModel")
+    with pytest.raises(ValueError, match=r"pixel_values must be a tensor of shape \(B, 3, H, W\), got \(3, 16, 16\)"):
+        model(torch.zeros(3, 16, 16))
+    with pytest.raises(ValueError, match="output_attentions must be unset: a patched ViTModel has no such thing"):
+        model(torch.zeros(1, 3, 16, 16), output_attentions=True)
+    text = patched("SiglipTextModel")
+    with pytest.raises(ValueError, match="attention_mask must have real tokens last"):
+        text(torch.ones(1, 9, dtype=torch.long), attention_mask=torch.tensor([[1] * 8 + [0]]))
+    nlvr, inputs = patched("BlipForNLVR"), CASES["BlipForNLVR"].inputs()
+    with pytest.raises(ValueError, match=r"pixel_values must be of shape \(4, 2, 3, H, W\), got \(4, 3, 16, 16\)"):
+        nlvr(inputs["pixel_values"][:, 0], inputs["input_ids"])
