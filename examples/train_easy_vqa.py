@@ -125,7 +125,7 @@ def main() -> None:
     tokenizer.save_pretrained(options.output)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     BlipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(options.output)
-    accuracy = VqaTask(tokenizer).accuracy(model, test)
+    accuracy = VqaTask(tokenizer).evaluate(model, test)["accuracy"]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"test accuracy {accuracy:.4f} on {len(test)} questions, {parameters} parameters, {minutes:.1f} min")
 

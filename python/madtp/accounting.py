@@ -75,7 +75,7 @@ def profile(
         used without calling the module counts as dense in the module that uses it.
     """
     if samples is None:
-        samples = _leading_size(inputs)
+        samples = leading_size(inputs)
     if branches is None:
         branches = getattr(getattr(model, "madtp_handle", None), "branches", BRANCHES)
     kept = _forward_macs(model, inputs)
@@ -113,7 +113,7 @@ def profile(
 
 def profile_batches(model: nn.Module, batches: Sequence[Mapping[str, Any]], **options) -> Profile:
     """`profile` of all the samples of several batches, which run one at a time."""
-    sizes = [_leading_size(batch) for batch in batches]
+    sizes = [leading_size(batch) for batch in batches]
     profiles = [profile(model, batch, **options) for batch in batches]
 
     def mean(accounts: Sequence[Account]) -> Account:
@@ -135,7 +135,7 @@ def counted_macs(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], *, planned_sparse: Collection[str] = ()
 ) -> dict[str, float]:
     """The counted MACs per sample of each branch of a patched model, as `profile` has them, from one forward pass."""
-    branches, samples = model.madtp_handle.branches, sum(_leading_size(batch) for batch in batches)
+    branches, samples = model.madtp_handle.branches, sum(leading_size(batch) for batch in batches)
     kept = sum((_forward_macs(model, batch) for batch in batches), Counter())
     sparse = _sparse_shares(model, kept, planned_sparse)
     macs = Counter(dict.fromkeys((*branches, OTHER), 0.0))
@@ -276,7 +276,8 @@ def _sparsity(module: nn.Module, planned: bool) -> tuple[float, float]:
     return (0.5 if planned or (not weight.is_meta and is_pattern(weight, "2:4")) else 1.0), 1.0
 
 
-def _leading_size(inputs) -> int:
+def leading_size(inputs) -> int:
+    """Of the first tensor: how many samples there are."""
     values = inputs.values() if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else inputs
     for value in values:
         if isinstance(value, Tensor) and value.ndim:

@@ -69,8 +69,9 @@ def evaluate(directory: Directory, limit: Limit = None) -> None:
     model, task = _load(directory)
     data = EasyVqa("test", task.tokenizer, limit=limit)
     progress = Progress(_stderr())
-    accuracy = task.accuracy(model, data, progress=lambda batches: progress(batches, "evaluating"))
-    print(f"accuracy {100 * accuracy:.2f} % on {len(data):,} questions")
+    metrics = task.evaluate(model, data, progress=lambda batches: progress(batches, "evaluating"))
+    for name, value in metrics.items():
+        print(f"{name} {100 * value:.2f} % on {len(data):,} samples")
 
 
 @app.command()

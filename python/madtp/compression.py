@@ -22,7 +22,14 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 import madtp_kernels
-from madtp.accounting import count_parameters, counted_macs, disk_bytes, evaluating, profile_batches
+from madtp.accounting import (
+    count_parameters,
+    counted_macs,
+    disk_bytes,
+    evaluating,
+    leading_size,
+    profile_batches,
+)
 from madtp.config import CompressionConfig
 from madtp.controller import branch_targets
 from madtp.files import require_writable, whole_directory
@@ -38,6 +45,7 @@ from madtp.hwp import (
 )
 from madtp.patching import from_pretrained, patch
 from madtp.progress import Progress
+from madtp.tasks.task import Task
 from madtp.trainer import MadtpTrainer, last_checkpoint
 
 PROBE_SAMPLES = 64  # of the calibration data, on which MACs are observed while training
@@ -59,7 +67,7 @@ class Result:
 
 def compress(
     model: nn.Module,
-    task,
+    task: Task,
     train_data: Dataset,
     eval_data: Dataset,
     config: CompressionConfig,
@@ -76,8 +84,7 @@ def compress(
 
     Args:
         model: a supported Hugging Face model, not patched; it is left as it is.
-        task: `collate(items) -> batch`, `accuracy(model, data, progress=...)`, `save_processor(path)`; see
-            `madtp.tasks.vqa.VqaTask`.
+        task: such as `madtp.tasks.vqa.VqaTask`.
         train_data, eval_data: datasets whose items `task.collate` batches.
         config: targets and knobs.
         output_dir: checkpoints go to output_dir/checkpoints, the model to output_dir/model, which keeps what it holds
@@ -90,7 +97,7 @@ def compress(
 
     Returns:
         `Result`; its report compares dense and compressed, both measured here, the latter from the saved files:
-        {"dense": figures, "compressed": figures, "plan": what was aimed at and chosen, "config": `config.to_dict()`,
+        {"metric": `task.metric`, "dense": figures, "compressed": figures, "plan": what was aimed at and chosen, "config": `config.to_dict()`,
         "versions": by package}, where figures are those of `measure` and ms_per_sample.
 
     Raises:
@@ -121,6 +128,7 @@ def compress(
     trainer = MadtpTrainer(
         student,
         teacher,
+        task,
         config,
         targets=targets,
         probe=probe,
@@ -167,13 +175,13 @@ def compress(
         "magnitude_kept": magnitude,
         "permutations": {name: {"before": p.before, "after": p.after} for name, p in permutations.items()},
     }
-    report = {**figures, "plan": plan, "config": config.to_dict(), "versions": versions()}
+    report = {"metric": task.metric, **figures, "plan": plan, "config": config.to_dict(), "versions": versions()}
     return Result(compressed, report, output_dir / "model")
 
 
 def measure(
-    model: nn.Module, task, data: Dataset, *, path: Path | None = None, progress=iter
-) -> dict[str, float | dict[str, list[float]]]:
+    model: nn.Module, task: Task, data: Dataset, *, path: Path | None = None, progress=iter
+) -> dict[str, float | dict]:
     """The figures of one model on all of `data`, but for the time, which only a comparison gives.
 
     GMACs are per sample, averaged over `ACCOUNT_SAMPLES` spread over the data; for a plain Hugging Face model they are
@@ -184,7 +192,7 @@ def measure(
         progress: wraps the batches of the evaluation, for a bar.
     """
     watch = _TokenCount(model)
-    accuracy = task.accuracy(model, data, progress=lambda batches: watch(progress(batches)))
+    metrics = task.evaluate(model, data, progress=lambda batches: watch(progress(batches)))
     counted = model
     if not hasattr(model, "madtp_handle"):
         counted = copy.deepcopy(model)
@@ -193,7 +201,7 @@ def measure(
     params, nonzero_params = count_parameters(model)
     return {
         "samples": len(data),
-        "accuracy": accuracy,
+        "metrics": metrics,
         "dense_gmacs": total.dense_macs / 1e9,
         "counted_gmacs": total.counted_macs / 1e9,
         "executed_gmacs": total.executed_macs / 1e9,
@@ -206,7 +214,7 @@ def measure(
 
 def time_per_sample(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> dict[str, float]:
     """Milliseconds per sample of a forward pass: medians of rounds in which the models take turns."""
-    samples = len(batch["labels"])
+    samples = leading_size(batch)
     seconds = defaultdict(list)
     with ExitStack() as stack:
         for model in models.values():
@@ -221,7 +229,7 @@ def time_per_sample(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor]
     return {name: 1e3 * statistics.median(values) / samples for name, values in seconds.items()}
 
 
-def pairs(task, data: Dataset, count: int, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:
+def pairs(task: Task, data: Dataset, count: int, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:
     """Batches of `count` items spread over the data (all, if fewer), every sample with its own copy of its image."""
     chosen = [int(i * max(1.0, len(data) / count)) for i in range(min(count, len(data)))]
     batches = []

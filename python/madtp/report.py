@@ -20,10 +20,16 @@ def rows(report: dict) -> list[list[tuple[str, str, str, str]]]:
         before, after = dense[key], compressed[key]
         return name, text(before), text(after), _change(before, after)
 
-    points = 100 * (compressed["accuracy"] - dense["accuracy"])
-    accuracy = (_percent(dense["accuracy"]), _percent(compressed["accuracy"]), f"{points:+.2f} points")
     sections = [
-        [(f"accuracy, {compressed['samples']:,} samples", *accuracy)],
+        [
+            (
+                f"{name}, {compressed['samples']:,} samples",
+                _percent(before),
+                _percent(compressed["metrics"][name]),
+                f"{100 * (compressed['metrics'][name] - before):+.2f} points",
+            )
+            for name, before in dense["metrics"].items()
+        ],
         [row(f"GMACs, {kind}", f"{kind}_gmacs", "{:.4g}".format) for kind in ("dense", "counted", "executed")],
         [
             row("parameters", "params", "{:,}".format),

@@ -16,6 +16,7 @@ from madtp.controller import TemperatureController, find_root
 from madtp.distill import JointLoss
 from madtp.files import write_whole
 from madtp.hwp import Pattern, WeightPruner
+from madtp.tasks.task import Task
 
 CONTROLLER_FILE = "madtp_controller.json"
 
@@ -28,9 +29,9 @@ class MadtpTrainer(Trainer):
     MACs of `probe` are observed and the temperatures moved.
 
     Args:
-        model: patched (see `madtp.patch`); its forward takes a batch and returns loss and logits (B, L, V), position i
-            of which predicts labels[:, i + 1].
+        model: patched (see `madtp.patch`); its forward takes the task's batches.
         teacher: the dense model, patched at temperature 0 so that it reports its summary tokens. It is frozen.
+        task: its loss, and which logits are distilled.
         config: loss weights, mask schedule, controller.
         targets: counted MACs per sample of each pruned branch, such as `branch_targets` gives.
         probe: batches without shared images to observe MACs on, where the model is.
@@ -43,6 +44,7 @@ class MadtpTrainer(Trainer):
         self,
         model: nn.Module,
         teacher: nn.Module,
+        task: Task,
         config: CompressionConfig,
         *,
         targets: dict[str, float],
@@ -55,7 +57,7 @@ class MadtpTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         # The model takes **kwargs, but its loss is a mean whatever they say: accumulated steps are to be averaged.
         self.model_accepts_loss_kwargs = False
-        self.config, self.handle = config, model.madtp_handle
+        self.task, self.config, self.handle = task, config, model.madtp_handle
         self.teacher = teacher.to(args.device).eval().requires_grad_(False)
         self.probe = probe
         self.joint_loss = JointLoss(
@@ -90,16 +92,14 @@ class MadtpTrainer(Trainer):
         output = model(**inputs)
         with torch.no_grad():
             taught = self.teacher(**inputs)
-        aligned = self.handle.aligned
-        if aligned["vision"] is not None and inputs.get("image_index") is not None:
-            aligned["vision"] = aligned["vision"][inputs["image_index"]]
         summaries = self.handle.summaries, self.teacher.madtp_handle.summaries
+        logits, mask = self.task.logits(output, inputs)
         loss, parts = self.joint_loss(
-            output.loss,
-            aligned=None if aligned["vision"] is None else (aligned["vision"], aligned["text"]),
+            self.task.loss(output, inputs),
+            aligned=self._aligned(inputs.get("image_index")),
             summaries={branch: (summaries[0][branch], summaries[1][branch]) for branch in summaries[0]},
-            logits=(output.logits, taught.logits),
-            mask=self._predicting(inputs["labels"]),
+            logits=(logits, self.task.logits(taught, inputs)[0]),
+            mask=mask,
         )
         for name, part in parts.items():
             self._parts.setdefault(name, []).append(part)
@@ -140,11 +140,13 @@ class MadtpTrainer(Trainer):
         self.handle.set_temperature(self.controller.shifted(shift))
         return missed
 
-    def _predicting(self, labels: Tensor) -> Tensor:
-        """(B, L) bool: decoder positions whose next label counts."""
-        pad = self.model.config.text_config.pad_token_id
-        following = (labels[:, 1:] != pad) & (labels[:, 1:] >= 0)
-        return nn.functional.pad(following, (0, 1), value=False)
+    def _aligned(self, image_index: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The aligned features of vision and text, a row of each per sample; None where they are not collected."""
+        aligned = self.handle.aligned
+        if not {"vision", "text"} <= aligned.keys() or aligned["vision"] is None:
+            return None
+        vision = aligned["vision"] if image_index is None else aligned["vision"][image_index]
+        return vision, aligned["text"]
 
     def _total_steps(self) -> int:
         if self.args.max_steps > 0:

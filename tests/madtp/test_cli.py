@@ -60,7 +60,7 @@ def test_demo_from_start_to_finish(madtp, refused, drawn, short, tmp_path):
     code, out, err = madtp("demo", "--steps", 4, "--output", run)
     assert code == 0 and "accuracy, 144 samples" in out and "Traceback" not in err
     report = json.loads((run / "report.json").read_text())
-    assert set(report) == {"dense", "compressed", "plan", "config", "versions"}
+    assert set(report) == {"metric", "dense", "compressed", "plan", "config", "versions"}
     assert report["config"]["flops_reduction"] == 0.6
     assert f"`madtp demo --steps 4 --output {run}`" in (run / "report.md").read_text()
     assert "(tokens.png)" in (run / "report.md").read_text()
@@ -68,7 +68,7 @@ def test_demo_from_start_to_finish(madtp, refused, drawn, short, tmp_path):
         picture.verify()
 
     code, out, _ = madtp("evaluate", run / "model")
-    assert code == 0 and out == f"accuracy {100 * report['compressed']['accuracy']:.2f} % on 144 questions\n"
+    assert code == 0 and out == f"accuracy {100 * report['compressed']['metrics']['accuracy']:.2f} % on 144 samples\n"
     code, out, _ = madtp("profile", run / "model")
     assert code == 0 and all(branch in out for branch in ("vision", "text", "decoder", "total"))
     assert f"{report['compressed']['counted_gmacs']:.4g}" in out
@@ -84,7 +84,7 @@ def test_demo_from_start_to_finish(madtp, refused, drawn, short, tmp_path):
 
 def test_dense_model(madtp, refused, drawn):
     code, out, _ = madtp("evaluate", DENSE_EASY_VQA, "--limit", 30)
-    assert code == 0 and "on 30 questions" in out
+    assert code == 0 and "on 30 samples" in out
     code, out, _ = madtp("profile", DENSE_EASY_VQA, "--limit", 8)
     assert code == 0 and "1,854,496" in out
     assert "is not a compressed model" in refused("visualize", DENSE_EASY_VQA)

@@ -42,17 +42,25 @@ class Questions(Dataset):
 
 
 class Task:
+    metric = "accuracy"
+
     @staticmethod
     def collate(items):
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
-    def accuracy(self, model, data, batch_size=16, progress=iter):
+    def loss(self, output, batch):
+        return output.loss
+
+    def logits(self, output, batch):
+        return output.logits, None
+
+    def evaluate(self, model, data, *, batch_size=16, progress=iter):
         right = 0
         with torch.no_grad():
             for batch in progress(torch.utils.data.DataLoader(data, batch_size, collate_fn=self.collate)):
                 model(**batch)
                 right += len(batch["labels"])
-        return right / len(data)
+        return {"accuracy": right / len(data)}
 
     def save_processor(self, directory):
         (directory / "processor.txt").write_text("words")
@@ -196,6 +204,7 @@ def make_trainer(tmp_path, data, steps, **training):
     return MadtpTrainer(
         student,
         teacher,
+        Task(),
         CONFIG,
         targets=targets,
         probe=[probe],

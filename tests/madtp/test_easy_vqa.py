@@ -87,7 +87,7 @@ def test_dense_forward_is_the_model(test_split, dense):
 def test_dense_accuracy(test_split, dense):
     model, tokenizer = dense
     assert sum(path.stat().st_size for path in DENSE_EASY_VQA.iterdir()) <= 8_000_000
-    assert VqaTask(tokenizer).accuracy(model, test_split) >= 0.97
+    assert VqaTask(tokenizer).evaluate(model, test_split)["accuracy"] >= 0.97
 
 
 def test_answer_of_several_tokens_is_refused(dense):

@@ -11,7 +11,7 @@ from madtp import report
 
 DENSE = {
     "samples": 9673,
-    "accuracy": 0.9876,
+    "metrics": {"accuracy": 0.9876},
     "dense_gmacs": 0.0814,
     "counted_gmacs": 0.0814,
     "executed_gmacs": 0.0814,
@@ -22,7 +22,7 @@ DENSE = {
     "tokens_per_layer": {"vision": [65.0, 65.0], "text": [9.0]},
 }
 COMPRESSED = DENSE | {
-    "accuracy": 0.9801,
+    "metrics": {"accuracy": 0.9801},
     "counted_gmacs": 0.0407,
     "nonzero_params": 927_184,
     "ms_per_sample": 1.5,

@@ -94,6 +94,7 @@ class VqaTask:
     (Li et al. 2022, appendix on VQA).
     """
 
+    metric = "accuracy"
     collate = staticmethod(collate)
 
     def __init__(self, tokenizer, answers: Iterable[str] = ANSWERS):
@@ -105,6 +106,16 @@ class VqaTask:
         """Write the tokenizer beside a saved model."""
         self.tokenizer.save_pretrained(directory)
 
+    def loss(self, output, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The decoder's, as the model computed it."""
+        return output.loss
+
+    def logits(self, output, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decoder's logits (Q, D, V), and (Q, D) the positions whose next label counts."""
+        following = batch["labels"][:, 1:]
+        counts = (following != self.tokenizer.pad_token_id) & (following >= 0)
+        return output.logits, nn.functional.pad(counts, (0, 1), value=False)
+
     def answer_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Decoder logits at the start token (Q, V) -> logits of the candidates (Q, A), in the order of `answers`."""
         return logits.index_select(-1, self.answer_ids.to(logits.device))
@@ -115,10 +126,10 @@ class VqaTask:
         logits, _ = forward(model, batch)
         return self.answer_scores(logits[:, 0]).argmax(-1)
 
-    def accuracy(
-        self, model: nn.Module, data: Dataset, batch_size: int = 256, progress: Callable[[Iterable], Iterable] = iter
-    ) -> float:
-        """Fraction of the questions of `data` answered right, with the model in eval mode.
+    def evaluate(
+        self, model: nn.Module, data: Dataset, *, batch_size: int = 256, progress: Callable[[Iterable], Iterable] = iter
+    ) -> dict[str, float]:
+        """{"accuracy": fraction of the questions of `data` answered right}, with the model in eval mode.
 
         batch_size counts questions; the images they share are encoded once. progress wraps the batches, for a bar.
         """
@@ -130,4 +141,4 @@ class VqaTask:
                 batch = {name: value.to(device) for name, value in batch.items()}
                 best = answer_ids[self.predict(model, batch)]
                 correct += int((best == batch["labels"][:, 1]).sum())
-        return correct / max(1, len(data))
+        return {"accuracy": correct / max(1, len(data))}
