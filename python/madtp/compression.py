@@ -97,8 +97,8 @@ def compress(
 
     Returns:
         `Result`; its report compares dense and compressed, both measured here, the latter from the saved files:
-        {"metric": `task.metric`, "dense": figures, "compressed": figures, "plan": what was aimed at and chosen, "config": `config.to_dict()`,
-        "versions": by package}, where figures are those of `measure` and ms_per_sample.
+        {"metric": `task.metric`, "dense": figures, "compressed": figures, "plan": what was aimed at and chosen,
+        "config": `config.to_dict()`, "versions": by package}, where figures are those of `measure` and ms_per_sample.
 
     Raises:
         ValueError: a target cannot be reached, output_dir cannot be written to, or the checkpoint is of another config.
