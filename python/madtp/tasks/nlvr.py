@@ -1,0 +1,58 @@
+"""Statements about two images, true or false (NLVR2, Suhr et al., ACL 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from madtp.accounting import evaluating
+
+
+class NlvrTask:
+    """With `madtp.models.BlipForNLVR`. Items are dicts: pixel_values (2, 3, H, W), input_ids, attention_mask (L,), labels
+    (), 1 when the statement is true.
+
+    Args:
+        tokenizer, image_processor: of Hugging Face, written beside a saved model; the latter may be absent.
+    """
+
+    metric = "accuracy"
+
+    def __init__(self, tokenizer, image_processor=None):
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+
+    def save_processor(self, directory: Path | str) -> None:
+        """Writes the tokenizer, and the image processor if there is one, beside a saved model."""
+        self.tokenizer.save_pretrained(directory)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(directory)
+
+    def collate(self, items: list[dict]) -> dict[str, Tensor]:
+        """pixel_values (B, 2, 3, H, W), input_ids, attention_mask (B, L), labels (B,)."""
+        return default_collate(items)
+
+    def loss(self, output, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy, as the model computed it."""
+        return output.loss
+
+    def logits(self, output, batch: dict[str, Tensor]) -> tuple[Tensor, None]:
+        """(B, 2), of false and true."""
+        return output.logits, None
+
+    def evaluate(
+        self, model: nn.Module, data: Dataset, *, batch_size: int = 64, progress: Callable[[Iterable], Iterable] = iter
+    ) -> dict[str, float]:
+        """{"accuracy": fraction of the statements judged right}, with the model in eval mode.
+
+        progress wraps the batches, for a bar.
+        """
+        device = next(model.parameters()).device
+        correct = 0
+        with evaluating(model):
+            for batch in progress(DataLoader(data, batch_size=batch_size, collate_fn=self.collate)):
+                batch = {name: value.to(device) for name, value in batch.items()}
+                correct += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
+        return {"accuracy": correct / max(1, len(data))}
