@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,16 +12,17 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from madtp.accounting import evaluating
 
 from . import DataError
+from .processors import Processed
 
 
-class CaptioningTask:
+class CaptioningTask(Processed):
     """With `BlipForConditionalGeneration`. Items are dicts: pixel_values (3, H, W), input_ids, attention_mask, labels
     (L,), the last with -100 where nothing is to be said, references, a tuple of strings.
 
     A model is judged by BLEU-4, which is in [0, 1]; CIDEr, in [0, 10], is reported beside it.
 
     Args:
-        tokenizer, image_processor: of Hugging Face, written beside a saved model; the latter may be absent.
+        tokenizer, image_processor: of Hugging Face, saved beside a model; the latter may be None.
         beams: of the search; 1 is greedy.
         max_new_tokens: longest caption.
     """
@@ -30,14 +30,8 @@ class CaptioningTask:
     metric = "bleu4"
 
     def __init__(self, tokenizer, image_processor=None, *, beams: int = 1, max_new_tokens: int = 30):
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+        super().__init__(tokenizer, image_processor)
         self.beams, self.max_new_tokens = beams, max_new_tokens
-
-    def save_processor(self, directory: Path | str) -> None:
-        """Writes the tokenizer, and the image processor if there is one, beside a saved model."""
-        self.tokenizer.save_pretrained(directory)
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(directory)
 
     def collate(self, items: list[dict]) -> dict[str, Tensor]:
         """pixel_values (B, 3, H, W), input_ids, attention_mask, labels (B, L)."""
@@ -86,8 +80,6 @@ def caption_scores(said: Sequence[str], references: Sequence[Sequence[str]]) -> 
         DataError: pycocoevalcap is not installed.
     """
     bleu, cider = _scorers()
-    if not said:
-        return {"bleu4": 0.0, "cider": 0.0, "caption_accuracy": 0.0}
     found = {i: [_words(caption)] for i, caption in enumerate(said)}
     wanted = {i: [_words(caption) for caption in captions] for i, captions in enumerate(references)}
     exact = sum(found[i][0] in wanted[i] for i in found)

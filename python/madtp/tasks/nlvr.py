@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from madtp.accounting import evaluating
 
+from .processors import Processed
 
-class NlvrTask:
-    """With `madtp.models.BlipForNLVR`. Items are dicts: pixel_values (2, 3, H, W), input_ids, attention_mask (L,), labels
-    (), 1 when the statement is true.
+
+class NlvrTask(Processed):
+    """With `madtp.models.BlipForNLVR`.
+
+    Items are dicts: pixel_values (2, 3, H, W), input_ids and attention_mask (L,), labels (), 1 for true.
 
     Args:
-        tokenizer, image_processor: of Hugging Face, written beside a saved model; the latter may be absent.
+        tokenizer, image_processor: of Hugging Face, saved beside a model; the latter may be None.
     """
 
     metric = "accuracy"
-
-    def __init__(self, tokenizer, image_processor=None):
-        self.tokenizer, self.image_processor = tokenizer, image_processor
-
-    def save_processor(self, directory: Path | str) -> None:
-        """Writes the tokenizer, and the image processor if there is one, beside a saved model."""
-        self.tokenizer.save_pretrained(directory)
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(directory)
 
     def collate(self, items: list[dict]) -> dict[str, Tensor]:
         """pixel_values (B, 2, 3, H, W), input_ids, attention_mask (B, L), labels (B,)."""

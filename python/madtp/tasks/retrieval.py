@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,30 +11,23 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from madtp.accounting import evaluating
 
+from .processors import Processed
+
 RANKS = (1, 5, 10)
 CHUNK = 1024  # queries whose similarities are held at a time
 
 
-class RetrievalTask:
+class RetrievalTask(Processed):
     """Images find their texts and texts their images, with CLIPModel, SiglipModel or VisionTextDualEncoderModel.
 
     Items are dicts: pixel_values (3, H, W), input_ids and attention_mask (L,), concept and image, numbers. An image and
     a text belong together when their concepts are equal; items of one image are encoded once in an evaluation batch.
 
     Args:
-        tokenizer, image_processor: of Hugging Face, written beside a saved model; the latter may be absent.
+        tokenizer, image_processor: of Hugging Face, saved beside a model; the latter may be None.
     """
 
     metric = "recall@1"
-
-    def __init__(self, tokenizer, image_processor=None):
-        self.tokenizer, self.image_processor = tokenizer, image_processor
-
-    def save_processor(self, directory: Path | str) -> None:
-        """Writes the tokenizer, and the image processor if there is one, beside a saved model."""
-        self.tokenizer.save_pretrained(directory)
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(directory)
 
     def collate(self, items: list[dict]) -> dict[str, Tensor]:
         """The first item of every concept; another one would be taken for a negative of it.
@@ -84,8 +76,6 @@ class RetrievalTask:
                 inputs = {name: value.to(device) for name, value in inputs.items()}
                 texts.append(model.get_text_features(**inputs).pooler_output)  # (Q, D)
                 concepts += [item["concept"] for item in items]
-        if not texts:
-            return dict.fromkeys(_names(), 0.0)
         return recalls(
             torch.stack([feature for feature, _ in images.values()]),
             torch.cat(texts),
@@ -125,7 +115,3 @@ def _recall(queries: Tensor, candidates: Tensor, wanted: Tensor, found: Tensor) 
         right = found[best] == wanted[start : start + CHUNK, None]
         hits += torch.stack([right[:, :k].any(dim=-1).sum() for k in RANKS]).cpu()
     return (hits / len(queries)).tolist()
-
-
-def _names() -> list[str]:
-    return ["recall@1", *(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in RANKS)]

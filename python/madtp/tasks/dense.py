@@ -1,0 +1,98 @@
+"""Dense models of the emoji tasks, as they are before training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import BlipConfig, BlipForConditionalGeneration
+
+from madtp.accounting import evaluating
+from madtp.models import BlipForNLVR, pretrained
+
+from .retrieval import RetrievalTask
+
+WIDTH, HEADS, PATCH, VISION_LAYERS, TEXT_LAYERS = 128, 4, 8, 4, 2
+INIT_STD = 0.06  # the 0.02 of BERT is for a width of 768
+
+
+def small_blip(tokenizer, image_size: int = 64) -> BlipConfig:
+    """Of about 1 M parameters: 4 vision and 2 text layers, 128 wide, patches of 8 pixels."""
+    shape = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "initializer_range": INIT_STD}
+    text = shape | {
+        "num_hidden_layers": TEXT_LAYERS,
+        "intermediate_size": 2 * WIDTH,
+        "encoder_hidden_size": WIDTH,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "label_smoothing": 0.0,
+    }
+    vision = shape | {
+        "num_hidden_layers": VISION_LAYERS,
+        "intermediate_size": 3 * WIDTH,
+        "image_size": image_size,
+        "patch_size": PATCH,
+    }
+    return BlipConfig(
+        text_config=text,
+        vision_config=vision,
+        projection_dim=WIDTH,
+        image_text_hidden_size=WIDTH,
+        initializer_range=INIT_STD,
+    )
+
+
+def nlvr_model(tokenizer, image_size: int = 64, vision=None) -> BlipForNLVR:
+    """A small BlipForNLVR; `vision`, a model of the same size, lends it the weights of its vision encoder."""
+    model = BlipForNLVR(small_blip(tokenizer, image_size))
+    if vision is not None:
+        model.vision_model.load_state_dict(vision.vision_model.state_dict())
+    return model
+
+
+def captioning_model(tokenizer, image_size: int = 64) -> BlipForConditionalGeneration:
+    """A small BlipForConditionalGeneration."""
+    return BlipForConditionalGeneration(small_blip(tokenizer, image_size))
+
+
+def retrieval_model(data: Dataset, *, ridge: float = 1.0, batch_size: int = 64, progress=iter):
+    """The dual encoder of `madtp.models.pretrained`, with projections fitted in closed form.
+
+    Text features are whitened, and a ridge regression takes the image features there; the towers stay as they are.
+
+    Args:
+        data: items of `EmojiRetrieval`, from which the projections are fitted.
+        ridge: the penalty, in units of the mean square of the features.
+        progress: wraps the batches, for a bar.
+    """
+    model, tokenizer = pretrained.dual_encoder()
+    task, images, texts = RetrievalTask(tokenizer), [], []
+    with evaluating(model):
+        for items in progress(DataLoader(data, batch_size=batch_size, collate_fn=list)):
+            batch = task.collate(items)
+            images.append(model.vision_model(batch.pop("pixel_values")).pooler_output)
+            texts.append(model.text_model(**batch).pooler_output)
+    towards_images, towards_texts = fit_projections(torch.cat(images), torch.cat(texts), ridge)
+    with torch.no_grad():
+        model.visual_projection.weight.copy_(towards_images)
+        model.text_projection.weight.copy_(towards_texts)
+    return model
+
+
+def fit_projections(images: Tensor, texts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Weights of two bias-free Linears, (T, I) and (T, T), for features of pairs, images (N, I) and texts (N, T)."""
+    images, texts = images.double(), texts.double()
+
+    def moments(features: Tensor) -> Tensor:
+        square = features.T @ features / len(features)
+        return square + ridge * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+
+    values, vectors = torch.linalg.eigh(moments(texts))
+    whiten = vectors @ torch.diag(values.rsqrt()) @ vectors.T  # (T, T), symmetric
+    regression = torch.linalg.solve(moments(images), images.T @ (texts @ whiten) / len(images))  # (I, T)
+    return regression.T.float(), whiten.float()
