@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import BlipConfig, BlipForQuestionAnswering
 
-from madtp.tasks import easy_vqa
+from madtp.tasks import easy_vqa, emoji_icons
 
 
 def tiny_blip(seed: int = 0) -> BlipForQuestionAnswering:
@@ -63,3 +63,32 @@ def drawn(monkeypatch):
         return images, questions[:limit]
 
     monkeypatch.setattr(easy_vqa, "_read", read)
+
+
+SUBGROUPS = ("animal-bird", "animal-mammal", "food-fruit", "food-vegetable", "tool", "heart")
+
+
+@pytest.fixture
+def few_emoji(monkeypatch, tmp_path):
+    """Emoji of 120 made-up things, 20 of a kind, that every vendor draws as a disc: no data set, no SVG renderer."""
+
+    def read(cache):
+        records, drawings = [], {vendor: {} for vendor in emoji_icons.ICONS}
+        for i in range(120):
+            subgroup = SUBGROUPS[i % len(SUBGROUPS)]
+            name = f"{subgroup.split('-')[-1]}{i}"
+            records.append({"hexcode": f"{i:04X}-FE0F", "label": name, "tags": [name, "small", "round", "odd"]})
+            records[-1]["subgroup"] = subgroup
+            for shade, codes in enumerate(drawings.values()):
+                codes[f"{i:04x}"] = f"{40 * (i % len(SUBGROUPS))} {40 * shade}"
+        return records, drawings
+
+    def render(svg, side):
+        red, green = map(int, svg.split())
+        along = torch.linspace(-1, 1, side)
+        inside = along[:, None] ** 2 + along[None, :] ** 2 < 1
+        return torch.stack([torch.full((side, side), value) for value in (red, green, 250)] + [255 * inside], -1).byte()
+
+    monkeypatch.setattr(emoji_icons, "_read", read)
+    monkeypatch.setattr(emoji_icons, "render", render)
+    return emoji_icons.Emoji(tmp_path / "cache")
