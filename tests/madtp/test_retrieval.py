@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from families import CASES, CLIP, CLIP_TEXT, VOCABULARY, randomised
-from transformers import CLIPConfig, CLIPModel
+import transformers as hf
+from families import BERT, CASES, CLIP, CLIP_TEXT, IMAGE, VOCABULARY, randomised
 
 import madtp
+from madtp.models import pretrained
+from madtp.tasks.dense import fit_projections, retrieval_model
 from madtp.tasks.emoji import EmojiRetrieval, build_tokenizer
 from madtp.tasks.retrieval import RANKS, RetrievalTask, recalls
 from madtp.tasks.words import word_tokenizer
@@ -15,7 +17,7 @@ DUAL = ["CLIPModel", "SiglipModel", "VisionTextDualEncoderModel (DINOv2, BERT)"]
 
 def build(name):
     if name == "CLIPModel":  # its text ends where the tokenizer here ends it
-        return randomised(CLIPModel(CLIPConfig(**CLIP | {"text_config": CLIP_TEXT | {"eos_token_id": 3}})))
+        return randomised(hf.CLIPModel(hf.CLIPConfig(**CLIP | {"text_config": CLIP_TEXT | {"eos_token_id": 3}})))
     return CASES[name].build()
 
 
@@ -118,6 +120,31 @@ def test_an_image_with_several_texts_is_one_candidate(task, data):
     )
     figures = task.evaluate(model, shared, batch_size=4)
     assert seen == [2, 1] and figures["image_to_text_recall@10"] == 1.0 and figures["text_to_image_recall@5"] == 1.0
+
+
+def test_projections_find_what_features_share():
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(400, 6, generator=generator)
+    images, texts = (
+        shared @ torch.randn(6, 12, generator=generator) + 0.1 * torch.randn(400, 12, generator=generator)
+        for _ in range(2)
+    )
+    of_images, of_texts = fit_projections(images[:300], texts[:300], ridge=0.01)
+    pair = torch.arange(100)
+    assert recalls(images[300:], texts[300:], pair, pair)["recall@1"] < 0.1
+    assert recalls(images[300:] @ of_images.T, texts[300:] @ of_texts.T, pair, pair)["recall@1"] > 0.9
+
+
+def test_the_dual_encoder_starts_with_fitted_projections(task, data, monkeypatch):
+    torch.manual_seed(0)
+    vision, words = hf.Dinov2Model(hf.Dinov2Config(**IMAGE)), hf.BertModel(hf.BertConfig(**BERT))
+    config = hf.VisionTextDualEncoderConfig.from_vision_text_configs(vision.config, words.config, projection_dim=32)
+    model = randomised(hf.VisionTextDualEncoderModel(config, vision_model=vision, text_model=words))
+    monkeypatch.setattr(pretrained, "dual_encoder", lambda: (model, None))
+    before = task.evaluate(model, data)["recall@1"]
+    towers = [parameter.clone() for parameter in (*vision.parameters(), *words.parameters())]
+    assert task.evaluate(retrieval_model(data, ridge=0.01), data)["recall@1"] > before + 0.2
+    assert all(map(torch.equal, towers, (*vision.parameters(), *words.parameters())))
 
 
 def test_other_models_are_refused(task, data):

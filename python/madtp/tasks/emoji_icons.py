@@ -142,18 +142,19 @@ class Emoji:
                 return icons
         except (OSError, ValueError):  # not there, or cut short
             pass
-        icons = np.stack(
-            [np.stack([render(codes[c.code], side) for codes in self.drawings.values()]) for c in self.concepts]
-        )
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as partial, partial.open("wb") as file:
-                np.save(file, icons)
+            with whole_file(path) as partial:
+                icons = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+                for of_concept, concept in zip(icons, self.concepts, strict=True):
+                    for icon, codes in zip(of_concept, self.drawings.values(), strict=True):
+                        icon[:] = render(codes[concept.code], side)
+                icons.flush()
         except OSError as error:
             raise DataError(
                 f"data cache must be a writable directory, got {self.cache} ({error.strerror}): set MADTP_CACHE"
             ) from error
-        return icons
+        return np.load(path, mmap_mode="r")
 
     def _digest(self) -> str:
         """Of all that is drawn, so that a file of other icons is not taken for it."""
