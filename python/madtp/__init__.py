@@ -2,6 +2,7 @@
 
 from madtp import attention_interface as attention_interface  # registers "madtp" with transformers
 from madtp.accounting import profile
+from madtp.budget import Plan, allocate
 from madtp.compression import Result, compress, measure
 from madtp.config import CompressionConfig
 from madtp.patching import ModelError, from_pretrained, patch
@@ -11,7 +12,9 @@ __all__ = [
     "CompressionConfig",
     "MadtpTrainer",
     "ModelError",
+    "Plan",
     "Result",
+    "allocate",
     "compress",
     "from_pretrained",
     "measure",

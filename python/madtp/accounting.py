@@ -140,7 +140,7 @@ def counted_macs(
     sparse = _sparse_shares(model, kept, planned_sparse)
     macs = Counter(dict.fromkeys((*branches, OTHER), 0.0))
     for stack, amount in kept.items():
-        macs[_branch(stack, branches)] += amount * sparse[stack[-1]][0] / samples
+        macs[branch_of(stack, branches)] += amount * sparse[stack[-1]][0] / samples
     return dict(macs)
 
 
@@ -226,14 +226,14 @@ def _forward_macs(model: nn.Module, inputs) -> Counter:
     return macs
 
 
-def _branch(stack: tuple[str, ...], branches: Mapping[str, Sequence[str]]) -> str:
+def branch_of(stack: Sequence[str], branches: Mapping[str, Sequence[str]]) -> str:
     """The branch of the innermost running module that belongs to one."""
     return next((b for name in reversed(stack) for b, patterns in branches.items() if matches(name, patterns)), OTHER)
 
 
 def _scopes(stack: tuple[str, ...], branches: Mapping[str, Sequence[str]]) -> set[tuple[str, ...]]:
     """Everything an amount in the innermost module of the stack counts for."""
-    branch = _branch(stack, branches)
+    branch = branch_of(stack, branches)
     names = {".".join(parts[:i]) for parts in (name.split(".") for name in stack) for i in range(1, len(parts) + 1)}
     return {("total",), ("branch", branch), *(("module", name) for name in names)}
 

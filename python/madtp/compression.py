@@ -13,6 +13,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -48,6 +49,9 @@ from madtp.progress import Progress
 from madtp.tasks.task import Task
 from madtp.trainer import MadtpTrainer, last_checkpoint
 
+if TYPE_CHECKING:
+    from madtp.budget import Plan
+
 PROBE_SAMPLES = 64  # of the calibration data, on which MACs are observed while training
 SETTLE_SAMPLES = 2048  # of the calibration data, on which the temperatures settle
 ACCOUNT_SAMPLES = 1024  # of the evaluation data, for the reported MACs
@@ -74,6 +78,7 @@ def compress(
     *,
     output_dir: str | Path,
     calibration_data: Dataset | None = None,
+    plan: Plan | None = None,
     training: Mapping | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -90,6 +95,8 @@ def compress(
         output_dir: checkpoints go to output_dir/checkpoints, the model to output_dir/model, which keeps what it holds
             until the new model is whole.
         calibration_data: samples as the model will meet them, on which MACs are observed; None takes train_data.
+        plan: of `madtp.allocate`, perhaps edited; its target and choices take the place of those of the config. None
+            gives all branches one share of their MACs, and all Linears that can the pattern.
         training: `transformers.TrainingArguments` fields, over the defaults here.
         resume: go on from the last checkpoint in output_dir, or start when there is none; otherwise the checkpoints
             there are removed.
@@ -116,15 +123,23 @@ def compress(
 
     exclude = (*config.sparse_exclude, *handle.family.dense_modules, "madtp_guide")
     linears = select_modules(student, config.pattern, include=config.sparse_include, exclude=exclude)
-    planned = linears.selected if Pattern.parse(config.pattern).sparse24 else []
-    _require_params_reduction(student, linears.selected, config)
+    chosen, reduction = linears.selected, config.flops_reduction
+    if plan is not None:
+        plan.require_fit(handle.pruning, linears.selected)
+        chosen, reduction = list(plan.sparse_modules), plan.flops_reduction
+    planned = chosen if Pattern.parse(config.pattern).sparse24 else []
+    if plan is None:
+        _require_params_reduction(student, chosen, config)
     probe = pairs(task, calibration_data, PROBE_SAMPLES, args.device)
     before = profile_batches(student, probe, planned_sparse=planned)
-    targets = branch_targets(before, config.flops_reduction, tuple(handle.pruning))
-    _require_reach(student, probe, planned, before.total.dense_macs, config)
+    if plan is None:
+        targets = branch_targets(before, reduction, tuple(handle.pruning))
+    else:
+        targets = {b: share * before.branches[b].counted_macs for b, share in plan.tokens.items() if share < 1}
+    _require_reach(student, probe, planned, before.total.dense_macs, reduction, targets, config)
 
-    permutations = _permuted(student, linears.selected, config)
-    norms = _norms(student, linears.selected, probe, config)
+    permutations = _permuted(student, chosen, config)
+    norms = _norms(student, chosen, probe, config)
     trainer = MadtpTrainer(
         student,
         teacher,
@@ -132,7 +147,7 @@ def compress(
         config,
         targets=targets,
         probe=probe,
-        sparse_modules=linears.selected,
+        sparse_modules=chosen,
         norms=norms,
         args=args,
         train_dataset=train_data,
@@ -149,8 +164,8 @@ def compress(
     with bars.status("settling the temperatures"):
         trainer.probe = pairs(task, calibration_data, SETTLE_SAMPLES, args.device)
         dense_macs = profile_batches(student, trainer.probe).total.dense_macs
-        miss = trainer.settle((1 - config.flops_reduction) * dense_macs)
-    packed = pack(student, linears.selected)
+        miss = trainer.settle((1 - reduction) * dense_macs)
+    packed = pack(student, chosen)
     with whole_directory(output_dir / "model") as directory:
         student.save_pretrained(directory)
         task.save_processor(directory)
@@ -165,17 +180,18 @@ def compress(
         times = time_per_sample({"dense": model, "compressed": compressed}, batch)
     for name, milliseconds in times.items():
         figures[name]["ms_per_sample"] = milliseconds
-    plan = {
+    aims = {
+        "allocation": None if plan is None else plan.to_dict(),
         "targets_gmacs": {branch: macs / 1e9 for branch, macs in targets.items()},
         "temperatures": handle.temperatures,
         "calibration_miss": miss,
-        "sparse_modules": linears.selected,
+        "sparse_modules": chosen,
         "packed_modules": sorted(packed),
         "dense_modules": linears.dense,
         "magnitude_kept": magnitude,
         "permutations": {name: {"before": p.before, "after": p.after} for name, p in permutations.items()},
     }
-    report = {"metric": task.metric, **figures, "plan": plan, "config": config.to_dict(), "versions": versions()}
+    report = {"metric": task.metric, **figures, "plan": aims, "config": config.to_dict(), "versions": versions()}
     return Result(compressed, report, output_dir / "model")
 
 
@@ -315,16 +331,22 @@ def _require_params_reduction(model: nn.Module, selected: list[str], config: Com
 
 
 def _require_reach(
-    student: nn.Module, probe: list[dict[str, Tensor]], planned: list[str], dense_macs: float, config: CompressionConfig
+    student: nn.Module,
+    probe: list[dict[str, Tensor]],
+    planned: list[str],
+    dense_macs: float,
+    reduction: float,
+    branches: Iterable[str],
+    config: CompressionConfig,
 ) -> None:
     """Refuses a target far from what the highest temperature reaches: training moves this bound, but not by much."""
-    student.madtp_handle.set_temperature(config.temperature_max)
+    student.madtp_handle.set_temperature(dict.fromkeys(branches, config.temperature_max))
     least = sum(counted_macs(student, probe, planned_sparse=planned).values()) / dense_macs
     student.madtp_handle.set_temperature(0)
-    if least > REACH_MARGIN * (1 - config.flops_reduction):
+    if least > REACH_MARGIN * (1 - reduction):
         raise ValueError(
             f"flops_reduction must be at most about {1 - least:.2f}, which temperature_max {config.temperature_max:g} "
-            f"reaches on this model, got {config.flops_reduction}"
+            f"reaches on this model, got {reduction}"
         )
 
 
