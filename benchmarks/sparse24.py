@@ -31,7 +31,7 @@ LAYERS = (  # of a ViT-B block
 )
 TOKENS = (1, 4, 12, 16, 32, 64, 197, 577, 2308)
 CASES = [{"tokens": tokens, **layer, "dtype": "float32"} for layer in LAYERS for tokens in TOKENS]
-CASES.append({"tokens": 577, **LAYERS[0], "dtype": "bfloat16"})
+CASES += [{"tokens": tokens, **layer, "dtype": "bfloat16"} for layer in LAYERS for tokens in (1, 16, 197, 577, 2308)]
 SWEEP = [
     {"tokens": tokens, "in_features": channels, "out_features": features, "epilogue": "bias", "dtype": "float32"}
     for features, channels in (*itertools.product((192, 768, 3072), repeat=2), (4096, 1024))

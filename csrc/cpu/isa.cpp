@@ -22,9 +22,12 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
 #endif
 
 IsaChoice choose() {
@@ -48,6 +51,8 @@ const char* to_string(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     default:
       return "baseline";
   }
@@ -61,13 +66,17 @@ std::vector<Isa> compiled_isas() {
 #if MADTP_HAS_AVX512
   isas.push_back(Isa::avx512);
 #endif
+#if MADTP_HAS_AVX512_BF16
+  isas.push_back(Isa::avx512_bf16);
+#endif
   return isas;
 }
 
 std::vector<Isa> available_isas() {
   std::vector<Isa> isas;
   for (Isa isa : compiled_isas()) {
-    if (isa == Isa::baseline || (isa == Isa::avx2 && has_avx2()) || (isa == Isa::avx512 && has_avx512()))
+    if (isa == Isa::baseline || (isa == Isa::avx2 && has_avx2()) || (isa == Isa::avx512 && has_avx512()) ||
+        (isa == Isa::avx512_bf16 && has_avx512_bf16()))
       isas.push_back(isa);
   }
   return isas;

@@ -1,7 +1,8 @@
 #pragma once
 
 // The CPU kernels in csrc/cpu/kernels are compiled once per instruction set, each into its own namespace
-// (madtp::cpu::baseline, ::avx2, ::avx512); the one in use is chosen at run time, once per process.
+// (madtp::cpu::baseline, ::avx2, ::avx512, and ::avx512_bf16 where dot products of bfloat16 serve); the one
+// in use is chosen at run time, once per process.
 
 #include <string>
 #include <vector>
@@ -11,7 +12,7 @@
 
 namespace madtp::cpu {
 
-enum class Isa : int { baseline, avx2, avx512 };
+enum class Isa : int { baseline, avx2, avx512, avx512_bf16 };
 
 struct IsaChoice {
   Isa isa = Isa::baseline;
@@ -48,6 +49,14 @@ const IsaChoice& isa_choice();
 #define MADTP_CASE_AVX512(...)
 #endif
 
+#if MADTP_HAS_AVX512_BF16
+#define MADTP_CASE_AVX512_BF16(...)    \
+  case ::madtp::cpu::Isa::avx512_bf16: \
+    return ::madtp::cpu::avx512_bf16::__VA_ARGS__;
+#else
+#define MADTP_CASE_AVX512_BF16(...)
+#endif
+
 // The body of a public entry point: MADTP_DISPATCH(gather_merge(x, dtype)) returns
 // madtp::cpu::<isa>::gather_merge(x, dtype), or Status::unsupported when MADTP_CPU_ISA asks for what is not
 // here.
@@ -56,6 +65,7 @@ const IsaChoice& isa_choice();
     const ::madtp::cpu::IsaChoice& choice = ::madtp::cpu::isa_choice(); \
     if (!choice.error.empty()) return ::madtp::Status::unsupported;     \
     switch (choice.isa) {                                               \
+      MADTP_CASE_AVX512_BF16(__VA_ARGS__)                               \
       MADTP_CASE_AVX512(__VA_ARGS__)                                    \
       MADTP_CASE_AVX2(__VA_ARGS__)                                      \
       default:                                                          \

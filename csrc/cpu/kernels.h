@@ -26,3 +26,12 @@
 #include "cpu/kernels/tokens.h"
 #undef MADTP_ISA
 #endif
+
+#if MADTP_HAS_AVX512_BF16
+namespace madtp::cpu::avx512_bf16 {
+using namespace avx512;  // what is not declared here itself
+}
+#define MADTP_ISA avx512_bf16
+#include "cpu/kernels/sparse24.h"
+#undef MADTP_ISA
+#endif

@@ -5,14 +5,18 @@
 // The features (rows of W) are cut into groups, the channels into blocks. Within a group and a block,
 // features that keep many of the same columns are paired, and units of a few pairs follow one another:
 //
-//   weights  W[steps][kUnitRows]        step s of a unit's row r multiplies column columns[s][r] of the block
-//   columns  uint8[steps][kUnitRows]
+//   weights  W[steps][kUnitRows]        step s of a unit's row r multiplies entry entries[s][r] of the panel
+//   entries  uint8[steps][kUnitRows]
 //   rows     uint8[kUnitRows]           rows 2p and 2p + 1 are a pair; numbers inside the group
-//   shared   uint8[kUnitRows]           in steps shared[2p] <= s < shared[2p + 1] the pair has one column
+//   shared   uint8[kUnitRows]           in steps shared[2p] <= s < shared[2p + 1] the pair has one entry
 //
-// A pair's shared columns come first, then those of its own. Only where one instruction can look up a
+// A panel of tokens has an entry for every column of the block, a step then is one weight; or, where the CPU
+// has dot products of bfloat16, one for each of the six pairs that a group of four columns can keep, and a
+// step is both its weights, side by side in 32 bits.
+//
+// A pair's shared entries come first, then those of its own. Only where one instruction can look up a
 // section, half a block, are the steps of the first section kept before those of the second: there the own
-// columns of the first come before the shared ones, so that these still are one run. A row is always summed
+// entries of the first come before the shared ones, so that these still are one run. A row is always summed
 // in the order of its steps, by every kernel: that is why no bit depends on the row count.
 
 #include "cpu/kernels/vec.h"
@@ -27,16 +31,33 @@ constexpr bool kLookUp = kWidth == 16;           // there is a kernel that needs
 constexpr int kGroupRows = 256;                  // row numbers are bytes
 constexpr int kHeader = 4 * kUnitRows;           // rows and shared, padded
 
+#if defined(__AVX512BF16__)
+constexpr bool kHasDots = true;
+#else
+constexpr bool kHasDots = false;
+#endif
+
+// What the layout takes of every 4 columns.
+struct StepShape {
+  int steps, entries;
+  std::size_t weight_bytes;
+};
+
+constexpr StepShape step_of(DType weight_dtype) {
+  return kHasDots && weight_dtype == DType::bfloat16 ? StepShape{1, 6, 4}
+                                                     : StepShape{2, 4, size_of(weight_dtype)};
+}
+
 struct Unit {
   const char* data;
   int steps;
   std::size_t weight_bytes;
 
   const void* weights() const { return data; }
-  const std::uint8_t* columns() const {
+  const std::uint8_t* entries() const {
     return reinterpret_cast<const std::uint8_t*>(data) + std::size_t(steps) * kUnitRows * weight_bytes;
   }
-  const std::uint8_t* rows() const { return columns() + steps * kUnitRows; }
+  const std::uint8_t* rows() const { return entries() + steps * kUnitRows; }
   const std::uint8_t* shared() const { return rows() + kUnitRows; }
   std::int64_t bytes() const { return reinterpret_cast<const char*>(rows()) + kHeader - data; }
   // What to fetch while this unit computes. Units come from far away, in an order of lines that the hardware
@@ -46,13 +67,13 @@ struct Unit {
 
 struct Layout {
   std::int64_t features, channels;
-  std::size_t weight_bytes;
+  StepShape step;
   std::int64_t units, groups, blocks;
 
   Layout(std::int64_t features_, std::int64_t channels_, DType weight_dtype)
       : features(features_),
         channels(channels_),
-        weight_bytes(size_of(weight_dtype)),
+        step(step_of(weight_dtype)),
         units((features + kUnitRows - 1) / kUnitRows),
         groups(group_count(units)),
         blocks((channels + kBlock - 1) / kBlock) {}
@@ -75,8 +96,9 @@ struct Layout {
     const std::int64_t rest = channels - block * kBlock;
     return int(rest < kBlock ? rest : kBlock);
   }
+  int steps(int columns) const { return columns / 4 * step.steps; }
   std::int64_t unit_bytes(int columns) const {
-    return std::int64_t(columns / 2) * kUnitRows * std::int64_t(weight_bytes + 1) + kHeader;
+    return std::int64_t(steps(columns)) * kUnitRows * std::int64_t(step.weight_bytes + 1) + kHeader;
   }
   std::int64_t row_of_units_bytes() const {  // one unit of every block
     return blocks == 0 ? 0 : (blocks - 1) * unit_bytes(kBlock) + unit_bytes(block_columns(blocks - 1));
@@ -88,7 +110,7 @@ struct Layout {
     const int columns = block_columns(block);
     return {static_cast<const char*>(data) + first_unit(group) * row_of_units_bytes() +
                 unit_count(group) * block * unit_bytes(kBlock) + unit * unit_bytes(columns),
-            columns / 2, weight_bytes};
+            steps(columns), step.weight_bytes};
   }
 };
 

@@ -4,6 +4,7 @@
 // lanes are features.
 
 #include <cstdlib>
+#include <type_traits>
 
 #include "cpu/kernels/activation.h"
 #include "cpu/kernels/dtype.h"
@@ -16,7 +17,7 @@ namespace {
 
 constexpr std::int64_t kSpanGroups = 3;      // of features that share a panel: sums of 768 rows stay in L2
 constexpr double kShare = 1 << 17;           // products worth a thread of their own: some microseconds
-constexpr std::int64_t kPanelColumns = 256;  // what a column number can name, so that none is out of bounds
+constexpr std::int64_t kPanelEntries = 256;  // what a byte can name, so that none is out of bounds
 
 // Cuts `count` into `parts` even parts.
 struct Cut {
@@ -36,7 +37,7 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 struct Workspace {
   float* panel;
   float* sums;
-  float* weights;  // of one unit
+  float* weights;  // of one unit, converted
   float* rows;     // (kWidth, kGroupRows)
 };
 
@@ -53,14 +54,14 @@ struct Plan {
       tiles = {1, 1};
       spans = {groups, groups};
       panel = rows * kBlock;
-      sums = rows * kGroupRows;
+      sums = row_stride(int(rows)) * kGroupRows;
       return;
     }
     const std::int64_t vectors = ceil_div(rows, kWidth), few = ceil_div(vectors, kTileVectors);
     spans = {groups, at_least(ceil_div(groups, kSpanGroups), ceil_div(threads, few), groups)};
     tiles = {vectors, at_least(few, ceil_div(threads, spans.parts), vectors)};
     const std::int64_t tokens = tiles.largest() * kWidth;
-    panel = kPanelColumns * tokens;
+    panel = kPanelEntries * tokens;
     sums = (spans.largest() + 1) * kGroupRows * tokens;  // one more: row numbers of any value stay inside
   }
 
@@ -71,8 +72,26 @@ struct Plan {
   }
 };
 
+// How weights of type W multiply x of type T: where the CPU has dot products of bfloat16, with these.
+template <typename T, typename W>
+struct Method {
+  using Step = Product;
+  using LookUp = ProductLookUp<W>;
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Method<BFloat16, BFloat16> {
+  using Step = Dot;
+  using LookUp = DotLookUp;
+};
+#endif
+
 template <typename T, typename W>
 class Linear {
+  using Step = typename Method<T, W>::Step;
+  using LookUp = typename Method<T, W>::LookUp;
+
  public:
   Linear(const Sparse24Linear& inputs, const Layout& layout, std::int64_t rows, void* out,
          std::int64_t out_stride)
@@ -82,7 +101,7 @@ class Linear {
   void run_tile(std::int64_t first, std::int64_t last, std::int64_t first_group, std::int64_t last_group,
                 const Workspace& w) const {
     const int vectors = int(last - first);
-    const MultiplyTokens multiply = multiply_tokens_function(vectors);
+    const MultiplyTokens<Step> multiply = multiply_tokens_function<Step>(vectors);
     const std::int64_t stride = vectors * kWidth;
     const auto sums = [&](std::int64_t group) {
       return w.sums + (layout_.first_row(group) - layout_.first_row(first_group)) * stride;
@@ -93,7 +112,7 @@ class Linear {
         const TokenTile tile{w.panel, sums(group), block == 0};
         for (std::int64_t u = 0; u < layout_.unit_count(group); ++u) {
           const Unit unit = layout_.unit(a_.layout, group, block, u);
-          multiply(unit, floats(unit, w.weights), tile);
+          multiply(unit, step_weights(unit, w.weights), tile);
         }
       }
     }
@@ -116,47 +135,56 @@ class Linear {
 
   // Features in the lanes: all tokens, one group.
   void run_rows(std::int64_t group, const Workspace& w) const {
-    const MultiplyRows multiply = multiply_rows_function<W>(int(rows_));
+    const MultiplyRows<LookUp> multiply = multiply_rows_function<LookUp>(int(rows_));
+    using X = typename LookUp::X;
+    X* const block_x = reinterpret_cast<X*>(w.panel);
     for (std::int64_t block = 0; block < layout_.blocks; ++block) {
       const int columns = layout_.block_columns(block);
       for (std::int64_t t = 0; t < rows_; ++t) {
-        float* const to = w.panel + t * kBlock;
         for (int c = 0; c < kBlock; c += kWidth)
-          store(to + c, c < columns ? load(x(t) + block * kBlock + c) : Vec{});
+          store(block_x + t * kBlock + c, c < columns ? load(x(t) + block * kBlock + c) : Vec{});
       }
-      multiply(layout_.unit(a_.layout, group, block, 0), layout_.unit_count(group), w.panel, w.sums,
+      multiply(layout_.unit(a_.layout, group, block, 0), layout_.unit_count(group), block_x, w.sums,
                block == 0);
     }
-    finish(w.sums, 0, rows_, group);
+    const int stride = row_stride(int(rows_));
+    for (std::int64_t t = 0; t < rows_; ++t)
+      for (int r = 0; r < kGroupRows; ++r) w.rows[t * kGroupRows + r] = w.sums[r * stride + t];
+    finish(w.rows, 0, rows_, group);
   }
 
  private:
   const T* x(std::int64_t token) const { return static_cast<const T*>(a_.x) + token * a_.x_stride; }
 
-  // The columns of one block, tokens in the lanes; zeros where there is no token.
+  // The entries of one block, tokens in the lanes; zeros where there is no token.
   void pack_panel(std::int64_t token, int vectors, std::int64_t block, float* panel) const {
     const int columns = layout_.block_columns(block);
-    for (int v = 0; v < vectors; ++v, token += kWidth) {
-      for (int c = 0; c < columns; c += kWidth) {
+    const std::int64_t stride = vectors * kWidth;
+    for (int v = 0; v < vectors; ++v, token += kWidth, panel += kWidth) {
+      for (int c = 0; c < columns; c += Step::kColumns) {
         Vec tile[kWidth];
         const T* const from = x(token) + block * kBlock + c;
+        // So many rows far apart are more streams than the hardware follows: the next block is asked for
+        // here.
+        for (int i = 0; i < kWidth; ++i) __builtin_prefetch(from + kBlock + i * a_.x_stride, 0, 2);
         if (token + kWidth <= rows_) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kWidth; ++i) tile[i] = load(from + i * a_.x_stride);
+          for (int i = 0; i < kWidth; ++i) tile[i] = Step::load_columns(from + i * a_.x_stride, columns - c);
         } else {
-          for (int i = 0; i < kWidth; ++i) tile[i] = token + i < rows_ ? load(from + i * a_.x_stride) : Vec{};
+          for (int i = 0; i < kWidth; ++i)
+            tile[i] = token + i < rows_ ? Step::load_columns(from + i * a_.x_stride, columns - c) : Vec{};
         }
         transpose(tile);
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) store(panel + ((c + i) * vectors + v) * kWidth, tile[i]);
+        Step::store_entries(tile, panel + c / 4 * Step::kEntries * stride, stride);
       }
     }
   }
 
-  // The weights of a unit in float32.
-  static const float* floats(const Unit& unit, float* scratch) {
-    if constexpr (sizeof(W) == sizeof(float)) {
-      return static_cast<const float*>(unit.weights());
+  // The weights of a unit as its steps take them.
+  static const typename Step::Weight* step_weights(const Unit& unit, [[maybe_unused]] float* scratch) {
+    using Weight = typename Step::Weight;
+    if constexpr (sizeof(W) == sizeof(float) || !std::is_same_v<Weight, float>) {
+      return static_cast<const Weight*>(unit.weights());
     } else {
       const W* const weights = static_cast<const W*>(unit.weights());
       for (int i = 0; i < unit.steps * kUnitRows; i += kWidth) store(scratch + i, load(weights + i));
@@ -209,9 +237,8 @@ class Linear {
   std::int64_t out_stride_;
 };
 
-}  // namespace
-
-Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
+template <typename T, typename W>
+Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
   const Layout layout(a.features, a.channels, a.weight_dtype);
   std::int64_t rows = a.rows;
   if (a.total != nullptr && *a.total < rows) rows = *a.total > 0 ? *a.total : 0;
@@ -224,33 +251,35 @@ Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stri
   if (posix_memalign(&memory, 64, std::size_t(plan.floats() * threads) * sizeof(float)) != 0)
     return Status::out_of_memory;
 
-  const auto run = [&](auto element, auto weight) {
-    using T = decltype(element);
-    const Linear<T, decltype(weight)> linear(a, layout, rows, out, out_stride);
-    for_each_task(tasks, threads, [&](std::int64_t task, int thread) {
-      const Workspace w = plan.workspace(static_cast<float*>(memory) + plan.floats() * thread);
-      const std::int64_t tile = task / plan.spans.parts, span = task % plan.spans.parts;
-      if (plan.by_rows) {
-        linear.run_rows(span, w);
-      } else {
-        linear.run_tile(plan.tiles.begin(tile), plan.tiles.begin(tile + 1), plan.spans.begin(span),
-                        plan.spans.begin(span + 1), w);
-      }
-    });
-    for_each_task(a.rows - rows, threads, [&](std::int64_t row, int) {
-      __builtin_memset(static_cast<T*>(out) + (rows + row) * out_stride, 0,
-                       std::size_t(a.features) * sizeof(T));
-    });
-  };
-  with_type(a.dtype, [&](auto element) {
-    if (a.weight_dtype == DType::float32) {
-      run(element, float{});
+  const Linear<T, W> linear(a, layout, rows, out, out_stride);
+  for_each_task(tasks, threads, [&](std::int64_t task, int thread) {
+    const Workspace w = plan.workspace(static_cast<float*>(memory) + plan.floats() * thread);
+    const std::int64_t tile = task / plan.spans.parts, span = task % plan.spans.parts;
+    if (plan.by_rows) {
+      linear.run_rows(span, w);
     } else {
-      run(element, element);
+      linear.run_tile(plan.tiles.begin(tile), plan.tiles.begin(tile + 1), plan.spans.begin(span),
+                      plan.spans.begin(span + 1), w);
     }
+  });
+  for_each_task(a.rows - rows, threads, [&](std::int64_t row, int) {
+    __builtin_memset(static_cast<T*>(out) + (rows + row) * out_stride, 0,
+                     std::size_t(a.features) * sizeof(T));
   });
   std::free(memory);
   return Status::ok;
+}
+
+}  // namespace
+
+Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
+  Status status = Status::ok;
+  with_type(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    status = a.weight_dtype == DType::float32 ? run<T, float>(a, out, out_stride, threads)
+                                              : run<T, T>(a, out, out_stride, threads);
+  });
+  return status;
 }
 
 }  // namespace madtp::cpu::MADTP_ISA

@@ -14,8 +14,8 @@ namespace {
 constexpr int kPairs = kGroupRows / 2;
 constexpr int kCandidates = kGroupRows * (kGroupRows - 1) / 2;
 
-// The columns of a block that a row keeps, a bit each.
-struct Columns {
+// The entries of a panel that a row multiplies in a block, a bit each.
+struct Entries {
   std::uint64_t section[2];
 };
 
@@ -28,30 +28,33 @@ struct Pair {
 
 // Scratch of one thread.
 struct Workspace {
-  Columns columns[kGroupRows];
+  Entries entries[kGroupRows];
   Pair pairs[kPairs];
   std::uint8_t matches[kCandidates];
-  std::uint8_t candidates[kCandidates][2];  // sorted by columns in common, most first
+  std::uint8_t candidates[kCandidates][2];  // sorted by entries in common, most first
 };
 
-void read_columns(const Sparse24Weight& weight, std::int64_t row, std::int64_t block, int width,
-                  Columns& columns) {
+constexpr int kSectionGroups = kSection / 4;  // of 4 columns
+
+template <int EntriesOf4>
+void read_entries(const Sparse24Weight& weight, std::int64_t row, std::int64_t block, int columns,
+                  Entries& entries) {
   const std::uint8_t* const indices = weight.indices + row * (weight.channels / 8) + block * (kBlock / 8);
-  columns = {};
-  for (int group = 0; group < width / 4; ++group) {
-    const unsigned nibble = indices[group / 2] >> (group % 2 * 4) & 15;
-    const std::uint64_t bits = 1u << (nibble & 3) | 1u << (nibble >> 2);
-    columns.section[group * 4 / kSection] |= bits << (group * 4 % kSection);
+  entries = {};
+  for (int group = 0; group < columns / 4; ++group) {
+    const unsigned nibble = indices[group / 2] >> (group % 2 * 4) & 15, a = nibble & 3, b = nibble >> 2;
+    const std::uint64_t bits = EntriesOf4 == 4 ? 1u << a | 1u << b : 1u << (a == 0 ? b - 1 : a + b);
+    entries.section[group / kSectionGroups] |= bits << (group % kSectionGroups * EntriesOf4);
   }
 }
 
-// Pairs rows greedily, those with the most columns in common first.
+// Pairs rows greedily, those with the most entries in common first.
 void pair_rows(int rows, Workspace& w) {
-  int ends[kBlock / 2 + 2] = {};  // of the candidates with so many or more columns in common
+  int ends[kBlock / 2 + 2] = {};  // of the candidates with so many or more entries in common
   int candidate = 0;
   for (int a = 0; a < rows; ++a) {
     for (int b = a + 1; b < rows; ++b) {
-      const Columns &x = w.columns[a], &y = w.columns[b];
+      const Entries &x = w.entries[a], &y = w.entries[b];
       const int match = count(x.section[0] & y.section[0]) + count(x.section[1] & y.section[1]);
       w.matches[candidate++] = std::uint8_t(match);
       ++ends[match];
@@ -72,7 +75,7 @@ void pair_rows(int rows, Workspace& w) {
     const std::uint8_t a = w.candidates[i][0], b = w.candidates[i][1];
     if (taken[a] || taken[b]) continue;
     taken[a] = taken[b] = true;
-    const Columns &x = w.columns[a], &y = w.columns[b];
+    const Entries &x = w.entries[a], &y = w.entries[b];
     const int shared = count(x.section[0] & y.section[0]) + count(x.section[1] & y.section[1]);
     const Pair pair{a, b, kLookUp ? count(x.section[0] & ~y.section[0]) : 0, shared};
     int at = pairs++;  // neighbours alike in both numbers, so that branches are foreseen
@@ -83,57 +86,64 @@ void pair_rows(int rows, Workspace& w) {
 }
 
 // Writes the steps of one row of a unit, in place r.
-template <typename W>
+template <typename W, int EntriesOf4>
 class RowWriter {
  public:
-  RowWriter(W* weights, std::uint8_t* columns, const W* values, const Columns& kept)
-      : weights_(weights), columns_(columns), values_(values), kept_(kept) {}
+  RowWriter(W* weights, std::uint8_t* entries, const W* values, const Entries& kept)
+      : weights_(weights), entries_(entries), values_(values), kept_(kept) {}
 
-  // Appends the columns `which` of a section.
+  // Appends the entries `which` of a section.
   void append(int section, std::uint64_t which) {
+    constexpr int kSectionSteps = kSectionGroups * (EntriesOf4 == 4 ? 2 : 1);
     for (; which != 0; which &= which - 1) {
-      const int column = __builtin_ctzll(which);
-      const std::uint64_t before = kept_.section[section] & ((std::uint64_t(1) << column) - 1);
-      *weights_ = values_ == nullptr ? W{} : values_[section * kSection / 2 + count(before)];
-      *columns_ = std::uint8_t(section * kSection + column);
+      const int entry = __builtin_ctzll(which);
+      const std::uint64_t before = kept_.section[section] & ((std::uint64_t(1) << entry) - 1);
+      if (values_ == nullptr) {
+        *weights_ = W{};
+      } else {
+        __builtin_memcpy(weights_, values_ + section * kSectionSteps + count(before), sizeof(W));
+      }
+      *entries_ = std::uint8_t(section * kSectionGroups * EntriesOf4 + entry);
       weights_ += kUnitRows;
-      columns_ += kUnitRows;
+      entries_ += kUnitRows;
     }
   }
 
  private:
   W* weights_;
-  std::uint8_t* columns_;
-  const W* values_;  // of this row and block; null: zeros
-  Columns kept_;
+  std::uint8_t* entries_;
+  const W* values_;  // of this row and block, a step each; null: zeros
+  Entries kept_;
 };
 
-template <typename W>
+// W: the weights of a step.
+template <typename W, int EntriesOf4>
 void pack(const Sparse24Weight& weight, const Layout& layout, void* data, std::int64_t group,
           std::int64_t block, Workspace& w) {
   const int columns = layout.block_columns(block), rows = int(layout.unit_count(group)) * kUnitRows;
   const std::int64_t first = layout.first_row(group);
   for (int r = 0; r < rows; ++r) {  // rows past the features: as the last
     const std::int64_t row = first + r < weight.features ? first + r : weight.features - 1;
-    read_columns(weight, row, block, columns, w.columns[r]);
+    read_entries<EntriesOf4>(weight, row, block, columns, w.entries[r]);
   }
   pair_rows(rows, w);
   for (int u = 0; u < rows / kUnitRows; ++u) {
     const Unit unit = layout.unit(data, group, block, u);
     W* const weights = static_cast<W*>(const_cast<void*>(unit.weights()));
-    std::uint8_t* const unit_columns = const_cast<std::uint8_t*>(unit.columns());
+    std::uint8_t* const unit_entries = const_cast<std::uint8_t*>(unit.entries());
     std::uint8_t* const unit_rows = const_cast<std::uint8_t*>(unit.rows());
     std::uint8_t* const shared = const_cast<std::uint8_t*>(unit.shared());
     __builtin_memset(unit_rows, 0, kHeader);
     for (int r = 0; r < kUnitRows; ++r) {
       const Pair& pair = w.pairs[(u * kUnitRows + r) / 2];
       const int row = r % 2 == 0 ? pair.a : pair.b, other = r % 2 == 0 ? pair.b : pair.a;
-      const Columns kept = w.columns[row], others = w.columns[other];
+      const Entries kept = w.entries[row], others = w.entries[other];
       const W* const values = first + row < weight.features
                                   ? static_cast<const W*>(weight.values) +
-                                        (first + row) * (weight.channels / 2) + block * (kBlock / 2)
+                                        (first + row) * layout.steps(int(weight.channels)) +
+                                        block * layout.steps(kBlock)
                                   : nullptr;
-      RowWriter<W> writer(weights + r, unit_columns + r, values, kept);
+      RowWriter<W, EntriesOf4> writer(weights + r, unit_entries + r, values, kept);
       if (kLookUp) writer.append(0, kept.section[0] & ~others.section[0]);
       writer.append(0, kept.section[0] & others.section[0]);
       writer.append(1, kept.section[1] & others.section[1]);
@@ -160,12 +170,16 @@ Status sparse24_pack(const Sparse24Weight& weight, void* data, int threads) {
   Workspace* const workspaces =
       static_cast<Workspace*>(std::malloc(sizeof(Workspace) * std::size_t(threads)));
   if (workspaces == nullptr) return Status::out_of_memory;
-  with_type(weight.dtype, [&](auto element) {
+  const auto run = [&](auto pack) {
     for_each_task(tasks, threads, [&](std::int64_t task, int thread) {
-      pack<decltype(element)>(weight, layout, data, task / layout.blocks, task % layout.blocks,
-                              workspaces[thread]);
+      pack(weight, layout, data, task / layout.blocks, task % layout.blocks, workspaces[thread]);
     });
-  });
+  };
+  if (layout.step.entries == 6) {
+    run(pack<std::uint32_t, 6>);
+  } else {
+    with_type(weight.dtype, [&](auto element) { run(pack<decltype(element), 4>); });
+  }
   std::free(workspaces);
   return Status::ok;
 }

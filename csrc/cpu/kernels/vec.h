@@ -106,12 +106,12 @@ inline float highest_or_nan(Vec v) { return reduce(v, max_or_nan); }
 #if defined(__GNUC__) && !defined(__clang__)
 namespace detail {
 // Swaps the off-diagonal Step x Step squares of every 2 Step x 2 Step square of the tile.
-template <int Step, std::size_t... Lane>
-inline void transpose_step(Vec (&tile)[kWidth], std::index_sequence<Lane...>) {
+template <int Step, std::size_t Rows, std::size_t... Lane>
+inline void transpose_step(Vec (&tile)[Rows], std::index_sequence<Lane...>) {
   constexpr IntVec upper{std::int32_t(Lane & Step ? kWidth + Lane - Step : Lane)...};
   constexpr IntVec lower{std::int32_t(Lane & Step ? kWidth + Lane : Lane + Step)...};
 #pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) {
+  for (int i = 0; i < int(Rows); ++i) {
     if (i & Step) continue;
     const Vec a = tile[i], b = tile[i + Step];
     tile[i] = __builtin_shuffle(a, b, upper);
@@ -130,13 +130,14 @@ inline void fold(Vec (&tile)[kWidth], Combine combine) {
 }
 }  // namespace detail
 
-// tile[i][j] <-> tile[j][i]
-inline void transpose(Vec (&tile)[kWidth]) {
+// tile[i][j] <-> tile[j][i] in every square of Rows lanes, side by side
+template <std::size_t Rows>
+inline void transpose(Vec (&tile)[Rows]) {
   constexpr std::make_index_sequence<kWidth> lanes;
-  detail::transpose_step<1>(tile, lanes);
-  detail::transpose_step<2>(tile, lanes);
-  if constexpr (kWidth > 4) detail::transpose_step<4>(tile, lanes);
-  if constexpr (kWidth > 8) detail::transpose_step<8>(tile, lanes);
+  if constexpr (Rows > 1) detail::transpose_step<1>(tile, lanes);
+  if constexpr (Rows > 2) detail::transpose_step<2>(tile, lanes);
+  if constexpr (Rows > 4) detail::transpose_step<4>(tile, lanes);
+  if constexpr (Rows > 8) detail::transpose_step<8>(tile, lanes);
 }
 #else
 namespace detail {
@@ -154,12 +155,15 @@ inline void fold(Vec (&tile)[kWidth], Combine combine) {
 }
 }  // namespace detail
 
-inline void transpose(Vec (&tile)[kWidth]) {
-  for (int i = 0; i < kWidth; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const float below = tile[i][j];
-      tile[i][j] = tile[j][i];
-      tile[j][i] = below;
+template <std::size_t Rows>
+inline void transpose(Vec (&tile)[Rows]) {
+  for (int square = 0; square < kWidth; square += int(Rows)) {
+    for (int i = 0; i < int(Rows); ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float below = tile[i][square + j];
+        tile[i][square + j] = tile[j][square + i];
+        tile[j][square + i] = below;
+      }
     }
   }
 }
