@@ -61,6 +61,10 @@ class Packed:
     def batch(self) -> int:
         return self.cu_seqlens.numel() - 1
 
+    def tokens(self) -> int:
+        """How many rows have a meaning. Reads it."""
+        return int(self.cu_seqlens[-1])
+
     def with_x(self, x: Tensor) -> Packed:
         return replace(self, x=x)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from madtp import explain
 from madtp.config import CompressionConfig
 from madtp.dtp import Branch
 from madtp.files import write_whole
@@ -114,9 +115,18 @@ class Handle:
     def tokens_per_layer(self) -> dict[str, list[float]]:
         """Of the last forward: per branch, the mean number of tokens after each layer, merged ones included."""
         return {
-            name: [layer.origin.numel() / max(layer.batch, 1) for layer in branch.layers]
+            name: [layer.tokens() / max(layer.batch, 1) for layer in branch.layers]
             for name, branch in self.pruning.items()
         }
+
+    def explain(self) -> str:
+        """A table of what runs in the towers, and why: the backend of every op and every Linear, by branch and layer.
+
+        Layers in a row that run the same share their lines. After a forward it is of calls like those of the last one,
+        and there are lines with the mean number of tokens entering and leaving each layer. Nothing runs, but where a
+        2:4 Linear has a choice that was not measured yet.
+        """
+        return explain.table(self.model)
 
     @contextmanager
     def inference(self):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import activations
 
 from madtp_kernels import Sparse24Weight, explain, sparse24_compress, sparse24_linear
+from madtp_kernels.dispatch import Choice
 from madtp_kernels.nm_patterns import is_pattern
 
 ACTIVATIONS = {
@@ -72,13 +73,24 @@ class Sparse24Linear(nn.Module):
         return self.values.shape[0]
 
     @property
-    def executes_sparse(self) -> bool:
-        """Whether a call like the last one runs on a sparse kernel, and not on the dense weight."""
+    def choice(self) -> Choice:
+        """Which backend runs a call like the last one (before the first: of one row), and why."""
         (rows, with_residual), weight = self._last, self.sparse_weight
         x = self.values.new_empty(rows, self.in_features)
         residual = self.values.new_empty(rows, self.out_features) if with_residual else None
         options = {"activation": self.activation, "residual": residual, "scale": self.scale}
-        return explain("sparse24_linear", x, weight, self.bias, **options).backend not in ("reference", "dense")
+        return explain("sparse24_linear", x, weight, self.bias, **options)
+
+    @property
+    def executes_sparse(self) -> bool:
+        """Whether a call like the last one runs on a sparse kernel, and not on the dense weight."""
+        return self.choice.backend not in ("reference", "dense")
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """What a call like the last one does in the same kernel, beside the product and the bias."""
+        parts = {self.activation: self.activation, "scale": self.scale is not None, "residual": self._last[1]}
+        return tuple(name for name, on in parts.items() if on)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., C), residual (..., N) -> (..., N)"""
