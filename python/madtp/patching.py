@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from madtp.config import CompressionConfig
 from madtp.dtp import Branch
 from madtp.files import write_whole
 from madtp.hwp.packing import Follower, Sparse24Linear, follower_of, replace_linear, unpack
+from madtp.keep_rate import check_calibration, check_rates, find_temperatures
 from madtp.mag import AlignmentGuide
 from madtp.models import FAMILIES, family_of
 from madtp.models.family import CompressedModel, Family, followers
@@ -91,6 +93,24 @@ class Handle:
         for name, value in by_branch.items():
             self.pruning[name].temperature = float(value)
 
+    def set_keep_rate(
+        self, keep_rate: float | Mapping[str, float], calibration: Iterable[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Sets the temperatures at which all branches, or some by name, keep a share of their tokens: no training.
+
+        Args:
+            keep_rate: in (0, 1]; the share of a branch's tokens that are left after a block, averaged over its blocks
+                and all samples, without summary and merged tokens. 1 switches pruning off.
+            calibration: a few batches, each the keyword arguments of a forward, on the model's device.
+
+        Returns:
+            the share each branch keeps of them now.
+
+        Raises:
+            ValueError: an argument breaks a rule, or no temperature of the config reaches the rate; nothing is changed.
+        """
+        return find_temperatures(self, check_rates(keep_rate, self.pruning), check_calibration(calibration))
+
     def collect_alignment(self, on: bool) -> None:
         """Whether forwards compute the aligned features of MAG (training does)."""
         for branch in self.pruning.values():
@@ -153,6 +173,9 @@ class Handle:
     def remove(self) -> nn.Module:
         """Undoes everything: the model is of its Hugging Face class again, its Linears plain, no alignment tokens."""
         unpack(self.model)
+        return self._detach()
+
+    def _detach(self) -> nn.Module:
         for branch in self.family.towers:
             tower = self.model.get_submodule(self.family.path(branch))
             del tower.madtp_spec, tower.madtp_branch
@@ -177,7 +200,14 @@ class Handle:
         write_whole(directory / STATE_FILE, json.dumps(state, indent=2) + "\n")
 
 
-def patch(model: nn.Module, config: CompressionConfig | None = None, *, family: Family | None = None) -> Handle:
+def patch(
+    model: nn.Module,
+    config: CompressionConfig | None = None,
+    *,
+    family: Family | None = None,
+    keep_rate: float | Mapping[str, float] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+) -> Handle:
     """Gives a Hugging Face model token pruning; at temperature 0, where it starts, it computes what it did before.
 
     Args:
@@ -185,9 +215,11 @@ def patch(model: nn.Module, config: CompressionConfig | None = None, *, family: 
             are; the alignment tokens join them as `madtp_guide`.
         config: alignment and selection settings.
         family: which towers prune; None takes what is known of the model's class.
+        keep_rate, calibration: of `Handle.set_keep_rate`, to prune without training; None leaves temperature 0.
 
     Raises:
-        TypeError: the class is not known. ValueError: the model is patched already.
+        TypeError: the class is not known. ValueError: the model is patched already, or what `Handle.set_keep_rate` says
+            of its arguments. The model is as it was.
     """
     if hasattr(model, "madtp_handle"):
         raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
@@ -195,7 +227,18 @@ def patch(model: nn.Module, config: CompressionConfig | None = None, *, family: 
     if family is None:
         known = ", ".join(family.source.__name__ for family in FAMILIES)
         raise TypeError(f"model must be one of {known}, or come with a family=, got {type(model).__name__}")
-    return Handle(model, family, config or CompressionConfig())
+    if keep_rate is None:
+        if calibration is not None:
+            raise ValueError("keep_rate must be given with calibration, got None")
+        return Handle(model, family, config or CompressionConfig())
+    rates, batches = check_rates(keep_rate, family.towers), check_calibration(calibration)
+    handle = Handle(model, family, config or CompressionConfig())
+    try:
+        find_temperatures(handle, rates, batches)
+    except BaseException:
+        handle._detach()
+        raise
+    return handle
 
 
 class ModelError(RuntimeError):
