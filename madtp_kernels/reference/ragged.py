@@ -1,21 +1,25 @@
-"""Helpers on packed batches: B sequences in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1]."""
+"""Helpers on packed batches: B sequences in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1].
+
+Rows past the last sequence belong to none: they are written nowhere, and come out as zeros.
+"""
 
 import torch
 from torch import Tensor
 
 
 def sequence_ids(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """(T,) int64: the sequence each row belongs to. No host read: the row count is given."""
-    lengths = cu_seqlens.diff()
-    ids = torch.arange(lengths.numel(), device=cu_seqlens.device)
-    return torch.repeat_interleave(ids, lengths, output_size=rows)
+    """(T,) int64: the sequence each row belongs to, B past the last. No host read: the row count is given."""
+    ends = cu_seqlens[1:].contiguous()
+    return torch.bucketize(torch.arange(rows, device=ends.device), ends, right=True)
 
 
 def summary_rows(cu_seqlens: Tensor, summary_index: Tensor | None, rows: int) -> Tensor:
     """(T,) bool: True at the summary token of each sequence (row 0 of it by default; index -1 means it has none)."""
     ids = sequence_ids(cu_seqlens, rows)
     position = torch.arange(rows, device=cu_seqlens.device) - cu_seqlens[ids]
-    return position == (0 if summary_index is None else summary_index[ids])
+    if summary_index is None:
+        return (position == 0) & (ids < cu_seqlens.numel() - 1)
+    return position == torch.nn.functional.pad(summary_index, (0, 1), value=-1)[ids]
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -29,17 +33,20 @@ def pad(packed: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Te
     """(T, ...) -> zero-padded (B, max_seqlen, ...) and the (B, max_seqlen) bool mask of real rows."""
     rows, batch = packed.shape[0], cu_seqlens.numel() - 1
     slots = padded_slots(cu_seqlens, max_seqlen, rows)
-    padded = packed.new_zeros(batch * max_seqlen, *packed.shape[1:]).index_copy(0, slots, packed)
+    padded = packed.new_zeros(batch * max_seqlen + 1, *packed.shape[1:]).index_copy(0, slots, packed)[:-1]
     real = torch.arange(max_seqlen, device=packed.device) < cu_seqlens.diff()[:, None]
     return padded.unflatten(0, (batch, max_seqlen)), real
 
 
 def unpad(padded: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
     """(B, max_seqlen, ...) -> packed (T, ...): the inverse of `pad`."""
-    return padded.flatten(0, 1).index_select(0, padded_slots(cu_seqlens, padded.shape[1], rows))
+    flat = padded.flatten(0, 1)
+    flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
+    return flat.index_select(0, padded_slots(cu_seqlens, padded.shape[1], rows))
 
 
 def padded_slots(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> Tensor:
-    """(T,) int64: the row of the flattened padded batch that each packed row has."""
-    ids = sequence_ids(cu_seqlens, rows)
-    return ids * max_seqlen + torch.arange(rows, device=ids.device) - cu_seqlens[ids]
+    """(T,) int64: the row of the flattened padded batch that each packed row has; the one after it where it has none."""
+    ids, batch = sequence_ids(cu_seqlens, rows), cu_seqlens.numel() - 1
+    slots = ids * max_seqlen + torch.arange(rows, device=ids.device) - cu_seqlens[ids]
+    return torch.where(ids < batch, slots, batch * max_seqlen)

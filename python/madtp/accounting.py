@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from madtp.dtp import exact_capacity
 from madtp.hwp import Sparse24Linear, is_pattern, matches
 
 BRANCHES = {"vision": ("vision_model",), "text": ("text_encoder",), "decoder": ("text_decoder",)}
@@ -165,7 +166,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def count_macs(model: nn.Module) -> Iterator[Counter]:
-    """Yields a Counter of the MACs run in the context, by the names of the modules running, outermost first."""
+    """Yields a Counter of the MACs run in the context, by the names of the modules running, outermost first.
+
+    A patched model runs at exact capacity meanwhile: what counts are tokens.
+    """
     macs: Counter[tuple[str, ...]] = Counter()
     stack: list[str] = []
     hooks = []
@@ -175,7 +179,7 @@ def count_macs(model: nn.Module) -> Iterator[Counter]:
     fused = torch.backends.mha.get_fastpath_enabled()  # one op for a whole encoder layer, and no formula for it
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _MacCounter(macs, stack):
+        with exact_capacity(model), _MacCounter(macs, stack):
             yield macs
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -5,7 +5,8 @@ Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3; docs/metho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Branch:
     def __init__(self, name: str, guide: AlignmentGuide, attention: RaggedAttention, selection: str = "instance"):
         self.name, self.guide, self.attention, self.selection = name, guide, attention, selection
         self.temperature = 0.0
-        self.capacity = "exact"  # or "upper_bound": no host reads, of `select_tokens`
+        self.capacity = "exact"  # or "upper_bound", where a forward needs no gradients: of `madtp.patch`
         self.samples_per_feature = 1  # consecutive parts of the batch whose aligned features are averaged
         self.align = False  # collect the aligned features of MAG, for its loss
         self.observer: Callable[[Tensor, Selection], None] | None = None  # told of every importance (T,) and selection
@@ -106,6 +107,7 @@ class Branch:
         logits: Tensor,
         norm: tuple[Tensor, Tensor, float] | None = None,
     ) -> tuple[Packed, Tensor | None]:
+        x, logits = packed.for_op(x), packed.for_op(logits)
         if self.selection == "instance":
             x, normed, selection, importance = prune_tokens(
                 x,
@@ -115,7 +117,7 @@ class Branch:
                 self.temperature,
                 norm=norm,
                 summary_index=packed.summary_index,
-                capacity=self.capacity,
+                capacity="upper_bound" if packed.fixed else "exact",
             )
         else:
             importance, own = score_and_select(
@@ -129,6 +131,20 @@ class Branch:
         if self.observer is not None:
             self.observer(importance, selection)
         return packed.selected(x, selection), normed
+
+
+@contextmanager
+def exact_capacity(model: nn.Module) -> Iterator[None]:
+    """A context in which a patched model has no rows but those of its tokens; any other model stays as it is."""
+    handle = getattr(model, "madtp_handle", None)
+    before = {branch: branch.capacity for branch in handle.pruning.values()} if handle else {}
+    try:
+        for branch in before:
+            branch.capacity = "exact"
+        yield
+    finally:
+        for branch, capacity in before.items():
+            branch.capacity = capacity
 
 
 def batch_max(selection: Selection, importance: Tensor, summary_index: Tensor | None = None) -> Selection:

@@ -31,7 +31,8 @@ STATE_VERSION = 3
 class Handle:
     """A patched model's controls; `patch` makes it and the model keeps it as `model.madtp_handle`."""
 
-    def __init__(self, model: nn.Module, family: Family, config: CompressionConfig):
+    def __init__(self, model: nn.Module, family: Family, config: CompressionConfig, capacity: str = "exact"):
+        _check_capacity(capacity, config)
         self.model, self.family, self.config = model, family, config
         specs = {branch: family.tower(model, branch) for branch in family.towers}  # raises before anything is touched
         towers = {branch: model.get_submodule(family.path(branch)) for branch in specs}
@@ -45,6 +46,7 @@ class Handle:
         }
         if "vision" in self.pruning:
             self.pruning["vision"].samples_per_feature = family.images_per_text
+        self.capacity = capacity
         self.sources: dict[str, type] = {}  # module name -> the class to go back to
         for branch, tower in towers.items():
             tower.madtp_spec, tower.madtp_branch = specs[branch], self.pruning[branch]
@@ -77,6 +79,17 @@ class Handle:
             tower = self.model.get_submodule(path)
             found |= followers(path, tower, tower.madtp_spec.encoder)
         return found
+
+    @property
+    def capacity(self) -> str:
+        """Of `patch`; may be set at any time."""
+        return next(iter(self.pruning.values())).capacity
+
+    @capacity.setter
+    def capacity(self, capacity: str) -> None:
+        _check_capacity(capacity, self.config)
+        for branch in self.pruning.values():
+            branch.capacity = capacity
 
     @property
     def temperatures(self) -> dict[str, float]:
@@ -207,6 +220,7 @@ def patch(
     family: Family | None = None,
     keep_rate: float | Mapping[str, float] | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
+    capacity: str = "exact",
 ) -> Handle:
     """Gives a Hugging Face model token pruning; at temperature 0, where it starts, it computes what it did before.
 
@@ -216,10 +230,15 @@ def patch(
         config: alignment and selection settings.
         family: which towers prune; None takes what is known of the model's class.
         keep_rate, calibration: of `Handle.set_keep_rate`, to prune without training; None leaves temperature 0.
+        capacity: "exact": every block computes on the tokens that are left, which a GPU has to report to the host.
+            "upper_bound": on as many rows as there were tokens at first, those past the tokens left being of no
+            meaning, and nothing is read on the host, so that a forward of given shapes fits a CUDA graph; with
+            gradients or in training mode it is as "exact".
 
     Raises:
-        TypeError: the class is not known. ValueError: the model is patched already, or what `Handle.set_keep_rate` says
-            of its arguments. The model is as it was.
+        TypeError: the class is not known. ValueError: the model is patched already, the capacity is unknown or the
+            config's selection has none but "exact", or what `Handle.set_keep_rate` says of its arguments. The model is
+            as it was.
     """
     if hasattr(model, "madtp_handle"):
         raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
@@ -230,15 +249,22 @@ def patch(
     if keep_rate is None:
         if calibration is not None:
             raise ValueError("keep_rate must be given with calibration, got None")
-        return Handle(model, family, config or CompressionConfig())
+        return Handle(model, family, config or CompressionConfig(), capacity)
     rates, batches = check_rates(keep_rate, family.towers), check_calibration(calibration)
-    handle = Handle(model, family, config or CompressionConfig())
+    handle = Handle(model, family, config or CompressionConfig(), capacity)
     try:
         find_temperatures(handle, rates, batches)
     except BaseException:
         handle._detach()
         raise
     return handle
+
+
+def _check_capacity(capacity: str, config: CompressionConfig) -> None:
+    if capacity not in ("exact", "upper_bound"):
+        raise ValueError(f'capacity must be "exact" or "upper_bound", got {capacity!r}')
+    if capacity != "exact" and config.selection != "instance":
+        raise ValueError(f'capacity must be "exact" with selection {config.selection!r}, got {capacity!r}')
 
 
 class ModelError(RuntimeError):

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from madtp.dtp import exact_capacity
 from madtp.hwp.modules import matches
 from madtp_kernels import Selection, gather_merge
 from madtp_kernels.reference.ragged import sequence_ids
@@ -72,6 +73,7 @@ def collect_inputs(
         squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
         statistics[name] = InputStatistics(squares, torch.diag(squares) if gram else None)
     with ExitStack() as stack:
+        stack.enter_context(exact_capacity(model))
         add = stack.enter_context(_weighted(model, statistics)) if token_weighted else partial(_add_input, statistics)
         for name in statistics:
             hook = linears[name].register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))

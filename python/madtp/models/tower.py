@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
@@ -73,7 +74,9 @@ class PackedTower:
         if spec.pre_norm is not None:
             hidden = attrgetter(spec.pre_norm)(self)(hidden)
         summary = None if spec.summary is None else spec.summary(self, inputs, attention_mask)
-        packed = Packed.from_padded(hidden, attention_mask, summary)
+        # Rows of no meaning must not reach gradients, nor the random numbers of dropout.
+        fixed = self.madtp_branch.capacity == "upper_bound" and not (self.training or torch.is_grad_enabled())
+        packed = Packed.from_padded(hidden, attention_mask, summary, fixed)
         packed = encode(self, spec.encoder, packed, self.madtp_branch, keys, record)
         if spec.final_norm is None:
             return packed

@@ -88,7 +88,8 @@ def attention_pooling(tower: nn.Module, packed: Packed) -> Tensor | None:
     weight_q, weight_kv = attention.in_proj_weight.split((channels, 2 * channels))
     bias_q, bias_kv = attention.in_proj_bias.split((channels, 2 * channels))
     query = split_heads(F.linear(head.probe[0], weight_q, bias_q), heads).expand(batch, -1, -1)
-    key, value = F.linear(packed.x, weight_kv, bias_kv).unflatten(-1, (2, heads, -1)).unbind(1)
+    features = packed.for_op(packed.x)
+    key, value = F.linear(features, weight_kv, bias_kv).unflatten(-1, (2, heads, -1)).unbind(1)
     out = varlen_attention(
         query,
         key,
