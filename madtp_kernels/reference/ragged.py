@@ -46,7 +46,7 @@ def unpad(padded: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
 
 
 def padded_slots(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> Tensor:
-    """(T,) int64: the row of the flattened padded batch that each packed row has; the one after it where it has none."""
+    """(T,) int64: the row of the flattened padded batch that each packed row has; past its end where it has none."""
     ids, batch = sequence_ids(cu_seqlens, rows), cu_seqlens.numel() - 1
     slots = ids * max_seqlen + torch.arange(rows, device=ids.device) - cu_seqlens[ids]
     return torch.where(ids < batch, slots, batch * max_seqlen)

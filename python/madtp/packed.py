@@ -95,7 +95,7 @@ class Packed:
             first = self.cu_seqlens[:-1]
             summary = summary - (before[first + summary.clamp_min(0)] - before[first])
         longest = self.max_seqlen
-        if x.device.type == "cpu" and self.batch and not self.fixed:  # reading it is free here; elsewhere the bound does
+        if x.device.type == "cpu" and self.batch and not self.fixed:  # reading is free here; elsewhere the bound does
             longest = int(selection.cu_seqlens.diff().max())
         return Packed(x, selection.cu_seqlens, longest, origin, summary, fixed=self.fixed)
 
