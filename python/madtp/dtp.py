@@ -136,8 +136,8 @@ class Branch:
 @contextmanager
 def exact_capacity(model: nn.Module) -> Iterator[None]:
     """A context in which a patched model has no rows but those of its tokens; any other model stays as it is."""
-    handle = getattr(model, "madtp_handle", None)
-    before = {branch: branch.capacity for branch in handle.pruning.values()} if handle else {}
+    pruning = getattr(getattr(model, "madtp_handle", None), "pruning", {})
+    before = {branch: branch.capacity for branch in pruning.values()}
     try:
         for branch in before:
             branch.capacity = "exact"
