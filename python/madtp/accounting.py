@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from madtp.dtp import exact_capacity
 from madtp.hwp import Sparse24Linear, is_pattern, matches
+from madtp.models import family_of
 
-BRANCHES = {"vision": ("vision_model",), "text": ("text_encoder",), "decoder": ("text_decoder",)}
 OTHER = "other"
 
 
@@ -67,8 +67,8 @@ def profile(
         inputs: keyword arguments (a mapping), positional arguments (a sequence), or one tensor.
         samples: what to divide by; None is the leading size of the first tensor in inputs.
         branches: names of the modules of each branch, shell-style patterns allowed; a matmul belongs to the branch of
-            the innermost running module that matches, anything else to "other". None takes
-            `model.madtp_handle.branches` of a patched model, or BRANCHES.
+            the innermost running module that matches, anything else to "other". None takes what is known of the model's
+            class (`madtp.models.FAMILIES`), of any other model nothing; `madtp_handle.branches` if it is patched.
         planned_sparse: names of Linear modules to count as 2:4 whatever their weights hold yet.
 
     Returns:
@@ -78,7 +78,8 @@ def profile(
     if samples is None:
         samples = leading_size(inputs)
     if branches is None:
-        branches = getattr(getattr(model, "madtp_handle", None), "branches", BRANCHES)
+        source = getattr(model, "madtp_handle", None) or family_of(model)
+        branches = source.branches if source else {}
     kept = _forward_macs(model, inputs)
     dense = kept
     if hasattr(model, "madtp_handle"):

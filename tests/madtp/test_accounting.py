@@ -3,10 +3,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from families import CASES, CONFIG
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig
 
+import madtp
 from madtp.accounting import count_macs, disk_bytes, profile, profile_batches
 from madtp.hwp import Follower, WeightPruner, pack, select_modules
 from madtp.models import BlipForNLVR
@@ -73,6 +75,18 @@ def test_blip_matches_the_closed_form():
     assert result.modules["vision_model.encoder.layers"].dense_macs == 3 * layer.dense_macs  # a list is never called
     assert result.modules["vision_model.encoder.layers.1.mlp.fc1"].params == 24 * 56 + 56
     assert profile(model, inputs, samples=1).total.dense_macs == 5 * total.dense_macs
+
+
+@pytest.mark.parametrize("family", ["CLIPModel", "BertModel", "VisionTextDualEncoderModel (ViT, BERT)"])
+def test_branches_are_known_without_patching(family):
+    model, inputs = CASES[family].build(), CASES[family].inputs()
+    inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    plain = profile(model, inputs)
+    macs = {name: account.dense_macs for name, account in plain.branches.items()}
+    madtp.patch(model, CONFIG)
+    for name, account in profile(model, inputs).branches.items():  # here causal attention counts the pairs it sees
+        assert 0 < account.dense_macs <= macs[name] <= 1.05 * account.dense_macs or name == "other"
+    assert macs["other"] == sum(a.dense_macs for name, a in plain.modules.items() if name.endswith("_projection"))
 
 
 def test_counted_halves_24_linears_and_executed_does_not():
