@@ -3,6 +3,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from families import CASES, CONFIG
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -86,7 +87,8 @@ def test_branches_are_known_without_patching(family):
     madtp.patch(model, CONFIG)
     for name, account in profile(model, inputs).branches.items():  # here causal attention counts the pairs it sees
         assert 0 < account.dense_macs <= macs[name] <= 1.05 * account.dense_macs or name == "other"
-    assert macs["other"] == sum(a.dense_macs for name, a in plain.modules.items() if name.endswith("_projection"))
+    projections = sum(a.dense_macs for name, a in plain.modules.items() if name.endswith("_projection"))
+    assert projections <= macs["other"] <= 1.1 * projections  # and the similarities
 
 
 def test_counted_halves_24_linears_and_executed_does_not():
@@ -223,6 +225,43 @@ def test_count_macs_and_attention_on_cpu():
         model(torch.randn(3, 4))
         F.scaled_dot_product_attention(*torch.randn(3, 2, 5, 7, 8).unbind(0))
     assert macs == {("",): 3 * 16, (): 2 * 2 * 5 * 7 * 7 * 8}
+
+
+class Positional(nn.Module):
+    """A model whose named inputs come by position and one output leaves, as fvcore traces it."""
+
+    def __init__(self, model, names, output):
+        super().__init__()
+        self.model, self.names, self.output = model, names, output
+
+    def forward(self, *values):
+        return self.model(**dict(zip(self.names, values, strict=True)))[self.output]
+
+
+def blip_base():
+    vision, text = {"image_size": 384}, {"encoder_hidden_size": 768}
+    return hf.BlipForImageTextRetrieval(hf.BlipConfig(vision_config=vision, text_config=text))
+
+
+@pytest.mark.parametrize(
+    ("build", "size", "output"),
+    [
+        (lambda: hf.CLIPModel(hf.CLIPConfig(attn_implementation="eager")), 224, "logits_per_image"),
+        pytest.param(blip_base, 384, "itm_score", marks=pytest.mark.slow),
+    ],
+    ids=["CLIP", "BLIP-base"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_counts_what_fvcore_does(build, size, output):
+    """To the last multiply-add in products; fvcore counts LayerNorms too, 0.1 % more."""
+    fvcore = pytest.importorskip("fvcore.nn")
+    model = build().eval()
+    inputs = {"input_ids": torch.ones(1, 20, dtype=torch.long), "pixel_values": torch.zeros(1, 3, size, size)}
+    counted = fvcore.FlopCountAnalysis(Positional(model, list(inputs), output), tuple(inputs.values()))
+    counted.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    total = profile(model, inputs).total.dense_macs
+    assert counted.total() == pytest.approx(total, rel=3e-3)
+    assert counted.total() - counted.by_operator()["layer_norm"] == total
 
 
 def test_disk_bytes(tmp_path):
