@@ -72,6 +72,11 @@ class Packed:
         """How many rows have a meaning. Reads it."""
         return int(self.cu_seqlens[-1])
 
+    @property
+    def total(self) -> Tensor | None:
+        """How many rows have a meaning, unread: one int32. None: all have."""
+        return self.cu_seqlens[-1:] if self.fixed else None
+
     def for_op(self, rows: Tensor) -> Tensor:
         """`for_op` of rows (T, ...) that belong to these."""
         return for_op(rows, self.cu_seqlens) if self.fixed else rows

@@ -148,3 +148,32 @@ def test_capacity_is_checked():
     with pytest.raises(ValueError, match="capacity must be"):
         handle.capacity = "half"
     assert handle.capacity == "exact"
+
+
+def test_packed_layers_leave_the_rows_without_a_token_alone():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 16))
+    hwp.prune_one_shot(model, "2:4", ["0"])
+    plain = model[0]
+    hwp.pack(model)
+    x, residual, total = torch.randn(5, 32), torch.randn(5, 16), torch.tensor([3], dtype=torch.int32)
+    with torch.no_grad():
+        for y, expected in (
+            (hwp.linear(model[0], x, total), plain(x)),
+            (hwp.residual_linear(model[0], x, residual, total), plain(x) + residual),
+        ):
+            torch.testing.assert_close(y[:3], expected[:3])
+            assert (y[3:] == 0).all()
+        assert torch.equal(hwp.linear(plain, x, total), plain(x))
+
+
+def test_a_model_with_packed_layers_computes_what_exact_does():
+    results = []
+    for capacity in ("exact", "upper_bound"):
+        model, handle = patched("CLIPVisionModel", capacity)
+        linears = hwp.select_modules(model, "2:4", exclude=("madtp_guide",)).selected
+        hwp.prune_one_shot(model, "2:4", linears)
+        assert hwp.pack(model, followers=handle.followers)
+        with torch.no_grad():
+            results.append(model(**CASES["CLIPVisionModel"].inputs()).pooler_output)
+    torch.testing.assert_close(*results, **CLOSE)

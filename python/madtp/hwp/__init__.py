@@ -8,7 +8,7 @@ run on the sparse kernels (`pack`).
 from madtp.hwp.calibration import InputStatistics, collect_inputs
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
 from madtp.hwp.one_shot import OneShotReport, prune_one_shot
-from madtp.hwp.packing import Follower, Sparse24Linear, explain_linears, pack, residual_linear, unpack
+from madtp.hwp.packing import Follower, Sparse24Linear, explain_linears, linear, pack, residual_linear, unpack
 from madtp.hwp.permutation import Permutation, fold_permutation, mlp_pairs, permute_mlps, search_permutation
 from madtp.hwp.pruner import WeightPruner, bake
 from madtp.hwp.scores import activation_score, reconstruct
@@ -31,6 +31,7 @@ __all__ = [
     "explain_pattern",
     "fold_permutation",
     "is_pattern",
+    "linear",
     "matches",
     "mlp_pairs",
     "pack",

@@ -92,28 +92,32 @@ class Sparse24Linear(nn.Module):
         parts = {self.activation: self.activation, "scale": self.scale is not None, "residual": self._last[1]}
         return tuple(name for name, on in parts.items() if on)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x (..., C), residual (..., N) -> (..., N)"""
+    def forward(self, x: Tensor, residual: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+        """x (..., C), residual (..., N) -> (..., N); zeros in the rows from `total` on, which cost nothing on a GPU."""
         leading = x.shape[:-1]
         last = (leading.numel(), residual is not None)
         if torch.compiler.is_compiling() or last != self._last:  # a module sets slowly; a compiler guards what is read
             self._last = last
         if residual is not None and residual.dtype != x.dtype:  # under autocast: the sum has the wider type
-            return self(x) + residual
+            return self(x, total=total) + residual
         if len(leading) != 1:
             x, residual = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
-        y = sparse24_linear(
-            x, self.sparse_weight, self.bias, activation=self.activation, residual=residual, scale=self.scale
-        )
+        options = {"activation": self.activation, "residual": residual, "scale": self.scale, "total": total}
+        y = sparse24_linear(x, self.sparse_weight, self.bias, **options)
         return y if len(leading) == 1 else y.view(*leading, y.shape[1])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
 
 
-def residual_linear(module: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + module(x), as one kernel where the module is packed."""
-    return module(x, residual) if isinstance(module, Sparse24Linear) else module(x) + residual
+def linear(module: nn.Module, x: Tensor, total: Tensor | None = None) -> Tensor:
+    """module(x), of rows (T, C); what `Sparse24Linear` makes of `total` where the module is packed."""
+    return module(x) if total is None or not isinstance(module, Sparse24Linear) else module(x, total=total)
+
+
+def residual_linear(module: nn.Module, x: Tensor, residual: Tensor, total: Tensor | None = None) -> Tensor:
+    """residual + module(x), as one kernel where the module is packed; `total` as in `linear`."""
+    return module(x, residual, total) if isinstance(module, Sparse24Linear) else module(x) + residual
 
 
 class Follower(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.dtp import Branch
-from madtp.hwp import residual_linear
+from madtp.hwp import linear, residual_linear
 from madtp.packed import Packed, Repeated, split_heads
 from madtp_kernels.reference.ragged import sequence_ids
 
@@ -97,7 +97,8 @@ def encode(
 def block(layer: nn.Module, spec: Encoder, packed: Packed, branch: Branch, heads: int, keys: Any) -> Packed:
     """One block on packed tokens. A pure function of `packed`, so that it can run again for its gradient."""
     part = lambda path: attrgetter(path)(layer)  # noqa: E731
-    q, k, v = _project(layer, spec, packed.x if spec.post_norm else part(spec.norm1)(packed.x), heads)
+    normed = packed.x if spec.post_norm else part(spec.norm1)(packed.x)
+    q, k, v = _project(layer, spec, normed, heads, packed.total)
     out, stats = branch.attention(q, k, v, packed, causal=spec.causal, statistics=branch.prunes)
     x = add(layer, spec.out, spec.scale1, spec.dropout1, out, packed.x, packed)
     if spec.post_norm:
@@ -109,17 +110,17 @@ def block(layer: nn.Module, spec: Encoder, packed: Packed, branch: Branch, heads
         packed, normed = branch.prune_norm(packed, x, stats, part(spec.norm2))
     hidden = normed
     for path in spec.mlp[:-1]:
-        hidden = part(path)(hidden)
+        hidden = linear(part(path), hidden, packed.total)
     x = add(layer, spec.mlp[-1], spec.scale2, spec.dropout2, hidden, packed.x, packed)
     return packed.with_x(part(spec.norm2)(x) if spec.post_norm else x)
 
 
-def _project(layer: nn.Module, spec: Encoder, x: Tensor, heads: int) -> tuple[Tensor, ...]:
+def _project(layer: nn.Module, spec: Encoder, x: Tensor, heads: int, total: Tensor | None) -> tuple[Tensor, ...]:
     """x (T, C) -> q, k, v, each (T, H, D)"""
-    linears = [attrgetter(path)(layer) for path in spec.qkv]
-    if len(linears) == 1:
-        return linears[0](x).unflatten(-1, (3, heads, -1)).unbind(1)
-    return tuple(split_heads(linear(x), heads) for linear in linears)
+    projected = [linear(attrgetter(path)(layer), x, total) for path in spec.qkv]
+    if len(projected) == 1:
+        return projected[0].unflatten(-1, (3, heads, -1)).unbind(1)
+    return tuple(split_heads(y, heads) for y in projected)
 
 
 def add(
@@ -139,7 +140,7 @@ def add(
         after.append(attrgetter(dropout)(layer))
     after = [step for step in after if not isinstance(step, nn.Identity)]
     if not after:
-        return residual_linear(module, hidden, residual)
+        return residual_linear(module, hidden, residual, packed.total)
     y = module(hidden)
     for step in after:
         y = _drop_paths(step, y, packed) if hasattr(step, "drop_prob") else step(y)
