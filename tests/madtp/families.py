@@ -75,6 +75,7 @@ def dual(vision: nn.Module, words: nn.Module) -> nn.Module:
 
 def blip2(kind: type[nn.Module]) -> nn.Module:
     qformer = SHAPE | NO_DROPOUT | {"encoder_hidden_size": 32, "vocab_size": VOCABULARY, "cross_attention_frequency": 1}
+    qformer |= {"use_qformer_text_input": kind is hf.Blip2ForImageTextRetrieval}
     language = {"hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 40}
     language |= {"model_type": "opt", "word_embed_proj_dim": 32, "max_position_embeddings": 32, "dropout": 0.0}
     config = hf.Blip2Config(
@@ -129,6 +130,8 @@ CASES = {
     "Blip2ForConditionalGeneration": Case(
         lambda: blip2(hf.Blip2ForConditionalGeneration), blip2_inputs, ("logits",), generates=True
     ),
+    "Blip2Model": Case(lambda: blip2(hf.Blip2Model), blip2_inputs, ("logits",)),
+    "Blip2ForImageTextRetrieval": Case(lambda: blip2(hf.Blip2ForImageTextRetrieval), blip2_inputs, BOTH),
     "ViTForImageClassification": Case(
         lambda: hf.ViTForImageClassification(hf.ViTConfig(**IMAGE, num_labels=3)), IMAGES, ("logits",)
     ),

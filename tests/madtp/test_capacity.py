@@ -22,8 +22,10 @@ def blip_questions(model, inputs):
 BEFORE_DECODERS = {
     "BlipForQuestionAnswering": blip_questions,
     "BlipForConditionalGeneration": lambda model, inputs: model._encode(inputs["pixel_values"], False),
-    "Blip2ForConditionalGeneration": lambda model, inputs: model.vision_model(inputs["pixel_values"]),
-}
+} | dict.fromkeys(
+    ("Blip2ForConditionalGeneration", "Blip2Model", "Blip2ForImageTextRetrieval"),
+    lambda model, inputs: model.vision_model(inputs["pixel_values"]),
+)
 
 
 def patched(family, capacity="upper_bound"):

@@ -57,7 +57,14 @@ FAMILIES = (
             dense_modules=("qformer", "language_model", "language_projection"),
             mixins={"qformer": blip2.PackedQFormer},
         )
-        for source in (hf.Blip2Model, hf.Blip2ForConditionalGeneration, hf.Blip2ForImageTextRetrieval)
+        for source in (hf.Blip2Model, hf.Blip2ForConditionalGeneration)
+    ),
+    Family(
+        {"vision": "vision_model"},
+        hf.Blip2ForImageTextRetrieval,
+        others={"qformer": ("qformer",)},
+        dense_modules=("qformer", "vision_projection", "text_projection", "itm_head"),
+        mixins={"qformer": blip2.PackedQFormer},
     ),
     Family({"vision": "vit"}, hf.ViTForImageClassification, dense_modules=("classifier",)),
     Family({"vision": "dinov2"}, hf.Dinov2ForImageClassification, dense_modules=("classifier",)),
