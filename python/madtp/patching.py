@@ -23,6 +23,7 @@ from madtp.models import FAMILIES, family_of
 from madtp.models.family import CompressedModel, Family, followers
 from madtp.models.tower import FORWARDS, mix_in, mixed
 from madtp.packed import RaggedAttention
+from madtp.versions import check_transformers
 
 STATE_FILE, WEIGHTS_FILE = "madtp.json", "model.safetensors"
 STATE_VERSION = 3
@@ -237,9 +238,10 @@ def patch(
 
     Raises:
         TypeError: the class is not known. ValueError: the model is patched already, the capacity is unknown or the
-            config's selection has none but "exact", or what `Handle.set_keep_rate` says of its arguments. The model is
-            as it was.
+            config's selection has none but "exact", or what `Handle.set_keep_rate` says of its arguments. RuntimeError:
+            transformers is too old. The model is as it was.
     """
+    check_transformers()
     if hasattr(model, "madtp_handle"):
         raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
     family = family or family_of(model)
@@ -278,8 +280,10 @@ def from_pretrained(directory: str | os.PathLike) -> nn.Module:
         the patched model, in eval mode, ready to prune.
 
     Raises:
-        ModelError: the directory lacks something, or is of another version or class; says what to do.
+        ModelError: the directory lacks something, or is of another version or class; says what to do. RuntimeError:
+            transformers is too old.
     """
+    check_transformers()
     directory = Path(directory)
     try:
         state = json.loads((directory / STATE_FILE).read_text())
