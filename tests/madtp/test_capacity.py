@@ -82,6 +82,19 @@ def test_reads_nothing_and_keeps_its_shapes(family):
             run(model, inputs)
 
 
+def test_questions_that_share_an_image_and_their_answers():
+    inputs, results = CASES["BlipForQuestionAnswering"].inputs(), []
+    index, labels = torch.tensor([1, 0, 1, 3]), inputs.pop("labels")
+    for capacity in ("exact", "upper_bound"):
+        model, _ = patched("BlipForQuestionAnswering", capacity)
+        with torch.no_grad():
+            logits = model(**inputs, labels=labels, image_index=index).logits
+        results.append((logits, model.generate(**inputs, image_index=index, max_new_tokens=4, num_beams=2)))
+    (expected, tokens), (logits, same) = results
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    assert torch.equal(tokens, same)
+
+
 def graphed(run, device):
     """A function that runs `run`: in one CUDA graph on a GPU."""
     if device == "cpu":
@@ -112,6 +125,17 @@ def test_a_pruned_vision_tower_fits_one_graph(family, device):
         assert same_selections(handle, exact) and len(set(handle.tokens_per_layer["vision"])) > 1
         for name in CASES[family].outputs:
             torch.testing.assert_close(result[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["CLIPVisionModel", "BlipForNLVR"])
+@torch.no_grad()
+def test_compiles_into_one_graph(family):
+    """`fullgraph` raises at the first value that the host has to read; on a CPU checks of the ops read some."""
+    model, handle = patched(family)
+    inputs = {name: value.to("meta") for name, value in CASES[family].inputs().items()}
+    torch._dynamo.reset()
+    result = torch.compile(model.to("meta"), backend="eager", fullgraph=True)(**inputs)
+    assert result[CASES[family].outputs[0]].shape[0] == 4 and all(len(layers) == 3 for layers in rows(handle).values())
 
 
 def test_gradients_and_training_are_exact():
