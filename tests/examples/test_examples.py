@@ -1,0 +1,62 @@
+"""Every example runs, at a small size, and says what it promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BRIEF = {  # arguments, and something it prints
+    "own_encoder": ((), "temperature 10.0: "),
+    "pack_weights": ((), "loaded, it computes the same: True"),
+}
+FETCHED = {
+    "vqa": (("--samples", "16"), "what is the red shape? triangle"),
+    "nlvr": (("--samples", "16"), "pruned: accuracy 0."),
+    "captioning": (("--samples", "16", "--beams", "2"), "pruned: bleu4 "),
+    "retrieval": (("--samples", "16", "--fit", "32"), "is found as"),
+}
+
+
+def run(name, *arguments):
+    environment = os.environ | {"MADTP_TUNE": "off", "PYTHONPATH": os.pathsep.join((str(ROOT / "python"), str(ROOT)))}
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", BRIEF)
+def test_runs(name):
+    arguments, promised = BRIEF[name]
+    assert promised in run(name, *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FETCHED)
+def test_runs_on_fetched_data(name):
+    arguments, promised = FETCHED[name]
+    out = run(name, *arguments)
+    assert promised in out and "tokens after each layer" in out
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_pruned_and_compressed(tmp_path):
+    dense, compressed = tmp_path / "dense", tmp_path / "compressed"
+    assert "2 steps" in run("train_emoji", "--task", "captioning", "--output", dense, "--steps", 2)
+    assert "pruned: " in run("captioning", "--model", dense, "--samples", 8, "--beams", 2)
+    shown = run(
+        "compress_emoji", "--task", "captioning", "--model", dense, "--output", compressed, "--steps", 8, "--limit", 64
+    )
+    assert str(compressed / "report.md") in shown and (compressed / "model" / "madtp.json").is_file()
+
+
+def test_a_bad_rate_is_one_line():
+    command = [sys.executable, str(ROOT / "examples" / "vqa.py"), "--keep-rate", "1.5", "--samples", "4"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "python"), str(ROOT)))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        "error: keep_rate must be a number in (0, 1]"
+    )
