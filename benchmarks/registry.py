@@ -35,6 +35,7 @@ class Entry:
         flops: (case, inputs) -> floating-point operations, 0 where none matter.
         against: the key of the cases to plot time and memory against, if they differ in one number.
         grid: the provider whose speed-up is shown as a heat map, the first key of the cases across and the others down.
+        parts: show also what share of its time each provider spends on which kind of operation.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Entry:
     flops: Callable[[Case, Any], int] = lambda case, inputs: 0
     against: str | None = None
     grid: str | None = None
+    parts: bool = False
 
     def __post_init__(self):
         if self.baseline not in self.providers:
@@ -56,9 +58,9 @@ class Entry:
 
 def entries() -> dict[str, Entry]:
     """Every benchmark by name. A new op joins with one line here."""
-    from benchmarks import attention, attention_backward, sparse24, sparse24_prune, tokens
+    from benchmarks import attention, attention_backward, models, sparse24, sparse24_prune, tokens
 
-    modules = (tokens, attention, attention_backward, sparse24, sparse24_prune)
+    modules = (tokens, attention, attention_backward, sparse24, sparse24_prune, models)
     return {entry.name: entry for module in modules for entry in module.ENTRIES}
 
 

@@ -64,6 +64,17 @@ def grid_table(result: dict, threads: int | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def parts_table(block: dict) -> str:
+    """Where each provider's time goes."""
+    rows = [row for row in block["rows"] if "parts" in row]
+    kinds = list(rows[0]["parts"])
+    lines = [f"| share of the operations' time | {' | '.join(kinds)} |", "|---" * (1 + len(kinds)) + "|"]
+    for row in rows:
+        cells = (f"{row['parts'][kind]:.0%}" for kind in kinds)
+        lines.append(f"| {row['provider']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def write_document(results: Path, document: Path = DOCUMENT) -> None:
     """docs/benchmarks.md from every results file."""
     parts = [HEADER]
@@ -90,4 +101,6 @@ def write_document(results: Path, document: Path = DOCUMENT) -> None:
             rows = (columns(row, result["baseline"], on_cpu) for row in block["rows"])
             lines += [f"| {' | '.join(cells)} |" for cells in rows if cells is not None]
             parts.append(f"**{title(block)}**\n\n" + "\n".join(lines) + "\n")
+            if "parts" in block["rows"][0]:
+                parts.append(parts_table(block))
     document.write_text("\n".join(parts))

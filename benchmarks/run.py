@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Spread, keep_freed_memory, peak_bytes, take_turns
+from benchmarks.parts import shares
 from benchmarks.registry import Case, Entry, Unavailable, entries, runnable
 from benchmarks.report import print_table, write_document
 from madtp_kernels.env import environment
@@ -48,6 +49,8 @@ def run_case(entry: Entry, case: Case, device: torch.device, rounds: int) -> lis
             ratios = [theirs / own for theirs, own in zip(baseline, values, strict=True)]
             row["speedup"] = Spread.of(ratios)._asdict()
         row["peak_bytes"] = peak_bytes(functions[name][0], device)
+        if entry.parts:
+            row["parts"] = shares(functions[name][0], device)
         rows.append(row)
     order = list(entry.providers)
     return sorted(rows, key=lambda row: order.index(row["provider"]))
