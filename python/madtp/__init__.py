@@ -2,7 +2,7 @@
 
 from madtp import attention_interface as attention_interface  # registers "madtp" with transformers
 from madtp.accounting import profile
-from madtp.budget import Plan, allocate
+from madtp.budget import Plan, allocate, pareto
 from madtp.compression import Result, compress, measure
 from madtp.config import CompressionConfig
 from madtp.patching import ModelError, from_pretrained, patch
@@ -18,6 +18,7 @@ __all__ = [
     "compress",
     "from_pretrained",
     "measure",
+    "pareto",
     "patch",
     "profile",
 ]

@@ -27,6 +27,7 @@ from madtp.tasks.task import Task
 
 ALLOCATIONS = ("joint", "uniform", "tokens", "weights")
 CALIBRATION_SAMPLES = 64
+REDUCTIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 TOKEN_STEP = 0.01  # of a branch's share, in which the tokens are given away
 
 
@@ -128,20 +129,67 @@ def allocate(
     """
     if allocation not in ALLOCATIONS:
         raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
+    calibration, sensitivities = _measured(model, task, calibration_data, config, progress)
+    plan = choose(sensitivities, config, allocation)
+    return replace(plan, compared=_compared(calibration, sensitivities, config))
+
+
+def pareto(
+    model: nn.Module,
+    task: Task,
+    calibration_data: Dataset,
+    config: CompressionConfig,
+    *,
+    reductions: Sequence[float] = REDUCTIONS,
+    progress: Callable[[Sequence], Iterable] = iter,
+) -> list[Plan]:
+    """The front of cost against harm from one measurement of the sensitivities: a joint plan for each reduction.
+
+    Args:
+        reductions: shares of the dense MACs to save, in place of the config's; those that cannot be reached are left
+            out.
+        others: as of `allocate`.
+
+    Returns:
+        plans from the least reduction on, each with what every allocation would do at its budget (`compared`).
+
+    Raises:
+        ValueError: as `allocate`; or no reduction can be reached.
+    """
+    configs = [replace(config, flops_reduction=reduction) for reduction in sorted(set(reductions))]
+    calibration, sensitivities = _measured(model, task, calibration_data, config, progress)
+    plans, refusal = [], ValueError("reductions must be numbers in (0, 1), got none")
+    for target in configs:
+        try:
+            plan = choose(sensitivities, target)
+        except ValueError as error:
+            refusal = error
+            continue
+        plans.append(replace(plan, compared=_compared(calibration, sensitivities, target)))
+    if not plans:
+        raise refusal
+    return plans
+
+
+def _measured(model, task, calibration_data, config, progress) -> tuple[Calibration, Sensitivities]:
     if not len(calibration_data):
         raise ValueError("calibration_data must hold samples, got none")
     device, model = next(model.parameters()).device, copy.deepcopy(model)
     patch(model, config)
     calibration = Calibration(model, task, pairs(task, calibration_data, CALIBRATION_SAMPLES, device), config)
-    sensitivities = measure_sensitivities(calibration, progress=progress)
-    plan = choose(sensitivities, config, allocation)
+    return calibration, measure_sensitivities(calibration, progress=progress)
+
+
+def _compared(calibration: Calibration, sensitivities: Sensitivities, config: CompressionConfig) -> dict[str, float]:
+    """Allocation -> what it does at the budget of a config; those that cannot reach it are left out."""
     compared = {}
-    for other in ALLOCATIONS:
+    for allocation in ALLOCATIONS:
         try:
-            compared[other] = measured_rise(calibration, sensitivities, choose(sensitivities, config, other))
-        except ValueError:  # it cannot reach the targets
+            plan = choose(sensitivities, config, allocation)
+        except ValueError:
             continue
-    return replace(plan, compared=compared)
+        compared[allocation] = measured_rise(calibration, sensitivities, plan)
+    return compared
 
 
 def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: str = "joint") -> Plan:

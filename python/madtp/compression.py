@@ -24,6 +24,7 @@ from transformers import TrainingArguments, set_seed
 
 import madtp_kernels
 from madtp.accounting import (
+    Profile,
     count_parameters,
     counted_macs,
     disk_bytes,
@@ -121,33 +122,17 @@ def compress(
     patch(teacher, config)
     student.to(args.device)
 
-    exclude = (*config.sparse_exclude, *handle.family.dense_modules, "madtp_guide")
-    linears = select_modules(student, config.pattern, include=config.sparse_include, exclude=exclude)
-    chosen, reduction = linears.selected, config.flops_reduction
-    if plan is not None:
-        plan.require_fit(handle.pruning, linears.selected)
-        chosen, reduction = list(plan.sparse_modules), plan.flops_reduction
-    planned = chosen if Pattern.parse(config.pattern).sparse24 else []
-    if plan is None:
-        _require_params_reduction(student, chosen, config)
-    probe = pairs(task, calibration_data, PROBE_SAMPLES, args.device)
-    before = profile_batches(student, probe, planned_sparse=planned)
-    if plan is None:
-        targets = branch_targets(before, reduction, tuple(handle.pruning))
-    else:
-        targets = {b: share * before.branches[b].counted_macs for b, share in plan.tokens.items() if share < 1}
-    _require_reach(student, probe, planned, before.total.dense_macs, reduction, targets, config)
-
-    permutations = _permuted(student, chosen, config)
-    norms = _norms(student, chosen, probe, config)
+    aims = _aims(student, task, calibration_data, config, plan, args.device)
+    permutations = _permuted(student, aims.chosen, config)
+    norms = _norms(student, aims.chosen, aims.probe, config)
     trainer = MadtpTrainer(
         student,
         teacher,
         task,
         config,
-        targets=targets,
-        probe=probe,
-        sparse_modules=chosen,
+        targets=aims.targets,
+        probe=aims.probe,
+        sparse_modules=aims.chosen,
         norms=norms,
         args=args,
         train_dataset=train_data,
@@ -164,8 +149,8 @@ def compress(
     with bars.status("settling the temperatures"):
         trainer.probe = pairs(task, calibration_data, SETTLE_SAMPLES, args.device)
         dense_macs = profile_batches(student, trainer.probe).total.dense_macs
-        miss = trainer.settle((1 - reduction) * dense_macs)
-    packed = pack(student, chosen)
+        miss = trainer.settle((1 - aims.reduction) * dense_macs)
+    packed = pack(student, aims.chosen)
     with whole_directory(output_dir / "model") as directory:
         student.save_pretrained(directory)
         task.save_processor(directory)
@@ -180,19 +165,85 @@ def compress(
         times = time_per_sample({"dense": model, "compressed": compressed}, batch)
     for name, milliseconds in times.items():
         figures[name]["ms_per_sample"] = milliseconds
-    aims = {
+    reached = {
         "allocation": None if plan is None else plan.to_dict(),
-        "targets_gmacs": {branch: macs / 1e9 for branch, macs in targets.items()},
+        "targets_gmacs": {branch: macs / 1e9 for branch, macs in aims.targets.items()},
         "temperatures": handle.temperatures,
         "calibration_miss": miss,
-        "sparse_modules": chosen,
+        "sparse_modules": aims.chosen,
         "packed_modules": sorted(packed),
-        "dense_modules": linears.dense,
+        "dense_modules": aims.dense,
         "magnitude_kept": magnitude,
         "permutations": {name: {"before": p.before, "after": p.after} for name, p in permutations.items()},
     }
-    report = {"metric": task.metric, **figures, "plan": aims, "config": config.to_dict(), "versions": versions()}
+    report = {"metric": task.metric, **figures, "plan": reached, "config": config.to_dict(), "versions": versions()}
     return Result(compressed, report, output_dir / "model")
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What a run is to do. MACs are per sample, of the calibration data."""
+
+    reduction: float  # of the dense MACs
+    chosen: list[str]  # Linears that go N:M
+    dense: dict[str, str]  # Linears that do not, and why
+    targets: dict[str, float]  # counted MACs of the branches that prune
+    before: Profile  # with all tokens, the chosen Linears counted as N:M
+    probe: list[dict[str, Tensor]]  # the samples MACs are observed on
+
+    @property
+    def counted_macs(self) -> dict[str, float]:
+        """By branch, as they are to be in the end."""
+        return {b: self.targets.get(b, account.counted_macs) for b, account in self.before.branches.items()}
+
+
+def predict(
+    model: nn.Module,
+    task: Task,
+    calibration_data: Dataset,
+    config: CompressionConfig,
+    *,
+    plan: Plan | None = None,
+) -> Aims:
+    """What `compress` would aim at with these arguments; nothing is trained, and the model stays as it is.
+
+    Raises:
+        as `compress`.
+    """
+    set_seed(config.seed)
+    student = copy.deepcopy(model)
+    patch(student, config)
+    return _aims(student, task, calibration_data, config, plan, _device(model))
+
+
+def _aims(
+    student: nn.Module,
+    task: Task,
+    calibration_data: Dataset,
+    config: CompressionConfig,
+    plan: Plan | None,
+    device: torch.device,
+) -> Aims:
+    if not len(calibration_data):
+        raise ValueError("calibration_data must hold samples, got none")
+    handle = student.madtp_handle
+    exclude = (*config.sparse_exclude, *handle.family.dense_modules, "madtp_guide")
+    linears = select_modules(student, config.pattern, include=config.sparse_include, exclude=exclude)
+    chosen, reduction = linears.selected, config.flops_reduction
+    if plan is not None:
+        plan.require_fit(handle.pruning, linears.selected)
+        chosen, reduction = list(plan.sparse_modules), plan.flops_reduction
+    planned = chosen if Pattern.parse(config.pattern).sparse24 else []
+    if plan is None:
+        _require_params_reduction(student, chosen, config)
+    probe = pairs(task, calibration_data, PROBE_SAMPLES, device)
+    before = profile_batches(student, probe, planned_sparse=planned)
+    if plan is None:
+        targets = branch_targets(before, reduction, tuple(handle.pruning))
+    else:
+        targets = {b: share * before.branches[b].counted_macs for b, share in plan.tokens.items() if share < 1}
+    _require_reach(student, probe, planned, before.total.dense_macs, reduction, targets, config)
+    return Aims(reduction, chosen, linears.dense, targets, before, probe)
 
 
 def measure(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +22,10 @@ from madtp.hwp import Pattern, WeightPruner
 from madtp.tasks.task import Task
 
 CONTROLLER_FILE = "madtp_controller.json"
+
+
+class DivergedError(RuntimeError):
+    """Training met a loss or a weight that is not finite; the message says which, and what is left."""
 
 
 class MadtpTrainer(Trainer):
@@ -38,6 +45,8 @@ class MadtpTrainer(Trainer):
         sparse_modules: names of the Linear modules that go N:M.
         norms: of their inputs, for masks by |W| ||x||; None keeps the largest |W|.
         args, **kwargs: of `transformers.Trainer`.
+
+    `train` raises `DivergedError` at the first loss that is not finite; weights that are not are never saved.
     """
 
     def __init__(
@@ -89,7 +98,10 @@ class MadtpTrainer(Trainer):
         self.add_callback(_Cooperation(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        output = model(**inputs)
+        with self._features_seen():
+            output = model(**inputs)
+        if isinstance(output, tuple):
+            output, _ = output
         with torch.no_grad():
             taught = self.teacher(**inputs)
         summaries = self.handle.summaries, self.teacher.madtp_handle.summaries
@@ -101,6 +113,9 @@ class MadtpTrainer(Trainer):
             logits=(logits, self.task.logits(taught, inputs)[0]),
             mask=mask,
         )
+        if not torch.isfinite(loss):
+            wrong = [f"{name} is {part.item()}" for name, part in parts.items() if not torch.isfinite(part)]
+            raise self._diverged(f"loss: {', '.join(wrong) or f'their sum is {loss.item()}'}")
         for name, part in parts.items():
             self._parts.setdefault(name, []).append(part)
         return (loss, output) if return_outputs else loss
@@ -140,6 +155,35 @@ class MadtpTrainer(Trainer):
         self.handle.set_temperature(self.controller.shifted(shift))
         return missed
 
+    def _save_checkpoint(self, model, trial):
+        wrong = next((name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()), None)
+        if wrong is not None:
+            raise self._diverged(f"weight: {wrong}")
+        super()._save_checkpoint(model, trial)
+
+    def _diverged(self, what: str) -> DivergedError:
+        good = last_checkpoint(self.args.output_dir)
+        kept = f"{good} is the last good checkpoint" if good else "there is no checkpoint yet"
+        return DivergedError(f"training stopped at step {self.state.global_step}, not finite is the {what}; {kept}")
+
+    @contextmanager
+    def _features_seen(self) -> Iterator[None]:
+        """A context in which a model of several processes returns (output, what the loss takes from the handle): DDP
+        waits for the gradients of no parameter that it does not see leave the forward."""
+        if self.args.world_size == 1:
+            yield
+            return
+
+        def with_features(module, arguments, output):
+            aligned = [feature for feature in self.handle.aligned.values() if feature is not None]
+            return output, (*aligned, *itertools.chain(*self.handle.summaries.values()))
+
+        hook = self.handle.model.register_forward_hook(with_features)
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def _aligned(self, image_index: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The aligned features of vision and text, a row of each per sample; None where they are not collected."""
         aligned = self.handle.aligned
@@ -151,7 +195,7 @@ class MadtpTrainer(Trainer):
     def _total_steps(self) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps
-        batches = math.ceil(len(self.train_dataset) / self.args.train_batch_size)
+        batches = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
         return math.ceil(self.args.num_train_epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

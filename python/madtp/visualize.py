@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
+from PIL import Image
 from torch import Tensor, nn
 
 from madtp.accounting import evaluating
@@ -56,17 +59,92 @@ def picture(model: nn.Module, task: VqaTask, data: EasyVqa, path: str | Path, *,
         kept = [torch.arange(1 + (vision.image_size // vision.patch_size) ** 2)]
         kept += [layer[batch["image_index"][row]] for layer in selections["vision"]]
         for depth, positions in enumerate(kept):
-            axes = figure.add_subplot(grid[row, depth + 1])
+            axes = _bare(figure.add_subplot(grid[row, depth + 1]), f"{int((positions > 0).sum())} patches")
             axes.imshow(_dimmed(data.images[image], positions - 1, vision.patch_size).numpy())
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-            axes.set_xlabel(f"{int((positions > 0).sum())} patches", fontsize=7, labelpad=2, color=KEPT)
             if row == 0:
                 axes.set_title(f"after layer {depth}" if depth else "input", fontsize=9, color=KEPT)
     figure.savefig(path, format="png")
     return Path(path)
+
+
+def depths(
+    model: nn.Module, image: Image.Image, path: str | Path, *, image_processor, tokenizer=None, text: str | None = None
+) -> Path:
+    """Draws one image of the user with the patches left after each layer and, below, how well the patches that enter a
+    layer fit the alignment token they fit best; writes a PNG to `path`.
+
+    Args:
+        model: compressed, or patched and at a temperature above 0.
+        image_processor, tokenizer: its own. text: what goes with the image, in models that read text; words that are
+            gone after the last layer of the text tower are in brackets.
+
+    Raises:
+        TypeError: the model is not patched, or has no vision tower. ValueError: it reads text, and none is given.
+    """
+    handle = getattr(model, "madtp_handle", None)
+    if handle is None or "vision" not in handle.pruning:
+        raise TypeError(f"model must be a compressed one with a vision tower, got {type(model).__name__}")
+    inputs = {"pixel_values": image_processor(image, return_tensors="pt")["pixel_values"]}
+    reads = "input_ids" in inspect.signature(model.forward).parameters
+    if reads and (text is None or tokenizer is None):
+        raise ValueError(f"text must be given for a {type(model).__name__}, got none")
+    if reads:
+        inputs |= {
+            name: value for name, value in tokenizer(text, return_tensors="pt").items() if name != "token_type_ids"
+        }
+    if reads and "labels" in inspect.signature(model.forward).parameters and not hasattr(model, "classifier"):
+        inputs["labels"] = inputs["input_ids"]  # what a decoder is asked to say does not matter here
+    if handle.family.images_per_text > 1:
+        inputs["pixel_values"] = inputs["pixel_values"][:, None].repeat(1, handle.family.images_per_text, 1, 1, 1)
+    fits: list[Tensor] = []  # per layer, (T,)
+    logits = model.madtp_guide.logits["vision"].register_forward_hook(lambda *a: fits.append(a[-1].amax(dim=1).relu()))
+    try:
+        with evaluating(model):
+            model(**inputs)
+    finally:
+        logits.remove()
+
+    branch, vision = handle.pruning["vision"], model.get_submodule(handle.family.path("vision")).config
+    side, size = vision.image_size // vision.patch_size, vision.patch_size
+    first = branch.entered.max_seqlen - side * side  # position of the first patch: after the class token, if any
+    states = [branch.entered, *branch.layers]
+    pixels = _pixels(image, side * size)
+    figure = Figure(figsize=(CELL * len(states), CELL * 2.6), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, len(states), left=0.01, right=0.99, bottom=0.05, top=0.8, wspace=0.06, hspace=0.2)
+    for depth, state in enumerate(states):
+        kept = state.kept_positions()[0] - first
+        axes = _bare(figure.add_subplot(grid[0, depth]), f"{int((kept >= 0).sum())} patches")
+        axes.imshow(_dimmed(pixels, kept, size).numpy())
+        axes.set_title(f"after layer {depth}" if depth else "input", fontsize=9, color=KEPT)
+        if depth < len(fits):
+            positions, own = state.origin[: state.cu_seqlens[1]] - first, fits[depth][: state.cu_seqlens[1]]
+            patches = (positions >= 0) & (state.origin[: state.cu_seqlens[1]] >= 0)
+            alignment = torch.full((side * side,), float("nan")).index_copy(0, positions[patches], own[patches].float())
+            axes = _bare(figure.add_subplot(grid[1, depth]), f"alignment, layer {depth + 1}")
+            axes.imshow(alignment.view(side, side).numpy(), cmap="viridis")
+    if reads and "text" in handle.pruning:
+        left = handle.selections["text"][-1][0].tolist()
+        tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+        words = [word if place in left else f"[{word}]" for place, word in enumerate(tokens)]
+        figure.text(0.01, 0.93, f"{' '.join(words)}   ([pruned])", fontsize=9, color=KEPT)
+    figure.savefig(path, format="png")
+    return Path(path)
+
+
+def _bare(axes, label: str):
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xlabel(label, fontsize=7, labelpad=2, color=KEPT)
+    return axes
+
+
+def _pixels(image: Image.Image, side: int) -> Tensor:
+    """(3, side, side) uint8"""
+    resized = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def _spread(data: EasyVqa, images: int) -> list[int]:

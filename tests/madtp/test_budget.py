@@ -118,3 +118,16 @@ def test_what_is_wrong_is_refused():
         madtp.allocate(tiny_blip(), Task(), Questions(4), CONFIG, allocation="best")
     with pytest.raises(ValueError, match="calibration_data must hold samples"):
         madtp.allocate(tiny_blip(), Task(), [], CONFIG)
+
+
+def test_the_front_has_a_plan_for_every_reduction_that_can_be_reached():
+    reductions = (0.45, 0.3, 0.999, 0.4)
+    plans = madtp.pareto(tiny_blip(), Task(), Questions(48), CONFIG, reductions=reductions)
+    assert [plan.flops_reduction for plan in plans] == pytest.approx([0.3, 0.4, 0.45], abs=0.01)
+    rises = [plan.predicted["rise"] for plan in plans]
+    assert rises == sorted(rises) and all(plan.compared["joint"] > 0 for plan in plans)
+    alone = madtp.allocate(tiny_blip(), Task(), Questions(48), dataclasses.replace(CONFIG, flops_reduction=0.4))
+    assert (alone.tokens, alone.sparse_modules) == (plans[1].tokens, plans[1].sparse_modules)
+    assert alone.compared == pytest.approx(plans[1].compared)
+    with pytest.raises(ValueError, match="flops_reduction must be at most about"):
+        madtp.pareto(tiny_blip(), Task(), Questions(48), CONFIG, reductions=(0.99, 0.999))

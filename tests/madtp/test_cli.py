@@ -6,8 +6,10 @@ import sys
 
 import pytest
 from PIL import Image
+from transformers import BlipImageProcessor
 
 from madtp import cli, demo
+from madtp.budget import Plan
 from madtp.tasks.easy_vqa import PACKAGE
 from madtp.tasks.vqa import DENSE_EASY_VQA
 from madtp.trainer import MadtpTrainer, last_checkpoint
@@ -44,7 +46,9 @@ def short(monkeypatch):
     monkeypatch.setattr(demo, "TRAINING", demo.TRAINING | {"save_steps": 2, "per_device_train_batch_size": 4})
 
 
-@pytest.mark.parametrize("command", ["demo", "evaluate", "profile", "visualize", "env"])
+@pytest.mark.parametrize(
+    "command", ["demo", "compress", "allocate", "pareto", "evaluate", "profile", "visualize", "env"]
+)
 def test_every_command_has_help_with_an_example(madtp, command):
     code, out, _ = madtp(command, "--help")
     assert code == 0 and f"Example: madtp {command}" in out
@@ -75,6 +79,12 @@ def test_demo_from_start_to_finish(madtp, refused, drawn, short, tmp_path):
     code, out, _ = madtp("visualize", run / "model", "--output", run / "few.png", "--images", 2)
     assert code == 0 and out.strip() == str(run / "few.png") and (run / "few.png").exists()
     assert "must be from 1 to the 24" in refused("visualize", run / "model", "--images", 25)
+    photo = ("--image", run / "tokens.png", "--text", "what is it", "--output", run / "one.png")
+    assert "has no image processor" in refused("visualize", run / "model", *photo)
+    BlipImageProcessor(size={"height": 64, "width": 64}).save_pretrained(run / "model")
+    code, out, _ = madtp("visualize", run / "model", *photo)
+    assert code == 0 and out.strip() == str(run / "one.png") and (run / "one.png").exists()
+    assert "image" in refused("visualize", run / "model", "--image", run / "none.png")
 
     weights = run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -153,3 +163,60 @@ def test_data_that_cannot_be_had(refused, monkeypatch, tmp_path):
     (tmp_path / PACKAGE.file).write_bytes(b"PK\x03\x04 cut short")
     message = refused("evaluate", DENSE_EASY_VQA)
     assert "must have sha256" in message and "delete it" in message
+
+
+VQA = ("--model", DENSE_EASY_VQA, "--task", "vqa", "--data", "easy-vqa")
+
+
+def test_a_plan_is_chosen_and_compress_follows_it(madtp, refused, drawn, tmp_path):
+    plan, run = tmp_path / "plan.yaml", tmp_path / "run"
+    code, out, _ = madtp("allocate", *VQA, "--flops", 0.6, "--limit", 16, "--out", plan)
+    assert code == 0 and "of its MACs for tokens" in out and "distillation loss before training, joint" in out
+    chosen = Plan.load(plan)
+    assert chosen.flops_reduction == pytest.approx(0.6, abs=0.01)
+
+    code, out, _ = madtp("compress", *VQA, "--plan", plan, "--out", run, "--dry-run")
+    assert code == 0 and f"{len(chosen.sparse_modules)} Linears go N:M" in out and not run.exists()
+    assert all(branch in out for branch in ("vision", "text", "decoder", "total"))
+
+    config = tmp_path / "config.yaml"
+    config.write_text("controller_interval: 2\ntraining:\n  per_device_train_batch_size: 4\n  save_strategy: 'no'\n")
+    code, out, _ = madtp("compress", *VQA, "--plan", plan, "--config", config, "--steps", 3, "--out", run)
+    report = json.loads((run / "report.json").read_text())
+    assert code == 0 and "accuracy, 144 samples" in out
+    assert report["plan"]["allocation"] == chosen.to_dict() and report["config"]["controller_interval"] == 2
+    assert f"--plan {plan}" in (run / "report.md").read_text() and (run / "model" / "madtp.json").exists()
+
+
+def test_what_a_run_would_aim_at_needs_no_training(madtp, drawn, tmp_path):
+    code, out, err = madtp("compress", *VQA, "--flops", 0.6, "--out", tmp_path / "run", "--dry-run")
+    assert code == 0, err
+    total = next(line for line in out.splitlines() if "total" in line)
+    assert "40.0 %" in total and not (tmp_path / "run").exists()
+
+
+def test_compress_says_what_is_wrong(refused, drawn, tmp_path):
+    out = ("--out", tmp_path / "run")
+    message = refused("compress", *VQA[:2], "--task", "speech", "--data", "easy-vqa", *out)
+    assert "task must be one of vqa, retrieval, nlvr, captioning, got 'speech'" in message
+    assert "data must be easy-vqa, or an annotation file" in refused("compress", *VQA[:4], "--data", "coco.json", *out)
+    assert "annotation file" in refused("compress", *VQA, "--images", tmp_path, *out)
+    message = refused("compress", *VQA[:2], "--task", "nlvr", "--data", "emoji", *out)
+    assert "must hold a BlipForNLVR, got BlipForQuestionAnswering" in message
+    nowhere = ("--model", tmp_path / "none", *VQA[2:])
+    assert "model directory" in refused("compress", *nowhere, *out)
+    config = tmp_path / "config.yaml"
+    for text, what in (("flops: 1", "config must have known fields"), ("- 1", "mapping of fields"), ("a: [", "YAML")):
+        config.write_text(text)
+        assert what in refused("compress", *VQA, "--config", config, *out)
+    config.write_text("flops_reduction: 0.5\n")
+    assert "No such file" in refused("compress", *VQA, "--plan", tmp_path / "none.yaml", *out)
+    assert "must be at most about" in refused("compress", *VQA, "--config", config, "--flops", 0.95, *out)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_front_of_plans(madtp, refused, drawn, tmp_path):
+    code, out, _ = madtp("pareto", *VQA, "--flops", "0.3,0.6", "--limit", 8, "--out", tmp_path)
+    assert code == 0 and "joint" in out and {path.name for path in tmp_path.iterdir()} == {"30.yaml", "60.yaml"}
+    assert Plan.load(tmp_path / "60.yaml").flops_reduction == pytest.approx(0.6, abs=0.01)
+    assert "flops must be numbers with commas" in refused("pareto", *VQA, "--flops", "half", "--out", tmp_path)

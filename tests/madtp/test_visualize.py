@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from families import CASES, CONFIG, randomised
 from PIL import Image
+from transformers import BlipImageProcessor
 
 import madtp
 from madtp.tasks.easy_vqa import EasyVqa
 from madtp.tasks.vqa import VqaTask, load_dense
-from madtp.visualize import _dimmed, _spread, _words, picture
+from madtp.visualize import _dimmed, _spread, _words, depths, picture
 
 
 @pytest.fixture
@@ -56,3 +58,43 @@ def test_words_say_whether_they_are_kept(scene):
     words = _words(task, batch, torch.tensor([0, 2, 4]), 0)
     assert [word for word, _ in words] == "what is the color of the shape ?".split()
     assert [kept for _, kept in words] == [False, True, False, True] + [False] * 4
+
+
+class Letters:
+    """A tokenizer of as many ids as a text has words; the last one ends it."""
+
+    def __call__(self, text, return_tensors):
+        ids = torch.tensor([[*range(4, 4 + len(text.split())), 39]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def convert_ids_to_tokens(self, ids):
+        return [f"w{i}" for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("CLIPVisionModel", None),
+        ("SiglipVisionModel", None),
+        ("CLIPModel", "a cat on a mat"),
+        ("BlipForQuestionAnswering", "what is it"),
+        ("BlipForNLVR", "two cats on mats"),
+    ],
+)
+def test_an_image_of_ones_own(family, text, tmp_path):
+    torch.manual_seed(0)
+    model = randomised(CASES[family].build())
+    size = CASES[family].inputs()["pixel_values"].shape[-1]
+    processor = BlipImageProcessor(size={"height": size, "width": size})
+    photo = Image.effect_noise((50, 40), 60).convert("RGB")
+    options = {"image_processor": processor, "tokenizer": Letters(), "text": text}
+    with pytest.raises(TypeError, match="model must be a compressed one with a vision tower"):
+        depths(model, photo, tmp_path / "none.png", **options)
+    madtp.patch(model, CONFIG).set_temperature(2.0)
+    with Image.open(depths(model, photo, tmp_path / "depths.png", **options)) as drawn:
+        assert drawn.format == "PNG" and len(drawn.convert("RGB").getcolors(1 << 20)) > 100
+    assert not any(module._forward_hooks for module in model.modules())
+    if text is not None:
+        with pytest.raises(ValueError, match=f"text must be given for a {type(model).__name__}, got none"):
+            depths(model, photo, tmp_path / "none.png", **options | {"text": None})
+    assert not (tmp_path / "none.png").exists()
