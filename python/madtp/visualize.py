@@ -75,8 +75,8 @@ def depths(
 
     Args:
         model: compressed, or patched and at a temperature above 0.
-        image_processor, tokenizer: its own. text: what goes with the image, in models that read text; words that are
-            gone after the last layer of the text tower are in brackets.
+        image_processor, tokenizer: its own. text: what goes with the image, in models that read text; grey words are
+            gone after the last layer of the text tower.
 
     Raises:
         TypeError: the model is not patched, or has no vision tower. ValueError: it reads text, and none is given.
@@ -126,8 +126,10 @@ def depths(
     if reads and "text" in handle.pruning:
         left = handle.selections["text"][-1][0].tolist()
         tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
-        words = [word if place in left else f"[{word}]" for place, word in enumerate(tokens)]
-        figure.text(0.01, 0.93, f"{' '.join(words)}   ([pruned])", fontsize=9, color=KEPT)
+        line = [_word(word, place in left) for place, word in enumerate(tokens)]
+        axes = figure.add_axes((0.01, 0.88, 0.98, 0.1))
+        axes.axis("off")
+        axes.add_artist(_anchored(HPacker(children=line, pad=0, sep=3.5, align="baseline"), "center left"))
     figure.savefig(path, format="png")
     return Path(path)
 
@@ -188,10 +190,18 @@ def _caption(axes, words: list[tuple[str, bool]], answer: str, truth: str) -> No
         if letters > LINE_LETTERS and lines[-1]:
             lines.append([])
             letters = len(word) + 1
-        lines[-1].append(TextArea(word, textprops={"fontsize": 9, "color": KEPT if kept else GONE}))
+        lines[-1].append(_word(word, kept))
     packed = [HPacker(children=line, pad=0, sep=3.5, align="baseline") for line in lines]
     right = answer == truth
     verdict = answer if right else f"{answer}, should be {truth}"
     packed.append(TextArea(verdict, textprops={"fontsize": 9, "weight": "bold", "color": RIGHT if right else WRONG}))
     box = VPacker(children=packed, pad=0, sep=4, align="left")
-    axes.add_artist(AnchoredOffsetbox("center left", child=box, frameon=False, pad=0, borderpad=0.2))
+    axes.add_artist(_anchored(box, "center left"))
+
+
+def _word(word: str, kept: bool) -> TextArea:
+    return TextArea(word, textprops={"fontsize": 9, "color": KEPT if kept else GONE})
+
+
+def _anchored(box, place: str) -> AnchoredOffsetbox:
+    return AnchoredOffsetbox(place, child=box, frameon=False, pad=0, borderpad=0.2)
