@@ -3,7 +3,7 @@
     python examples/train_emoji.py --task captioning --output runs/emoji-captioning
     python examples/compress_emoji.py --task captioning --model runs/emoji-captioning --output runs/compressed
 
-Writes report.json, report.md and model/, which `madtp.from_pretrained` loads.
+Writes report.json, report.md, report.html and model/, which `madtp.from_pretrained` loads.
 """
 
 import argparse

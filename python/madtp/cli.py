@@ -70,7 +70,8 @@ def demo(
         )
     console = Console()
     console.print(report.table(result.report))
-    console.print(f"report.json, report.md, {demo_run.PICTURE} and the model are in {output}", highlight=False)
+    files = ", ".join(("report.html", "report.md", "report.json", demo_run.PICTURE))
+    console.print(f"{files} and the model are in {output}", highlight=False)
 
 
 @app.command()
@@ -124,7 +125,7 @@ def compress(
         )
     report.write(result.report, out, command=command)
     console.print(report.table(result.report))
-    console.print(f"report.json, report.md and the model are in {out}", highlight=False)
+    console.print(f"report.html, report.md, report.json and the model are in {out}", highlight=False)
 
 
 @app.command()

@@ -106,7 +106,8 @@ def compress(
     Returns:
         `Result`; its report compares dense and compressed, both measured here, the latter from the saved files:
         {"metric": `task.metric`, "dense": figures, "compressed": figures, "plan": what was aimed at and chosen,
-        "config": `config.to_dict()`, "versions": by package}, where figures are those of `measure` and ms_per_sample.
+        "training": what was logged, "config": `config.to_dict()`, "versions": by package}, where figures are those of
+        `measure` and ms_per_sample.
 
     Raises:
         ValueError: a target cannot be reached, output_dir cannot be written to, or the checkpoint is of another config.
@@ -176,7 +177,15 @@ def compress(
         "magnitude_kept": magnitude,
         "permutations": {name: {"before": p.before, "after": p.after} for name, p in permutations.items()},
     }
-    report = {"metric": task.metric, **figures, "plan": reached, "config": config.to_dict(), "versions": versions()}
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    report = {
+        "metric": task.metric,
+        **figures,
+        "plan": reached,
+        "training": history,
+        "config": config.to_dict(),
+        "versions": versions(),
+    }
     return Result(compressed, report, output_dir / "model")
 
 

@@ -92,9 +92,14 @@ def markdown(report: dict, *, command: str, picture: str | None = None) -> str:
 
 
 def write(report: dict, directory: str | Path, *, command: str, picture: str | None = None) -> None:
-    """Writes report.json and report.md."""
-    write_whole(Path(directory) / "report.json", json.dumps(report, indent=2) + "\n")
-    write_whole(Path(directory) / "report.md", markdown(report, command=command, picture=picture))
+    """Writes report.json, report.md and report.html, the last with the picture in it."""
+    from madtp.report_page import page  # which needs this module
+
+    directory = Path(directory)
+    drawn = page(report, command=command, picture=None if picture is None else directory / picture)
+    write_whole(directory / "report.json", json.dumps(report, indent=2) + "\n")
+    write_whole(directory / "report.md", markdown(report, command=command, picture=picture))
+    write_whole(directory / "report.html", drawn)
 
 
 def _line(cells: tuple[str, ...]) -> str:

@@ -64,7 +64,7 @@ def test_demo_from_start_to_finish(madtp, refused, drawn, short, tmp_path):
     code, out, err = madtp("demo", "--steps", 4, "--output", run)
     assert code == 0 and "accuracy, 144 samples" in out and "Traceback" not in err
     report = json.loads((run / "report.json").read_text())
-    assert set(report) == {"metric", "dense", "compressed", "plan", "config", "versions"}
+    assert set(report) == {"metric", "dense", "compressed", "plan", "training", "config", "versions"}
     assert report["config"]["flops_reduction"] == 0.6
     assert f"`madtp demo --steps 4 --output {run}`" in (run / "report.md").read_text()
     assert "(tokens.png)" in (run / "report.md").read_text()

@@ -3,11 +3,15 @@
 import copy
 import io
 import json
+import re
+import shutil
+import subprocess
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
-from madtp import report
+from madtp import report, report_page
 
 DENSE = {
     "samples": 9673,
@@ -31,7 +35,24 @@ COMPRESSED = DENSE | {
 REPORT = {
     "dense": DENSE,
     "compressed": COMPRESSED,
-    "plan": {"temperatures": {"vision": 1.5, "text": 0.25}, "sparse_modules": ["a", "b"], "magnitude_kept": 0.75},
+    "plan": {
+        "targets_gmacs": {"vision": 0.03, "text": 0.001},
+        "temperatures": {"vision": 1.5, "text": 0.25},
+        "sparse_modules": ["a", "b"],
+        "dense_modules": {"c": "excluded"},
+        "magnitude_kept": 0.75,
+    },
+    "training": [
+        {
+            "step": step,
+            "loss": 3 / step,
+            "loss_task": 1 / step,
+            "loss_kd": 2 / step,
+            "tau_vision": 1.0,
+            "macs_vision": 3e7,
+        }
+        for step in (10, 20, 30)
+    ],
     "config": {"seed": 3, "flops_reduction": 0.5, "pattern": "2:4"},
     "versions": {"torch": "2.13.0"},
 }
@@ -56,6 +77,7 @@ def test_the_table_fits_a_terminal_of_80_columns():
 
 
 def test_files(tmp_path):
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "tokens.png")
     report.write(REPORT, tmp_path, command="madtp demo --seed 3", picture="tokens.png")
     assert json.loads((tmp_path / "report.json").read_text()) == REPORT
     text = (tmp_path / "report.md").read_text()
@@ -70,3 +92,43 @@ def test_branches_must_agree():
     other["compressed"]["tokens_per_layer"]["vision"].append(3.0)
     with pytest.raises(ValueError):
         report.rows(other)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+def test_the_page_holds_all_it_shows(tmp_path):
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "tokens.png")
+    text = report_page.page(REPORT, command="madtp demo --name '<b>'", picture=tmp_path / "tokens.png")
+    for part in (
+        "-50.0 %",
+        "madtp demo --name &#39;&lt;b&gt;&#39;",
+        "2 linears are 2:4",
+        "data:image/png;base64,",
+        "Seed 3",
+    ):
+        assert part in text
+    assert text.count("<svg") == 2
+    links = re.findall(r"(?:src|href)=\"([^\"]*)", text)
+    assert links and all(link.startswith(("data:", "#")) for link in links), "nothing is fetched"
+    short = report_page.page(REPORT | {"training": []}, command="madtp demo")
+    assert short.count("<svg") == 1 and "<img" not in short and "Training" not in short
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome")
+def test_a_browser_shows_the_page_without_complaint(tmp_path):
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "tokens.png")
+    report.write(REPORT, tmp_path, command="madtp demo", picture="tokens.png")
+    flags = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path}/user",
+    )
+    shown = subprocess.run(
+        [BROWSER, *flags, f"--user-data-dir={tmp_path}/user", "--dump-dom", (tmp_path / "report.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in shown.stderr, "an error or a warning of the page"
+    assert "-50.0 %" in shown.stdout and shown.stdout.count("<svg") == 2
