@@ -16,16 +16,13 @@ from transformers import (
     BitImageProcessor,
     BlipForConditionalGeneration,
     BlipImageProcessor,
-    Trainer,
-    TrainingArguments,
     set_seed,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from madtp.models import pretrained
-from madtp.tasks import DataError
+from madtp.tasks import DataError, dense
 from madtp.tasks.captioning import CaptioningTask
-from madtp.tasks.dense import captioning_model, nlvr_model, retrieval_model
 from madtp.tasks.emoji import SHIFTED, VENDORS, Emoji, EmojiCaptions, EmojiPairs, EmojiRetrieval, build_tokenizer
 from madtp.tasks.nlvr import NlvrTask
 from madtp.tasks.retrieval import RetrievalTask
@@ -36,19 +33,6 @@ SIZES = {"retrieval": pretrained.IMAGE_SIZE, "nlvr": 64, "captioning": 64}
 RATES = {"retrieval": 1e-5, "nlvr": 5e-4, "captioning": 1e-3}
 STEPS = {"retrieval": 0, "nlvr": 3000, "captioning": 2000}
 BATCH = {"retrieval": 32, "nlvr": 64, "captioning": 64}
-
-
-class TaskTrainer(Trainer):
-    """`transformers.Trainer` with the loss of a task."""
-
-    def __init__(self, task, **kwargs):
-        super().__init__(data_collator=task.collate, **kwargs)
-        self.task, self.model_accepts_loss_kwargs = task, False
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        output = model(**inputs)
-        loss = self.task.loss(output, inputs)
-        return (loss, output) if return_outputs else loss
 
 
 def main() -> None:
@@ -68,37 +52,27 @@ def main() -> None:
     many = {"pairs": max(steps, 1) * BATCH[name]} if name == "nlvr" else {"renders": 1 if name == "retrieval" else 8}
     train = DATA[name]("train", tokenizer, size, source=source, seed=options.seed, **many)
     if name == "retrieval":
-        model, mean, std = retrieval_model(train), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        model, mean, std = dense.retrieval_model(train), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         processor = BitImageProcessor(size={"shortest_edge": size}, crop_size=size, image_mean=mean, image_std=std)
     else:
         vision = None if options.vision is None else BlipForConditionalGeneration.from_pretrained(options.vision)
-        model = captioning_model(tokenizer) if name == "captioning" else nlvr_model(tokenizer, vision=vision)
+        model = (
+            dense.captioning_model(tokenizer) if name == "captioning" else dense.nlvr_model(tokenizer, vision=vision)
+        )
         processor = BlipImageProcessor(size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     task = TASKS[name](tokenizer, processor)
-    trainer = TaskTrainer(
-        task,
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(options.output / "checkpoints"),
-            max_steps=max(steps, 1),
-            per_device_train_batch_size=BATCH[name],
-            learning_rate=options.learning_rate or RATES[name],
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            weight_decay=0.05,
-            max_grad_norm=1.0,
-            dataloader_pin_memory=False,
-            save_strategy="no",
-            logging_steps=100,
-            seed=options.seed,
-            remove_unused_columns=False,
-            report_to=[],
-        ),
-        train_dataset=train,
-    )
     start = time.perf_counter()
     if steps:
-        trainer.train()
+        dense.train(
+            model,
+            task,
+            train,
+            steps=steps,
+            batch_size=BATCH[name],
+            learning_rate=options.learning_rate or RATES[name],
+            output_dir=options.output / "checkpoints",
+            seed=options.seed,
+        )
     minutes = (time.perf_counter() - start) / 60
 
     model.save_pretrained(options.output)

@@ -74,12 +74,13 @@ def compress(
     model: nn.Module,
     task: Task,
     train_data: Dataset,
-    eval_data: Dataset,
+    eval_data: Dataset | None,
     config: CompressionConfig,
     *,
     output_dir: str | Path,
     calibration_data: Dataset | None = None,
     plan: Plan | None = None,
+    teacher: nn.Module | None = None,
     training: Mapping | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -91,13 +92,15 @@ def compress(
     Args:
         model: a supported Hugging Face model, not patched; it is left as it is.
         task: such as `madtp.tasks.vqa.VqaTask`.
-        train_data, eval_data: datasets whose items `task.collate` batches.
+        train_data, eval_data: datasets whose items `task.collate` batches. Without eval_data nothing is measured: the
+            report has no "dense" and no "compressed".
         config: targets and knobs.
         output_dir: checkpoints go to output_dir/checkpoints, the model to output_dir/model, which keeps what it holds
             until the new model is whole.
         calibration_data: samples as the model will meet them, on which MACs are observed; None takes train_data.
         plan: of `madtp.allocate`, perhaps edited; its target and choices take the place of those of the config. None
             gives all branches one share of their MACs, and all Linears that can the pattern.
+        teacher: the dense model whose answers are distilled, of the class of `model`; None: `model`.
         training: `transformers.TrainingArguments` fields, over the defaults here.
         resume: go on from the last checkpoint in output_dir, or start when there is none; otherwise the checkpoints
             there are removed.
@@ -118,7 +121,7 @@ def compress(
     bars = progress or Progress(Console(quiet=True))
     calibration_data = train_data if calibration_data is None else calibration_data
     set_seed(config.seed)
-    student, teacher = copy.deepcopy(model), copy.deepcopy(model)
+    student, teacher = copy.deepcopy(model), copy.deepcopy(model if teacher is None else teacher)
     handle = patch(student, config)
     patch(teacher, config)
     student.to(args.device)
@@ -157,15 +160,7 @@ def compress(
         task.save_processor(directory)
 
     compressed = from_pretrained(output_dir / "model").to(_device(model))
-    figures = {
-        name: measure(subject, task, eval_data, path=path, progress=partial(bars, title=f"evaluating {name}"))
-        for name, subject, path in (("dense", model, None), ("compressed", compressed, output_dir / "model"))
-    }
-    with bars.status("timing"):
-        batch = pairs(task, eval_data, TIMING_BATCH, _device(model))[0]
-        times = time_per_sample({"dense": model, "compressed": compressed}, batch)
-    for name, milliseconds in times.items():
-        figures[name]["ms_per_sample"] = milliseconds
+    figures = {} if eval_data is None else _compared(model, compressed, task, eval_data, output_dir / "model", bars)
     reached = {
         "allocation": None if plan is None else plan.to_dict(),
         "targets_gmacs": {branch: macs / 1e9 for branch, macs in aims.targets.items()},
@@ -187,6 +182,22 @@ def compress(
         "versions": versions(),
     }
     return Result(compressed, report, output_dir / "model")
+
+
+def _compared(
+    dense: nn.Module, compressed: nn.Module, task: Task, data: Dataset, path: Path, bars: Progress
+) -> dict[str, dict]:
+    """Figures of both, by name; `compressed` was loaded from path."""
+    figures = {
+        name: measure(model, task, data, path=where, progress=partial(bars, title=f"evaluating {name}"))
+        for name, model, where in (("dense", dense, None), ("compressed", compressed, path))
+    }
+    with bars.status("timing"):
+        batch = pairs(task, data, TIMING_BATCH, _device(dense))[0]
+        times = time_per_sample({"dense": dense, "compressed": compressed}, batch)
+    for name, milliseconds in times.items():
+        figures[name]["ms_per_sample"] = milliseconds
+    return figures
 
 
 @dataclass(frozen=True)

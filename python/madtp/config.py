@@ -23,7 +23,8 @@ class CompressionConfig:
 
     alignment_tokens: int = 100  # K
     alignment_dim: int = 768  # d
-    selection: Literal["instance", "batch_max"] = "instance"
+    # Which tokens stay: "instance" is the method; the others are there to compare it with (`madtp.selection_rules`).
+    selection: Literal["instance", "batch_max", "unguided", "static", "random"] = "instance"
 
     temperature: float = 1.0  # where the tau of every branch starts
     temperature_min: float = 0.01
@@ -63,7 +64,8 @@ class CompressionConfig:
             self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer of at least 1")
         self._require("seed", _is_int(self.seed) and self.seed >= 0, "an integer of at least 0")
         self._number("hwp_ramp", lambda value: 0 <= value <= 1, "a number in [0, 1]")
-        self._require("selection", self.selection in ("instance", "batch_max"), '"instance" or "batch_max"')
+        rules = ("instance", "batch_max", "unguided", "static", "random")
+        self._require("selection", self.selection in rules, f"one of {', '.join(rules)}")
         self._require("hwp_schedule", self.hwp_schedule in ("gradual", "one_shot"), '"gradual" or "one_shot"')
         scores = ("magnitude", "activation", "token_weighted", "second_order")
         self._require("hwp_score", self.hwp_score in scores, f"one of {', '.join(scores)}")

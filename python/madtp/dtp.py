@@ -13,16 +13,14 @@ from torch import Tensor, nn
 
 from madtp.mag import AlignmentGuide, aligned_feature, normalised
 from madtp.packed import Packed, RaggedAttention
+from madtp.selection_rules import GUIDED, RULES
 from madtp_kernels import (
     AttentionStats,
     Selection,
     gather_merge,
     gather_merge_layernorm,
     prune_tokens,
-    score_and_select,
 )
-from madtp_kernels.reference.ragged import summary_rows
-from madtp_kernels.reference.tokens import layout
 
 
 class Branch:
@@ -32,8 +30,7 @@ class Branch:
         name: such as "vision".
         guide: alignment tokens and maps, shared with the other branches.
         attention: runs the branch's attention.
-        selection: "instance", each sample keeps its own number of tokens; "batch_max", the published rule: every
-            sample keeps as many as the batch's maximum.
+        selection: "instance", each sample keeps its own number of tokens; or one of `selection_rules`.
     """
 
     def __init__(self, name: str, guide: AlignmentGuide, attention: RaggedAttention, selection: str = "instance"):
@@ -56,6 +53,11 @@ class Branch:
     @property
     def prunes(self) -> bool:
         return self.temperature > 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether the alignment of MAG takes part."""
+        return self.selection in GUIDED
 
     def aligned(self) -> Tensor | None:
         """(B, K, d) aligned features of the last forward, normalised; None if none were collected."""
@@ -92,7 +94,7 @@ class Branch:
 
     def _alignment(self, packed: Packed) -> tuple[Tensor | None, Tensor | None]:
         """The logits (T, K) and the aligned feature (B, K, d) of the tokens entering a block, where they are needed."""
-        if not (self.prunes or self.align):
+        if not self.guided or not (self.prunes or self.align):
             return None, None
         q, logits = self.guide(self.name, packed.x)
         if not self.align:
@@ -104,10 +106,12 @@ class Branch:
         packed: Packed,
         x: Tensor,
         stats: AttentionStats,
-        logits: Tensor,
+        logits: Tensor | None,
         norm: tuple[Tensor, Tensor, float] | None = None,
     ) -> tuple[Packed, Tensor | None]:
-        x, logits = packed.for_op(x), packed.for_op(logits)
+        x = packed.for_op(x)
+        if self.guided:
+            logits = packed.for_op(logits)
         if self.selection == "instance":
             x, normed, selection, importance = prune_tokens(
                 x,
@@ -120,10 +124,8 @@ class Branch:
                 capacity="upper_bound" if packed.fixed else "exact",
             )
         else:
-            importance, own = score_and_select(
-                stats, logits, packed.cu_seqlens, self.temperature, summary_index=packed.summary_index
-            )
-            selection = batch_max(own, importance, packed.summary_index)
+            rule = RULES[self.selection]
+            importance, selection = rule(stats, logits, packed.cu_seqlens, self.temperature, packed.summary_index)
             if norm is None:
                 x, normed = gather_merge(x, selection), None
             else:
@@ -145,24 +147,3 @@ def exact_capacity(model: nn.Module) -> Iterator[None]:
     finally:
         for branch, capacity in before.items():
             branch.capacity = capacity
-
-
-def batch_max(selection: Selection, importance: Tensor, summary_index: Tensor | None = None) -> Selection:
-    """The published rule, for comparison: every sample keeps as many tokens as the sample that keeps most, its best.
-
-    A sample with fewer than 2 tokens over that number keeps all. One host read per layer, as published.
-    """
-    cu_seqlens = selection.input_cu_seqlens
-    is_summary = summary_rows(cu_seqlens, summary_index, importance.shape[0])
-    bounds = list(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True))
-    most = max((int((selection.keep & ~is_summary)[begin:end].sum()) for begin, end in bounds), default=0)
-    keep = is_summary.clone()
-    for begin, end in bounds:
-        prunable = begin + (~is_summary[begin:end]).nonzero().flatten()
-        if prunable.numel() - most < 2:
-            keep[prunable] = True
-        else:
-            keep[prunable[importance.detach()[prunable].argsort(descending=True, stable=True)[:most]]] = True
-    keep, cu_seqlens_out, source, merge_weight = layout(keep, importance, cu_seqlens)
-    source = source[: int(cu_seqlens_out[-1])]
-    return Selection(keep, cu_seqlens_out, source, merge_weight, cu_seqlens)

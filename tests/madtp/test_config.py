@@ -29,7 +29,7 @@ def test_round_trip_through_json():
         ("align_weight", -1, "a number of at least 0"),
         ("hwp_schedule", "sudden", '"gradual" or "one_shot", got \'sudden\''),
         ("hwp_ramp", 1.5, r"a number in \[0, 1\]"),
-        ("selection", "all", '"instance" or "batch_max"'),
+        ("selection", "all", "one of instance, batch_max, unguided, static, random, got 'all'"),
         ("pattern", "4:2", '"n:m" with 1 <= n <= m'),
         ("sparse_exclude", "text_decoder", "a tuple of module name patterns, got 'text_decoder'"),
         ("controller_interval", True, "an integer of at least 1, got True"),

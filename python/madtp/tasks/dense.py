@@ -1,16 +1,19 @@
-"""Dense models of the emoji tasks, as they are before training."""
+"""Dense models of the emoji tasks, before and after training."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import BlipConfig, BlipForConditionalGeneration
+from transformers import BlipConfig, BlipForConditionalGeneration, Trainer, TrainingArguments
 
 from madtp.accounting import evaluating
 from madtp.models import BlipForNLVR, pretrained
 
 from .retrieval import RetrievalTask
+from .task import Task
 
 WIDTH, HEADS, PATCH, VISION_LAYERS, TEXT_LAYERS = 128, 4, 8, 4, 2
 INIT_STD = 0.06  # the 0.02 of BERT is for a width of 768
@@ -58,6 +61,51 @@ def nlvr_model(tokenizer, image_size: int = 64, vision=None) -> BlipForNLVR:
 def captioning_model(tokenizer, image_size: int = 64) -> BlipForConditionalGeneration:
     """A small BlipForConditionalGeneration."""
     return BlipForConditionalGeneration(small_blip(tokenizer, image_size))
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    data: Dataset,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    output_dir: str | Path,
+    seed: int = 0,
+) -> None:
+    """Trains a plain model with the loss of its task; AdamW, cosine schedule."""
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.05,
+        max_grad_norm=1.0,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_steps=100,
+        seed=seed,
+        remove_unused_columns=False,
+        report_to=[],
+    )
+    _TaskTrainer(task, model=model, args=arguments, train_dataset=data).train()
+    model.eval()
+
+
+class _TaskTrainer(Trainer):
+    """`transformers.Trainer` with the loss of a task."""
+
+    def __init__(self, task: Task, **kwargs):
+        super().__init__(data_collator=task.collate, **kwargs)
+        self.task, self.model_accepts_loss_kwargs = task, False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(**inputs)
+        loss = self.task.loss(output, inputs)
+        return (loss, output) if return_outputs else loss
 
 
 def retrieval_model(data: Dataset, *, ridge: float = 1.0, batch_size: int = 64, progress=iter):

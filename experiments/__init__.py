@@ -1,0 +1,1 @@
+"""Accuracy against compute on four tasks, beside what it is to be compared with: `python -m experiments.run --help`."""

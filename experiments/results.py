@@ -1,0 +1,40 @@
+"""Rows of measurements in one JSON file per task: a run that was cut off goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from madtp.files import write_whole
+
+FOLDER = Path(__file__).with_name("results")
+KEY = ("variant", "reduction", "seed")
+
+
+class Results:
+    """The rows of a file; each is a dict with the fields of `KEY` and what was measured.
+
+    Args:
+        head: what all rows have in common. A file of another head is refused: its rows are of other settings.
+    """
+
+    def __init__(self, path: Path, head: dict):
+        self.path, self.head, self.rows = path, head, []
+        if path.exists():
+            before = json.loads(path.read_text())
+            self.rows = before.pop("rows")
+            changed = sorted(name for name in {*head, *before} if head.get(name) != before.get(name))
+            if changed:
+                raise ValueError(f"results {path} are of another {', '.join(changed)}: move them away first")
+
+    def find(self, variant: str, reduction: float, seed: int) -> dict | None:
+        key = variant, reduction, seed
+        return next((row for row in self.rows if tuple(row[name] for name in KEY) == key), None)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        write_whole(self.path, json.dumps(self.head | {"rows": self.rows}, indent=1) + "\n")
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())

@@ -1,0 +1,159 @@
+"""Measures one task: its dense model, compressions of it to several budgets, and what they are compared with.
+
+    python -m experiments.run vqa
+    python -m experiments.run retrieval --preset gpu --seeds 0 1 2
+
+Every row is written to experiments/results/PRESET/TASK.json as soon as it is there; the same command goes on after what
+is in the file. A dense model that is not shipped is trained first, and kept in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from madtp import CompressionConfig
+from madtp.accounting import counted_macs
+from madtp.compression import measure, pairs, versions
+from madtp.tasks import DataError
+
+from .results import FOLDER, Results
+from .tasks import EXPERIMENTS, Prepared, Preset
+from .variants import VARIANTS, Budgets, run
+
+REDUCTIONS = (0.3, 0.5, 0.6, 0.7, 0.8)
+COMPARED_AT = 0.7  # where the other variants run
+BATCH = 32  # of the published rule, which goes by the batch
+PUBLISHED_SAMPLES = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=EXPERIMENTS)
+    parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS, help="of counted MACs, for `joint`")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/experiments"), help="dense models and what is in progress"
+    )
+    parser.add_argument("--results", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    experiment = EXPERIMENTS[options.task]
+    preset, work = experiment.presets[options.preset], options.work / options.preset / options.task
+    head = {
+        "task": options.task,
+        "preset": options.preset,
+        "settings": asdict(preset),
+        "machine": _machine(options.preset),
+    }
+    prepared = experiment.prepare(preset, work / options.task)
+    head["metric"] = prepared.task.metric
+    results = Results(options.results / options.preset / f"{options.task}.json", head)
+    if options.preset == "gpu":
+        prepared.model.to("cuda")
+    if results.find("dense", 0.0, 0) is None:
+        began = time.perf_counter()
+        row = {"variant": "dense", "reduction": 0.0, "seed": 0} | figures(prepared, prepared.model)
+        results.add(row | {"minutes": _minutes(began)})
+        _say(results)
+    budgets = None
+    for variant, reduction, seed in rows(options.variants, options.reductions, options.seeds):
+        if results.find(variant, reduction, seed) is not None:
+            continue
+        config = experiment.config(preset, prepared.model, flops_reduction=reduction, seed=seed)
+        budgets = budgets or Budgets(prepared, replace(config, seed=0))
+        measured(
+            experiment, prepared, preset, variant, config, budgets, results, work.with_name(f"{options.task}-{variant}")
+        )
+        _say(results)
+
+
+def rows(variants, reductions, seeds) -> list[tuple[str, float, int]]:
+    """The method at every budget, the others at one."""
+    return [
+        (variant, reduction, seed)
+        for seed in seeds
+        for variant in variants
+        for reduction in (reductions if variant == "joint" else (COMPARED_AT,))
+    ]
+
+
+def measured(
+    prepared: Prepared, preset: Preset, variant: str, config: CompressionConfig, budgets: Budgets, output: Path
+) -> dict:
+    """A row; that of `joint` also has its model under the published rule."""
+    key, began = {"variant": variant, "reduction": config.flops_reduction, "seed": config.seed}, time.perf_counter()
+    try:
+        result = run(VARIANTS[variant], prepared, preset, config, budgets, output)
+    except ValueError as error:
+        if "flops_reduction must be" not in str(error):
+            raise
+        return key | {"unreachable": str(error)}
+    plan = result.report["plan"]
+    row = key | figures(prepared, result.model, result.path) | {"plan": plan["allocation"]}
+    row |= {"temperatures": plan["temperatures"], "calibration_miss": plan["calibration_miss"]}
+    row |= {"loss": [entry["loss"] for entry in result.report["training"]], "minutes": _minutes(began)}
+    if variant == "joint":
+        row |= {"batch_max": published(prepared, result.model)}
+    shutil.rmtree(output)
+    return row | {"versions": versions()}
+
+
+def figures(prepared: Prepared, model: nn.Module, path: Path | None = None) -> dict:
+    others = {name: prepared.task.evaluate(model, data) for name, data in prepared.others.items()}
+    return measure(model, prepared.task, prepared.test, path=path) | {"others": others}
+
+
+def published(prepared: Prepared, model: nn.Module) -> dict:
+    """The same model at the same temperatures in batches of `BATCH`, with the rule that keeps the batch's maximum."""
+    batches = [
+        {name: value[start : start + BATCH] for name, value in batch.items()}
+        for batch in pairs(prepared.task, prepared.test, PUBLISHED_SAMPLES, next(model.parameters()).device)
+        for start in range(0, len(next(iter(batch.values()))), BATCH)
+    ]
+    found = {"instance_gmacs": sum(counted_macs(model, batches).values()) / 1e9}
+    for branch in model.madtp_handle.pruning.values():
+        branch.selection = "batch_max"
+    found["counted_gmacs"] = sum(counted_macs(model, batches).values()) / 1e9
+    return found | {"batch_size": BATCH, "metrics": prepared.task.evaluate(model, prepared.test, batch_size=BATCH)}
+
+
+def _machine(preset: str) -> str:
+    if preset == "gpu":
+        return torch.cuda.get_device_name()
+    return f"CPU, {platform.machine()}"
+
+
+def _minutes(began: float) -> float:
+    return round((time.perf_counter() - began) / 60, 2)
+
+
+def _say(results: Results) -> None:
+    row = results.rows[-1]
+    name = f"{row['variant']} -{100 * row['reduction']:.0f} % seed {row['seed']}"
+    if "unreachable" in row:
+        print(f"{name}: {row['unreachable']}", flush=True)
+        return
+    metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in row["metrics"].items())
+    print(
+        f"{name}: {metrics}, {row['counted_gmacs']:.4g} of {row['dense_gmacs']:.4g} GMACs, {row['minutes']} min",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,181 @@
+"""The four tasks: a dense model, its data, and how it is compressed, in two sizes.
+
+Preset "cpu" is for two cores and some tens of minutes a task, "gpu" for one GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+from torch.utils.data import Dataset, Subset
+from transformers import BlipForConditionalGeneration, VisionTextDualEncoderModel, set_seed
+
+from madtp import CompressionConfig
+from madtp.files import whole_directory
+from madtp.models import BlipForNLVR, pretrained
+from madtp.tasks import dense
+from madtp.tasks.captioning import CaptioningTask
+from madtp.tasks.easy_vqa import EasyVqa, ImagesWithQuestions
+from madtp.tasks.emoji import SHIFTED, EmojiCaptions, EmojiPairs, EmojiRetrieval, build_tokenizer
+from madtp.tasks.nlvr import NlvrTask
+from madtp.tasks.retrieval import RetrievalTask
+from madtp.tasks.task import Task
+from madtp.tasks.vqa import VqaTask, load_dense
+
+QUESTIONS = 4  # of an easy-vqa image in a training batch; they share its encoding
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of one task."""
+
+    steps: int  # of a compression
+    batch_size: int
+    learning_rate: float
+    dense_steps: int = 0  # of the dense model's own training, where none is shipped
+    dense_batch_size: int = 64
+    dense_rate: float = 1e-3
+    image_size: int = 64
+    alignment_tokens: int = 32
+    calibration: int = 512  # training samples on which the temperatures settle
+    allocation_samples: int = 64  # of these, on which budgets are chosen
+    test: int | None = None  # the first samples of the test set; None: all
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dense model with all a compression of it takes. `others`: test sets beside `test`, by name."""
+
+    model: nn.Module
+    task: Task
+    train: Dataset
+    calibration: Dataset
+    test: Dataset
+    others: dict[str, Dataset] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    title: str
+    prepare: Callable[[Preset, Path], Prepared]
+    presets: dict[str, Preset]
+
+    def config(self, preset: Preset, model: nn.Module, **changes) -> CompressionConfig:
+        width = model.config.vision_config.hidden_size
+        return CompressionConfig(alignment_tokens=preset.alignment_tokens, alignment_dim=width, **changes)
+
+
+def _vqa(preset: Preset, folder: Path) -> Prepared:
+    model, tokenizer = load_dense()
+    train, test = EasyVqa("train", tokenizer), EasyVqa("test", tokenizer, limit=preset.test)
+    return Prepared(model, VqaTask(tokenizer), ImagesWithQuestions(train, QUESTIONS), _first(train, preset), test)
+
+
+def _retrieval(preset: Preset, folder: Path) -> Prepared:
+    tokenizer = pretrained.tokenizer()
+    task, size = RetrievalTask(tokenizer), preset.image_size
+    train = EmojiRetrieval("train", tokenizer, size)
+
+    def make() -> nn.Module:
+        model = dense.retrieval_model(train)
+        _train(model, task, train, preset, folder)
+        return model
+
+    model = _kept(folder, VisionTextDualEncoderModel, make)
+    test, shifted = _tests(EmojiRetrieval, tokenizer, preset)
+    return Prepared(model, task, train, _first(train, preset), test, shifted)
+
+
+def _nlvr(preset: Preset, folder: Path) -> Prepared:
+    tokenizer, size = build_tokenizer(), preset.image_size
+    task, steps = NlvrTask(tokenizer), max(preset.dense_steps, preset.steps)
+    train = EmojiPairs("train", tokenizer, size, pairs=steps * preset.dense_batch_size)
+
+    def make() -> nn.Module:
+        seen = EXPERIMENTS["captioning"]  # its vision encoder has seen what the statements are about
+        captions = seen.prepare(seen.presets[folder.parent.name], folder.with_name("captioning")).model
+        model = dense.nlvr_model(tokenizer, size, vision=captions)
+        _train(model, task, train, preset, folder)
+        return model
+
+    model = _kept(folder, BlipForNLVR, make)
+    test, shifted = _tests(EmojiPairs, tokenizer, preset)
+    return Prepared(model, task, train, _first(train, preset), test, shifted)
+
+
+def _captioning(preset: Preset, folder: Path) -> Prepared:
+    tokenizer, size = build_tokenizer(), preset.image_size
+    task, train = CaptioningTask(tokenizer), EmojiCaptions("train", tokenizer, size, renders=8)
+
+    def make() -> nn.Module:
+        model = dense.captioning_model(tokenizer, size)
+        _train(model, task, train, preset, folder)
+        return model
+
+    model = _kept(folder, BlipForConditionalGeneration, make)
+    test, shifted = _tests(EmojiCaptions, tokenizer, preset)
+    return Prepared(model, task, train, _first(train, preset), test, shifted)
+
+
+EXPERIMENTS = {
+    "vqa": Experiment(
+        "VQA, easy-vqa (BLIP)",
+        _vqa,
+        {"cpu": Preset(200, 32, 1e-3, alignment_tokens=100), "gpu": Preset(2000, 64, 5e-4, alignment_tokens=100)},
+    ),
+    "retrieval": Experiment(
+        "Retrieval, emoji (ViT-S/14 + MiniLM)",
+        _retrieval,
+        {
+            "cpu": Preset(50, 16, 1e-4, 0, image_size=112, calibration=128, allocation_samples=16),
+            "gpu": Preset(2000, 128, 3e-5, 2000, 128, 3e-5, image_size=224, alignment_tokens=100),
+        },
+    ),
+    "nlvr": Experiment(
+        "NLVR, emoji pairs (BlipForNLVR)",
+        _nlvr,
+        {"cpu": Preset(150, 32, 5e-4, 1200, dense_rate=5e-4), "gpu": Preset(3000, 128, 3e-4, 12000, 128, 5e-4)},
+    ),
+    "captioning": Experiment(
+        "Captioning, emoji (BLIP)",
+        _captioning,
+        {"cpu": Preset(150, 32, 5e-4, 600), "gpu": Preset(3000, 128, 3e-4, 8000, 128)},
+    ),
+}
+
+
+def _kept(folder: Path, kind: type[nn.Module], make: Callable[[], nn.Module]) -> nn.Module:
+    """The dense model of a folder, made there first if it is not there."""
+    if not folder.is_dir():
+        set_seed(0)
+        model = make()
+        with whole_directory(folder) as partial:
+            model.save_pretrained(partial)
+    return kind.from_pretrained(folder).eval()
+
+
+def _train(model: nn.Module, task: Task, data: Dataset, preset: Preset, folder: Path) -> None:
+    if preset.dense_steps:
+        dense.train(
+            model,
+            task,
+            data,
+            steps=preset.dense_steps,
+            batch_size=preset.dense_batch_size,
+            learning_rate=preset.dense_rate,
+            output_dir=folder.with_name(f"{folder.name}-training"),
+        )
+
+
+def _tests(kind: type[Dataset], tokenizer, preset: Preset) -> tuple[Dataset, dict[str, Dataset]]:
+    """Concepts not seen in training, by vendors that were seen, and by one that was not."""
+    test = kind("test", tokenizer, preset.image_size, limit=preset.test)
+    return test, {"unseen vendor": kind("test", tokenizer, preset.image_size, vendors=SHIFTED, limit=preset.test)}
+
+
+def _first(data: Dataset, preset: Preset) -> Dataset:
+    stride = max(1, len(data) // preset.calibration)
+    return Subset(data, range(0, len(data), stride)[: preset.calibration])

@@ -1,0 +1,113 @@
+"""What is compared, each at the counted MACs that are asked for."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from madtp import CompressionConfig, compress, patch
+from madtp.budget import Plan, choose
+from madtp.compression import Result, pairs
+from madtp.sensitivity import Calibration, Sensitivities, measure_sensitivities
+
+from .tasks import Prepared, Preset
+
+NO_TEACHER = {"kd_weight": 0.0, "vision_weight": 0.0, "text_weight": 0.0}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """allocation: of `madtp.allocate`. changes: of the config. staged: tokens first, then weights."""
+
+    title: str
+    allocation: str = "joint"
+    changes: tuple[tuple[str, object], ...] = ()
+    staged: bool = False
+
+
+VARIANTS = {
+    "joint": Variant("MADTP++ (joint allocation)"),
+    "uniform": Variant("uniform allocation", "uniform"),
+    "tokens": Variant("tokens only", "tokens"),
+    "weights": Variant("weights only", "weights"),
+    "staged": Variant("tokens, then weights", staged=True),
+    "random": Variant("random tokens", changes=(("selection", "random"),)),
+    "static": Variant("static top-k by CLS attention", changes=(("selection", "static"),)),
+    "no_kd": Variant("no distillation", changes=tuple(NO_TEACHER.items())),
+    "no_mag": Variant("no MAG", changes=(("selection", "unguided"), ("align_weight", 0.0))),
+}
+
+
+class Budgets:
+    """Plans of one dense model, from one measurement of its sensitivities."""
+
+    def __init__(self, prepared: Prepared, preset: Preset, config: CompressionConfig):
+        model = copy.deepcopy(prepared.model)
+        patch(model, config)
+        batches = pairs(prepared.task, prepared.calibration, preset.allocation_samples, next(model.parameters()).device)
+        self.sensitivities: Sensitivities = measure_sensitivities(Calibration(model, prepared.task, batches, config))
+
+    def plan(self, config: CompressionConfig, allocation: str) -> Plan:
+        """Raises ValueError where the allocation cannot reach the budget."""
+        return choose(self.sensitivities, config, allocation)
+
+    def tokens_of(self, plan: Plan) -> Plan:
+        """The tokens of a plan, without its weights."""
+        profile = self.sensitivities.profile
+        left = sum(plan.tokens.get(name, 1.0) * account.dense_macs for name, account in profile.branches.items())
+        return replace(plan, sparse_modules=(), flops_reduction=1 - left / profile.total.dense_macs)
+
+
+def run(
+    variant: Variant,
+    prepared: Prepared,
+    preset: Preset,
+    config: CompressionConfig,
+    budgets: Budgets,
+    output: Path,
+) -> Result:
+    """Compresses the dense model of `prepared`.
+
+    Raises:
+        ValueError: the budget cannot be reached this way.
+    """
+    plan = budgets.plan(config, variant.allocation)
+    config = replace(config, **dict(variant.changes))
+    if not variant.staged:
+        return _compress(prepared, prepared.model, plan, preset, config, preset.steps, output)
+    half = preset.steps // 2
+    first = _compress(prepared, prepared.model, budgets.tokens_of(plan), preset, config, half, output / "tokens")
+    return _compress(prepared, first.model.madtp_handle.remove(), plan, preset, config, preset.steps - half, output)
+
+
+def _compress(
+    prepared: Prepared,
+    model: nn.Module,
+    plan: Plan,
+    preset: Preset,
+    config: CompressionConfig,
+    steps: int,
+    output: Path,
+) -> Result:
+    return compress(
+        model,
+        prepared.task,
+        prepared.train,
+        None,
+        config,
+        output_dir=output,
+        calibration_data=prepared.calibration,
+        plan=plan,
+        teacher=prepared.model,
+        training={
+            "max_steps": steps,
+            "per_device_train_batch_size": preset.batch_size,
+            "learning_rate": preset.learning_rate,
+            "logging_steps": 10,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        },
+    )
