@@ -20,6 +20,7 @@ class Results:
 
     def __init__(self, path: Path, head: dict):
         self.path, self.head, self.rows = path, head, []
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             before = json.loads(path.read_text())
             self.rows = before.pop("rows")

@@ -137,12 +137,12 @@ EXPERIMENTS = {
     "nlvr": Experiment(
         "NLVR, emoji pairs (BlipForNLVR)",
         _nlvr,
-        {"cpu": Preset(150, 32, 5e-4, 1200, dense_rate=5e-4), "gpu": Preset(3000, 128, 3e-4, 12000, 128, 5e-4)},
+        {"cpu": Preset(150, 32, 5e-4, 1500, 32, 5e-4), "gpu": Preset(3000, 128, 3e-4, 12000, 128, 5e-4)},
     ),
     "captioning": Experiment(
         "Captioning, emoji (BLIP)",
         _captioning,
-        {"cpu": Preset(150, 32, 5e-4, 600), "gpu": Preset(3000, 128, 3e-4, 8000, 128)},
+        {"cpu": Preset(150, 32, 5e-4, 800), "gpu": Preset(3000, 128, 3e-4, 8000, 128)},
     ),
 }
 
