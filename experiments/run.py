@@ -50,15 +50,10 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     experiment = EXPERIMENTS[options.task]
-    preset, work = experiment.presets[options.preset], options.work / options.preset / options.task
-    head = {
-        "task": options.task,
-        "preset": options.preset,
-        "settings": asdict(preset),
-        "machine": _machine(options.preset),
-    }
+    preset, work = experiment.presets[options.preset], options.work / options.preset
     prepared = experiment.prepare(preset, work / options.task)
-    head["metric"] = prepared.task.metric
+    head = {"task": options.task, "metric": prepared.task.metric, "preset": options.preset, "settings": asdict(preset)}
+    head["machine"] = _machine(options.preset)
     results = Results(options.results / options.preset / f"{options.task}.json", head)
     if options.preset == "gpu":
         prepared.model.to("cuda")
@@ -72,10 +67,9 @@ def main() -> None:
         if results.find(variant, reduction, seed) is not None:
             continue
         config = experiment.config(preset, prepared.model, flops_reduction=reduction, seed=seed)
-        budgets = budgets or Budgets(prepared, replace(config, seed=0))
-        measured(
-            experiment, prepared, preset, variant, config, budgets, results, work.with_name(f"{options.task}-{variant}")
-        )
+        budgets = budgets or Budgets(prepared, preset, replace(config, seed=0))
+        output = work / f"{options.task}-{variant}-{100 * reduction:.0f}-{seed}"
+        results.add(measured(prepared, preset, variant, config, budgets, output))
         _say(results)
 
 
@@ -146,10 +140,8 @@ def _say(results: Results) -> None:
         print(f"{name}: {row['unreachable']}", flush=True)
         return
     metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in row["metrics"].items())
-    print(
-        f"{name}: {metrics}, {row['counted_gmacs']:.4g} of {row['dense_gmacs']:.4g} GMACs, {row['minutes']} min",
-        flush=True,
-    )
+    cost = f"{row['counted_gmacs']:.4g} of {row['dense_gmacs']:.4g} GMACs"
+    print(f"{name}: {metrics}, {cost}, {row['minutes']} min", flush=True)
 
 
 if __name__ == "__main__":

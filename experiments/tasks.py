@@ -124,7 +124,7 @@ EXPERIMENTS = {
     "vqa": Experiment(
         "VQA, easy-vqa (BLIP)",
         _vqa,
-        {"cpu": Preset(200, 32, 1e-3, alignment_tokens=100), "gpu": Preset(2000, 64, 5e-4, alignment_tokens=100)},
+        {"cpu": Preset(120, 16, 1e-3, calibration=256, test=5000), "gpu": Preset(2000, 64, 5e-4, alignment_tokens=100)},
     ),
     "retrieval": Experiment(
         "Retrieval, emoji (ViT-S/14 + MiniLM)",
@@ -137,12 +137,15 @@ EXPERIMENTS = {
     "nlvr": Experiment(
         "NLVR, emoji pairs (BlipForNLVR)",
         _nlvr,
-        {"cpu": Preset(150, 32, 5e-4, 1500, 32, 5e-4), "gpu": Preset(3000, 128, 3e-4, 12000, 128, 5e-4)},
+        {
+            "cpu": Preset(120, 16, 5e-4, 1500, 32, 5e-4, calibration=256),
+            "gpu": Preset(3000, 128, 3e-4, 12000, 128, 5e-4),
+        },
     ),
     "captioning": Experiment(
         "Captioning, emoji (BLIP)",
         _captioning,
-        {"cpu": Preset(150, 32, 5e-4, 800), "gpu": Preset(3000, 128, 3e-4, 8000, 128)},
+        {"cpu": Preset(120, 16, 5e-4, 800, calibration=256), "gpu": Preset(3000, 128, 3e-4, 8000, 128)},
     ),
 }
 

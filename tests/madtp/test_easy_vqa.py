@@ -5,11 +5,14 @@ import subprocess
 
 import pytest
 import torch
+from conftest import tiny_batch, tiny_blip
 from transformers import AutoImageProcessor
 
+import madtp
 from madtp.tasks import DataError, easy_vqa
 from madtp.tasks.easy_vqa import ANSWERS, EasyVqa, ImagesWithQuestions, build_tokenizer, collate
 from madtp.tasks.vqa import DENSE_EASY_VQA, VqaTask, dense_forward, load_dense
+from madtp.tasks.words import word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +93,41 @@ def test_dense_accuracy(test_split, dense):
     assert VqaTask(tokenizer).evaluate(model, test_split)["accuracy"] >= 0.97
 
 
-def test_answer_of_several_tokens_is_refused(dense):
-    with pytest.raises(ValueError, match="answer must be one known token, got 'red circle'"):
-        VqaTask(dense[1], ["yes", "red circle"])
+def test_answers_must_be_known(dense):
+    with pytest.raises(ValueError, match=r"answers must be known to the tokenizer, got 'red cat' -> \[\d+, \d+\]"):
+        VqaTask(dense[1], ["yes", "red cat"])
+    with pytest.raises(ValueError, match="answers and shortlist must be at least one, got 0 answers and shortlist 128"):
+        VqaTask(dense[1], [])
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_longer_answers_are_ranked_by_their_whole_likelihood(patched):
+    model = tiny_blip()
+    if patched:
+        madtp.patch(model, madtp.CompressionConfig(alignment_tokens=8, alignment_dim=24))
+        model.madtp_handle.set_temperature(2.0)
+    tokenizer = word_tokenizer(["a b c d e f g h"], max_length=16)
+    answers = ["a", "a b", "c d e", "c", "h g", "b"]
+    task, batch = VqaTask(tokenizer, answers), tiny_batch()
+    start = batch["labels"][:, :1]
+    likelihoods = torch.empty(len(start), len(answers))
+    for number, answer in enumerate(answers):
+        tokens = torch.tensor([[*tokenizer.encode(answer, add_special_tokens=False), tokenizer.sep_token_id]])
+        tokens = tokens.expand(len(start), -1)
+        labels = torch.cat([start, tokens], dim=1)
+        with torch.no_grad():
+            given = batch | {"labels": labels}
+            logits = model(**given).logits if patched else dense_forward(model, given)[0]
+        steps = logits[:, :-1].log_softmax(-1).gather(2, tokens[..., None])
+        likelihoods[:, number] = steps.sum((1, 2))
+    assert torch.equal(task.predict(model, batch), likelihoods.argmax(1))
+    assert not likelihoods.argmax(1).eq(2).any()  # "c d e", which its first token alone would not tell from "c"
+    # One answer a question is left: that of the likeliest first token.
+    single = VqaTask(tokenizer, [answer.split()[0] for answer in answers]).predict(model, batch)
+    alone = VqaTask(tokenizer, answers, shortlist=1).predict(model, batch)
+    assert [answers[i].split()[0] for i in alone] == [answers[i].split()[0] for i in single]
+    wanted = [task._number([2, *tokenizer.encode(a, add_special_tokens=False), 3, 0]) for a in (*answers, "g")]
+    assert wanted == [0, 1, 2, 3, 4, 5, -1]
 
 
 def test_arguments_are_checked(dense):

@@ -80,9 +80,9 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
         """
         if labels is None and decoder_input_ids is None:
             raise ValueError("labels or decoder_input_ids must be given; to answer without either, call generate")
-        question, mask = self._encode(
+        question, mask = self.encode_questions(
             input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index
-        ).to_padded()
+        )
         answer = self.text_decoder(
             input_ids=labels if decoder_input_ids is None else decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -105,9 +105,9 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
         **generate_kwargs,
     ) -> Tensor:
         """Token ids of the answers, by the generation of the decoder, which sees no padding."""
-        question, mask = self._encode(
+        question, mask = self.encode_questions(
             input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index
-        ).to_padded()
+        )
         text = self.config.text_config
         return self.text_decoder.generate(
             input_ids=torch.full((question.shape[0], 1), self.decoder_start_token_id, device=question.device),
@@ -118,9 +118,17 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
             **generate_kwargs,
         )
 
-    def _encode(self, input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index) -> Packed:
+    def encode_questions(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        image_index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the answer decoder reads: the tokens of every question that are left, (Q, L, C), and their mask."""
         images = self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return encode_text(self.text_encoder, input_ids, attention_mask, images, image_index)
+        return encode_text(self.text_encoder, input_ids, attention_mask, images, image_index).to_padded()
 
 
 class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditionalGeneration):

@@ -1,6 +1,5 @@
 """Visual question answering: questions that share images, and rank classification over a list of answers."""
 
-import inspect
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ from madtp.models import DECODER_MASKS
 from madtp.models.tower import mixed_in
 
 from . import DataError
-from .easy_vqa import ANSWERS, answer_token, collate
+from .easy_vqa import ANSWERS, collate
 
 DENSE_EASY_VQA = Path(__file__).parents[1] / "assets" / "easy-vqa-blip"
 
@@ -60,47 +59,66 @@ def dense_forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
     Returns the decoder's logits (Q, D, V) and the scalar loss: what `model(...)` computes on repeated images when no
     question is padded, at the vision encoder's cost of the unique ones.
     """
-    images = model.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state  # (I, N, C)
-    if batch.get("image_index") is not None:
-        images = images.index_select(0, batch["image_index"])  # (Q, N, C)
-    question = model.text_encoder(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        encoder_hidden_states=images,
-    ).last_hidden_state  # (Q, L, C)
+    question, mask = encode_questions(model, batch)
     with mixed_in(model, DECODER_MASKS):
         answer = model.text_decoder(
             input_ids=batch["labels"],
             encoder_hidden_states=question,
-            encoder_attention_mask=batch["attention_mask"],
+            encoder_attention_mask=mask,
             labels=batch["labels"],
         )
     return answer.logits, answer.loss
 
 
-def forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits (Q, D, V), loss) of a plain model, or of one whose own forward takes `image_index` and returns logits."""
-    if "image_index" in inspect.signature(model.forward).parameters:
-        output = model(**batch)
-        return output.logits, output.loss
-    return dense_forward(model, batch)
+def encode_questions(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the answer decoder reads of every question, (Q, L, C), and the mask (Q, L) of what of it is real."""
+    ids, mask, index = batch["input_ids"], batch["attention_mask"], batch.get("image_index")
+    if hasattr(model, "madtp_handle"):
+        return model.encode_questions(ids, batch["pixel_values"], mask, image_index=index)
+    images = model.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state  # (I, N, C)
+    if index is not None:
+        images = images.index_select(0, index)  # (Q, N, C)
+    question = model.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=images)
+    return question.last_hidden_state, mask
 
 
 class VqaTask:
-    """Rank classification: the answer is the candidate whose token the decoder scores highest after its start token.
+    """Rank classification: the answer is the candidate that the decoder finds likeliest (Li et al. 2022, BLIP).
 
-    answers: the candidates; each must be one token of `tokenizer` (ValueError otherwise), so that a single decoder step
-    ranks them exactly. Longer candidates would need the likelihood of their whole sequence, as BLIP ranks them
-    (Li et al. 2022, appendix on VQA).
+    Where every candidate is one token, its first step ranks them. Else that step chooses the `shortlist` candidates
+    with the likeliest first tokens, and the likelihood of their whole sequence, end included, ranks those.
+
+    Args:
+        tokenizer: of the model.
+        answers: the candidates.
+        shortlist: of longer candidates, for each question.
+
+    Raises:
+        ValueError: an answer is empty or unknown to the tokenizer, or there are none.
     """
 
     metric = "accuracy"
     collate = staticmethod(collate)
 
-    def __init__(self, tokenizer, answers: Iterable[str] = ANSWERS):
-        self.tokenizer = tokenizer
-        self.answers = list(answers)
-        self.answer_ids = torch.tensor([answer_token(tokenizer, answer) for answer in self.answers])  # (A,)
+    def __init__(self, tokenizer, answers: Iterable[str] = ANSWERS, *, shortlist: int = 128):
+        self.tokenizer, self.answers = tokenizer, list(answers)
+        if not self.answers or shortlist < 1:
+            given = f"{len(self.answers)} answers and shortlist {shortlist}"
+            raise ValueError(f"answers and shortlist must be at least one, got {given}")
+        tokens = [tuple(tokenizer.encode(answer, add_special_tokens=False)) for answer in self.answers]
+        for answer, of_answer in zip(self.answers, tokens, strict=True):
+            if not of_answer or tokenizer.unk_token_id in of_answer:
+                raise ValueError(f"answers must be known to the tokenizer, got {answer!r} -> {list(of_answer)}")
+        self.shortlist = min(shortlist, len(tokens))
+        self.number_of: dict[tuple[int, ...], int] = {}  # tokens -> the first answer that has them
+        for number, of_answer in enumerate(tokens):
+            self.number_of.setdefault(of_answer, number)
+        self.first_ids = torch.tensor([of_answer[0] for of_answer in tokens])  # (A,)
+        longest = max(map(len, tokens))
+        self.sequences = None  # (A, D): the tokens and the end of each, where one has several
+        if longest > 1:
+            rows = [[*of_answer, tokenizer.sep_token_id] for of_answer in tokens]
+            self.sequences = torch.tensor([row + [-100] * (longest + 1 - len(row)) for row in rows])
 
     def save_processor(self, directory: Path | str) -> None:
         """Write the tokenizer beside a saved model."""
@@ -116,29 +134,57 @@ class VqaTask:
         counts = (following != self.tokenizer.pad_token_id) & (following >= 0)
         return output.logits, nn.functional.pad(counts, (0, 1), value=False)
 
-    def answer_scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """Decoder logits at the start token (Q, V) -> logits of the candidates (Q, A), in the order of `answers`."""
-        return logits.index_select(-1, self.answer_ids.to(logits.device))
-
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Index into `answers` of the best candidate of every question of a batch: (Q,) int64."""
-        logits, _ = forward(model, batch)
-        return self.answer_scores(logits[:, 0]).argmax(-1)
+        question, mask = encode_questions(model, batch)
+        with mixed_in(model, {} if hasattr(model, "madtp_handle") else DECODER_MASKS):
+            start = batch["labels"][:, :1]
+            first = self._decode(model, start, question, mask)[:, 0].index_select(-1, self.first_ids.to(start.device))
+            if self.sequences is None:
+                return first.argmax(-1)
+            best = first.topk(self.shortlist, dim=-1).indices  # (Q, S)
+            ranked = [
+                self._likelihoods(model, *of_question).argmax()
+                for of_question in zip(best, start, question, mask, strict=True)
+            ]
+        return best.gather(1, torch.stack(ranked)[:, None])[:, 0]
 
     def evaluate(
         self, model: nn.Module, data: Dataset, *, batch_size: int = 256, progress: Callable[[Iterable], Iterable] = iter
     ) -> dict[str, float]:
         """{"accuracy": fraction of the questions of `data` answered right}, with the model in eval mode.
 
-        batch_size counts questions; the images they share are encoded once. progress wraps the batches, for a bar.
+        Right is the answer in labels; one that is no candidate is never met. batch_size counts questions; the images
+        they share are encoded once. progress wraps the batches, for a bar.
         """
         device = next(model.parameters()).device
-        answer_ids = self.answer_ids.to(device)
         correct = 0
         with evaluating(model):
             for batch in progress(DataLoader(data, batch_size=batch_size, collate_fn=collate)):
-                batch = {name: value.to(device) for name, value in batch.items()}
-                best = answer_ids[self.predict(model, batch)]
-                correct += int((best == batch["labels"][:, 1]).sum())
+                wanted = torch.tensor([self._number(row) for row in batch["labels"].tolist()])
+                found = self.predict(model, {name: value.to(device) for name, value in batch.items()})
+                correct += int((found.cpu() == wanted).sum())
         return {"accuracy": correct / max(1, len(data))}
+
+    def _decode(self, model, ids, question, mask) -> torch.Tensor:
+        """Logits (Q, D, V)."""
+        return model.text_decoder(
+            input_ids=ids, encoder_hidden_states=question, encoder_attention_mask=mask
+        ).logits.float()
+
+    def _likelihoods(self, model, numbers, start, question, mask) -> torch.Tensor:
+        """log p of the candidates `numbers` (S,) of one question, (S,)."""
+        sequences = self.sequences.to(numbers.device)[numbers]  # (S, D)
+        given = torch.cat([start.expand(len(numbers), 1), sequences[:, :-1].clamp(min=0)], dim=1)
+        logits = self._decode(
+            model, given, question.expand(len(numbers), *question.shape), mask.expand(len(numbers), -1)
+        )
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), sequences, reduction="none")  # 0 at -100
+        return -losses.sum(-1)
+
+    def _number(self, labels: list[int]) -> int:
+        """Of the answer in a row of labels, [start, answer, end, padding]; -1: none of `answers`."""
+        ends = {self.tokenizer.sep_token_id, self.tokenizer.pad_token_id, -100}
+        end = next((i for i, token in enumerate(labels[1:], 1) if token in ends), len(labels))
+        return self.number_of.get(tuple(labels[1:end]), -1)

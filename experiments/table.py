@@ -1,0 +1,190 @@
+"""docs/experiments.md with its plot, and the tables of the README, from the results: `python -m experiments.table`."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from madtp.files import write_whole
+
+from .results import FOLDER, read
+from .run import COMPARED_AT, REDUCTIONS
+from .tasks import EXPERIMENTS
+from .variants import VARIANTS
+
+ROOT = Path(__file__).parents[1]
+README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "experiments.md"
+MARKS = "<!-- experiments -->", "<!-- /experiments -->"
+METRICS = {"accuracy": "accuracy", "recall@1": "recall@1", "bleu4": "BLEU-4"}
+
+
+def mean(rows: list[dict], value) -> str:
+    """Of the seeds, and from the least to the most where there are several."""
+    values = [value(row) for row in rows]
+    text = f"{statistics.mean(values):.2f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.2f} to {max(values):.2f})"
+
+
+def points(result: dict):
+    """row -> the main metric, in percent."""
+    return lambda row: 100 * row["metrics"][result["metric"]]
+
+
+def saved(row: dict) -> float:
+    """Counted MACs saved on the test set, in percent of the dense ones."""
+    return 100 * (1 - row["counted_gmacs"] / row["dense_gmacs"])
+
+
+def grouped(result: dict) -> dict[tuple[str, float], list[dict]]:
+    """(variant, reduction) -> its rows, one for each seed; "dense" has one."""
+    found = defaultdict(list)
+    for row in result["rows"]:
+        found[row["variant"], row["reduction"]].append(row)
+    return found
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def budgets(results: list[dict]) -> str:
+    """A row for each task: dense, then the method at every budget."""
+    lines = []
+    for result in results:
+        rows, metric = grouped(result), points(result)
+        cells = [mean(rows["joint", r], metric) if ("joint", r) in rows else "" for r in REDUCTIONS]
+        title = EXPERIMENTS[result["task"]].title
+        lines.append([f"{title}: {METRICS[result['metric']]}, %", mean(rows["dense", 0.0], metric), *cells])
+    return table(["", "dense", *(f"-{100 * r:.0f} %" for r in REDUCTIONS)], lines)
+
+
+def comparison(results: list[dict]) -> str:
+    """A row for each variant at one budget, a column for each task."""
+    lines = []
+    for name, variant in VARIANTS.items():
+        cells = []
+        for result in results:
+            rows = grouped(result).get((name, COMPARED_AT), [])
+            reached = [row for row in rows if "unreachable" not in row]
+            cells.append(mean(reached, points(result)) if reached else "not reached" if rows else "")
+        lines.append([variant.title, *cells])
+    heads = [f"{result['task']}, {METRICS[result['metric']]}" for result in results]
+    return table([f"-{100 * COMPARED_AT:.0f} % counted MACs", *heads], lines)
+
+
+def details(result: dict) -> str:
+    """Every row of a task."""
+    lines = []
+    for row in result["rows"]:
+        name = VARIANTS[row["variant"]].title if row["variant"] in VARIANTS else row["variant"]
+        start = [name, "" if not row["reduction"] else f"-{100 * row['reduction']:.0f} %", str(row["seed"])]
+        if "unreachable" in row:
+            lines.append([*start, "not reached", "", "", "", ""])
+            continue
+        metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in row["metrics"].items())
+        others = "; ".join(f"{what}: {metric[result['metric']]:.4f}" for what, metric in row.get("others", {}).items())
+        macs = f"{row['counted_gmacs']:.4g} (-{saved(row):.1f} %)"
+        lines.append([*start, metrics, others, macs, f"{row['nonzero_params']:,}", f"{row['minutes']:.1f}"])
+    heads = ["", "asked", "seed", "test", "elsewhere", "counted GMACs on the test set", "non-zero parameters", "min"]
+    return table(heads, lines)
+
+
+def published(results: list[dict]) -> str:
+    """The rule of the released code on the same models."""
+    lines = []
+    for result in results:
+        for row in result["rows"]:
+            other = row.get("batch_max")
+            if other is None:
+                continue
+            less = 100 * (1 - other["instance_gmacs"] / other["counted_gmacs"])
+            metric = result["metric"]
+            lines.append(
+                [
+                    f"{result['task']}, -{100 * row['reduction']:.0f} %, seed {row['seed']}",
+                    f"{100 * row['metrics'][metric]:.2f}",
+                    f"{100 * other['metrics'][metric]:.2f}",
+                    f"{less:.1f} %",
+                ]
+            )
+    heads = [
+        "",
+        "each its own, %",
+        f"batch maximum of {lines and other['batch_size']}, %",
+        "MACs saved by each its own",
+    ]
+    return table(heads, lines)
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Metric against counted GMACs, a panel for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(results), figsize=(4 * len(results), 3.6), layout="constrained", squeeze=False
+    )
+    for axes, result in zip(panels[0], results, strict=True):
+        metric, left = points(result), lambda row: 100 - saved(row)
+        rows = grouped(result)
+        front = sorted((row for (name, _), of in rows.items() if name in ("joint", "dense") for row in of), key=left)
+        axes.plot([left(row) for row in front], [metric(row) for row in front], "o-", label="MADTP++", color="black")
+        for name, variant in VARIANTS.items():
+            others = [row for row in rows.get((name, COMPARED_AT), []) if "unreachable" not in row]
+            if name != "joint" and others:
+                axes.scatter([left(row) for row in others], [metric(row) for row in others], label=variant.title, s=18)
+        axes.set_title(EXPERIMENTS[result["task"]].title, fontsize=9)
+        axes.set_xlabel("counted MACs, % of dense")
+        axes.set_ylabel(f"{METRICS[result['metric']]}, %")
+    panels[0][0].legend(fontsize=6)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def document(results: list[dict], preset: str, picture: str) -> str:
+    text = [
+        f"# Accuracy against compute, preset {preset}\n",
+        "Made by `python -m experiments.table` from the files in `experiments/results/`; a task's rows are made by "
+        "`python -m experiments.run TASK`. Each compression starts from the same dense model; it plans its budgets, "
+        "trains and settles its temperatures on training data; all figures are of the saved model on the test set. "
+        "Where there are several seeds, the mean, and least to most.\n",
+        f"![Metric against counted MACs]({picture})\n",
+        "## Budgets\n",
+        budgets(results),
+        "## Compared at one budget\n",
+        comparison(results),
+        "## Each sample its own number of tokens, or the batch's maximum\n",
+        published(results),
+    ]
+    for result in results:
+        settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items() if value is not None)
+        text += [f"## {EXPERIMENTS[result['task']].title}\n", f"{result['machine']}; {settings}.\n", details(result)]
+    return "\n".join(text)
+
+
+def load(preset: str, folder: Path = FOLDER) -> list[dict]:
+    paths = [folder / preset / f"{task}.json" for task in EXPERIMENTS]
+    return [read(path) for path in paths if path.exists()]
+
+
+def replaced(text: str, section: str) -> str:
+    """`text` with what is between `MARKS` replaced."""
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n{section}{MARKS[1]}{after}"
+
+
+def main() -> None:
+    results = load("cpu")
+    picture = DOCUMENT.with_name("experiments-cpu.png")
+    plot(results, picture)
+    write_whole(DOCUMENT, document(results, "cpu", picture.name))
+    write_whole(README, replaced(README.read_text(encoding="utf-8"), f"\n{budgets(results)}\n{comparison(results)}\n"))
+
+
+if __name__ == "__main__":
+    main()
