@@ -166,6 +166,11 @@ def document(results: list[dict], preset: str, picture: str) -> str:
     return "\n".join(text)
 
 
+def section(results: list[dict]) -> str:
+    """What the README shows."""
+    return f"\n{budgets(results)}\n{comparison(results)}\n"
+
+
 def load(preset: str, folder: Path = FOLDER) -> list[dict]:
     paths = [folder / preset / f"{task}.json" for task in EXPERIMENTS]
     return [read(path) for path in paths if path.exists()]
@@ -183,7 +188,7 @@ def main() -> None:
     picture = DOCUMENT.with_name("experiments-cpu.png")
     plot(results, picture)
     write_whole(DOCUMENT, document(results, "cpu", picture.name))
-    write_whole(README, replaced(README.read_text(encoding="utf-8"), f"\n{budgets(results)}\n{comparison(results)}\n"))
+    write_whole(README, replaced(README.read_text(encoding="utf-8"), section(results)))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Prepared:
     others: dict[str, Dataset] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Experiment:
     title: str
     prepare: Callable[[Preset, Path], Prepared]

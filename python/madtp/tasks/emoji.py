@@ -145,7 +145,8 @@ class EmojiPairs(_Pictures):
     scalar: 1 when the statement is true. Where an image is to show something else, half of the time that is of a
     kind close by.
 
-    Args: as of `EmojiRetrieval`, and pairs: how many items there are. tokenizer: `build_tokenizer()` fits.
+    Args: as of `EmojiRetrieval`, and pairs: how many items there are, statements: those of `STATEMENTS` it draws
+    from, None for all. tokenizer: `build_tokenizer()` fits.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class EmojiPairs(_Pictures):
         *,
         vendors: Sequence[str] = VENDORS,
         pairs: int = 2000,
+        statements: Sequence[str] | None = None,
         seed: int = 0,
         mean: float | Sequence[float] = IMAGE_MEAN,
         std: float | Sequence[float] = IMAGE_STD,
@@ -172,7 +174,11 @@ class EmojiPairs(_Pictures):
                 self.groups[noun] = ones, close, [n for n in kinds if n not in ones and n not in close]
         if not self.groups:
             raise ValueError(f"split must hold concepts of two kinds at least, got {len(kinds)} concepts in {split!r}")
-        drawn = [self._pair(index) for index in range(_count(limit, pairs))]
+        unknown = sorted(set(statements or ()) - set(STATEMENTS))
+        if unknown or (statements is not None and not statements):
+            raise ValueError(f"statements must be some of STATEMENTS, got {unknown or statements!r}")
+        choices = [(each, true) for each, true in STATEMENTS.items() if statements is None or each in statements]
+        drawn = [self._pair(index, choices) for index in range(_count(limit, pairs))]
         self.statements, self.pictures = zip(*drawn, strict=True)
         self._tokenize(tokenizer, self.statements)
 
@@ -184,10 +190,10 @@ class EmojiPairs(_Pictures):
             "labels": torch.tensor(index % 2),
         }
 
-    def _pair(self, index: int) -> tuple[str, tuple]:
+    def _pair(self, index: int, choices: Sequence[tuple[str, set]]) -> tuple[str, tuple]:
         """A statement that is true when the index is odd, and two pictures."""
         generator = self._generator(index)
-        statement, true = _one(generator, list(STATEMENTS.items()))
+        statement, true = _one(generator, choices)
         noun = _one(generator, list(self.groups))
         shown = _one(generator, [pair for pair in _PAIRS if (pair in true) == bool(index % 2)])
         ones, close, rest = self.groups[noun]
