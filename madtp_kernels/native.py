@@ -4,6 +4,7 @@ The binding is torch-free: it takes addresses, sizes and strides. Outputs are al
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -359,6 +360,16 @@ def sparse24_linear(
     return out
 
 
+class Sparse24Config(NamedTuple):
+    """madtp::cuda::Sparse24Config: how a linear layer is laid out on a GPU."""
+
+    architecture: int  # of the kernel: 80 (mma.sp) or 90 (wgmma.sp)
+    tile_tokens: int  # of a block
+    tile_features: int  # of a block
+    split_k: int = 1  # blocks that share the channels of a tile
+    cluster: int = 1  # blocks that share the tokens of a tile
+
+
 def sparse24_linear_cuda(
     x: Tensor,
     values: Tensor,
@@ -369,14 +380,46 @@ def sparse24_linear_cuda(
     residual: Tensor | None,
     scale: Tensor | None,
     total: Tensor | None,
+    config: Sparse24Config | None = None,
 ) -> Tensor:
-    """`sparse24_linear` on Sparse Tensor Cores, of x and values in bfloat16 or float16."""
+    """`sparse24_linear` on Sparse Tensor Cores, of x and values in bfloat16 or float16.
+
+    config: one of `sparse24_linear_configs`, None for the one that a model of the device expects to be fastest;
+        RuntimeError for one that cannot run here.
+    """
+    inputs, _alive = _sparse24_inputs(x, values, indices, layout, bias, activation, residual, scale, total)
+    out = x.new_empty(x.shape[0], values.shape[0])
+    cuda = dispatch.extension().cuda
+    with torch.cuda.device(x.device):
+        workspace = x.new_empty(cuda.sparse24_linear_workspace(inputs, config), dtype=torch.uint8)
+        stream = torch.cuda.current_stream().cuda_stream
+        cuda.sparse24_linear(inputs, _address(out), _address(workspace), workspace.numel(), stream, config)
+    return out
+
+
+def sparse24_linear_configs(x: Tensor, *arguments) -> list[Sparse24Config]:
+    """Every configuration that can run `sparse24_linear_cuda` of these arguments on the device of x."""
+    inputs, _alive = _sparse24_inputs(x, *arguments)
+    with torch.cuda.device(x.device):
+        return [Sparse24Config(*config) for config in dispatch.extension().cuda.sparse24_linear_configs(inputs)]
+
+
+def _sparse24_inputs(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    total: Tensor | None,
+):
+    """madtp::Sparse24Linear, and the tensors it points to, which must outlive it."""
     layout = sparse24_pack(values, indices) if layout is None else layout
     x, residual = _map(_aligned_rows, x, residual)
     bias, scale = _map(_aligned, bias, scale)
-    out = x.new_empty(x.shape[0], values.shape[0])
-    cuda = dispatch.extension().cuda
-    inputs = cuda.Sparse24Linear(
+    inputs = dispatch.extension().cuda.Sparse24Linear(
         _address(x),
         _DTYPES[x.dtype],
         x.stride(0),
@@ -394,11 +437,7 @@ def sparse24_linear_cuda(
         0 if residual is None else residual.stride(0),
         _address(total),
     )
-    with torch.cuda.device(x.device):
-        workspace = x.new_empty(cuda.sparse24_linear_workspace(inputs), dtype=torch.uint8)
-        stream = torch.cuda.current_stream().cuda_stream
-        cuda.sparse24_linear(inputs, _address(out), _address(workspace), workspace.numel(), stream)
-    return out
+    return inputs, (x, layout, bias, residual, scale, total)
 
 
 def _optional_matrix(x: Tensor | None) -> tuple[int, int]:

@@ -1,11 +1,5 @@
 // The public entry points: they check their arguments, then choose a kernel for the current device.
 
-#include <cuda_runtime.h>
-
-#include <string_view>
-
-#include "build_config.h"
-#include "cuda/launch.cuh"
 #include "cuda/sparse24_kernels.h"
 #include "cuda/sparse24_layout.cuh"
 #include "madtp/sparse24.h"
@@ -51,33 +45,36 @@ bool valid(const Sparse24Dense& a) {
          (a.score == nullptr || matrix(a.score, a.score_stride, rows, columns));
 }
 
-Status current_device(Device* device) {
-  int id, major, minor;
-  const auto get = [&](int* value, cudaDeviceAttr attribute) {
-    return cudaDeviceGetAttribute(value, attribute, id) == cudaSuccess;
-  };
-  if (cudaGetDevice(&id) == cudaSuccess && get(&major, cudaDevAttrComputeCapabilityMajor) &&
-      get(&minor, cudaDevAttrComputeCapabilityMinor) &&
-      get(&device->multiprocessors, cudaDevAttrMultiProcessorCount) &&
-      get(&device->block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin) &&
-      get(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor)) {
-    device->capability = 10 * major + minor;
-    return device->capability >= 80 ? Status::ok : Status::unsupported;
-  }
-  cudaGetLastError();
-  return Status::unsupported;  // no device, or no driver
+// use(config) for every configuration that can run the inputs, those of the newest architecture first.
+void configs(const Sparse24Linear& inputs, const Device& device, const UseConfig& use) {
+  configs_sm90(inputs, device, use);
+  configs_sm80(inputs, device, use);
 }
 
-// Whether the library was built for sm_90a, whose code runs on no other device.
-#ifdef MADTP_SIMT
-constexpr bool kHasSm90a = true;
-#else
-constexpr bool kHasSm90a = std::string_view(MADTP_CUDA_ARCHS).find("90a") != std::string_view::npos;
-#endif
+bool is_same(const Sparse24Config& a, const Sparse24Config& b) {
+  return a.architecture == b.architecture && a.tile_tokens == b.tile_tokens &&
+         a.tile_features == b.tile_features && a.split_k == b.split_k && a.cluster == b.cluster;
+}
 
-// TMA knows no matrix without columns.
-bool runs_sm90(const Sparse24Linear& inputs, const Device& device) {
-  return kHasSm90a && device.capability == 90 && inputs.channels > 0;
+// The configuration that a call runs. Status::invalid_argument where the one asked for cannot.
+Status choose(const Sparse24Linear& inputs, const Device& device, const Sparse24Config* asked,
+              Sparse24Config* config) {
+  if (asked == nullptr) {
+    *config = default_sm90(inputs, device);
+    if (config->architecture == 0) *config = default_sm80(inputs, device);
+    return Status::ok;
+  }
+  *config = *asked;
+  bool can_run = false;
+  configs(inputs, device, [&](const Sparse24Config& one) { can_run |= is_same(one, *asked); });
+  return can_run ? Status::ok : Status::invalid_argument;
+}
+
+// What of a call does not depend on its output, and the device.
+Status check(const Sparse24Linear& inputs, Device* device) {
+  if (!valid(inputs)) return Status::invalid_argument;
+  if (inputs.dtype == DType::float32) return Status::unsupported;
+  return current_device(device);
 }
 
 }  // namespace
@@ -112,29 +109,41 @@ Status sparse24_pack(const Sparse24Weight& weight, void* layout, void* stream) {
   return pack_weight(weight, layout, stream);
 }
 
-Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* bytes) {
-  if (!valid(inputs) || bytes == nullptr) return Status::invalid_argument;
-  if (inputs.dtype == DType::float32) return Status::unsupported;
+Status sparse24_linear_configs(const Sparse24Linear& inputs, Sparse24Config* list, int capacity, int* count) {
+  if (count == nullptr || capacity < 0 || (list == nullptr && capacity > 0)) return Status::invalid_argument;
   Device device;
-  const Status status = current_device(&device);
+  const Status status = check(inputs, &device);
   if (status != Status::ok) return status;
-  const bool is_empty = inputs.rows == 0 || inputs.features == 0;
-  *bytes = !is_empty && runs_sm90(inputs, device) ? workspace_sm90(inputs, default_sm90(inputs, device)) : 0;
+  *count = 0;
+  configs(inputs, device, [&](const Sparse24Config& config) {
+    if (*count < capacity) list[*count] = config;
+    ++*count;
+  });
   return Status::ok;
 }
 
+Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* bytes,
+                                 const Sparse24Config* asked) {
+  if (bytes == nullptr) return Status::invalid_argument;
+  Device device;
+  Sparse24Config config;
+  Status status = check(inputs, &device);
+  if (status == Status::ok) status = choose(inputs, device, asked, &config);
+  if (status == Status::ok) *bytes = config.architecture == 90 ? workspace_sm90(inputs, config) : 0;
+  return status;
+}
+
 Status sparse24_linear(const Sparse24Linear& inputs, void* out, std::int64_t out_stride, void* workspace,
-                       std::int64_t workspace_bytes, void* stream) {
+                       std::int64_t workspace_bytes, void* stream, const Sparse24Config* asked) {
   if (!valid(inputs) || !matrix(out, out_stride, inputs.rows, inputs.features) || workspace_bytes < 0 ||
       !present(workspace, workspace_bytes, 1))
     return Status::invalid_argument;
-  if (inputs.dtype == DType::float32) return Status::unsupported;
   Device device;
-  const Status status = current_device(&device);
+  Sparse24Config config;
+  Status status = check(inputs, &device);
+  if (status == Status::ok) status = choose(inputs, device, asked, &config);
   if (status != Status::ok || inputs.rows == 0 || inputs.features == 0) return status;
-  if (!runs_sm90(inputs, device))
-    return linear_sm80(inputs, out, out_stride, default_sm80(inputs, device), workspace, stream);
-  const Sparse24Config config = default_sm90(inputs, device);
+  if (config.architecture == 80) return linear_sm80(inputs, out, out_stride, config, stream);
   if (workspace_bytes < workspace_sm90(inputs, config)) return Status::invalid_argument;
   return linear_sm90(inputs, out, out_stride, config, device, workspace, stream);
 }

@@ -3,7 +3,9 @@
 // What runs behind the entry points of madtp/sparse24.h, which have checked the arguments.
 
 #include <cstdint>
+#include <functional>
 
+#include "cuda/device.h"
 #include "madtp/sparse24.h"
 
 namespace madtp::cuda {
@@ -13,27 +15,16 @@ Status prune_weight(const Sparse24Dense& dense, void* values, std::uint8_t* indi
 
 Status pack_weight(const Sparse24Weight& weight, void* layout, void* stream);
 
-// What can be tuned of a linear layer. A kernel has some of these only, and says Status::invalid_argument to
-// others.
-struct Sparse24Config {
-  int tile_tokens, tile_features;  // of a block
-  int split_k = 1;                 // blocks that share the channels of a tile
-  int cluster = 1;                 // blocks that share the tokens of a tile
-};
+// One kernel per architecture, given some rows and features. configs: use(config) for each that can run the
+// inputs on the device. default: of these, what runs unasked.
+using UseConfig = std::function<void(const Sparse24Config&)>;
 
-// What a default is chosen by.
-struct Device {
-  int capability;  // 80 for 8.0
-  int multiprocessors;
-  int block_shared_bytes;  // the most that a block may have
-  int shared_bytes;        // of a multiprocessor
-};
-
-// One kernel per architecture, given some rows and features.
+void configs_sm80(const Sparse24Linear& inputs, const Device& device, const UseConfig& use);
 Sparse24Config default_sm80(const Sparse24Linear& inputs, const Device& device);
 Status linear_sm80(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
-                   const Sparse24Config& config, void* workspace, void* stream);
+                   const Sparse24Config& config, void* stream);
 
+void configs_sm90(const Sparse24Linear& inputs, const Device& device, const UseConfig& use);
 Sparse24Config default_sm90(const Sparse24Linear& inputs, const Device& device);
 std::int64_t workspace_sm90(const Sparse24Linear& inputs, const Sparse24Config& config);
 Status linear_sm90(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,

@@ -245,6 +245,11 @@ void for_each_tile(Body&& body) {
   body(Tile<2, 1, 1, 2, 8, 8>{});
 }
 
+template <typename Tile>
+Sparse24Config config_of(Tile) {
+  return {80, Tile::kTokens, Tile::kFeatures};
+}
+
 std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Clocks of a launch by the model above. A step cannot be shorter than the latency of a copy divided by the
@@ -287,6 +292,12 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, void* st
 
 }  // namespace
 
+void configs_sm80(const Sparse24Linear&, const Device& device, const UseConfig& use) {
+  for_each_tile([&](auto tile) {
+    if (tile.kSharedBytes <= device.block_shared_bytes) use(config_of(tile));
+  });
+}
+
 Sparse24Config default_sm80(const Sparse24Linear& inputs, const Device& device) {
   Sparse24Config best{};
   double fewest = 0;
@@ -295,16 +306,15 @@ Sparse24Config default_sm80(const Sparse24Linear& inputs, const Device& device) 
     if (Tile::kSharedBytes > device.block_shared_bytes) return;
     const double now = clocks<Tile>(inputs, device);
     if (best.tile_tokens != 0 && now >= fewest) return;
-    best = {Tile::kTokens, Tile::kFeatures};
+    best = config_of(tile);
     fewest = now;
   });
   return best;
 }
 
 Status linear_sm80(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
-                   const Sparse24Config& config, void*, void* stream) {
-  Status status = Status::invalid_argument;  // no such tile
-  if (config.split_k != 1 || config.cluster != 1) return status;
+                   const Sparse24Config& config, void* stream) {
+  Status status = Status::invalid_argument;
   for_each_tile([&](auto tile) {
     using Tile = decltype(tile);
     if (config.tile_features != Tile::kFeatures || config.tile_tokens != Tile::kTokens) return;

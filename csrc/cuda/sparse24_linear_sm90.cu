@@ -402,23 +402,31 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sp
 
 }  // namespace
 
-Sparse24Config default_sm90(const Sparse24Linear& inputs, const Device& device) {
-  Sparse24Config best{};
-  double fewest = 0;
+void configs_sm90(const Sparse24Linear& inputs, const Device& device, const UseConfig& use) {
+  if (!device.has_sm90a || inputs.channels == 0) return;  // TMA knows no matrix without columns
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
-      if (cluster > 1 && inputs.features <= std::int64_t(kFeatures) * (cluster / 2)) continue;
       for (int splits : {1, 2, 3, 4, 6, 8}) {
-        if (splits > quotient_up(inputs.channels, kBlockColumns) || (splits > 1 && inputs.rows > 2048))
-          continue;
-        const Sparse24Config config{tokens, kFeatures, splits, cluster};
-        const double now = clocks(inputs, config, device);
-        if (best.tile_tokens != 0 && now >= fewest) continue;
-        best = config;
-        fewest = now;
+        const Sparse24Config config{90, tokens, kFeatures, splits, cluster};
+        if (splits <= quotient_up(inputs.channels, kBlockColumns) &&
+            Counts(inputs, config).items <= INT32_MAX)
+          use(config);
       }
     }
   }
+}
+
+Sparse24Config default_sm90(const Sparse24Linear& inputs, const Device& device) {
+  Sparse24Config best{};
+  double fewest = 0;
+  configs_sm90(inputs, device, [&](const Sparse24Config& config) {
+    if (config.cluster > 1 && inputs.features <= std::int64_t(kFeatures) * (config.cluster / 2)) return;
+    if (config.split_k > 1 && inputs.rows > 2048) return;
+    const double now = clocks(inputs, config, device);
+    if (best.architecture != 0 && now >= fewest) return;
+    best = config;
+    fewest = now;
+  });
   return best;
 }
 
@@ -432,11 +440,7 @@ std::int64_t workspace_sm90(const Sparse24Linear& inputs, const Sparse24Config& 
 
 Status linear_sm90(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
                    const Sparse24Config& config, const Device& device, void* workspace, void* stream) {
-  Status status = Status::invalid_argument;  // no such tile
-  if (config.tile_features != kFeatures || config.split_k < 1 ||
-      config.split_k > std::max<std::int64_t>(quotient_up(inputs.channels, kBlockColumns), 1) ||
-      Counts(inputs, config).items > INT32_MAX)
-    return status;
+  Status status = Status::invalid_argument;
   for_each_tile([&](auto tile) {
     using Tile = decltype(tile);
     if (config.tile_tokens != Tile::kTokens) return;

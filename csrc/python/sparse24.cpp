@@ -2,6 +2,10 @@
 
 #include "madtp/sparse24.h"
 
+#include <optional>
+#include <tuple>
+#include <vector>
+
 #include "python/common.h"
 
 namespace madtp::python {
@@ -93,17 +97,48 @@ void cuda_prune(Address weight, int dtype, std::int64_t weight_stride, Address s
         "madtp::cuda::sparse24_prune");
 }
 
-std::int64_t cuda_workspace(const Sparse24Linear& inputs) {
+// madtp::cuda::Sparse24Config, or None for what runs unasked.
+using Config = std::tuple<int, int, int, int, int>;
+
+template <typename Function>
+auto with_config(const std::optional<Config>& given, Function&& function) {
+  if (!given) return function(nullptr);
+  const auto [architecture, tile_tokens, tile_features, split_k, cluster] = *given;
+  const cuda::Sparse24Config config{architecture, tile_tokens, tile_features, split_k, cluster};
+  return function(&config);
+}
+
+std::vector<Config> cuda_configs(const Sparse24Linear& inputs) {
+  int count = 0;
+  const auto list = [&](cuda::Sparse24Config* configs) {
+    check(cuda::sparse24_linear_configs(inputs, configs, count, &count),
+          "madtp::cuda::sparse24_linear_configs");
+  };
+  list(nullptr);
+  std::vector<cuda::Sparse24Config> configs(static_cast<std::size_t>(count));
+  list(configs.data());
+  std::vector<Config> result;
+  for (const cuda::Sparse24Config& c : configs)
+    result.emplace_back(c.architecture, c.tile_tokens, c.tile_features, c.split_k, c.cluster);
+  return result;
+}
+
+std::int64_t cuda_workspace(const Sparse24Linear& inputs, const std::optional<Config>& given) {
   std::int64_t bytes = 0;
-  check(cuda::sparse24_linear_workspace(inputs, &bytes), "madtp::cuda::sparse24_linear_workspace");
+  const auto ask = [&](const cuda::Sparse24Config* config) {
+    return cuda::sparse24_linear_workspace(inputs, &bytes, config);
+  };
+  check(with_config(given, ask), "madtp::cuda::sparse24_linear_workspace");
   return bytes;
 }
 
 void cuda_linear(const Sparse24Linear& inputs, Address out, Address workspace, std::int64_t workspace_bytes,
-                 Address stream) {
-  check(cuda::sparse24_linear(inputs, pointer<void>(out), inputs.features, pointer<void>(workspace),
-                              workspace_bytes, pointer<void>(stream)),
-        "madtp::cuda::sparse24_linear");
+                 Address stream, const std::optional<Config>& given) {
+  const auto run = [&](const cuda::Sparse24Config* config) {
+    return cuda::sparse24_linear(inputs, pointer<void>(out), inputs.features, pointer<void>(workspace),
+                                 workspace_bytes, pointer<void>(stream), config);
+  };
+  check(with_config(given, run), "madtp::cuda::sparse24_linear");
 }
 #endif
 
@@ -123,6 +158,7 @@ void bind_sparse24(py::module_& cpu_module, [[maybe_unused]] py::module_* cuda_m
                    unlocked);
   cuda_module->def("sparse24_prune", &cuda_prune, unlocked);
   py::class_<Sparse24Linear>(*cuda_module, "Sparse24Linear").def(py::init(&inputs));
+  cuda_module->def("sparse24_linear_configs", &cuda_configs);
   cuda_module->def("sparse24_linear_workspace", &cuda_workspace);
   cuda_module->def("sparse24_linear", &cuda_linear, unlocked);
 #endif

@@ -37,10 +37,13 @@ struct Error : std::runtime_error {
 struct Options {
   unsigned seed = 0;  // 0: warps run as far as they can, work lands as late as it may
   int capability = 90;
+  const char* archs = "80;90a";  // that the kernels are compiled for, as in MADTP_CUDA_ARCHS
   int multiprocessors = 4;
-  int error = 0;  // the cudaError_t of every call that can fail
+  int error = 0;         // the cudaError_t of every launch
+  int device_error = 0;  // that of asking which device there is
 };
 inline Options options;
+inline int questions = 0;  // about the device that were answered
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

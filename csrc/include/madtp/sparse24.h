@@ -105,14 +105,34 @@ Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType
 // Writes the layout of a weight whose indices ascend.
 Status sparse24_pack(const Sparse24Weight& weight, void* layout, void* stream);
 
-// Bytes of scratch memory that a call with these arguments needs on the current device; 0 for many.
-Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* bytes);
+// How a linear layer is laid out on a device: what a tuner chooses from.
+struct Sparse24Config {
+  int architecture;   // of the kernel: 80 (mma.sp, on every device) or 90 (wgmma.sp, where that is sm_90a)
+  int tile_tokens;    // of a block
+  int tile_features;  // of a block
+  int split_k = 1;    // blocks that share the channels of a tile
+  int cluster = 1;    // blocks that share the tokens of a tile
+};
 
-// Accumulates in float32 and casts once. Rows from `total` on cost next to nothing. A row of the result has
-// the same bits whatever the other rows and their number are.
+// Every configuration that can run these inputs on the current device: writes the first `capacity` of them to
+// `configs`, which may be null where that is 0, and how many there are to `count`.
+Status sparse24_linear_configs(const Sparse24Linear& inputs,
+                               Sparse24Config* configs,  // (capacity,)
+                               int capacity, int* count);
+
+// Bytes of scratch memory that a call with these arguments needs on the current device; 0 for many.
+// Status::invalid_argument for a configuration that cannot run the inputs.
+Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* bytes,
+                                 const Sparse24Config* config = nullptr);
+
+// Accumulates in float32 and casts once. Rows from `total` on cost next to nothing. With one configuration a
+// row of the result has the same bits whatever the other rows and their number are; of configurations, those
+// of the same architecture and split_k agree. Null is the one that should be fastest by a model of the
+// device. Status::invalid_argument for one that cannot run the inputs.
 Status sparse24_linear(const Sparse24Linear& inputs,
                        void* out,  // (rows, features)
-                       std::int64_t out_stride, void* workspace, std::int64_t workspace_bytes, void* stream);
+                       std::int64_t out_stride, void* workspace, std::int64_t workspace_bytes, void* stream,
+                       const Sparse24Config* config = nullptr);
 
 }  // namespace cuda
 #endif

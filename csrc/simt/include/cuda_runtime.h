@@ -5,7 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "simt/builtins.h"
 #include "simt/language.h"
@@ -14,8 +16,8 @@
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
-  cudaErrorNotSupported = 801,
   cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoDevice = 100,
   cudaErrorNoKernelImageForDevice = 209,
 };
 using cudaStream_t = struct CUstream_st*;
@@ -51,12 +53,18 @@ struct cudaLaunchConfig_t {
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+// A machine that pretends to be something else is another device.
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
+  static std::vector<std::tuple<int, int, std::string>> seen;
+  const madtp::simt::Options& o = madtp::simt::options;
+  const std::tuple<int, int, std::string> now(o.capability, o.multiprocessors, o.archs);
+  *device = int(std::find(seen.begin(), seen.end(), now) - seen.begin());
+  if (std::size_t(*device) == seen.size()) seen.push_back(now);
+  return cudaError_t(o.device_error);
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const madtp::simt::Options& o = madtp::simt::options;
+  ++madtp::simt::questions;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = o.multiprocessors;

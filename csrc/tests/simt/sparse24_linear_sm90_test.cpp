@@ -1,4 +1,4 @@
-#include <cstring>
+#include <utility>
 #include <vector>
 
 #include "cuda/sparse24_kernels.h"
@@ -9,16 +9,18 @@ using namespace madtp::test;
 
 namespace {
 
-constexpr cuda::Device kDevice{90, 5, 227 * 1024, 228 * 1024};  // fewer multiprocessors than items, and odd
-
 // Memory of exactly the size that is asked for.
 Guarded<std::uint16_t> run(const LinearProblem& p, const Sparse24Linear& inputs,
                            const cuda::Sparse24Config& config) {
   const std::int64_t stride = p.features + p.gap;
   Guarded<std::uint16_t> out(inputs.rows * stride);
-  const Guarded<unsigned char> workspace(cuda::workspace_sm90(inputs, config));
-  EXPECT(cuda::linear_sm90(inputs, out.data(), stride, config, kDevice, workspace.data(), nullptr) ==
+  std::int64_t bytes = -1;
+  EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes, &config) == Status::ok);
+  const Guarded<unsigned char> workspace(bytes);
+  const int multiprocessors = std::exchange(simt::options.multiprocessors, 5);  // fewer than items, and odd
+  EXPECT(cuda::sparse24_linear(inputs, out.data(), stride, workspace.data(), bytes, nullptr, &config) ==
          Status::ok);
+  simt::options.multiprocessors = multiprocessors;
   for (std::int64_t r = 0; r < inputs.rows; ++r)
     for (std::int64_t n = p.features; n < stride; ++n) EXPECT(out[r * stride + n] == 0xffff);
   return out;
@@ -29,7 +31,7 @@ void for_each_config(std::int64_t channels, Body&& body) {
   for (int tokens : {64, 128, 256})
     for (int cluster : {1, 2, 4})
       for (int splits : {1, 2, 3})
-        if (splits <= (channels + 63) / 64) body(cuda::Sparse24Config{tokens, 128, splits, cluster});
+        if (splits <= (channels + 63) / 64) body(cuda::Sparse24Config{90, tokens, 128, splits, cluster});
 }
 
 }  // namespace
@@ -80,7 +82,7 @@ TEST(no_bit_of_a_row_depends_on_the_other_rows_the_tile_or_the_cluster) {
   const LinearProblem p(DType::bfloat16, 130, 72, 208);
   const Sparse24Linear inputs = p.inputs(Activation::gelu);
   for (int splits : {1, 2}) {
-    const std::vector<std::uint16_t> all = run(p, inputs, {64, 128, splits, 1}).values();
+    const std::vector<std::uint16_t> all = run(p, inputs, {90, 64, 128, splits, 1}).values();
     for_each_config(p.channels, [&](const cuda::Sparse24Config& config) {
       if (config.split_k == splits) EXPECT(run(p, inputs, config).values() == all);
     });
@@ -88,7 +90,7 @@ TEST(no_bit_of_a_row_depends_on_the_other_rows_the_tile_or_the_cluster) {
     part.rows = 17;
     part.x = p.x.data() + 11 * p.channels;
     part.residual = p.residual.data() + 11 * p.features;
-    const std::vector<std::uint16_t> got = run(p, part, {128, 128, splits, 2}).values();
+    const std::vector<std::uint16_t> got = run(p, part, {90, 128, 128, splits, 2}).values();
     EXPECT(std::equal(got.begin(), got.end(), all.begin() + 11 * p.features));
   }
 }
@@ -109,7 +111,7 @@ TEST(parts_of_the_epilogue_may_be_missing) {
     if (parts & 2) inputs.scale = nullptr;
     if (parts & 4) inputs.residual = nullptr;
     for (int splits : {1, 2})
-      EXPECT(within_twice(p, inputs, run(p, inputs, {64, 128, splits, 1}).data(), p.features));
+      EXPECT(within_twice(p, inputs, run(p, inputs, {90, 64, 128, splits, 1}).data(), p.features));
   }
 }
 
@@ -132,7 +134,7 @@ TEST(the_public_function_takes_the_workspace_it_asks_for) {
 
 TEST(a_default_is_a_configuration_that_there_is) {
   Sparse24Linear inputs = LinearProblem(DType::bfloat16, 8, 8, 16).inputs(Activation::none);
-  const cuda::Device h100{90, 132, 227 * 1024, 228 * 1024};
+  const cuda::Device h100{90, 132, 227 * 1024, 228 * 1024, true, true};
   for (std::int64_t rows : {1, 64, 577, 4616, 18464}) {
     for (std::int64_t features : {8, 768, 3072}) {
       inputs.rows = rows, inputs.features = features, inputs.channels = 768;
@@ -142,15 +144,4 @@ TEST(a_default_is_a_configuration_that_there_is) {
       if (rows == 18464) EXPECT(chosen.tile_tokens == 256 && chosen.split_k == 1);
     }
   }
-}
-
-TEST(bad_configurations_are_refused) {
-  const LinearProblem p(DType::bfloat16, 4, 16, 32);
-  const Guarded<std::uint16_t> out(4 * 16);
-  for (const cuda::Sparse24Config& config :
-       {cuda::Sparse24Config{32, 128}, cuda::Sparse24Config{64, 64}, cuda::Sparse24Config{64, 128, 2},
-        cuda::Sparse24Config{64, 128, 0}, cuda::Sparse24Config{64, 128, 1, 3}})
-    EXPECT(cuda::linear_sm90(p.inputs(Activation::none), out.data(), 16, config, kDevice, nullptr, nullptr) ==
-           Status::invalid_argument);
-  for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
 }

@@ -10,7 +10,8 @@ using namespace madtp::test;
 namespace {
 
 constexpr DType kTypes[] = {DType::bfloat16, DType::float16};
-constexpr cuda::Sparse24Config kTiles[] = {{128, 256}, {128, 128}, {64, 128}, {64, 64}, {16, 32}};
+constexpr cuda::Sparse24Config kTiles[] = {
+    {80, 128, 256}, {80, 128, 128}, {80, 64, 128}, {80, 64, 64}, {80, 16, 32}};
 constexpr std::int64_t kRows[] = {0, 1, 7, 8, 63, 64, 65, 130};
 constexpr std::int64_t kWeights[][2] = {{8, 16}, {24, 48}, {64, 64}, {136, 144}};
 
@@ -19,10 +20,7 @@ Guarded<std::uint16_t> run(const LinearProblem& p, const Sparse24Linear& inputs,
                            const cuda::Sparse24Config* tile = nullptr) {
   const std::int64_t stride = p.features + p.gap;
   Guarded<std::uint16_t> out(inputs.rows * stride);
-  const Status status = tile == nullptr || inputs.rows == 0
-                            ? cuda::sparse24_linear(inputs, out.data(), stride, nullptr, 0, nullptr)
-                            : cuda::linear_sm80(inputs, out.data(), stride, *tile, nullptr, nullptr);
-  EXPECT(status == Status::ok);
+  EXPECT(cuda::sparse24_linear(inputs, out.data(), stride, nullptr, 0, nullptr, tile) == Status::ok);
   for (std::int64_t r = 0; r < inputs.rows; ++r)
     for (std::int64_t n = p.features; n < stride; ++n) EXPECT(out[r * stride + n] == 0xffff);
   return out;
@@ -125,7 +123,8 @@ TEST(without_channels_the_epilogue_is_left) {
 
 TEST(a_default_is_a_tile_that_the_device_can_hold) {
   Sparse24Linear inputs = LinearProblem(DType::bfloat16, 8, 8, 16).inputs(Activation::none);
-  const cuda::Device a100{80, 108, 163 * 1024, 164 * 1024}, ada{89, 128, 99 * 1024, 100 * 1024};
+  const cuda::Device a100{80, 108, 163 * 1024, 164 * 1024, true, false};
+  const cuda::Device ada{89, 128, 99 * 1024, 100 * 1024, true, false};
   for (std::int64_t rows : {1, 16, 64, 577, 4616, 18464}) {
     for (std::int64_t features : {8, 768, 3072}) {
       inputs.rows = rows;
@@ -143,16 +142,6 @@ TEST(a_default_is_a_tile_that_the_device_can_hold) {
       }
     }
   }
-}
-
-TEST(older_devices_are_refused) {
-  const LinearProblem p(DType::bfloat16, 4, 16, 32);
-  const Guarded<std::uint16_t> out(4 * 16);
-  const Capability turing(75);
-  const Sparse24Linear inputs = p.inputs(Activation::none);
-  EXPECT(cuda::sparse24_linear(inputs, out.data(), 16, nullptr, 0, nullptr) == Status::unsupported);
-  EXPECT(cuda::sparse24_pack(p.weight(), p.layout.data(), nullptr) == Status::unsupported);
-  for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
 }
 
 TEST(bad_linear_arguments_are_refused) {
@@ -195,9 +184,6 @@ TEST(bad_linear_arguments_are_refused) {
   EXPECT(cuda::sparse24_linear(good, out.data() + 4, 16, nullptr, 0, nullptr) == Status::invalid_argument);
   EXPECT(cuda::sparse24_linear(good, out.data(), 20, nullptr, 0, nullptr) == Status::invalid_argument);
   EXPECT(cuda::sparse24_linear(good, out.data(), 16, nullptr, 64, nullptr) == Status::invalid_argument);
-  for (const cuda::Sparse24Config& config :
-       {cuda::Sparse24Config{32, 32}, cuda::Sparse24Config{64, 64, 2}, cuda::Sparse24Config{64, 64, 1, 2}})
-    EXPECT(cuda::linear_sm80(good, out.data(), 16, config, nullptr, nullptr) == Status::invalid_argument);
   for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
 }
 
@@ -205,7 +191,7 @@ TEST(a_device_without_the_shared_memory_is_a_status) {
   const LinearProblem p(DType::bfloat16, 4, 16, 32);
   const Guarded<std::uint16_t> out(4 * 16);
   simt::options.error = 1;
-  EXPECT(cuda::linear_sm80(p.inputs(Activation::none), out.data(), 16, kTiles[0], nullptr, nullptr) ==
+  EXPECT(cuda::sparse24_linear(p.inputs(Activation::none), out.data(), 16, nullptr, 0, nullptr, kTiles) ==
          Status::cuda_error);
   simt::options.error = 0;
   for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);

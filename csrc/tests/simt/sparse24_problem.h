@@ -85,16 +85,17 @@ class Guarded {
   simt::GuardedPages pages_;
 };
 
-// For a while the machine is of this compute capability.
+// For a while the machine is of this compute capability, and the kernels are compiled for these.
 class Capability {
  public:
-  explicit Capability(int capability) : before_(simt::options.capability) {
+  explicit Capability(int capability, const char* archs = simt::options.archs) : before_(simt::options) {
     simt::options.capability = capability;
+    simt::options.archs = archs;
   }
-  ~Capability() { simt::options.capability = before_; }
+  ~Capability() { simt::options = before_; }
 
  private:
-  int before_;
+  simt::Options before_;
 };
 
 // A weight with random columns in every group, and everything that a linear layer may have. Matrices have

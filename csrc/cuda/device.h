@@ -1,0 +1,27 @@
+#pragma once
+
+// The device that a call is for.
+
+#include <string_view>
+
+#include "madtp/status.h"
+
+namespace madtp::cuda {
+
+struct Device {
+  int capability;  // 80 for 8.0
+  int multiprocessors;
+  int block_shared_bytes;    // the most that a block may have
+  int shared_bytes;          // of a multiprocessor
+  bool has_code, has_sm90a;  // the library's, for it; and that of sm_90a, which no other device runs
+};
+
+// Whether a library built for `archs` (as in MADTP_CUDA_ARCHS) has code for a device. "80" is for that and
+// all newer ones, "90a" for that alone, "100f" for those of its family from it on.
+bool has_code(std::string_view archs, int capability);
+
+// The current device. Status::unsupported where there is none, where it is older than 8.0, and where the
+// library has no code for it. Safe to call from any thread; a device is asked once.
+Status current_device(Device* device);
+
+}  // namespace madtp::cuda

@@ -1,0 +1,75 @@
+// The device that a call is for, and what the library has for it.
+
+#include "cuda/device.h"
+
+#include <cuda_runtime.h>
+
+#include <thread>
+#include <vector>
+
+#include "tests/simt/sparse24_problem.h"
+
+using namespace madtp;
+using namespace madtp::test;
+
+TEST(code_for_an_architecture) {
+  const auto runs = [](const char* archs, int capability) { return cuda::has_code(archs, capability); };
+  EXPECT(runs("80;90a", 80) && runs("80;90a", 86) && runs("80;90a", 90) && runs("80;90a", 120));
+  EXPECT(!runs("80;90a", 75) && !runs("90a", 80) && runs("90a", 90) && !runs("90a", 100));
+  EXPECT(!runs("89", 86) && runs("100f", 103) && !runs("100f", 120) && !runs("103f", 100));
+  EXPECT(!runs("", 90));
+}
+
+TEST(a_device_is_asked_for_what_it_is) {
+  cuda::Device device;
+  for (int capability : {80, 90, 80}) {
+    const Capability pretended(capability);
+    EXPECT(cuda::current_device(&device) == Status::ok);
+    EXPECT(device.capability == capability && device.has_sm90a == (capability == 90));
+    EXPECT(device.multiprocessors == simt::options.multiprocessors);
+    EXPECT(device.block_shared_bytes == 227 * 1024 && device.shared_bytes == 228 * 1024);
+  }
+  const Capability no_hopper(90, "80");
+  EXPECT(cuda::current_device(&device) == Status::ok && !device.has_sm90a);
+}
+
+TEST(a_device_is_asked_once) {
+  cuda::Device device;
+  EXPECT(cuda::current_device(&device) == Status::ok);
+  const int before = simt::questions;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i)
+    threads.emplace_back([] {
+      cuda::Device same;
+      for (int call = 0; call < 100; ++call)
+        if (cuda::current_device(&same) != Status::ok || same.capability != 90) ++failures;
+    });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT(simt::questions == before);
+}
+
+TEST(devices_without_code_are_refused) {
+  const LinearProblem p(DType::bfloat16, 4, 16, 32);
+  const Guarded<std::uint16_t> out(4 * 16);
+  const Sparse24Linear inputs = p.inputs(Activation::none);
+  const auto refused = [&] {
+    std::int64_t bytes = -1;
+    int count = -1;
+    EXPECT(cuda::sparse24_linear(inputs, out.data(), 16, nullptr, 0, nullptr) == Status::unsupported);
+    EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes) == Status::unsupported && bytes == -1);
+    EXPECT(cuda::sparse24_linear_configs(inputs, nullptr, 0, &count) == Status::unsupported && count == -1);
+    EXPECT(cuda::sparse24_pack(p.weight(), p.layout.data(), nullptr) == Status::unsupported);
+  };
+  for (int capability : {75, 80}) {  // too old; none of the library's architectures
+    const Capability pretended(capability, "90a");
+    refused();
+  }
+  {
+    const Capability turing(75, "75");
+    refused();
+  }
+  simt::options.device_error = cudaErrorNoDevice;
+  refused();
+  simt::options.device_error = cudaSuccess;
+  for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
+}
