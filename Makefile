@@ -38,7 +38,7 @@ demo: build
 
 test: export MADTP_BUILD_TESTS := ON
 test: build
-	ctest --test-dir $(BUILD) --output-on-failure
+	ctest --test-dir $(BUILD) --output-on-failure -LE gpu
 	$(PY) -m pytest tests -m "not slow and not gpu"
 
 test-asan: $(READY)
@@ -62,7 +62,9 @@ test-package: build
 bench: build
 	$(PY) -m benchmarks.run
 
+gpu: export MADTP_BUILD_TESTS := ON
 gpu: build
+	ctest --test-dir $(BUILD) --output-on-failure -L gpu
 	$(PY) -m pytest tests -m gpu
 	$(PY) -m benchmarks.run
 

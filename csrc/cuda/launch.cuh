@@ -17,13 +17,14 @@ struct LaunchShape {
   int cluster = 1;       // blocks
 };
 
-// Status::unsupported where the library has no code for the device.
+// Status::unsupported where the library has no code for the device, Status::invalid_argument for a stream of
+// another device.
 inline Status to_status(cudaError_t error) {
   if (error == cudaSuccess) return Status::ok;
   cudaGetLastError();  // the status says it; left behind, it would be blamed on the next call
-  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction
-             ? Status::unsupported
-             : Status::cuda_error;
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+    return Status::unsupported;
+  return error == cudaErrorInvalidResourceHandle ? Status::invalid_argument : Status::cuda_error;
 }
 
 template <typename... Parameters, typename... Arguments>

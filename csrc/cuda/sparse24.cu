@@ -14,8 +14,10 @@ bool weight_shape(std::int64_t features, std::int64_t channels, DType dtype) {
          features <= kMost && channels <= kMost;
 }
 
+bool aligned(const void* data, int bytes = 16) {
+  return reinterpret_cast<std::uintptr_t>(data) % unsigned(bytes) == 0;
+}
 // Something to point to, or nothing, on a boundary of 16 bytes.
-bool aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
 bool present(const void* data, std::int64_t rows, std::int64_t columns) {
   return aligned(data) && (data != nullptr || rows == 0 || columns == 0);
 }
@@ -35,7 +37,8 @@ bool valid(const Sparse24Linear& a) {
          present(a.layout, a.features, a.channels) && affine(a.bias, a.bias_dtype, a.dtype) &&
          affine(a.scale, a.scale_dtype, a.dtype) && a.activation >= Activation::none &&
          a.activation <= Activation::relu &&
-         (a.residual == nullptr || matrix(a.residual, a.residual_stride, a.rows, a.features));
+         (a.residual == nullptr || matrix(a.residual, a.residual_stride, a.rows, a.features)) &&
+         aligned(a.total, 4);
 }
 
 bool valid(const Sparse24Dense& a) {
@@ -82,7 +85,7 @@ Status check(const Sparse24Linear& inputs, Device* device) {
 Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* indices, std::int32_t* has_nan,
                       void* stream) {
   if (!valid(dense) || !present(values, dense.features, dense.channels) ||
-      !present(indices, dense.features, dense.channels) || has_nan == nullptr)
+      !present(indices, dense.features, dense.channels) || has_nan == nullptr || !aligned(has_nan, 4))
     return Status::invalid_argument;
   Device device;
   const Status status = current_device(&device);
@@ -144,7 +147,7 @@ Status sparse24_linear(const Sparse24Linear& inputs, void* out, std::int64_t out
   if (status == Status::ok) status = choose(inputs, device, asked, &config);
   if (status != Status::ok || inputs.rows == 0 || inputs.features == 0) return status;
   if (config.architecture == 80) return linear_sm80(inputs, out, out_stride, config, stream);
-  if (workspace_bytes < workspace_sm90(inputs, config)) return Status::invalid_argument;
+  if (workspace_bytes < workspace_sm90(inputs, config)) return Status::workspace_too_small;
   return linear_sm90(inputs, out, out_stride, config, device, workspace, stream);
 }
 

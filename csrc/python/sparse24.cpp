@@ -3,6 +3,7 @@
 #include "madtp/sparse24.h"
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -138,7 +139,12 @@ void cuda_linear(const Sparse24Linear& inputs, Address out, Address workspace, s
     return cuda::sparse24_linear(inputs, pointer<void>(out), inputs.features, pointer<void>(workspace),
                                  workspace_bytes, pointer<void>(stream), config);
   };
-  check(with_config(given, run), "madtp::cuda::sparse24_linear");
+  const Status status = with_config(given, run);
+  if (status == Status::workspace_too_small)
+    throw py::value_error("madtp::cuda::sparse24_linear: workspace_bytes must be at least " +
+                          std::to_string(cuda_workspace(inputs, given)) + ", got " +
+                          std::to_string(workspace_bytes));
+  check(status, "madtp::cuda::sparse24_linear");
 }
 #endif
 

@@ -1,10 +1,11 @@
 #pragma once
 
 // TEST(name) { ... EXPECT(condition); EXPECT_NEAR(a, b, tolerance); }: a failed expectation is printed and
-// counted, and the test goes on. main.cpp runs them all.
+// counted, and the test goes on. run_all is what main does.
 
 #include <cmath>
 #include <cstdio>
+#include <exception>
 #include <vector>
 
 namespace madtp::test {
@@ -36,6 +37,22 @@ inline void expect_near(double a, double b, double tolerance, const char* text, 
   if (std::abs(a - b) <= tolerance) return;  // false for NaN
   ++failures;
   std::printf("%s:%d: expected %s, got %.9g and %.9g\n", file, line, text, a, b);
+}
+
+// Runs all tests: what main returns.
+inline int run_all() {
+  for (const Case& test : cases()) {
+    const int before = failures;
+    try {
+      test.run();
+    } catch (const std::exception& error) {
+      ++failures;
+      std::printf("%s\n", error.what());
+    }
+    std::printf("%s %s\n", failures == before ? "ok    " : "FAILED", test.name);
+    std::fflush(stdout);
+  }
+  return failures == 0 ? 0 : 1;
 }
 
 }  // namespace madtp::test

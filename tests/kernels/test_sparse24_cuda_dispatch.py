@@ -1,5 +1,7 @@
 """Which backend a 2:4 layer on a GPU gets: decided here without one."""
 
+import types
+
 import pytest
 import torch
 
@@ -60,6 +62,23 @@ def test_a_gpu_without_our_kernels_runs_dense(monkeypatch, why):
     monkeypatch.setitem(dispatch._BACKEND_OBSTACLES, "cuda", lambda device: why)
     choice = dispatch.choose("sparse24_linear", None, torch.bfloat16, GPU)
     assert choice.backend == "dense" and choice.rejected["cuda"] == why
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "why"),
+    [
+        (["80", "90a"], (7, 5), r"needs compute capability 8.0 or newer, got \(7, 5\)"),
+        (["90a"], (8, 0), "built with MADTP_CUDA_ARCHS=90a, none of which runs on sm_80"),
+    ],
+)
+def test_a_gpu_that_is_too_old_or_that_the_library_has_no_code_for(monkeypatch, archs, capability, why):
+    monkeypatch.setattr(dispatch, "extension", lambda: types.SimpleNamespace(cuda=None))
+    monkeypatch.setattr(dispatch, "extension_obstacle", lambda: None)
+    monkeypatch.setattr(dispatch, "_build_archs", lambda: archs)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert dispatch.choose("sparse24_linear", None, torch.bfloat16, GPU).backend == "dense"
+    with pytest.raises(RuntimeError, match=f"{why}; auto would run 'dense'"):
+        dispatch.choose("sparse24_linear", "cuda", torch.bfloat16, GPU)
 
 
 def test_pruning_takes_every_dtype(gpu):

@@ -8,7 +8,7 @@ import torch
 from sparse24_cases import dense24
 
 import madtp_kernels as mk
-from madtp_kernels import Sparse24Weight, dispatch, sparse24_compress
+from madtp_kernels import Sparse24Weight, dispatch, native, sparse24_compress
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -170,6 +170,50 @@ def test_a_graph_and_another_stream():
         on_stream = run()
     stream.synchronize()
     assert torch.equal(on_stream[:100], expected[:100])
+
+
+@pytest.mark.parametrize(("rows", "features", "channels"), [(1, 8, 16), (65, 136, 144), (577, 768, 768)])
+def test_every_configuration(rows, features, channels):
+    x, weight = draw(rows, channels, dtype=torch.bfloat16), weight24(features, channels, torch.bfloat16)
+    bias = draw(features, dtype=torch.float32, seed=1)
+    arguments = (x, weight.values, weight.indices, None, bias, "gelu", None, None, None)
+    configs = native.sparse24_linear_configs(*arguments)
+    assert any(config.architecture == 80 for config in configs)
+    exact = mk.sparse24_linear(
+        x.double(), weight.to(torch.float64), bias=bias.double(), activation="gelu", backend="reference"
+    )
+    same = mk.sparse24_linear(x, weight, bias=bias, activation="gelu", backend="reference")
+    bound = 2 * (same.double() - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    results = {}
+    for config in configs:
+        got = native.sparse24_linear_cuda(*arguments, config)
+        assert (got.double() - exact).abs().max() <= bound, config
+        first = results.setdefault((config.architecture, config.split_k), got)
+        assert torch.equal(got, first), config
+    with pytest.raises(RuntimeError, match="sparse24_linear_workspace: invalid argument"):
+        native.sparse24_linear_cuda(*arguments, native.Sparse24Config(80, 48, 48))
+
+
+def test_a_workspace_too_small():
+    x, weight = draw(5, 1536, dtype=torch.bfloat16), weight24(8, 1536, torch.bfloat16)
+    inputs, _alive = native._sparse24_inputs(x, weight.values, weight.indices, None, None, "none", None, None, None)
+    cuda = dispatch.extension().cuda
+    split = [config for config in cuda.sparse24_linear_configs(inputs) if config[3] > 1]
+    if not split:
+        pytest.skip("no kernel of this device needs a workspace")
+    need, out = cuda.sparse24_linear_workspace(inputs, split[0]), x.new_empty(5, 8)
+    workspace = torch.empty(need, dtype=torch.uint8, device="cuda")
+    with pytest.raises(ValueError, match=f"workspace_bytes must be at least {need}, got {need - 16}"):
+        cuda.sparse24_linear(inputs, out.data_ptr(), workspace.data_ptr(), need - 16, 0, split[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_stream_of_another_device():
+    x, weight = draw(5, 64, dtype=torch.bfloat16), weight24(8, 64, torch.bfloat16)
+    inputs, _alive = native._sparse24_inputs(x, weight.values, weight.indices, None, None, "none", None, None, None)
+    out, stream = x.new_empty(5, 8), torch.cuda.Stream("cuda:1")
+    with torch.cuda.device(0), pytest.raises(RuntimeError, match="sparse24_linear: invalid argument"):
+        dispatch.extension().cuda.sparse24_linear(inputs, out.data_ptr(), 0, 0, stream.cuda_stream, (80, 16, 32, 1, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

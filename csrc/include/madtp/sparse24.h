@@ -86,7 +86,8 @@ Status sparse24_linear(const Sparse24Linear& inputs,
 // bfloat16 and float16 (float32 too where a weight is pruned), on GPUs of compute capability 8.0 and newer
 // for which the library has code; Status::unsupported elsewhere. Pointers are multiples of 16 bytes (of 4 to
 // `total` and `has_nan`), strides of 8 elements, and a weight has the dtype of x. At most 2^27 rows, features
-// and channels. Work is queued on `stream`, a cudaStream_t of the current device.
+// and channels. Work is queued on `stream`, a cudaStream_t of the current device; of another device it is
+// Status::invalid_argument.
 namespace cuda {
 
 // As madtp::cpu::sparse24_prune, of a transposed weight too, but that the device cannot answer at once:
@@ -128,7 +129,8 @@ Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* byt
 // Accumulates in float32 and casts once. Rows from `total` on cost next to nothing. With one configuration a
 // row of the result has the same bits whatever the other rows and their number are; of configurations, those
 // of the same architecture and split_k agree. Null is the one that should be fastest by a model of the
-// device. Status::invalid_argument for one that cannot run the inputs.
+// device. Status::invalid_argument for one that cannot run the inputs, Status::workspace_too_small for fewer
+// bytes than sparse24_linear_workspace says.
 Status sparse24_linear(const Sparse24Linear& inputs,
                        void* out,  // (rows, features)
                        std::int64_t out_stride, void* workspace, std::int64_t workspace_bytes, void* stream,

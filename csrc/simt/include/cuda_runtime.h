@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -19,8 +20,12 @@ enum cudaError_t {
   cudaErrorInvalidDeviceFunction = 98,
   cudaErrorNoDevice = 100,
   cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorInvalidResourceHandle = 400,
 };
-using cudaStream_t = struct CUstream_st*;
+struct CUstream_st {
+  int device;
+};
+using cudaStream_t = CUstream_st*;
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -84,6 +89,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   }
   return cudaErrorInvalidValue;
 }
+inline cudaError_t cudaMallocManaged(void** data, std::size_t bytes) {
+  *data = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* data) {
+  std::free(data);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaError_t(madtp::simt::options.error);
@@ -98,6 +112,9 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   if (madtp::simt::options.error != 0) return cudaError_t(madtp::simt::options.error);
+  int device = 0;
+  cudaGetDevice(&device);
+  if (config->stream != nullptr && config->stream->device != device) return cudaErrorInvalidResourceHandle;
   const std::tuple<std::remove_cv_t<std::remove_reference_t<Parameters>>...> given(arguments...);
   int cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i)

@@ -73,3 +73,31 @@ TEST(devices_without_code_are_refused) {
   simt::options.device_error = cudaSuccess;
   for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
 }
+
+TEST(a_stream_of_another_device_is_refused) {
+  int device = -1;
+  EXPECT(cudaGetDevice(&device) == cudaSuccess);
+  CUstream_st here{device}, elsewhere{device + 1};
+  const LinearProblem p(DType::bfloat16, 4, 16, 32);
+  const Guarded<std::uint16_t> dense(16 * 32), values(16 * 16);
+  const Guarded<std::uint8_t> layout(std::int64_t(p.layout.size())), indices(16 * 4);
+  const Guarded<std::int32_t> has_nan(1);
+  std::fill_n(dense.data(), 16 * 32, std::uint16_t(0));
+  for (int architecture : {80, 90}) {
+    const Guarded<std::uint16_t> out(4 * 16);
+    const cuda::Sparse24Config config{architecture, 64, architecture == 80 ? 64 : 128};
+    const auto linear = [&](void* stream) {
+      return cuda::sparse24_linear(p.inputs(Activation::none), out.data(), 16, nullptr, 0, stream, &config);
+    };
+    EXPECT(linear(&elsewhere) == Status::invalid_argument);
+    for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
+    EXPECT(linear(&here) == Status::ok);
+  }
+  const auto pack = [&](void* stream) { return cuda::sparse24_pack(p.weight(), layout.data(), stream); };
+  EXPECT(pack(&elsewhere) == Status::invalid_argument && pack(&here) == Status::ok);
+  const auto prune = [&](void* stream) {
+    return cuda::sparse24_prune({DType::bfloat16, dense.data(), 32, nullptr, 0, 16, 32}, values.data(),
+                                indices.data(), has_nan.data(), stream);
+  };
+  EXPECT(prune(&elsewhere) == Status::invalid_argument && prune(&here) == Status::ok);
+}

@@ -1,5 +1,4 @@
-// The simulated machine itself: its instructions against the tables of the PTX manual, written out here
-// again, and bugs planted in small kernels, each of which it must report.
+// The simulated machine itself: bugs planted in small kernels, each of which it must report.
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -36,189 +35,6 @@ bool says(const std::string& message, const char* part) {
   std::printf("reported: '%s'\n", message.c_str());
   return false;
 }
-
-// --- instructions
-
-// A (rows, 32), 2:4, and B (32, columns), of small integers, so that every sum is exact.
-struct SparseProduct {
-  int rows, columns;
-  std::vector<int> nibbles;  // (rows, 8)
-  std::vector<float> kept;   // (rows, 16)
-  std::vector<float> b;      // (32, columns)
-
-  SparseProduct(int rows, int columns) : rows(rows), columns(columns) {
-    constexpr int valid[] = {4, 8, 12, 9, 13, 14};
-    std::mt19937 generator(unsigned(rows + columns));
-    for (int i = 0; i < rows * 8; ++i) nibbles.push_back(valid[generator() % 6]);
-    for (int i = 0; i < rows * 16; ++i) kept.push_back(float(generator() % 9) - 4);
-    for (int i = 0; i < 32 * columns; ++i) b.push_back(float(generator() % 9) - 4);
-  }
-  float at(int row, int column) const {
-    float sum = 0;
-    for (int group = 0; group < 8; ++group)
-      for (int i = 0; i < 2; ++i) {
-        const int k = 4 * group + (nibbles[std::size_t(row * 8 + group)] >> (2 * i) & 3);
-        sum += kept[std::size_t(row * 16 + 2 * group + i)] * b[std::size_t(k * columns + column)];
-      }
-    return sum;
-  }
-  std::uint32_t pair(int row, int column) const {  // kept values `column`, + 1
-    const auto bits = [&](int c) {
-      return std::uint32_t(encode(kept[std::size_t(row * 16 + c)], DType::bfloat16));
-    };
-    return bits(column) | bits(column + 1) << 16;
-  }
-};
-
-struct Lanes {
-  std::uint32_t a[128][4], b[32][4], metadata[128];
-};
-
-// The A fragments and the metadata of 16 rows a warp. Metadata that the selector does not name is of no
-// matrix.
-void fill(const SparseProduct& p, int selector, Lanes& lanes) {
-  for (int thread = 0; thread < 2 * p.rows; ++thread) {
-    const int lane = thread % 32, first = thread / 32 * 16, row = first + lane / 4, t = lane % 4;
-    lanes.a[thread][0] = p.pair(row, 2 * t), lanes.a[thread][1] = p.pair(row + 8, 2 * t);
-    lanes.a[thread][2] = p.pair(row, 2 * t + 8), lanes.a[thread][3] = p.pair(row + 8, 2 * t + 8);
-    lanes.metadata[thread] = 0;
-    if (t / 2 != selector) continue;
-    for (int i = 0; i < 4; ++i)
-      for (int high = 0; high < 2; ++high)
-        lanes.metadata[thread] |= std::uint32_t(p.nibbles[std::size_t((row + 8 * high) * 8 + t % 2 * 4 + i)])
-                                  << (16 * high + 4 * i);
-  }
-}
-
-template <int kSelector>
-void mma_kernel(const Lanes* lanes, float* out) {
-  const unsigned lane = threadIdx.x;
-  float d[4] = {1, 1, 1, 1};
-  ptx::mma_sp_m16n8k32<BF16, kSelector>(d, lanes->a[lane], lanes->b[lane], lanes->metadata[lane]);
-  for (int i = 0; i < 4; ++i) out[lane * 4 + i] = d[i];
-}
-
-template <int kSelector>
-void check_mma() {
-  const SparseProduct p(16, 8);
-  Lanes lanes{};
-  fill(p, kSelector, lanes);
-  for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 8; ++i)  // register i / 2 holds rows 8 (i / 2) + 2 t, + 1 of column g
-      lanes.b[lane][i / 2] |=
-          std::uint32_t(
-              encode(p.b[std::size_t((i / 2 * 8 + lane % 4 * 2 + i % 2) * 8 + lane / 4)], DType::bfloat16))
-          << (16 * (i % 2));
-  float out[128];
-  EXPECT(report(mma_kernel<kSelector>, {1, 32}, &lanes, out).empty());
-  for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i)
-      EXPECT(out[lane * 4 + i] == 1 + p.at(lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2));
-}
-
-template <int kN, int kSelector>
-void wgmma_kernel(const Lanes* lanes, const ptx::TensorMap map, float* out) {
-  MADTP_DYNAMIC_SHARED(shared);
-  const std::uint32_t base = ptx::shared_address(shared), barrier = base + kN * 128;
-  const unsigned thread = threadIdx.x;
-  if (thread == 0) {
-    ptx::mbarrier_init(barrier, 1);
-    ptx::fence_mbarrier_init();
-    ptx::mbarrier_arrive_expect_tx(barrier, kN * 128);
-    ptx::tma_load_2d(base, &map, 0, 0, barrier);
-  }
-  __syncthreads();
-  while (!ptx::mbarrier_try_wait(barrier, 0)) {
-  }
-  float d[kN / 2];
-  for (float& x : d) x = 1;
-  const std::uint64_t b = ptx::wgmma_descriptor(base);
-  ptx::wgmma_fence();
-  ptx::wgmma_sp_m64k32<BF16, kN, kSelector>(d, lanes->a[thread], b, lanes->metadata[thread], true);
-  ptx::wgmma_sp_m64k32<BF16, kN, kSelector>(d, lanes->a[thread], b + 4, lanes->metadata[thread], true);
-  ptx::wgmma_commit_group();
-  ptx::wgmma_wait_group<0>();
-  for (int i = 0; i < kN / 2; ++i) out[thread * (kN / 2) + unsigned(i)] = d[i];
-}
-
-// Twice the product: columns 32 to 63 of x are those of 0 to 31 again.
-template <int kN, int kSelector>
-void check_wgmma() {
-  const SparseProduct p(64, kN);
-  Lanes lanes{};
-  fill(p, kSelector, lanes);
-  Guarded<std::uint16_t> x(kN * 64);  // (tokens, channels)
-  for (int n = 0; n < kN; ++n)
-    for (int k = 0; k < 64; ++k) x[n * 64 + k] = encode(p.b[std::size_t(k % 32 * kN + n)], DType::bfloat16);
-  ptx::TensorMap map;
-  EXPECT(encode_matrix(&map, x.data(), DType::bfloat16, kN, 64, 64, kN) == Status::ok);
-  std::vector<float> out(128 * kN / 2);
-  EXPECT(report(wgmma_kernel<kN, kSelector>, {1, 128, kN * 128 + 8}, &lanes, map, out.data()).empty());
-  for (int thread = 0; thread < 128; ++thread)
-    for (int i = 0; i < kN / 2; ++i) {
-      const int lane = thread % 32, row = thread / 32 * 16 + lane / 4 + i % 4 / 2 * 8;
-      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      EXPECT(out[std::size_t(thread * (kN / 2) + i)] == 1 + 2 * p.at(row, column));
-    }
-}
-
-}  // namespace
-
-TEST(mma_sp_follows_the_fragment_tables) {
-  check_mma<0>();
-  check_mma<1>();
-}
-
-TEST(wgmma_sp_follows_the_fragment_tables) {
-  check_wgmma<64, 0>();
-  check_wgmma<64, 1>();
-  check_wgmma<128, 0>();
-  check_wgmma<256, 1>();
-}
-
-namespace {
-
-void box_kernel(const ptx::TensorMap map, int column, int row, std::uint16_t* out) {
-  MADTP_DYNAMIC_SHARED(shared);
-  const std::uint32_t base = ptx::shared_address(shared), barrier = base + 8 * 128;
-  if (threadIdx.x == 0) {
-    ptx::mbarrier_init(barrier, 1);
-    ptx::mbarrier_arrive_expect_tx(barrier, 8 * 128);
-    ptx::tma_load_2d_multicast(base, &map, column, row, barrier, 1);
-    while (!ptx::mbarrier_try_wait(barrier, 0)) {
-    }
-    for (int r = 0; r < 8; ++r)
-      for (int c = 0; c < 64; ++c)  // 16-byte chunk c / 8 lies where chunk c / 8 ^ r would
-        out[r * 64 + c] = reinterpret_cast<const std::uint16_t*>(shared)[r * 64 + (c / 8 ^ r) * 8 + c % 8];
-  }
-}
-
-}  // namespace
-
-TEST(boxes_are_swizzled_and_zero_outside) {
-  const std::int64_t rows = 5, columns = 72, stride = 80;
-  Guarded<std::uint16_t> x(rows * stride);
-  for (std::int64_t i = 0; i < rows * stride; ++i) x[i] = std::uint16_t(i + 1);
-  ptx::TensorMap map;
-  EXPECT(encode_matrix(&map, x.data(), DType::float16, rows, columns, stride, 8) == Status::ok);
-  for (int column : {-64, -8, 0, 64, 128})
-    for (int row : {-9, -3, 0, 4, 5}) {
-      std::uint16_t out[8 * 64];
-      EXPECT(report(box_kernel, {1, 32, 8 * 128 + 8}, map, column, row, out).empty());
-      for (int r = 0; r < 8; ++r)
-        for (int c = 0; c < 64; ++c) {
-          const std::int64_t y = row + r, at = column + c;
-          const bool inside = y >= 0 && y < rows && at >= 0 && at < columns;
-          EXPECT(out[r * 64 + c] == (inside ? x[y * stride + at] : 0));
-        }
-    }
-  EXPECT(encode_matrix(&map, x.data() + 1, DType::float16, rows, columns, stride, 8) != Status::ok);
-  EXPECT(encode_matrix(&map, x.data(), DType::float16, rows, columns, stride - 4, 8) != Status::ok);
-}
-
-// --- planted bugs
-
-namespace {
 
 void reads_in_flight(const float* from, float* out) {
   MADTP_DYNAMIC_SHARED(shared);
@@ -328,6 +144,14 @@ TEST(a_missing_barrier_shows) {
   EXPECT(shows);
   EXPECT(report(needs_barrier, {1, 64, 256}, out, true).empty());
   for (float x : out) EXPECT(x == 1);
+}
+
+TEST(matrices_that_tma_cannot_copy_have_no_map) {
+  const Guarded<std::uint16_t> x(5 * 80);
+  ptx::TensorMap map;
+  EXPECT(encode_matrix(&map, x.data(), DType::float16, 5, 72, 80, 8) == Status::ok);
+  EXPECT(encode_matrix(&map, x.data() + 1, DType::float16, 5, 72, 80, 8) == Status::invalid_argument);
+  EXPECT(encode_matrix(&map, x.data(), DType::float16, 5, 72, 76, 8) == Status::invalid_argument);
 }
 
 TEST(bad_copies_are_reported) {

@@ -126,7 +126,9 @@ TEST(the_public_function_takes_the_workspace_it_asks_for) {
   const auto run = [&](std::int64_t given) {
     return cuda::sparse24_linear(inputs, out.data(), p.features, workspace.data(), given, nullptr);
   };
-  EXPECT(run(bytes - 1) == Status::invalid_argument);
+  for (std::int64_t given : {std::int64_t{0}, bytes - 1}) EXPECT(run(given) == Status::workspace_too_small);
+  EXPECT(cuda::sparse24_linear(inputs, out.data(), p.features, workspace.data() + 8, bytes, nullptr) ==
+         Status::invalid_argument);
   for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
   EXPECT(run(bytes) == Status::ok && within_twice(p, inputs, out.data(), p.features));
   EXPECT(run(bytes) == Status::ok && within_twice(p, inputs, out.data(), p.features));  // it can serve again

@@ -168,6 +168,8 @@ TEST(bad_linear_arguments_are_refused) {
   refused([&](Sparse24Linear& a) { a.bias = moved(a.bias); });
   refused([&](Sparse24Linear& a) { a.scale = moved(a.scale); });
   refused([&](Sparse24Linear& a) { a.residual = moved(a.residual); });
+  alignas(4) const char total[8] = {};
+  refused([&](Sparse24Linear& a) { a.total = reinterpret_cast<const std::int32_t*>(total + 2); });
   refused([](Sparse24Linear& a) { a.x_stride = 36; });
   refused([](Sparse24Linear& a) { a.residual_stride = 20; });
   refused([](Sparse24Linear& a) { a.dtype = DType(3); });

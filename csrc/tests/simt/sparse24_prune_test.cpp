@@ -169,6 +169,9 @@ TEST(bad_dense_weights_are_not_pruned) {
   const Sparse24Dense good = p.dense(false);
   std::uint8_t* const values = out.values.data();
   std::int32_t* const has_nan = out.has_nan.data();
+  EXPECT(cuda::sparse24_prune(good, values, out.indices.data(),
+                              reinterpret_cast<std::int32_t*>(reinterpret_cast<char*>(has_nan) + 2),
+                              nullptr) == Status::invalid_argument);
   EXPECT(cuda::sparse24_prune(good, nullptr, out.indices.data(), has_nan, nullptr) ==
          Status::invalid_argument);
   EXPECT(cuda::sparse24_prune(good, values, nullptr, has_nan, nullptr) == Status::invalid_argument);

@@ -1,0 +1,116 @@
+// Every instruction that the simulated machine models, on a GPU and on that machine: the same operands, the
+// same result. Copies and integers agree to the last bit; of other numbers either sum is within the rounding
+// of float32 of the true one, since a tensor core adds in an order of its own.
+
+#include <cstring>
+
+#include "tests/gpu/operands.h"
+
+using namespace madtp;
+using namespace madtp::test;
+
+namespace {
+
+constexpr DType kTypes[] = {DType::bfloat16, DType::float16};
+constexpr int kRounds = 20;
+
+// The same call on both: whether there is something to compare.
+template <typename Result, typename Call>
+bool both(Result* gpu, Result* simulated, Call&& call) {
+  const Status status = call(gpu_instructions(), gpu);
+  EXPECT(call(simulated_instructions(), simulated) == Status::ok);
+  if (status == Status::unsupported)
+    std::printf("this GPU has no such instruction, or the library no code\n");
+  EXPECT(status == Status::ok || status == Status::unsupported);
+  return status == Status::ok;
+}
+
+template <typename Result, typename Call>
+void expect_same_bits(Call&& call) {
+  Result gpu, simulated;
+  if (both(&gpu, &simulated, call)) EXPECT(std::memcmp(&gpu, &simulated, sizeof(Result)) == 0);
+}
+
+void expect_same_sum(float gpu, float simulated, Numbers numbers, const Bounded& expected) {
+  if (numbers == Numbers::integers) {
+    EXPECT(gpu == simulated);
+  } else {
+    EXPECT_NEAR(double(gpu), expected.sum, expected.tolerance());
+    EXPECT_NEAR(double(simulated), expected.sum, expected.tolerance());
+  }
+}
+
+}  // namespace
+
+TEST(ldmatrix) {
+  std::mt19937 generator(1);
+  for (int round = 0; round < kRounds; ++round) {
+    const LdmatrixOperands operands = draw_ldmatrix(generator);
+    expect_same_bits<LdmatrixResult>(
+        [&](const Instructions& of, LdmatrixResult* result) { return of.ldmatrix_x4(operands, result); });
+  }
+}
+
+TEST(cp_async) {
+  std::mt19937 generator(2);
+  for (int round = 0; round < kRounds; ++round) {
+    const CopyOperands operands = draw_copies(generator);
+    expect_same_bits<CopyResult>(
+        [&](const Instructions& of, CopyResult* result) { return of.cp_async_16(operands, result); });
+  }
+}
+
+TEST(mma_sp) {
+  std::mt19937 generator(3);
+  for (int round = 0; round < kRounds; ++round)
+    for (DType dtype : kTypes)
+      for (Numbers numbers : {Numbers::integers, Numbers::normal})
+        for (int selector : {0, 1}) {
+          const MmaCase now(dtype, selector, numbers, generator);
+          MmaResult gpu, simulated;
+          if (!both(&gpu, &simulated, [&](const Instructions& of, MmaResult* result) {
+                return of.mma_sp_m16n8k32(dtype, selector, now.operands, result);
+              }))
+            return;
+          for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < 4; ++i)
+              expect_same_sum(gpu.d[lane][i], simulated.d[lane][i], numbers, now.expected(lane, i));
+        }
+}
+
+TEST(wgmma_sp) {
+  std::mt19937 generator(4);
+  for (DType dtype : kTypes)
+    for (Numbers numbers : {Numbers::integers, Numbers::normal})
+      for (int n : {64, 128, 256})
+        for (bool accumulate : {false, true}) {
+          const WgmmaCase now(dtype, n, accumulate, numbers, generator);
+          WgmmaResult gpu, simulated;
+          if (!both(&gpu, &simulated, [&](const Instructions& of, WgmmaResult* result) {
+                return of.wgmma_sp_m64k32(dtype, n, accumulate, now.operands, result);
+              }))
+            return;
+          for (int thread = 0; thread < 128; ++thread)
+            for (int i = 0; i < n / 2; ++i)
+              expect_same_sum(gpu.d[thread][i], simulated.d[thread][i], numbers, now.expected(thread, i));
+        }
+}
+
+TEST(tma_boxes) {
+  std::mt19937 generator(5);
+  const BoxOperands operands = draw_matrix(generator);
+  for (int blocks : {1, 2})
+    for (int column : kBoxColumnsAt)
+      for (int row : kBoxRowsAt)
+        expect_same_bits<BoxResult>([&](const Instructions& of, BoxResult* result) {
+          return of.tma_load_2d(blocks, column, row, operands, result);
+        });
+}
+
+int main() {
+  if (!has_gpu()) {
+    std::printf("skipped: there is no CUDA device\n");
+    return 77;  // SKIP_RETURN_CODE
+  }
+  return run_all();
+}

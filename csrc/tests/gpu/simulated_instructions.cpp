@@ -1,0 +1,7 @@
+#include "tests/gpu/instructions.cuh"
+
+namespace madtp::test {
+
+Instructions simulated_instructions() { return kInstructions; }
+
+}  // namespace madtp::test
