@@ -7,8 +7,8 @@ namespace madtp::test {
 Instructions gpu_instructions() { return kInstructions; }
 
 bool has_gpu() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+  cuda::Device device;
+  return cuda::current_device(&device) == Status::ok;
 }
 
 }  // namespace madtp::test

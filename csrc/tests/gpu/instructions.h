@@ -67,7 +67,7 @@ struct Instructions {
 __attribute__((visibility("default"))) Instructions gpu_instructions();
 Instructions simulated_instructions();
 
-// Whether there is a CUDA device.
+// Whether there is a CUDA device that the library has code for.
 __attribute__((visibility("default"))) bool has_gpu();
 
 }  // namespace madtp::test
