@@ -59,12 +59,11 @@ Status current_device(Device* device) {
   if (cudaGetDevice(&id) == cudaSuccess) {
     const std::lock_guard<std::mutex> lock(mutex);
     Known& entry = known[std::size_t(id) % known.size()];
-    if (entry.id == id || ask(id, &entry.device)) {
-      entry.id = id;
+    if (entry.id != id) entry.id = ask(id, &entry.device) ? id : -1;
+    if (entry.id == id) {
       *device = entry.device;
       return device->capability >= 80 && device->has_code ? Status::ok : Status::unsupported;
     }
-    entry.id = -1;  // half overwritten
   }
   cudaGetLastError();
   return Status::unsupported;  // no device, or no driver

@@ -49,9 +49,10 @@ bool valid(const Sparse24Dense& a) {
 }
 
 // use(config) for every configuration that can run the inputs, those of the newest architecture first.
-void configs(const Sparse24Linear& inputs, const Device& device, const UseConfig& use) {
-  configs_sm90(inputs, device, use);
-  configs_sm80(inputs, device, use);
+template <typename Use>
+void configs(const Sparse24Linear& inputs, const Device& device, Use&& use) {
+  configs_sm90(inputs, device, std::ref(use));  // a reference, for which std::function allocates nothing
+  configs_sm80(inputs, device, std::ref(use));
 }
 
 bool is_same(const Sparse24Config& a, const Sparse24Config& b) {

@@ -400,9 +400,9 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sp
   return launch(sparse24_linear_sm90_kernel<Tile, kCluster, T>, shape, stream, problem, x);
 }
 
-}  // namespace
-
-void configs_sm90(const Sparse24Linear& inputs, const Device& device, const UseConfig& use) {
+// use(config) for every configuration that can run the inputs on the device.
+template <typename Use>
+void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& use) {
   if (!device.has_sm90a || inputs.channels == 0) return;  // TMA knows no matrix without columns
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
@@ -416,10 +416,16 @@ void configs_sm90(const Sparse24Linear& inputs, const Device& device, const UseC
   }
 }
 
+}  // namespace
+
+void configs_sm90(const Sparse24Linear& inputs, const Device& device, const UseConfig& use) {
+  for_each_config(inputs, device, use);
+}
+
 Sparse24Config default_sm90(const Sparse24Linear& inputs, const Device& device) {
   Sparse24Config best{};
   double fewest = 0;
-  configs_sm90(inputs, device, [&](const Sparse24Config& config) {
+  for_each_config(inputs, device, [&](const Sparse24Config& config) {
     if (config.cluster > 1 && inputs.features <= std::int64_t(kFeatures) * (config.cluster / 2)) return;
     if (config.split_k > 1 && inputs.rows > 2048) return;
     const double now = clocks(inputs, config, device);

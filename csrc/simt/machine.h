@@ -40,7 +40,7 @@ struct Options {
   const char* archs = "80;90a";  // that the kernels are compiled for, as in MADTP_CUDA_ARCHS
   int multiprocessors = 4;
   int error = 0;         // the cudaError_t of every launch
-  int device_error = 0;  // that of asking which device there is
+  int device_error = 0;  // that of every question about the device
 };
 inline Options options;
 inline int questions = 0;  // about the device that were answered

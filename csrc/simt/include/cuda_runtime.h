@@ -65,11 +65,12 @@ inline cudaError_t cudaGetDevice(int* device) {
   const std::tuple<int, int, std::string> now(o.capability, o.multiprocessors, o.archs);
   *device = int(std::find(seen.begin(), seen.end(), now) - seen.begin());
   if (std::size_t(*device) == seen.size()) seen.push_back(now);
-  return cudaError_t(o.device_error);
+  return o.device_error == cudaErrorNoDevice ? cudaErrorNoDevice : cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const madtp::simt::Options& o = madtp::simt::options;
   ++madtp::simt::questions;
+  if (o.device_error != 0) return cudaError_t(o.device_error);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = o.multiprocessors;

@@ -74,6 +74,15 @@ TEST(devices_without_code_are_refused) {
   for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
 }
 
+TEST(a_device_that_does_not_answer_is_asked_again) {
+  const Capability pretended(89, "89");  // a device that no test has asked before
+  cuda::Device device;
+  simt::options.device_error = cudaErrorInvalidValue;
+  for (int i = 0; i < 2; ++i) EXPECT(cuda::current_device(&device) == Status::unsupported);
+  simt::options.device_error = cudaSuccess;
+  EXPECT(cuda::current_device(&device) == Status::ok && device.capability == 89);
+}
+
 TEST(a_stream_of_another_device_is_refused) {
   int device = -1;
   EXPECT(cudaGetDevice(&device) == cudaSuccess);
