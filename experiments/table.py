@@ -9,13 +9,14 @@ from pathlib import Path
 from madtp.files import write_whole
 
 from .results import FOLDER, read
-from .run import COMPARED_AT, REDUCTIONS
+from .run import BATCH, COMPARED_AT, REDUCTIONS
 from .tasks import EXPERIMENTS
 from .variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "experiments.md"
 MARKS = "<!-- experiments -->", "<!-- /experiments -->"
+AIMS = {0.5: 1.0, 0.7: 3.0}  # reduction -> points below the dense model, at most
 METRICS = {"accuracy": "accuracy", "recall@1": "recall@1", "bleu4": "BLEU-4"}
 
 
@@ -112,10 +113,48 @@ def published(results: list[dict]) -> str:
     heads = [
         "",
         "each its own, %",
-        f"batch maximum of {lines and other['batch_size']}, %",
+        f"batch maximum of {BATCH}, %",
         "MACs saved by each its own",
     ]
     return table(heads, lines)
+
+
+def targets(results: list[dict]) -> str:
+    """What was aimed at, and what came."""
+    lines = []
+    for result in results:
+        rows, metric = grouped(result), points(result)
+        (dense,) = rows["dense", 0.0]
+        for reduction, most in AIMS.items():
+            lost = [metric(dense) - metric(row) for row in rows.get(("joint", reduction), [])]
+            if lost:
+                what = f"points lost at -{100 * reduction:.0f} %, at most {most:g}"
+                lines.append([result["task"], what, f"{max(lost):.2f}", _holds(max(lost) <= most)])
+        ours = rows.get(("joint", COMPARED_AT), [])
+        others = [row for name in ("tokens", "weights") for row in rows.get((name, COMPARED_AT), [])]
+        reached = [metric(row) for row in others if "unreachable" not in row]
+        if ours and others:
+            best = f"{max(reached):.2f}" if reached else "neither reaches it"
+            better = not reached or statistics.mean(map(metric, ours)) > max(reached)
+            what = f"at -{100 * COMPARED_AT:.0f} % better than tokens or weights only"
+            lines.append([result["task"], what, f"{mean(ours, metric)} against {best}", _holds(better)])
+        every = [row for row in result["rows"] if row["reduction"] and "unreachable" not in row]
+        off = max((100 * abs((100 - saved(row)) / (100 - 100 * row["reduction"]) - 1) for row in every), default=0.0)
+        what = "counted MACs on the test set, percent off the target, at most 1"
+        lines.append([result["task"], what, f"{off:.2f}", _holds(off <= 1)])
+        less = [
+            100 * (1 - row["batch_max"]["instance_gmacs"] / row["batch_max"]["counted_gmacs"])
+            for row in every
+            if "batch_max" in row
+        ]
+        if less:
+            what = "MACs less than the batch maximum's, same model, in percent, at least 5"
+            lines.append([result["task"], what, f"{min(less):.1f} to {max(less):.1f}", _holds(min(less) >= 5)])
+    return table(["", "aim", "measured", ""], lines)
+
+
+def _holds(true: bool) -> str:
+    return "holds" if true else "does not hold"
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -157,6 +196,8 @@ def document(results: list[dict], preset: str, picture: str) -> str:
         budgets(results),
         "## Compared at one budget\n",
         comparison(results),
+        "## What was aimed at\n",
+        targets(results),
         "## Each sample its own number of tokens, or the batch's maximum\n",
         published(results),
     ]

@@ -95,30 +95,48 @@ def test_items_are_the_same_every_time(few_emoji, tokenizer, make):
         assert not torch.equal(whole[i]["pixel_values"], other[i]["pixel_values"])
 
 
-def test_pairs_are_true_when_they_say_so(few_emoji, tokenizer):
-    data = EmojiPairs("test", tokenizer, 32, pairs=200, source=few_emoji)
+def truth(statement, left, right):
+    return {
+        "the left image shows {}": left,
+        "the left image does not show {}": not left,
+        "the right image shows {}": right,
+        "the right image does not show {}": not right,
+        "both images show {}": left and right,
+        "at most one image shows {}": not (left and right),
+        "at least one image shows {}": left or right,
+        "neither image shows {}": not (left or right),
+        "exactly one image shows {}": left != right,
+        "both or neither of the images show {}": left == right,
+    }[statement]
+
+
+@pytest.mark.parametrize("about", ["kinds", "backgrounds"])
+def test_pairs_are_true_when_they_say_so(few_emoji, tokenizer, about):
+    data = EmojiPairs("test", tokenizer, 32, pairs=200, about=about, source=few_emoji)
     assert sum(int(data[i]["labels"]) for i in range(200)) == 100
+    subjects = {noun: noun for noun in NOUNS} if about == "kinds" else {f"a {c} background": c for c in COLORS}
     seen = set()
     for i in range(200):
         shown = [few_emoji.concepts[concept] for concept, _, _ in data.pictures[i]]
         assert all(concept.split == "test" for concept in shown)
-        statement, noun = next((s, n) for s in STATEMENTS for n in NOUNS if data.statements[i] == s.format(n))
-        left, right = (noun in (concept.kind, BROAD[concept.kind]) for concept in shown)
-        truth = {
-            "the left image shows {}": left,
-            "the left image does not show {}": not left,
-            "the right image shows {}": right,
-            "the right image does not show {}": not right,
-            "both images show {}": left and right,
-            "at most one image shows {}": not (left and right),
-            "at least one image shows {}": left or right,
-            "neither image shows {}": not (left or right),
-            "exactly one image shows {}": left != right,
-            "both or neither of the images show {}": left == right,
-        }[statement]
-        assert int(data[i]["labels"]) == truth
+        statement, subject = next((s, n) for s in STATEMENTS for n in subjects if data.statements[i] == s.format(n))
+        if about == "kinds":
+            left, right = (subject in (concept.kind, BROAD[concept.kind]) for concept in shown)
+        else:
+            left, right = (scene.color == subjects[subject] for _, _, scene in data.pictures[i])
+        assert int(data[i]["labels"]) == truth(statement, left, right)
         seen.add(statement)
     assert seen == set(STATEMENTS)
+
+
+def test_pairs_can_keep_to_some_statements(few_emoji, tokenizer):
+    first, second, *_ = STATEMENTS
+    data = EmojiPairs("test", tokenizer, 32, pairs=40, statements=(first, second), source=few_emoji)
+    assert all(said.startswith(("the left image shows", "the left image does not")) for said in data.statements)
+    with pytest.raises(ValueError, match="statements must be some of STATEMENTS, got .'no'"):
+        EmojiPairs("test", tokenizer, 32, statements=("no",), source=few_emoji)
+    with pytest.raises(ValueError, match="about must be 'kinds' or 'backgrounds', got 'icons'"):
+        EmojiPairs("test", tokenizer, 32, about="icons", source=few_emoji)
 
 
 def test_every_statement_has_its_negation():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import BlipConfig, BlipForConditionalGeneration, Trainer, TrainingArguments
+from transformers.modeling_outputs import BaseModelOutput
 
 from madtp.accounting import evaluating
 from madtp.models import BlipForNLVR, pretrained
@@ -93,6 +94,51 @@ def train(
     )
     _TaskTrainer(task, model=model, args=arguments, train_dataset=data).train()
     model.eval()
+
+
+def train_after_vision(model: BlipForNLVR, task: Task, data: Dataset, **options) -> None:
+    """`train`, but for the vision encoder: every image of `data` is encoded once, so that many epochs cost little.
+
+    Args:
+        data: items whose pixel_values are (2, 3, H, W); the features of all are held in memory.
+        options: of `train`.
+    """
+    vision, features = model.vision_model, []
+    with evaluating(model):
+        for items in DataLoader(data, batch_size=64, collate_fn=list):
+            images = torch.cat([item["pixel_values"] for item in items])  # (2B, 3, H, W)
+            features.append(vision(images).last_hidden_state)
+    try:
+        model.vision_model = _Known(torch.cat(features))
+        train(model, task, _Numbered(data), **options)
+    finally:
+        model.vision_model = vision
+
+
+class _Known(nn.Module):
+    """In the place of a vision encoder: an "image" is the number of its features."""
+
+    def __init__(self, features: Tensor):
+        super().__init__()
+        self.register_buffer("features", features, persistent=False)
+
+    def forward(self, pixel_values: Tensor, **_) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=self.features[pixel_values.flatten()])
+
+
+class _Numbered(Dataset):
+    """Items with the numbers of their images in the place of the images."""
+
+    def __init__(self, data: Dataset):
+        self.items = [
+            {name: value for name, value in data[i].items() if name != "pixel_values"} for i in range(len(data))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.items[index] | {"pixel_values": torch.tensor([2 * index, 2 * index + 1]).view(2, 1, 1, 1)}
 
 
 class _TaskTrainer(Trainer):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -145,8 +146,11 @@ class EmojiPairs(_Pictures):
     scalar: 1 when the statement is true. Where an image is to show something else, half of the time that is of a
     kind close by.
 
-    Args: as of `EmojiRetrieval`, and pairs: how many items there are, statements: those of `STATEMENTS` it draws
-    from, None for all. tokenizer: `build_tokenizer()` fits.
+    Args: as of `EmojiRetrieval`, and
+        pairs: how many items there are.
+        about: "kinds", what an icon is, which takes a large model or long training, or "backgrounds", their colours.
+        statements: those of `STATEMENTS` it draws from, None for all.
+        tokenizer: `build_tokenizer()` fits.
     """
 
     def __init__(
@@ -157,6 +161,7 @@ class EmojiPairs(_Pictures):
         *,
         vendors: Sequence[str] = VENDORS,
         pairs: int = 2000,
+        about: str = "kinds",
         statements: Sequence[str] | None = None,
         seed: int = 0,
         mean: float | Sequence[float] = IMAGE_MEAN,
@@ -165,15 +170,9 @@ class EmojiPairs(_Pictures):
         source: Emoji | None = None,
     ):
         super().__init__(split, size, vendors, seed, mean, std, source)
-        kinds = {number: self.source.concepts[number].kind for number in self._of_kind()}
-        self.groups = {}  # noun -> numbers of what it names, of what is close by, and of the rest
-        for noun in NOUNS:
-            ones = [number for number, kind in kinds.items() if noun in (kind, BROAD[kind])]
-            close = [n for n, kind in kinds.items() if n not in ones and noun in BROAD and BROAD[kind] == BROAD[noun]]
-            if ones and len(ones) + len(close) < len(kinds):
-                self.groups[noun] = ones, close, [n for n in kinds if n not in ones and n not in close]
-        if not self.groups:
-            raise ValueError(f"split must hold concepts of two kinds at least, got {len(kinds)} concepts in {split!r}")
+        if about not in ("kinds", "backgrounds"):
+            raise ValueError(f"about must be 'kinds' or 'backgrounds', got {about!r}")
+        self.groups = self._groups() if about == "kinds" else None
         unknown = sorted(set(statements or ()) - set(STATEMENTS))
         if unknown or (statements is not None and not statements):
             raise ValueError(f"statements must be some of STATEMENTS, got {unknown or statements!r}")
@@ -190,19 +189,43 @@ class EmojiPairs(_Pictures):
             "labels": torch.tensor(index % 2),
         }
 
+    def _groups(self) -> dict[str, tuple[list[int], list[int], list[int]]]:
+        """noun -> numbers of what it names, of what is close by, and of the rest"""
+        kinds = {number: self.source.concepts[number].kind for number in self._of_kind()}
+        groups = {}
+        for noun in NOUNS:
+            ones = [number for number, kind in kinds.items() if noun in (kind, BROAD[kind])]
+            close = [n for n, kind in kinds.items() if n not in ones and noun in BROAD and BROAD[kind] == BROAD[noun]]
+            if ones and len(ones) + len(close) < len(kinds):
+                groups[noun] = ones, close, [n for n in kinds if n not in ones and n not in close]
+        if not groups:
+            raise ValueError(
+                f"split must hold concepts of two kinds at least, got {len(kinds)} concepts in {self.split!r}"
+            )
+        return groups
+
     def _pair(self, index: int, choices: Sequence[tuple[str, set]]) -> tuple[str, tuple]:
         """A statement that is true when the index is odd, and two pictures."""
         generator = self._generator(index)
         statement, true = _one(generator, choices)
-        noun = _one(generator, list(self.groups))
+        subject = _one(generator, list(COLORS if self.groups is None else self.groups))
         shown = _one(generator, [pair for pair in _PAIRS if (pair in true) == bool(index % 2)])
+        if self.groups is None:
+            pictures = tuple(self._with_background(generator, subject, is_one) for is_one in shown)
+            return statement.format(f"a {subject} background"), pictures
+        return statement.format(subject), tuple(self._of_noun(generator, subject, is_one) for is_one in shown)
+
+    def _of_noun(self, generator: np.random.Generator, noun: str, is_one: bool) -> tuple:
         ones, close, rest = self.groups[noun]
-        pictures = []
-        for is_one in shown:
-            others = close if close and generator.random() < 0.5 else rest
-            concept = _one(generator, ones if is_one else others)
-            pictures.append((concept, _one(generator, self.vendors), Scene.random(generator)))
-        return statement.format(noun), tuple(pictures)
+        others = close if close and generator.random() < 0.5 else rest
+        concept = _one(generator, ones if is_one else others)
+        return concept, _one(generator, self.vendors), Scene.random(generator)
+
+    def _with_background(self, generator: np.random.Generator, color: str, is_one: bool) -> tuple:
+        scene = Scene.random(generator)
+        if not is_one:
+            color = _one(generator, [other for other in COLORS if other != color])
+        return _one(generator, self.members), _one(generator, self.vendors), replace(scene, color=color)
 
 
 class EmojiCaptions(_Pictures):
