@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from madtp.budget import Plan
 
 PROBE_SAMPLES = 64  # of the calibration data, on which MACs are observed while training
+GUARD_SAMPLES = 16  # of the calibration data, on which a move of masks or temperatures must not raise the loss
 SETTLE_SAMPLES = 2048  # of the calibration data, on which the temperatures settle
 ACCOUNT_SAMPLES = 1024  # of the evaluation data, for the reported MACs
 PAIRS_BATCH = 64  # of these that run at a time
@@ -138,6 +139,7 @@ def compress(
         probe=aims.probe,
         sparse_modules=aims.chosen,
         norms=norms,
+        guarded=pairs(task, calibration_data, GUARD_SAMPLES, args.device),
         args=args,
         train_dataset=train_data,
         data_collator=task.collate,

@@ -50,6 +50,10 @@ class CompressionConfig:
     kd_weight: float = 1.0
     kd_temperature: float = 4.0
 
+    # Share by which one move of masks or temperatures may raise the loss; what raises it more is undone and made in
+    # smaller parts (`madtp.guard`). None: every move is made whole.
+    guard_tolerance: float | None = 10.0
+
     seed: int = 0
 
     def __post_init__(self):
@@ -58,6 +62,8 @@ class CompressionConfig:
                 self._number(name, lambda value: 0 <= value < 1, "a number in [0, 1)")
         for name in ("temperature", "temperature_min", "temperature_max", "controller_gain", "kd_temperature"):
             self._number(name, lambda value: value > 0, "a positive number")
+        if self.guard_tolerance is not None:
+            self._number("guard_tolerance", lambda value: value > 0, "a positive number or None")
         for name in ("hwp_decay", "align_weight", "vision_weight", "text_weight", "kd_weight"):
             self._number(name, lambda value: value >= 0, "a number of at least 0")
         for name in ("alignment_tokens", "alignment_dim", "controller_interval", "hwp_refresh"):

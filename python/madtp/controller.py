@@ -53,6 +53,7 @@ class TemperatureController:
         self._log_tau = {branch: self._clamp(math.log(start[branch])) for branch in targets}
         self._gain = dict.fromkeys(targets, gain)
         self._error = dict.fromkeys(targets, 0.0)
+        self._last_step = dict.fromkeys(targets, 0.0)
 
     @property
     def temperatures(self) -> dict[str, float]:
@@ -78,8 +79,17 @@ class TemperatureController:
                 gain = self._gain[branch] * (GROW if agreement > 0 else SHRINK)
                 self._gain[branch] = min(max(gain, GAIN_RANGE[0] * self.gain), GAIN_RANGE[1] * self.gain)
             step = min(max(self._gain[branch] * error, -self.max_step), self.max_step)
-            self._log_tau[branch] = self._clamp(self._log_tau[branch] + step)
+            before = self._log_tau[branch]
+            self._log_tau[branch] = self._clamp(before + step)
+            self._last_step[branch] = self._log_tau[branch] - before
             self._error[branch] = error
+        return self.temperatures
+
+    def halve_step(self) -> dict[str, float]:
+        """Takes back half of what is left of the last update -> the temperatures to use next."""
+        for branch, step in self._last_step.items():
+            self._last_step[branch] = step / 2
+            self._log_tau[branch] -= step / 2
         return self.temperatures
 
     def state_dict(self) -> dict[str, dict[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from madtp.accounting import counted_macs
+from madtp.accounting import counted_macs, evaluating
 from madtp.config import CompressionConfig
 from madtp.controller import TemperatureController, find_root
 from madtp.distill import JointLoss
 from madtp.files import write_whole
+from madtp.guard import Guard
 from madtp.hwp import Pattern, WeightPruner
 from madtp.tasks.task import Task
 
@@ -44,6 +45,7 @@ class MadtpTrainer(Trainer):
         probe: batches without shared images to observe MACs on, where the model is.
         sparse_modules: names of the Linear modules that go N:M.
         norms: of their inputs, for masks by |W| ||x||; None keeps the largest |W|.
+        guarded: batches as `probe`, on which `Guard` watches the loss; None takes `probe`.
         args, **kwargs: of `transformers.Trainer`.
 
     `train` raises `DivergedError` at the first loss that is not finite; weights that are not are never saved.
@@ -60,6 +62,7 @@ class MadtpTrainer(Trainer):
         probe: list[dict[str, Tensor]],
         sparse_modules: list[str],
         norms: dict[str, torch.Tensor] | None = None,
+        guarded: list[dict[str, Tensor]] | None = None,
         args: TrainingArguments,
         **kwargs,
     ):
@@ -94,6 +97,10 @@ class MadtpTrainer(Trainer):
         self.handle.set_temperature(self.controller.temperatures)
         self.handle.collect_alignment(config.align_weight > 0)
         self.observed: dict[str, float] = {}
+        self.guarded = probe if guarded is None else guarded
+        self._guarded_teaching: list[tuple] = []  # what the teacher says of these batches
+        tolerance = config.guard_tolerance
+        self.guard = None if tolerance is None else Guard(self.guarded_loss, tolerance)
         self._parts: dict[str, list[Tensor]] = {}
         self.add_callback(_Cooperation(self))
 
@@ -104,15 +111,8 @@ class MadtpTrainer(Trainer):
             output, _ = output
         with torch.no_grad():
             taught = self.teacher(**inputs)
-        summaries = self.handle.summaries, self.teacher.madtp_handle.summaries
-        logits, mask = self.task.logits(output, inputs)
-        loss, parts = self.joint_loss(
-            self.task.loss(output, inputs),
-            aligned=self._aligned(inputs.get("image_index")),
-            summaries={branch: (summaries[0][branch], summaries[1][branch]) for branch in summaries[0]},
-            logits=(logits, self.task.logits(taught, inputs)[0]),
-            mask=mask,
-        )
+        teaching = self.task.logits(taught, inputs)[0], self.teacher.madtp_handle.summaries
+        loss, parts = self._joint(output, inputs, *teaching, aligned=self._aligned(inputs.get("image_index")))
         if not torch.isfinite(loss):
             wrong = [f"{name} is {part.item()}" for name, part in parts.items() if not torch.isfinite(part)]
             raise self._diverged(f"loss: {', '.join(wrong) or f'their sum is {loss.item()}'}")
@@ -120,12 +120,38 @@ class MadtpTrainer(Trainer):
             self._parts.setdefault(name, []).append(part)
         return (loss, output) if return_outputs else loss
 
+    def guarded_loss(self) -> float:
+        """The loss without alignment on the guarded batches, as the model is now; no gradient, eval mode."""
+        if not self._guarded_teaching:
+            with torch.no_grad():
+                for batch in self.guarded:
+                    logits = self.task.logits(self.teacher(**batch), batch)[0]
+                    self._guarded_teaching.append((logits, self.teacher.madtp_handle.summaries))
+        losses = []
+        with evaluating(self.model), self.handle.inference():
+            for batch, teaching in zip(self.guarded, self._guarded_teaching, strict=True):
+                losses.append(self._joint(self.model(**batch), batch, *teaching)[0])
+        return torch.stack(losses).mean().item()
+
+    def _joint(self, output, inputs, logits: Tensor, summaries: dict[str, list[Tensor]], aligned=None):
+        """The loss and its parts of what the model has just said; logits and summaries are the teacher's."""
+        ours, mask = self.task.logits(output, inputs)
+        return self.joint_loss(
+            self.task.loss(output, inputs),
+            aligned=aligned,
+            summaries={branch: (summary, summaries[branch]) for branch, summary in self.handle.summaries.items()},
+            logits=(ours, logits),
+            mask=mask,
+        )
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the parts of the loss, the temperatures and what the controller saw last."""
+        """Adds the parts of the loss, the temperatures, and what the controller and the guard saw last."""
         if "loss" in logs:
             logs |= {f"loss_{name}": torch.stack(part).mean().item() for name, part in self._parts.items()}
             logs |= {f"tau_{branch}": tau for branch, tau in self.handle.temperatures.items()}
             logs |= {f"macs_{branch}": macs for branch, macs in self.observed.items()}
+            if self.guard is not None:
+                logs |= {"guard_rise": self.guard.rise, "guard_undone": self.guard.undone}
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
@@ -138,7 +164,34 @@ class MadtpTrainer(Trainer):
     def steer(self) -> None:
         """One observation, one move of the temperatures."""
         observed = self.observe()
-        self.handle.set_temperature(self.controller.update({b: observed[b] for b in self.controller.targets}))
+        seen = {branch: observed[branch] for branch in self.controller.targets}
+        self._move(
+            lambda: self.handle.set_temperature(self.controller.update(seen)),
+            lambda: self.handle.set_temperature(self.controller.halve_step()),
+        )
+
+    def sparsify(self, step: int) -> None:
+        """Brings the masks up to date before optimiser step `step`.
+
+        Where the pattern goes on, the Linears go in the order of the model; those that the guard holds back are tried
+        again with every move of the temperatures.
+        """
+        self.pruner.refresh(step)
+        going = self.pruner.behind(step)
+        held_back = len(going) < len(self.pruner.modules)
+        if not going or (held_back and step % self.config.controller_interval):
+            return
+        before = self.pruner.masks(going)
+
+        def halve() -> None:
+            middle = math.ceil(len(going) / 2)
+            self.pruner.restore({name: before[name] for name in going[middle:]})
+            del going[middle:]
+
+        self._move(lambda: self.pruner.advance(going, step), halve)
+
+    def _move(self, make: Callable[[], None], halve: Callable[[], None]) -> None:
+        make() if self.guard is None else self.guard.move(make, halve)
 
     def settle(self, budget: float, tolerance: float = 0.002) -> float:
         """After training: moves all temperatures by one factor until the probe costs `budget` counted MACs per sample.
@@ -154,6 +207,15 @@ class MadtpTrainer(Trainer):
         shift, missed = find_root(miss, *self.controller.shifts, tolerance=tolerance)
         self.handle.set_temperature(self.controller.shifted(shift))
         return missed
+
+    def pruning_state(self) -> dict:
+        """What a checkpoint holds beside weights and masks; plain values, ready for JSON."""
+        return {
+            "config": self.config.to_dict(),
+            "controller": self.controller.state_dict(),
+            "masks_keep": self.pruner.kept,
+            "guard": None if self.guard is None else self.guard.state_dict(),
+        }
 
     def _save_checkpoint(self, model, trial):
         wrong = next((name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()), None)
@@ -208,6 +270,9 @@ class MadtpTrainer(Trainer):
                 f"config must be that of the checkpoint {resume_from_checkpoint}, got another {', '.join(changed)}"
             )
         self.controller.load_state_dict(saved["controller"])
+        self.pruner.kept |= saved["masks_keep"]
+        if self.guard is not None:
+            self.guard.load_state_dict(saved["guard"])
         self.handle.set_temperature(self.controller.temperatures)
 
 
@@ -218,7 +283,7 @@ class _Cooperation(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.pruner.step(state.global_step)
+        self.trainer.sparsify(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.trainer.config.controller_interval == 0:
@@ -226,8 +291,7 @@ class _Cooperation(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        state = {"config": self.trainer.config.to_dict(), "controller": self.trainer.controller.state_dict()}
-        write_whole(folder / CONTROLLER_FILE, json.dumps(state))
+        write_whole(folder / CONTROLLER_FILE, json.dumps(self.trainer.pruning_state()))
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

@@ -20,6 +20,9 @@ CONFIG = madtp.CompressionConfig(
 )
 
 
+FC1 = "vision_model.encoder.layers.0.mlp.fc1"
+
+
 class Questions(Dataset):
     """Random images; the question repeats the answer, so there is something to learn."""
 
@@ -189,26 +192,25 @@ def test_pairs_are_spread_over_the_data(data, monkeypatch):
     assert [len(batch["pixel_values"]) for batch in pairs(Shared(), data, 7)] == [4, 3]
 
 
-def make_trainer(tmp_path, data, steps, **training):
+def make_trainer(tmp_path, data, steps, config=CONFIG, sparse_modules=(FC1,), **training):
     from madtp.compression import _training_arguments
     from madtp.controller import branch_targets
 
     student, teacher = tiny_blip(), tiny_blip()
-    handle = madtp.patch(student, CONFIG)
-    madtp.patch(teacher, CONFIG)
+    handle = madtp.patch(student, config)
+    madtp.patch(teacher, config)
     probe = tiny_batch()
     targets = branch_targets(madtp.profile(student, probe), 0.3, tuple(handle.pruning))
     arguments = {"max_steps": steps, "save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 8}
-    args = _training_arguments(tmp_path, CONFIG, arguments | {"disable_tqdm": True} | training)
-    modules = ["vision_model.encoder.layers.0.mlp.fc1"]
+    args = _training_arguments(tmp_path, config, arguments | {"disable_tqdm": True} | training)
     return MadtpTrainer(
         student,
         teacher,
         Task(),
-        CONFIG,
+        config,
         targets=targets,
         probe=[probe],
-        sparse_modules=modules,
+        sparse_modules=list(sparse_modules),
         args=args,
         train_dataset=data,
         data_collator=Task.collate,

@@ -28,6 +28,7 @@ def test_round_trip_through_json():
         ("kd_temperature", "4", "a positive number, got '4'"),
         ("align_weight", -1, "a number of at least 0"),
         ("hwp_schedule", "sudden", '"gradual" or "one_shot", got \'sudden\''),
+        ("guard_tolerance", 0, "a positive number or None, got 0"),
         ("hwp_ramp", 1.5, r"a number in \[0, 1\]"),
         ("selection", "all", "one of instance, batch_max, unguided, static, random, got 'all'"),
         ("pattern", "4:2", '"n:m" with 1 <= n <= m'),

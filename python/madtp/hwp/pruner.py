@@ -70,24 +70,45 @@ class WeightPruner:
             self.norms = {name: norms_of(name, module, norms) for name, module in self.modules.items()}
         for module in self.modules.values():
             parametrize.register_parametrization(module, "weight", _Masked(module.weight, decay))
-        self.kept = self.pattern.m
+        self.kept = dict.fromkeys(self.modules, self.pattern.m)  # of every m weights, by module
         self.step(0)
 
     def step(self, step: int) -> None:
-        """Bring masks up to date before optimiser step `step` (from 0)."""
-        kept = self._scheduled(step)
-        if kept != self.kept or (kept < self.pattern.m and step % self.refresh_interval == 0):
-            self._refresh(kept)
+        """Bring masks up to date before optimiser step `step` (from 0): `refresh`, then `advance` those behind."""
+        self.refresh(step)
+        self.advance(self.behind(step), step)
+
+    def behind(self, step: int) -> list[str]:
+        """Modules whose masks keep more than the schedule says."""
+        scheduled = self._scheduled(step)
+        return [name for name, kept in self.kept.items() if kept > scheduled]
+
+    def advance(self, names: Iterable[str], step: int) -> None:
+        """Give these modules masks of the pattern that the schedule says."""
+        self._mask(dict.fromkeys(names, self._scheduled(step)))
+
+    def refresh(self, step: int) -> None:
+        """Choose the masks anew that are as sparse as before, where it is time for it."""
+        if step % self.refresh_interval == 0:
+            self._mask({name: kept for name, kept in self.kept.items() if kept < self.pattern.m})
+
+    def masks(self, names: Iterable[str]) -> dict[str, tuple[int, Tensor]]:
+        """What `restore` brings back: by module, weights kept of every m, and a copy of the mask."""
+        return {name: (self.kept[name], _mask_of(self.modules[name]).clone()) for name in names}
+
+    def restore(self, masks: Mapping[str, tuple[int, Tensor]]) -> None:
+        for name, (kept, mask) in masks.items():
+            _mask_of(self.modules[name]).copy_(mask)
+            self.kept[name] = kept
 
     @property
     def current(self) -> Pattern:
-        """The pattern of the masks now; "4:4" is dense."""
-        return Pattern(self.kept, self.pattern.m)
+        """The pattern of the least sparse mask now; "4:4" is dense."""
+        return Pattern(max(self.kept.values(), default=self.pattern.n), self.pattern.m)
 
     def finalize(self) -> float:
         """Bake the masks of the final pattern into the weights; see `bake`."""
-        if self.kept != self.pattern.n:
-            self._refresh(self.pattern.n)
+        self._mask({name: self.pattern.n for name, kept in self.kept.items() if kept != self.pattern.n})
         return _bake(self.modules.values())
 
     def remove(self) -> None:
@@ -101,13 +122,14 @@ class WeightPruner:
         progress = min(step / self.ramp_steps, 1) if self.ramp_steps else 1
         return m - math.floor((m - n) * progress)
 
-    def _refresh(self, kept: int) -> None:
-        for name, module in self.modules.items():
+    def _mask(self, kept: Mapping[str, int]) -> None:
+        for name, count in kept.items():
+            module = self.modules[name]
             if _is_masked(module):
-                weight = module.parametrizations.weight
-                score = None if self.norms is None else activation_score(weight.original, self.norms[name])
-                weight[0].mask.copy_(nm_mask(weight.original, kept, self.pattern.m, score=score))
-        self.kept = kept
+                weight = module.parametrizations.weight.original
+                score = None if self.norms is None else activation_score(weight, self.norms[name])
+                _mask_of(module).copy_(nm_mask(weight, count, self.pattern.m, score=score))
+            self.kept[name] = count
 
 
 def bake(model: nn.Module) -> float:
@@ -159,6 +181,10 @@ class _Masked(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return _StraightThrough.apply(weight, self.mask, self.decay)
+
+
+def _mask_of(module: nn.Module) -> Tensor:
+    return module.parametrizations.weight[0].mask
 
 
 def _is_masked(module: nn.Module) -> bool:
