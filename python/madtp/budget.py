@@ -18,9 +18,10 @@ import yaml
 from torch import nn
 from torch.utils.data import Dataset
 
-from madtp.compression import pairs
+from madtp.compression import TIMING_BATCH, pairs
 from madtp.config import CompressionConfig
 from madtp.files import write_whole
+from madtp.latency import Times, measure_times
 from madtp.patching import patch
 from madtp.sensitivity import Calibration, Sensitivities, TokenPoint, measure_sensitivities
 from madtp.tasks.task import Task
@@ -36,14 +37,17 @@ class Plan:
     """What a compression run aims at; readable and editable as YAML.
 
     Args:
-        flops_reduction: share of the dense MACs to save, counted.
+        flops_reduction: share of the dense MACs to save, counted; with a latency_reduction, what that comes to.
         tokens: for each branch that can prune, the share of its MACs that its tokens may spend: 1 keeps all tokens, and
             the branch is not pruned. What it counts in the end is this share of what it counts with all tokens and
             with its 2:4 Linears at half.
         sparse_modules: names of the Linears that go N:M.
         allocation: how it was chosen.
+        latency_reduction: share of the dense model's time to save, on the device that it was chosen on; None: the
+            target is flops_reduction.
         predicted: {"params_reduction", "rise"}: share of the parameters that go to zero, and the sum of what each part
-            does to the distillation loss by itself.
+            does to the distillation loss by itself. With a latency_reduction also {"dense_ms", "ms"}: time per sample
+            of the dense model, as measured, and of what is planned.
         compared: what this plan and the others at the same budget did to the distillation loss on the calibration data
             before any training, by allocation; those that cannot reach the budget are not there.
     """
@@ -52,12 +56,17 @@ class Plan:
     tokens: dict[str, float]
     sparse_modules: tuple[str, ...]
     allocation: str = "joint"
+    latency_reduction: float | None = None
     predicted: dict[str, float] = field(default_factory=dict)
     compared: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if not _is_share(self.flops_reduction) or self.flops_reduction == 1:
             raise ValueError(f"flops_reduction must be a number in [0, 1), got {self.flops_reduction!r}")
+        if self.latency_reduction is not None and (
+            not _is_share(self.latency_reduction) or self.latency_reduction == 1
+        ):
+            raise ValueError(f"latency_reduction must be a number in [0, 1) or null, got {self.latency_reduction!r}")
         if not isinstance(self.tokens, Mapping) or not all(_is_share(s) and s > 0 for s in self.tokens.values()):
             raise ValueError(f"tokens must give each branch a share in (0, 1], got {self.tokens!r}")
         names = self.sparse_modules
@@ -114,7 +123,8 @@ def allocate(
     """Chooses the budgets of a dense model for the targets of a config; nothing is trained, the model stays as it is.
 
     Every Linear and every branch is pruned by itself on `CALIBRATION_SAMPLES` samples of the data; what costs the
-    answers least per MAC saved goes first.
+    answers least per MAC saved goes first; with a latency_reduction, per millisecond saved on the model's device
+    (`madtp.latency`).
 
     Args:
         allocation: "joint", tokens and weights as they come; "tokens" or "weights", only those; "uniform", all Linears
@@ -146,8 +156,8 @@ def pareto(
     """The front of cost against harm from one measurement of the sensitivities: a joint plan for each reduction.
 
     Args:
-        reductions: shares of the dense MACs to save, in place of the config's; those that cannot be reached are left
-            out.
+        reductions: shares of the dense MACs to save, or of its time where the config has a latency_reduction, in
+            place of the config's; those that cannot be reached are left out.
         others: as of `allocate`.
 
     Returns:
@@ -156,7 +166,8 @@ def pareto(
     Raises:
         ValueError: as `allocate`; or no reduction can be reached.
     """
-    configs = [replace(config, flops_reduction=reduction) for reduction in sorted(set(reductions))]
+    target = "flops_reduction" if config.latency_reduction is None else "latency_reduction"
+    configs = [replace(config, **{target: reduction}) for reduction in sorted(set(reductions))]
     calibration, sensitivities = _measured(model, task, calibration_data, config, progress)
     plans, refusal = [], ValueError("reductions must be numbers in (0, 1), got none")
     for target in configs:
@@ -174,10 +185,14 @@ def pareto(
 def _measured(model, task, calibration_data, config, progress) -> tuple[Calibration, Sensitivities]:
     if not len(calibration_data):
         raise ValueError("calibration_data must hold samples, got none")
-    device, model = next(model.parameters()).device, copy.deepcopy(model)
-    patch(model, config)
-    calibration = Calibration(model, task, pairs(task, calibration_data, CALIBRATION_SAMPLES, device), config)
-    return calibration, measure_sensitivities(calibration, progress=progress)
+    device, patched = next(model.parameters()).device, copy.deepcopy(model)
+    patch(patched, config)
+    calibration = Calibration(patched, task, pairs(task, calibration_data, CALIBRATION_SAMPLES, device), config)
+    sensitivities = measure_sensitivities(calibration, progress=progress)
+    if config.latency_reduction is not None:
+        batch = pairs(task, calibration_data, TIMING_BATCH, device)[0]
+        sensitivities = replace(sensitivities, times=measure_times(model, patched, sensitivities, batch))
+    return calibration, sensitivities
 
 
 def _compared(calibration: Calibration, sensitivities: Sensitivities, config: CompressionConfig) -> dict[str, float]:
@@ -198,19 +213,27 @@ def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: 
     Raises:
         ValueError: a target cannot be reached.
     """
-    ledger = _Ledger(sensitivities)
+    macs = ledger = _Ledger(sensitivities)
+    goal, target = "flops_reduction", (1 - (config.flops_reduction or 0)) * macs.full
+    if config.latency_reduction is not None:
+        times = sensitivities.times
+        if times is None:
+            raise ValueError("sensitivities must hold times with a latency_reduction, got None")
+        ledger = _Ledger(sensitivities, times)
+        goal, target = "latency_reduction", (1 - config.latency_reduction) * times.dense
+    dense = ledger.full if ledger is macs else times.dense
     everything = list(sensitivities.weights)
     sparse = everything if allocation == "uniform" else []
     if config.params_reduction is not None:
         sparse = _enough_parameters(sensitivities, config.params_reduction, allocation)
     shares = dict.fromkeys(sensitivities.tokens, 1.0)
     fewest = shares if allocation == "weights" else {branch: ledger.least(branch) for branch in shares}
-    least = ledger.macs(fewest, sparse if allocation == "tokens" else everything)
-    target = (1 - config.flops_reduction) * ledger.dense
+    least = ledger.cost(fewest, sparse if allocation == "tokens" else everything)
     if least > target:
+        where = "on this model" if goal == "flops_reduction" else "with this model on this device"
         raise ValueError(
-            f"flops_reduction must be at most about {1 - least / ledger.dense:.3f}, which allocation {allocation!r} "
-            f"with temperature_max {config.temperature_max:g} reaches on this model, got {config.flops_reduction}"
+            f"{goal} must be at most about {1 - least / dense:.3f}, which allocation {allocation!r} "
+            f"with temperature_max {config.temperature_max:g} reaches {where}, got {getattr(config, goal)}"
         )
     if allocation != "uniform":
         shares, sparse = ledger.greedy(shares, sparse, target, fewest, [] if allocation == "tokens" else everything)
@@ -219,9 +242,11 @@ def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: 
     rise = sum(ledger.rise(b, share) for b, share in shares.items())
     rise += sum(sensitivities.weights[name].rise for name in sparse)
     predicted = {"params_reduction": zeroed / sensitivities.profile.total.params, "rise": rise}
-    reduction = 1 - ledger.macs(shares, sparse) / ledger.dense
+    if config.latency_reduction is not None:
+        predicted |= {"dense_ms": dense, "ms": ledger.cost(shares, sparse)}
+    reduction = 1 - macs.cost(shares, sparse) / macs.full
     ordered = tuple(name for name in everything if name in set(sparse))
-    return Plan(reduction, shares, ordered, allocation, predicted)
+    return Plan(reduction, shares, ordered, allocation, config.latency_reduction, predicted)
 
 
 def measured_rise(calibration: Calibration, sensitivities: Sensitivities, plan: Plan) -> float:
@@ -254,26 +279,40 @@ def _enough_parameters(sensitivities: Sensitivities, reduction: float, allocatio
 
 
 class _Ledger:
-    """What a choice of shares and sparse Linears costs, and what it does to the loss, part by part."""
+    """What a choice of shares and sparse Linears costs, and what it does to the loss, part by part.
 
-    def __init__(self, sensitivities: Sensitivities):
+    The cost is counted MACs, or milliseconds, per sample: what everything costs with all tokens and dense weights, less
+    what each branch saves by its tokens, less what each sparse Linear saves at the share of its branch.
+    """
+
+    def __init__(self, sensitivities: Sensitivities, times: Times | None = None):
         self.weights = sensitivities.weights
-        self.dense = sensitivities.profile.total.dense_macs
-        self.branches = {b: account.dense_macs for b, account in sensitivities.profile.branches.items()}
-        self.curves = {branch: _lower_hull(points) for branch, points in sensitivities.tokens.items()}
+        if times is None:
+            branches = sensitivities.profile.branches
+            self.full = sensitivities.profile.total.dense_macs
+            self.saves = {name: unit.macs for name, unit in self.weights.items()}
+            by_tokens = {
+                branch: [(1 - point.share) * branches[branch].dense_macs for point in points]
+                for branch, points in sensitivities.tokens.items()
+            }
+        else:
+            self.full, self.saves = times.patched, times.weights
+            by_tokens = {b: [times.patched - time for time in measured] for b, measured in times.tokens.items()}
+        self.curves = {
+            branch: _lower_hull(points, by_tokens[branch]) for branch, points in sensitivities.tokens.items()
+        }
 
     def least(self, branch: str) -> float:
         return self.curves[branch][0][0]
 
     def rise(self, branch: str, share: float) -> float:
-        return float(np.interp(share, *self.curves[branch]))
+        shares, _, rises = self.curves[branch]
+        return float(np.interp(share, shares, rises))
 
-    def macs(self, shares: Mapping[str, float], sparse: Iterable[str]) -> float:
-        """Counted, per sample."""
-        left = dict(self.branches)
-        for name in sparse:
-            left[self.weights[name].branch] -= self.weights[name].macs
-        return sum(shares.get(branch, 1.0) * macs for branch, macs in left.items())
+    def cost(self, shares: Mapping[str, float], sparse: Iterable[str]) -> float:
+        by_tokens = sum(np.interp(share, *self.curves[branch][:2]) for branch, share in shares.items())
+        by_weights = sum(self.saves[name] * shares.get(self.weights[name].branch, 1.0) for name in sparse)
+        return float(self.full - by_tokens - by_weights)
 
     def greedy(
         self,
@@ -283,11 +322,11 @@ class _Ledger:
         fewest: Mapping[str, float],
         allowed: Sequence[str],
     ) -> tuple[dict[str, float], list[str]]:
-        """Takes what raises the loss least per MAC saved, a Linear or a step of tokens, until the target is met."""
+        """Takes what raises the loss least per cost saved, a Linear or a step of tokens, until the target is met."""
         shares, sparse = dict(shares), list(sparse)
-        now = self.macs(shares, sparse)
+        now = self.cost(shares, sparse)
         while now > target:
-            options = []  # loss per MAC, shares, sparse
+            options = []  # rise of the loss, shares, sparse
             for branch, share in shares.items():
                 fewer = max(share - TOKEN_STEP, fewest[branch])
                 changed = shares | {branch: fewer}
@@ -295,10 +334,10 @@ class _Ledger:
             for name in allowed:
                 if name not in sparse:
                     options.append((self.weights[name].rise, shares, [*sparse, name]))
-            rated = [(rise, now - self.macs(*choice), choice) for rise, *choice in options]
-            rated = [(rise / saved, choice) for rise, saved, choice in rated if saved > 1e-9 * self.dense]
+            rated = [(rise, now - self.cost(*choice), choice) for rise, *choice in options]
+            rated = [(rise / saved, choice) for rise, saved, choice in rated if saved > 1e-9 * self.full]
             _, (shares, sparse) = min(rated, key=lambda option: option[0])
-            now = self.macs(shares, sparse)
+            now = self.cost(shares, sparse)
         return shares, sparse
 
     def exactly(
@@ -322,18 +361,30 @@ class _Ledger:
         low, high = 0.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.macs(moved(middle), sparse) <= target else (low, middle)
-        return moved(low if self.macs(moved(1.0), sparse) > target else 1.0)
+            low, high = (middle, high) if self.cost(moved(middle), sparse) <= target else (low, middle)
+        return moved(low if self.cost(moved(1.0), sparse) > target else 1.0)
 
 
-def _lower_hull(points: Sequence[TokenPoint]) -> tuple[list[float], list[float]]:
-    """The convex curve below the points, (shares, rises) from the fewest tokens on: steps along it get dearer."""
-    hull: list[tuple[float, float]] = []
-    for point in sorted((point.share, point.rise) for point in points):
-        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
+def _lower_hull(points: Sequence[TokenPoint], saved: Sequence[float]) -> tuple[list[float], list[float], list[float]]:
+    """The convex curve of rise against cost below the points: steps along it get dearer.
+
+    Points from all tokens to the fewest, and what each saves; one that saves no more than one with more tokens is left
+    out, as times are not exact.
+
+    Returns:
+        (shares, saved, rises) from the fewest tokens on.
+    """
+    ahead: list[tuple[float, float, float]] = []
+    for point, saving in zip(points, saved, strict=True):
+        if not ahead or saving > ahead[-1][1]:
+            ahead.append((point.share, saving, point.rise))
+    hull: list[tuple[float, float, float]] = []
+    for corner in reversed(ahead):
+        while len(hull) > 1 and _turns_up(*((-saving, rise) for _, saving, rise in (*hull[-2:], corner))):
             hull.pop()
-        hull.append(point)
-    return [share for share, _ in hull], [rise for _, rise in hull]
+        hull.append(corner)
+    shares, savings, rises = (list(column) for column in zip(*hull, strict=True))
+    return shares, savings, rises
 
 
 def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:

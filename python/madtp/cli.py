@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +44,7 @@ Data = Annotated[str, typer.Option(help="easy-vqa or emoji, or the annotation fi
 Test = Annotated[Path | None, typer.Option(help="With an annotation file: the one to judge by.")]
 Images = Annotated[Path | None, typer.Option(help="With an annotation file: where its image paths start.")]
 Flops = Annotated[float | None, typer.Option(help="Share of the counted MACs to save; 0.5 unless the config says it.")]
+Latency = Annotated[float | None, typer.Option(help="Share of the time on this machine to save, in place of MACs.")]
 Params = Annotated[float | None, typer.Option(help="Share of the parameters to zero, at least.")]
 Config = Annotated[Path | None, typer.Option(help="YAML: fields of CompressionConfig, and training: a mapping.")]
 Items = Annotated[int | None, typer.Option(help="Only the first LIMIT items of each split.", min=1)]
@@ -81,6 +81,7 @@ def compress(
     data: Data,
     out: Annotated[Path, typer.Option(help="Where the report and the model go.")],
     flops: Flops = None,
+    latency: Latency = None,
     params: Params = None,
     plan: Annotated[Path | None, typer.Option(help="What `madtp allocate` wrote; its target counts.")] = None,
     config: Config = None,
@@ -95,7 +96,7 @@ def compress(
 
     Example: madtp compress --model runs/dense --task captioning --data emoji --flops 0.5 --out runs/half
     """
-    settings, training = _settings(config, flops, params)
+    settings, training = _settings(config, flops, latency, params)
     if steps is not None:
         training["max_steps"] = steps
     chosen = None if plan is None else Plan.load(plan)
@@ -135,6 +136,7 @@ def allocate(
     data: Data,
     out: Annotated[Path, typer.Option(help="The YAML to write.")] = Path("plan.yaml"),
     flops: Flops = None,
+    latency: Latency = None,
     params: Params = None,
     allocation: Annotated[str, typer.Option(help=f"One of {', '.join(ALLOCATIONS)}.")] = "joint",
     config: Config = None,
@@ -146,7 +148,7 @@ def allocate(
 
     Example: madtp allocate --model runs/dense --task captioning --data emoji --flops 0.6 --out plan.yaml
     """
-    settings, _ = _settings(config, flops, params)
+    settings, _ = _settings(config, flops, latency, params)
     require_writable("out", out.parent)
     progress = Progress(_stderr())
     with progress.status("reading the data"):
@@ -163,6 +165,8 @@ def allocate(
     for branch, share in plan.tokens.items():
         print(f"{branch}: {100 * share:.1f} % of its MACs for tokens")
     print(f"{len(plan.sparse_modules)} Linears go {settings.pattern}")
+    if plan.latency_reduction is not None:
+        print(f"predicted: {plan.predicted['ms']:.3g} ms a sample, dense {plan.predicted['dense_ms']:.3g} ms")
     for name, rise in sorted(plan.compared.items(), key=lambda item: item[1]):
         print(f"distillation loss before training, {name}: {rise:.4g}")
     print(out)
@@ -186,7 +190,7 @@ def pareto(
 
     Example: madtp pareto --model runs/dense --task captioning --data emoji --out runs/plans
     """
-    settings, _ = _settings(config, None, None)
+    settings, _ = _settings(config)
     try:
         reductions = [float(share) for share in flops.split(",")]
     except ValueError:
@@ -290,7 +294,9 @@ def main() -> None:
         sys.exit(2)
 
 
-def _settings(file: Path | None, flops: float | None, params: float | None) -> tuple[CompressionConfig, dict]:
+def _settings(
+    file: Path | None, flops: float | None = None, latency: float | None = None, params: float | None = None
+) -> tuple[CompressionConfig, dict]:
     """The configuration, and fields of TrainingArguments: what is in the file, and over it what was given."""
     values = {}
     if file is not None:
@@ -301,9 +307,11 @@ def _settings(file: Path | None, flops: float | None, params: float | None) -> t
     training = values.pop("training", {}) if isinstance(values, dict) else None
     if not isinstance(values, dict) or not isinstance(training, dict):
         raise ValueError(f"config {file} must be a mapping of fields, with training: a mapping too")
-    config = CompressionConfig.from_dict(values)
-    given = {"flops_reduction": flops, "params_reduction": params}
-    return replace(config, **{name: value for name, value in given.items() if value is not None}), dict(training)
+    if flops is not None or latency is not None:  # the target given takes the place of the file's
+        values = {n: v for n, v in values.items() if n not in ("flops_reduction", "latency_reduction")}
+    given = {"flops_reduction": flops, "latency_reduction": latency, "params_reduction": params}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return CompressionConfig.from_dict(values), dict(training)
 
 
 def _aims_table(aims: Aims) -> Table:
@@ -317,6 +325,8 @@ def _aims_table(aims: Aims) -> Table:
         if dense:
             table.add_row(name, f"{dense / 1e9:.4g}", f"{macs / 1e9:.4g}", f"{100 * macs / dense:.1f} %")
     table.caption = f"{len(aims.chosen)} Linears go N:M, {len(aims.dense)} stay dense"
+    if aims.latency_reduction is not None:
+        table.caption += f"; planned for {100 * aims.latency_reduction:.1f} % less time"
     return table
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
-import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +46,7 @@ from madtp.hwp import (
 from madtp.patching import from_pretrained, patch
 from madtp.progress import Progress
 from madtp.tasks.task import Task
+from madtp.timing import time_per_sample
 from madtp.trainer import MadtpTrainer, last_checkpoint
 
 if TYPE_CHECKING:
@@ -58,7 +57,8 @@ GUARD_SAMPLES = 16  # of the calibration data, on which a move of masks or tempe
 SETTLE_SAMPLES = 2048  # of the calibration data, on which the temperatures settle
 ACCOUNT_SAMPLES = 1024  # of the evaluation data, for the reported MACs
 PAIRS_BATCH = 64  # of these that run at a time
-TIMING_BATCH, TIMING_ROUNDS = 32, 15
+TIMING_BATCH = 32
+TIME_TOLERANCE = 0.01  # of a latency target, within which the temperatures settle
 REACH_MARGIN = 1.15  # over the MACs asked for, which the highest temperature may need before training
 
 
@@ -100,7 +100,8 @@ def compress(
             until the new model is whole.
         calibration_data: samples as the model will meet them, on which MACs are observed; None takes train_data.
         plan: of `madtp.allocate`, perhaps edited; its target and choices take the place of those of the config. None
-            gives all branches one share of their MACs, and all Linears that can the pattern.
+            gives all branches one share of their MACs, and all Linears that can the pattern; with a latency_reduction
+            it is chosen here, and kept in output_dir/plan.yaml for `resume`.
         teacher: the dense model whose answers are distilled, of the class of `model`; None: `model`.
         training: `transformers.TrainingArguments` fields, over the defaults here.
         resume: go on from the last checkpoint in output_dir, or start when there is none; otherwise the checkpoints
@@ -127,6 +128,8 @@ def compress(
     patch(teacher, config)
     student.to(args.device)
 
+    if plan is None and config.latency_reduction is not None:
+        plan = _timed_plan(model, task, calibration_data, config, output_dir / "plan.yaml", resume)
     aims = _aims(student, task, calibration_data, config, plan, args.device)
     permutations = _permuted(student, aims.chosen, config)
     norms = _norms(student, aims.chosen, aims.probe, config)
@@ -153,10 +156,20 @@ def compress(
     magnitude = trainer.pruner.finalize()
     handle.collect_alignment(False)
     with bars.status("settling the temperatures"):
-        trainer.probe = pairs(task, calibration_data, SETTLE_SAMPLES, args.device)
-        dense_macs = profile_batches(student, trainer.probe).total.dense_macs
-        miss = trainer.settle((1 - aims.reduction) * dense_macs)
-    packed = pack(student, aims.chosen)
+        if aims.latency_reduction is None:
+            trainer.probe = pairs(task, calibration_data, SETTLE_SAMPLES, args.device)
+            dense_macs = profile_batches(student, trainer.probe).total.dense_macs
+            miss = trainer.settle((1 - aims.reduction) * dense_macs)
+        packed = pack(student, aims.chosen)
+        if aims.latency_reduction is not None:
+            both = {"dense": copy.deepcopy(model).to(args.device), "compressed": student}
+            batch = pairs(task, calibration_data, TIMING_BATCH, args.device)[0]
+
+            def share_of_time() -> float:
+                times = time_per_sample(both, batch)
+                return times["compressed"] / times["dense"]
+
+            miss = trainer.settle(1 - aims.latency_reduction, TIME_TOLERANCE, share_of_time)
     with whole_directory(output_dir / "model") as directory:
         student.save_pretrained(directory)
         task.save_processor(directory)
@@ -165,6 +178,8 @@ def compress(
     figures = {} if eval_data is None else _compared(model, compressed, task, eval_data, output_dir / "model", bars)
     reached = {
         "allocation": None if plan is None else plan.to_dict(),
+        "flops_reduction": aims.reduction,
+        "latency_reduction": aims.latency_reduction,
         "targets_gmacs": {branch: macs / 1e9 for branch, macs in aims.targets.items()},
         "temperatures": handle.temperatures,
         "calibration_miss": miss,
@@ -207,6 +222,7 @@ class Aims:
     """What a run is to do. MACs are per sample, of the calibration data."""
 
     reduction: float  # of the dense MACs
+    latency_reduction: float | None  # of the dense model's time, where that is what is asked for
     chosen: list[str]  # Linears that go N:M
     dense: dict[str, str]  # Linears that do not, and why
     targets: dict[str, float]  # counted MACs of the branches that prune
@@ -229,13 +245,36 @@ def predict(
 ) -> Aims:
     """What `compress` would aim at with these arguments; nothing is trained, and the model stays as it is.
 
+    With a latency_reduction and no plan, one is chosen for it.
+
     Raises:
         as `compress`.
     """
     set_seed(config.seed)
     student = copy.deepcopy(model)
     patch(student, config)
+    if plan is None and config.latency_reduction is not None:
+        plan = _timed_plan(model, task, calibration_data, config)
     return _aims(student, task, calibration_data, config, plan, _device(model))
+
+
+def _timed_plan(
+    model: nn.Module,
+    task: Task,
+    data: Dataset,
+    config: CompressionConfig,
+    path: Path | None = None,
+    resume: bool = False,
+) -> Plan:
+    """The plan for a latency target, which a second measurement would make another: the one at `path` goes on."""
+    from madtp.budget import Plan, allocate  # which needs this module
+
+    if resume and path.exists():
+        return Plan.load(path)
+    plan = allocate(model, task, data, config)
+    if path is not None:
+        plan.save(path)
+    return plan
 
 
 def _aims(
@@ -251,10 +290,11 @@ def _aims(
     handle = student.madtp_handle
     exclude = (*config.sparse_exclude, *handle.family.dense_modules, "madtp_guide")
     linears = select_modules(student, config.pattern, include=config.sparse_include, exclude=exclude)
-    chosen, reduction = linears.selected, config.flops_reduction
+    chosen, reduction, latency_reduction = linears.selected, config.flops_reduction, None
     if plan is not None:
         plan.require_fit(handle.pruning, linears.selected)
-        chosen, reduction = list(plan.sparse_modules), plan.flops_reduction
+        chosen = list(plan.sparse_modules)
+        reduction, latency_reduction = plan.flops_reduction, plan.latency_reduction
     planned = chosen if Pattern.parse(config.pattern).sparse24 else []
     if plan is None:
         _require_params_reduction(student, chosen, config)
@@ -265,7 +305,7 @@ def _aims(
     else:
         targets = {b: share * before.branches[b].counted_macs for b, share in plan.tokens.items() if share < 1}
     _require_reach(student, probe, planned, before.total.dense_macs, reduction, targets, config)
-    return Aims(reduction, chosen, linears.dense, targets, before, probe)
+    return Aims(reduction, latency_reduction, chosen, linears.dense, targets, before, probe)
 
 
 def measure(
@@ -299,23 +339,6 @@ def measure(
         "bytes": disk_bytes(path / "model.safetensors") if path else _saved_bytes(model),
         "tokens_per_layer": watch.means() or counted.madtp_handle.tokens_per_layer,
     }
-
-
-def time_per_sample(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """Milliseconds per sample of a forward pass: medians of rounds in which the models take turns."""
-    samples = leading_size(batch)
-    seconds = defaultdict(list)
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(evaluating(model))
-        for _ in range(TIMING_ROUNDS):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(**batch)
-                if _device(model).type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values) / samples for name, values in seconds.items()}
 
 
 def pairs(task: Task, data: Dataset, count: int, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:

@@ -18,7 +18,10 @@ class CompressionConfig:
         ValueError: a field breaks its rule; the message names it.
     """
 
-    flops_reduction: float = 0.5  # share of the dense MACs to save, counted: 2:4 linears half, tokens as kept
+    # One target: share of the dense MACs to save, counted (2:4 linears half, tokens as kept), or share of the dense
+    # model's time on this device. Neither is flops_reduction 0.5.
+    flops_reduction: float | None = None
+    latency_reduction: float | None = None
     params_reduction: float | None = None  # least share of the parameters that must go to zero; None asks for none
 
     alignment_tokens: int = 100  # K
@@ -57,9 +60,13 @@ class CompressionConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("flops_reduction", "params_reduction"):
-            if getattr(self, name) is not None or name == "flops_reduction":
+        if self.flops_reduction is None and self.latency_reduction is None:
+            object.__setattr__(self, "flops_reduction", 0.5)
+        for name in ("flops_reduction", "latency_reduction", "params_reduction"):
+            if getattr(self, name) is not None:
                 self._number(name, lambda value: 0 <= value < 1, "a number in [0, 1)")
+        one = self.flops_reduction is None or self.latency_reduction is None
+        self._require("latency_reduction", one, f"None with a flops_reduction, which is {self.flops_reduction}")
         for name in ("temperature", "temperature_min", "temperature_max", "controller_gain", "kd_temperature"):
             self._number(name, lambda value: value > 0, "a positive number")
         if self.guard_tolerance is not None:

@@ -69,6 +69,9 @@ def markdown(report: dict, *, command: str, picture: str | None = None) -> str:
         picture: path of the picture of the kept tokens, relative to the text.
     """
     plan, config = report["plan"], report["config"]
+    asked = f"{_percent(plan['flops_reduction'])} fewer counted GMACs"
+    if plan["latency_reduction"] is not None:
+        asked = f"{_percent(plan['latency_reduction'])} less time per sample, planned as {asked}"
     lines = [_line(COLUMNS), "|---|---:|---:|---:|"]
     lines += [_line(row) for section in rows(report) for row in section]
     temperatures = ", ".join(f"{branch} {tau:.3g}" for branch, tau in plan["temperatures"].items())
@@ -83,7 +86,7 @@ def markdown(report: dict, *, command: str, picture: str | None = None) -> str:
         text.append(f"![Tokens kept at each depth]({picture})")
     text.append(
         f"- command: `{command}`\n- seed: {config['seed']}\n"
-        f"- asked for: {_percent(config['flops_reduction'])} fewer counted GMACs\n"
+        f"- asked for: {asked}\n"
         f"- pattern: {config['pattern']} in {len(plan['sparse_modules'])} linears, "
         f"which keeps {_percent(plan['magnitude_kept'])} of their magnitude\n"
         f"- temperatures: {temperatures}\n- versions: {versions}"

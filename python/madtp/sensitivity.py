@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from madtp.config import CompressionConfig
 from madtp.distill import JointLoss
 from madtp.hwp import InputStatistics, Pattern, prune_one_shot, select_modules
 from madtp.tasks.task import Task
+
+if TYPE_CHECKING:
+    from madtp.latency import Times
 
 TEMPERATURES = 9  # between the bounds of the config, at which a branch is looked at first
 WIDEST_STEP = 0.12  # between the shares of neighbouring points; a wider one is looked into
@@ -46,11 +50,15 @@ class WeightUnit:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """profile: of the dense model on the calibration data. tokens: per branch, from all tokens to the fewest."""
+    """profile: of the dense model on the calibration data. tokens: per branch, from all tokens to the fewest.
+
+    times: of `madtp.latency.measure_times`, where budgets are for a latency target.
+    """
 
     profile: Profile
     tokens: dict[str, tuple[TokenPoint, ...]]
     weights: dict[str, WeightUnit]
+    times: Times | None = None
 
 
 class Calibration:

@@ -193,8 +193,11 @@ class MadtpTrainer(Trainer):
     def _move(self, make: Callable[[], None], halve: Callable[[], None]) -> None:
         make() if self.guard is None else self.guard.move(make, halve)
 
-    def settle(self, budget: float, tolerance: float = 0.002) -> float:
-        """After training: moves all temperatures by one factor until the probe costs `budget` counted MACs per sample.
+    def settle(self, budget: float, tolerance: float = 0.002, cost: Callable[[], float] | None = None) -> float:
+        """After training: moves all temperatures by one factor until the model costs `budget`.
+
+        Args:
+            cost: of the model as it is; None: the counted MACs per sample of the probe.
 
         Returns:
             the share by which it misses the budget, positive when it costs more.
@@ -202,7 +205,8 @@ class MadtpTrainer(Trainer):
 
         def miss(shift: float) -> float:
             self.handle.set_temperature(self.controller.shifted(shift))
-            return sum(self.observe().values()) / budget - 1
+            spent = sum(self.observe().values()) if cost is None else cost()
+            return spent / budget - 1
 
         shift, missed = find_root(miss, *self.controller.shifts, tolerance=tolerance)
         self.handle.set_temperature(self.controller.shifted(shift))

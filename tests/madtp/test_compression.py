@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 
 import madtp
 from madtp import compression
-from madtp.compression import pairs, time_per_sample
+from madtp.compression import pairs
+from madtp.timing import time_per_sample
 from madtp.trainer import CONTROLLER_FILE, MadtpTrainer, last_checkpoint
 
 CONFIG = madtp.CompressionConfig(

@@ -18,7 +18,7 @@ def test_round_trip_through_json():
     "field, value, rule",
     [
         ("flops_reduction", 1.0, r"a number in \[0, 1\), got 1.0"),
-        ("flops_reduction", None, r"a number in \[0, 1\), got None"),
+        ("latency_reduction", 1.0, r"a number in \[0, 1\), got 1.0"),
         ("flops_reduction", float("nan"), "a number in"),
         ("params_reduction", -0.1, "a number in"),
         ("alignment_tokens", 0, "an integer of at least 1, got 0"),
@@ -40,6 +40,16 @@ def test_round_trip_through_json():
 def test_each_field_names_its_rule(field, value, rule):
     with pytest.raises(ValueError, match=f"{field} must be {rule}"):
         CompressionConfig(**{field: value})
+
+
+def test_one_target():
+    assert CompressionConfig().flops_reduction == 0.5 and CompressionConfig().latency_reduction is None
+    timed = CompressionConfig(latency_reduction=0.4)
+    assert timed.flops_reduction is None and CompressionConfig.from_dict(timed.to_dict()) == timed
+    with pytest.raises(
+        ValueError, match="latency_reduction must be None with a flops_reduction, which is 0.5, got 0.4"
+    ):
+        CompressionConfig(flops_reduction=0.5, latency_reduction=0.4)
 
 
 def test_unknown_field():

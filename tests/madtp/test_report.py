@@ -36,6 +36,8 @@ REPORT = {
     "dense": DENSE,
     "compressed": COMPRESSED,
     "plan": {
+        "flops_reduction": 0.5,
+        "latency_reduction": None,
         "targets_gmacs": {"vision": 0.03, "text": 0.001},
         "temperatures": {"vision": 1.5, "text": 0.25},
         "sparse_modules": ["a", "b"],
@@ -53,7 +55,7 @@ REPORT = {
         }
         for step in (10, 20, 30)
     ],
-    "config": {"seed": 3, "flops_reduction": 0.5, "pattern": "2:4"},
+    "config": {"seed": 3, "pattern": "2:4"},
     "versions": {"torch": "2.13.0"},
 }
 
@@ -85,6 +87,8 @@ def test_files(tmp_path):
     for part in ("`madtp demo --seed 3`", "seed: 3", "torch 2.13.0", "(tokens.png)", "50.00 % fewer", "in 2 linears"):
         assert part in text
     assert "![" not in report.markdown(REPORT, command="madtp demo")
+    timed = REPORT | {"plan": REPORT["plan"] | {"latency_reduction": 0.3}}
+    assert "asked for: 30.00 % less time per sample, planned as 50.00 % fewer" in report.markdown(timed, command="")
 
 
 def test_branches_must_agree():
