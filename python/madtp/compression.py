@@ -27,7 +27,6 @@ from madtp.accounting import (
     counted_macs,
     disk_bytes,
     evaluating,
-    leading_size,
     profile_batches,
 )
 from madtp.config import CompressionConfig

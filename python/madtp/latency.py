@@ -82,9 +82,9 @@ def _saved_by_packing(model: nn.Module, names: Iterable[str], batch: Mapping[str
     finally:
         for hook in hooks:
             hook.remove()
-    kinds = {(count, *modules[name].weight.shape): modules[name] for name, counts in rows.items() for count in counts}
+    kinds = {(count, modules[name].weight.shape): modules[name] for name, counts in rows.items() for count in counts}
     gains = {kind: _gain(module, kind[0]) for kind, module in kinds.items()}
-    return {name: sum(gains[count, *modules[name].weight.shape] for count in rows[name]) for name in modules}
+    return {name: sum(gains[count, module.weight.shape] for count in rows[name]) for name, module in modules.items()}
 
 
 def _gain(module: nn.Linear, rows: int) -> float:

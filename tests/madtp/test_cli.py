@@ -209,6 +209,8 @@ def test_compress_says_what_is_wrong(refused, drawn, tmp_path):
     for text, what in (("flops: 1", "config must have known fields"), ("- 1", "mapping of fields"), ("a: [", "YAML")):
         config.write_text(text)
         assert what in refused("compress", *VQA, "--config", config, *out)
+    both = refused("compress", *VQA, "--flops", 0.5, "--latency", 0.4, *out)
+    assert "latency_reduction must be None with a flops_reduction, which is 0.5, got 0.4" in both
     config.write_text("flops_reduction: 0.5\n")
     assert "No such file" in refused("compress", *VQA, "--plan", tmp_path / "none.yaml", *out)
     assert "must be at most about" in refused("compress", *VQA, "--config", config, "--flops", 0.95, *out)
