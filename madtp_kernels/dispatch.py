@@ -86,7 +86,17 @@ def implementation(
     op: str, backend: str | None, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
 ) -> Callable:
     """The function that runs `op` on tensors of this dtype and device; raises when the requested backend cannot."""
-    return _implementations[op][backend_name(op, backend, dtype, device, shape)]
+    name = backend_name(op, backend, dtype, device, shape)
+    run = _implementations[op][name]
+    if name == "reference" and torch.is_autocast_enabled(device.type):
+        return functools.partial(_without_autocast, device.type, run)
+    return run
+
+
+def _without_autocast(device_type: str, run: Callable, *args):
+    """run(*args), whose float32 products autocast would round."""
+    with torch.autocast(device_type, enabled=False):
+        return run(*args)
 
 
 def backend_name(

@@ -152,6 +152,7 @@ def compress(
     with progress.training(trainer) if progress else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
+    trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)  # what is measured from here on is no autocast
     magnitude = trainer.pruner.finalize()
     handle.collect_alignment(False)
     with bars.status("settling the temperatures"):

@@ -109,7 +109,7 @@ class MadtpTrainer(Trainer):
             output = model(**inputs)
         if isinstance(output, tuple):
             output, _ = output
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             taught = self.teacher(**inputs)
         teaching = self.task.logits(taught, inputs)[0], self.teacher.madtp_handle.summaries
         loss, parts = self._joint(output, inputs, *teaching, aligned=self._aligned(inputs.get("image_index")))
@@ -123,7 +123,7 @@ class MadtpTrainer(Trainer):
     def guarded_loss(self) -> float:
         """The loss without alignment on the guarded batches, as the model is now; no gradient, eval mode."""
         if not self._guarded_teaching:
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 for batch in self.guarded:
                     logits = self.task.logits(self.teacher(**batch), batch)[0]
                     self._guarded_teaching.append((logits, self.teacher.madtp_handle.summaries))

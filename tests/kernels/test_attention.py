@@ -57,6 +57,25 @@ def test_gradients_in_float64(causal):
     assert torch.autograd.gradcheck(attend, tuple(qkv(sum(LENGTHS))))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_round_the_reference(dtype):
+    def attended():
+        torch.manual_seed(0)
+        q, k, v = qkv(sum(LENGTHS), dtype=dtype)
+        out, stats = mk.varlen_attention(
+            q, k, v, cu_seqlens_of(LENGTHS), max_seqlen_q=9, return_stats=True, backend="reference"
+        )
+        grads = torch.autograd.grad(out.float().sum() + stats.received.sum() + stats.summary.sum(), (q, k, v))
+        return out, *stats, *grads
+
+    expected = attended()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attended()
+    assert expected[1].dtype == torch.float32
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_cross_attention_in_float64():
     cu_q, cu_k = cu_seqlens_of([3, 0, 2]), cu_seqlens_of([4, 2, 7])
     q, *_ = qkv(5)
