@@ -45,7 +45,7 @@ from madtp.hwp import (
 from madtp.patching import from_pretrained, patch
 from madtp.progress import Progress
 from madtp.tasks.task import Task
-from madtp.timing import time_per_sample
+from madtp.timing import time_per_layer, time_per_sample
 from madtp.trainer import MadtpTrainer, last_checkpoint
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def compress(
         `Result`; its report compares dense and compressed, both measured here, the latter from the saved files:
         {"metric": `task.metric`, "dense": figures, "compressed": figures, "plan": what was aimed at and chosen,
         "training": what was logged, "config": `config.to_dict()`, "versions": by package}, where figures are those of
-        `measure` and ms_per_sample.
+        `measure`, ms_per_sample and ms_per_layer.
 
     Raises:
         ValueError: a target cannot be reached, output_dir cannot be written to, or the checkpoint is of another config.
@@ -212,8 +212,9 @@ def _compared(
     with bars.status("timing"):
         batch = pairs(task, data, TIMING_BATCH, _device(dense))[0]
         times = time_per_sample({"dense": dense, "compressed": compressed}, batch)
-    for name, milliseconds in times.items():
-        figures[name]["ms_per_sample"] = milliseconds
+        layers = time_per_layer(dense, compressed, batch)
+    for name, by_branch in zip(figures, layers, strict=True):
+        figures[name] |= {"ms_per_sample": times[name], "ms_per_layer": by_branch}
     return figures
 
 

@@ -49,6 +49,16 @@ def rows(report: dict) -> list[list[tuple[str, str, str, str]]]:
     return sections
 
 
+def layer_times(report: dict) -> list[tuple[str, str, str, str]]:
+    """Rows of the time of every block, as those of `rows`."""
+    dense, compressed = report["dense"]["ms_per_layer"], report["compressed"]["ms_per_layer"]
+    return [
+        (f"{branch} layer {number}", f"{before:.3g}", f"{after:.3g}", _change(before, after))
+        for branch, layers in compressed.items()
+        for number, (before, after) in enumerate(zip(dense[branch], layers, strict=True), 1)
+    ]
+
+
 def table(report: dict) -> Table:
     """The table for a rich console."""
     result = Table(*COLUMNS)
@@ -82,6 +92,8 @@ def markdown(report: dict, *, command: str, picture: str | None = None) -> str:
         "at half. Executed: half only where a sparse kernel ran. Tokens are those after each layer, merged ones "
         "included."
     )
+    times = [_line(("ms per sample", *COLUMNS[1:])), "|---|---:|---:|---:|", *map(_line, layer_times(report))]
+    text.append("## Time of each layer\n\n" + "\n".join(times))
     if picture:
         text.append(f"![Tokens kept at each depth]({picture})")
     text.append(

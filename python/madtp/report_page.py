@@ -28,7 +28,8 @@ def page(report: dict, *, command: str, picture: Path | None = None) -> str:
     return _template().render(
         columns=COLUMNS,
         sections=rows(report),
-        tokens=_tokens(report),
+        tokens=_layers(report, "tokens_per_layer", "tokens"),
+        times=_layers(report, "ms_per_layer", "ms per sample"),
         curves=_curves(report["training"]),
         picture=None if picture is None else base64.b64encode(picture.read_bytes()).decode(),
         plan=report["plan"],
@@ -44,16 +45,16 @@ def _template():
     return environment.get_template("report.html.j2")
 
 
-def _tokens(report: dict) -> Markup:
-    """Of every branch, dense and compressed, against the layer."""
-    branches = report["compressed"]["tokens_per_layer"]
+def _layers(report: dict, figure_name: str, label: str) -> Markup:
+    """A figure of every branch, dense and compressed, against the layer."""
+    branches = report["compressed"][figure_name]
     figure = Figure(figsize=(4.6 * max(len(branches), 1), 2.6), layout="constrained")
     panels = figure.subplots(1, max(len(branches), 1), squeeze=False)[0]
     for axes, (branch, after) in zip(panels, branches.items(), strict=False):
         layers = range(1, len(after) + 1)
-        axes.plot(layers, report["dense"]["tokens_per_layer"][branch], color="#b9bec9", marker="o", label="dense")
+        axes.plot(layers, report["dense"][figure_name][branch], color="#b9bec9", marker="o", label="dense")
         axes.plot(layers, after, color="#1f6feb", marker="o", label="compressed")
-        axes.set(title=branch, xlabel="layer", ylabel="tokens", ylim=(0, None), xticks=list(layers))
+        axes.set(title=branch, xlabel="layer", ylabel=label, ylim=(0, None), xticks=list(layers))
         axes.legend(frameon=False)
     return _svg(figure)
 

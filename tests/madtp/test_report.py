@@ -24,6 +24,7 @@ DENSE = {
     "bytes": 7_441_512,
     "ms_per_sample": 2.0,
     "tokens_per_layer": {"vision": [65.0, 65.0], "text": [9.0]},
+    "ms_per_layer": {"vision": [0.5, 0.5], "text": [0.2]},
 }
 COMPRESSED = DENSE | {
     "metrics": {"accuracy": 0.9801},
@@ -31,6 +32,7 @@ COMPRESSED = DENSE | {
     "nonzero_params": 927_184,
     "ms_per_sample": 1.5,
     "tokens_per_layer": {"vision": [52.0, 32.5], "text": [8.1]},
+    "ms_per_layer": {"vision": [0.45, 0.2], "text": [0.25]},
 }
 REPORT = {
     "dense": DENSE,
@@ -84,6 +86,7 @@ def test_files(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == REPORT
     text = (tmp_path / "report.md").read_text()
     assert "| GMACs, counted | 0.0814 | 0.0407 | -50.0 % |" in text
+    assert "| vision layer 2 | 0.5 | 0.2 | -60.0 % |" in text and "| text layer 1 | 0.2 | 0.25 | +25.0 % |" in text
     for part in ("`madtp demo --seed 3`", "seed: 3", "torch 2.13.0", "(tokens.png)", "50.00 % fewer", "in 2 linears"):
         assert part in text
     assert "![" not in report.markdown(REPORT, command="madtp demo")
@@ -112,11 +115,11 @@ def test_the_page_holds_all_it_shows(tmp_path):
         "Seed 3",
     ):
         assert part in text
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 3 and "Time of each layer" in text and "ms per sample" in text
     links = re.findall(r"(?:src|href)=\"([^\"]*)", text)
     assert links and all(link.startswith(("data:", "#")) for link in links), "nothing is fetched"
     short = report_page.page(REPORT | {"training": []}, command="madtp demo")
-    assert short.count("<svg") == 1 and "<img" not in short and "Training" not in short
+    assert short.count("<svg") == 2 and "<img" not in short and "Training" not in short
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome")

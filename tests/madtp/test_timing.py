@@ -1,0 +1,50 @@
+"""Times of layers, on a clock that only certain layers move."""
+
+import pytest
+import torch
+from conftest import tiny_batch, tiny_blip
+
+import madtp
+from madtp import hwp, timing
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.time = 0.0
+        monkeypatch.setattr(timing, "now", lambda device: self.time)
+
+    def taken_by(self, module, seconds):
+        def advance(*_):
+            self.time += seconds
+
+        module.register_forward_hook(advance)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_layer_gets_its_own_time(monkeypatch, packed):
+    clock, dense, patched = Clock(monkeypatch), tiny_blip(), tiny_blip()
+    handle, batch = madtp.patch(patched), tiny_batch()
+    handle.set_temperature(1.0)
+    if packed:
+        hwp.prune_one_shot(patched, "2:4", ["vision_model.encoder.layers.1.mlp.fc1"])
+        assert hwp.pack(patched)
+    for model, factor in ((dense, 2), (patched, 1)):
+        for number in (0, 1):
+            clock.taken_by(model.vision_model.encoder.layers[number].mlp.fc1, factor * (number + 1))
+            clock.taken_by(model.text_encoder.encoder.layer[number].attention.self.query, factor * 10)
+        clock.taken_by(model.text_decoder, 1000)
+    before, after = timing.time_per_layer(dense, patched, batch, rounds=3)
+    ms = 1e3 / len(batch["labels"])
+    assert before == {"vision": pytest.approx([2 * ms, 4 * ms]), "text": pytest.approx([20 * ms, 20 * ms])}
+    assert after == {"vision": pytest.approx([ms, 2 * ms]), "text": pytest.approx([10 * ms, 10 * ms])}
+    assert "begin" not in vars(handle.pruning["vision"]), "what was hooked is as it was"
+    block = dense.vision_model.encoder.layers[0]
+    assert not block._forward_hooks and not block._forward_pre_hooks
+    with torch.no_grad():
+        patched(**batch)
+
+
+def test_samples_share_the_time_of_a_forward(monkeypatch):
+    clock, model = Clock(monkeypatch), tiny_blip()
+    clock.taken_by(model, 5.0)
+    assert timing.time_per_sample({"a": model}, tiny_batch(), rounds=2) == {"a": pytest.approx(1000.0)}
