@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ import transformers
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import madtp_kernels
 from madtp.accounting import (
@@ -82,6 +82,7 @@ def compress(
     plan: Plan | None = None,
     teacher: nn.Module | None = None,
     training: Mapping | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -103,6 +104,8 @@ def compress(
             it is chosen here, and kept in output_dir/plan.yaml for `resume`.
         teacher: the dense model whose answers are distilled, of the class of `model`; None: `model`.
         training: `transformers.TrainingArguments` fields, over the defaults here.
+        callbacks: of the training, such as `transformers.EarlyStoppingCallback`, for which `training` sets
+            eval_strategy and metric_for_best_model; what is evaluated is the loss on all of calibration_data.
         resume: go on from the last checkpoint in output_dir, or start when there is none; otherwise the checkpoints
             there are removed.
         progress: shows training and evaluations; None leaves the training to the Trainer's own bar.
@@ -144,7 +147,9 @@ def compress(
         guarded=pairs(task, calibration_data, GUARD_SAMPLES, args.device),
         args=args,
         train_dataset=train_data,
+        eval_dataset=calibration_data,
         data_collator=task.collate,
+        callbacks=list(callbacks),
     )
     checkpoint = last_checkpoint(output_dir / "checkpoints") if resume else None
     if checkpoint is None:  # what an earlier run left would pass for this one's when it is interrupted

@@ -48,6 +48,9 @@ class MadtpTrainer(Trainer):
         guarded: batches as `probe`, on which `Guard` watches the loss; None takes `probe`.
         args, **kwargs: of `transformers.Trainer`.
 
+    With an `EarlyStoppingCallback`, or load_best_model_at_end, evaluations count from when all masks have their final
+    pattern; the best checkpoint brings its temperatures back.
+
     `train` raises `DivergedError` at the first loss that is not finite; weights that are not are never saved.
     """
 
@@ -116,8 +119,9 @@ class MadtpTrainer(Trainer):
         if not torch.isfinite(loss):
             wrong = [f"{name} is {part.item()}" for name, part in parts.items() if not torch.isfinite(part)]
             raise self._diverged(f"loss: {', '.join(wrong) or f'their sum is {loss.item()}'}")
-        for name, part in parts.items():
-            self._parts.setdefault(name, []).append(part)
+        if model.training:
+            for name, part in parts.items():
+                self._parts.setdefault(name, []).append(part)
         return (loss, output) if return_outputs else loss
 
     def guarded_loss(self) -> float:
@@ -266,13 +270,22 @@ class MadtpTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = json.loads((Path(resume_from_checkpoint) / CONTROLLER_FILE).read_text())
+        self._load_pruning(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_pruning(self.state.best_model_checkpoint)
+
+    def _determine_best_metric(self, metrics, trial):
+        """While masks are still to grow no evaluation is the best: less pruned is better, and not what is asked for."""
+        return self.pruner.current == self.pruner.pattern and super()._determine_best_metric(metrics, trial)
+
+    def _load_pruning(self, checkpoint: str) -> None:
+        saved = json.loads((Path(checkpoint) / CONTROLLER_FILE).read_text())
         ours = self.config.to_dict()
         changed = sorted(name for name in ours if saved["config"].get(name) != ours[name])
         if changed:
-            raise ValueError(
-                f"config must be that of the checkpoint {resume_from_checkpoint}, got another {', '.join(changed)}"
-            )
+            raise ValueError(f"config must be that of the checkpoint {checkpoint}, got another {', '.join(changed)}")
         self.controller.load_state_dict(saved["controller"])
         self.pruner.kept |= saved["masks_keep"]
         if self.guard is not None:

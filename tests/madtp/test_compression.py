@@ -193,7 +193,7 @@ def test_pairs_are_spread_over_the_data(data, monkeypatch):
     assert [len(batch["pixel_values"]) for batch in pairs(Shared(), data, 7)] == [4, 3]
 
 
-def make_trainer(tmp_path, data, steps, config=CONFIG, sparse_modules=(FC1,), **training):
+def make_trainer(tmp_path, data, steps, config=CONFIG, sparse_modules=(FC1,), eval_dataset=None, **training):
     from madtp.compression import _training_arguments
     from madtp.controller import branch_targets
 
@@ -214,6 +214,7 @@ def make_trainer(tmp_path, data, steps, config=CONFIG, sparse_modules=(FC1,), **
         sparse_modules=list(sparse_modules),
         args=args,
         train_dataset=data,
+        eval_dataset=eval_dataset,
         data_collator=Task.collate,
     )
 
@@ -248,7 +249,7 @@ def test_an_interrupted_training_resumes_where_it_would_have_been(tmp_path, data
 def test_the_loss_is_the_sum_of_its_parts(tmp_path, data):
     trainer = make_trainer(tmp_path, data, 2)
     batch = Task.collate([data[i] for i in range(6)])
-    loss = trainer.compute_loss(trainer.model, batch)
+    loss = trainer.compute_loss(trainer.model.train(), batch)
     parts = {name: values[-1] for name, values in trainer._parts.items()}
     weights = {"task": 1.0, "align": 0.1, "vision": 1.0, "text": 10.0, "kd": 1.0}
     assert set(parts) == set(weights)

@@ -52,7 +52,7 @@ def test_a_loss_that_is_not_a_number_is_a_jump():
 def test_the_guarded_loss_is_that_of_the_training_without_alignment(tmp_path, data):
     trainer = make_trainer(tmp_path, data, 2)
     batch = trainer.probe[0]
-    trainer.compute_loss(trainer.model, batch)
+    trainer.compute_loss(trainer.model.train(), batch)
     parts = {name: values[-1] for name, values in trainer._parts.items()}
     weights = {"task": 1.0, "vision": 1.0, "text": 10.0, "kd": 1.0}
     expected = sum(weight * parts[name] for name, weight in weights.items())
