@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -43,6 +44,8 @@ class Preset:
     calibration: int = 512  # training samples on which the temperatures settle
     allocation_samples: int = 64  # of these, on which budgets are chosen
     test: int | None = None  # the first samples of the test set; None: all
+    pairs: int = 0  # NLVR: training pairs
+    about: str = "kinds"  # NLVR: of `EmojiPairs`
 
 
 @dataclass(frozen=True)
@@ -91,18 +94,18 @@ def _retrieval(preset: Preset, folder: Path) -> Prepared:
 
 def _nlvr(preset: Preset, folder: Path) -> Prepared:
     tokenizer, size = build_tokenizer(), preset.image_size
-    task, steps = NlvrTask(tokenizer), max(preset.dense_steps, preset.steps)
-    train = EmojiPairs("train", tokenizer, size, pairs=steps * preset.dense_batch_size)
+    task, about = NlvrTask(tokenizer), preset.about
+    train = EmojiPairs("train", tokenizer, size, pairs=preset.pairs, about=about)
 
     def make() -> nn.Module:
         seen = EXPERIMENTS["captioning"]  # its vision encoder has seen what the statements are about
         captions = seen.prepare(seen.presets[folder.parent.name], folder.with_name("captioning")).model
         model = dense.nlvr_model(tokenizer, size, vision=captions)
-        _train(model, task, train, preset, folder)
+        _train(model, task, train, preset, folder, by=dense.train_after_vision)
         return model
 
     model = _kept(folder, BlipForNLVR, make)
-    test, shifted = _tests(EmojiPairs, tokenizer, preset)
+    test, shifted = _tests(partial(EmojiPairs, about=about), tokenizer, preset)
     return Prepared(model, task, train, _first(train, preset), test, shifted)
 
 
@@ -138,8 +141,8 @@ EXPERIMENTS = {
         "NLVR, emoji pairs (BlipForNLVR)",
         _nlvr,
         {
-            "cpu": Preset(120, 16, 5e-4, 1500, 32, 5e-4, calibration=256),
-            "gpu": Preset(3000, 128, 3e-4, 12000, 128, 5e-4),
+            "cpu": Preset(120, 16, 5e-4, 1500, 128, calibration=256, test=1000, pairs=6000, about="backgrounds"),
+            "gpu": Preset(3000, 128, 3e-4, 12000, 128, 5e-4, pairs=20000),
         },
     ),
     "captioning": Experiment(
@@ -155,14 +158,14 @@ def _kept(folder: Path, kind: type[nn.Module], make: Callable[[], nn.Module]) ->
     if not folder.is_dir():
         set_seed(0)
         model = make()
-        with whole_directory(folder) as partial:
-            model.save_pretrained(partial)
+        with whole_directory(folder) as directory:
+            model.save_pretrained(directory)
     return kind.from_pretrained(folder).eval()
 
 
-def _train(model: nn.Module, task: Task, data: Dataset, preset: Preset, folder: Path) -> None:
+def _train(model: nn.Module, task: Task, data: Dataset, preset: Preset, folder: Path, by=dense.train) -> None:
     if preset.dense_steps:
-        dense.train(
+        by(
             model,
             task,
             data,
@@ -173,7 +176,7 @@ def _train(model: nn.Module, task: Task, data: Dataset, preset: Preset, folder: 
         )
 
 
-def _tests(kind: type[Dataset], tokenizer, preset: Preset) -> tuple[Dataset, dict[str, Dataset]]:
+def _tests(kind: Callable[..., Dataset], tokenizer, preset: Preset) -> tuple[Dataset, dict[str, Dataset]]:
     """Concepts not seen in training, by vendors that were seen, and by one that was not."""
     test = kind("test", tokenizer, preset.image_size, limit=preset.test)
     return test, {"unseen vendor": kind("test", tokenizer, preset.image_size, vendors=SHIFTED, limit=preset.test)}
