@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,30 +24,42 @@ def sparse24_linear(
 ) -> Tensor:  # (T, N)
     """As the reference, but in bfloat16 and float16 torch rounds the product before the epilogue."""
     dense = sparse24_to_dense(values, indices) if dense is None else dense
-    arguments = x, dense, bias, activation, residual, scale
+    rows = _cast(x, dense.dtype)
+
+    def product(bias: Tensor | None) -> Tensor:
+        return F.linear(rows, dense, bias)
+
     if torch.is_autocast_enabled(x.device.type):  # which would round a float32 product
         with torch.autocast(x.device.type, enabled=False):
-            out = _product_and_epilogue(*arguments)
+            return with_epilogue(product, x, dense.dtype, bias, activation, residual, scale, total)
+    return with_epilogue(product, x, dense.dtype, bias, activation, residual, scale, total)
+
+
+def with_epilogue(
+    product: Callable[[Tensor | None], Tensor],
+    x: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    total: Tensor | None,
+) -> Tensor:
+    """The epilogue of the linear layer after product(bias) (T, N), a product in `dtype` that can add a bias in it."""
+    if bias is not None and bias.dtype is not dtype and dtype is not torch.float32:
+        out = product(None).float() + bias
     else:
-        out = _product_and_epilogue(*arguments)
+        out = product(None if bias is None else _cast(bias, dtype))
+    if activation != "none" or scale is not None or residual is not None:
+        # One operation of torch rounds once by itself; several go through float32.
+        steps = (activation != "none") + (activation == "quick_gelu") + (scale is not None) + (residual is not None)
+        if steps > 1 or any(vector is not None and vector.dtype is torch.float32 for vector in (bias, scale)):
+            out = _cast(out, torch.float32)
+        out = ACTIVATIONS[activation](out)
+        out = out if scale is None else out * scale
+        out = out if residual is None else residual + out
+    out = _cast(out, x.dtype)
     return out if total is None else torch.where(real_rows(x, total), out, 0)
-
-
-def _product_and_epilogue(x, dense, bias, activation, residual, scale):
-    if bias is not None and bias.dtype is not dense.dtype and dense.dtype is not torch.float32:
-        out = F.linear(_cast(x, dense.dtype), dense).float() + bias
-    else:
-        out = F.linear(_cast(x, dense.dtype), dense, None if bias is None else _cast(bias, dense.dtype))
-    if activation == "none" and scale is None and residual is None:
-        return _cast(out, x.dtype)
-    # One operation of torch rounds once by itself; several go through float32.
-    steps = (activation != "none") + (activation == "quick_gelu") + (scale is not None) + (residual is not None)
-    if steps > 1 or any(vector is not None and vector.dtype is torch.float32 for vector in (bias, scale)):
-        out = _cast(out, torch.float32)
-    out = ACTIVATIONS[activation](out)
-    out = out if scale is None else out * scale
-    out = out if residual is None else residual + out
-    return _cast(out, x.dtype)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """Which backend runs an op, and why.
 
 Every op has a `reference`; `cpu` (C++), `triton` and `cuda` (C++) are faster where they can run. `auto` takes the first
-that can, in the order below, or what an op has measured to be faster; a 2:4 weight can also run `dense`, in torch.
+that can, in the order below, or what an op has measured to be faster; a 2:4 weight can also run `dense`, in torch, or
+`cusparselt`, NVIDIA's library for 2:4 as torch calls it.
 `MADTP_BACKEND` sets the default of the process, `backend=` that of one call.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-BACKENDS = ("reference", "dense", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "dense", "cpu", "triton", "cuda", "cusparselt")
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "dense", "reference")}
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -184,9 +185,7 @@ def _triton_obstacle(device: torch.device) -> str | None:
         return _missing_triton() if interpreted else "the tensors are on cpu and TRITON_INTERPRET is not 1"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"needs compute capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
-    return _missing_triton()
+    return (_too_old(device) if torch.version.hip is None else None) or _missing_triton()
 
 
 def cuda_obstacle(device: torch.device) -> str | None:
@@ -197,10 +196,20 @@ def cuda_obstacle(device: torch.device) -> str | None:
         return why
     if not hasattr(extension(), "cuda"):
         return "madtp_kernels._C was built without CUDA"
+    return _too_old(device) or arch_obstacle(tuple(_build_archs()), torch.cuda.get_device_capability(device))
+
+
+def _cusparselt_obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if not torch.backends.cusparselt.is_available():
+        return f"torch {torch.__version__} was built without cuSPARSELt"
+    return _too_old(device)
+
+
+def _too_old(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"needs compute capability 8.0 or newer, got {capability}"
-    return arch_obstacle(tuple(_build_archs()), capability)
+    return None if capability >= (8, 0) else f"needs compute capability 8.0 or newer, got {capability}"
 
 
 def arch_obstacle(archs: tuple[str, ...], capability: tuple[int, int]) -> str | None:
@@ -226,6 +235,7 @@ _BACKEND_OBSTACLES = {
     "cpu": _cpu_obstacle,
     "triton": _triton_obstacle,
     "cuda": cuda_obstacle,
+    "cusparselt": _cusparselt_obstacle,
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from madtp_kernels import dense, dispatch, native, tuning
+from madtp_kernels import cusparselt, dense, dispatch, native, tuning
 from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.ops.sparse24_calls import kind_of
 from madtp_kernels.reference import sparse24 as reference
@@ -39,14 +39,16 @@ def sparse24_linear(
         scale: (N,) float32 or the dtype of x.
         total: int32, one element: rows from it on are zeros. None: there are none.
         backend: auto, reference, cpu, cuda (Sparse Tensor Cores of sm_80 and newer; x and weight are both bfloat16 or
-            both float16) or dense: torch's product on the dense weight, which is then kept as well. On a CPU auto
-            measures, at the first use of a shape, whether cpu or dense is faster (`madtp_kernels.tuning`); under
-            torch.compile it is cpu. On a GPU it is cuda where that runs, else dense.
+            both float16), cusparselt (as cuda, but NVIDIA's library through torch) or dense: torch's product on the
+            dense weight, which is then kept as well. On a CPU auto measures, at the first use of a shape, whether cpu
+            or dense is faster (`madtp_kernels.tuning`); under torch.compile it is cpu. On a GPU it is cuda where that
+            runs, else dense.
 
     Returns:
-        (T, N) dtype of x, accumulated in float32; cast once, on dense twice. On cpu and, before compute capability 9.0,
-        on cuda a row has the same bits whatever the other rows are and however many; on cuda of 9.0 and on dense the
-        last bits may follow their number, and so they may on auto, which chooses by it: backend="cpu" pins them.
+        (T, N) dtype of x, accumulated in float32; cast once, on dense and cusparselt twice. On cpu and, before compute
+        capability 9.0, on cuda a row has the same bits whatever the other rows are and however many; on cuda of 9.0,
+        dense and cusparselt the last bits may follow their number, and so they may on auto, which chooses by it:
+        backend="cpu" pins them.
         Differentiable in x, bias, residual and scale; the weight gets no gradient.
 
     Raises:
@@ -87,7 +89,7 @@ def _dtype(x: Tensor, weight: Sparse24Weight | Tensor, *_, **__) -> torch.dtype:
 
 
 def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    if backend == "cuda" and dtype == torch.float32:
+    if backend in ("cuda", "cusparselt") and dtype == torch.float32:
         return "Sparse Tensor Cores take bfloat16 and float16, the same in x and weight, and one is float32"
     return None
 
@@ -131,12 +133,14 @@ torch.library.define(
 
 register_layout("cpu", lambda weight: sparse24_pack(weight.values, weight.indices))
 register_layout("cuda", lambda weight: sparse24_pack(weight.values, weight.indices))
+register_layout("cusparselt", lambda weight: cusparselt.pack(weight.values.detach(), weight.indices))
 register_layout("dense", lambda weight: weight.to_dense().detach())
 dispatch.register(
     "sparse24_linear",
     reference=reference.sparse24_linear,
     cpu=native.sparse24_linear,
     cuda=native.sparse24_linear_cuda,
+    cusparselt=cusparselt.sparse24_linear,
     dense=dense.sparse24_linear,
     limits=_limits,
     dtype=_dtype,
@@ -207,6 +211,10 @@ def _linear(x, values, indices, layout, bias, activation, residual, scale, total
         shape = values.shape[0], x.shape[1]
         ok = layout.dtype == values.dtype and tuple(layout.shape) == shape
         require(ok, "layout", f"the dense weight, {values.dtype} of shape {shape}", layout)
+    if run is cusparselt.sparse24_linear and layout is not None:
+        numel = cusparselt.layout_numel(values.shape[0], x.shape[1])
+        ok = layout.dtype == values.dtype and layout.numel() == numel and layout.is_contiguous()
+        require(ok, "layout", f"contiguous {values.dtype} of {numel} elements, from cuSPARSELt", layout)
     return run(x, values, indices, layout, bias, activation, residual, scale, total)
 
 
