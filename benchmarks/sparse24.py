@@ -1,4 +1,4 @@
-"""2:4 linear layers with their epilogue: ours, and the dense product with the epilogue in torch."""
+"""2:4 linear layers with their epilogue: ours, the dense product with its epilogue in torch, and NVIDIA's libraries."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import madtp_kernels as mk
-from benchmarks.registry import Entry, require
-from madtp_kernels import Sparse24Weight, sparse24_compress
+from benchmarks.registry import Entry, Unavailable, require
+from madtp_kernels import Sparse24Weight, cusparselt, sparse24_compress
 
 
 class LinearInputs(NamedTuple):
@@ -68,6 +68,32 @@ def torch_linear(i: LinearInputs):
     return run
 
 
+def cublaslt_fused(i: LinearInputs):
+    """The dense product with what cuBLASLt can fuse: the bias, tanh GELU or a residual, which is then beta C."""
+    if i.x.device.type != "cuda":
+        raise Unavailable("cuBLASLt needs a CUDA device")
+    dense_t = i.dense.t()
+    if i.activation == "gelu":  # which is the tanh form in cuBLASLt
+        if i.x.dtype == torch.float32:
+            raise Unavailable("cuBLASLt fuses the tanh form of GELU, which float32 tells from GELU")
+        return lambda: torch._addmm_activation(i.bias, i.x, dense_t, use_gelu=True)
+    if i.residual is None:
+        return lambda: torch.addmm(i.bias, i.x, dense_t)
+    shifted = i.residual + i.bias  # a residual takes the place of the bias: ahead of time, in favour of this peer
+    return lambda: torch.addmm(shifted, i.x, dense_t)
+
+
+def cusparselt_tuned(i: LinearInputs):
+    """The library's fastest algorithm for this problem, by its own search."""
+    options = {"activation": i.activation, "residual": i.residual, "backend": "cusparselt"}
+    require("sparse24_linear", i.x, i.weight, i.bias, **options)
+    layout = i.weight.layout("cusparselt")
+    algorithm = cusparselt.search(i.x, layout, i.bias)
+    weight = i.weight.values, i.weight.indices, layout
+    epilogue = i.bias, i.activation or "none", i.residual, None, None
+    return lambda: cusparselt.sparse24_linear(i.x, *weight, *epilogue, algorithm)
+
+
 def ours(backend: str):
     def prepare(i: LinearInputs):
         options = {"activation": i.activation, "residual": i.residual, "backend": backend}
@@ -111,8 +137,11 @@ ENTRIES = (
         inputs=linear_inputs,
         providers={
             "torch dense": torch_linear,
+            "cuBLASLt dense, fused": cublaslt_fused,
+            "cuSPARSELt, tuned": cusparselt_tuned,
             "madtp auto": ours("auto"),
             "madtp cpu": ours("cpu"),
+            "madtp cuda": ours("cuda"),
             "madtp reference": ours("reference"),
         },
         baseline="torch dense",
