@@ -48,6 +48,7 @@ class Sparse24Weight:
         self.values, self.indices = values, indices
         self.calls: dict[tuple, Any] = {}  # what an op keeps of the kinds of calls it has checked
         self._packed: dict[str, tuple[tuple[int, int] | None, Any]] = {}  # backend -> (versions, layout)
+        self._transposed: tuple[tuple[int, int] | None, Sparse24Weight] | None = None  # versions, W^T
 
     @property
     def shape(self) -> torch.Size:
@@ -83,7 +84,34 @@ class Sparse24Weight:
             return self
         if values.dtype != self.dtype:
             values = values.masked_fill(values == 0, 0)  # an underflow can leave -0.0
-        return Sparse24Weight(values, self.indices.to(values.device))
+        moved = Sparse24Weight(values, self.indices.to(values.device))
+        if self._transposed is not None:
+            moved.__setstate__(self.transposed.to(*args, **kwargs))
+        return moved
+
+    def keep_transposed(self) -> Sparse24Weight:
+        """Keeps W^T in its 2:4 form too, through which `sparse24_linear` computes the gradient of its x; returns self.
+
+        The weight has to be 2:4 along both dimensions, as `transposable_mask` makes one. It takes as much memory
+        again, and its layout with the first gradient. Copies, in memory or pickled, and what `to` returns keep theirs;
+        files of `save_sparse24` do not. After values or indices were written to, W^T is made anew.
+
+        Raises:
+            ValueError: N is not a multiple of 16, or a column has more than 2 non-zeros in 4 aligned rows: names the
+                first. Host reads.
+        """
+        self.__setstate__(_transpose(self))
+        return self
+
+    @property
+    def transposed(self) -> Sparse24Weight | None:
+        """W^T (C, N), where `keep_transposed` was called."""
+        if self._transposed is None:
+            return None
+        state = self._versions()
+        if state is not None and self._transposed[0] != state:
+            self._transposed = state, _transpose(self)
+        return self._transposed[1]
 
     def layout(self, backend: str) -> Any:
         """The weight as the kernels of `backend` read it, kept until values or indices are written to.
@@ -93,7 +121,7 @@ class Sparse24Weight:
         Raises:
             ValueError: no layout is registered for `backend`.
         """
-        state = None if torch.compiler.is_compiling() else (_version(self.values), _version(self.indices))
+        state = self._versions()
         packed = self._packed.get(backend)
         if packed is None or (state is not None and packed[0] != state):
             rule = f"one with a 2:4 layout ({', '.join(_layouts) or 'none'})"
@@ -115,8 +143,14 @@ class Sparse24Weight:
             got = f"{nibble & 3}, {nibble >> 2} at row {row}, group {group}"
             require(False, name, "two ascending columns for every group", got)
 
+    def _versions(self) -> tuple[int, int] | None:
+        return None if torch.compiler.is_compiling() else (_version(self.values), _version(self.indices))
+
     def __reduce__(self):
-        return Sparse24Weight, (self.values, self.indices)  # a copy packs its own layouts
+        return Sparse24Weight, (self.values, self.indices), self.transposed  # a copy packs its own layouts
+
+    def __setstate__(self, transposed: Sparse24Weight) -> None:
+        self._transposed = self._versions(), transposed
 
     def __repr__(self) -> str:
         return f"Sparse24Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -162,6 +196,19 @@ def pack_positions(kept: Tensor) -> Tensor:
     places = torch.arange(4, device=kept.device, dtype=torch.uint8).repeat(columns // 4).expand(rows, columns)
     first, second, third, fourth = places[kept].view(rows, columns // 8, 4).unbind(-1)
     return first | second << 2 | third << 4 | fourth << 6
+
+
+def _transpose(weight: Sparse24Weight) -> Sparse24Weight:
+    require(weight.shape[0] % 16 == 0, "weight", "(N, C) with N a multiple of 16 to be kept transposed", weight.values)
+    with torch.inference_mode(False):  # or W^T could not be saved for a backward
+        dense = weight.to_dense().detach()
+        count = (dense != 0).unflatten(0, (-1, 4)).sum(1)  # (N/4, C)
+        if (count > 2).any():
+            group, column = (count > 2).nonzero()[0].tolist()
+            rule = "2:4 along its columns too, at most 2 non-zeros in every aligned 4 rows (see transposable_mask)"
+            got = f"{int(count[group, column])} at column {column}, rows {4 * group} to {4 * group + 3}"
+            require(False, "weight", rule, got)
+        return sparse24_compress(dense.t())
 
 
 def _version(tensor: Tensor) -> int:

@@ -49,7 +49,10 @@ def sparse24_linear(
         capability 9.0, on cuda a row has the same bits whatever the other rows are and however many; on cuda of 9.0,
         dense and cusparselt the last bits may follow their number, and so they may on auto, which chooses by it:
         backend="cpu" pins them.
-        Differentiable in x, bias, residual and scale; the weight gets no gradient.
+        Differentiable in x, bias, residual and scale; the weight gets no gradient. That of x goes through the dense
+        weight, or through W^T in its 2:4 form on the backend of the call (but dense) where the weight has one:
+        `Sparse24Weight.keep_transposed`. There what the activation was given and its gradient are rounded to the dtype
+        of x.
 
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
@@ -70,12 +73,30 @@ def sparse24_linear(
         runs = tuning.fastest(tuning.problem(x, weight, activation, residual, scale))
     layout = None if runs == "reference" else weight.layout(runs)
     y = torch.ops.madtp.sparse24_linear(
-        x, weight.values, weight.indices, layout, bias, activation or "none", residual, scale, total, runs
+        x,
+        weight.values,
+        weight.indices,
+        layout,
+        bias,
+        activation or "none",
+        residual,
+        scale,
+        total,
+        runs,
+        *_transposed(weight, runs),
     )
     if kind is not None and layout is not None:
         run = dispatch.implementation("sparse24_linear", runs, x.dtype, x.device)
         weight.calls[kind] = runs, run, activation or "none"
     return y
+
+
+def _transposed(weight: Sparse24Weight, backend: str) -> tuple[Tensor | None, ...]:
+    """values, indices and layout of W^T, where a gradient may go through them."""
+    if backend == "dense" or not torch.is_grad_enabled() or (transposed := weight.transposed) is None:
+        return ()
+    layout = None if backend == "reference" else transposed.layout(backend)
+    return transposed.values, transposed.indices, layout
 
 
 @torch.compiler.assume_constant_result
@@ -123,7 +144,8 @@ def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
 
 _ARGUMENTS = (
     "Tensor x, Tensor values, Tensor indices, Tensor? layout, Tensor? bias, str activation, Tensor? residual, "
-    "Tensor? scale, Tensor? total, str backend"
+    "Tensor? scale, Tensor? total, str backend, "
+    "Tensor? values_t=None, Tensor? indices_t=None, Tensor? layout_t=None"  # of W^T, for the backward
 )
 torch.library.define("madtp::sparse24_pack", "(Tensor values, Tensor indices) -> Tensor")
 torch.library.define("madtp::sparse24_linear", f"({_ARGUMENTS}) -> Tensor")
@@ -198,8 +220,7 @@ def _pack(values: Tensor, indices: Tensor) -> Tensor:
 torch.library.impl("madtp::sparse24_pack", "CompositeExplicitAutograd", _pack)
 
 
-@torch.library.impl("madtp::sparse24_linear", "CompositeExplicitAutograd")
-def _linear(x, values, indices, layout, bias, activation, residual, scale, total, backend):
+def _linear(x, values, indices, layout, bias, activation, residual, scale, total, backend, *transposed):
     _check(x, values, indices, layout, bias, activation, residual, scale, total)
     run = dispatch.implementation("sparse24_linear", backend, _dtype(x, values), x.device)
     if run in (native.sparse24_linear, native.sparse24_linear_cuda):
@@ -218,13 +239,43 @@ def _linear(x, values, indices, layout, bias, activation, residual, scale, total
     return run(x, values, indices, layout, bias, activation, residual, scale, total)
 
 
+torch.library.impl("madtp::sparse24_linear", "CompositeExplicitAutograd", _linear)
+
+
 @torch.library.impl("madtp::sparse24_linear_backward", "CompositeExplicitAutograd")
-def _linear_backward(grad, x, values, indices, layout, bias, activation, residual, scale, total, backend):
+def _linear_backward(
+    grad,
+    x,
+    values,
+    indices,
+    layout,
+    bias,
+    activation,
+    residual,
+    scale,
+    total,
+    backend,
+    values_t=None,
+    indices_t=None,
+    layout_t=None,
+):
     _check(x, values, indices, layout, bias, activation, residual, scale, total)
-    # Weights that train stay dense and masked: this gradient passes through, and no backend has its own.
-    return reference.sparse24_linear_backward(
-        grad, x, values, indices, layout, bias, activation, residual, scale, total
-    )
+    # Weights that train stay dense and masked: their gradient is not here.
+    if values_t is None or indices_t is None:
+        return reference.sparse24_linear_backward(
+            grad, x, values, indices, layout, bias, activation, residual, scale, total
+        )
+    expected = 2 * values.shape[1], values.shape[0] // 2
+    ok = tuple(values_t.shape) == expected and values_t.dtype == values.dtype
+    require(ok, "values_t", f"{values.dtype} of shape {expected}, (C, N/2), of W^T", values_t)
+    before = None
+    if reference.needs_product(activation, scale):
+        before = _linear(x, values, indices, layout, bias, "none", None, None, total, backend)
+        before = before.to(torch.promote_types(x.dtype, torch.float32))
+    grad = torch.where(reference.real_rows(x, total), grad, 0)
+    grad_before, *grads = reference.epilogue_backward(grad, before, bias, activation, residual, scale)
+    grad_x = _linear(grad_before.to(x.dtype), values_t, indices_t, layout_t, None, "none", None, None, total, backend)
+    return grad_x, *grads
 
 
 @torch.library.register_fake("madtp::sparse24_pack")
@@ -234,36 +285,35 @@ def _(values, indices):
 
 
 @torch.library.register_fake("madtp::sparse24_linear")
-def _(x, values, indices, layout, bias, activation, residual, scale, total, backend):
+def _(x, values, *_, **__):
     return x.new_empty(x.shape[0], values.shape[0])
 
 
 @torch.library.register_fake("madtp::sparse24_linear_backward")
-def _(grad, x, values, indices, layout, bias, activation, residual, scale, total, backend):
+def _(grad, x, values, indices, layout, bias, activation, residual, scale, *_, **__):
     return x.new_empty(x.shape), *(
         x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, residual, scale)
     )
 
 
 def _setup_context(ctx, inputs, output):
-    x, values, indices, layout, bias, ctx.activation, residual, scale, total, ctx.backend = inputs
-    ctx.save_for_backward(x, values, indices, layout, bias, residual, scale, total)
+    x, values, indices, layout, bias, ctx.activation, residual, scale, total, ctx.backend, *transposed = inputs
+    ctx.save_for_backward(x, values, indices, layout, bias, residual, scale, total, *transposed)
 
 
 def _backward(ctx, grad):
-    x, values, indices, layout, bias, residual, scale, total = ctx.saved_tensors
-    grad_x, *grads = torch.ops.madtp.sparse24_linear_backward(
-        grad, x, values, indices, layout, bias, ctx.activation, residual, scale, total, ctx.backend
-    )
+    x, values, indices, layout, bias, residual, scale, total, *transposed = ctx.saved_tensors
+    arguments = x, values, indices, layout, bias, ctx.activation, residual, scale, total, ctx.backend, *transposed
+    grad_x, *grads = torch.ops.madtp.sparse24_linear_backward(grad, *arguments)
     given = zip(grads, (bias, residual, scale), strict=True)
     grad_bias, grad_residual, grad_scale = (None if tensor is None else grad for grad, tensor in given)
-    return grad_x, None, None, None, grad_bias, None, grad_residual, grad_scale, None, None
+    return grad_x, None, None, None, grad_bias, None, grad_residual, grad_scale, *(None,) * 5
 
 
 torch.library.register_autograd("madtp::sparse24_linear", _backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.madtp.sparse24_linear, get_raw=True)
-def _flops(x, values, *rest, out_val=None, **__) -> int:
+def _flops(x, values, indices, layout, bias, activation, residual, scale, total, backend, *_, **__) -> int:
     """What is executed: 2 FLOP per kept weight and row, half of the dense product; all of it on dense."""
-    return 2 * x.shape[0] * values.numel() * (2 if rest[-1] == "dense" else 1)
+    return 2 * x.shape[0] * values.numel() * (2 if backend == "dense" else 1)

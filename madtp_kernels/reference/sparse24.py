@@ -85,17 +85,34 @@ def sparse24_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `sparse24_linear` to x, bias, residual and scale, exactly; empty for what is None."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    real = real_rows(x, total)
-    grad = torch.where(real, grad, 0)
-    dense = sparse24_to_dense(values, indices).to(wide)
-    # Rows past the total may hold anything, and take no part.
-    before = F.linear(torch.where(real, x, 0).to(wide), dense, None if bias is None else bias.to(wide))  # (T, N)
+    real, dense, before = real_rows(x, total), sparse24_to_dense(values, indices).to(wide), None
+    if needs_product(activation, scale):
+        # Rows past the total may hold anything, and take no part.
+        before = F.linear(torch.where(real, x, 0).to(wide), dense, None if bias is None else bias.to(wide))  # (T, N)
+    grad_before, *grads = epilogue_backward(torch.where(real, grad, 0), before, bias, activation, residual, scale)
+    return (grad_before @ dense).to(x.dtype), *grads
+
+
+def needs_product(activation: str, scale: Tensor | None) -> bool:
+    """Whether the gradients depend on what the epilogue was given."""
+    return activation != "none" or scale is not None
+
+
+def epilogue_backward(
+    grad: Tensor,  # (T, N), zeros where there is no row
+    before: Tensor | None,  # (T, N) float32 or wider: x W^T + bias, where `needs_product`
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients to `before`, in float32 or wider, and to bias, residual and scale; empty for what is None."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
     grad_out = grad.to(wide)
-    grad_scale = x.new_empty(0)
+    grad_scale = grad.new_empty(0)
     if scale is not None:
         grad_scale = (grad_out * ACTIVATIONS[activation](before)).sum(0).to(scale.dtype)
         grad_out = grad_out * scale.to(wide)
     grad_before = _BACKWARDS[activation](grad_out, before)
-    grad_bias = x.new_empty(0) if bias is None else grad_before.sum(0).to(bias.dtype)
-    grad_residual = x.new_empty(0) if residual is None else grad
-    return (grad_before @ dense).to(x.dtype), grad_bias, grad_residual, grad_scale
+    grad_bias = grad.new_empty(0) if bias is None else grad_before.sum(0).to(bias.dtype)
+    return grad_before, grad_bias, grad.new_empty(0) if residual is None else grad, grad_scale
