@@ -117,9 +117,13 @@ def compress(
         `measure`, ms_per_sample and ms_per_layer.
 
     Raises:
-        ValueError: a target cannot be reached, output_dir cannot be written to, or the checkpoint is of another config.
+        ValueError: a target cannot be reached, output_dir cannot be written to, data are empty, or the checkpoint is of
+            another config.
         TypeError: the model's class is not supported.
     """
+    for name, data in (("train_data", train_data), ("eval_data", eval_data)):
+        if data is not None and not len(data):
+            raise ValueError(f"{name} must hold samples, got none")
     output_dir = require_writable("output_dir", output_dir)
     args = _training_arguments(output_dir, config, training)
     bars = progress or Progress(Console(quiet=True))
@@ -326,6 +330,8 @@ def measure(
         path: the directory the model was loaded from; None saves it to a temporary one to weigh it.
         progress: wraps the batches of the evaluation, for a bar.
     """
+    if not len(data):
+        raise ValueError("data must hold samples, got none")
     watch = _TokenCount(model)
     metrics = task.evaluate(model, data, progress=lambda batches: watch(progress(batches)))
     counted = model

@@ -270,3 +270,13 @@ def test_accumulated_steps_average_their_losses(tmp_path, data):
     epochs = {"max_steps": -1, "num_train_epochs": 3}
     assert make_trainer(tmp_path, data, 1, **halves | epochs)._total_steps() == 18
     assert make_trainer(tmp_path, data, 1, **halves | epochs | {"gradient_accumulation_steps": 5})._total_steps() == 9
+
+
+@pytest.mark.parametrize("name", ["train_data", "eval_data"])
+def test_empty_data_are_refused_before_anything_is_written(tmp_path, name):
+    data = {"train_data": Questions(8), "eval_data": Questions(8)} | {name: Questions(0)}
+    with pytest.raises(ValueError, match=f"{name} must hold samples, got none"):
+        madtp.compress(tiny_blip(), Task(), config=CONFIG, output_dir=tmp_path / "out", **data)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="data must hold samples, got none"):
+        compression.measure(tiny_blip(), Task(), Questions(0))
