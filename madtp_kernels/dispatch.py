@@ -106,7 +106,7 @@ def backend_name(
     """`choose(...).backend`, found without the reasons: it runs at every call."""
     requested = _request(backend)[0]
     for name in AUTO_ORDER.get(device.type, ("reference",)) if requested == "auto" else (requested,):
-        if name in BACKENDS and _obstacle(op, name, dtype, device, shape) is None:
+        if name in BACKENDS and obstacle(op, name, dtype, device, shape) is None:
             return name
     return choose(op, backend, dtype, device, shape).backend
 
@@ -122,7 +122,7 @@ def choose(
     if requested not in (*BACKENDS, "auto"):
         raise ValueError(f"{origin} must be one of auto, {', '.join(BACKENDS)}, got {requested!r}")
     order = AUTO_ORDER.get(device.type, ("reference",))
-    obstacles = {name: why for name in BACKENDS if (why := _obstacle(op, name, dtype, device, shape))}
+    obstacles = {name: why for name in BACKENDS if (why := obstacle(op, name, dtype, device, shape))}
     best = next(name for name in order if name not in obstacles)
     if requested == "auto":
         rejected = {name: obstacles.get(name, f"{best} comes first on {device.type}") for name in BACKENDS}
@@ -162,7 +162,9 @@ def _request(backend: str | None) -> tuple[str, str]:
     return os.environ.get("MADTP_BACKEND", "auto").strip().lower() or "auto", "MADTP_BACKEND"
 
 
-def _obstacle(op: str, backend: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> str | None:
+def obstacle(
+    op: str, backend: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
+) -> str | None:
     """Why `backend` cannot run this call, or None when it can."""
     if backend not in _implementations[op]:
         return f"{op} has no {backend} implementation"

@@ -68,11 +68,21 @@ class Timing(NamedTuple):
 def problem(
     x: Tensor, weight: Sparse24Weight, activation: str | None, residual: Tensor | None, scale: Tensor | None
 ) -> Problem:
-    rows = min(1 << (x.shape[0] ** 2).bit_length() // 2, MOST_ROWS)
-    epilogue = f"{activation or 'none'}{'' if scale is None else '+scale'}{'' if residual is None else '+residual'}"
+    rows = min(power_of_two(x.shape[0]), MOST_ROWS)
     features, half = weight.values.shape
     names = _NAMES[x.dtype], _NAMES[weight.dtype]
-    return Problem(rows, features, 2 * half, *names, epilogue, torch.get_num_threads())
+    return Problem(
+        rows, features, 2 * half, *names, epilogue_name(activation, residual, scale), torch.get_num_threads()
+    )
+
+
+def power_of_two(rows: int) -> int:
+    """The nearest."""
+    return 1 << (rows**2).bit_length() // 2
+
+
+def epilogue_name(activation: str | None, residual: Tensor | None, scale: Tensor | None) -> str:
+    return f"{activation or 'none'}{'' if scale is None else '+scale'}{'' if residual is None else '+residual'}"
 
 
 def fastest(case: Problem) -> str:
@@ -113,18 +123,8 @@ def known(case: Problem) -> Timing | None:
 
 @torch.no_grad()
 def measure(case: Problem) -> Timing:
-    """Both in turns on random data, with a generator of its own."""
-    generator = torch.Generator().manual_seed(0)
-    dtype, weight_dtype = getattr(torch, case.dtype), getattr(torch, case.weight_dtype)
-    random = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
-    x, values = random(case.rows, case.channels).to(dtype), random(case.features, case.channels // 2).to(weight_dtype)
-    draws = torch.randint(6, (2, case.features, case.channels // 8), generator=generator, device="cpu")
-    low, high = torch.tensor(ASCENDING, dtype=torch.uint8, device="cpu")[draws]
-    indices = low | high << 4
-    activation, *rest = case.epilogue.split("+")
-    vector = random(case.features).to(dtype)  # bias, and scale
-    residual = random(case.rows, case.features).to(dtype) if "residual" in rest else None
-    epilogue = vector, activation, residual, vector if "scale" in rest else None, None
+    """Both in turns on random data."""
+    x, values, indices, *epilogue = random_call(*case[:-1])
     functions = (
         functools.partial(native.sparse24_linear, x, values, indices, native.sparse24_pack(values, indices), *epilogue),
         functools.partial(dense.sparse24_linear, x, values, indices, sparse24_to_dense(values, indices), *epilogue),
@@ -140,6 +140,20 @@ def measure(case: Problem) -> Timing:
             break
     ours, others = (1e6 * statistics.median(times) for times in zip(*pairs, strict=True))
     return Timing(ours, others, time.strftime("%Y-%m-%d"))
+
+
+def random_call(rows: int, features: int, channels: int, dtype: str, weight_dtype: str, epilogue: str) -> tuple:
+    """x, values, indices, bias, activation, residual, scale and total (None), drawn by a generator of its own."""
+    generator = torch.Generator().manual_seed(0)
+    x_dtype, values_dtype = getattr(torch, dtype), getattr(torch, weight_dtype)
+    random = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+    x, values = random(rows, channels).to(x_dtype), random(features, channels // 2).to(values_dtype)
+    draws = torch.randint(6, (2, features, channels // 8), generator=generator, device="cpu")
+    low, high = torch.tensor(ASCENDING, dtype=torch.uint8, device="cpu")[draws]
+    activation, *rest = epilogue.split("+")
+    vector = random(features).to(x_dtype)  # bias, and scale
+    residual = random(rows, features).to(x_dtype) if "residual" in rest else None
+    return x, values, low | high << 4, vector, activation, residual, vector if "scale" in rest else None, None
 
 
 def _seconds(function) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from madtp_kernels import cusparselt, dense, dispatch, native, tuning
+from madtp_kernels import cusparselt, dense, dispatch, native, tuning, tuning_cuda
 from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.ops.sparse24_calls import kind_of
 from madtp_kernels.reference import sparse24 as reference
@@ -42,7 +42,7 @@ def sparse24_linear(
             both float16), cusparselt (as cuda, but NVIDIA's library through torch) or dense: torch's product on the
             dense weight, which is then kept as well. On a CPU auto measures, at the first use of a shape, whether cpu
             or dense is faster (`madtp_kernels.tuning`); under torch.compile it is cpu. On a GPU it is cuda where that
-            runs, else dense.
+            runs, or what a table of this GPU says is faster (`madtp_kernels.tuning_cuda`), else dense.
 
     Returns:
         (T, N) dtype of x, accumulated in float32; cast once, on dense and cusparselt twice. On cpu and, before compute
@@ -69,8 +69,12 @@ def sparse24_linear(
         require(isinstance(total, Tensor) and total.numel() == 1, "total", "a tensor of one int32", total)
     check_device(x.device, weight=weight.values, bias=bias, residual=residual, scale=scale, total=total)
     runs = _backend(backend, _dtype(x, weight), x.device)
-    if runs == "cpu" and not torch.compiler.is_compiling() and dispatch.is_auto(backend):
-        runs = tuning.fastest(tuning.problem(x, weight, activation, residual, scale))
+    if runs in ("cpu", "cuda") and not torch.compiler.is_compiling() and dispatch.is_auto(backend):
+        epilogue = activation, residual, scale
+        if runs == "cpu":
+            runs = tuning.fastest(tuning.problem(x, weight, *epilogue))
+        else:
+            runs = tuning_cuda.fastest(tuning_cuda.problem(x, weight.values, *epilogue), x.device)
     layout = None if runs == "reference" else weight.layout(runs)
     y = torch.ops.madtp.sparse24_linear(
         x,
@@ -117,6 +121,8 @@ def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | N
 
 def _tuned(choice, x, weight, bias=None, *, activation=None, residual=None, scale=None, **__) -> dispatch.Choice:
     """For `explain`: the choice with what was measured of the call."""
+    if choice.backend == "cuda":
+        return tuning_cuda.explain(choice, tuning_cuda.problem(x, weight.values, activation, residual, scale), x.device)
     if choice.backend != "cpu":
         return choice
     return tuning.explain(choice, tuning.problem(x, weight, activation, residual, scale))
@@ -161,8 +167,8 @@ dispatch.register(
     "sparse24_linear",
     reference=reference.sparse24_linear,
     cpu=native.sparse24_linear,
-    cuda=native.sparse24_linear_cuda,
-    cusparselt=cusparselt.sparse24_linear,
+    cuda=tuning_cuda.sparse24_linear_cuda,
+    cusparselt=tuning_cuda.sparse24_linear_cusparselt,
     dense=dense.sparse24_linear,
     limits=_limits,
     dtype=_dtype,
@@ -223,7 +229,7 @@ torch.library.impl("madtp::sparse24_pack", "CompositeExplicitAutograd", _pack)
 def _linear(x, values, indices, layout, bias, activation, residual, scale, total, backend, *transposed):
     _check(x, values, indices, layout, bias, activation, residual, scale, total)
     run = dispatch.implementation("sparse24_linear", backend, _dtype(x, values), x.device)
-    if run in (native.sparse24_linear, native.sparse24_linear_cuda):
+    if run in (native.sparse24_linear, tuning_cuda.sparse24_linear_cuda):
         layout = _pack(values, indices) if layout is None else layout
         size = native.sparse24_layout_bytes(values.shape[0], x.shape[1], values.dtype, values.device)
         ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
@@ -232,7 +238,7 @@ def _linear(x, values, indices, layout, bias, activation, residual, scale, total
         shape = values.shape[0], x.shape[1]
         ok = layout.dtype == values.dtype and tuple(layout.shape) == shape
         require(ok, "layout", f"the dense weight, {values.dtype} of shape {shape}", layout)
-    if run is cusparselt.sparse24_linear and layout is not None:
+    if run is tuning_cuda.sparse24_linear_cusparselt and layout is not None:
         numel = cusparselt.layout_numel(values.shape[0], x.shape[1])
         ok = layout.dtype == values.dtype and layout.numel() == numel and layout.is_contiguous()
         require(ok, "layout", f"contiguous {values.dtype} of {numel} elements, from cuSPARSELt", layout)

@@ -1,0 +1,149 @@
+"""python -m madtp_kernels.tune: measures the 2:4 linear layers of common models on this GPU, for `tuning_cuda`.
+
+Every configuration of ours is held to the dense product, then timed beside it and cuSPARSELt: in turns, with nothing of
+them in L2, by events on the GPU. All are tried a few times; the fastest of ours meet the others over more rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from madtp_kernels import cusparselt, dense, dispatch, native, tuning, tuning_cuda
+from madtp_kernels.sparse24_weight import Sparse24Weight
+from madtp_kernels.tuning_cuda import Problem, Timing
+
+WIDTHS = (768, 1024)
+DTYPES = ("bfloat16", "float16")
+ROWS = tuple(1 << exponent for exponent in range(4, 16))
+ROUNDS, SCREENING, FINALISTS = 21, 3, 6
+MOST_ROWS_TO_SPLIT = 4096  # beyond there are tiles enough
+TOLERANCE = 0.02  # of the largest result
+L2_FLUSH_BYTES = 256 << 20
+
+Clock = Callable[[Callable[[], object]], float]  # microseconds of one call
+
+
+def problems(widths=WIDTHS, dtypes=DTYPES, rows=ROWS) -> Iterator[Problem]:
+    """Every layer of a transformer block of these widths: qkv, projection, and an MLP of four times the width."""
+    for dtype, width, count in itertools.product(dtypes, widths, rows):
+        yield Problem(count, 3 * width, width, dtype, "none")
+        yield Problem(count, width, width, dtype, "none+residual")
+        yield Problem(count, 4 * width, width, dtype, "gelu")
+        yield Problem(count, 4 * width, width, dtype, "quick_gelu")
+        yield Problem(count, width, 4 * width, dtype, "none+residual")
+
+
+@torch.no_grad()
+def measure(case: Problem, device: torch.device, clock: Clock, rounds: int = ROUNDS) -> Timing:
+    """Raises RuntimeError for a configuration whose result is wrong: no speed without correctness."""
+    drawn = tuning.random_call(*case[:4], case.dtype, case.epilogue)
+    x, values, indices, *epilogue = (t.to(device) if isinstance(t, torch.Tensor) else t for t in drawn)
+    weight = Sparse24Weight(values, indices)
+    call = lambda backend: (x, values, indices, weight.layout(backend), *epilogue)  # noqa: E731
+    theirs = {"dense": functools.partial(dense.sparse24_linear, *call("dense"))}
+    algorithm = None
+    if dispatch.obstacle("sparse24_linear", "cusparselt", x.dtype, device) is None:
+        algorithm = cusparselt.search(x, weight.layout("cusparselt"), epilogue[0])
+        theirs["cusparselt"] = functools.partial(cusparselt.sparse24_linear, *call("cusparselt"), algorithm)
+    ours = {
+        config: functools.partial(native.sparse24_linear_cuda, *call("cuda"), config)
+        for config in native.sparse24_linear_configs(*call("cuda"))
+        if config.split_k == 1 or case.rows <= MOST_ROWS_TO_SPLIT
+    }
+    expected = theirs["dense"]().float()
+    for name, function in (*ours.items(), *theirs.items()):
+        error, size = (function().float() - expected).abs().max().item(), expected.abs().max().item()
+        if not error <= TOLERANCE * size:
+            raise RuntimeError(f"{name} is wrong by {error:.3g} of {size:.3g} ({case})")
+    screened = take_turns(ours, clock, min(SCREENING, rounds))
+    best = {config: ours[config] for config in sorted(ours, key=screened.get)[:FINALISTS]}
+    medians = take_turns(best | theirs, clock, rounds)
+    config = min(best, key=medians.get)
+    times = medians[config], medians["dense"], algorithm, medians.get("cusparselt")
+    return Timing(config, *times, time.strftime("%Y-%m-%d"))
+
+
+def take_turns(functions: Mapping, clock: Clock, rounds: int) -> dict:
+    """Medians by name. Each round has another order, as a call finds the clocks that the one before it left."""
+    shuffled, times = random.Random(0), {name: [] for name in functions}
+    for _ in range(rounds):
+        for name in shuffled.sample(list(functions), len(functions)):
+            times[name].append(clock(functions[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def cuda_clock(device: torch.device) -> Clock:
+    """Between two events on the stream. The flush of L2 before them takes longer than a call takes to queue."""
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def microseconds(function: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return 1e3 * begin.elapsed_time(end)
+
+    return microseconds
+
+
+def obstacle() -> str | None:
+    """Why nothing can be measured here."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return dispatch.obstacle("sparse24_linear", "cuda", torch.bfloat16, torch.device("cuda", 0))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m madtp_kernels.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="the table to write; by default the one that auto reads")
+    parser.add_argument("--widths", type=sizes, default=WIDTHS, help="of models, multiples of 16 (default 768,1024)")
+    parser.add_argument("--rows", type=sizes, default=ROWS, help="powers of two (default 16 to 32768)")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of bfloat16, float16 (default both)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each finalist (default {ROUNDS})")
+    options = parser.parse_args(arguments)
+    dtypes = options.dtypes.split(",")
+    if not set(dtypes) <= set(DTYPES):
+        parser.error(f"--dtypes must be of {', '.join(DTYPES)}, got {options.dtypes!r}")
+    if any(width % 16 for width in options.widths):
+        parser.error(f"--widths must be multiples of 16, got {','.join(map(str, options.widths))}")
+    if not set(options.rows) <= set(ROWS):
+        parser.error(f"--rows must be of {', '.join(map(str, ROWS))}, got {','.join(map(str, options.rows))}")
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if (why := obstacle()) is not None:
+        print(f"madtp_kernels.tune: nothing can be measured here: {why}", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", 0)
+    name, clock = torch.cuda.get_device_name(device), cuda_clock(device)
+    path = options.output or tuning_cuda.path_of(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    timings = tuning_cuda.read(path, name)
+    for case in problems(options.widths, dtypes, options.rows):
+        timings[case] = timing = measure(case, device, clock, options.rounds)
+        tuning_cuda.write(path, name, timings)  # each time: what was measured stays when this is stopped
+        print(f"{case}: {timing}", flush=True)
+    return 0
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """1,2,3 -> positive integers; argparse says what is not."""
+    sizes = tuple(int(part) for part in text.split(","))
+    if min(sizes) < 1:
+        raise ValueError(text)
+    return sizes
+
+
+if __name__ == "__main__":
+    sys.exit(main())
