@@ -33,7 +33,7 @@ SHIPPED = Path(__file__).with_name("tuning")
 ROUNDS, SECONDS = 9, 0.05  # the most of each, but three rounds at least
 MARGIN = 0.97  # a tie is ours: dense costs memory
 
-_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*dispatch.FAST_DTYPES, torch.float64)}
+DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*dispatch.FAST_DTYPES, torch.float64)}
 _measuring = threading.Lock()
 
 
@@ -70,7 +70,7 @@ def problem(
 ) -> Problem:
     rows = min(power_of_two(x.shape[0]), MOST_ROWS)
     features, half = weight.values.shape
-    names = _NAMES[x.dtype], _NAMES[weight.dtype]
+    names = DTYPE_NAMES[x.dtype], DTYPE_NAMES[weight.dtype]
     return Problem(
         rows, features, 2 * half, *names, epilogue_name(activation, residual, scale), torch.get_num_threads()
     )

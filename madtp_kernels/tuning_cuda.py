@@ -70,9 +70,8 @@ def problem(
     x: Tensor, values: Tensor, activation: str | None, residual: Tensor | None, scale: Tensor | None
 ) -> Problem:
     rows = min(max(tuning.power_of_two(x.shape[0]), LEAST_ROWS), MOST_ROWS)
-    dtype = str(x.dtype).removeprefix("torch.")
     epilogue = tuning.epilogue_name(activation, residual, scale)
-    return Problem(rows, values.shape[0], 2 * values.shape[1], dtype, epilogue)
+    return Problem(rows, values.shape[0], 2 * values.shape[1], tuning.DTYPE_NAMES[x.dtype], epilogue)
 
 
 def fastest(case: Problem, device: torch.device) -> str:

@@ -286,7 +286,10 @@ NORM = (torch.ones(2), torch.ones(2), 1e-5)
         ({"norm": (torch.ones(3), *NORM[1:])}, r"norm.weight must be of shape \(2,\) like the channels of x"),
         ({"norm": (NORM[0], torch.ones(2).half(), 1e-5)}, "norm.bias must be a 1-dimensional tensor of float32"),
         ({"norm": (*NORM[:2], 0)}, "norm.eps must be a finite number > 0, got int 0"),
-        ({"backend": "tpu"}, "backend= must be one of auto, reference, dense, cpu, triton, cuda, got 'tpu'"),
+        (
+            {"backend": "tpu"},
+            "backend= must be one of auto, reference, dense, cpu, triton, cuda, cusparselt, got 'tpu'",
+        ),
     ],
 )
 def test_refuses(change, message):

@@ -337,7 +337,10 @@ def test_compiles_without_graph_breaks(capacity):
         ({"summary_index": torch.tensor([0, 4], dtype=torch.int32)}, r"sequence 1 has 4 rows\), got 4"),
         ({"summary_index": torch.tensor([0, -2], dtype=torch.int32)}, "summary_index must be -1 or a row"),
         ({"summary_index": torch.tensor([0], dtype=torch.int32)}, "summary_index must be of 2 rows"),
-        ({"backend": "tpu"}, "backend= must be one of auto, reference, dense, cpu, triton, cuda, got 'tpu'"),
+        (
+            {"backend": "tpu"},
+            "backend= must be one of auto, reference, dense, cpu, triton, cuda, cusparselt, got 'tpu'",
+        ),
     ],
 )
 def test_select_tokens_refuses(change, message):
