@@ -1,7 +1,8 @@
 """python -m madtp_kernels.tune: measures the 2:4 linear layers of common models on this GPU, for `tuning_cuda`.
 
 Every configuration of ours is held to the dense product, then timed beside it and cuSPARSELt: in turns, with nothing of
-them in L2, by events on the GPU. All are tried a few times; the fastest of ours meet the others over more rounds.
+them in L2, by events on a GPU that has the whole call queued. All are tried a few times; the fastest of ours meet the
+others over more rounds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,18 +31,23 @@ ROUNDS, SCREENING, FINALISTS = 21, 3, 6
 MOST_ROWS_TO_SPLIT = 4096  # beyond there are tiles enough
 TOLERANCE = 0.02  # of the largest result
 L2_FLUSH_BYTES = 256 << 20
+AHEAD_CLOCKS = 1 << 20  # of the GPU, half a millisecond: the host queues a whole call in less
 
 Clock = Callable[[Callable[[], object]], float]  # microseconds of one call
 
 
 def problems(widths=WIDTHS, dtypes=DTYPES, rows=ROWS) -> Iterator[Problem]:
-    """Every layer of a transformer block of these widths: qkv, projection, and an MLP of four times the width."""
+    """The layers of a transformer block of these widths, with the epilogues that the known models have."""
+    ends = "none+residual", "none+scale+residual"  # scale: DINOv2
     for dtype, width, count in itertools.product(dtypes, widths, rows):
-        yield Problem(count, 3 * width, width, dtype, "none")
-        yield Problem(count, width, width, dtype, "none+residual")
-        yield Problem(count, 4 * width, width, dtype, "gelu")
-        yield Problem(count, 4 * width, width, dtype, "quick_gelu")
-        yield Problem(count, width, 4 * width, dtype, "none+residual")
+        yield Problem(count, 3 * width, width, dtype, "none")  # query, key and value in one
+        yield Problem(count, width, width, dtype, "none")  # or apart
+        for epilogue in ends:
+            yield Problem(count, width, width, dtype, epilogue)
+        for activation in ("gelu", "gelu_tanh", "quick_gelu"):
+            yield Problem(count, 4 * width, width, dtype, activation)
+        for epilogue in ends:
+            yield Problem(count, width, 4 * width, dtype, epilogue)
 
 
 @torch.no_grad()
@@ -83,12 +90,13 @@ def take_turns(functions: Mapping, clock: Clock, rounds: int) -> dict:
 
 
 def cuda_clock(device: torch.device) -> Clock:
-    """Between two events on the stream. The flush of L2 before them takes longer than a call takes to queue."""
+    """Between two events on the stream. The GPU sleeps before them, so that all of a call is queued when it begins."""
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def microseconds(function: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
+        torch.cuda._sleep(AHEAD_CLOCKS)
         begin.record()
         function()
         end.record()
@@ -126,10 +134,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"madtp_kernels.tune: nothing can be measured here: {why}", file=sys.stderr)
         return 2
     device = torch.device("cuda", 0)
-    name, clock = torch.cuda.get_device_name(device), cuda_clock(device)
+    name = torch.cuda.get_device_name(device)
     path = options.output or tuning_cuda.path_of(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    timings = tuning_cuda.read(path, name)
+    try:  # before anything is measured
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        print(f"madtp_kernels.tune: {path} cannot be written: {error}; --output names another", file=sys.stderr)
+        return 2
+    timings, clock = tuning_cuda.read(path, name), cuda_clock(device)
     for case in problems(options.widths, dtypes, options.rows):
         timings[case] = timing = measure(case, device, clock, options.rounds)
         tuning_cuda.write(path, name, timings)  # each time: what was measured stays when this is stopped

@@ -196,12 +196,13 @@ def test_every_candidate_takes_its_turn_in_every_round():
 
 def test_problems_are_those_that_calls_look_up():
     found = list(tune.problems((768,), ("float16",), (512,)))
-    assert [case[1:3] for case in found] == [(2304, 768), (768, 768), (3072, 768), (3072, 768), (768, 3072)]
+    sizes = [(2304, 768)] + [(768, 768)] * 3 + [(3072, 768)] * 3 + [(768, 3072)] * 2
+    assert [case[1:3] for case in found] == sizes
     x = torch.empty(577, 768, dtype=torch.float16)
     values = torch.empty(3072, 384, dtype=torch.float16)
     assert tuning_cuda.problem(x, values, "quick_gelu", None, None) in found
     assert tuning_cuda.problem(x, values[:768], None, x, None) in found
-    assert len(set(tune.problems())) == 2 * 2 * 12 * 5
+    assert len(set(tune.problems())) == 2 * 2 * 12 * 9
 
 
 def test_the_command_writes_the_table_as_it_goes(shipped, monkeypatch, capsys):
@@ -211,7 +212,7 @@ def test_the_command_writes_the_table_as_it_goes(shipped, monkeypatch, capsys):
 
     def measure(case, device, clock, rounds):
         assert (device, clock, rounds) == (GPU, "clock", 5)
-        if case.epilogue == "quick_gelu":
+        if case.epilogue == "none+scale+residual":
             raise KeyboardInterrupt
         return OURS
 
@@ -221,9 +222,48 @@ def test_the_command_writes_the_table_as_it_goes(shipped, monkeypatch, capsys):
         tune.main(["--widths", "64", "--rows", "16,32", "--dtypes", "float16", "--rounds", "5"])
     kept = tuning_cuda.read(shipped, "")
     assert [case[:4] for case in kept] == [
-        (16, 24, 32, "bfloat16"), (16, 64, 64, "float16"), (16, 192, 64, "float16"), (16, 256, 64, "float16")
+        (16, 24, 32, "bfloat16"), (16, 64, 64, "float16"), (16, 64, 64, "float16"), (16, 192, 64, "float16")
     ]  # fmt: skip
     assert "16 rows, 64 to 192, float16, none: cuda 10.0 us (sm_90, 256 tokens" in capsys.readouterr().out
+
+
+def test_the_gpu_sleeps_until_a_call_is_queued(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 0.25 if isinstance(end, Event) and end is not self else 0.0  # milliseconds
+
+    class Flush:
+        def zero_(self):
+            order.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: order.append(clocks))
+    monkeypatch.setattr(torch, "empty", lambda *sizes, dtype, device: Flush())
+    assert tune.cuda_clock(GPU)(lambda: order.append("call")) == 250.0
+    assert order == ["flush", tune.AHEAD_CLOCKS, "record", "call", "record", "synchronize"]
+
+
+def test_a_table_that_cannot_be_written_is_told_before_anything_is_measured(shipped, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "obstacle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made-Up GPU 80GB")
+    monkeypatch.setattr(tune, "cuda_clock", lambda device: pytest.fail("measured"))
+    shipped.touch()
+    path = shipped / "table.json"  # in a file
+    assert tune.main(["--output", str(path)]) == 2
+    assert re.fullmatch(
+        f"madtp_kernels.tune: {path} cannot be written: .*; --output names another\n", capsys.readouterr().err
+    )
 
 
 def test_the_command_without_a_gpu_and_with_bad_options(monkeypatch, capsys):
@@ -253,4 +293,4 @@ def test_on_a_gpu(tmp_path):
     path = tmp_path / "table.json"
     assert tune.main(["--output", str(path), "--widths", "64", "--rows", "16", "--rounds", "3"]) == 0
     timings = tuning_cuda.read(path, torch.cuda.get_device_name())
-    assert len(timings) == 10 and all(0 < timing.cuda < 1e4 and 0 < timing.dense < 1e4 for timing in timings.values())
+    assert len(timings) == 18 and all(0 < timing.cuda < 1e4 and 0 < timing.dense < 1e4 for timing in timings.values())

@@ -1,0 +1,45 @@
+"""`python -m madtp_kernels.tune` measures the layers that packed models run."""
+
+import pytest
+import torch
+import transformers as hf
+from families import BERT, CONFIG, IMAGE, SIGLIP_TEXT, pixels, text
+
+import madtp
+from madtp import hwp
+from madtp.hwp import packing
+from madtp_kernels import tune, tuning_cuda
+
+WIDTH = IMAGE["hidden_size"]
+MLP = {"intermediate_size": 4 * WIDTH}
+TOWERS = {
+    "BLIP": (hf.BlipVisionModel, hf.BlipVisionConfig(**IMAGE | MLP)),
+    "CLIP": (hf.CLIPVisionModel, hf.CLIPVisionConfig(**IMAGE | MLP)),
+    "SigLIP": (hf.SiglipTextModel, hf.SiglipTextConfig(**SIGLIP_TEXT | MLP)),
+    "DINOv2": (hf.Dinov2Model, hf.Dinov2Config(**IMAGE, mlp_ratio=4)),
+    "ViT": (hf.ViTModel, hf.ViTConfig(**IMAGE | MLP)),
+    "BERT": (hf.BertModel, hf.BertConfig(**BERT | MLP)),
+}
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_every_layer_of_a_block_is_measured(family, monkeypatch):
+    kind, config = TOWERS[family]
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    madtp.patch(model, CONFIG)
+    names = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and ".layer" in name]
+    hwp.WeightPruner(model, "2:4", names, schedule="one_shot").finalize()
+    assert sorted(hwp.pack(model, names)) == sorted(names)
+    calls, run = [], packing.sparse24_linear
+
+    def spy(x, weight, bias, *, activation, residual, scale, total):
+        calls.append(tuning_cuda.problem(x.bfloat16(), weight.values, activation, residual, scale))
+        return run(x, weight, bias, activation=activation, residual=residual, scale=scale, total=total)
+
+    monkeypatch.setattr(packing, "sparse24_linear", spy)
+    inputs = {"input_ids": text(padded=False)["input_ids"]} if "Text" in kind.__name__ or kind is hf.BertModel else None
+    with torch.no_grad():
+        model(**(inputs or {"pixel_values": pixels(4)}))
+    assert len(calls) == len(names)
+    assert set(calls) <= set(tune.problems((WIDTH,)))
