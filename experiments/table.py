@@ -118,12 +118,7 @@ def published(results: list[dict]) -> str:
                     f"{less:.1f} %",
                 ]
             )
-    heads = [
-        "",
-        "each its own, %",
-        f"batch maximum of {BATCH}, %",
-        "MACs saved by each its own",
-    ]
+    heads = ["", "each its own, %", "GMACs", f"batch maximum of {BATCH}, %", "GMACs", "saved by each its own"]
     return table(heads, lines)
 
 
