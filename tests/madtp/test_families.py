@@ -360,3 +360,18 @@ def test_towers_refuse_what_they_cannot_read():
     nlvr, inputs = patched("BlipForNLVR"), CASES["BlipForNLVR"].inputs()
     with pytest.raises(ValueError, match=r"pixel_values must be of shape \(4, 2, 3, H, W\), got \(4, 3, 16, 16\)"):
         nlvr(inputs["pixel_values"][:, 0], inputs["input_ids"])
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_what_hugging_face_loaded_is_saved_and_loaded(family, tmp_path):
+    """Whose weights may have had other names in its files."""
+    plain = build(family)
+    plain.save_pretrained(tmp_path / "plain")
+    model = type(plain).from_pretrained(tmp_path / "plain").eval()
+    madtp.patch(model, CONFIG)
+    model.save_pretrained(tmp_path / "patched")
+    loaded = madtp.from_pretrained(tmp_path / "patched")
+    again = type(plain).from_pretrained(tmp_path / "patched").eval()  # a directory for Hugging Face too
+    weights = plain.state_dict()
+    for other in (loaded.madtp_handle.remove(), again):
+        assert all(torch.equal(value, weights[name]) for name, value in other.state_dict().items())

@@ -81,5 +81,7 @@ class CompressedModel:
     """Mixed into the classes of patched models: saves what `madtp.from_pretrained` needs beside the weights."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # Hugging Face would give weights the names they had in the files the model came from; our loader, as its own,
+        # knows those of the modules.
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
         self.madtp_handle.save(Path(save_directory))
