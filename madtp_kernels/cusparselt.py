@@ -31,14 +31,14 @@ DEFAULT = Algorithm()
 
 
 def pack(values: Tensor, indices: Tensor) -> Tensor:
-    """values (N, C/2), indices (N, C/8) -> (N to the next 16, C 9/16) dtype of values, as the library reads."""
+    """values (N, C/2), indices (N, C/8) -> (N to the next 16, C 9/16 or more) dtype of values, as the library reads."""
     dense = F.pad(sparse24_to_dense(values, indices), (0, 0, 0, -values.shape[0] % FEATURES))
-    return torch._cslt_compress(dense) if dense.numel() else dense.new_empty(0)
+    return torch._cslt_compress(dense) if dense.numel() else dense.new_empty(least_layout(*dense.shape))
 
 
-def layout_numel(features: int, channels: int) -> int:
-    """Elements of what `pack` returns."""
-    return (features + -features % FEATURES) * channels * 9 // 16
+def least_layout(features: int, channels: int) -> tuple[int, int]:
+    """The shape of what `pack` returns, whose rows are longer where the library fills up what it keeps."""
+    return features + -features % FEATURES, channels * 9 // 16
 
 
 def sparse24_linear(

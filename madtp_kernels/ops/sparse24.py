@@ -239,9 +239,11 @@ def _linear(x, values, indices, layout, bias, activation, residual, scale, total
         ok = layout.dtype == values.dtype and tuple(layout.shape) == shape
         require(ok, "layout", f"the dense weight, {values.dtype} of shape {shape}", layout)
     if run is tuning_cuda.sparse24_linear_cusparselt and layout is not None:
-        numel = cusparselt.layout_numel(values.shape[0], x.shape[1])
-        ok = layout.dtype == values.dtype and layout.numel() == numel and layout.is_contiguous()
-        require(ok, "layout", f"contiguous {values.dtype} of {numel} elements, from cuSPARSELt", layout)
+        rows, columns = cusparselt.least_layout(values.shape[0], x.shape[1])
+        ok = layout.dtype == values.dtype and layout.is_contiguous() and layout.dim() == 2
+        ok = ok and layout.shape[0] == rows and layout.shape[1] >= columns
+        rule = f"contiguous {values.dtype} of shape ({rows}, {columns} or more), from cuSPARSELt"
+        require(ok, "layout", rule, layout)
     return run(x, values, indices, layout, bias, activation, residual, scale, total)
 
 

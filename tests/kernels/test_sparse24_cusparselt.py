@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from sparse24_cases import dense24
+from torch.nn import functional as F
 
 import madtp_kernels as mk
 from madtp_kernels import cusparselt, dispatch, sparse24_compress
@@ -16,7 +17,8 @@ SHAPES = [(1, 8, 16), (7, 24, 48), (8, 64, 64), (45, 264, 208)]
 
 
 class Library:
-    """torch's functions for cuSPARSELt with their rules: kept values, then their columns, in 9/16 of the elements."""
+    """torch's functions for cuSPARSELt with their rules. A row: kept values, then their columns, then, as small weights
+    have it, nothing."""
 
     def __init__(self):
         self.calls = []
@@ -26,13 +28,15 @@ class Library:
         assert rows % 16 == 0 and columns % 16 == 0 and dense.numel() and dense.is_contiguous()
         assert dense.dtype in (torch.bfloat16, torch.float16)
         weight = sparse24_compress(dense)
-        return torch.cat([weight.values, weight.indices.view(dense.dtype)], dim=1)
+        compressed = torch.cat([weight.values, weight.indices.view(dense.dtype)], dim=1)
+        return F.pad(compressed, (0, -compressed.shape[1] % 8), value=torch.nan)
 
     def sparse_mm(self, compressed, x_t, bias=None, *, transpose_result, alg_id, split_k, split_k_mode):
         channels, rows = x_t.shape
         assert channels % 16 == 0 and rows % 8 == 0 and x_t.t().is_contiguous() and x_t.data_ptr() % 16 == 0
-        assert compressed.dtype == x_t.dtype and compressed.shape[1] * 16 == channels * 9
-        values, indices = compressed[:, : channels // 2], compressed[:, channels // 2 :].contiguous().view(torch.uint8)
+        assert compressed.dtype == x_t.dtype and compressed.shape[1] * 16 >= channels * 9
+        values, indices, _ = compressed.tensor_split([channels // 2, channels * 9 // 16], dim=1)
+        indices = indices.contiguous().view(torch.uint8)
         out = sparse24_to_dense(values, indices).float() @ x_t.float()
         if bias is not None:
             assert bias.dtype == x_t.dtype and bias.shape == (compressed.shape[0],) and bias.data_ptr() % 16 == 0
@@ -96,7 +100,7 @@ def test_rows_and_features_are_filled_up(library):
         mk.sparse24_linear(draw(rows, 32, dtype=torch.bfloat16), weight, backend="cusparselt")
     assert [call[:2] for call in library.calls] == [(8, 32), (8, 32), (16, 32)]
     assert weight.layout("cusparselt") is weight.layout("cusparselt")
-    assert weight.layout("cusparselt").numel() == cusparselt.layout_numel(24, 32)
+    assert cusparselt.least_layout(24, 32) == (32, 18) and weight.layout("cusparselt").shape == (32, 24)
 
 
 def test_total_empty_and_views(library):
@@ -136,16 +140,29 @@ def test_gradients_are_those_of_the_reference(library):
         assert torch.equal(got, expected)
 
 
+def test_the_gradient_through_a_kept_transpose(library):
+    dense = dense24(32, 48)
+    dense = dense.masked_fill(~mk.transposable_mask(dense), 0).bfloat16()
+    plain, kept = sparse24_compress(dense), sparse24_compress(dense).keep_transposed()
+    x = draw(9, 48, dtype=torch.bfloat16).requires_grad_()
+    seed = draw(9, 32, dtype=torch.bfloat16, seed=1)
+    out = mk.sparse24_linear(x, kept, backend="cusparselt")
+    (got,) = torch.autograd.grad(out, x, seed)
+    assert [call[:2] for call in library.calls] == [(16, 32), (16, 48)]  # W, then W^T
+    (expected,) = torch.autograd.grad(mk.sparse24_linear(x, plain, backend="reference"), x, seed)
+    torch.testing.assert_close(got, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+
+
 def test_copies_pack_again_and_layouts_are_checked(library):
     weight, x = sparse24_compress(dense24(24, 32).half()), draw(5, 32, dtype=torch.float16)
     expected = mk.sparse24_linear(x, weight, backend="cusparselt")
     assert torch.equal(mk.sparse24_linear(x, copy.deepcopy(weight), backend="cusparselt"), expected)
     rest = (None, "none", None, None, None, "cusparselt")
     assert torch.equal(torch.ops.madtp.sparse24_linear(x, weight.values, weight.indices, None, *rest), expected)
-    for layout in (weight.layout("cusparselt")[:8], weight.layout("cusparselt").bfloat16()):
-        with pytest.raises(
-            ValueError, match="layout must be contiguous torch.float16 of 576 elements, from cuSPARSELt"
-        ):
+    right = weight.layout("cusparselt")
+    rule = r"layout must be contiguous torch.float16 of shape \(32, 18 or more\), from cuSPARSELt, got"
+    for layout in (right[:8], right[:, :18], right[:, :17].contiguous(), right.flatten(), right.bfloat16()):
+        with pytest.raises(ValueError, match=rule):
             torch.ops.madtp.sparse24_linear(x, weight.values, weight.indices, layout, *rest)
     weight.values.mul_(2)
     assert torch.equal(mk.sparse24_linear(x, weight, backend="cusparselt"), 2 * expected)
