@@ -230,6 +230,11 @@ def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: 
     fewest = shares if allocation == "weights" else {branch: ledger.least(branch) for branch in shares}
     least = ledger.cost(fewest, sparse if allocation == "tokens" else everything)
     if least > target:
+        if least >= dense:
+            raise ValueError(
+                f"{goal} must be None: no plan of allocation {allocation!r} is faster than the dense model on this "
+                f"device ({least:.4g} and {dense:.4g} ms a sample), got {getattr(config, goal)}"
+            )
         where = "on this model" if goal == "flops_reduction" else "with this model on this device"
         raise ValueError(
             f"{goal} must be at most about {1 - least / dense:.3f}, which allocation {allocation!r} "

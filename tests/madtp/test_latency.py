@@ -89,6 +89,11 @@ def test_what_saves_no_time_is_left_alone():
     assert choose(sensitivities(faster), config).sparse_modules == ("fc",)
     with pytest.raises(ValueError, match="sensitivities must hold times"):
         choose(sensitivities(), config)
+    slower = dataclasses.replace(times, dense=6.5)
+    with pytest.raises(
+        ValueError, match=r"latency_reduction must be None: no plan .* \(7 and 6.5 ms a sample\), got 0.2"
+    ):
+        choose(sensitivities(slower), config)
     with pytest.raises(ValueError, match="latency_reduction must be at most about 0.300"):
         choose(sensitivities(times), dataclasses.replace(config, latency_reduction=0.4))
 
