@@ -127,8 +127,11 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
         image_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the answer decoder reads: the tokens of every question that are left, (Q, L, C), and their mask."""
+        return self._encode(input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index).to_padded()
+
+    def _encode(self, input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index) -> Packed:
         images = self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return encode_text(self.text_encoder, input_ids, attention_mask, images, image_index).to_padded()
+        return encode_text(self.text_encoder, input_ids, attention_mask, images, image_index)
 
 
 class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditionalGeneration):
