@@ -22,7 +22,7 @@ class Results:
         self.path, self.head, self.rows = path, head, []
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            before = json.loads(path.read_text())
+            before = read(path)
             self.rows = before.pop("rows")
             changed = sorted(name for name in {*head, *before} if head.get(name) != before.get(name))
             if changed:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import AttentionStats, Selection, score_and_select, select_tokens, token_importance
-from madtp_kernels.reference.ragged import summary_rows
+from madtp_kernels.reference.ragged import segment_sum, sequence_ids, summary_rows
 from madtp_kernels.reference.tokens import layout
 
 HALF = 10.0  # the temperature at which a rule of a fixed share keeps half of the tokens that enter a block
@@ -25,8 +25,7 @@ def batch_max(
     """
     importance, own = score_and_select(stats, logits, cu_seqlens, temperature, summary_index=summary_index)
     prunable = ~summary_rows(cu_seqlens, summary_index, importance.shape[0])
-    sequence = _sequences(cu_seqlens, importance.shape[0])
-    counts = torch.zeros_like(cu_seqlens[1:]).index_add_(0, sequence, (own.keep & prunable).to(torch.int32))
+    counts = _count(own.keep & prunable, cu_seqlens)
     most = counts.max().expand_as(counts) if len(counts) else counts
     return importance, _best(importance, importance, most, cu_seqlens, summary_index)
 
@@ -43,11 +42,10 @@ def unguided(
     importance = token_importance(stats, nothing, cu_seqlens, summary_index=summary_index)
     values = importance.detach()
     prunable = ~summary_rows(cu_seqlens, summary_index, values.shape[0])
-    sequence, counts = _sequences(cu_seqlens, values.shape[0]), _prunable(prunable, cu_seqlens).clamp(min=1)
+    sequence, counts = sequence_ids(cu_seqlens, values.shape[0]), _count(prunable, cu_seqlens).clamp(min=1)
 
     def mean(of: Tensor) -> Tensor:  # over the prunable tokens of each sequence, at each token
-        sums = values.new_zeros(counts.shape[0]).index_add_(0, sequence, of.masked_fill(~prunable, 0))
-        return (sums / counts)[sequence]
+        return (segment_sum(of.masked_fill(~prunable, 0), cu_seqlens) / counts)[sequence]
 
     centred = values - mean(values)
     z = centred / mean(centred.square()).sqrt().clamp(min=torch.finfo(values.dtype).tiny)
@@ -77,7 +75,7 @@ GUIDED = ("instance", "batch_max")  # those that need the alignment of MAG
 
 def _share(score, importance, cu_seqlens, temperature, summary_index) -> Selection:
     prunable = ~summary_rows(cu_seqlens, summary_index, score.shape[0])
-    counts = (_prunable(prunable, cu_seqlens) / (1 + temperature / HALF)).ceil()
+    counts = (_count(prunable, cu_seqlens) / (1 + temperature / HALF)).ceil()
     return _best(score, importance, counts, cu_seqlens, summary_index)
 
 
@@ -86,24 +84,17 @@ def _best(score, importance, counts, cu_seqlens, summary_index) -> Selection:
     would go."""
     rows = score.shape[0]
     is_summary = summary_rows(cu_seqlens, summary_index, rows)
-    sequence = _sequences(cu_seqlens, rows)
+    sequence = sequence_ids(cu_seqlens, rows)
     order = score.detach().masked_fill(is_summary, float("inf")).argsort(descending=True, stable=True)
     order = order[sequence[order].argsort(stable=True)]  # by sequence, the best first; row i is the (i - begin)th best
-    with_summary = _prunable(is_summary, cu_seqlens)
-    limit = torch.where(_prunable(~is_summary, cu_seqlens) - counts < 2, rows, counts + with_summary)
+    few_would_go = _count(~is_summary, cu_seqlens) - counts < 2
+    limit = torch.where(few_would_go, rows, counts + _count(is_summary, cu_seqlens))
     keep = torch.empty_like(is_summary)
     keep[order] = torch.arange(rows, device=score.device) - cu_seqlens[sequence] < limit[sequence]
     keep, cu_seqlens_out, source, merge_weight = layout(keep, importance, cu_seqlens)
     return Selection(keep, cu_seqlens_out, source[: int(cu_seqlens_out[-1])], merge_weight, cu_seqlens)
 
 
-def _sequences(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """(T,) which sequence a row is of."""
-    lengths = cu_seqlens.diff()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=rows)
-
-
-def _prunable(which: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(B,) int32 how many rows of each sequence are of `which` (T,)."""
-    sums = torch.nn.functional.pad(which.cumsum(0, dtype=torch.int32), (1, 0))
-    return sums[cu_seqlens[1:]] - sums[cu_seqlens[:-1]]
+def _count(which: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(B,) float32: how many rows of each sequence are of `which` (T,)."""
+    return segment_sum(which.float(), cu_seqlens)
