@@ -85,7 +85,8 @@ def select_tokens(
         importance: (T,) float32.
         mag_logits: (T, K) float32, bfloat16 or float16.
         cu_seqlens: (B+1,) int32.
-        temperature: tau >= 0. Larger prunes more; 0 switches pruning off.
+        temperature: tau >= 0. Larger prunes more; below 0.01 the threshold goes to the least importance, in proportion
+            to tau, and 0 switches pruning off.
         summary_index: (B,) int32, always kept; None is row 0, -1 is none.
         capacity: "exact" reads the true total once and returns that many `source` rows; "upper_bound" returns T rows,
             those past the total being padding, and reads nothing on the host.

@@ -10,6 +10,7 @@ from torch.nn.functional import layer_norm
 from madtp_kernels.reference.ragged import summary_rows
 
 PADDING = torch.iinfo(torch.int32).min  # `source` of output rows past the true total
+ARGMAX_TEMPERATURE = 0.01  # the softmax of the threshold picks one token here; a lower tau lowers the threshold itself
 
 
 def _bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
@@ -44,7 +45,8 @@ def token_importance(
 def _kept(importance: Tensor, mag_logits: Tensor, temperature: float) -> Tensor:
     """(N,) bool: which prunable tokens of one sequence stay, importance > min_k sum_j softmax_j(A_jk / tau) S_j.
 
-    Written with deficits max(S) - S, so that equal tokens compare equal whatever the order of the sum.
+    Below `ARGMAX_TEMPERATURE` the threshold goes on to the least S_j, in proportion to tau. Written with deficits
+    max(S) - S, so that equal tokens compare equal whatever the order of the sum.
     """
     everything = torch.ones_like(importance, dtype=torch.bool)
     if importance.numel() < 2 or not importance.isfinite().all():
@@ -54,6 +56,7 @@ def _kept(importance: Tensor, mag_logits: Tensor, temperature: float) -> Tensor:
     threshold = (weights * deficit[:, None]).sum(dim=0).max()
     if threshold.isnan():
         return everything
+    threshold = threshold + (1 - min(temperature / ARGMAX_TEMPERATURE, 1.0)) * (deficit.max() - threshold)
     keep = deficit < threshold
     return keep if (~keep).sum() >= 2 else everything
 

@@ -74,6 +74,7 @@ def sequence_keep(
     p_count,
     p_total,
     scale,
+    lowering,
     i_b,
     begin,
     end,
@@ -85,6 +86,7 @@ def sequence_keep(
 ):
     """Writes keep, the row count and the pruned importance of sequence i_b."""
     b_highest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    b_lowest = tl.full((BLOCK_T,), float("inf"), tl.float32)
     b_prunable = tl.zeros((BLOCK_T,), tl.int32)
     b_broken = tl.zeros((BLOCK_T,), tl.int32)
     for start in range(begin, end, BLOCK_T):
@@ -92,6 +94,7 @@ def sequence_keep(
         m_t = (o_t < end) & (o_t - begin != summary)
         b_s = tl.load(p_importance + o_t, mask=m_t, other=0.0)
         b_highest = tl.where(m_t, tl.maximum(b_highest, b_s), b_highest)
+        b_lowest = tl.where(m_t, tl.minimum(b_lowest, b_s), b_lowest)
         b_prunable += m_t.to(tl.int32)
         b_broken = tl.where(tl.abs(b_s) < float("inf"), b_broken, 1)  # NaN too
     highest = tl.max(b_highest)
@@ -125,6 +128,7 @@ def sequence_keep(
         b_theta = tl.where(k + tl.arange(0, BLOCK_K) < K, b_theta, float("-inf"))
         broken = tl.maximum(broken, tl.max((b_theta != b_theta).to(tl.int32)))
         threshold = tl.maximum(threshold, tl.max(b_theta))
+    threshold += lowering * (highest - tl.min(b_lowest) - threshold)
 
     b_pruned = tl.zeros((BLOCK_T,), tl.int32)
     b_total = tl.zeros((BLOCK_T,), tl.float32)

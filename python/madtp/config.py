@@ -30,7 +30,7 @@ class CompressionConfig:
     selection: Literal["instance", "batch_max", "unguided", "static", "random"] = "instance"
 
     temperature: float = 1.0  # where the tau of every branch starts
-    temperature_min: float = 0.01
+    temperature_min: float = 1e-4
     temperature_max: float = 1000.0
     controller_gain: float = 1.0
     controller_interval: int = 10  # optimiser steps between two moves of tau

@@ -22,7 +22,7 @@ class TemperatureController:
     proportion to their targets.
 
     Args:
-        targets: counted MACs per sample of each branch, such as `branch_targets` gives.
+        targets: counted MACs per sample of each branch, such as `branch_targets` gives; {} where none is pruned.
         temperature: where tau starts, for all branches or by branch.
         gain: log tau per unit of log error.
         bounds: (lowest, highest) tau.
@@ -35,10 +35,10 @@ class TemperatureController:
         *,
         temperature: float | Mapping[str, float] = 1.0,
         gain: float = 1.0,
-        bounds: tuple[float, float] = (0.01, 1000.0),
+        bounds: tuple[float, float] = (1e-4, 1000.0),
         max_step: float = 0.7,
     ):
-        if not targets or not all(_positive(target) for target in targets.values()):
+        if not all(_positive(target) for target in targets.values()):
             raise ValueError(f"targets must be positive MACs by branch, got {dict(targets)}")
         if not (_positive(bounds[0]) and _positive(bounds[1]) and bounds[0] < bounds[1]):
             raise ValueError(f"bounds must be 0 < lowest < highest, got {bounds}")
@@ -62,7 +62,8 @@ class TemperatureController:
     @property
     def shifts(self) -> tuple[float, float]:
         """The range of `shifted` beyond which nothing changes any more."""
-        return self.low - max(self._log_tau.values()), self.high - min(self._log_tau.values())
+        taus = self._log_tau.values()
+        return self.low - max(taus, default=self.low), self.high - min(taus, default=self.high)
 
     def shifted(self, shift: float) -> dict[str, float]:
         """The temperatures, every log tau moved by `shift` and kept in bounds."""

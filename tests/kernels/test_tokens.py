@@ -56,6 +56,24 @@ def test_selection_follows_its_equation():
     assert selection.source.numel() == out_row < 73
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_below_the_temperature_of_argmax_the_threshold_goes_to_the_least_importance(backend):
+    cu = cu_seqlens_of([64])
+    importance = torch.rand(64) + 1
+    logits = 1000 * importance[:, None] * torch.ones(64, 3)  # all alignment tokens point at the most important one
+    s = importance[1:]
+
+    def kept(tau):
+        return mk.select_tokens(importance, logits, cu, tau, backend=backend).keep[1:]
+
+    assert kept(0.01).sum() <= 1  # at most the one they point at
+    for tau in (0.009, 0.003, 0.0004):
+        theta = s.min() + tau / 0.01 * (s.max() - s.min())
+        assert torch.equal(kept(tau), s > theta) and (s > theta).any()
+    assert kept(1e-9).all()  # one is not above the least importance, and one alone never goes
+    assert kept(0).all()
+
+
 def test_gather_merge_follows_its_equation():
     lengths = [40, 3, 33]
     _, _, selection = select(lengths, dtype=torch.float64)

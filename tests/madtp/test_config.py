@@ -24,7 +24,7 @@ def test_round_trip_through_json():
         ("alignment_tokens", 0, "an integer of at least 1, got 0"),
         ("alignment_dim", 1.5, "an integer of at least 1"),
         ("temperature", 0, "a positive number, got 0"),
-        ("temperature", 5000.0, "from temperature_min 0.01 to _max 1000.0, got 5000.0"),
+        ("temperature", 5000.0, "from temperature_min 0.0001 to _max 1000.0, got 5000.0"),
         ("kd_temperature", "4", "a positive number, got '4'"),
         ("align_weight", -1, "a number of at least 0"),
         ("hwp_schedule", "sudden", '"gradual" or "one_shot", got \'sudden\''),

@@ -65,8 +65,14 @@ def test_others_take_over_what_a_saturated_branch_cannot_do(floor, text_target):
     }
     controller = TemperatureController({"vision": 15.0, "text": text_target})
     temperatures = run(controller, plants, 150)
-    assert temperatures["text"] == pytest.approx(1000.0 if text_target < 5 else 0.01)
+    assert temperatures["text"] == pytest.approx(1000.0 if text_target < 5 else 1e-4)
     assert total(plants, temperatures) == pytest.approx(15.0 + text_target, rel=0.01)
+
+
+def test_with_no_branch_to_prune_nothing_moves():
+    controller = TemperatureController({})
+    assert controller.update({}) == controller.halve_step() == controller.shifted(1.0) == {}
+    assert controller.shifts == (0, 0)
 
 
 def test_out_of_reach_goes_to_the_bounds_and_steps_are_limited():
@@ -91,7 +97,6 @@ def test_state_survives_json():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"targets": {}}, "targets must be positive"),
         ({"targets": {"vision": 0.0}}, "targets must be positive"),
         ({"targets": {"vision": 1.0}, "bounds": (0.0, 1.0)}, "bounds must be"),
         ({"targets": {"vision": 1.0}, "temperature": {"text": 1.0}}, "temperature must be positive for each of"),
@@ -163,10 +168,10 @@ def test_without_a_root_the_best_is_taken():
 
 
 def test_all_temperatures_shift_by_one_factor():
-    controller = TemperatureController({"vision": 1.0, "text": 1.0}, temperature={"vision": 2.0, "text": 0.02})
+    controller = TemperatureController({"vision": 1.0, "text": 1.0}, temperature={"vision": 2.0, "text": 2e-4})
     shifted = controller.shifted(math.log(0.1))
-    assert shifted == pytest.approx({"vision": 0.2, "text": 0.01})  # 0.01 is the lowest
-    assert controller.temperatures == pytest.approx({"vision": 2.0, "text": 0.02})
+    assert shifted == pytest.approx({"vision": 0.2, "text": 1e-4})  # which is the lowest
+    assert controller.temperatures == pytest.approx({"vision": 2.0, "text": 2e-4})
     low, high = controller.shifts
-    assert controller.shifted(low) == pytest.approx({"vision": 0.01, "text": 0.01})
+    assert controller.shifted(low) == pytest.approx({"vision": 1e-4, "text": 1e-4})
     assert controller.shifted(high) == pytest.approx({"vision": 1000.0, "text": 1000.0})

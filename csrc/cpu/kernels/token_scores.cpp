@@ -10,6 +10,9 @@
 namespace madtp::cpu::MADTP_ISA {
 namespace {
 
+// The softmax of the threshold picks one token here; a lower temperature lowers the threshold itself.
+constexpr double kArgmaxTemperature = 0.01;
+
 struct Sequence {
   std::int64_t begin, end;
   std::int64_t summary;  // row of the batch, -1: none
@@ -100,11 +103,12 @@ std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* 
   const std::int64_t length = s.end - s.begin, prunable = length - (s.summary >= 0);
   if (temperature == 0 || prunable < 2) return length;
 
-  float highest = -INFINITY;
+  float highest = -INFINITY, lowest = INFINITY;
   for (std::int64_t j = s.begin; j < s.end; ++j) {
     if (j == s.summary) continue;
     if (!std::isfinite(importance[j])) return length;
     if (importance[j] > highest) highest = importance[j];
+    if (importance[j] < lowest) lowest = importance[j];
   }
   const double inverse = 1.4426950408889634 / temperature;  // log2(e) / tau
   const float scale = inverse > FLT_MAX ? FLT_MAX : inverse < FLT_MIN ? FLT_MIN : float(inverse);
@@ -116,6 +120,8 @@ std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* 
     if (value != value) return length;
     if (value > threshold) threshold = value;
   }
+  if (temperature < kArgmaxTemperature)
+    threshold += float(1 - temperature / kArgmaxTemperature) * (highest - lowest - threshold);
   const auto goes = [&](std::int64_t j) { return j != s.summary && !(highest - importance[j] < threshold); };
   std::int64_t pruned = 0;
   for (std::int64_t j = s.begin; j < s.end; ++j) pruned += goes(j);

@@ -51,7 +51,8 @@ Status token_importance(const float* summary,                        // (rows,)
                         int threads);
 
 // keep j when S_j > min_k sum_j softmax_j(A_jk / temperature) S_j, or all of a sequence where fewer than 2
-// would go or a value is not finite. temperature 0 keeps everything; it must be finite and not negative.
+// would go or a value is not finite. Below a temperature of 0.01 the threshold goes on to the least S_j, in
+// proportion to it. temperature 0 keeps everything; it must be finite and not negative.
 Status select_tokens(const float* importance,                     // (rows,)
                      const void* mag_logits, DType logits_dtype,  // (rows, alignment_tokens)
                      std::int64_t logits_stride, std::int64_t alignment_tokens,
