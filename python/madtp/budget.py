@@ -101,11 +101,11 @@ class Plan:
             raise ValueError(f"plan {path}: {error}") from error
 
     def require_fit(self, branches: Iterable[str], modules: Iterable[str]) -> None:
-        """Raises ValueError unless it gives tokens to these branches, prunes one, and names Linears of these."""
+        """Raises ValueError unless it gives tokens to these branches, prunes something, and names Linears of these."""
         if set(self.tokens) != set(branches):
             raise ValueError(f"plan must give tokens to {', '.join(branches)}, got {', '.join(self.tokens)}")
-        if all(share == 1 for share in self.tokens.values()):
-            raise ValueError(f"plan must give a branch fewer tokens than all, got {self.tokens}")
+        if all(share == 1 for share in self.tokens.values()) and not self.sparse_modules:
+            raise ValueError(f"plan must give a branch fewer tokens than all or name a Linear, got {self.tokens}")
         unknown = sorted(set(self.sparse_modules) - set(modules))
         if unknown:
             raise ValueError(f"plan must name Linears that may go N:M, got {unknown[0]!r}")
@@ -241,7 +241,12 @@ def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: 
             f"with temperature_max {config.temperature_max:g} reaches {where}, got {getattr(config, goal)}"
         )
     if allocation != "uniform":
+        at_least = sparse
         shares, sparse = ledger.greedy(shares, sparse, target, fewest, [] if allocation == "tokens" else everything)
+        if allocation == "joint" and min(shares.values()) == 1 and len(sparse) > len(at_least):
+            # A whole Linear goes past the target, tokens end on it.
+            if ledger.cost(fewest, sparse[:-1]) <= target < ledger.cost(shares, sparse[:-1]):
+                shares, sparse = ledger.greedy(shares, sparse[:-1], target, fewest, [])
     shares = ledger.exactly(shares, sparse, target, fewest, uniform=allocation == "uniform")
     zeroed = sum(sensitivities.weights[name].zeroed for name in sparse)
     rise = sum(ledger.rise(b, share) for b, share in shares.items())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from madtp.accounting import Profile, branch_of, counted_macs, evaluating, leading_size, profile_batches
 from madtp.config import CompressionConfig
 from madtp.distill import JointLoss
-from madtp.hwp import InputStatistics, Pattern, prune_one_shot, select_modules
+from madtp.hwp import InputStatistics, Pattern, collect_inputs, prune_one_shot, select_modules
 from madtp.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 TEMPERATURES = 9  # between the bounds of the config, at which a branch is looked at first
 WIDEST_STEP = 0.12  # between the shares of neighbouring points; a wider one is looked into
 MOST_POINTS = 20
+INPUTS_AT_A_TIME = 16  # Linears whose Gram matrices are in memory
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TokenPoint:
 
 @dataclass(frozen=True)
 class WeightUnit:
-    """One Linear gone N:M, everything else dense."""
+    """One Linear gone N:M, corrected, everything else dense."""
 
     branch: str
     zeroed: int  # weights
@@ -69,7 +70,6 @@ class Calibration:
     Args:
         model: patched, dense weights; it is at temperature 0 between measurements.
         batches: without shared images, where the model is.
-        statistics: of the inputs of its Linears, for masks by |W| ||x||; None: magnitude.
     """
 
     def __init__(
@@ -78,10 +78,9 @@ class Calibration:
         task: Task,
         batches: Sequence[Mapping[str, Tensor]],
         config: CompressionConfig,
-        statistics: Mapping[str, InputStatistics] | None = None,
     ):
         self.model, self.handle, self.task, self.config = model, model.madtp_handle, task, config
-        self.batches, self.statistics = batches, statistics
+        self.batches = batches
         self.sizes = [leading_size(batch) for batch in batches]
         weights = config.vision_weight, config.text_weight, config.kd_weight, config.kd_temperature
         self.loss = JointLoss(0.0, *weights)
@@ -100,14 +99,36 @@ class Calibration:
                 total += size * self.loss(nothing, summaries=summaries, logits=(logits, taught), mask=mask)[0].item()
         return total / sum(self.sizes)
 
+    def inputs(self, modules: Iterable[str]) -> dict[str, InputStatistics]:
+        """What these Linears meet in the model as it is now, with Gram matrices."""
+        with (
+            evaluating(self.model),
+            self.handle.inference(),
+            collect_inputs(self.model, modules, gram=True) as statistics,
+        ):
+            for batch in self.batches:
+                self.model(**batch)
+        return statistics
+
     @contextmanager
-    def masked(self, modules: Iterable[str]) -> Iterator[None]:
-        """A context in which these Linears are N:M; dense weights come back to the bit."""
+    def masked(self, modules: Iterable[str], inputs: Mapping[str, InputStatistics] | None = None) -> Iterator[None]:
+        """A context in which these Linears are N:M; dense weights come back to the bit.
+
+        The kept weights make up for those that go (`madtp.hwp.prune_one_shot`, correct): training would do the same,
+        and what it cannot mend is what counts. A Linear that the batches do not reach keeps its largest weights.
+
+        Args:
+            inputs: of all of them; None collects them, some Linears at a time, the former ones N:M.
+        """
         modules = list(modules)
         before = {name: self.model.get_submodule(name).weight.detach().clone() for name in modules}
         try:
-            if modules:
-                prune_one_shot(self.model, self.config.pattern, modules, self.statistics)
+            for start in range(0, len(modules), INPUTS_AT_A_TIME):
+                names = modules[start : start + INPUTS_AT_A_TIME]
+                met = self.inputs(names) if inputs is None else inputs
+                reached = [name for name in names if met[name].rows > 0]
+                prune_one_shot(self.model, self.config.pattern, reached, met, correct=True)
+                prune_one_shot(self.model, self.config.pattern, [name for name in names if name not in reached])
             yield
         finally:
             with torch.no_grad():
@@ -141,7 +162,7 @@ def measure_sensitivities(
     exclude = (*config.sparse_exclude, *handle.family.dense_modules, "madtp_guide")
     modules = select_modules(model, config.pattern, include=config.sparse_include, exclude=exclude).selected
     found = profile_batches(model, calibration.batches)
-    tokens, weights = {}, {}
+    tokens, weights, inputs = {}, {}, {}
     n, m = Pattern.parse(config.pattern)
     for name in progress([*handle.pruning, *modules]):
         if name in handle.pruning:
@@ -149,7 +170,10 @@ def measure_sensitivities(
             continue
         weight = model.get_submodule(name).weight
         macs = found.modules[name].dense_macs
-        with calibration.masked([name]):
+        if name not in inputs:
+            first = modules.index(name)
+            inputs = calibration.inputs(modules[first : first + INPUTS_AT_A_TIME])
+        with calibration.masked([name], inputs):
             rise = max(calibration.rise(), 0.0)
         zeroed = weight.numel() - weight.numel() * n // m
         weights[name] = WeightUnit(

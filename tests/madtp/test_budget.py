@@ -105,12 +105,35 @@ def test_allocate_compares_and_compress_trains_the_plan(tmp_path):
     assert result.report["plan"]["allocation"]["compared"] == plan.compared
     for edited, message in (
         ({"tokens": {"vision": 0.5}}, "plan must give tokens to vision, text, got vision"),
-        ({"tokens": {"vision": 1.0, "text": 1.0}}, "plan must give a branch fewer tokens"),
+        ({"tokens": {"vision": 1.0, "text": 1.0}, "sparse_modules": ()}, "plan must give a branch fewer tokens"),
         ({"sparse_modules": ("nowhere",)}, "plan must name Linears that may go N:M, got 'nowhere'"),
     ):
         wrong = dataclasses.replace(plan, **edited)
         with pytest.raises(ValueError, match=message):
             madtp.compress(dense, Task(), data, data, config, output_dir=tmp_path, plan=wrong, training=training)
+
+
+def test_weights_alone_are_trained_too(tmp_path):
+    data, dense = Questions(16), tiny_blip()
+    config = with_targets(flops_reduction=0.25)
+    plan = madtp.allocate(dense, Task(), data, config, allocation="weights")
+    training = {"max_steps": 4, "per_device_train_batch_size": 8, "disable_tqdm": True, "save_strategy": "no"}
+    result = madtp.compress(dense, Task(), data, data, config, output_dir=tmp_path, plan=plan, training=training)
+    compressed = result.report["compressed"]
+    assert result.report["plan"]["temperatures"] == {"vision": 0.0, "text": 0.0}
+    assert compressed["counted_gmacs"] == pytest.approx(
+        (1 - plan.flops_reduction) * compressed["dense_gmacs"], rel=0.01
+    )
+
+
+def test_tokens_end_on_a_target_that_a_whole_linear_would_go_past(measured):
+    """With weights that cost nothing all tokens would stay, but for the last step."""
+    free = {name: dataclasses.replace(unit, rise=0.0) for name, unit in measured.weights.items()}
+    measured = dataclasses.replace(measured, weights=free)
+    for reduction in (0.21, 0.22, 0.23):
+        plan = choose(measured, with_targets(flops_reduction=reduction))
+        assert plan.flops_reduction == pytest.approx(reduction, abs=1e-6)
+        assert 0.9 < min(plan.tokens.values()) < 1
 
 
 def test_what_is_wrong_is_refused():
