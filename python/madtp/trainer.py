@@ -52,6 +52,9 @@ class MadtpTrainer(Trainer):
     pattern; the best checkpoint brings its temperatures back.
 
     `train` raises `DivergedError` at the first loss that is not finite; weights that are not are never saved.
+
+    Raises:
+        ValueError: args shard the weights (fsdp, deepspeed).
     """
 
     def __init__(
@@ -69,6 +72,12 @@ class MadtpTrainer(Trainer):
         args: TrainingArguments,
         **kwargs,
     ):
+        for name in ("fsdp", "deepspeed"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"{name} must be off: masks, temperatures and the probe need whole weights, which DDP leaves to "
+                    f"every process; got {getattr(args, name)!r}"
+                )
         super().__init__(model=model, args=args, **kwargs)
         # The model takes **kwargs, but its loss is a mean whatever they say: accumulated steps are to be averaged.
         self.model_accepts_loss_kwargs = False

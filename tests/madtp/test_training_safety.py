@@ -56,6 +56,11 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, data):
     assert last_checkpoint(tmp_path / "checkpoints") is None
 
 
+def test_weights_in_shards_are_refused(tmp_path, data):
+    with pytest.raises(ValueError, match="fsdp must be off: .*; got True"):
+        make_trainer(tmp_path, data, 8, fsdp=True)
+
+
 def test_a_full_disk_leaves_the_checkpoint_that_was_whole(tmp_path, data, monkeypatch):
     trainer = make_trainer(tmp_path, data, 12)
     save = type(trainer)._save
