@@ -70,11 +70,13 @@ def _curves(history: list[dict]) -> Markup | None:
     }
     figure = Figure(figsize=(13.8, 3.2), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(1, 3), groups.items(), strict=True):
+        axes.set(title=title, xlabel="step")
         for name in names:
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            axes.plot(*zip(*points, strict=True), label=name.partition("_")[2] or name)
-        axes.set(title=title, xlabel="step", yscale="log")
-        if names:
+            points = [(entry["step"], entry[name]) for entry in history if entry.get(name, 0) > 0]
+            if points:  # a branch that is not pruned has a temperature of 0
+                axes.plot(*zip(*points, strict=True), label=name.partition("_")[2] or name)
+        if axes.lines:
+            axes.set_yscale("log")
             axes.legend(frameon=False, fontsize=8)
     return _svg(figure)
 

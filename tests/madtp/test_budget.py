@@ -8,6 +8,7 @@ from conftest import tiny_batch, tiny_blip
 from test_compression import CONFIG, Questions, Task
 
 import madtp
+from madtp import report
 from madtp.budget import Plan, choose
 from madtp.sensitivity import Calibration, measure_sensitivities
 
@@ -113,17 +114,20 @@ def test_allocate_compares_and_compress_trains_the_plan(tmp_path):
             madtp.compress(dense, Task(), data, data, config, output_dir=tmp_path, plan=wrong, training=training)
 
 
+@pytest.mark.filterwarnings("error:.*log scale")
 def test_weights_alone_are_trained_too(tmp_path):
     data, dense = Questions(16), tiny_blip()
     config = with_targets(flops_reduction=0.25)
     plan = madtp.allocate(dense, Task(), data, config, allocation="weights")
-    training = {"max_steps": 4, "per_device_train_batch_size": 8, "disable_tqdm": True, "save_strategy": "no"}
+    training = {"max_steps": 4, "per_device_train_batch_size": 8, "logging_steps": 2, "save_strategy": "no"}
     result = madtp.compress(dense, Task(), data, data, config, output_dir=tmp_path, plan=plan, training=training)
     compressed = result.report["compressed"]
     assert result.report["plan"]["temperatures"] == {"vision": 0.0, "text": 0.0}
     assert compressed["counted_gmacs"] == pytest.approx(
         (1 - plan.flops_reduction) * compressed["dense_gmacs"], rel=0.01
     )
+    report.write(result.report, tmp_path, command="madtp compress")
+    assert "vision 0, text 0" in (tmp_path / "report.md").read_text()
 
 
 def test_tokens_end_on_a_target_that_a_whole_linear_would_go_past(measured):
