@@ -29,7 +29,7 @@ class CompressionConfig:
     # Which tokens stay: "instance" is the method; the others are there to compare it with (`madtp.selection_rules`).
     selection: Literal["instance", "batch_max", "unguided", "static", "random"] = "instance"
 
-    temperature: float = 1.0  # where the tau of every branch starts
+    temperature: float = 1.0  # where the search for the tau of every branch starts
     temperature_min: float = 1e-4
     temperature_max: float = 1000.0
     controller_gain: float = 1.0

@@ -23,6 +23,8 @@ from madtp.hwp import Pattern, WeightPruner
 from madtp.tasks.task import Task
 
 CONTROLLER_FILE = "madtp_controller.json"
+START_ROUNDS = 30
+START_TOLERANCE = 0.02  # of the MACs of a branch
 
 
 class DivergedError(RuntimeError):
@@ -33,8 +35,8 @@ class MadtpTrainer(Trainer):
     """`transformers.Trainer` for a patched model and its dense teacher.
 
     The loss is L_task + align L_align + vision L_vis + text L_txt + kd T^2 KL (weights of the config), where L_vis and
-    L_txt compare the summary tokens after every layer with the teacher's. Every `controller_interval` steps the counted
-    MACs of `probe` are observed and the temperatures moved.
+    L_txt compare the summary tokens after every layer with the teacher's. The temperatures start where `probe` costs what
+    it is to cost; every `controller_interval` steps its counted MACs are observed and the temperatures moved.
 
     Args:
         model: patched (see `madtp.patch`); its forward takes the task's batches.
@@ -100,12 +102,7 @@ class MadtpTrainer(Trainer):
         )
         # Until the masks have their final pattern, MACs are counted as they will be then.
         self.planned_sparse = set(sparse_modules) if Pattern.parse(config.pattern).sparse24 else set()
-        self.controller = TemperatureController(
-            targets,
-            temperature=config.temperature,
-            gain=config.controller_gain,
-            bounds=(config.temperature_min, config.temperature_max),
-        )
+        self.controller = self._controller(targets, config.temperature)
         self.handle.set_temperature(self.controller.temperatures)
         self.handle.collect_alignment(config.align_weight > 0)
         self.observed: dict[str, float] = {}
@@ -174,10 +171,30 @@ class MadtpTrainer(Trainer):
             self.observed = counted_macs(self.model, self.probe, planned_sparse=self.planned_sparse)
         return self.observed
 
+    def find_start(self) -> None:
+        """Before the first step: moves the temperatures until the probe costs about what it is to cost in the end, so
+        that no step is spent on another number of tokens."""
+        targets = self.controller.targets
+        for _ in range(START_ROUNDS):
+            seen, before = self._spent(), self.controller.temperatures
+            if all(abs(seen[branch] / target - 1) <= START_TOLERANCE for branch, target in targets.items()):
+                break
+            self.handle.set_temperature(self.controller.update(seen))
+            if self.controller.temperatures == before:  # all at their bounds
+                break
+        self.controller = self._controller(targets, self.controller.temperatures)
+
+    def _controller(self, targets: dict[str, float], start: float | dict[str, float]) -> TemperatureController:
+        bounds = self.config.temperature_min, self.config.temperature_max
+        return TemperatureController(targets, temperature=start, gain=self.config.controller_gain, bounds=bounds)
+
+    def _spent(self) -> dict[str, float]:
+        observed = self.observe()
+        return {branch: observed[branch] for branch in self.controller.targets}
+
     def steer(self) -> None:
         """One observation, one move of the temperatures."""
-        observed = self.observe()
-        seen = {branch: observed[branch] for branch in self.controller.targets}
+        seen = self._spent()
         self._move(
             lambda: self.handle.set_temperature(self.controller.update(seen)),
             lambda: self.handle.set_temperature(self.controller.halve_step()),
@@ -307,6 +324,10 @@ class _Cooperation(TrainerCallback):
 
     def __init__(self, trainer: MadtpTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.trainer.find_start()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.sparsify(state.global_step)

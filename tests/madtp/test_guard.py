@@ -115,7 +115,7 @@ def test_a_run_without_jumps_is_as_one_without_a_guard(tmp_path, data):
     assert guarded.guard.undone == 0 and free.guard is None
     assert_same(guarded, free)
     logged = [entry for entry in guarded.state.log_history if "loss" in entry]
-    assert all(entry["guard_undone"] == 0 and entry["guard_rise"] != 0 for entry in logged)
+    assert all(entry["guard_undone"] == 0 and "guard_rise" in entry for entry in logged)
     assert not any("guard_rise" in entry for entry in free.state.log_history)
 
 
