@@ -127,13 +127,16 @@ EXPERIMENTS = {
     "vqa": Experiment(
         "VQA, easy-vqa (BLIP)",
         _vqa,
-        {"cpu": Preset(120, 16, 1e-3, calibration=256, test=5000), "gpu": Preset(2000, 64, 5e-4, alignment_tokens=100)},
+        {
+            "cpu": Preset(200, 16, 1e-3, calibration=1024, test=5000),
+            "gpu": Preset(2000, 64, 5e-4, alignment_tokens=100),
+        },
     ),
     "retrieval": Experiment(
         "Retrieval, emoji (ViT-S/14 + MiniLM)",
         _retrieval,
         {
-            "cpu": Preset(50, 16, 1e-4, 0, image_size=112, calibration=128, allocation_samples=16),
+            "cpu": Preset(100, 16, 1e-4, 100, 32, 5e-5, image_size=112, calibration=128, allocation_samples=16),
             "gpu": Preset(2000, 128, 3e-5, 2000, 128, 3e-5, image_size=224, alignment_tokens=100),
         },
     ),
@@ -141,14 +144,14 @@ EXPERIMENTS = {
         "NLVR, emoji pairs (BlipForNLVR)",
         _nlvr,
         {
-            "cpu": Preset(120, 16, 5e-4, 1500, 128, calibration=256, test=1000, pairs=6000, about="backgrounds"),
+            "cpu": Preset(240, 16, 5e-4, 1500, 128, test=1000, pairs=6000, about="backgrounds"),
             "gpu": Preset(3000, 128, 3e-4, 12000, 128, 5e-4, pairs=20000),
         },
     ),
     "captioning": Experiment(
         "Captioning, emoji (BLIP)",
         _captioning,
-        {"cpu": Preset(120, 16, 5e-4, 800, calibration=256), "gpu": Preset(3000, 128, 3e-4, 8000, 128)},
+        {"cpu": Preset(500, 16, 1e-3, 800), "gpu": Preset(3000, 128, 3e-4, 8000, 128)},
     ),
 }
 

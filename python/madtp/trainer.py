@@ -35,8 +35,8 @@ class MadtpTrainer(Trainer):
     """`transformers.Trainer` for a patched model and its dense teacher.
 
     The loss is L_task + align L_align + vision L_vis + text L_txt + kd T^2 KL (weights of the config), where L_vis and
-    L_txt compare the summary tokens after every layer with the teacher's. The temperatures start where `probe` costs what
-    it is to cost; every `controller_interval` steps its counted MACs are observed and the temperatures moved.
+    L_txt compare the summary tokens after every layer with the teacher's. The temperatures start where `probe` costs
+    what it is to cost; every `controller_interval` steps its counted MACs are observed and the temperatures moved.
 
     Args:
         model: patched (see `madtp.patch`); its forward takes the task's batches.
