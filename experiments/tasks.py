@@ -67,8 +67,13 @@ class Experiment:
     presets: dict[str, Preset]
 
     def config(self, preset: Preset, model: nn.Module, **changes) -> CompressionConfig:
-        width = model.config.vision_config.hidden_size
-        return CompressionConfig(alignment_tokens=preset.alignment_tokens, alignment_dim=width, **changes)
+        return CompressionConfig(
+            alignment_tokens=preset.alignment_tokens,
+            alignment_dim=model.config.vision_config.hidden_size,
+            hwp_score="second_order",  # masks that grow in training need more of it than there is here
+            hwp_schedule="one_shot",
+            **changes,
+        )
 
 
 def _vqa(preset: Preset, folder: Path) -> Prepared:
@@ -128,7 +133,7 @@ EXPERIMENTS = {
         "VQA, easy-vqa (BLIP)",
         _vqa,
         {
-            "cpu": Preset(200, 16, 1e-3, calibration=1024, test=5000),
+            "cpu": Preset(120, 16, 1e-3, calibration=1024, test=5000),
             "gpu": Preset(2000, 64, 5e-4, alignment_tokens=100),
         },
     ),
@@ -136,7 +141,7 @@ EXPERIMENTS = {
         "Retrieval, emoji (ViT-S/14 + MiniLM)",
         _retrieval,
         {
-            "cpu": Preset(100, 16, 1e-4, 100, 32, 5e-5, image_size=112, calibration=128, allocation_samples=16),
+            "cpu": Preset(50, 16, 2e-5, 100, 32, 5e-5, image_size=112, calibration=128, allocation_samples=16),
             "gpu": Preset(2000, 128, 3e-5, 2000, 128, 3e-5, image_size=224, alignment_tokens=100),
         },
     ),
@@ -144,14 +149,14 @@ EXPERIMENTS = {
         "NLVR, emoji pairs (BlipForNLVR)",
         _nlvr,
         {
-            "cpu": Preset(240, 16, 5e-4, 1500, 128, test=1000, pairs=6000, about="backgrounds"),
+            "cpu": Preset(160, 16, 5e-4, 1500, 128, test=1000, pairs=6000, about="backgrounds"),
             "gpu": Preset(3000, 128, 3e-4, 12000, 128, 5e-4, pairs=20000),
         },
     ),
     "captioning": Experiment(
         "Captioning, emoji (BLIP)",
         _captioning,
-        {"cpu": Preset(500, 16, 1e-3, 800), "gpu": Preset(3000, 128, 3e-4, 8000, 128)},
+        {"cpu": Preset(400, 16, 5e-4, 800), "gpu": Preset(3000, 128, 3e-4, 8000, 128)},
     ),
 }
 
