@@ -243,9 +243,10 @@ def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: 
     if allocation != "uniform":
         at_least = sparse
         shares, sparse = ledger.greedy(shares, sparse, target, fewest, [] if allocation == "tokens" else everything)
-        if allocation == "joint" and min(shares.values()) == 1 and len(sparse) > len(at_least):
+        past = ledger.cost(shares, sparse) < (1 - 1e-6) * target and len(sparse) > len(at_least)
+        if allocation == "joint" and past and min(shares.values()) == 1:
             # A whole Linear goes past the target, tokens end on it.
-            if ledger.cost(fewest, sparse[:-1]) <= target < ledger.cost(shares, sparse[:-1]):
+            if ledger.cost(fewest, sparse[:-1]) <= target:
                 shares, sparse = ledger.greedy(shares, sparse[:-1], target, fewest, [])
     shares = ledger.exactly(shares, sparse, target, fewest, uniform=allocation == "uniform")
     zeroed = sum(sensitivities.weights[name].zeroed for name in sparse)
