@@ -8,7 +8,8 @@ import pytest
 from experiments import run, table, tasks
 from experiments.results import Results
 
-TINY = tasks.Preset(3, 4, 1e-3, calibration=16, allocation_samples=4, test=24)
+# All 24 drawn images are tested: the 4 of the first 24 questions keep other numbers of tokens than those of training.
+TINY = tasks.Preset(3, 4, 1e-3, calibration=64, allocation_samples=4, test=144)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_rows_are_measured_once(start, capsys):
     assert rows["dense", 0.0]["counted_gmacs"] == rows["dense", 0.0]["dense_gmacs"] == rows["joint", 0.5]["dense_gmacs"]
     for key in (("joint", 0.5), ("staged", 0.7), ("random", 0.7)):
         row = rows[key]
-        assert row["counted_gmacs"] / row["dense_gmacs"] == pytest.approx(1 - key[1], abs=0.1), key
+        assert row["counted_gmacs"] / row["dense_gmacs"] == pytest.approx(1 - key[1], abs=0.08), key
         assert 0 <= row["metrics"]["accuracy"] <= 1 and row["nonzero_params"] < row["params"]
     other = rows["joint", 0.5]["batch_max"]
     assert other["counted_gmacs"] >= other["instance_gmacs"] and other["batch_size"] == run.BATCH
