@@ -10,12 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from madtp_kernels.reference.tokens import ARGMAX_TEMPERATURE
 from madtp_kernels.triton.common import OPTIONS, on_device, power_of_two, rows, sequence_bounds
 from madtp_kernels.triton.token_layout import layout
-from madtp_kernels.triton.token_sequence import sequence_importance, sequence_keep, summary_row
+from madtp_kernels.triton.token_sequence import LOG2_E, sequence_importance, sequence_keep, summary_row
 
-LOG2_E = 1.4426950408889634
 BLOCK_BYTES = 16384  # of logits
 
 
@@ -52,7 +50,6 @@ def select_kernel(
     p_count,  # (B,) int32, out: rows of the sequence after pruning, the merged one included
     p_total,  # (B,) fp32, out: importance of the pruned tokens
     scale,  # log2(e) / tau, or 0: keep everything
-    lowering,  # share of the way to the least importance that the threshold goes
     T,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -63,21 +60,7 @@ def select_kernel(
     begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
     summary = summary_row(p_summary_index, i_b)
     sequence_keep(
-        p_importance,
-        p_logits,
-        p_keep,
-        p_count,
-        p_total,
-        scale,
-        lowering,
-        i_b,
-        begin,
-        end,
-        summary,
-        K,
-        STRIDE,
-        BLOCK_T,
-        BLOCK_K,
+        p_importance, p_logits, p_keep, p_count, p_total, scale, i_b, begin, end, summary, K, STRIDE, BLOCK_T, BLOCK_K
     )
 
 
@@ -93,7 +76,6 @@ def score_and_select_kernel(
     p_count,  # (B,) int32, out
     p_total,  # (B,) fp32, out
     scale,  # log2(e) / tau, or 0: keep everything
-    lowering,  # share of the way to the least importance that the threshold goes
     T,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -106,21 +88,7 @@ def score_and_select_kernel(
     sequence_importance(p_summary, p_received, p_logits, p_importance, begin, end, summary, K, STRIDE, BLOCK_T, BLOCK_K)
     tl.debug_barrier()  # what one thread wrote others read
     sequence_keep(
-        p_importance,
-        p_logits,
-        p_keep,
-        p_count,
-        p_total,
-        scale,
-        lowering,
-        i_b,
-        begin,
-        end,
-        summary,
-        K,
-        STRIDE,
-        BLOCK_T,
-        BLOCK_K,
+        p_importance, p_logits, p_keep, p_count, p_total, scale, i_b, begin, end, summary, K, STRIDE, BLOCK_T, BLOCK_K
     )
 
 
@@ -177,11 +145,6 @@ def _scale(temperature: float) -> float:
     return min(max(LOG2_E / temperature, limits.tiny), limits.max) if temperature != 0 else 0.0
 
 
-def _lowering(temperature: float) -> float:
-    """As the reference lowers the threshold."""
-    return 1 - min(temperature / ARGMAX_TEMPERATURE, 1.0)
-
-
 def _kept(importance: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """keep (T,) bool, count (B,) int32 and total (B,) fp32, to be written."""
     device = importance.device
@@ -214,7 +177,6 @@ def select_tokens(
                 count,
                 total,
                 _scale(temperature),
-                _lowering(temperature),
                 importance.shape[0],
                 **_blocks(mag_logits),
             )
@@ -247,7 +209,6 @@ def score_and_select(
                 count,
                 total,
                 _scale(temperature),
-                _lowering(temperature),
                 summary.shape[0],
                 **_blocks(mag_logits),
             )

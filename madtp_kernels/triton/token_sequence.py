@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+from madtp_kernels.reference.tokens import ARGMAX_TEMPERATURE
+
+LOG2_E = 1.4426950408889634
+ARGMAX_SCALE = tl.constexpr(LOG2_E / ARGMAX_TEMPERATURE)
+
 
 @triton.jit
 def summary_row(p_summary_index, i_b):
@@ -74,7 +79,6 @@ def sequence_keep(
     p_count,
     p_total,
     scale,
-    lowering,
     i_b,
     begin,
     end,
@@ -128,7 +132,9 @@ def sequence_keep(
         b_theta = tl.where(k + tl.arange(0, BLOCK_K) < K, b_theta, float("-inf"))
         broken = tl.maximum(broken, tl.max((b_theta != b_theta).to(tl.int32)))
         threshold = tl.maximum(threshold, tl.max(b_theta))
-    threshold += lowering * (highest - tl.min(b_lowest) - threshold)
+    # As the reference lowers it. Scales are inverse to temperatures; div_rn so that equal ones give exactly 1.
+    ratio = tl.div_rn(tl.full((), ARGMAX_SCALE, tl.float32), tl.maximum(scale, ARGMAX_SCALE).to(tl.float32))
+    threshold += (1 - ratio) * (highest - tl.min(b_lowest) - threshold)
 
     b_pruned = tl.zeros((BLOCK_T,), tl.int32)
     b_total = tl.zeros((BLOCK_T,), tl.float32)
