@@ -115,13 +115,16 @@ def profile(
 
 def profile_batches(model: nn.Module, batches: Sequence[Mapping[str, Any]], **options) -> Profile:
     """`profile` of all the samples of several batches, which run one at a time."""
-    sizes = [leading_size(batch) for batch in batches]
-    profiles = [profile(model, batch, **options) for batch in batches]
+    return mean_profile([profile(model, batch, **options) for batch in batches], [leading_size(b) for b in batches])
+
+
+def mean_profile(profiles: Sequence[Profile], samples: Sequence[int]) -> Profile:
+    """The profile of all samples, from one of each batch and the number of samples in it."""
 
     def mean(accounts: Sequence[Account]) -> Account:
         columns = {
-            column: sum(getattr(account, column) * size for account, size in zip(accounts, sizes, strict=True))
-            / sum(sizes)
+            column: sum(getattr(account, column) * size for account, size in zip(accounts, samples, strict=True))
+            / sum(samples)
             for column in ("dense_macs", "counted_macs", "executed_macs")
         }
         return replace(accounts[0], **columns)

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import stdev
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,9 @@ from madtp.accounting import (
     counted_macs,
     disk_bytes,
     evaluating,
+    leading_size,
+    mean_profile,
+    profile,
     profile_batches,
 )
 from madtp.config import CompressionConfig
@@ -324,7 +328,9 @@ def measure(
     """The figures of one model on all of `data`, but for the time, which only a comparison gives.
 
     GMACs are per sample, averaged over `ACCOUNT_SAMPLES` spread over the data; for a plain Hugging Face model they are
-    those of the packed dense model, without padding. `bytes` is the size of the weights file.
+    those of the packed dense model, without padding. counted_gmacs_error is the standard error of that mean, from the
+    spread between batches of `PAIRS_BATCH`: samples keep different numbers of tokens. `bytes` is the size of the
+    weights file.
 
     Args:
         path: the directory the model was loaded from; None saves it to a temporary one to weigh it.
@@ -338,13 +344,16 @@ def measure(
     if not hasattr(model, "madtp_handle"):
         counted = copy.deepcopy(model)
         patch(counted)
-    total = profile_batches(counted, pairs(task, data, ACCOUNT_SAMPLES, _device(model))).total
+    batches = pairs(task, data, ACCOUNT_SAMPLES, _device(model))
+    profiles = [profile(counted, batch) for batch in batches]
+    total = mean_profile(profiles, [leading_size(batch) for batch in batches]).total
     params, nonzero_params = count_parameters(model)
     return {
         "samples": len(data),
         "metrics": metrics,
         "dense_gmacs": total.dense_macs / 1e9,
         "counted_gmacs": total.counted_macs / 1e9,
+        "counted_gmacs_error": _standard_error([each.total.counted_macs for each in profiles]) / 1e9,
         "executed_gmacs": total.executed_macs / 1e9,
         "params": params,
         "nonzero_params": nonzero_params,
@@ -473,6 +482,11 @@ def _training_arguments(output_dir: Path, config: CompressionConfig, training: M
         "seed": config.seed,
     }
     return TrainingArguments(**defaults | dict(training or {}))
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Of the mean of all; 0 for a single one, which says nothing of it."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def _device(model: nn.Module) -> torch.device:

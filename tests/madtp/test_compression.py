@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 import madtp
 from madtp import compression
+from madtp.accounting import counted_macs
 from madtp.compression import pairs
 from madtp.timing import time_per_sample
 from madtp.trainer import CONTROLLER_FILE, MadtpTrainer, last_checkpoint
@@ -97,6 +98,19 @@ def test_compress_reaches_the_target_and_reports_what_was_saved(tmp_path, data):
     assert not any("decoder" in name or "guide" in name for name in report["plan"]["sparse_modules"])
     assert (result.path / "processor.txt").exists()
     assert all(time > 0 for time in time_per_sample({"x": result.model}, pairs(Task(), data, 8)[0]).values())
+
+
+def test_the_error_of_the_counted_macs_is_the_standard_error_of_their_mean(monkeypatch):
+    model, data = tiny_blip(), Questions(40)
+    madtp.patch(model, CONFIG)
+    assert compression.measure(model, Task(), data)["counted_gmacs_error"] == 0, "one batch says nothing of it"
+    model.madtp_handle.set_temperature(0.5)
+    monkeypatch.setattr(compression, "PAIRS_BATCH", 8)
+    figures = compression.measure(model, Task(), data)
+    costs = [sum(counted_macs(model, [batch]).values()) / 1e9 for batch in pairs(Task(), data, 40)]
+    assert len(set(costs)) > 1
+    assert figures["counted_gmacs"] == pytest.approx(torch.tensor(costs).mean().item())
+    assert figures["counted_gmacs_error"] == pytest.approx(torch.tensor(costs).std().item() / 5**0.5)
 
 
 @pytest.mark.parametrize("score", ["activation", "token_weighted", "second_order"])
