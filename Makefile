@@ -24,11 +24,14 @@ $(READY): requirements.txt
 	$(PY) -m pip install -r requirements.txt
 	touch $@
 endif
+WORKERS ?= 2 # processes of make test, where pytest-xdist is there; each runs on one thread unless a test says otherwise
 BUILD := $(CURDIR)/build/make
 export PATH := $(BIN):$(PATH)
 export MADTP_BUILD_DIR := $(BUILD)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 
 .DEFAULT_GOAL := test
 .PHONY: demo test test-asan test-slow coverage-cuda test-package bench gpu lint format build clean
@@ -39,7 +42,7 @@ demo: build
 test: export MADTP_BUILD_TESTS := ON
 test: build
 	ctest --test-dir $(BUILD) --output-on-failure -LE gpu
-	$(PY) -m pytest tests -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow and not gpu" $(PARALLEL)
 
 test-asan: $(READY)
 	cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 $(SANITIZE)" -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON

@@ -41,7 +41,7 @@ class Preset:
     dense_rate: float = 1e-3
     image_size: int = 64
     alignment_tokens: int = 32
-    calibration: int = 512  # training samples on which the temperatures settle
+    calibration: int = 1024  # samples on which the temperatures settle
     allocation_samples: int = 64  # of these, on which budgets are chosen
     test: int | None = None  # the first samples of the test set; None: all
     pairs: int = 0  # NLVR: training pairs
@@ -50,7 +50,10 @@ class Preset:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dense model with all a compression of it takes. `others`: test sets beside `test`, by name."""
+    """A dense model with all a compression of it takes. `others`: test sets beside `test`, by name.
+
+    `calibration` holds no sample of the test; where concepts are split, none of its concepts are in training either.
+    """
 
     model: nn.Module
     task: Task
@@ -93,8 +96,7 @@ def _retrieval(preset: Preset, folder: Path) -> Prepared:
         return model
 
     model = _kept(folder, VisionTextDualEncoderModel, make)
-    test, shifted = _tests(EmojiRetrieval, tokenizer, preset)
-    return Prepared(model, task, train, _first(train, preset), test, shifted)
+    return Prepared(model, task, train, *_held_out(EmojiRetrieval, tokenizer, preset))
 
 
 def _nlvr(preset: Preset, folder: Path) -> Prepared:
@@ -110,8 +112,7 @@ def _nlvr(preset: Preset, folder: Path) -> Prepared:
         return model
 
     model = _kept(folder, BlipForNLVR, make)
-    test, shifted = _tests(partial(EmojiPairs, about=about), tokenizer, preset)
-    return Prepared(model, task, train, _first(train, preset), test, shifted)
+    return Prepared(model, task, train, *_held_out(partial(EmojiPairs, about=about), tokenizer, preset))
 
 
 def _captioning(preset: Preset, folder: Path) -> Prepared:
@@ -124,8 +125,7 @@ def _captioning(preset: Preset, folder: Path) -> Prepared:
         return model
 
     model = _kept(folder, BlipForConditionalGeneration, make)
-    test, shifted = _tests(EmojiCaptions, tokenizer, preset)
-    return Prepared(model, task, train, _first(train, preset), test, shifted)
+    return Prepared(model, task, train, *_held_out(partial(EmojiCaptions, renders=3), tokenizer, preset))
 
 
 EXPERIMENTS = {
@@ -133,15 +133,15 @@ EXPERIMENTS = {
         "VQA, easy-vqa (BLIP)",
         _vqa,
         {
-            "cpu": Preset(120, 16, 1e-3, calibration=1024, test=5000),
-            "gpu": Preset(2000, 64, 5e-4, alignment_tokens=100),
+            "cpu": Preset(120, 16, 1e-3, calibration=2048),
+            "gpu": Preset(2000, 64, 5e-4, alignment_tokens=100, calibration=2048),
         },
     ),
     "retrieval": Experiment(
         "Retrieval, emoji (ViT-S/14 + MiniLM)",
         _retrieval,
         {
-            "cpu": Preset(50, 16, 2e-5, 100, 32, 5e-5, image_size=112, calibration=128, allocation_samples=16),
+            "cpu": Preset(80, 16, 1e-5, 100, 32, 5e-5, image_size=112, calibration=336, allocation_samples=16),
             "gpu": Preset(2000, 128, 3e-5, 2000, 128, 3e-5, image_size=224, alignment_tokens=100),
         },
     ),
@@ -184,10 +184,12 @@ def _train(model: nn.Module, task: Task, data: Dataset, preset: Preset, folder: 
         )
 
 
-def _tests(kind: Callable[..., Dataset], tokenizer, preset: Preset) -> tuple[Dataset, dict[str, Dataset]]:
-    """Concepts not seen in training, by vendors that were seen, and by one that was not."""
+def _held_out(kind: Callable[..., Dataset], tokenizer, preset: Preset) -> tuple[Dataset, Dataset, dict[str, Dataset]]:
+    """What calibration, test and other tests of a `Prepared` are: all of concepts not seen in training, calibration and
+    test of different ones, both by vendors that were seen; the other test is by one that was not."""
     test = kind("test", tokenizer, preset.image_size, limit=preset.test)
-    return test, {"unseen vendor": kind("test", tokenizer, preset.image_size, vendors=SHIFTED, limit=preset.test)}
+    others = {"unseen vendor": kind("test", tokenizer, preset.image_size, vendors=SHIFTED, limit=preset.test)}
+    return _first(kind("val", tokenizer, preset.image_size), preset), test, others
 
 
 def _first(data: Dataset, preset: Preset) -> Dataset:

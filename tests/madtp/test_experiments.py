@@ -1,5 +1,6 @@
 """The experiments at toy size, and that the documents say what the committed results say."""
 
+import dataclasses
 import json
 import sys
 
@@ -45,6 +46,65 @@ def test_rows_are_measured_once(start, capsys):
     text = table.document([results], "cpu", "plot.png")
     assert "| weights only | not reached |" in text and "| tokens, then weights |" in text
     assert f"{100 * rows['random', 0.7]['metrics']['accuracy']:.2f}" in text
+
+
+def test_temperatures_settle_on_concepts_of_neither_part(few_emoji, monkeypatch, tmp_path):
+    monkeypatch.setenv("MADTP_CACHE", str(tmp_path / "cache"))
+    preset = dataclasses.replace(TINY, image_size=32, calibration=10, test=None)
+    prepared = tasks.EXPERIMENTS["captioning"].prepare(preset, tmp_path / "captioning")
+    sets = prepared.train, prepared.calibration.dataset, prepared.test, prepared.others["unseen vendor"]
+    train, calibration, test, shifted = ({concept for concept, *_ in data.pictures} for data in sets)
+    assert train and calibration and test and test == shifted
+    assert not (train & calibration or train & test or calibration & test)
+    assert len(prepared.calibration) == 10
+
+
+def row(variant: str, reduction: float, metric: float, gmacs: float, seed: int = 0, **more) -> dict:
+    figures = {"metrics": {"accuracy": metric}, "dense_gmacs": 1.0, "counted_gmacs": gmacs, "counted_gmacs_error": 0.01}
+    return {"variant": variant, "reduction": reduction, "seed": seed} | figures | more
+
+
+def batch_max(metric: float, gmacs: float, ours: float) -> dict:
+    return {"batch_max": {"metrics": {"accuracy": metric}, "counted_gmacs": gmacs, "instance_gmacs": ours}}
+
+
+def test_aims_go_by_the_mean_of_the_seeds_and_the_worst_of_the_macs():
+    rows = [row("dense", 0.0, 0.9, 1.0)]
+    rows += [row("joint", 0.5, 0.885, 0.5), row("joint", 0.5, 0.897, 0.5, seed=1)]  # 1.5 and 0.3 points lost
+    rows += [row("joint", 0.7, 0.86, 0.306), row("joint", 0.7, 0.85, 0.3, seed=1)]  # 4 and 5; 2 % off and on it
+    rows += [row("tokens", 0.7, 0.87, 0.3), row("tokens", 0.7, 0.82, 0.3, seed=1)]
+    rows += [{"variant": "weights", "reduction": 0.7, "seed": 0, "unreachable": "flops_reduction must be less"}]
+    text = table.targets([{"task": "vqa", "metric": "accuracy", "rows": rows}]).splitlines()
+    said = [[cell.strip() for cell in line.split("|")[2:5]] for line in text[2:]]
+    assert said == [
+        ["points lost at -50 %, at most 1", "0.90 (0.30 to 1.50)", "holds"],
+        ["points lost at -70 %, at most 3", "4.50 (4.00 to 5.00)", "does not hold"],
+        [
+            "at -70 % better than tokens or weights only",
+            "85.50 (85.00 to 86.00) against 84.50 (82.00 to 87.00)",
+            "holds",
+        ],
+        [
+            "counted MACs on the test set, percent off the target, at most 1",
+            "median 0.00, most 2.00, standard error 3.33",
+            "does not hold",
+        ],
+    ]
+
+
+def test_costs_are_compared_at_an_equal_metric():
+    front = [(1.0, 50.0), (2.0, 60.0), (3.0, 58.0), (4.0, 70.0)]
+    assert table.cost_at(front, 45) == 1.0, "the cheapest there is"
+    assert table.cost_at(front, 55) == pytest.approx(1.5)
+    assert table.cost_at(front, 64) == pytest.approx(3.5)
+    assert table.cost_at(front, 71) is None
+    rows = [row("dense", 0.0, 0.9, 1.0)]
+    rows += [row("joint", 0.5, 0.81, 0.5, **batch_max(0.841, 0.8, 0.5)), row("tokens", 0.5, 0.2, 0.5)]
+    rows += [row("joint", 0.5, 0.79, 0.5, seed=1, **batch_max(0.861, 0.8, 0.5))]
+    result = {"task": "vqa", "metric": "accuracy", "rows": rows}
+    assert table.at_equal_metric(result) == pytest.approx([100 * (1 - 0.75 / 0.8)])  # 85 % is halfway from 80 to 90
+    rows.append(row("joint", 0.3, 0.85, 0.7, **batch_max(0.95, 0.9, 0.7)))
+    assert len(table.at_equal_metric(result)) == 1, "nothing reaches 95 %"
 
 
 def test_results_of_other_settings_are_refused(tmp_path):
