@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import madtp
 from benchmarks.registry import Case, Entry, Thunk, Unavailable
 from madtp import hwp
-from madtp.accounting import counted_macs
-from madtp.controller import find_root
-from madtp.models import BlipForNLVR, family_of
+from madtp.measure.macs import counted_macs
+from madtp.models import BlipForNLVR
+from madtp.models.registry import family_of
+from madtp.search import find_root
 
 EAGER, SDPA = "Hugging Face eager", "Hugging Face SDPA"
 MAC_TOLERANCE = 0.01

@@ -11,9 +11,10 @@ from torch.sparse import to_sparse_semi_structured
 
 import madtp_kernels as mk
 from benchmarks.registry import Entry, Unavailable, require
-from madtp_kernels import Sparse24Weight, native
+from madtp_kernels import Sparse24Weight
 from madtp_kernels.dispatch import extension_obstacle
-from madtp_kernels.sparse24_weight import pack_positions
+from madtp_kernels.native import sparse24 as native
+from madtp_kernels.sparse24.weight import pack_positions
 
 
 class PruneInputs(NamedTuple):

@@ -11,10 +11,10 @@ import sys
 from transformers import BlipForConditionalGeneration
 from without_training import compare, parser
 
-from madtp.tasks import DataError
+from madtp.data.emoji import EmojiCaptions, build_tokenizer
+from madtp.data.errors import DataError
 from madtp.tasks.captioning import CaptioningTask
-from madtp.tasks.dense import captioning_model
-from madtp.tasks.emoji import EmojiCaptions, build_tokenizer
+from madtp.tasks.small_models import captioning_model
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from train_emoji import BATCH, DATA, RATES, SIZES, TASKS
 from transformers import AutoTokenizer, BlipForConditionalGeneration, VisionTextDualEncoderModel
 
 import madtp
-from madtp import report
+from madtp.data.emoji import Emoji
+from madtp.data.errors import DataError
 from madtp.models import BlipForNLVR
-from madtp.tasks import DataError
-from madtp.tasks.emoji import Emoji
+from madtp.reporting import report
 
 MODELS = {
     "retrieval": VisionTextDualEncoderModel,

@@ -11,11 +11,11 @@ import sys
 import torch
 from without_training import compare, parser
 
+from madtp.data.emoji import EmojiPairs, build_tokenizer
+from madtp.data.errors import DataError
 from madtp.models import BlipForNLVR
-from madtp.tasks import DataError
-from madtp.tasks.dense import nlvr_model
-from madtp.tasks.emoji import EmojiPairs, build_tokenizer
 from madtp.tasks.nlvr import NlvrTask
+from madtp.tasks.small_models import nlvr_model
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ import sys
 import torch
 from without_training import compare, parser
 
-from madtp.models import pretrained
-from madtp.tasks import DataError
-from madtp.tasks.dense import retrieval_model
-from madtp.tasks.emoji import Emoji, EmojiRetrieval
+from madtp.data import pretrained
+from madtp.data.emoji import Emoji, EmojiRetrieval
+from madtp.data.errors import DataError
 from madtp.tasks.retrieval import RetrievalTask
+from madtp.tasks.small_models import retrieval_model
 
 
 def main() -> None:

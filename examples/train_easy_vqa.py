@@ -19,8 +19,8 @@ from transformers import (
     set_seed,
 )
 
-from madtp.tasks import DataError
-from madtp.tasks.easy_vqa import IMAGE_SIZE, EasyVqa, ImagesWithQuestions, build_tokenizer, collate
+from madtp.data.easy_vqa import IMAGE_SIZE, EasyVqa, ImagesWithQuestions, build_tokenizer, collate
+from madtp.data.errors import DataError
 from madtp.tasks.vqa import VqaTask, dense_forward
 
 WIDTH, HEADS, PATCH = 128, 4, 8

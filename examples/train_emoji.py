@@ -20,10 +20,11 @@ from transformers import (
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from madtp.models import pretrained
-from madtp.tasks import DataError, dense
+from madtp.data import pretrained
+from madtp.data.emoji import SHIFTED, VENDORS, Emoji, EmojiCaptions, EmojiPairs, EmojiRetrieval, build_tokenizer
+from madtp.data.errors import DataError
+from madtp.tasks import small_models as dense
 from madtp.tasks.captioning import CaptioningTask
-from madtp.tasks.emoji import SHIFTED, VENDORS, Emoji, EmojiCaptions, EmojiPairs, EmojiRetrieval, build_tokenizer
 from madtp.tasks.nlvr import NlvrTask
 from madtp.tasks.retrieval import RetrievalTask
 

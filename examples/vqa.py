@@ -8,8 +8,8 @@ import sys
 import torch
 from without_training import compare, parser
 
-from madtp.tasks import DataError
-from madtp.tasks.easy_vqa import EasyVqa
+from madtp.data.easy_vqa import EasyVqa
+from madtp.data.errors import DataError
 from madtp.tasks.vqa import VqaTask, load_dense
 
 

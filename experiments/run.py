@@ -22,9 +22,11 @@ from torch import nn
 from transformers.utils import logging
 
 from madtp import CompressionConfig
-from madtp.accounting import counted_macs
-from madtp.compression import measure, pairs, versions
-from madtp.tasks import DataError
+from madtp.compression import versions
+from madtp.data.errors import DataError
+from madtp.measure.figures import measure
+from madtp.measure.macs import counted_macs
+from madtp.tasks.batches import pairs
 
 from .results import FOLDER, Results
 from .tasks import EXPERIMENTS, Prepared, Preset

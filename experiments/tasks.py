@@ -15,12 +15,13 @@ from torch.utils.data import Dataset, Subset
 from transformers import BlipForConditionalGeneration, VisionTextDualEncoderModel, set_seed
 
 from madtp import CompressionConfig
+from madtp.data import pretrained
+from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
+from madtp.data.emoji import SHIFTED, EmojiCaptions, EmojiPairs, EmojiRetrieval, build_tokenizer
 from madtp.files import whole_directory
-from madtp.models import BlipForNLVR, pretrained
-from madtp.tasks import dense
+from madtp.models import BlipForNLVR
+from madtp.tasks import small_models as dense
 from madtp.tasks.captioning import CaptioningTask
-from madtp.tasks.easy_vqa import EasyVqa, ImagesWithQuestions
-from madtp.tasks.emoji import SHIFTED, EmojiCaptions, EmojiPairs, EmojiRetrieval, build_tokenizer
 from madtp.tasks.nlvr import NlvrTask
 from madtp.tasks.retrieval import RetrievalTask
 from madtp.tasks.task import Task

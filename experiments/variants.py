@@ -9,9 +9,11 @@ from pathlib import Path
 from torch import nn
 
 from madtp import CompressionConfig, compress, patch
-from madtp.budget import Plan, choose
-from madtp.compression import Result, pairs
-from madtp.sensitivity import Calibration, Sensitivities, measure_sensitivities
+from madtp.budgets.allocate import choose
+from madtp.budgets.plan import Plan
+from madtp.budgets.sensitivity import Calibration, Sensitivities, measure_sensitivities
+from madtp.compression import Result
+from madtp.tasks.batches import pairs
 
 from .tasks import Prepared, Preset
 

@@ -4,15 +4,15 @@ Importing never fails for a missing capability: a call that needs one raises and
 """
 
 from madtp_kernels.dispatch import explain
+from madtp_kernels.nm_masks import nm_mask, transposable_mask
 from madtp_kernels.nm_patterns import Pattern, explain_pattern
 from madtp_kernels.ops.attention import AttentionStats, varlen_attention
-from madtp_kernels.ops.masks import nm_mask, transposable_mask
 from madtp_kernels.ops.prune import Pruned, prune_tokens, score_and_select
 from madtp_kernels.ops.sparse24 import sparse24_linear
 from madtp_kernels.ops.sparse24_prune import sparse24_prune
 from madtp_kernels.ops.tokens import Selection, gather_merge, gather_merge_layernorm, select_tokens, token_importance
-from madtp_kernels.sparse24_files import load_sparse24, save_sparse24
-from madtp_kernels.sparse24_weight import Sparse24Weight, sparse24_compress
+from madtp_kernels.sparse24.files import load_sparse24, save_sparse24
+from madtp_kernels.sparse24.weight import Sparse24Weight, sparse24_compress
 
 __version__ = "0.1.0"
 

@@ -20,9 +20,14 @@ from pathlib import Path
 
 import torch
 
-from madtp_kernels import cusparselt, dense, dispatch, native, tuning, tuning_cuda
-from madtp_kernels.sparse24_weight import Sparse24Weight
-from madtp_kernels.tuning_cuda import Problem, Timing
+from madtp_kernels import dispatch
+from madtp_kernels.native import sparse24 as native
+from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
+from madtp_kernels.sparse24 import backend_dense as dense
+from madtp_kernels.sparse24 import tuning_cpu as tuning
+from madtp_kernels.sparse24 import tuning_cuda
+from madtp_kernels.sparse24.tuning_cuda import Problem, Timing
+from madtp_kernels.sparse24.weight import Sparse24Weight
 
 WIDTHS = (768, 1024)
 DTYPES = ("bfloat16", "float16")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from madtp_kernels import dispatch, native
-from madtp_kernels.ops import checks
-from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels import checks, dispatch
+from madtp_kernels.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels.native import attention as native
 from madtp_kernels.reference import attention as reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -118,14 +118,14 @@ dispatch.register(
     "varlen_attention",
     reference=reference.varlen_attention,
     cpu=native.varlen_attention,
-    triton=dispatch.triton_launcher("attention", "varlen_attention"),
+    triton=dispatch.triton_launcher("attention.forward", "varlen_attention"),
     limits=_limits,
 )
 dispatch.register(
     "varlen_attention_backward",
     reference=reference.varlen_attention_backward,
     cpu=native.varlen_attention_backward,
-    triton=dispatch.triton_launcher("attention_backward", "varlen_attention_backward"),
+    triton=dispatch.triton_launcher("attention.backward", "varlen_attention_backward"),
     limits=_limits,
 )
 

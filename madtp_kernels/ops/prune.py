@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
+from madtp_kernels.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.ops.attention import AttentionStats
-from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.ops.tokens import FLOATS, Selection, check_choice, check_norm, check_statistics, flat, sized
 
 

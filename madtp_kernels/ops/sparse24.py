@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from madtp_kernels import cusparselt, dense, dispatch, native, tuning, tuning_cuda
-from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
-from madtp_kernels.ops.sparse24_calls import kind_of
+from madtp_kernels import dispatch
+from madtp_kernels.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels.native import sparse24 as native
+from madtp_kernels.ops.sparse24_fast_path import kind_of
 from madtp_kernels.reference import sparse24 as reference
-from madtp_kernels.sparse24_weight import Sparse24Weight, register_layout
+from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
+from madtp_kernels.sparse24 import backend_dense as dense
+from madtp_kernels.sparse24 import tuning_cpu as tuning
+from madtp_kernels.sparse24 import tuning_cuda
+from madtp_kernels.sparse24.weight import Sparse24Weight, register_layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = tuple(reference.ACTIVATIONS)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from madtp_kernels import dispatch, native
-from madtp_kernels.ops.checks import check_device, check_tensor, require
-from madtp_kernels.ops.masks import checked_scores, nm_mask
-from madtp_kernels.sparse24_weight import Sparse24Weight, check_dense, sparse24_compress
+from madtp_kernels import dispatch
+from madtp_kernels.checks import check_device, check_tensor, require
+from madtp_kernels.native import sparse24 as native
+from madtp_kernels.nm_masks import checked_scores, nm_mask
+from madtp_kernels.sparse24.weight import Sparse24Weight, check_dense, sparse24_compress
 
 
 @dispatch.public

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from madtp_kernels.reference.ragged import segment_sum, sequence_ids, summary_rows
+from madtp_kernels.ragged import segment_sum, sequence_ids, summary_rows
 
 
 def importance_gradient(

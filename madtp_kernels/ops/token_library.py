@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from madtp_kernels import dispatch, native
-from madtp_kernels.ops.checks import check_cu_seqlens_values, check_rows, check_summary_index_values, require
+from madtp_kernels import dispatch
+from madtp_kernels.checks import check_cu_seqlens_values, check_rows, check_summary_index_values, require
+from madtp_kernels.native import tokens as native
 from madtp_kernels.ops.token_gradients import importance_gradient, selection_gradient
 from madtp_kernels.reference import tokens as reference
 from madtp_kernels.reference.tokens import PADDING
@@ -44,14 +45,14 @@ for _op in ("token_importance", "select_tokens", "score_and_select"):
         _op,
         reference=getattr(reference, _op),
         cpu=getattr(native, _op),
-        triton=dispatch.triton_launcher("token_scores", _op),
+        triton=dispatch.triton_launcher("tokens.scores", _op),
     )
 for _op in ("gather_merge", "gather_merge_backward", "gather_merge_layernorm"):
     dispatch.register(
         _op,
         reference=getattr(reference, _op),
         cpu=getattr(native, _op),
-        triton=dispatch.triton_launcher("gather_merge", _op),
+        triton=dispatch.triton_launcher("tokens.gather_merge", _op),
         cuda=getattr(native, _op),
     )
 

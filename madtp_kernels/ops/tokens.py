@@ -13,13 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from madtp_kernels import dispatch
-from madtp_kernels.ops import (
-    checks,
-    token_library,  # noqa: F401  (registers the ops in torch.ops.madtp)
-)
+from madtp_kernels import checks, dispatch
+from madtp_kernels.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels.ops import token_library as token_library  # registers the ops in torch.ops.madtp
 from madtp_kernels.ops.attention import AttentionStats
-from madtp_kernels.ops.checks import check_device, check_rows, check_tensor, require
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATISTICS = (torch.float32, torch.float64)  # float64 runs on the reference, for gradcheck

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from madtp_kernels.reference.ragged import pad, summary_rows, unpad
+from madtp_kernels.ragged import pad, summary_rows, unpad
 
 
 class _Maps(NamedTuple):

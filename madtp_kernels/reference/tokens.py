@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from madtp_kernels.reference.ragged import summary_rows
+from madtp_kernels.ragged import summary_rows
 
 PADDING = torch.iinfo(torch.int32).min  # `source` of output rows past the true total
 ARGMAX_TEMPERATURE = 0.01  # the softmax of the threshold picks one token here; a lower tau lowers the threshold itself

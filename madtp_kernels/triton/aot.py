@@ -26,7 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from madtp_kernels.triton import attention, attention_backward, gather_merge, token_scores
+from madtp_kernels.triton.attention import backward as attention_backward
+from madtp_kernels.triton.attention import forward as attention
+from madtp_kernels.triton.tokens import gather_merge
+from madtp_kernels.triton.tokens import scores as token_scores
 
 TARGETS = (80, 90)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from statistics import stdev
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -22,19 +17,9 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import madtp_kernels
-from madtp.accounting import (
-    Profile,
-    count_parameters,
-    counted_macs,
-    disk_bytes,
-    evaluating,
-    leading_size,
-    mean_profile,
-    profile,
-    profile_batches,
-)
+from madtp.budgets.allocate import allocate
+from madtp.budgets.plan import Plan
 from madtp.config import CompressionConfig
-from madtp.controller import branch_targets
 from madtp.files import require_writable, whole_directory
 from madtp.hwp import (
     Pattern,
@@ -46,21 +31,25 @@ from madtp.hwp import (
     prune_one_shot,
     select_modules,
 )
-from madtp.patching import from_pretrained, patch
+from madtp.inference import evaluating
+from madtp.measure.figures import compare
+from madtp.measure.macs import (
+    Profile,
+    counted_macs,
+    profile_batches,
+)
+from madtp.measure.timing import TIMING_BATCH, time_per_sample
+from madtp.patching.handle import patch
+from madtp.patching.pretrained import from_pretrained
 from madtp.progress import Progress
+from madtp.tasks.batches import pairs
 from madtp.tasks.task import Task
-from madtp.timing import time_per_layer, time_per_sample
-from madtp.trainer import MadtpTrainer, last_checkpoint
-
-if TYPE_CHECKING:
-    from madtp.budget import Plan
+from madtp.training.controller import branch_targets
+from madtp.training.trainer import MadtpTrainer, last_checkpoint
 
 PROBE_SAMPLES = 64  # of the calibration data, on which MACs are observed while training
 GUARD_SAMPLES = 16  # of the calibration data, on which a move of masks or temperatures must not raise the loss
 SETTLE_SAMPLES = 2048  # of the calibration data, on which the temperatures settle
-ACCOUNT_SAMPLES = 1024  # of the evaluation data, for the reported MACs
-PAIRS_BATCH = 64  # of these that run at a time
-TIMING_BATCH = 32
 TIME_TOLERANCE = 0.01  # of a latency target, within which the temperatures settle
 REACH_MARGIN = 1.15  # over the MACs asked for, which the highest temperature may need before training
 
@@ -188,7 +177,7 @@ def compress(
         task.save_processor(directory)
 
     compressed = from_pretrained(output_dir / "model").to(_device(model))
-    figures = {} if eval_data is None else _compared(model, compressed, task, eval_data, output_dir / "model", bars)
+    figures = {} if eval_data is None else compare(model, compressed, task, eval_data, output_dir / "model", bars)
     reached = {
         "allocation": None if plan is None else plan.to_dict(),
         "flops_reduction": aims.reduction,
@@ -212,23 +201,6 @@ def compress(
         "versions": versions(),
     }
     return Result(compressed, report, output_dir / "model")
-
-
-def _compared(
-    dense: nn.Module, compressed: nn.Module, task: Task, data: Dataset, path: Path, bars: Progress
-) -> dict[str, dict]:
-    """Figures of both, by name; `compressed` was loaded from path."""
-    figures = {
-        name: measure(model, task, data, path=where, progress=partial(bars, title=f"evaluating {name}"))
-        for name, model, where in (("dense", dense, None), ("compressed", compressed, path))
-    }
-    with bars.status("timing"):
-        batch = pairs(task, data, TIMING_BATCH, _device(dense))[0]
-        times = time_per_sample({"dense": dense, "compressed": compressed}, batch)
-        layers = time_per_layer(dense, compressed, batch)
-    for name, by_branch in zip(figures, layers, strict=True):
-        figures[name] |= {"ms_per_sample": times[name], "ms_per_layer": by_branch}
-    return figures
 
 
 @dataclass(frozen=True)
@@ -281,8 +253,6 @@ def _timed_plan(
     resume: bool = False,
 ) -> Plan:
     """The plan for a latency target, which a second measurement would make another: the one at `path` goes on."""
-    from madtp.budget import Plan, allocate  # which needs this module
-
     if resume and path.exists():
         return Plan.load(path)
     plan = allocate(model, task, data, config)
@@ -322,88 +292,12 @@ def _aims(
     return Aims(reduction, latency_reduction, chosen, linears.dense, targets, before, probe)
 
 
-def measure(
-    model: nn.Module, task: Task, data: Dataset, *, path: Path | None = None, progress=iter
-) -> dict[str, float | dict]:
-    """The figures of one model on all of `data`, but for the time, which only a comparison gives.
-
-    GMACs are per sample, averaged over `ACCOUNT_SAMPLES` spread over the data; for a plain Hugging Face model they are
-    those of the packed dense model, without padding. counted_gmacs_error is the standard error of that mean, from the
-    spread between batches of `PAIRS_BATCH`: samples keep different numbers of tokens. `bytes` is the size of the
-    weights file.
-
-    Args:
-        path: the directory the model was loaded from; None saves it to a temporary one to weigh it.
-        progress: wraps the batches of the evaluation, for a bar.
-    """
-    if not len(data):
-        raise ValueError("data must hold samples, got none")
-    watch = _TokenCount(model)
-    metrics = task.evaluate(model, data, progress=lambda batches: watch(progress(batches)))
-    counted = model
-    if not hasattr(model, "madtp_handle"):
-        counted = copy.deepcopy(model)
-        patch(counted)
-    batches = pairs(task, data, ACCOUNT_SAMPLES, _device(model))
-    profiles = [profile(counted, batch) for batch in batches]
-    total = mean_profile(profiles, [leading_size(batch) for batch in batches]).total
-    params, nonzero_params = count_parameters(model)
-    return {
-        "samples": len(data),
-        "metrics": metrics,
-        "dense_gmacs": total.dense_macs / 1e9,
-        "counted_gmacs": total.counted_macs / 1e9,
-        "counted_gmacs_error": _standard_error([each.total.counted_macs for each in profiles]) / 1e9,
-        "executed_gmacs": total.executed_macs / 1e9,
-        "params": params,
-        "nonzero_params": nonzero_params,
-        "bytes": disk_bytes(path / "model.safetensors") if path else _saved_bytes(model),
-        "tokens_per_layer": watch.means() or counted.madtp_handle.tokens_per_layer,
-    }
-
-
-def pairs(task: Task, data: Dataset, count: int, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:
-    """Batches of `count` items spread over the data (all, if fewer), every sample with its own copy of its image."""
-    chosen = [int(i * max(1.0, len(data) / count)) for i in range(min(count, len(data)))]
-    batches = []
-    for start in range(0, len(chosen), PAIRS_BATCH):
-        batch = task.collate([data[i] for i in chosen[start : start + PAIRS_BATCH]])
-        index = batch.pop("image_index", None)
-        if index is not None:
-            batch["pixel_values"] = batch["pixel_values"][index]
-        batches.append({name: value.to(device) for name, value in batch.items()})
-    return batches
-
-
 def versions() -> dict[str, str]:
     return {
         "madtp_kernels": madtp_kernels.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-class _TokenCount:
-    """Averages the tokens after each layer over the batches of an evaluation, of a patched model."""
-
-    def __init__(self, model: nn.Module):
-        self.handle = getattr(model, "madtp_handle", None)
-        self.tokens: defaultdict[str, list] = defaultdict(list)  # branch -> per batch, (B,) x layers totals
-        self.sequences: defaultdict[str, int] = defaultdict(int)
-
-    def __call__(self, batches: Iterable) -> Iterator:
-        for batch in batches:
-            yield batch
-            if self.handle is not None:
-                for name, branch in self.handle.pruning.items():
-                    self.sequences[name] += branch.layers[0].batch
-                    self.tokens[name].append([layer.origin.numel() for layer in branch.layers])
-
-    def means(self) -> dict[str, list[float]]:
-        return {
-            name: [sum(layer) / self.sequences[name] for layer in zip(*rows, strict=True)]
-            for name, rows in self.tokens.items()
-        }
 
 
 def _permuted(student: nn.Module, selected: list[str], config: CompressionConfig) -> dict[str, Permutation]:
@@ -484,16 +378,5 @@ def _training_arguments(output_dir: Path, config: CompressionConfig, training: M
     return TrainingArguments(**defaults | dict(training or {}))
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    """Of the mean of all; 0 for a single one, which says nothing of it."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _saved_bytes(model: nn.Module) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return disk_bytes(Path(folder) / "model.safetensors")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from madtp import report, visualize
 from madtp.compression import Result, compress
 from madtp.config import CompressionConfig
+from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
 from madtp.files import require_writable
 from madtp.progress import Progress
-from madtp.tasks.easy_vqa import EasyVqa, ImagesWithQuestions
+from madtp.reporting import report, visualize
 from madtp.tasks.vqa import VqaTask, load_dense
 
 CONFIG = CompressionConfig(flops_reduction=0.6, alignment_tokens=100, alignment_dim=128)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from madtp_kernels.whole_file import whole_file
+from madtp_kernels.atomic_file import whole_file
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

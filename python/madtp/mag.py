@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from madtp_kernels.reference.ragged import pad, summary_rows
+from madtp_kernels.ragged import pad, summary_rows
 
 
 class AlignmentGuide(nn.Module):

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from madtp_kernels.ops.masks import nm_mask, transposable_mask
+from madtp_kernels.nm_masks import nm_mask, transposable_mask
 
 
 def naive(score, n, m):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import madtp_kernels as mk
-from madtp_kernels import dispatch, native, sparse24_compress
+from madtp_kernels import dispatch, sparse24_compress
+from madtp_kernels.native import common as native
 
 GPU = torch.device("cuda", 0)
 
@@ -100,14 +101,14 @@ def test_what_16_byte_accesses_cannot_serve_is_copied():
     matrix = torch.arange(40 * 104, dtype=torch.float32).view(40, 104).bfloat16()
     assert matrix.data_ptr() % 16 == 0
     for view in (matrix, matrix[:, 8:72], matrix[::2], matrix[3:4, :64]):
-        assert native._aligned_rows(view) is view
+        assert native.aligned_rows(view) is view
     odd = torch.arange(40 * 99, dtype=torch.float32).view(40, 99).bfloat16()[:, :64]
     for view in (matrix[:, 1:65], matrix.t(), odd, odd[:1, 3:35], matrix[:, ::2]):
-        copy = native._aligned_rows(view)
+        copy = native.aligned_rows(view)
         assert copy is not view and torch.equal(copy, view) and copy.data_ptr() % 16 == 0
         assert copy.stride() == (view.shape[1], 1)
     vector = matrix[0]
-    assert native._aligned(vector) is vector
+    assert native.aligned(vector) is vector
     for view in (vector[1:], matrix[:, 0]):
-        copy = native._aligned(view)
+        copy = native.aligned(view)
         assert torch.equal(copy, view) and copy.data_ptr() % 16 == 0 and copy.is_contiguous()

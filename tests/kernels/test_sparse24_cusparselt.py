@@ -8,8 +8,9 @@ from sparse24_cases import dense24
 from torch.nn import functional as F
 
 import madtp_kernels as mk
-from madtp_kernels import cusparselt, dispatch, sparse24_compress
+from madtp_kernels import dispatch, sparse24_compress
 from madtp_kernels.reference.sparse24 import sparse24_to_dense
+from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
 
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu", "relu"]
 GPU = torch.device("cuda", 0)

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from madtp_kernels import Sparse24Weight, load_sparse24, nm_mask, save_sparse24, sparse24_compress
-from madtp_kernels import sparse24_files as files
+from madtp_kernels.sparse24 import files as files
 
 
 def compressed(rows=16, columns=32, dtype=torch.float32):

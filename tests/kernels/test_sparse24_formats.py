@@ -4,7 +4,7 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from torch.sparse import _semi_structured_conversions as conversions
 
 from madtp_kernels import nm_mask, sparse24_compress
-from madtp_kernels.sparse24_formats import (
+from madtp_kernels.sparse24.formats import (
     from_bitmask,
     from_torch_semi_structured,
     to_bitmask,

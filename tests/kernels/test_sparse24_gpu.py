@@ -8,7 +8,8 @@ import torch
 from sparse24_cases import dense24
 
 import madtp_kernels as mk
-from madtp_kernels import Sparse24Weight, dispatch, native, sparse24_compress
+from madtp_kernels import Sparse24Weight, dispatch, sparse24_compress
+from madtp_kernels.native import sparse24 as native
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

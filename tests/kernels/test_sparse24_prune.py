@@ -3,7 +3,7 @@ import torch
 
 import madtp_kernels as mk
 from madtp_kernels import dispatch
-from madtp_kernels.sparse24_weight import sparse24_compress
+from madtp_kernels.sparse24.weight import sparse24_compress
 
 FAST = [torch.float32, torch.bfloat16, torch.float16]
 needs_extension = pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="needs the C++ extension")

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import madtp_kernels as mk
-from madtp_kernels import sparse24_linear, sparse24_weight
-from madtp_kernels.sparse24_weight import ASCENDING, Sparse24Weight, register_layout, sparse24_compress
+from madtp_kernels import sparse24_linear
+from madtp_kernels.sparse24 import weight as sparse24_weight
+from madtp_kernels.sparse24.weight import ASCENDING, Sparse24Weight, register_layout, sparse24_compress
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

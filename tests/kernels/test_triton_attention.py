@@ -11,9 +11,9 @@ import madtp_kernels as mk
 
 pytest.importorskip("triton")
 # ruff: noqa: E402
-from madtp_kernels.triton import attention_backward
-from madtp_kernels.triton.attention import varlen_attention
-from madtp_kernels.triton.attention_backward import varlen_attention_backward
+from madtp_kernels.triton.attention import backward as attention_backward
+from madtp_kernels.triton.attention.backward import varlen_attention_backward
+from madtp_kernels.triton.attention.forward import varlen_attention
 
 pytestmark = MARKS
 

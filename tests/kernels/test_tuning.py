@@ -5,8 +5,11 @@ import torch
 from sparse24_cases import dense24
 
 import madtp_kernels as mk
-from madtp_kernels import dense, dispatch, native, sparse24_compress, tuning
-from madtp_kernels.tuning import Problem, Timing
+from madtp_kernels import dispatch, sparse24_compress
+from madtp_kernels.native import sparse24 as native
+from madtp_kernels.sparse24 import backend_dense as dense
+from madtp_kernels.sparse24 import tuning_cpu as tuning
+from madtp_kernels.sparse24.tuning_cpu import Problem, Timing
 
 pytestmark = pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="no C++ extension")
 DENSE_WINS, OURS_WINS = Timing(20.0, 10.0, "2026-01-02"), Timing(10.0, 20.0, "2026-01-02")

@@ -9,10 +9,15 @@ import torch
 from sparse24_cases import dense24
 
 import madtp_kernels as mk
-from madtp_kernels import cusparselt, dense, dispatch, native, sparse24_compress, tune, tuning, tuning_cuda
-from madtp_kernels.cusparselt import Algorithm
-from madtp_kernels.native import Sparse24Config
-from madtp_kernels.tuning_cuda import Problem, Timing
+from madtp_kernels import dispatch, sparse24_compress, tune
+from madtp_kernels.native import sparse24 as native
+from madtp_kernels.native.sparse24 import Sparse24Config
+from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
+from madtp_kernels.sparse24 import backend_dense as dense
+from madtp_kernels.sparse24 import tuning_cpu as tuning
+from madtp_kernels.sparse24 import tuning_cuda
+from madtp_kernels.sparse24.backend_cusparselt import Algorithm
+from madtp_kernels.sparse24.tuning_cuda import Problem, Timing
 
 GPU = torch.device("cuda", 0)
 SMALL, LARGE, SPLIT = Sparse24Config(80, 64, 64), Sparse24Config(90, 256, 128), Sparse24Config(90, 64, 128, 4, 2)
@@ -44,7 +49,7 @@ def ran(monkeypatch):
 
     for name in ("cuda", "cusparselt"):
         monkeypatch.setitem(dispatch._BACKEND_OBSTACLES, name, lambda device: None)
-        monkeypatch.setitem(mk.sparse24_weight._layouts, name, lambda weight: None)
+        monkeypatch.setitem(mk.sparse24.weight._layouts, name, lambda weight: None)
     monkeypatch.setitem(dispatch.AUTO_ORDER, "cpu", ("cuda", "reference"))
     monkeypatch.setattr(native, "sparse24_linear_cuda", functools.partial(run, "cuda"))
     monkeypatch.setattr(native, "sparse24_linear_configs", lambda *arguments: [LARGE, SMALL, SPLIT])

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig
 
 import madtp
-from madtp.accounting import count_macs, disk_bytes, profile, profile_batches
 from madtp.hwp import Follower, WeightPruner, pack, select_modules
+from madtp.measure.macs import count_macs, disk_bytes, profile, profile_batches
 from madtp.models import BlipForNLVR
 from madtp_kernels import dispatch
 

@@ -4,24 +4,18 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_blip
 from families import CASES
 from PIL import Image
+from tiny_models import tiny_blip
 from transformers import BlipImageProcessor
 
-from madtp.tasks import DataError
-from madtp.tasks.annotations import (
-    CaptionAnnotations,
-    NlvrAnnotations,
-    RetrievalAnnotations,
-    VqaAnnotations,
-    cleaned,
-)
+from madtp.data.annotations import CaptionAnnotations, NlvrAnnotations, RetrievalAnnotations, VqaAnnotations, cleaned
+from madtp.data.errors import DataError
+from madtp.data.word_tokenizer import word_tokenizer
 from madtp.tasks.captioning import CaptioningTask
 from madtp.tasks.nlvr import NlvrTask
 from madtp.tasks.retrieval import RetrievalTask
 from madtp.tasks.vqa import VqaTask
-from madtp.tasks.words import word_tokenizer
 
 SENTENCE = "A red cat and two dogs!"
 NLVR = {"images": ["a/0.png", "1.png"], "sentence": SENTENCE, "label": "True", "dataset": "nlvr2"}

@@ -6,7 +6,7 @@ import transformers as hf
 from tiny_models import RIGHT, SHAPE, Calls
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-from madtp.attention_interface import attention_forward, attention_mask
+from madtp.models.attention_interface import attention_forward, attention_mask
 
 
 class SelfAttention(torch.nn.Module):

@@ -23,7 +23,7 @@ from tiny_models import (
     tokens,
 )
 
-from madtp import attention_interface
+from madtp.models import attention_interface
 
 # name -> (model, inputs, real output positions, attention calls that pack)
 CASES = {

@@ -3,11 +3,11 @@
 import math
 
 import torch
-from conftest import tiny_blip
 from test_compression import BRIEF, CONFIG, Questions, Task, make_trainer
+from tiny_models import tiny_blip
 
 import madtp
-from madtp.trainer import MadtpTrainer, last_checkpoint
+from madtp.training.trainer import MadtpTrainer, last_checkpoint
 
 BF16 = {"bf16": True, "use_cpu": True}
 

@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_blip
 from test_compression import CONFIG, Questions, Task
+from tiny_models import tiny_batch, tiny_blip
 
 import madtp
-from madtp import report
-from madtp.budget import Plan, choose
-from madtp.sensitivity import Calibration, measure_sensitivities
+from madtp.budgets.allocate import choose
+from madtp.budgets.plan import Plan
+from madtp.budgets.sensitivity import Calibration, measure_sensitivities
+from madtp.reporting import report
 
 
 @pytest.fixture(scope="module")

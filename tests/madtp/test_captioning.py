@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import madtp
-from madtp.tasks import DataError
+from madtp.data.emoji import EmojiCaptions, build_tokenizer
+from madtp.data.errors import DataError
 from madtp.tasks.captioning import CaptioningTask, caption_scores
-from madtp.tasks.dense import captioning_model
-from madtp.tasks.emoji import EmojiCaptions, build_tokenizer
+from madtp.tasks.small_models import captioning_model
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 from transformers import BlipImageProcessor
 
-from madtp import cli, demo
-from madtp.budget import Plan
-from madtp.tasks.easy_vqa import PACKAGE
+from madtp import demo
+from madtp.budgets.plan import Plan
+from madtp.cli import app as cli
+from madtp.data.easy_vqa import PACKAGE
 from madtp.tasks.vqa import DENSE_EASY_VQA
-from madtp.trainer import MadtpTrainer, last_checkpoint
+from madtp.training.trainer import MadtpTrainer, last_checkpoint
 
 
 @pytest.fixture

@@ -6,16 +6,16 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_blip
+from tiny_models import tiny_batch, tiny_blip
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 import madtp
 from madtp import compression
-from madtp.accounting import counted_macs
-from madtp.compression import pairs
-from madtp.timing import time_per_sample
-from madtp.trainer import CONTROLLER_FILE, MadtpTrainer, last_checkpoint
+from madtp.measure.macs import counted_macs
+from madtp.measure.timing import time_per_sample
+from madtp.tasks.batches import pairs
+from madtp.training.trainer import CONTROLLER_FILE, MadtpTrainer, last_checkpoint
 
 CONFIG = madtp.CompressionConfig(
     flops_reduction=0.55, alignment_tokens=8, alignment_dim=32, controller_interval=2, hwp_schedule="gradual"
@@ -209,7 +209,7 @@ def test_pairs_are_spread_over_the_data(data, monkeypatch):
 
 def make_trainer(tmp_path, data, steps, config=CONFIG, sparse_modules=(FC1,), eval_dataset=None, **training):
     from madtp.compression import _training_arguments
-    from madtp.controller import branch_targets
+    from madtp.training.controller import branch_targets
 
     student, teacher = tiny_blip(), tiny_blip()
     handle = madtp.patch(student, config)

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from madtp.accounting import Account, Profile
-from madtp.controller import TemperatureController, branch_targets, find_root
+from madtp.measure.macs import Account, Profile
+from madtp.search import find_root
+from madtp.training.controller import TemperatureController, branch_targets
 
 
 class Plant:

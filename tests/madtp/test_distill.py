@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from madtp.distill import JointLoss, align_loss, kd_loss, summary_loss
+from madtp.training.losses import JointLoss, align_loss, kd_loss, summary_loss
 
 
 def test_align_loss():

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_blip
 from test_compression import BRIEF, CONFIG, Questions, Task, make_trainer
+from tiny_models import tiny_blip
 from transformers import EarlyStoppingCallback
 
 import madtp
-from madtp.trainer import CONTROLLER_FILE, MadtpTrainer
+from madtp.training.trainer import CONTROLLER_FILE, MadtpTrainer
 
 EVALUATE = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
 

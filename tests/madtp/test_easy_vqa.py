@@ -5,14 +5,15 @@ import subprocess
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_blip
+from tiny_models import tiny_batch, tiny_blip
 from transformers import AutoImageProcessor
 
 import madtp
-from madtp.tasks import DataError, easy_vqa
-from madtp.tasks.easy_vqa import ANSWERS, EasyVqa, ImagesWithQuestions, build_tokenizer, collate
+from madtp.data import easy_vqa
+from madtp.data.easy_vqa import ANSWERS, EasyVqa, ImagesWithQuestions, build_tokenizer, collate
+from madtp.data.errors import DataError
+from madtp.data.word_tokenizer import word_tokenizer
 from madtp.tasks.vqa import DENSE_EASY_VQA, VqaTask, dense_forward, load_dense
-from madtp.tasks.words import word_tokenizer
 
 
 @pytest.fixture(scope="module")

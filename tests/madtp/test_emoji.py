@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from madtp.tasks import DataError, emoji_icons
-from madtp.tasks.emoji import (
+from madtp.data import emoji_icons
+from madtp.data.downloads import Tarball
+from madtp.data.emoji import (
     SHIFTED,
     STATEMENTS,
     VENDORS,
@@ -20,11 +21,11 @@ from madtp.tasks.emoji import (
     EmojiRetrieval,
     build_tokenizer,
 )
-from madtp.tasks.emoji_icons import ICONS, SPLITS, TEXT, Concept
-from madtp.tasks.emoji_kinds import BROAD, NOUNS
-from madtp.tasks.packages import Tarball
-from madtp.tasks.scenes import COLORS, TEXTURES, Scene
-from madtp.tasks.words import word_tokenizer
+from madtp.data.emoji_icons import ICONS, SPLITS, TEXT, Concept
+from madtp.data.emoji_kinds import BROAD, NOUNS
+from madtp.data.errors import DataError
+from madtp.data.scenes import COLORS, TEXTURES, Scene
+from madtp.data.word_tokenizer import word_tokenizer
 
 PACKAGE = Tarball("some data", "some-data@1.0.0", "some-data-1.0.0.tgz", "00")
 

@@ -8,8 +8,8 @@ import torch
 from test_compression import CONFIG, Questions, make_trainer
 from transformers import TrainerCallback
 
-from madtp.guard import Guard
-from madtp.trainer import last_checkpoint
+from madtp.training.guard import Guard
+from madtp.training.trainer import last_checkpoint
 
 
 @pytest.fixture(scope="module")

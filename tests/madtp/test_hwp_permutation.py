@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_blip
+from tiny_models import tiny_batch, tiny_blip
 from torch import nn
 
 import madtp

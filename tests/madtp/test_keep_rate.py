@@ -7,7 +7,7 @@ import torch
 from families import CASES, pixels, randomised
 
 import madtp
-from madtp.keep_rate import TOLERANCE, kept_shares
+from madtp.patching.keep_rate import TOLERANCE, kept_shares
 
 CONFIG = madtp.CompressionConfig(alignment_tokens=100, alignment_dim=24)
 FAMILIES = ["BlipForQuestionAnswering", "CLIPModel", "BertModel"]

@@ -4,14 +4,18 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import tiny_blip
 from test_compression import CONFIG, Questions, Task
+from tiny_models import tiny_blip
 
 import madtp
-from madtp import accounting, compression, latency, timing
-from madtp.budget import Plan, choose
-from madtp.latency import Times
-from madtp.sensitivity import Sensitivities, TokenPoint, WeightUnit
+from madtp import compression
+from madtp.budgets import latency
+from madtp.budgets.allocate import choose
+from madtp.budgets.latency import Times
+from madtp.budgets.plan import Plan
+from madtp.budgets.sensitivity import Sensitivities, TokenPoint, WeightUnit
+from madtp.measure import macs as accounting
+from madtp.measure import timing
 
 LATENCY = dataclasses.replace(CONFIG, flops_reduction=None, latency_reduction=0.35)
 TRAINING = {"max_steps": 12, "per_device_train_batch_size": 16, "disable_tqdm": True}
@@ -123,7 +127,7 @@ def test_a_resumed_run_keeps_its_plan(machine, data, tmp_path, monkeypatch):
         tiny_blip(), Task(), data, None, LATENCY, output_dir=tmp_path, training=training, **options
     )
     first = run().report["plan"]["allocation"]
-    monkeypatch.setattr("madtp.budget.allocate", None)  # a second measurement would be another
+    monkeypatch.setattr("madtp.compression.allocate", None)  # a second measurement would be another
     assert run(resume=True).report["plan"]["allocation"] == first
 
 

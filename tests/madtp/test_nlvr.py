@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import madtp
-from madtp.tasks.dense import captioning_model, nlvr_model
-from madtp.tasks.emoji import EmojiPairs, build_tokenizer
+from madtp.data.emoji import EmojiPairs, build_tokenizer
 from madtp.tasks.nlvr import NlvrTask
+from madtp.tasks.small_models import captioning_model, nlvr_model
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import madtp
-from madtp.models import pretrained
-from madtp.tasks import DataError
+from madtp.data import pretrained
+from madtp.data.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from madtp import report, report_page
+from madtp.reporting import page as report_page
+from madtp.reporting import report
 
 DENSE = {
     "samples": 9673,

@@ -6,11 +6,11 @@ import transformers as hf
 from families import BERT, CASES, CLIP, CLIP_TEXT, IMAGE, VOCABULARY, randomised
 
 import madtp
-from madtp.models import pretrained
-from madtp.tasks.dense import fit_projections, retrieval_model
-from madtp.tasks.emoji import EmojiRetrieval, build_tokenizer
+from madtp.data import pretrained
+from madtp.data.emoji import EmojiRetrieval, build_tokenizer
+from madtp.data.word_tokenizer import word_tokenizer
 from madtp.tasks.retrieval import RANKS, RetrievalTask, recalls
-from madtp.tasks.words import word_tokenizer
+from madtp.tasks.small_models import fit_projections, retrieval_model
 
 DUAL = ["CLIPModel", "SiglipModel", "VisionTextDualEncoderModel (DINOv2, BERT)"]
 

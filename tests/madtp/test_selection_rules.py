@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_blip
+from tiny_models import tiny_batch, tiny_blip
 
 import madtp
-from madtp.selection_rules import HALF, RULES
+from madtp.dtp.selection_rules import HALF, RULES
 from madtp_kernels import AttentionStats, score_and_select
 
 LENGTHS = (9, 1, 6, 0, 13, 2)

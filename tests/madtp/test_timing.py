@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_blip
+from tiny_models import tiny_batch, tiny_blip
 
 import madtp
-from madtp import hwp, timing
+from madtp import hwp
+from madtp.measure import timing
 
 
 class Clock:

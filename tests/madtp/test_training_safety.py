@@ -11,7 +11,7 @@ import two_processes
 from test_compression import Questions, make_trainer
 from transformers import TrainerCallback
 
-from madtp.trainer import DivergedError, last_checkpoint
+from madtp.training.trainer import DivergedError, last_checkpoint
 
 
 @pytest.fixture(scope="module")

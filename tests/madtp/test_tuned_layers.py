@@ -8,7 +8,8 @@ from families import BERT, CONFIG, IMAGE, SIGLIP_TEXT, pixels, text
 import madtp
 from madtp import hwp
 from madtp.hwp import packing
-from madtp_kernels import tune, tuning_cuda
+from madtp_kernels import tune
+from madtp_kernels.sparse24 import tuning_cuda
 
 WIDTH = IMAGE["hidden_size"]
 MLP = {"intermediate_size": 4 * WIDTH}

@@ -9,7 +9,7 @@ import transformers
 from families import CASES, CONFIG
 
 import madtp
-from madtp import versions
+from madtp.models import versions
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 OLDEST = re.search(r'"transformers>=([\d.]+)"', PYPROJECT.read_text()).group(1)

@@ -9,9 +9,9 @@ from PIL import Image
 from transformers import BlipImageProcessor
 
 import madtp
-from madtp.tasks.easy_vqa import EasyVqa
+from madtp.data.easy_vqa import EasyVqa
+from madtp.reporting.visualize import _dimmed, _spread, _words, depths, picture
 from madtp.tasks.vqa import VqaTask, load_dense
-from madtp.visualize import _dimmed, _spread, _words, depths, picture
 
 
 @pytest.fixture

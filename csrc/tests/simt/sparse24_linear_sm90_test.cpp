@@ -1,7 +1,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/sparse24_kernels.h"
+#include "cuda/sparse24/kernels.h"
 #include "tests/simt/sparse24_problem.h"
 
 using namespace madtp;

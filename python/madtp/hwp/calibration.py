@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from madtp.dtp import exact_capacity
+from madtp.dtp.branch import exact_capacity
 from madtp.hwp.modules import matches
 from madtp_kernels import Selection, gather_merge
-from madtp_kernels.reference.ragged import sequence_ids
+from madtp_kernels.ragged import sequence_ids
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from madtp.hwp.modules import linears
 from madtp_kernels import Pattern, nm_mask
-from madtp_kernels.ops.checks import require
+from madtp_kernels.checks import require
 
 MLPS = (("fc1", "fc2"), ("intermediate.dense", "output.dense"))  # how Hugging Face names the two Linear of an MLP
 LEAST_GAIN = 1e-6  # of a pair's kept score, below which rounding could swap for ever

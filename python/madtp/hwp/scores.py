@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp_kernels import nm_mask
-from madtp_kernels.ops.checks import require
+from madtp_kernels.checks import require
 
 BLOCK = 128  # columns corrected together before the rest of the row hears of it
 

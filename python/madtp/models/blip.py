@@ -14,8 +14,8 @@ from transformers.models.blip.modeling_blip import (
 )
 from transformers.utils import ModelOutput, can_return_tuple
 
+from madtp.dtp.ragged import Packed
 from madtp.models.family import CompressedModel
-from madtp.packed import Packed
 
 
 def encode_text(

@@ -12,11 +12,11 @@ from transformers.models.blip.modeling_blip import BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 from transformers.utils import ModelOutput
 
-from madtp.dtp import Branch
+from madtp.dtp.branch import Branch
+from madtp.dtp.ragged import Packed, Repeated
 from madtp.models.encoder import attend
 from madtp.models.family import CompressedModel
 from madtp.models.towers import BERT_ENCODER, TOWERS
-from madtp.packed import Packed, Repeated
 
 
 @dataclass

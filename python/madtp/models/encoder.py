@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from madtp.dtp import Branch
+from madtp.dtp.branch import Branch
+from madtp.dtp.ragged import Packed, Repeated, split_heads
 from madtp.hwp import linear, residual_linear
-from madtp.packed import Packed, Repeated, split_heads
-from madtp_kernels.reference.ragged import sequence_ids
+from madtp_kernels.ragged import sequence_ids
 
 
 @dataclass(frozen=True)

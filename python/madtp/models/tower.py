@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from madtp.dtp import Branch
+from madtp.dtp.branch import Branch
+from madtp.dtp.ragged import Packed
 from madtp.models.encoder import Encoder, encode
-from madtp.packed import Packed
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from madtp.dtp.ragged import Packed, split_heads
 from madtp.models.encoder import CrossAttention, Encoder
 from madtp.models.tower import Tower
-from madtp.packed import Packed, split_heads
 from madtp_kernels import varlen_attention
 
 CLIP_ENCODER = Encoder(

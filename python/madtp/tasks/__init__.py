@@ -1,5 +1,0 @@
-"""Tasks: real data and how a model is judged on it."""
-
-
-class DataError(RuntimeError):
-    """A data set or model directory is missing, cut short or of another kind; the message says what to run."""

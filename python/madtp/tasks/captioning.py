@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from madtp.accounting import evaluating
-
-from . import DataError
-from .processors import Processed
+from madtp.data.errors import DataError
+from madtp.inference import evaluating
+from madtp.tasks.processors import Processed
 
 
 class CaptioningTask(Processed):

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from madtp.accounting import evaluating
-
-from .processors import Processed
+from madtp.inference import evaluating
+from madtp.tasks.processors import Processed
 
 
 class NlvrTask(Processed):

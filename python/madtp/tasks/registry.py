@@ -10,17 +10,16 @@ import transformers as hf
 from torch import nn
 from torch.utils.data import Dataset
 
+from madtp.data.annotations import CaptionAnnotations, NlvrAnnotations, RetrievalAnnotations, VqaAnnotations
+from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
+from madtp.data.emoji import EmojiCaptions, EmojiPairs, EmojiRetrieval
+from madtp.data.errors import DataError
 from madtp.models import BlipForNLVR
-
-from . import DataError
-from .annotations import CaptionAnnotations, NlvrAnnotations, RetrievalAnnotations, VqaAnnotations
-from .captioning import CaptioningTask
-from .easy_vqa import EasyVqa, ImagesWithQuestions
-from .emoji import EmojiCaptions, EmojiPairs, EmojiRetrieval
-from .nlvr import NlvrTask
-from .retrieval import RetrievalTask
-from .task import Task
-from .vqa import VqaTask
+from madtp.tasks.captioning import CaptioningTask
+from madtp.tasks.nlvr import NlvrTask
+from madtp.tasks.retrieval import RetrievalTask
+from madtp.tasks.task import Task
+from madtp.tasks.vqa import VqaTask
 
 QUESTIONS = 4  # of an easy-vqa image in a training batch; they share its encoding
 

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from madtp.accounting import evaluating
-
-from .processors import Processed
+from madtp.inference import evaluating
+from madtp.tasks.processors import Processed
 
 RANKS = (1, 5, 10)
 CHUNK = 1024  # queries whose similarities are held at a time

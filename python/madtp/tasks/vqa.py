@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from madtp.accounting import evaluating
-from madtp.models import DECODER_MASKS
+from madtp.data.easy_vqa import ANSWERS, collate
+from madtp.data.errors import DataError
+from madtp.inference import evaluating
+from madtp.models.registry import DECODER_MASKS
 from madtp.models.tower import mixed_in
-
-from . import DataError
-from .easy_vqa import ANSWERS, collate
 
 DENSE_EASY_VQA = Path(__file__).parents[1] / "assets" / "easy-vqa-blip"
 

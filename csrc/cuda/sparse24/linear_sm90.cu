@@ -1,0 +1,471 @@
+// sparse24_linear on sm_90a: wgmma.sp with the weight in registers and x, through TMA, in shared memory.
+//
+// A block computes 128 features x kTokens: two warpgroups of 64 features, and a warp that feeds them. Blocks
+// stay for as many tiles as there are, and 2 or 4 of a cluster share the tokens of a tile: each copies its
+// part of x into all of them. A lane reads its fragments of the weight from L2, in the order in which they
+// lie, some steps of 64 channels ahead: shared memory has no room for them, since reading x alone takes it as
+// long as the product takes the tensor cores. What a step costs a multiprocessor of an H100, in clocks:
+//
+//   wgmma.sp        2 N                     64 x N x 32 in N / 2, of two warpgroups, twice
+//   shared memory   3 N                     x read by both warpgroups, and written once, 128 bytes a clock
+//   L2              (128 N / c + 9216) / 32 x shared by a cluster of c, and the weight; 32 bytes a clock
+//
+//   N     wgmma.sp  shared  L2, c = 1    2    4   as dense at 0.7 of its peak
+//   256        512     768       1312  800  544   1463
+//   128        256     384        800  544  416    731
+//    64        128     192        544  416  352    366
+//
+// So L2 binds, and next to it shared memory; a weight in shared memory would add 72 clocks of reads and as
+// many of writes. That, 2000 clocks for the ends of a tile, and what the last wave leaves idle is what
+// `clocks` counts. Expected of it before anything was measured, as a ratio to a dense kernel of the same kind
+// by the same model (4 N clocks of wgmma a step, 16384 bytes of weight):
+//
+//   rows    768->768  768->2304  768->3072  3072->768  1024->4096  4096->1024
+//      64       1.09       1.09       1.12       1.20        1.15        1.24
+//     577       1.26       1.38       1.38       1.22        1.29        1.34
+//    4616       1.23       1.27       1.27       1.27        1.29        1.50
+//   18464       1.23       1.23       1.27       1.27        1.29        1.32
+//
+// A sum runs over the channels in ascending order. With split_k > 1 (few rows) parts of it are added in
+// ascending order too, by the block that comes last: a row has the same bits whatever the others hold, but
+// they follow the configuration, which follows the number of rows.
+
+#include <algorithm>
+
+#include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/sparse24/epilogue.cuh"
+#include "cuda/sparse24/kernels.h"
+#include "cuda/sparse24/layout.cuh"
+#include "cuda/tensor_map.h"
+
+namespace madtp::cuda {
+namespace {
+
+constexpr int kWarpgroup = 128;
+constexpr int kWarpgroups = 2;  // that multiply; one more feeds them
+constexpr int kThreads = (kWarpgroups + 1) * kWarpgroup;
+constexpr int kFeatures = kWarpgroups * kTileFeatures;
+constexpr int kRowBytes = kBlockColumns * 2;
+constexpr int kStagedTokens = 32;  // of the epilogue, at a time
+
+template <int kTokens_, int kStages_, int kAhead_>
+struct Tile {
+  static constexpr int kTokens = kTokens_, kStages = kStages_;
+  static constexpr int kAhead = kAhead_;     // steps whose weight is in registers
+  static constexpr int kSums = kTokens / 2;  // of a thread
+  static constexpr int kStageBytes = kTokens * kRowBytes;
+  static_assert(kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
+
+  struct Shared {
+    alignas(1024) unsigned char x[kStages][kStageBytes];
+    alignas(16) float staged[kWarpgroups][kStagedTokens * kStagedStride];
+    std::uint64_t full[kStages], empty[kStages];
+    int is_last[kWarpgroups];
+  };
+};
+
+template <typename T>
+struct Problem {
+  const void* layout;
+  int blocks, slabs;  // of 64 channels; of 16 features
+  int feature_groups, token_tiles, splits;
+  float* partial;      // (items, kSums, kThreads of the warpgroups), where splits > 1
+  unsigned* arrivals;  // (tiles, blocks of the cluster, kWarpgroups), zeros
+  Output<T> output;
+};
+
+// What a cluster does at a time: a tile, or a part of its channels.
+struct Item {
+  int tile, first_row, feature_group, split, begin, end;  // steps of 64 channels
+};
+
+template <typename T>
+__device__ Item item_of(const Problem<T>& p, int index, int tokens) {
+  const int tile = index / p.splits, split = index % p.splits;
+  return {tile,
+          tile / p.feature_groups * tokens,
+          tile % p.feature_groups,
+          split,
+          int(std::int64_t(p.blocks) * split / p.splits),
+          int(std::int64_t(p.blocks) * (split + 1) / p.splits)};
+}
+
+// A place in the ring of stages, and how often it was passed.
+template <int kStages>
+struct Place {
+  int stage = 0, parity = 0;
+  __device__ void advance() {
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    parity ^= stage == 0;
+  }
+};
+
+// Other targets have none of this.
+#if defined(MADTP_SIMT) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MADTP_SM90 1
+#endif
+#ifdef MADTP_SM90
+
+__device__ inline void wait_for(std::uint32_t barrier, int parity) {
+  while (!ptx::mbarrier_try_wait(barrier, parity)) {
+  }
+}
+
+// The fragments of a lane for 64 channels.
+struct Fragments {
+  std::uint32_t values[2][4];
+  std::uint32_t metadata;
+
+  __device__ void load(const WeightBlock& block, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 words = __ldg(&block.values[half][lane]);
+      values[half][0] = words.x, values[half][1] = words.y, values[half][2] = words.z,
+      values[half][3] = words.w;
+    }
+    metadata = __ldg(&block.metadata[lane]);
+  }
+};
+
+// The thread that copies x for the whole block.
+template <typename Tile, int kCluster, typename T>
+__device__ void feed(const Problem<T>& p, const ptx::TensorMap& x, typename Tile::Shared& shared,
+                     int first_item, int items, int step, int real_rows) {
+  constexpr int kRows = Tile::kTokens / kCluster;  // that this block copies, for all of the cluster
+  const int rank = kCluster == 1 ? 0 : ptx::cluster_rank();
+  Place<Tile::kStages> place;
+  for (int index = first_item; index < items; index += step) {
+    const Item item = item_of(p, index, Tile::kTokens);
+    if (item.first_row >= real_rows) continue;
+    for (int block = item.begin; block < item.end; ++block) {
+      const std::uint32_t full = ptx::shared_address(&shared.full[place.stage]);
+      wait_for(ptx::shared_address(&shared.empty[place.stage]), place.parity ^ 1);
+      ptx::mbarrier_arrive_expect_tx(full, Tile::kStageBytes);
+      const std::uint32_t to = ptx::shared_address(shared.x[place.stage]) + rank * kRows * kRowBytes;
+      const int column = block * kBlockColumns, row = item.first_row + rank * kRows;
+      if constexpr (kCluster == 1) {
+        ptx::tma_load_2d(to, &x, column, row, full);
+      } else {
+        ptx::tma_load_2d_multicast(to, &x, column, row, full, (1u << kCluster) - 1);
+      }
+      place.advance();
+    }
+  }
+}
+
+// A warpgroup that multiplies.
+template <typename Tile, int kCluster, typename T>
+class Multiplier {
+ public:
+  __device__ Multiplier(const Problem<T>& p, typename Tile::Shared& shared, int warpgroup)
+      : p_(p),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        thread_(int(threadIdx.x) % kWarpgroup),
+        rank_(kCluster == 1 ? 0 : ptx::cluster_rank()) {}
+
+  __device__ void run(int first_item, int items, int step, int real_rows) {
+    for (int index = first_item; index < items; index += step) {
+      const Item item = item_of(p_, index, Tile::kTokens);
+      first_feature_ = (item.feature_group * kCluster + rank_) * kFeatures + warpgroup_ * kTileFeatures;
+      if (item.first_row >= real_rows) {
+        if (item.split == 0)
+          RowWriter<T>(p_.output, first_feature_, thread_)
+              .template clear<kWarpgroup>(item.first_row, Tile::kTokens);
+        continue;
+      }
+      float sums[Tile::kSums];
+      multiply(item, sums);
+      if (p_.splits > 1 && !reduce(item, sums)) continue;
+      write(item.first_row, real_rows, sums);
+    }
+  }
+
+ private:
+  __device__ void multiply(const Item& item, float (&sums)[Tile::kSums]) {
+    const int lane = thread_ % kWarp;
+    // Past the last slab that one again: what comes of it is not written.
+    const int slab = min(first_feature_ / kSlabRows + thread_ / kWarp, p_.slabs - 1);
+    const WeightBlock* const weight = WeightLayout::slab(p_.layout, p_.blocks, slab);
+    Fragments fragments[Tile::kAhead];
+#pragma unroll
+    for (int i = 0; i < Tile::kAhead; ++i)
+      if (item.begin + i < item.end) fragments[i].load(weight[item.begin + i], lane);
+#pragma unroll
+    for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0;
+
+    int before = 0;  // the stage of the step before
+#pragma unroll 1
+    for (int block = item.begin; block < item.end; block += Tile::kAhead) {
+#pragma unroll
+      for (int i = 0; i < Tile::kAhead; ++i) {
+        if (block + i >= item.end) break;
+        wait_for(ptx::shared_address(&shared_.full[place_.stage]), place_.parity);
+        const std::uint64_t x = ptx::wgmma_descriptor(ptx::shared_address(shared_.x[place_.stage]));
+        const Fragments& now = fragments[i];
+        ptx::wgmma_fence();
+        ptx::wgmma_sp_m64k32<T, Tile::kTokens, 0>(sums, now.values[0], x, now.metadata, true);
+        ptx::wgmma_sp_m64k32<T, Tile::kTokens, 1>(sums, now.values[1], x + 4, now.metadata, true);
+        ptx::wgmma_commit_group();
+        // The step before is over: its stage and its registers are free.
+        ptx::wgmma_wait_group<1>();
+        if (block + i > item.begin) {
+          release(before);
+          const int next = block + i - 1 + Tile::kAhead;
+          if (next < item.end) fragments[(i + Tile::kAhead - 1) % Tile::kAhead].load(weight[next], lane);
+        }
+        before = place_.stage;
+        place_.advance();
+      }
+    }
+    ptx::wgmma_wait_group<0>();
+    if (item.begin < item.end) release(before);
+  }
+
+  // Tells every block that copies into this stage that it may.
+  __device__ void release(int stage) {
+    const std::uint32_t empty = ptx::shared_address(&shared_.empty[stage]);
+    if constexpr (kCluster == 1) {
+      if (thread_ == 0) ptx::mbarrier_arrive(empty);
+    } else {
+      if (thread_ < kCluster) ptx::mbarrier_arrive_cluster(empty, thread_);
+    }
+  }
+
+  // Leaves the sums of a part where the one that comes last adds them all up, in order. Whether it is this
+  // one, which then has them.
+  __device__ bool reduce(const Item& item, float (&sums)[Tile::kSums]) {
+    const auto part = [&](int split) {
+      const std::int64_t place = (std::int64_t(item.tile) * p_.splits + split) * kCluster + rank_;
+      return reinterpret_cast<float4*>(p_.partial) +
+             (place * kWarpgroups + warpgroup_) * (Tile::kSums / 4) * kWarpgroup + thread_;
+    };
+    float4* const mine = part(item.split);
+#pragma unroll
+    for (int i = 0; i < Tile::kSums; i += 4)
+      mine[i / 4 * kWarpgroup] = make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
+    __threadfence();
+    sync();
+    if (thread_ == 0) {
+      unsigned* const arrivals =
+          p_.arrivals + (std::int64_t(item.tile) * kCluster + rank_) * kWarpgroups + warpgroup_;
+      const bool is_last = atomicAdd(arrivals, 1u) == unsigned(p_.splits) - 1;
+      if (is_last) *arrivals = 0;
+      __threadfence();
+      shared_.is_last[warpgroup_] = is_last;
+    }
+    sync();
+    if (shared_.is_last[warpgroup_] == 0) return false;
+#pragma unroll
+    for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0;
+#pragma unroll 1
+    for (int split = 0; split < p_.splits; ++split) {
+      const float4* const from = part(split);
+#pragma unroll
+      for (int i = 0; i < Tile::kSums; i += 4) {
+        const float4 four = __ldcg(from + i / 4 * kWarpgroup);
+        sums[i] += four.x, sums[i + 1] += four.y, sums[i + 2] += four.z, sums[i + 3] += four.w;
+      }
+    }
+    return true;
+  }
+
+  __device__ void write(int first_row, int real_rows, const float (&sums)[Tile::kSums]) {
+    const RowWriter<T> writer(p_.output, first_feature_, thread_);
+    float* const staged = shared_.staged[warpgroup_];
+#pragma unroll 1
+    for (int token = 0; token < Tile::kTokens && first_row + token < p_.output.rows; token += kStagedTokens) {
+      sync();  // the rows before were read
+#pragma unroll
+      for (int first = 0; first < Tile::kTokens; first += kStagedTokens) {
+        if (first != token) continue;  // sums are in registers, which have no index
+#pragma unroll
+        for (int group = 0; group < kStagedTokens / 8; ++group)
+          stage(staged, thread_ / kWarp, group, &sums[(first / 8 + group) * 4], thread_ % kWarp);
+      }
+      sync();
+      writer.template write<kWarpgroup>(staged, first_row + token, kStagedTokens, real_rows);
+    }
+  }
+
+  __device__ void sync() const { ptx::barrier_sync(1 + warpgroup_, kWarpgroup); }
+
+  const Problem<T>& p_;
+  typename Tile::Shared& shared_;
+  int warpgroup_, thread_, rank_, first_feature_ = 0;
+  Place<Tile::kStages> place_;
+};
+
+#endif  // MADTP_SM90
+
+template <typename Tile, int kCluster, typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    sparse24_linear_sm90_kernel(const __grid_constant__ Problem<T> p,
+                                const __grid_constant__ ptx::TensorMap x) {
+#ifdef MADTP_SM90
+  MADTP_DYNAMIC_SHARED(memory);
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>(memory);
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(&x);
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      ptx::mbarrier_init(ptx::shared_address(&shared.full[stage]), 1);
+      ptx::mbarrier_init(ptx::shared_address(&shared.empty[stage]), kCluster * kWarpgroups);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  if constexpr (kCluster == 1) {
+    __syncthreads();
+  } else {
+    ptx::cluster_sync();
+  }
+
+  const int real_rows = p.output.real_rows();
+  const int items = p.token_tiles * p.feature_groups * p.splits;
+  const int first = int(blockIdx.x) / kCluster, step = int(gridDim.x) / kCluster;
+  if (warpgroup == kWarpgroups) {
+    ptx::setmaxnreg_dec<40>();
+    if (threadIdx.x == kWarpgroups * kWarpgroup)
+      feed<Tile, kCluster>(p, x, shared, first, items, step, real_rows);
+    __syncwarp();
+  } else {
+    ptx::setmaxnreg_inc<232>();
+    Multiplier<Tile, kCluster, T>(p, shared, warpgroup).run(first, items, step, real_rows);
+  }
+  if constexpr (kCluster > 1) ptx::cluster_sync();  // others may still copy into this block, and tell it so
+#endif
+}
+
+// body(Tile{}) for every tile there is.
+template <typename Body>
+void for_each_tile(Body&& body) {
+  body(Tile<256, 6, 2>{});
+  body(Tile<128, 8, 3>{});
+  body(Tile<64, 8, 4>{});
+}
+
+std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+struct Counts {
+  std::int64_t token_tiles, feature_groups, items;
+  Counts(const Sparse24Linear& a, const Sparse24Config& config)
+      : token_tiles(quotient_up(a.rows, config.tile_tokens)),
+        feature_groups(quotient_up(a.features, std::int64_t(kFeatures) * config.cluster)),
+        items(token_tiles * feature_groups * config.split_k) {}
+};
+
+// Clocks of a launch by the model above. A part of the channels also writes its sums and reads them again.
+double clocks(const Sparse24Linear& a, const Sparse24Config& config, const Device& device) {
+  const double n = config.tile_tokens;
+  const double step = std::max(3 * n, (128 * n / config.cluster + 9216) / 32);
+  const double ends = 2000 + (config.split_k > 1 ? 1500 + 16 * n : 0);
+  const std::int64_t steps = quotient_up(quotient_up(a.channels, kBlockColumns), config.split_k);
+  const std::int64_t clusters = std::max(device.multiprocessors / config.cluster, 1);
+  const std::int64_t rounds = quotient_up(Counts(a, config).items, clusters);
+  return double(rounds) * (double(steps) * step + ends);
+}
+
+template <typename Tile, int kCluster, typename T>
+Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sparse24Config& config,
+           const Device& device, void* workspace, void* stream) {
+  const WeightLayout layout(a.features, a.channels);
+  const Counts counts(a, config);
+  const std::int64_t arrivals = counts.token_tiles * counts.feature_groups * kCluster * kWarpgroups;
+  const std::int64_t partial = workspace_sm90(a, config) - arrivals * std::int64_t(sizeof(unsigned));
+  auto* const counters = reinterpret_cast<unsigned*>(static_cast<char*>(workspace) + partial);
+  if (config.split_k > 1) {
+    const Status cleared = to_status(cudaMemsetAsync(counters, 0, std::size_t(arrivals) * sizeof(unsigned),
+                                                     static_cast<cudaStream_t>(stream)));
+    if (cleared != Status::ok) return cleared;
+  }
+  ptx::TensorMap x;
+  const Status encoded =
+      encode_matrix(&x, a.x, a.dtype, a.rows, a.channels, a.x_stride, Tile::kTokens / kCluster);
+  if (encoded != Status::ok) return encoded;
+  const Problem<T> problem{a.layout,
+                           int(layout.blocks),
+                           int(layout.slabs),
+                           int(counts.feature_groups),
+                           int(counts.token_tiles),
+                           config.split_k,
+                           static_cast<float*>(workspace),
+                           counters,
+                           {static_cast<T*>(out), static_cast<const T*>(a.residual), a.bias, a.scale,
+                            out_stride, a.residual_stride, a.total, int(a.rows), int(a.features),
+                            a.activation, a.bias_dtype == DType::float32, a.scale_dtype == DType::float32}};
+  const std::int64_t clusters =
+      std::min<std::int64_t>(counts.items, std::max(device.multiprocessors / kCluster, 1));
+  const LaunchShape shape{clusters * kCluster, kThreads, int(sizeof(typename Tile::Shared)), kCluster};
+  return launch(sparse24_linear_sm90_kernel<Tile, kCluster, T>, shape, stream, problem, x);
+}
+
+// use(config) for every configuration that can run the inputs on the device.
+template <typename Use>
+void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& use) {
+  if (!device.has_sm90a || inputs.channels == 0) return;  // TMA knows no matrix without columns
+  for (int tokens : {256, 128, 64}) {
+    for (int cluster : {1, 2, 4}) {
+      for (int splits : {1, 2, 3, 4, 6, 8}) {
+        const Sparse24Config config{90, tokens, kFeatures, splits, cluster};
+        if (splits <= quotient_up(inputs.channels, kBlockColumns) &&
+            Counts(inputs, config).items <= INT32_MAX)
+          use(config);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void configs_sm90(const Sparse24Linear& inputs, const Device& device, const UseConfig& use) {
+  for_each_config(inputs, device, use);
+}
+
+Sparse24Config default_sm90(const Sparse24Linear& inputs, const Device& device) {
+  Sparse24Config best{};
+  double fewest = 0;
+  for_each_config(inputs, device, [&](const Sparse24Config& config) {
+    if (config.cluster > 1 && inputs.features <= std::int64_t(kFeatures) * (config.cluster / 2)) return;
+    if (config.split_k > 1 && inputs.rows > 2048) return;
+    const double now = clocks(inputs, config, device);
+    if (best.architecture != 0 && now >= fewest) return;
+    best = config;
+    fewest = now;
+  });
+  return best;
+}
+
+std::int64_t workspace_sm90(const Sparse24Linear& inputs, const Sparse24Config& config) {
+  if (config.split_k == 1) return 0;
+  const Counts counts(inputs, config);
+  const std::int64_t sums = std::int64_t(config.tile_tokens) / 2 * kWarpgroups * kWarpgroup * sizeof(float);
+  return counts.items * config.cluster * sums + counts.token_tiles * counts.feature_groups * config.cluster *
+                                                    kWarpgroups * std::int64_t(sizeof(unsigned));
+}
+
+Status linear_sm90(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
+                   const Sparse24Config& config, const Device& device, void* workspace, void* stream) {
+  Status status = Status::invalid_argument;
+  for_each_tile([&](auto tile) {
+    using Tile = decltype(tile);
+    if (config.tile_tokens != Tile::kTokens) return;
+    const auto with_cluster = [&](auto element, auto cluster) {
+      status =
+          run<Tile, cluster, decltype(element)>(inputs, out, out_stride, config, device, workspace, stream);
+    };
+    const auto with_element = [&](auto element) {
+      if (config.cluster == 1) with_cluster(element, std::integral_constant<int, 1>{});
+      if (config.cluster == 2) with_cluster(element, std::integral_constant<int, 2>{});
+      if (config.cluster == 4) with_cluster(element, std::integral_constant<int, 4>{});
+    };
+    if (inputs.dtype == DType::bfloat16) {
+      with_element(BFloat16{});
+    } else {
+      with_element(Float16{});
+    }
+  });
+  return status;
+}
+
+}  // namespace madtp::cuda

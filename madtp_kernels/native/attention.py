@@ -1,0 +1,79 @@
+"""The C++ kernels of `madtp/attention.h` as functions of tensors, with the arguments of the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from madtp_kernels import dispatch
+from madtp_kernels.native.common import DTYPES, address, call, contiguous
+
+
+def _heads(x: Tensor) -> Tensor:
+    """x (T, H, D), or a copy of it when the elements of a head are not contiguous."""
+    return x if x.shape[2] <= 1 or x.stride(2) == 1 else x.contiguous()
+
+
+def _attention_inputs(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, summary_index, return_stats
+):
+    """madtp::AttentionInputs, and the tensors it points to, which must outlive it."""
+    q, k, v = (_heads(x) for x in (q, k, v))
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    summary_index = contiguous(summary_index)
+    inputs = dispatch.extension().cpu.AttentionInputs(
+        DTYPES[q.dtype],
+        *((x.data_ptr(), x.stride(0), x.stride(1)) for x in (q, k, v)),
+        address(cu_seqlens_q),
+        address(cu_seqlens_k),
+        q.shape[0],
+        k.shape[0],
+        cu_seqlens_q.numel() - 1,
+        *q.shape[1:],
+        softmax_scale,
+        causal,
+        address(summary_index),
+    )
+    return inputs, (q, k, v, cu_seqlens_q, cu_seqlens_k, summary_index)
+
+
+def _workspace(op: str, inputs, return_stats: bool) -> Tensor:
+    """The scratch memory of one call, from torch's allocator, so that its profiler sees it."""
+    size = getattr(dispatch.extension().cpu, f"{op}_workspace")(inputs, return_stats, torch.get_num_threads())
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options):
+    """Arguments and results of `reference.attention.varlen_attention`."""
+    return_stats = options[-1]
+    inputs, _alive = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    summary = q.new_empty(q.shape[0] if return_stats else 0, dtype=torch.float32)
+    received = torch.empty_like(summary)
+    workspace = _workspace("varlen_attention", inputs, return_stats)
+    call("varlen_attention", q.device, inputs, *(address(t) for t in (out, lse, summary, received, workspace)))
+    return out, summary, received, lse
+
+
+def varlen_attention_backward(
+    grad_out: Tensor,
+    grad_summary: Tensor,
+    grad_received: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results of `reference.attention.varlen_attention_backward`."""
+    return_stats = options[-1]
+    inputs, _alive = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+    given = [t.contiguous() for t in (out, lse, grad_out, grad_summary, grad_received)]
+    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    workspace = _workspace("varlen_attention_backward", inputs, return_stats)
+    call("varlen_attention_backward", q.device, inputs, *(address(t) for t in (*given, *gradients, workspace)))
+    return tuple(gradients)

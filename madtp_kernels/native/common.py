@@ -1,0 +1,53 @@
+"""How a tensor becomes an address, sizes and strides, as the torch-free binding takes it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from madtp_kernels import dispatch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # madtp::DType
+
+
+def call(op: str, device: torch.device, *args) -> None:
+    """Runs one entry point on the caller's threads or on the current stream of the tensors' device."""
+    if device.type == "cpu":
+        getattr(dispatch.extension().cpu, op)(*args, torch.get_num_threads())
+        return
+    with torch.cuda.device(device):
+        getattr(dispatch.extension().cuda, op)(*args, torch.cuda.current_stream(device).cuda_stream)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def row_contiguous(x: Tensor) -> Tensor:
+    """x, or a copy of it when its rows are not contiguous. Any row stride will do."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it that is contiguous from a 16-byte boundary on, as CUDA kernels read."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x (T, C), or a copy of it whose rows are contiguous and start on 16-byte boundaries."""
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def map_given(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else function(tensor) for tensor in tensors)
+
+
+def matrix(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), DTYPES[x.dtype], x.stride(0)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

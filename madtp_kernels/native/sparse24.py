@@ -1,0 +1,205 @@
+"""The C++ kernels of `madtp/sparse24.h` as functions of tensors, with the arguments of the reference."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from madtp_kernels import dispatch
+from madtp_kernels.native.common import DTYPES, address, aligned, aligned_rows, call, map_given, matrix, row_contiguous
+
+ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4}  # madtp::Activation
+
+
+def sparse24_layout_bytes(features: int, channels: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Size of the layout of a weight; on a CPU it depends on the instruction set of this process."""
+    return getattr(dispatch.extension(), device.type).sparse24_layout_bytes(features, channels, DTYPES[dtype])
+
+
+def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
+    prepare = Tensor.contiguous if values.device.type == "cpu" else aligned
+    values, indices = prepare(values), prepare(indices)
+    features, channels = values.shape[0], 2 * values.shape[1]
+    size = sparse24_layout_bytes(features, channels, values.dtype, values.device)
+    layout = values.new_empty(size, dtype=torch.uint8)
+    call(
+        "sparse24_pack",
+        values.device,
+        address(values),
+        DTYPES[values.dtype],
+        address(indices),
+        features,
+        channels,
+        address(layout),
+    )
+    return layout
+
+
+def sparse24_prune(weight: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Arguments and results of the reference; RuntimeError for a NaN, which a GPU is asked for once."""
+    score = None if score is None else score.float()
+    features, channels = weight.shape
+    values = weight.new_empty(features, channels // 2)
+    indices = weight.new_empty(features, channels // 8, dtype=torch.uint8)
+    sizes, outputs = weight.shape, (address(values), address(indices))
+    if weight.device.type == "cpu":
+        weight, score = map_given(row_contiguous, weight, score)
+        call("sparse24_prune", weight.device, *matrix(weight), *_optional_matrix(score), *sizes, *outputs)
+        return values, indices
+    transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+    if transposed:  # as it lies: the kernel turns it over
+        weight, score = map_given(Tensor.t, weight, score)
+    weight, score = map_given(aligned_rows, weight, score)
+    has_nan = torch.empty(1, dtype=torch.int32, device=weight.device)
+    call(
+        "sparse24_prune",
+        weight.device,
+        *matrix(weight),
+        *_optional_matrix(score),
+        *sizes,
+        transposed,
+        *outputs,
+        address(has_nan),
+    )
+    if has_nan.item():
+        raise RuntimeError("madtp::cuda::sparse24_prune: there is a NaN")
+    return values, indices
+
+
+def sparse24_linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    total: Tensor | None,
+) -> Tensor:
+    # Every microsecond counts here: a layer may take as few.
+    layout = sparse24_pack(values, indices) if layout is None else layout
+    x_stride, unit = x.stride()
+    if unit != 1:
+        x = x.contiguous()
+        x_stride = x.stride(0)
+    (rows, channels), features = x.shape, values.shape[0]
+    bias_at = scale_at = residual_at = residual_stride = bias_dtype = scale_dtype = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_at, bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]
+    if scale is not None:
+        scale = scale.contiguous()
+        scale_at, scale_dtype = scale.data_ptr(), DTYPES[scale.dtype]
+    if residual is not None:
+        residual = row_contiguous(residual)
+        residual_at, residual_stride = residual.data_ptr(), residual.stride(0)
+    out = x.new_empty(rows, features)
+    dispatch.extension().cpu.sparse24_linear(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        x_stride,
+        rows,
+        layout.data_ptr(),
+        DTYPES[values.dtype],
+        features,
+        channels,
+        bias_at,
+        bias_dtype,
+        ACTIVATIONS[activation],
+        scale_at,
+        scale_dtype,
+        residual_at,
+        residual_stride,
+        0 if total is None else total.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+class Sparse24Config(NamedTuple):
+    """madtp::cuda::Sparse24Config: how a linear layer is laid out on a GPU."""
+
+    architecture: int  # of the kernel: 80 (mma.sp) or 90 (wgmma.sp)
+    tile_tokens: int  # of a block
+    tile_features: int  # of a block
+    split_k: int = 1  # blocks that share the channels of a tile
+    cluster: int = 1  # blocks that share the tokens of a tile
+
+
+def sparse24_linear_cuda(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    total: Tensor | None,
+    config: Sparse24Config | None = None,
+) -> Tensor:
+    """`sparse24_linear` on Sparse Tensor Cores, of x and values in bfloat16 or float16.
+
+    config: one of `sparse24_linear_configs`, None for the one that a model of the device expects to be fastest;
+        RuntimeError for one that cannot run here.
+    """
+    inputs, _alive = _sparse24_inputs(x, values, indices, layout, bias, activation, residual, scale, total)
+    out = x.new_empty(x.shape[0], values.shape[0])
+    cuda = dispatch.extension().cuda
+    with torch.cuda.device(x.device):
+        workspace = x.new_empty(cuda.sparse24_linear_workspace(inputs, config), dtype=torch.uint8)
+        stream = torch.cuda.current_stream().cuda_stream
+        cuda.sparse24_linear(inputs, address(out), address(workspace), workspace.numel(), stream, config)
+    return out
+
+
+def sparse24_linear_configs(x: Tensor, *arguments) -> list[Sparse24Config]:
+    """Every configuration that can run `sparse24_linear_cuda` of these arguments on the device of x."""
+    inputs, _alive = _sparse24_inputs(x, *arguments)
+    with torch.cuda.device(x.device):
+        return [Sparse24Config(*config) for config in dispatch.extension().cuda.sparse24_linear_configs(inputs)]
+
+
+def _sparse24_inputs(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    total: Tensor | None,
+):
+    """madtp::Sparse24Linear, and the tensors it points to, which must outlive it."""
+    layout = sparse24_pack(values, indices) if layout is None else layout
+    x, residual = map_given(aligned_rows, x, residual)
+    bias, scale = map_given(aligned, bias, scale)
+    inputs = dispatch.extension().cuda.Sparse24Linear(
+        address(x),
+        DTYPES[x.dtype],
+        x.stride(0),
+        x.shape[0],
+        address(layout),
+        DTYPES[values.dtype],
+        values.shape[0],
+        x.shape[1],
+        address(bias),
+        0 if bias is None else DTYPES[bias.dtype],
+        ACTIVATIONS[activation],
+        address(scale),
+        0 if scale is None else DTYPES[scale.dtype],
+        address(residual),
+        0 if residual is None else residual.stride(0),
+        address(total),
+    )
+    return inputs, (x, layout, bias, residual, scale, total)
+
+
+def _optional_matrix(x: Tensor | None) -> tuple[int, int]:
+    """Address and row stride."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))

@@ -1,0 +1,33 @@
+"""Old names of arguments: a call with one fails with a line that names the new one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+Called = TypeVar("Called", bound=Callable)
+
+
+def renamed(**new_names: str) -> Callable[[Called], Called]:
+    """Decorates a function or a class; `new_names` maps each old keyword to the one that took its place.
+
+    Raises:
+        TypeError: at a call with an old keyword.
+    """
+
+    def decorate(called: Called) -> Called:
+        function = called.__init__ if isinstance(called, type) else called  # type: ignore[misc]
+
+        @functools.wraps(function)
+        def checked(*args, **kwargs):
+            for old in new_names.keys() & kwargs.keys():
+                raise TypeError(f"{called.__qualname__}: {old} is now called {new_names[old]}")
+            return function(*args, **kwargs)
+
+        if isinstance(called, type):
+            called.__init__ = checked  # type: ignore[misc]
+            return called
+        return checked  # type: ignore[return-value]
+
+    return decorate

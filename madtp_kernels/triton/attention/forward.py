@@ -1,0 +1,207 @@
+"""Triton kernel of `varlen_attention`: a flash forward that keeps the log-sum-exp, and the norms for the statistics.
+
+Bound: at head dimension 64 the exponentials (one per score, 16 a clock and SM) and the matrix products take about the
+same time, so both are overlapped by resident programs rather than inside one. float32 multiplies in float32 (no TF32),
+which costs an order of magnitude and keeps the error of the reference.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from madtp_kernels.triton.attention.statistics import attention_statistics
+from madtp_kernels.triton.attention.tiles import (
+    LOG2_E,
+    dims,
+    heads,
+    load_tile,
+    program_of,
+    sequence_rows,
+    statistic,
+    store_tile,
+    strides,
+    zero_tail,
+)
+from madtp_kernels.triton.common import OPTIONS, on_device
+
+LN_2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def _attend(
+    b_acc,  # (BLOCK_M, BLOCK_D) fp32
+    b_max,  # (BLOCK_M,) fp32
+    b_sum,  # (BLOCK_M,) fp32
+    b_q,  # (BLOCK_M, BLOCK_D)
+    p_k,
+    p_v,
+    first,
+    start,
+    o_m,
+    n,
+    k_row,
+    v_row,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of keys into the running softmax; unless MASKED every query sees every key of it."""
+    o = tl.arange(0, BLOCK_N)
+    m_n = start + o < n if MASKED else None
+    b_k = load_tile(p_k, first + start, k_row, m_n, BLOCK_N, D, BLOCK_D)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    if MASKED:
+        m_visible = m_n[None, :]
+        if CAUSAL:
+            m_visible = m_visible & (start + o[None, :] <= o_m[:, None])
+        b_s = tl.where(m_visible, b_s, float("-inf"))
+    b_next = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+    b_p = tl.exp2(b_s * scale - b_next[:, None])
+    b_shrink = tl.exp2(b_max - b_next)
+    b_v = load_tile(p_v, first + start, v_row, m_n, BLOCK_N, D, BLOCK_D)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee")
+    return b_acc, b_next, b_sum * b_shrink + tl.sum(b_p, 1)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "B", "max_seqlen_q", "max_seqlen_k"])
+def attention_kernel(
+    p_q,  # (Tq, H, D), row stride q_row, head stride q_head
+    p_k,  # (Tk, H, D)
+    p_v,  # (Tk, H, D)
+    p_cu_seqlens_q,  # (B+1,) int32
+    p_cu_seqlens_k,  # (B+1,) int32
+    p_out,  # (Tq, H, D), out
+    p_lse,  # (H, Tq) fp32, out: natural logarithm
+    p_norms,  # (H, Tq) fp32 or None, out: ||O||
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    scale,  # softmax_scale * log2(e), not negative
+    Tq,
+    Tk,
+    H,
+    B,
+    max_seqlen_q,
+    max_seqlen_k,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """One block of queries of one head."""
+    zero_tail(p_out, p_cu_seqlens_q, B, Tq, H * D)
+    blocks = tl.cdiv(max_seqlen_q, BLOCK_M)
+    i_m, i_h, i_b = program_of(blocks, H)
+    if CAUSAL:
+        i_m = blocks - 1 - i_m  # the longest first
+    begin, n_q = sequence_rows(p_cu_seqlens_q, i_b, Tq, max_seqlen_q)
+    first, n_k = sequence_rows(p_cu_seqlens_k, i_b, Tk, max_seqlen_k)
+    if i_m * BLOCK_M >= n_q:
+        return
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < n_q
+    p_k += i_h.to(tl.int64) * k_head
+    p_v += i_h.to(tl.int64) * v_head
+    b_q = load_tile(p_q + i_h.to(tl.int64) * q_head, begin + i_m * BLOCK_M, q_row, m_m, BLOCK_M, D, BLOCK_D)
+    b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    if CAUSAL:
+        n_k = tl.minimum(n_k, (i_m + 1) * BLOCK_M)
+        whole = tl.minimum(i_m * BLOCK_M, n_k) // BLOCK_N * BLOCK_N
+    else:
+        whole = n_k // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        b_acc, b_max, b_sum = _attend(
+            b_acc, b_max, b_sum, b_q, p_k, p_v, first, start, o_m, n_k, k_row, v_row, scale,
+            D, BLOCK_D, BLOCK_N, CAUSAL, False,
+        )  # fmt: skip
+    for start in range(whole, n_k, BLOCK_N):
+        b_acc, b_max, b_sum = _attend(
+            b_acc, b_max, b_sum, b_q, p_k, p_v, first, start, o_m, n_k, k_row, v_row, scale,
+            D, BLOCK_D, BLOCK_N, CAUSAL, True,
+        )  # fmt: skip
+
+    b_out = b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None]  # 0: a sequence without keys
+    o_head = i_h.to(tl.int64) * Tq + begin + o_m
+    store_tile(p_out + i_h * D, begin + i_m * BLOCK_M, H * D, m_m, b_out, BLOCK_M, D, BLOCK_D)
+    tl.store(p_lse + o_head, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
+    if p_norms is not None:
+        tl.store(p_norms + o_head, tl.sqrt(tl.sum(b_out * b_out, 1)), mask=m_m)
+
+
+def _blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """The largest tiles that keep everything in registers on sm_80 and sm_90."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 8, "num_stages": 3}
+
+
+def varlen_attention(
+    q: Tensor,  # (Tq, H, D)
+    k: Tensor,  # (Tk, H, D)
+    v: Tensor,  # (Tk, H, D)
+    cu_seqlens_q: Tensor,  # (B+1,) int32
+    cu_seqlens_k: Tensor,  # (B+1,) int32
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    summary_index: Tensor | None,  # (B,) int32
+    return_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # out (Tq, H, D), summary (Tk,), received (Tk,), lse (H, Tq) fp32
+    """As `reference.attention.varlen_attention`; rows past the last sequence are zero in the first three."""
+    if softmax_scale < 0:  # the running maximum is taken before scaling
+        q, softmax_scale = -q, -softmax_scale
+    q, k, v = heads(q), heads(k), heads(v)
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    (rows, head_count, head_dim), batch = q.shape, cu_seqlens_q.numel() - 1
+    blocks = _blocks(head_dim, q.dtype)
+    programs = triton.cdiv(max_seqlen_q, blocks["BLOCK_M"]) * head_count * batch
+    lse = statistic(q, head_count, rows)
+    if programs == 0 or rows == 0:
+        empty = torch.zeros(k.shape[0] if return_stats else 0, dtype=torch.float32, device=q.device)
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), empty, empty.clone(), lse.zero_()
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    norms = statistic(q, head_count, rows) if return_stats else None
+    scale = softmax_scale * LOG2_E
+    with on_device(q.device):
+        attention_kernel[(programs,)](
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            out,
+            lse,
+            norms,
+            *strides(q, k, v),
+            scale,
+            rows,
+            k.shape[0],
+            head_count,
+            batch,
+            max_seqlen_q,
+            max_seqlen_k,
+            **dims(head_dim),
+            CAUSAL=causal,
+            **OPTIONS | blocks,
+        )
+        if not return_stats:
+            return out, statistic(q, 0), statistic(q, 0), lse
+        summary, received = attention_statistics(
+            q, k, lse, norms, cu_seqlens_q, max_seqlen_q, scale, causal, summary_index
+        )
+    return out, summary, received, lse

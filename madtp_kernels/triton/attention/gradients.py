@@ -1,0 +1,300 @@
+"""Triton kernels of dQ, dK and dV of `varlen_attention`.
+
+P is recomputed from the log-sum-exp, dS = P (dP - delta). One kernel per block of keys sums dK and dV over the queries,
+one per block of queries sums dQ over the keys, so nothing is added atomically. What comes through P[h,s,j] and the head
+maximum is added to dP where it belongs.
+Bound: seven matrix products of the size of Q K^T, with the registers for one or two programs an SM.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from madtp_kernels.triton.attention.tiles import (
+    LOG2_E,
+    dims,
+    head_tile,
+    load_lse,
+    load_tile,
+    program_of,
+    sequence_rows,
+    store_tile,
+    strides,
+    summary_row,
+    zero_tail,
+)
+from madtp_kernels.triton.common import OPTIONS
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "B", "max_seqlen_q", "max_seqlen_k", "slab_begin"])
+def key_gradient_kernel(
+    p_q,  # (Tq, H, D)
+    p_k,  # (Tk, H, D)
+    p_v,  # (Tk, H, D)
+    p_d_out,  # (Tq, H, D)
+    p_lse,  # (H, Tq) fp32
+    p_delta,  # (H, Tq) fp32
+    p_cu_seqlens_q,  # (B+1,) int32
+    p_cu_seqlens_k,  # (B+1,) int32
+    p_summary_index,  # (B,) int32 or None
+    p_head,  # (T, slab) uint8, or None without statistics, as the two that follow
+    p_through,  # (H, T) fp32
+    p_d_maximum,  # (T,) fp32
+    p_dk,  # (Tk, H, D) contiguous, out
+    p_dv,  # (Tk, H, D) contiguous, out
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    grad_row,
+    grad_head,
+    scale,
+    softmax_scale,
+    Tq,
+    Tk,
+    H,
+    B,
+    max_seqlen_q,
+    max_seqlen_k,
+    slab_begin,
+    slab,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """dK and dV of one block of keys of one head, from the queries of one slab; ACCUMULATE: added to what is there."""
+    zero_tail(p_dk, p_cu_seqlens_k, B, Tk, H * D)
+    zero_tail(p_dv, p_cu_seqlens_k, B, Tk, H * D)
+    i_n, i_h, i_b = program_of(tl.cdiv(max_seqlen_k, BLOCK_N), H)
+    begin, n_q = sequence_rows(p_cu_seqlens_q, i_b, Tq, max_seqlen_q)
+    first, n_k = sequence_rows(p_cu_seqlens_k, i_b, Tk, max_seqlen_k)
+    if i_n * BLOCK_N >= n_k:
+        return
+    if ACCUMULATE:
+        if slab_begin >= n_q:
+            return
+
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n_k
+    row = first + i_n * BLOCK_N
+    b_k = load_tile(p_k + i_h.to(tl.int64) * k_head, row, k_row, m_n, BLOCK_N, D, BLOCK_D)
+    b_v = load_tile(p_v + i_h.to(tl.int64) * v_head, row, v_row, m_n, BLOCK_N, D, BLOCK_D)
+    p_q += i_h.to(tl.int64) * q_head
+    p_d_out += i_h.to(tl.int64) * grad_head
+    o_head = i_h.to(tl.int64) * Tq + begin
+    if p_head is not None:
+        summary = summary_row(p_summary_index, i_b, n_q)
+        b_through = tl.load(p_through + o_head + o_n, mask=m_n, other=0.0)
+        b_d_maximum = tl.load(p_d_maximum + first + o_n, mask=m_n, other=0.0)
+    b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    earliest = tl.maximum(slab_begin, i_n * BLOCK_N // BLOCK_M * BLOCK_M) if CAUSAL else slab_begin
+    for start in range(earliest, tl.minimum(n_q, slab_begin + slab), BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        m_m = o_m < n_q
+        b_q = load_tile(p_q, begin + start, q_row, m_m, BLOCK_M, D, BLOCK_D)
+        b_d_out = load_tile(p_d_out, begin + start, grad_row, m_m, BLOCK_M, D, BLOCK_D)
+        b_lse = load_lse(p_lse, o_head + o_m, m_m, float("inf"))  # queries that do not exist: P = 0
+        b_delta = tl.load(p_delta + o_head + o_m, mask=m_m, other=0.0)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_p = tl.exp2(b_s * scale - b_lse[None, :])
+        if CAUSAL:
+            b_p = tl.where(o_n[:, None] <= o_m[None, :], b_p, 0.0)
+        b_dv = tl.dot(b_p.to(b_d_out.dtype), b_d_out, b_dv, input_precision="ieee")
+        b_dp = tl.dot(b_v, tl.trans(b_d_out), input_precision="ieee")
+        if p_head is not None:
+            p_tile = head_tile(p_head, row, start - slab_begin, slab, BLOCK_N, BLOCK_M)
+            b_best = tl.load(p_tile, mask=m_n[:, None] & m_m[None, :], other=255)
+            b_dp += tl.where(b_best.to(tl.int32) == i_h, b_d_maximum[:, None], 0.0)
+            b_dp += tl.where(o_m[None, :] == summary, b_through[:, None], 0.0)
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    b_dk *= softmax_scale
+    if ACCUMULATE:
+        b_dk += load_tile(p_dk + i_h * D, row, H * D, m_n, BLOCK_N, D, BLOCK_D)
+        b_dv += load_tile(p_dv + i_h * D, row, H * D, m_n, BLOCK_N, D, BLOCK_D)
+    store_tile(p_dk + i_h * D, row, H * D, m_n, b_dk, BLOCK_N, D, BLOCK_D)
+    store_tile(p_dv + i_h * D, row, H * D, m_n, b_dv, BLOCK_N, D, BLOCK_D)
+
+
+@triton.jit
+def _add_keys(
+    b_dq,  # (BLOCK_M, BLOCK_D) fp32
+    b_q,  # (BLOCK_M, BLOCK_D)
+    b_d_out,  # (BLOCK_M, BLOCK_D)
+    b_lse,  # (BLOCK_M,) fp32
+    b_delta,  # (BLOCK_M,) fp32
+    p_k,
+    p_v,
+    p_head,
+    p_through,
+    p_d_maximum,
+    first,
+    start,
+    o_m,
+    m_m,
+    n,
+    i_h,
+    summary,
+    column,
+    slab,
+    k_row,
+    v_row,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """dQ from one block of keys; unless MASKED every query sees every key of it."""
+    o_n = start + tl.arange(0, BLOCK_N)
+    m_n = o_n < n if MASKED else None
+    b_k = load_tile(p_k, first + start, k_row, m_n, BLOCK_N, D, BLOCK_D)
+    b_v = load_tile(p_v, first + start, v_row, m_n, BLOCK_N, D, BLOCK_D)
+    b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None])
+    if MASKED:
+        m_visible = m_n[None, :]
+        if CAUSAL:
+            m_visible = m_visible & (o_n[None, :] <= o_m[:, None])
+        b_p = tl.where(m_visible, b_p, 0.0)
+    b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision="ieee")
+    if p_head is not None:
+        m_n = o_n < n
+        p_tile = tl.trans(head_tile(p_head, first + start, column, slab, BLOCK_N, BLOCK_M))
+        b_best = tl.load(p_tile, mask=m_m[:, None] & m_n[None, :], other=255)
+        b_d_maximum = tl.load(p_d_maximum + first + o_n, mask=m_n, other=0.0)
+        b_dp += tl.where(b_best.to(tl.int32) == i_h, b_d_maximum[None, :], 0.0)
+        b_through = tl.load(p_through + first + o_n, mask=m_n, other=0.0)
+        b_dp += tl.where(o_m[:, None] == summary, b_through[None, :], 0.0)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "B", "max_seqlen_q", "max_seqlen_k", "slab_begin"])
+def query_gradient_kernel(
+    p_q,  # the arguments of key_gradient_kernel
+    p_k,
+    p_v,
+    p_d_out,
+    p_lse,
+    p_delta,
+    p_cu_seqlens_q,
+    p_cu_seqlens_k,
+    p_summary_index,
+    p_head,
+    p_through,
+    p_d_maximum,
+    p_dq,  # (Tq, H, D) contiguous, out
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    grad_row,
+    grad_head,
+    scale,
+    softmax_scale,
+    Tq,
+    Tk,
+    H,
+    B,
+    max_seqlen_q,
+    max_seqlen_k,
+    slab_begin,
+    slab,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """dQ of one block of queries of one head."""
+    zero_tail(p_dq, p_cu_seqlens_q, B, Tq, H * D)
+    i_m, i_h, i_b = program_of(tl.cdiv(tl.minimum(max_seqlen_q - slab_begin, slab), BLOCK_M), H)
+    begin, n_q = sequence_rows(p_cu_seqlens_q, i_b, Tq, max_seqlen_q)
+    first, n_k = sequence_rows(p_cu_seqlens_k, i_b, Tk, max_seqlen_k)
+    top = slab_begin + i_m * BLOCK_M
+    if top >= n_q:
+        return
+
+    o_m = top + tl.arange(0, BLOCK_M)
+    m_m = o_m < n_q
+    p_k += i_h.to(tl.int64) * k_head
+    p_v += i_h.to(tl.int64) * v_head
+    o_head = i_h.to(tl.int64) * Tq
+    summary = -1
+    if p_head is not None:
+        p_through += o_head
+        summary = summary_row(p_summary_index, i_b, n_q)
+    b_q = load_tile(p_q + i_h.to(tl.int64) * q_head, begin + top, q_row, m_m, BLOCK_M, D, BLOCK_D)
+    b_d_out = load_tile(p_d_out + i_h.to(tl.int64) * grad_head, begin + top, grad_row, m_m, BLOCK_M, D, BLOCK_D)
+    b_lse = load_lse(p_lse, o_head + begin + o_m, m_m, 0.0)
+    b_delta = tl.load(p_delta + o_head + begin + o_m, mask=m_m, other=0.0)
+    b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if CAUSAL:
+        n_k = tl.minimum(n_k, top + BLOCK_M)
+        whole = tl.minimum(top, n_k) // BLOCK_N * BLOCK_N
+    else:
+        whole = n_k // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        b_dq = _add_keys(
+            b_dq, b_q, b_d_out, b_lse, b_delta, p_k, p_v, p_head, p_through, p_d_maximum, first, start, o_m, m_m,
+            n_k, i_h, summary, i_m * BLOCK_M, slab, k_row, v_row, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False,
+        )  # fmt: skip
+    for start in range(whole, n_k, BLOCK_N):
+        b_dq = _add_keys(
+            b_dq, b_q, b_d_out, b_lse, b_delta, p_k, p_v, p_head, p_through, p_d_maximum, first, start, o_m, m_m,
+            n_k, i_h, summary, i_m * BLOCK_M, slab, k_row, v_row, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True,
+        )  # fmt: skip
+    store_tile(p_dq + i_h * D, begin + top, H * D, m_m, b_dq * softmax_scale, BLOCK_M, D, BLOCK_D)
+
+
+# --- launcher
+
+
+def _key_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    if dtype == torch.float32:
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 32, "BLOCK_N": 128 if head_dim <= 64 else 64, "num_warps": 8, "num_stages": 2}
+
+
+def _query_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    if dtype == torch.float32:
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 128 if head_dim <= 64 else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+
+
+def launch_gradients(
+    inputs: tuple[Tensor | None, ...],  # p_q to p_d_maximum of the kernels
+    grads: tuple[Tensor, Tensor, Tensor],  # dq (Tq, H, D), dk, dv (Tk, H, D), out
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    slab_begin: int,
+    slab: int,
+) -> None:
+    """dq of the queries of one slab, and what they add to dk and dv."""
+    q, k, v, d_out = inputs[:4]
+    (rows, head_count, head_dim), batch = q.shape, inputs[6].numel() - 1
+    sizes = (*strides(q, k, v, d_out), softmax_scale * LOG2_E, softmax_scale, rows, k.shape[0], head_count, batch)
+    sizes += (max_seqlen_q, max_seqlen_k, slab_begin, slab)
+    shared = {**dims(head_dim), "CAUSAL": causal}
+    blocks = _key_blocks(head_dim, q.dtype)
+    key_gradient_kernel[(triton.cdiv(max_seqlen_k, blocks["BLOCK_N"]) * head_count * batch,)](
+        *inputs, *grads[1:], *sizes, **shared, ACCUMULATE=slab_begin > 0, **OPTIONS | blocks
+    )
+    blocks = _query_blocks(head_dim, q.dtype)
+    slab_rows = min(max_seqlen_q - slab_begin, slab)
+    query_gradient_kernel[(triton.cdiv(slab_rows, blocks["BLOCK_M"]) * head_count * batch,)](
+        *inputs, grads[0], *sizes, **shared, **OPTIONS | blocks
+    )

@@ -1,0 +1,215 @@
+"""Triton kernels of `token_importance`, `select_tokens` and `score_and_select`: one program per sequence.
+
+Rows are read in blocks counted from the start of the sequence, so a result does not depend on the batch. Block sizes
+depend on K only. Bound: the logits are read once from memory (T * K elements) and from cache after that; everything
+else is a few bytes per row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from madtp_kernels.triton.common import OPTIONS, on_device, power_of_two, rows, sequence_bounds
+from madtp_kernels.triton.tokens.layout import layout
+from madtp_kernels.triton.tokens.sequence import LOG2_E, sequence_importance, sequence_keep, summary_row
+
+BLOCK_BYTES = 16384  # of logits
+
+
+# --- kernels
+
+
+@triton.jit(do_not_specialize=["T"])
+def importance_kernel(
+    p_summary,  # (T,) fp32
+    p_received,  # (T,) fp32
+    p_logits,  # (T, K), row stride STRIDE
+    p_cu_seqlens,  # (B+1,) int32
+    p_summary_index,  # (B,) int32 or None
+    p_importance,  # (T,) fp32, out
+    T,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
+    summary = summary_row(p_summary_index, i_b)
+    sequence_importance(p_summary, p_received, p_logits, p_importance, begin, end, summary, K, STRIDE, BLOCK_T, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["T"])
+def select_kernel(
+    p_importance,  # (T,) fp32
+    p_logits,  # (T, K), row stride STRIDE
+    p_cu_seqlens,  # (B+1,) int32
+    p_summary_index,  # (B,) int32 or None
+    p_keep,  # (T,) uint8, out
+    p_count,  # (B,) int32, out: rows of the sequence after pruning, the merged one included
+    p_total,  # (B,) fp32, out: importance of the pruned tokens
+    scale,  # log2(e) / tau, or 0: keep everything
+    T,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
+    summary = summary_row(p_summary_index, i_b)
+    sequence_keep(
+        p_importance, p_logits, p_keep, p_count, p_total, scale, i_b, begin, end, summary, K, STRIDE, BLOCK_T, BLOCK_K
+    )
+
+
+@triton.jit(do_not_specialize=["T"])
+def score_and_select_kernel(
+    p_summary,  # (T,) fp32
+    p_received,  # (T,) fp32
+    p_logits,  # (T, K), row stride STRIDE
+    p_cu_seqlens,  # (B+1,) int32
+    p_summary_index,  # (B,) int32 or None
+    p_importance,  # (T,) fp32, out
+    p_keep,  # (T,) uint8, out
+    p_count,  # (B,) int32, out
+    p_total,  # (B,) fp32, out
+    scale,  # log2(e) / tau, or 0: keep everything
+    T,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
+    summary = summary_row(p_summary_index, i_b)
+    sequence_importance(p_summary, p_received, p_logits, p_importance, begin, end, summary, K, STRIDE, BLOCK_T, BLOCK_K)
+    tl.debug_barrier()  # what one thread wrote others read
+    sequence_keep(
+        p_importance, p_logits, p_keep, p_count, p_total, scale, i_b, begin, end, summary, K, STRIDE, BLOCK_T, BLOCK_K
+    )
+
+
+# --- launchers
+
+
+def _blocks(mag_logits: Tensor) -> dict[str, int]:
+    """K and its stride are compile-time: K = 100 then still loads 4 logits at a time, and one block needs no loop."""
+    alignment_tokens = mag_logits.shape[1]
+    block_k = power_of_two(alignment_tokens, 16, 128)
+    return {
+        "K": alignment_tokens,
+        "STRIDE": mag_logits.stride(0),
+        "BLOCK_T": min(BLOCK_BYTES // (block_k * mag_logits.element_size()), 256),
+        "BLOCK_K": block_k,
+        **OPTIONS,
+        "num_warps": 8,
+    }
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def token_importance(
+    summary: Tensor,  # (T,) fp32
+    received: Tensor,  # (T,) fp32
+    mag_logits: Tensor,  # (T, K)
+    cu_seqlens: Tensor,  # (B+1,) int32
+    summary_index: Tensor | None = None,  # (B,) int32
+) -> Tensor:  # (T,) fp32
+    """As `reference.tokens.token_importance`; what the summary token itself received has no influence."""
+    mag_logits = rows(mag_logits)
+    importance = torch.empty(summary.shape, dtype=summary.dtype, device=summary.device)
+    batch = cu_seqlens.numel() - 1
+    if batch > 0:
+        with on_device(summary.device):
+            importance_kernel[(batch,)](
+                summary.contiguous(),
+                received.contiguous(),
+                mag_logits,
+                cu_seqlens.contiguous(),
+                _contiguous(summary_index),
+                importance,
+                summary.shape[0],
+                **_blocks(mag_logits),
+            )
+    return importance
+
+
+def _scale(temperature: float) -> float:
+    """log2(e) / tau, 0 where nothing is pruned. A tiny tau must not give 0 * inf, nor a huge one -inf * 0."""
+    limits = torch.finfo(torch.float32)
+    return min(max(LOG2_E / temperature, limits.tiny), limits.max) if temperature != 0 else 0.0
+
+
+def _kept(importance: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """keep (T,) bool, count (B,) int32 and total (B,) fp32, to be written."""
+    device = importance.device
+    return (
+        torch.empty(importance.shape, dtype=torch.bool, device=device),
+        torch.empty(batch, dtype=torch.int32, device=device),
+        torch.empty(batch, dtype=torch.float32, device=device),
+    )
+
+
+def select_tokens(
+    importance: Tensor,  # (T,) fp32
+    mag_logits: Tensor,  # (T, K)
+    cu_seqlens: Tensor,  # (B+1,) int32
+    temperature: float,
+    summary_index: Tensor | None = None,  # (B,) int32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> keep (T,) bool, cu_seqlens of the output (B+1,) int32, source (T,) int32, merge_weight (T,) fp32."""
+    importance, mag_logits, cu_seqlens = importance.contiguous(), rows(mag_logits), cu_seqlens.contiguous()
+    batch = cu_seqlens.numel() - 1
+    keep, count, total = _kept(importance, batch)
+    if batch > 0:
+        with on_device(importance.device):
+            select_kernel[(batch,)](
+                importance,
+                mag_logits,
+                cu_seqlens,
+                _contiguous(summary_index),
+                keep.view(torch.uint8),
+                count,
+                total,
+                _scale(temperature),
+                importance.shape[0],
+                **_blocks(mag_logits),
+            )
+    return keep, *layout(importance, keep, cu_seqlens, count, total)
+
+
+def score_and_select(
+    summary: Tensor,  # (T,) fp32
+    received: Tensor,  # (T,) fp32
+    mag_logits: Tensor,  # (T, K)
+    cu_seqlens: Tensor,  # (B+1,) int32
+    temperature: float,
+    summary_index: Tensor | None = None,  # (B,) int32
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> importance (T,) fp32, then what `select_tokens` returns."""
+    mag_logits, cu_seqlens = rows(mag_logits), cu_seqlens.contiguous()
+    batch = cu_seqlens.numel() - 1
+    importance = torch.empty(summary.shape, dtype=summary.dtype, device=summary.device)
+    keep, count, total = _kept(importance, batch)
+    if batch > 0:
+        with on_device(summary.device):
+            score_and_select_kernel[(batch,)](
+                summary.contiguous(),
+                received.contiguous(),
+                mag_logits,
+                cu_seqlens,
+                _contiguous(summary_index),
+                importance,
+                keep.view(torch.uint8),
+                count,
+                total,
+                _scale(temperature),
+                summary.shape[0],
+                **_blocks(mag_logits),
+            )
+    return importance, keep, *layout(importance, keep, cu_seqlens, count, total)

@@ -1,0 +1,97 @@
+"""What pruning saves in time on this device: the costs by which budgets are chosen for a latency target."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from madtp.budgets.sensitivity import Sensitivities
+from madtp.hwp import Sparse24Linear
+from madtp.inference import evaluating, leading_size
+from madtp.measure.timing import medians
+from madtp_kernels import sparse24_prune
+
+ROUNDS = 7  # of the whole model at every temperature
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds per sample, of forward passes of one batch.
+
+    Args:
+        dense: of the model as it was given.
+        patched: of the packed model with all its tokens and weights.
+        tokens: of the packed model with one branch at the temperature of each of its `Sensitivities.tokens`.
+        weights: by Linear, what it saves as a packed 2:4 layer with all tokens; never below 0.
+    """
+
+    dense: float
+    patched: float
+    tokens: dict[str, tuple[float, ...]]
+    weights: dict[str, float]
+
+
+def measure_times(
+    dense: nn.Module, patched: nn.Module, sensitivities: Sensitivities, batch: Mapping[str, Tensor]
+) -> Times:
+    """Times the parts that `sensitivities` knows the harm of.
+
+    Args:
+        dense: the model as it was given.
+        patched: a copy of it, patched, at temperature 0.
+        batch: without shared images, where the models are.
+    """
+    handle, device, samples = patched.madtp_handle, next(iter(batch.values())).device, leading_size(batch)
+
+    def at(branch: str, temperature: float) -> None:
+        handle.set_temperature({branch: temperature})
+        patched(**batch)
+        handle.set_temperature({branch: 0.0})
+
+    runs = {"dense": lambda: dense(**batch), "patched": lambda: patched(**batch)}
+    for branch, points in sensitivities.tokens.items():
+        for point in points[1:]:  # the first has all tokens
+            runs[branch, point.temperature] = lambda b=branch, t=point.temperature: at(b, t)
+    with evaluating(dense), evaluating(patched), handle.inference():
+        found = {name: 1e3 * value / samples for name, value in medians(runs, device, rounds=ROUNDS).items()}
+        saved = _saved_by_packing(patched, sensitivities.weights, batch)
+    tokens = {
+        branch: (found["patched"], *(found[branch, point.temperature] for point in points[1:]))
+        for branch, points in sensitivities.tokens.items()
+    }
+    return Times(found["dense"], found["patched"], tokens, {name: 1e3 * s / samples for name, s in saved.items()})
+
+
+def _saved_by_packing(model: nn.Module, names: Iterable[str], batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """Seconds a Linear takes less as a 2:4 layer, at the rows it meets in a forward of the batch; 0 where it does not.
+
+    Layers of one shape at as many rows are timed once.
+    """
+    modules = {name: model.get_submodule(name) for name in names}
+    rows: defaultdict[str, list[int]] = defaultdict(list)  # by module, of each of its calls
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: rows[name].append(inputs[0].shape[:-1].numel()))
+        for name, module in modules.items()
+    ]
+    try:
+        model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kinds = {(count, modules[name].weight.shape): modules[name] for name, counts in rows.items() for count in counts}
+    gains = {kind: _gain(module, kind[0]) for kind, module in kinds.items()}
+    return {name: sum(gains[count, module.weight.shape] for count in rows[name]) for name, module in modules.items()}
+
+
+def _gain(module: nn.Linear, rows: int) -> float:
+    out_features, in_features = module.weight.shape
+    if not rows or out_features % 8 or in_features % 16:  # which `pack` leaves dense
+        return 0.0
+    packed = Sparse24Linear(sparse24_prune(module.weight.detach()), module.bias)
+    x = torch.randn(rows, in_features, dtype=module.weight.dtype, device=module.weight.device)
+    found = medians({"dense": lambda: module(x), "packed": lambda: packed(x)}, x.device)
+    return max(found["dense"] - found["packed"], 0.0)

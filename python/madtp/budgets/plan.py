@@ -1,0 +1,98 @@
+"""Plan: what a compression run aims at, as a file that can be read and edited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from madtp.files import write_whole
+
+ALLOCATIONS = ("joint", "uniform", "tokens", "weights")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compression run aims at; readable and editable as YAML.
+
+    Args:
+        flops_reduction: share of the dense MACs to save, counted; with a latency_reduction, what that comes to.
+        tokens: for each branch that can prune, the share of its MACs that its tokens may spend: 1 keeps all tokens, and
+            the branch is not pruned. What it counts in the end is this share of what it counts with all tokens and
+            with its 2:4 Linears at half.
+        sparse_modules: names of the Linears that go N:M.
+        allocation: how it was chosen.
+        latency_reduction: share of the dense model's time to save, on the device that it was chosen on; None: the
+            target is flops_reduction.
+        predicted: {"params_reduction", "rise"}: share of the parameters that go to zero, and the sum of what each part
+            does to the distillation loss by itself. With a latency_reduction also {"dense_ms", "ms"}: time per sample
+            of the dense model, as measured, and of what is planned.
+        compared: what this plan and the others at the same budget did to the distillation loss on the calibration data
+            before any training, by allocation; those that cannot reach the budget are not there.
+    """
+
+    flops_reduction: float
+    tokens: dict[str, float]
+    sparse_modules: tuple[str, ...]
+    allocation: str = "joint"
+    latency_reduction: float | None = None
+    predicted: dict[str, float] = field(default_factory=dict)
+    compared: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not _is_share(self.flops_reduction) or self.flops_reduction == 1:
+            raise ValueError(f"flops_reduction must be a number in [0, 1), got {self.flops_reduction!r}")
+        if self.latency_reduction is not None and (
+            not _is_share(self.latency_reduction) or self.latency_reduction == 1
+        ):
+            raise ValueError(f"latency_reduction must be a number in [0, 1) or null, got {self.latency_reduction!r}")
+        if not isinstance(self.tokens, Mapping) or not all(_is_share(s) and s > 0 for s in self.tokens.values()):
+            raise ValueError(f"tokens must give each branch a share in (0, 1], got {self.tokens!r}")
+        names = self.sparse_modules
+        if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"sparse_modules must be a list of module names, got {names!r}")
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}")
+        object.__setattr__(self, "sparse_modules", tuple(names))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON and YAML."""
+        return asdict(self) | {"sparse_modules": list(self.sparse_modules)}
+
+    def save(self, path: str | PathLike) -> None:
+        """Writes YAML, whole or not at all."""
+        write_whole(path, yaml.safe_dump(self.to_dict(), sort_keys=False, width=120))
+
+    @classmethod
+    def load(cls, path: str | PathLike) -> Plan:
+        """Raises ValueError where the file is no plan, naming what is wrong."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"plan {path} must be YAML: {' '.join(str(error).split())}") from error
+        known = {entry.name for entry in fields(cls)}
+        if not isinstance(values, dict) or not {"flops_reduction", "tokens", "sparse_modules"} <= set(values) <= known:
+            got = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"plan {path} must have the fields {', '.join(sorted(known))}, got {got}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"plan {path}: {error}") from error
+
+    def require_fit(self, branches: Iterable[str], modules: Iterable[str]) -> None:
+        """Raises ValueError unless it gives tokens to these branches, prunes something, and names Linears of these."""
+        if set(self.tokens) != set(branches):
+            raise ValueError(f"plan must give tokens to {', '.join(branches)}, got {', '.join(self.tokens)}")
+        if all(share == 1 for share in self.tokens.values()) and not self.sparse_modules:
+            raise ValueError(f"plan must give a branch fewer tokens than all or name a Linear, got {self.tokens}")
+        unknown = sorted(set(self.sparse_modules) - set(modules))
+        if unknown:
+            raise ValueError(f"plan must name Linears that may go N:M, got {unknown[0]!r}")
+
+
+def _is_share(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

@@ -1,0 +1,209 @@
+"""How much a model's answers change when one part of it is pruned: what the budgets of the branches are chosen by.
+
+Source: docs/method.md, cooperative optimisation, steps 1 and 2.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from madtp.config import CompressionConfig
+from madtp.hwp import InputStatistics, Pattern, collect_inputs, prune_one_shot, select_modules
+from madtp.inference import evaluating, leading_size
+from madtp.measure.macs import Profile, branch_of, counted_macs, profile_batches
+from madtp.tasks.task import Task
+from madtp.training.losses import JointLoss
+
+if TYPE_CHECKING:
+    from madtp.budgets.latency import Times
+
+TEMPERATURES = 9  # between the bounds of the config, at which a branch is looked at first
+WIDEST_STEP = 0.12  # between the shares of neighbouring points; a wider one is looked into
+MOST_POINTS = 20
+INPUTS_AT_A_TIME = 16  # Linears whose Gram matrices are in memory
+
+
+@dataclass(frozen=True)
+class TokenPoint:
+    """One branch at one temperature, everything else dense."""
+
+    share: float  # of the branch's dense MACs that is left
+    temperature: float
+    rise: float  # of the distillation loss
+
+
+@dataclass(frozen=True)
+class WeightUnit:
+    """One Linear gone N:M, corrected, everything else dense."""
+
+    branch: str
+    zeroed: int  # weights
+    macs: float  # counted per sample that it saves with all tokens; 0 where the hardware cannot run the pattern
+    rise: float  # of the distillation loss
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """profile: of the dense model on the calibration data. tokens: per branch, from all tokens to the fewest.
+
+    times: of `madtp.latency.measure_times`, where budgets are for a latency target.
+    """
+
+    profile: Profile
+    tokens: dict[str, tuple[TokenPoint, ...]]
+    weights: dict[str, WeightUnit]
+    times: Times | None = None
+
+
+class Calibration:
+    """A patched model on calibration batches: the distillation loss of whatever is done to it, dense answers given.
+
+    The loss is that of the joint training without task and alignment: vision L_vis + text L_txt + kd T^2 KL.
+
+    Args:
+        model: patched, dense weights; it is at temperature 0 between measurements.
+        batches: without shared images, where the model is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        batches: Sequence[Mapping[str, Tensor]],
+        config: CompressionConfig,
+    ):
+        self.model, self.handle, self.task, self.config = model, model.madtp_handle, task, config
+        self.batches = batches
+        self.sizes = [leading_size(batch) for batch in batches]
+        weights = config.vision_weight, config.text_weight, config.kd_weight, config.kd_temperature
+        self.loss = JointLoss(0.0, *weights)
+        self.handle.set_temperature(0)
+        with evaluating(model), self.handle.inference():
+            self.taught = [self._answers(batch) for batch in batches]
+
+    def rise(self) -> float:
+        """The distillation loss of the model as it is now, mean over the samples; 0 for the dense one."""
+        total = 0.0
+        with evaluating(self.model), self.handle.inference():
+            for batch, size, (taught, mask, before) in zip(self.batches, self.sizes, self.taught, strict=True):
+                logits, _, after = self._answers(batch)
+                summaries = {branch: (after[branch], before[branch]) for branch in after}
+                nothing = logits.new_zeros((), dtype=torch.float32)
+                total += size * self.loss(nothing, summaries=summaries, logits=(logits, taught), mask=mask)[0].item()
+        return total / sum(self.sizes)
+
+    def inputs(self, modules: Iterable[str]) -> dict[str, InputStatistics]:
+        """What these Linears meet in the model as it is now, with Gram matrices."""
+        with (
+            evaluating(self.model),
+            self.handle.inference(),
+            collect_inputs(self.model, modules, gram=True) as statistics,
+        ):
+            for batch in self.batches:
+                self.model(**batch)
+        return statistics
+
+    @contextmanager
+    def masked(self, modules: Iterable[str], inputs: Mapping[str, InputStatistics] | None = None) -> Iterator[None]:
+        """A context in which these Linears are N:M; dense weights come back to the bit.
+
+        The kept weights make up for those that go (`madtp.hwp.prune_one_shot`, correct): training would do the same,
+        and what it cannot mend is what counts. A Linear that the batches do not reach keeps its largest weights.
+
+        Args:
+            inputs: of all of them; None collects them, some Linears at a time, the former ones N:M.
+        """
+        modules = list(modules)
+        before = {name: self.model.get_submodule(name).weight.detach().clone() for name in modules}
+        try:
+            for start in range(0, len(modules), INPUTS_AT_A_TIME):
+                names = modules[start : start + INPUTS_AT_A_TIME]
+                met = self.inputs(names) if inputs is None else inputs
+                reached = [name for name in names if met[name].rows > 0]
+                prune_one_shot(self.model, self.config.pattern, reached, met, correct=True)
+                prune_one_shot(self.model, self.config.pattern, [name for name in names if name not in reached])
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in before.items():
+                    self.model.get_submodule(name).weight.copy_(weight)
+
+    @contextmanager
+    def at(self, temperatures: Mapping[str, float]) -> Iterator[None]:
+        """A context with these temperatures, 0 for branches that are not named."""
+        try:
+            self.handle.set_temperature(temperatures)
+            yield
+        finally:
+            self.handle.set_temperature(0)
+
+    def _answers(self, batch) -> tuple[Tensor, Tensor | None, dict[str, list[Tensor]]]:
+        """What is compared: logits, the rows of them that count, and the summary tokens by branch."""
+        logits, mask = self.task.logits(self.model(**batch), batch)
+        return logits, mask, self.handle.summaries
+
+
+def measure_sensitivities(
+    calibration: Calibration, *, progress: Callable[[Sequence], Iterable] = iter
+) -> Sensitivities:
+    """Prunes one part after the other and looks what it does to the answers.
+
+    Args:
+        progress: wraps the list of Linear modules and branches, for a bar.
+    """
+    model, handle, config = calibration.model, calibration.handle, calibration.config
+    exclude = (*config.sparse_exclude, *handle.family.dense_modules, "madtp_guide")
+    modules = select_modules(model, config.pattern, include=config.sparse_include, exclude=exclude).selected
+    found = profile_batches(model, calibration.batches)
+    tokens, weights, inputs = {}, {}, {}
+    n, m = Pattern.parse(config.pattern)
+    for name in progress([*handle.pruning, *modules]):
+        if name in handle.pruning:
+            tokens[name] = _token_points(calibration, name, found.branches[name].dense_macs)
+            continue
+        weight = model.get_submodule(name).weight
+        macs = found.modules[name].dense_macs
+        if name not in inputs:
+            first = modules.index(name)
+            inputs = calibration.inputs(modules[first : first + INPUTS_AT_A_TIME])
+        with calibration.masked([name], inputs):
+            rise = max(calibration.rise(), 0.0)
+        zeroed = weight.numel() - weight.numel() * n // m
+        weights[name] = WeightUnit(
+            branch_of((name,), handle.branches), zeroed, 0.5 * macs if Pattern(n, m).sparse24 else 0.0, rise
+        )
+    return Sensitivities(found, tokens, weights)
+
+
+def _token_points(calibration: Calibration, branch: str, dense_macs: float) -> tuple[TokenPoint, ...]:
+    """From all tokens to what the highest temperature leaves, closer together where the tokens go fast."""
+    low, high = calibration.config.temperature_min, calibration.config.temperature_max
+
+    def look(temperature: float) -> TokenPoint:
+        with calibration.at({branch: temperature}):
+            macs = counted_macs(calibration.model, calibration.batches)[branch]
+            rise = max(calibration.rise(), 0.0)
+        return TokenPoint(macs / dense_macs, temperature, rise)
+
+    exponents = [i / (TEMPERATURES - 1) for i in range(TEMPERATURES)]
+    points = [look(low * (high / low) ** exponent) for exponent in exponents]
+    while len(points) < MOST_POINTS:
+        gaps = [left.share - right.share for left, right in itertools.pairwise(points)]
+        widest = max(range(len(gaps)), key=gaps.__getitem__)
+        if gaps[widest] <= WIDEST_STEP:
+            break
+        between = math.sqrt(points[widest].temperature * points[widest + 1].temperature)
+        points.insert(widest + 1, look(between))
+    kept = [TokenPoint(1.0, 0.0, 0.0)]
+    for point in points:  # a share can only fall: MAG's own products cost a little where no token goes
+        if point.share < kept[-1].share:
+            kept.append(point)
+    return tuple(kept)

@@ -1,0 +1,143 @@
+"""DTP, dynamic token pruning: the step between self-attention and what follows it, in every block of a branch.
+
+Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3; docs/method.md lists where we differ and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from madtp.dtp.ragged import Packed, RaggedAttention
+from madtp.dtp.selection_rules import GUIDED, RULES
+from madtp.mag import AlignmentGuide, aligned_feature, normalised
+from madtp_kernels import AttentionStats, Selection, gather_merge, gather_merge_layernorm, prune_tokens
+
+
+class Branch:
+    """What one branch does and remembers: its temperature, and the selections of the last forward.
+
+    Args:
+        name: such as "vision".
+        guide: alignment tokens and maps, shared with the other branches.
+        attention: runs the branch's attention.
+        selection: "instance", each sample keeps its own number of tokens; or one of `selection_rules`.
+    """
+
+    def __init__(self, name: str, guide: AlignmentGuide, attention: RaggedAttention, selection: str = "instance"):
+        self.name, self.guide, self.attention, self.selection = name, guide, attention, selection
+        self.temperature = 0.0
+        self.capacity = "exact"  # or "upper_bound", where a forward needs no gradients: of `madtp.patch`
+        self.samples_per_feature = 1  # consecutive parts of the batch whose aligned features are averaged
+        self.align = False  # collect the aligned features of MAG, for its loss
+        self.observer: Callable[[Tensor, Selection], None] | None = None  # told of every importance (T,) and selection
+        self.entered: Packed | None = None  # what the last forward began with, without the features
+        self.begin(None)
+
+    def begin(self, packed: Packed | None) -> None:
+        """Forget the last forward; the next one is of `packed`."""
+        self.entered = None if packed is None else packed.with_x(packed.x.new_empty(0))
+        self.layers: list[Packed] = []  # what is left after each block, without the features
+        self.summaries: list[Tensor] = []  # (B, C) after each block
+        self._aligned: list[Tensor] = []
+
+    @property
+    def prunes(self) -> bool:
+        return self.temperature > 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether the alignment of MAG takes part."""
+        return self.selection in GUIDED
+
+    def aligned(self) -> Tensor | None:
+        """(B, K, d) aligned features of the last forward, normalised; None if none were collected."""
+        parts = self.samples_per_feature
+        features = [f.unflatten(0, (parts, -1)).mean(0) if parts > 1 else f for f in self._aligned]
+        return normalised(features) if features else None
+
+    def prune(self, packed: Packed, x: Tensor, stats: AttentionStats | None) -> Packed:
+        """Features after self-attention and its residual x (T, C) -> the tokens that stay.
+
+        packed: the batch as it entered the block; its features give the alignment logits.
+        """
+        logits, aligned = self._alignment(packed)
+        after = self._pruned(packed, x, stats, logits)[0] if self.prunes else packed.with_x(x)
+        return replace(after, aligned=aligned)
+
+    def prune_norm(
+        self, packed: Packed, x: Tensor, stats: AttentionStats | None, norm: nn.LayerNorm
+    ) -> tuple[Packed, Tensor]:
+        """`prune` and the LayerNorm that follows, in one pass: the tokens that stay, and their normed features."""
+        logits, aligned = self._alignment(packed)
+        if self.prunes:
+            after, normed = self._pruned(packed, x, stats, logits, (norm.weight, norm.bias, norm.eps))
+        else:
+            after, normed = packed.with_x(x), norm(x)
+        return replace(after, aligned=aligned), normed
+
+    def end_block(self, packed: Packed) -> None:
+        """Remembers what a block leaves."""
+        self.layers.append(replace(packed, x=packed.x.new_empty(0), aligned=None))
+        self.summaries.append(packed.summary())
+        if packed.aligned is not None:
+            self._aligned.append(packed.aligned)
+
+    def _alignment(self, packed: Packed) -> tuple[Tensor | None, Tensor | None]:
+        """The logits (T, K) and the aligned feature (B, K, d) of the tokens entering a block, where they are needed."""
+        if not self.guided or not (self.prunes or self.align):
+            return None, None
+        q, logits = self.guide(self.name, packed.x)
+        if not self.align:
+            return logits, None
+        return logits, aligned_feature(q, logits, packed.cu_seqlens, packed.max_seqlen, packed.summary_index)
+
+    def _pruned(
+        self,
+        packed: Packed,
+        x: Tensor,
+        stats: AttentionStats,
+        logits: Tensor | None,
+        norm: tuple[Tensor, Tensor, float] | None = None,
+    ) -> tuple[Packed, Tensor | None]:
+        x = packed.for_op(x)
+        if self.guided:
+            logits = packed.for_op(logits)
+        if self.selection == "instance":
+            x, normed, selection, importance = prune_tokens(
+                x,
+                stats,
+                logits,
+                packed.cu_seqlens,
+                self.temperature,
+                norm=norm,
+                summary_index=packed.summary_index,
+                capacity="upper_bound" if packed.fixed else "exact",
+            )
+        else:
+            rule = RULES[self.selection]
+            importance, selection = rule(stats, logits, packed.cu_seqlens, self.temperature, packed.summary_index)
+            if norm is None:
+                x, normed = gather_merge(x, selection), None
+            else:
+                x, normed = gather_merge_layernorm(x, selection, *norm)
+        if self.observer is not None:
+            self.observer(importance, selection)
+        return packed.selected(x, selection), normed
+
+
+@contextmanager
+def exact_capacity(model: nn.Module) -> Iterator[None]:
+    """A context in which a patched model has no rows but those of its tokens; any other model stays as it is."""
+    pruning = getattr(getattr(model, "madtp_handle", None), "pruning", {})
+    before = {branch: branch.capacity for branch in pruning.values()}
+    try:
+        for branch in before:
+            branch.capacity = "exact"
+        yield
+    finally:
+        for branch, capacity in before.items():
+            branch.capacity = capacity

@@ -1,0 +1,134 @@
+"""Times, compared: medians of rounds in which what is compared takes turns, so that all meet the same machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from operator import attrgetter
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from madtp.inference import evaluating, leading_size
+
+if TYPE_CHECKING:
+    from madtp.patching.handle import Handle
+
+ROUNDS = 15
+TIMING_BATCH = 32  # samples
+Name = TypeVar("Name", bound=Hashable)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, read when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of one call, until the device is done with it."""
+    start = now(device)
+    run()
+    return now(device) - start
+
+
+def medians(
+    runs: Mapping[Name, Callable[[], object]], device: torch.device, *, rounds: int = ROUNDS
+) -> dict[Name, float]:
+    """Seconds of each call, by name: medians of rounds in which they take turns, after one that does not count."""
+    taken = defaultdict(list)
+    for round_number in range(rounds + 1):
+        for name, run in runs.items():
+            spent = seconds(run, device)
+            if round_number:
+                taken[name].append(spent)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def time_per_sample(
+    models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], *, rounds: int = ROUNDS
+) -> dict[str, float]:
+    """Milliseconds per sample of a forward pass in eval mode, by name; all models are where the batch is."""
+    device = next(iter(batch.values())).device
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        runs = {name: lambda model=model: model(**batch) for name, model in models.items()}
+        found = medians(runs, device, rounds=rounds)
+    return {name: 1e3 * value / leading_size(batch) for name, value in found.items()}
+
+
+def time_per_layer(
+    dense: nn.Module, patched: nn.Module, batch: Mapping[str, Tensor], *, rounds: int = ROUNDS
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Milliseconds per sample of every block of the towers that prune, by branch: of a plain and of a patched model.
+
+    Medians of rounds in which the two take turns, after one that does not count. On a GPU the clock waits for every
+    block, so that their sum is more than the forward takes without.
+    """
+    device, handle = next(iter(batch.values())).device, patched.madtp_handle
+    laps: defaultdict[tuple[str, str, int], list[float]] = defaultdict(list)  # model, branch, layer -> of each round
+    with evaluating(dense), evaluating(patched):
+        for round_number in range(rounds + 1):
+            for name, model, timed in (("dense", dense, _timed_blocks), ("patched", patched, _timed_branches)):
+                spent: Counter[tuple[str, int]] = Counter()
+                with timed(model, handle, device, spent):
+                    model(**batch)
+                if round_number:
+                    for layer, value in spent.items():
+                        laps[(name, *layer)].append(value)
+    found: dict[str, dict[str, list[float]]] = {"dense": {}, "patched": {}}
+    for (name, branch, _), values in sorted(laps.items()):
+        found[name].setdefault(branch, []).append(1e3 * statistics.median(values) / leading_size(batch))
+    return found["dense"], found["patched"]
+
+
+@contextmanager
+def _timed_blocks(model: nn.Module, handle: Handle, device: torch.device, spent: Counter) -> Iterator[None]:
+    """A context in which the blocks of a plain model add their seconds to `spent`; the handle knows where they are."""
+    hooks, started = [], {}
+    for branch in handle.pruning:
+        path = handle.family.path(branch)
+        blocks = handle.model.get_submodule(path).madtp_spec.encoder.blocks
+        for number, block in enumerate(attrgetter(blocks)(model.get_submodule(path))):
+
+            def start(*_, key=(branch, number)):
+                started[key] = now(device)
+
+            def stop(*_, key=(branch, number)):
+                spent[key] += now(device) - started[key]
+
+            hooks += [block.register_forward_pre_hook(start), block.register_forward_hook(stop)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _timed_branches(model: nn.Module, handle: Handle, device: torch.device, spent: Counter) -> Iterator[None]:
+    """The same for a patched model, whose blocks are not called as modules: their branch knows when one ends."""
+    laps = {}
+    for branch in handle.pruning.values():
+
+        def begin(packed, branch=branch):
+            type(branch).begin(branch, packed)
+            laps[branch] = now(device)
+
+        def end_block(packed, branch=branch):
+            spent[branch.name, len(branch.layers)] += now(device) - laps[branch]
+            type(branch).end_block(branch, packed)
+            laps[branch] = now(device)
+
+        branch.begin, branch.end_block = begin, end_block
+    try:
+        yield
+    finally:
+        for branch in handle.pruning.values():
+            del branch.begin, branch.end_block

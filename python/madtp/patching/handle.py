@@ -1,0 +1,265 @@
+"""patch(): turns a Hugging Face model into one that prunes its tokens, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from madtp.config import CompressionConfig
+from madtp.dtp.branch import Branch
+from madtp.dtp.ragged import RaggedAttention
+from madtp.files import write_whole
+from madtp.hwp.packing import Follower, Sparse24Linear, follower_of, unpack
+from madtp.mag import AlignmentGuide
+from madtp.models.family import CompressedModel, Family, followers
+from madtp.models.registry import FAMILIES, family_of
+from madtp.models.tower import FORWARDS, mix_in, mixed
+from madtp.models.versions import check_transformers
+from madtp.patching import explain
+from madtp.patching.keep_rate import check_calibration, check_rates, find_temperatures
+from madtp.patching.state import STATE_FILE, STATE_VERSION, WEIGHTS_FILE, weights_sha256
+
+
+class Handle:
+    """A patched model's controls; `patch` makes it and the model keeps it as `model.madtp_handle`."""
+
+    def __init__(self, model: nn.Module, family: Family, config: CompressionConfig, capacity: str = "exact"):
+        _check_capacity(capacity, config)
+        self.model, self.family, self.config = model, family, config
+        specs = {branch: family.tower(model, branch) for branch in family.towers}  # raises before anything is touched
+        towers = {branch: model.get_submodule(family.path(branch)) for branch in specs}
+        widths = {branch: tower.config.hidden_size for branch, tower in towers.items()}
+        guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths)
+        model.madtp_guide = guide.to(next(model.parameters()))
+        model.madtp_attention = nn.ModuleDict({branch: RaggedAttention() for branch in widths})
+        self.pruning = {
+            branch: Branch(branch, model.madtp_guide, attention, config.selection)
+            for branch, attention in model.madtp_attention.items()
+        }
+        if "vision" in self.pruning:
+            self.pruning["vision"].samples_per_feature = family.images_per_text
+        self.capacity = capacity
+        self.sources: dict[str, type] = {}  # module name -> the class to go back to
+        for branch, tower in towers.items():
+            tower.madtp_spec, tower.madtp_branch = specs[branch], self.pruning[branch]
+            self.sources |= mix_in(model, {family.path(branch): FORWARDS[specs[branch].inputs]})
+        self.sources |= mix_in(model, family.mixins)
+        self.sources.setdefault("", type(model))
+        model.__class__ = family.compressed or mixed(type(model), CompressedModel)
+        model.madtp_handle = self
+
+    @property
+    def alignment_tokens(self) -> nn.Parameter:
+        """(K, d), shared by the branches."""
+        return self.model.madtp_guide.alignment_tokens
+
+    @property
+    def branches(self) -> dict[str, tuple[str, ...]]:
+        """The modules of each branch, its attention and its part of MAG among them."""
+        ours = ("madtp_attention.{}", "madtp_guide.maps.{}", "madtp_guide.logits.{}")
+        return {
+            branch: (*names, *(name.format(branch) for name in ours if branch in self.pruning))
+            for branch, names in self.family.branches.items()
+        }
+
+    @property
+    def followers(self) -> dict[str, Follower]:
+        """Of `madtp.hwp.pack`: what follows which Linear."""
+        found = {}
+        for branch in self.family.towers:
+            path = self.family.path(branch)
+            tower = self.model.get_submodule(path)
+            found |= followers(path, tower, tower.madtp_spec.encoder)
+        return found
+
+    @property
+    def capacity(self) -> str:
+        """Of `patch`; may be set at any time."""
+        return next(iter(self.pruning.values())).capacity
+
+    @capacity.setter
+    def capacity(self, capacity: str) -> None:
+        _check_capacity(capacity, self.config)
+        for branch in self.pruning.values():
+            branch.capacity = capacity
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        return {name: branch.temperature for name, branch in self.pruning.items()}
+
+    def set_temperature(self, temperature: float | Mapping[str, float]) -> None:
+        """tau of all branches, or of some by name; larger prunes more, 0 is the dense model."""
+        by_branch = temperature if isinstance(temperature, Mapping) else dict.fromkeys(self.pruning, temperature)
+        for name, value in by_branch.items():
+            if name not in self.pruning:
+                raise ValueError(f"temperature must be for branches {', '.join(self.pruning)}, got {name!r}")
+            if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+                raise ValueError(f"temperature must be a finite number >= 0, got {value!r} for {name}")
+        for name, value in by_branch.items():
+            self.pruning[name].temperature = float(value)
+
+    def set_keep_rate(
+        self, keep_rate: float | Mapping[str, float], calibration: Iterable[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Sets the temperatures at which all branches, or some by name, keep a share of their tokens: no training.
+
+        Args:
+            keep_rate: in (0, 1]; the share of a branch's tokens that are left after a block, averaged over its blocks
+                and all samples, without summary and merged tokens. 1 switches pruning off.
+            calibration: a few batches, each the keyword arguments of a forward, on the model's device.
+
+        Returns:
+            the share each branch keeps of them now.
+
+        Raises:
+            ValueError: an argument breaks a rule, or no temperature of the config reaches the rate; nothing is changed.
+        """
+        return find_temperatures(self, check_rates(keep_rate, self.pruning), check_calibration(calibration))
+
+    def collect_alignment(self, on: bool) -> None:
+        """Whether forwards compute the aligned features of MAG (training does)."""
+        for branch in self.pruning.values():
+            branch.align = on
+
+    @property
+    def aligned(self) -> dict[str, Tensor | None]:
+        """Per branch, the (B, K, d) aligned features of the last forward."""
+        return {name: branch.aligned() for name, branch in self.pruning.items()}
+
+    @property
+    def summaries(self) -> dict[str, list[Tensor]]:
+        """Per branch, the (B, C) summary tokens after each layer of the last forward."""
+        return {name: branch.summaries for name, branch in self.pruning.items()}
+
+    @property
+    def selections(self) -> dict[str, list[list[Tensor]]]:
+        """Of the last forward: per branch, per layer, per sample, the original positions of the tokens left."""
+        return {name: [layer.kept_positions() for layer in branch.layers] for name, branch in self.pruning.items()}
+
+    @property
+    def tokens_per_layer(self) -> dict[str, list[float]]:
+        """Of the last forward: per branch, the mean number of tokens after each layer, merged ones included."""
+        return {
+            name: [layer.tokens() / max(layer.batch, 1) for layer in branch.layers]
+            for name, branch in self.pruning.items()
+        }
+
+    def explain(self) -> str:
+        """A table of what runs in the towers, and why: the backend of every op and every Linear, by branch and layer.
+
+        Layers in a row that run the same share their lines. After a forward it is of calls like those of the last one,
+        and there are lines with the mean number of tokens entering and leaving each layer. Nothing runs, but where a
+        2:4 Linear has a choice that was not measured yet.
+        """
+        return explain.table(self.model)
+
+    @contextmanager
+    def inference(self):
+        """A context in which the model is as after training: aligned features are not collected."""
+        before = {branch: branch.align for branch in self.pruning.values()}
+        try:
+            self.collect_alignment(False)
+            yield
+        finally:
+            for branch, align in before.items():
+                branch.align = align
+
+    @contextmanager
+    def dense(self):
+        """A context in which the model is the dense one: nothing pruned, no alignment computed."""
+        before = self.temperatures
+        try:
+            with self.inference():
+                self.set_temperature(0)
+                yield
+        finally:
+            self.set_temperature(before)
+
+    def remove(self) -> nn.Module:
+        """Undoes everything: the model is of its Hugging Face class again, its Linears plain, no alignment tokens."""
+        unpack(self.model)
+        return self._detach()
+
+    def _detach(self) -> nn.Module:
+        for branch in self.family.towers:
+            tower = self.model.get_submodule(self.family.path(branch))
+            del tower.madtp_spec, tower.madtp_branch
+        for path, source in self.sources.items():
+            self.model.get_submodule(path).__class__ = source
+        del self.model.madtp_guide, self.model.madtp_attention, self.model.madtp_handle
+        return self.model
+
+    def save(self, directory: Path) -> None:
+        """Writes madtp.json, whole or not at all, beside the weights, which must be there."""
+        state = {
+            "version": STATE_VERSION,
+            "config": self.config.to_dict(),
+            "temperatures": self.temperatures,
+            "sparse24": {
+                name: follower_of(self.model, name)._asdict()
+                for name, module in self.model.named_modules()
+                if isinstance(module, Sparse24Linear)
+            },
+            "weights_sha256": weights_sha256(directory / WEIGHTS_FILE),
+        }
+        write_whole(directory / STATE_FILE, json.dumps(state, indent=2) + "\n")
+
+
+def patch(
+    model: nn.Module,
+    config: CompressionConfig | None = None,
+    *,
+    family: Family | None = None,
+    keep_rate: float | Mapping[str, float] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    capacity: str = "exact",
+) -> Handle:
+    """Gives a Hugging Face model token pruning; at temperature 0, where it starts, it computes what it did before.
+
+    Args:
+        model: of a class in `madtp.models.FAMILIES`, or of one that `family` describes. Its parameters stay as they
+            are; the alignment tokens join them as `madtp_guide`.
+        config: alignment and selection settings.
+        family: which towers prune; None takes what is known of the model's class.
+        keep_rate, calibration: of `Handle.set_keep_rate`, to prune without training; None leaves temperature 0.
+        capacity: "exact": every block computes on the tokens that are left, which a GPU has to report to the host.
+            "upper_bound": on as many rows as there were tokens at first, those past the tokens left being of no
+            meaning, and nothing is read on the host, so that a forward of given shapes fits a CUDA graph; with
+            gradients or in training mode it is as "exact".
+
+    Raises:
+        TypeError: the class is not known. ValueError: the model is patched already, the capacity is unknown or the
+            config's selection has none but "exact", or what `Handle.set_keep_rate` says of its arguments. RuntimeError:
+            transformers is too old. The model is as it was.
+    """
+    check_transformers()
+    if hasattr(model, "madtp_handle"):
+        raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
+    family = family or family_of(model)
+    if family is None:
+        known = ", ".join(family.source.__name__ for family in FAMILIES)
+        raise TypeError(f"model must be one of {known}, or come with a family=, got {type(model).__name__}")
+    if keep_rate is None:
+        if calibration is not None:
+            raise ValueError("keep_rate must be given with calibration, got None")
+        return Handle(model, family, config or CompressionConfig(), capacity)
+    rates, batches = check_rates(keep_rate, family.towers), check_calibration(calibration)
+    handle = Handle(model, family, config or CompressionConfig(), capacity)
+    try:
+        find_temperatures(handle, rates, batches)
+    except BaseException:
+        handle._detach()
+        raise
+    return handle
+
+
+def _check_capacity(capacity: str, config: CompressionConfig) -> None:
+    if capacity not in ("exact", "upper_bound"):
+        raise ValueError(f'capacity must be "exact" or "upper_bound", got {capacity!r}')
+    if capacity != "exact" and config.selection != "instance":
+        raise ValueError(f'capacity must be "exact" with selection {config.selection!r}, got {capacity!r}')

@@ -1,0 +1,118 @@
+"""Pruning without training: the temperatures at which each branch keeps a given share of its tokens."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from madtp.dtp.ragged import Packed
+from madtp.inference import evaluating
+from madtp.search import find_root
+
+if TYPE_CHECKING:
+    from madtp.patching.handle import Handle
+
+TOLERANCE = 0.005  # of a share that was asked for
+ROUNDS = 20  # passes over the calibration inputs, at most, for a branch
+
+
+def check_rates(keep_rate: float | Mapping[str, float], branches: Iterable[str]) -> dict[str, float]:
+    """The rate of each branch that was given one. Raises ValueError for an unknown branch or a rate not in (0, 1]."""
+    branches = list(branches)
+    rates = dict(keep_rate) if isinstance(keep_rate, Mapping) else dict.fromkeys(branches, keep_rate)
+    if not rates or not set(rates) <= set(branches):
+        raise ValueError(f"keep_rate must be for branches {', '.join(branches)}, got {keep_rate!r}")
+    for rate in rates.values():
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+            raise ValueError(f"keep_rate must be a number in (0, 1], or one for each branch, got {keep_rate!r}")
+    return rates
+
+
+def check_calibration(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+    """Raises ValueError unless it is a few batches of model inputs."""
+    rule = "calibration must be an iterable of dicts of model inputs, at least one, for keep_rate"
+    if calibration is None or isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
+        raise ValueError(f"{rule}, got {type(calibration).__name__}")
+    batches = list(calibration)
+    wrong = next((batch for batch in batches if not isinstance(batch, Mapping)), None)
+    if not batches or wrong is not None:
+        raise ValueError(f"{rule}, got {'none' if not batches else f'one with a {type(wrong).__name__}'}")
+    return batches
+
+
+def kept_shares(handle: Handle, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of each branch, the share of its tokens that are left after a block, averaged over its blocks.
+
+    Of all samples together; neither summary tokens nor merged ones count. What the blocks cost falls with it, where the
+    share after the last block alone says little of that. In eval mode, without gradients.
+    """
+    entered, left = Counter(), Counter()
+    with evaluating(handle.model), handle.inference():
+        for batch in batches:
+            for branch in handle.pruning.values():
+                branch.begin(None)
+            handle.model(**batch)
+            for name, branch in handle.pruning.items():
+                if branch.entered is not None:
+                    summaries = _summaries(branch.entered)
+                    entered[name] += branch.entered.tokens() - summaries
+                    kept = [sum(part.numel() for part in layer.kept_positions()) for layer in branch.layers]
+                    left[name] += sum(kept) / len(kept) - summaries
+    for name in handle.pruning:
+        if not entered[name]:
+            raise ValueError(f"calibration must have tokens to prune in branch {name}, got none")
+    return {name: left[name] / entered[name] for name in handle.pruning}
+
+
+def find_temperatures(
+    handle: Handle, rates: Mapping[str, float], batches: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Sets the temperature of each branch of `rates` so that `kept_shares` are these, one branch after the other.
+
+    A branch may read what is left of one before it, so they go in the order of the family. Where the share jumps over
+    the rate, which it does in few and short sequences, the nearest seen is taken.
+
+    Returns:
+        the shares that are kept now.
+
+    Raises:
+        ValueError: a rate is out of reach of the temperatures of the config; the message says what is not. The
+            temperatures are what they were.
+    """
+    before, config = handle.temperatures, handle.config
+    start = math.log(config.temperature)
+    low, high = (math.log(tau) - start for tau in (config.temperature_min, config.temperature_max))
+
+    def share(branch: str, shift: float) -> float:
+        handle.set_temperature({branch: math.exp(start + shift)})
+        return kept_shares(handle, batches)[branch]
+
+    try:
+        for branch in handle.pruning:
+            rate = rates.get(branch)
+            if rate == 1:
+                handle.set_temperature({branch: 0.0})
+            elif rate is not None:
+                miss = lambda shift, branch=branch, rate=rate: share(branch, shift) - rate  # noqa: E731
+                shift, missed = find_root(miss, low, high, tolerance=TOLERANCE, rounds=ROUNDS)
+                if abs(missed) > TOLERANCE:
+                    least, most = sorted(share(branch, bound) for bound in (low, high))
+                    if not least - TOLERANCE <= rate <= most + TOLERANCE:
+                        raise ValueError(
+                            f"keep_rate of {branch} must be 1 or from {least:.3f} to {most:.3f}, what temperatures "
+                            f"from {config.temperature_min:g} to {config.temperature_max:g} keep of the calibration "
+                            f"inputs, got {rate}"
+                        )
+                handle.set_temperature({branch: math.exp(start + shift)})
+        return kept_shares(handle, batches)
+    except BaseException:
+        handle.set_temperature(before)
+        raise
+
+
+def _summaries(packed: Packed) -> int:
+    """How many summary tokens a batch has."""
+    lengths, index = packed.cu_seqlens.diff(), packed.summary_index
+    return int(((lengths > 0) if index is None else (lengths > 0) & (index >= 0)).sum())

@@ -1,0 +1,24 @@
+"""Samples of a data set as batches on which a model is looked at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from madtp.tasks.task import Task
+
+PAIRS_BATCH = 64  # samples that run at a time
+
+
+def pairs(task: Task, data: Dataset, count: int, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:
+    """Batches of `count` items spread over the data (all, if fewer), every sample with its own copy of its image."""
+    chosen = [int(i * max(1.0, len(data) / count)) for i in range(min(count, len(data)))]
+    batches = []
+    for start in range(0, len(chosen), PAIRS_BATCH):
+        batch = task.collate([data[i] for i in chosen[start : start + PAIRS_BATCH]])
+        index = batch.pop("image_index", None)
+        if index is not None:
+            batch["pixel_values"] = batch["pixel_values"][index]
+        batches.append({name: value.to(device) for name, value in batch.items()})
+    return batches

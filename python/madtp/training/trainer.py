@@ -1,0 +1,349 @@
+"""Joint training: task, alignment and distillation losses, while masks go N:M and temperatures move to their target."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from madtp.config import CompressionConfig
+from madtp.files import write_whole
+from madtp.hwp import Pattern, WeightPruner
+from madtp.inference import evaluating
+from madtp.measure.macs import counted_macs
+from madtp.search import find_root
+from madtp.tasks.task import Task
+from madtp.training.controller import TemperatureController
+from madtp.training.guard import Guard
+from madtp.training.losses import JointLoss
+
+CONTROLLER_FILE = "madtp_controller.json"
+START_ROUNDS = 30
+START_TOLERANCE = 0.02  # of the MACs of a branch
+
+
+class DivergedError(RuntimeError):
+    """Training met a loss or a weight that is not finite; the message says which, and what is left."""
+
+
+class MadtpTrainer(Trainer):
+    """`transformers.Trainer` for a patched model and its dense teacher.
+
+    The loss is L_task + align L_align + vision L_vis + text L_txt + kd T^2 KL (weights of the config), where L_vis and
+    L_txt compare the summary tokens after every layer with the teacher's. The temperatures start where `probe` costs
+    what it is to cost; every `controller_interval` steps its counted MACs are observed and the temperatures moved.
+
+    Args:
+        model: patched (see `madtp.patch`); its forward takes the task's batches.
+        teacher: the dense model, patched at temperature 0 so that it reports its summary tokens. It is frozen.
+        task: its loss, and which logits are distilled.
+        config: loss weights, mask schedule, controller.
+        targets: counted MACs per sample of each pruned branch, such as `branch_targets` gives.
+        probe: batches without shared images to observe MACs on, where the model is.
+        sparse_modules: names of the Linear modules that go N:M.
+        norms: of their inputs, for masks by |W| ||x||; None keeps the largest |W|.
+        guarded: batches as `probe`, on which `Guard` watches the loss; None takes `probe`.
+        args, **kwargs: of `transformers.Trainer`.
+
+    With an `EarlyStoppingCallback`, or load_best_model_at_end, evaluations count from when all masks have their final
+    pattern; the best checkpoint brings its temperatures back.
+
+    `train` raises `DivergedError` at the first loss that is not finite; weights that are not are never saved.
+
+    Raises:
+        ValueError: args shard the weights (fsdp, deepspeed).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        task: Task,
+        config: CompressionConfig,
+        *,
+        targets: dict[str, float],
+        probe: list[dict[str, Tensor]],
+        sparse_modules: list[str],
+        norms: dict[str, torch.Tensor] | None = None,
+        guarded: list[dict[str, Tensor]] | None = None,
+        args: TrainingArguments,
+        **kwargs,
+    ):
+        for name in ("fsdp", "deepspeed"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"{name} must be off: masks, temperatures and the probe need whole weights, which DDP leaves to "
+                    f"every process; got {getattr(args, name)!r}"
+                )
+        super().__init__(model=model, args=args, **kwargs)
+        # The model takes **kwargs, but its loss is a mean whatever they say: accumulated steps are to be averaged.
+        self.model_accepts_loss_kwargs = False
+        self.task, self.config, self.handle = task, config, model.madtp_handle
+        self.teacher = teacher.to(args.device).eval().requires_grad_(False)
+        self.probe = probe
+        self.joint_loss = JointLoss(
+            config.align_weight, config.vision_weight, config.text_weight, config.kd_weight, config.kd_temperature
+        )
+        self.pruner = WeightPruner(
+            model,
+            config.pattern,
+            sparse_modules,
+            schedule=config.hwp_schedule,
+            total_steps=self._total_steps(),
+            refresh_interval=config.hwp_refresh,
+            decay=config.hwp_decay,
+            ramp=config.hwp_ramp,
+            norms=norms,
+        )
+        # Until the masks have their final pattern, MACs are counted as they will be then.
+        self.planned_sparse = set(sparse_modules) if Pattern.parse(config.pattern).sparse24 else set()
+        self.controller = self._controller(targets, config.temperature)
+        self.handle.set_temperature(self.controller.temperatures)
+        self.handle.collect_alignment(config.align_weight > 0)
+        self.observed: dict[str, float] = {}
+        self.guarded = probe if guarded is None else guarded
+        self._guarded_teaching: list[tuple] = []  # what the teacher says of these batches
+        tolerance = config.guard_tolerance
+        self.guard = None if tolerance is None else Guard(self.guarded_loss, tolerance)
+        self._parts: dict[str, list[Tensor]] = {}
+        self.add_callback(_Cooperation(self))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with self._features_seen():
+            output = model(**inputs)
+        if isinstance(output, tuple):
+            output, _ = output
+        with torch.no_grad(), self.accelerator.autocast():
+            taught = self.teacher(**inputs)
+        teaching = self.task.logits(taught, inputs)[0], self.teacher.madtp_handle.summaries
+        loss, parts = self._joint(output, inputs, *teaching, aligned=self._aligned(inputs.get("image_index")))
+        if not torch.isfinite(loss):
+            wrong = [f"{name} is {part.item()}" for name, part in parts.items() if not torch.isfinite(part)]
+            raise self._diverged(f"loss: {', '.join(wrong) or f'their sum is {loss.item()}'}")
+        if model.training:
+            for name, part in parts.items():
+                self._parts.setdefault(name, []).append(part)
+        return (loss, output) if return_outputs else loss
+
+    def guarded_loss(self) -> float:
+        """The loss without alignment on the guarded batches, as the model is now; no gradient, eval mode."""
+        if not self._guarded_teaching:
+            with torch.no_grad(), self.accelerator.autocast():
+                for batch in self.guarded:
+                    logits = self.task.logits(self.teacher(**batch), batch)[0]
+                    self._guarded_teaching.append((logits, self.teacher.madtp_handle.summaries))
+        losses = []
+        with evaluating(self.model), self.handle.inference():
+            for batch, teaching in zip(self.guarded, self._guarded_teaching, strict=True):
+                losses.append(self._joint(self.model(**batch), batch, *teaching)[0])
+        return torch.stack(losses).mean().item()
+
+    def _joint(self, output, inputs, logits: Tensor, summaries: dict[str, list[Tensor]], aligned=None):
+        """The loss and its parts of what the model has just said; logits and summaries are the teacher's."""
+        ours, mask = self.task.logits(output, inputs)
+        return self.joint_loss(
+            self.task.loss(output, inputs),
+            aligned=aligned,
+            summaries={branch: (summary, summaries[branch]) for branch, summary in self.handle.summaries.items()},
+            logits=(ours, logits),
+            mask=mask,
+        )
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the parts of the loss, the temperatures, and what the controller and the guard saw last."""
+        if "loss" in logs:
+            logs |= {f"loss_{name}": torch.stack(part).mean().item() for name, part in self._parts.items()}
+            logs |= {f"tau_{branch}": tau for branch, tau in self.handle.temperatures.items()}
+            logs |= {f"macs_{branch}": macs for branch, macs in self.observed.items()}
+            if self.guard is not None:
+                logs |= {"guard_rise": self.guard.rise, "guard_undone": self.guard.undone}
+            self._parts.clear()
+        super().log(logs, *args, **kwargs)
+
+    def observe(self) -> dict[str, float]:
+        """Counted MACs per sample of the probe, per branch, as they will be once the masks are final."""
+        with self.handle.inference():
+            self.observed = counted_macs(self.model, self.probe, planned_sparse=self.planned_sparse)
+        return self.observed
+
+    def find_start(self) -> None:
+        """Before the first step: moves the temperatures until the probe costs about what it is to cost in the end, so
+        that no step is spent on another number of tokens."""
+        targets = self.controller.targets
+        for _ in range(START_ROUNDS):
+            seen, before = self._spent(), self.controller.temperatures
+            if all(abs(seen[branch] / target - 1) <= START_TOLERANCE for branch, target in targets.items()):
+                break
+            self.handle.set_temperature(self.controller.update(seen))
+            if self.controller.temperatures == before:  # all at their bounds
+                break
+        self.controller = self._controller(targets, self.controller.temperatures)
+
+    def _controller(self, targets: dict[str, float], start: float | dict[str, float]) -> TemperatureController:
+        bounds = self.config.temperature_min, self.config.temperature_max
+        return TemperatureController(targets, temperature=start, gain=self.config.controller_gain, bounds=bounds)
+
+    def _spent(self) -> dict[str, float]:
+        observed = self.observe()
+        return {branch: observed[branch] for branch in self.controller.targets}
+
+    def steer(self) -> None:
+        """One observation, one move of the temperatures."""
+        seen = self._spent()
+        self._move(
+            lambda: self.handle.set_temperature(self.controller.update(seen)),
+            lambda: self.handle.set_temperature(self.controller.halve_step()),
+        )
+
+    def sparsify(self, step: int) -> None:
+        """Brings the masks up to date before optimiser step `step`.
+
+        Where the pattern goes on, the Linears go in the order of the model; those that the guard holds back are tried
+        again with every move of the temperatures.
+        """
+        self.pruner.refresh(step)
+        going = self.pruner.behind(step)
+        held_back = len(going) < len(self.pruner.modules)
+        if not going or (held_back and step % self.config.controller_interval):
+            return
+        before = self.pruner.masks(going)
+
+        def halve() -> None:
+            middle = math.ceil(len(going) / 2)
+            self.pruner.restore({name: before[name] for name in going[middle:]})
+            del going[middle:]
+
+        self._move(lambda: self.pruner.advance(going, step), halve)
+
+    def _move(self, make: Callable[[], None], halve: Callable[[], None]) -> None:
+        make() if self.guard is None else self.guard.move(make, halve)
+
+    def settle(self, budget: float, tolerance: float = 0.002, cost: Callable[[], float] | None = None) -> float:
+        """After training: moves all temperatures by one factor until the model costs `budget`.
+
+        Args:
+            cost: of the model as it is; None: the counted MACs per sample of the probe.
+
+        Returns:
+            the share by which it misses the budget, positive when it costs more.
+        """
+
+        def miss(shift: float) -> float:
+            self.handle.set_temperature(self.controller.shifted(shift))
+            spent = sum(self.observe().values()) if cost is None else cost()
+            return spent / budget - 1
+
+        shift, missed = find_root(miss, *self.controller.shifts, tolerance=tolerance)
+        self.handle.set_temperature(self.controller.shifted(shift))
+        return missed
+
+    def pruning_state(self) -> dict:
+        """What a checkpoint holds beside weights and masks; plain values, ready for JSON."""
+        return {
+            "config": self.config.to_dict(),
+            "controller": self.controller.state_dict(),
+            "masks_keep": self.pruner.kept,
+            "guard": None if self.guard is None else self.guard.state_dict(),
+        }
+
+    def _save_checkpoint(self, model, trial):
+        wrong = next((name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()), None)
+        if wrong is not None:
+            raise self._diverged(f"weight: {wrong}")
+        super()._save_checkpoint(model, trial)
+
+    def _diverged(self, what: str) -> DivergedError:
+        good = last_checkpoint(self.args.output_dir)
+        kept = f"{good} is the last good checkpoint" if good else "there is no checkpoint yet"
+        return DivergedError(f"training stopped at step {self.state.global_step}, not finite is the {what}; {kept}")
+
+    @contextmanager
+    def _features_seen(self) -> Iterator[None]:
+        """A context in which a model of several processes returns (output, what the loss takes from the handle): DDP
+        waits for the gradients of no parameter that it does not see leave the forward."""
+        if self.args.world_size == 1:
+            yield
+            return
+
+        def with_features(module, arguments, output):
+            aligned = [feature for feature in self.handle.aligned.values() if feature is not None]
+            return output, (*aligned, *itertools.chain(*self.handle.summaries.values()))
+
+        hook = self.handle.model.register_forward_hook(with_features)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _aligned(self, image_index: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The aligned features of vision and text, a row of each per sample; None where they are not collected."""
+        aligned = self.handle.aligned
+        if not {"vision", "text"} <= aligned.keys() or aligned["vision"] is None:
+            return None
+        vision = aligned["vision"] if image_index is None else aligned["vision"][image_index]
+        return vision, aligned["text"]
+
+    def _total_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        batches = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
+        return math.ceil(self.args.num_train_epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_pruning(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_pruning(self.state.best_model_checkpoint)
+
+    def _determine_best_metric(self, metrics, trial):
+        """While masks are still to grow no evaluation is the best: less pruned is better, and not what is asked for."""
+        return self.pruner.current == self.pruner.pattern and super()._determine_best_metric(metrics, trial)
+
+    def _load_pruning(self, checkpoint: str) -> None:
+        saved = json.loads((Path(checkpoint) / CONTROLLER_FILE).read_text())
+        ours = self.config.to_dict()
+        changed = sorted(name for name in ours if saved["config"].get(name) != ours[name])
+        if changed:
+            raise ValueError(f"config must be that of the checkpoint {checkpoint}, got another {', '.join(changed)}")
+        self.controller.load_state_dict(saved["controller"])
+        self.pruner.kept |= saved["masks_keep"]
+        if self.guard is not None:
+            self.guard.load_state_dict(saved["guard"])
+        self.handle.set_temperature(self.controller.temperatures)
+
+
+class _Cooperation(TrainerCallback):
+    """Moves masks and temperatures between optimiser steps."""
+
+    def __init__(self, trainer: MadtpTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.trainer.find_start()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.sparsify(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.trainer.config.controller_interval == 0:
+            self.trainer.steer()
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_whole(folder / CONTROLLER_FILE, json.dumps(self.trainer.pruning_state()))
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a MadtpTrainer that was written to its end: the controller's file is its last."""
+    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{CONTROLLER_FILE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
