@@ -331,7 +331,7 @@ def test_an_encoder_of_ones_own_needs_a_description():
     encoder = Encoder(
         blocks="blocks", qkv=("qkv",), out="proj", norm1="before", norm2="after", mlp=("up", "act", "down")
     )
-    tower = Tower(encoder, "input_ids", pool=lambda tower, packed: packed.summary(), embeddings="embed")
+    tower = Tower(encoder, "input_ids", pool=lambda tower, batch: batch.summary_features(), embeddings="embed")
     model, ids = randomised(Mixer()), torch.randint(40, (3, 9), generator=torch.Generator().manual_seed(0))
     expected = model(ids)
     with pytest.raises(TypeError, match="model must be one of .*, or come with a family=, got Mixer"):
