@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import madtp
 from madtp import hwp
-from madtp.models import Encoder, Family, Tower
+from madtp.models import FAMILIES, Encoder, Family, Tower
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -296,6 +296,10 @@ def table():
 
 def test_the_docs_have_the_table_of_what_ran():
     assert table() in DOCS.read_text(), "docs/models.md must hold test_families.table()"
+
+
+def test_every_family_has_a_case():
+    assert {family.source.__name__ for family in FAMILIES} == {name.split(" ")[0] for name in CASES}
 
 
 class Mixer(torch.nn.Module):

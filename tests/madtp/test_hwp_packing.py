@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 import madtp
 from madtp import hwp
 from madtp.hwp import Epilogue, Sparse24Linear
+from madtp_kernels.nm_patterns import COMMON, Pattern
 
 CONFIG = madtp.CompressionConfig(alignment_tokens=8, alignment_dim=24)
 

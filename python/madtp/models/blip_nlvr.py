@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -132,11 +133,11 @@ def _twin_cross_attention(
     layer: nn.Module, batch: RaggedBatch, keys: tuple[RepeatedSequences, RepeatedSequences], branch: Branch, heads: int
 ) -> Tensor:
     """(T, C)"""
-    attended = (
-        attend(layer, tuple(f"crossattention.{name}.{part}" for part in ("query", "key", "value")), *rest)
-        for name, *rest in (("self0", batch, keys[0], branch, heads), ("self1", batch, keys[1], branch, heads))
-    )
-    return layer.crossattention.output(*attended, batch.x)
+    attended = []
+    for path, image in zip(("crossattention.self0", "crossattention.self1"), keys, strict=True):
+        qkv = f"{path}.query", f"{path}.key", f"{path}.value"
+        attended.append(attend(layer, qkv, batch, image, branch, heads))
+    return attrgetter("crossattention.output")(layer)(*attended, batch.x)
 
 
 TEXT = replace(BLIP_TEXT, encoder=replace(BERT_ENCODER, cross=_twin_cross_attention))

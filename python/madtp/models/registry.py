@@ -76,4 +76,4 @@ FAMILIES = (
 
 def family_of(model: nn.Module) -> Family | None:
     """The row of `FAMILIES` for a model; of a patched one too."""
-    return next((family for family in FAMILIES if isinstance(model, family.source)), None)
+    return next((family for family in FAMILIES if family.source and isinstance(model, family.source)), None)

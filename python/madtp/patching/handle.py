@@ -32,15 +32,13 @@ class Handle:
         _check_capacity(capacity, config)
         self.model, self.family, self.config = model, family, config
         specs = {branch: family.tower(model, branch) for branch in family.towers}  # raises before anything is touched
-        towers = {branch: model.get_submodule(family.path(branch)) for branch in specs}
+        towers: dict[str, Any] = {branch: model.get_submodule(family.path(branch)) for branch in specs}
         widths = {branch: tower.config.hidden_size for branch, tower in towers.items()}
         guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths)
+        attention = {branch: RaggedAttention() for branch in widths}
         model.madtp_guide = guide.to(next(model.parameters()))
-        model.madtp_attention = nn.ModuleDict({branch: RaggedAttention() for branch in widths})
-        self.pruning = {
-            branch: Branch(branch, model.madtp_guide, attention, config.selection)
-            for branch, attention in model.madtp_attention.items()
-        }
+        model.madtp_attention = nn.ModuleDict(attention)
+        self.pruning = {branch: Branch(branch, guide, attention[branch], config.selection) for branch in widths}
         if "vision" in self.pruning:
             self.pruning["vision"].samples_per_feature = family.images_per_text
         self.capacity = capacity
@@ -51,12 +49,12 @@ class Handle:
         self.sources |= mix_in(model, family.mixins)
         self.sources.setdefault("", type(model))
         model.__class__ = family.compressed or mixed(type(model), CompressedModel)
-        model.madtp_handle = self
+        model.madtp_handle = self  # type: ignore[assignment]
 
     @property
     def alignment_tokens(self) -> nn.Parameter:
         """(K, d), shared by the branches."""
-        return self.model.madtp_guide.alignment_tokens
+        return cast(AlignmentGuide, self.model.madtp_guide).alignment_tokens
 
     @property
     def branches(self) -> dict[str, tuple[str, ...]]:
@@ -234,7 +232,7 @@ def patch(
         raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
     family = family or family_of(model)
     if family is None:
-        known = ", ".join(family.source.__name__ for family in FAMILIES)
+        known = ", ".join(family.source.__name__ for family in FAMILIES if family.source is not None)
         raise TypeError(f"model must be one of {known}, or come with a family=, got {type(model).__name__}")
     if keep_rate is None:
         if calibration is not None:

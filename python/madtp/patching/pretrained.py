@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from madtp.hwp.packing import Sparse24Linear, replace_linear
-from madtp.models.family import Family
+from madtp.hwp.packing import replace_linear
 from madtp.models.registry import FAMILIES
 from madtp.models.versions import check_transformers
 from madtp.patching.handle import patch
@@ -38,33 +38,31 @@ def from_pretrained(directory: str | os.PathLike) -> nn.Module:
     check_transformers()
     directory = Path(directory)
     state = read_state(directory)
-    return _load(directory, _family(directory), state)
+    return _load(directory, _model_class(directory), state)
 
 
-def _family(directory: Path) -> Family:
+def _model_class(directory: Path) -> Any:
     try:
         kind = read_json(directory, "config.json")["architectures"][0]
     except (KeyError, TypeError, IndexError) as error:
         raise not_a_model(directory, error) from error
-    by_name = {family.source.__name__: family for family in FAMILIES if family.source is not None}
+    by_name = {family.source.__name__: family.source for family in FAMILIES if family.source is not None}
     if kind not in by_name:
         raise ModelError(f"{directory} must hold one of {list(by_name)}, got {kind}")
     return by_name[kind]
 
 
-def _load(directory: Path, family: Family, state: State) -> nn.Module:
+def _load(directory: Path, kind: Any, state: State) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        model = family.source(family.source.config_class.from_pretrained(directory))
+        model = kind(kind.config_class.from_pretrained(directory))
         patch(model, state.config).set_temperature(state.temperatures)
         if weights_sha256(directory / WEIGHTS_FILE) != state.weights_sha256:
             raise ValueError(f"{WEIGHTS_FILE} is not as it was written: its checksum does not match {STATE_FILE}")
         weights = load_file(directory / WEIGHTS_FILE)
-        layers: dict[str, Sparse24Linear] = {
-            name: replace_linear(model, name, None, epilogue) for name, epilogue in state.sparse24.items()
-        }
+        layers = {name: replace_linear(model, name, None, epilogue) for name, epilogue in state.sparse24.items()}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         for name, layer in layers.items():
             layer.sparse_weight.check_indices(f"{name}.indices")
