@@ -102,7 +102,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of a transformers module without its padding. H is a multiple of Hk: grouped heads share keys and values.
+    """Attention of a transformers module, ragged inside. H is a multiple of Hk: grouped heads share keys and values.
 
     What the ragged op does not have runs exactly on `torch.nn.functional.scaled_dot_product_attention`: dropout,
     additive masks and position biases, masks that differ between queries other than causal self-attention, values of
