@@ -45,6 +45,12 @@ class Branch:
         self.summary_features: list[Tensor] = []  # (B, C): the summary tokens after each block
         self._aligned: list[Tensor] = []
 
+    def entered_length(self) -> int:
+        """How long the padded sequences were that the last forward began with."""
+        if self.entered is None:
+            raise RuntimeError(f"branch {self.name} must have run, and has not yet")
+        return self.entered.max_seqlen
+
     @property
     def prunes(self) -> bool:
         return self.temperature > 0
@@ -76,6 +82,7 @@ class Branch:
         logits, aligned = self._alignment(batch)
         if self.prunes:
             after, normed = self._pruned(batch, x, stats, logits, (norm.weight, norm.bias, norm.eps))
+            assert normed is not None, "a norm was given"
         else:
             after, normed = batch.with_x(x), norm(x)
         return replace(after, aligned=aligned), normed
@@ -100,14 +107,16 @@ class Branch:
         self,
         batch: RaggedBatch,
         x: Tensor,
-        stats: AttentionStats,
+        stats: AttentionStats | None,
         logits: Tensor | None,
         norm: tuple[Tensor, Tensor, float] | None = None,
     ) -> tuple[RaggedBatch, Tensor | None]:
+        assert stats is not None, "attention gives statistics where a branch prunes"
         x = batch.for_op(x)
-        if self.guided:
-            logits = batch.for_op(logits)
+        logits = None if logits is None else batch.for_op(logits)
+        normed: Tensor | None = None
         if self.selection == METHOD:
+            assert logits is not None, "the method is guided"
             x, normed, selection, importance = prune_tokens(
                 x,
                 stats,
@@ -122,7 +131,7 @@ class Branch:
             rule = RULES[self.selection]
             importance, selection = rule(stats, logits, batch.cu_seqlens, self.temperature, batch.summary_index)
             if norm is None:
-                x, normed = gather_merge(x, selection), None
+                x = gather_merge(x, selection)
             else:
                 x, normed = gather_merge_layernorm(x, selection, *norm)
         if self.observer is not None:

@@ -7,6 +7,8 @@ the branches read the names from here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,12 @@ def random(
 
 
 METHOD = "instance"  # each sample keeps its own number of tokens: `madtp_kernels.prune_tokens`, one call for all of it
-RULES = {"batch_max": batch_max, "unguided": unguided, "static": static, "random": random}
+RULES: dict[str, Callable[..., tuple[Tensor, Selection]]] = {
+    "batch_max": batch_max,
+    "unguided": unguided,
+    "static": static,
+    "random": random,
+}
 GUIDED = (METHOD, "batch_max")  # those that need the alignment of MAG; the others get None for their logits
 SELECTIONS = (METHOD, *RULES)
 

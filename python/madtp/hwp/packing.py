@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,11 @@ class Sparse24Linear(nn.Module):
         activation: of `sparse24_linear`.
         scale: (N,), or None: LayerScale.
     """
+
+    values: Tensor
+    indices: Tensor
+    bias: nn.Parameter | None
+    scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -92,8 +97,9 @@ class Sparse24Linear(nn.Module):
     @property
     def fused(self) -> tuple[str, ...]:
         """What a call like the last one does in the same kernel, beside the product and the bias."""
-        parts = {self.activation: self.activation, "scale": self.scale is not None, "residual": self._last[1]}
-        return tuple(name for name, on in parts.items() if on)
+        scale = "scale" if self.scale is not None else None
+        residual = "residual" if self._last[1] else None
+        return tuple(part for part in (self.activation, scale, residual) if part is not None)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, num_rows: Tensor | None = None) -> Tensor:
         """x (..., C), residual (..., N) -> (..., N); zeros from row `num_rows` on, which cost nothing on a GPU."""
@@ -178,7 +184,7 @@ def replace_linear(model: nn.Module, name: str, weight: Sparse24Weight | None, e
 
     weight: None is zeros, to load a state into.
     """
-    plain = model.get_submodule(name)
+    plain = cast(nn.Linear, model.get_submodule(name))
     weight = sparse24_compress(torch.zeros_like(plain.weight)) if weight is None else weight
     activation = None if epilogue.activation is None else ACTIVATIONS[type(model.get_submodule(epilogue.activation))]
     scale = None if epilogue.scale is None else next(model.get_submodule(epilogue.scale).parameters())
@@ -197,7 +203,8 @@ def unpack(model: nn.Module) -> None:
             continue
         with torch.device("meta"):
             plain = nn.Linear(module.in_features, module.out_features, bias=False)
-        plain.weight, plain.bias = nn.Parameter(module.weight), module.bias
+        plain.weight = nn.Parameter(module.weight)
+        plain.register_parameter("bias", module.bias)
         _put(model, name, plain.train(module.training))
         for path, folded in module.folded:
             if module.scale is not None and list(folded.parameters()):

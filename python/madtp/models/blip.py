@@ -225,6 +225,6 @@ class BlipForImageTextRetrieval(CompressedModel, transformers.BlipForImageTextRe
             score = image_features @ F.normalize(self.text_proj(text.summary_features()), dim=-1).T
         return BlipImageTextMatchingModelOutput(
             itm_score=score,
-            last_hidden_state=images.to_positions(self.vision_model.madtp_branch.entered.max_seqlen),
+            last_hidden_state=images.to_positions(self.vision_model.madtp_branch.entered_length()),
             question_embeds=text.to_positions(input_ids.shape[1]),
         )

@@ -72,7 +72,7 @@ def attend(
 
 
 def encode(
-    tower: nn.Module,
+    tower: Any,
     spec: Encoder,
     batch: RaggedBatch,
     branch: Branch,
@@ -149,14 +149,14 @@ def add(
     return y + residual
 
 
-def _drop_paths(path: nn.Module, y: Tensor, batch: RaggedBatch) -> Tensor:
+def _drop_paths(path: Any, y: Tensor, batch: RaggedBatch) -> Tensor:
     """Stochastic depth: all the tokens of a sample, or none."""
     keep = 1 - path.drop_prob
     kept = torch.empty(batch.num_sequences, 1, device=y.device, dtype=y.dtype).bernoulli_(keep).div_(keep)
     return y * kept[sequence_ids(batch.cu_seqlens, y.shape[0])]
 
 
-def _checkpointed(layer: nn.Module, run: Callable[[RaggedBatch], RaggedBatch], batch: RaggedBatch) -> RaggedBatch:
+def _checkpointed(layer: Any, run: Callable[[RaggedBatch], RaggedBatch], batch: RaggedBatch) -> RaggedBatch:
     """run(batch), whose activations are computed again in the backward pass where the model asks for it."""
     if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
         return run(batch)

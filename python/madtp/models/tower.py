@@ -91,11 +91,11 @@ class RaggedTower(nn.Module):
                 raise ValueError(f"{name} must be unset: a patched {type(self).__name__} has no such thing")
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
-        record = [] if output_hidden_states else None
+        record: list[RaggedBatch] | None = [] if output_hidden_states else None
         batch = self.encode(inputs, attention_mask, record=record, **options)
-        length = self.madtp_branch.entered.max_seqlen
+        length = self.madtp_branch.entered_length()
         last_hidden_state = batch.to_positions(length)
-        last_hidden_state.madtp_ragged = batch  # for those who can read it
+        last_hidden_state.madtp_ragged = batch  # type: ignore[attr-defined]  # for those who can read it
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=self.madtp_spec.pool(self, batch),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import transformers as hf
@@ -44,42 +45,42 @@ BERT_ENCODER = Encoder(
 )
 
 
-def first(tower: nn.Module, batch: RaggedBatch) -> Tensor:
+def first(tower: Any, batch: RaggedBatch) -> Tensor:
     return batch.summary_features()
 
 
-def pooler(tower: nn.Module, batch: RaggedBatch) -> Tensor | None:
+def pooler(tower: Any, batch: RaggedBatch) -> Tensor | None:
     """Of ViT and BERT: a Linear and an activation on the first token, where the model has them."""
     return None if tower.pooler is None else tower.pooler(batch.summary_features()[:, None])
 
 
-def post_layernorm(tower: nn.Module, batch: RaggedBatch) -> Tensor:
+def post_layernorm(tower: Any, batch: RaggedBatch) -> Tensor:
     return tower.post_layernorm(batch.summary_features())
 
 
-def end_of_text(tower: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+def end_of_text(tower: Any, input_ids: Tensor, mask: Tensor | None) -> Tensor:
     """(B,): where CLIP pools. A vocabulary whose end-of-text id the configuration does not know has it last."""
     if tower.eos_token_id == 2:
         return input_ids.int().argmax(dim=-1)
     return (input_ids == tower.eos_token_id).int().argmax(dim=-1)
 
 
-def last_position(tower: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+def last_position(tower: Any, input_ids: Tensor, mask: Tensor | None) -> Tensor:
     """(B,): SigLIP pools the last position of the text, whatever is there."""
     if mask is not None and not mask[:, -1].all():
         raise ValueError("attention_mask must have real tokens last: SigLIP pools there, and pads without a mask")
     return input_ids.new_full((input_ids.shape[0],), input_ids.shape[1] - 1)
 
 
-def head_of_last(tower: nn.Module, batch: RaggedBatch) -> Tensor:
+def head_of_last(tower: Any, batch: RaggedBatch) -> Tensor:
     return tower.head(batch.summary_features())
 
 
-def no_summary(tower: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
+def no_summary(tower: Any, inputs: Tensor, mask: Tensor | None) -> Tensor:
     return torch.full((inputs.shape[0],), -1, device=inputs.device)
 
 
-def attention_pooling(tower: nn.Module, batch: RaggedBatch) -> Tensor | None:
+def attention_pooling(tower: Any, batch: RaggedBatch) -> Tensor | None:
     """SigLIP's head: a learned query attends to the tokens that are left, merged ones among them; then an MLP."""
     if not tower.use_head:
         return None
@@ -103,7 +104,7 @@ def attention_pooling(tower: nn.Module, batch: RaggedBatch) -> Tensor | None:
     return pooled + head.mlp(head.layernorm(pooled))
 
 
-def dinov2(tower: nn.Module) -> Tower:
+def dinov2(tower: Any) -> Tower:
     """The MLP of its giant model is one module, SwiGLU."""
     encoder = Encoder(
         blocks="encoder.layer",
@@ -143,7 +144,7 @@ BERT = Tower(BERT_ENCODER, "input_ids", pooler)
 BLIP_TEXT = replace(BERT, encoder=replace(BERT_ENCODER, cross=BLIP_CROSS))
 
 # A function where the description depends on the configuration of the tower.
-TOWERS: dict[type[nn.Module], Tower | Callable[[nn.Module], Tower]] = {
+TOWERS: dict[type[nn.Module], Tower | Callable[[Any], Tower]] = {
     hf.BlipVisionModel: BLIP_VISION,
     hf.Blip2VisionModel: BLIP_VISION,
     hf.CLIPVisionModel: Tower(CLIP_ENCODER, "pixel_values", post_layernorm, pre_norm="pre_layrnorm"),
