@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from madtp.files import write_whole
+from madtp.files import atomic_write
 
 from .results import FOLDER, read
 from .run import BATCH, COMPARED_AT, REDUCTIONS
@@ -266,8 +266,8 @@ def main() -> None:
     results = load("cpu")
     picture = DOCUMENT.with_name("experiments-cpu.png")
     plot(results, picture)
-    write_whole(DOCUMENT, document(results, "cpu", picture.name))
-    write_whole(README, replaced(README.read_text(encoding="utf-8"), section(results)))
+    atomic_write(DOCUMENT, document(results, "cpu", picture.name))
+    atomic_write(README, replaced(README.read_text(encoding="utf-8"), section(results)))
 
 
 if __name__ == "__main__":

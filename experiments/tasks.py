@@ -18,7 +18,7 @@ from madtp import CompressionConfig
 from madtp.data import pretrained
 from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
 from madtp.data.emoji import SHIFTED, EmojiCaptions, EmojiPairs, EmojiRetrieval, build_tokenizer
-from madtp.files import whole_directory
+from madtp.files import atomic_directory
 from madtp.models import BlipForNLVR
 from madtp.tasks import small_models as dense
 from madtp.tasks.captioning import CaptioningTask
@@ -167,7 +167,7 @@ def _kept(folder: Path, kind: type[nn.Module], make: Callable[[], nn.Module]) ->
     if not folder.is_dir():
         set_seed(0)
         model = make()
-        with whole_directory(folder) as directory:
+        with atomic_directory(folder) as directory:
             model.save_pretrained(directory)
     return kind.from_pretrained(folder).eval()
 

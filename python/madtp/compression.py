@@ -20,7 +20,7 @@ import madtp_kernels
 from madtp.budgets.allocate import allocate
 from madtp.budgets.plan import Plan
 from madtp.config import CompressionConfig
-from madtp.files import require_writable, whole_directory
+from madtp.files import atomic_directory, require_writable
 from madtp.hwp import (
     Pattern,
     Permutation,
@@ -172,7 +172,7 @@ def compress(
                 return times["compressed"] / times["dense"]
 
             miss = trainer.settle(1 - aims.latency_reduction, TIME_TOLERANCE, share_of_time)
-    with whole_directory(output_dir / "model") as directory:
+    with atomic_directory(output_dir / "model") as directory:
         student.save_pretrained(directory)
         task.save_processor(directory)
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from madtp.hwp import Pattern
+from madtp.dtp.selection_rules import METHOD, SELECTIONS
+from madtp_kernels import Pattern
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class CompressionConfig:
 
     alignment_tokens: int = 100  # K
     alignment_dim: int = 768  # d
-    # Which tokens stay: "instance" is the method; the others are there to compare it with (`madtp.selection_rules`).
-    selection: Literal["instance", "batch_max", "unguided", "static", "random"] = "instance"
+    selection: str = METHOD  # which tokens stay: the method, or a rule to compare it with (`madtp.dtp.selection_rules`)
 
     temperature: float = 1.0  # where the search for the tau of every branch starts
     temperature_min: float = 1e-4
@@ -77,8 +77,7 @@ class CompressionConfig:
             self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer of at least 1")
         self._require("seed", _is_int(self.seed) and self.seed >= 0, "an integer of at least 0")
         self._number("hwp_ramp", lambda value: 0 <= value <= 1, "a number in [0, 1]")
-        rules = ("instance", "batch_max", "unguided", "static", "random")
-        self._require("selection", self.selection in rules, f"one of {', '.join(rules)}")
+        self._require("selection", self.selection in SELECTIONS, f"one of {', '.join(SELECTIONS)}")
         self._require("hwp_schedule", self.hwp_schedule in ("gradual", "one_shot"), '"gradual" or "one_shot"')
         scores = ("magnitude", "activation", "token_weighted", "second_order")
         self._require("hwp_score", self.hwp_score in scores, f"one of {', '.join(scores)}")

@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from madtp_kernels.atomic_file import whole_file
+from madtp_kernels.atomic_file import whole_file as atomic_file
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
+def atomic_write(path: str | os.PathLike, text: str) -> None:
     """Writes a text file under a temporary name and renames it."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary sibling to fill. It takes the place of `path` when the block ends well, else it goes."""
     path = Path(path)
     partial, previous = (path.with_name(f"{path.name}.{what}") for what in ("partial", "previous"))

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig
 
 import madtp
-from madtp.hwp import Follower, WeightPruner, pack, select_modules
+from madtp.hwp import Epilogue, WeightPruner, pack, select_modules
 from madtp.measure.macs import count_macs, disk_bytes, profile, profile_batches
 from madtp.models import BlipForNLVR
 from madtp_kernels import dispatch
@@ -128,7 +128,7 @@ def test_a_packed_linear_executes_half_where_a_sparse_kernel_runs(monkeypatch, b
     monkeypatch.setenv("MADTP_BACKEND", backend)
     model = nn.Sequential(nn.Linear(32, 8))
     WeightPruner(model, "2:4", ["0"], schedule="one_shot").finalize()
-    assert pack(model) == {"0": Follower()}
+    assert pack(model) == {"0": Epilogue()}
     account = profile(model, torch.randn(1, 32)).total
     assert (account.dense_macs, account.counted_macs, account.executed_macs) == (256, 128, executed)
     assert (account.params, account.nonzero_params) == (264, 136)

@@ -5,8 +5,10 @@ import torch
 from tiny_models import tiny_batch, tiny_blip
 
 import madtp
-from madtp.dtp.selection_rules import HALF, RULES
+from madtp.dtp import selection_rules
+from madtp.dtp.selection_rules import GUIDED, HALF, RULES
 from madtp_kernels import AttentionStats, score_and_select
+from madtp_kernels.reference.tokens import layout
 
 LENGTHS = (9, 1, 6, 0, 13, 2)
 SUMMARY = torch.tensor([0, 0, 5, -1, 3, -1], dtype=torch.int32)
@@ -16,8 +18,8 @@ CU_SEQLENS = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int
 @pytest.fixture
 def stats():
     torch.manual_seed(0)
-    rows = sum(LENGTHS)
-    return AttentionStats(torch.rand(rows), torch.rand(rows))
+    tokens = sum(LENGTHS)
+    return AttentionStats(torch.rand(tokens), torch.rand(tokens))
 
 
 def sequences():
@@ -72,6 +74,22 @@ def test_unguided_falls_from_all_tokens_to_those_above_the_mean(stats):
         assert left == (above if len(prunable) - len(above) >= 2 else set(prunable)), (begin, end)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+def test_a_selection_is_laid_out_as_the_reference_does_it(share):
+    keep = torch.rand(sum(LENGTHS)) < share
+    importance = torch.rand(sum(LENGTHS)).masked_fill(torch.rand(sum(LENGTHS)) < 0.3, 0)
+    importance[10:15] = 0  # a sequence without any: its pruned tokens are averaged
+    importance.requires_grad_()
+    _, cu_seqlens_out, source, merge_weight = layout(keep, importance, CU_SEQLENS)
+    (expected,) = torch.autograd.grad((merge_weight * torch.arange(sum(LENGTHS))).sum(), importance)
+    got = selection_rules._selection(keep, importance, CU_SEQLENS)
+    assert torch.equal(got.cu_seqlens, cu_seqlens_out) and got.cu_seqlens.dtype == torch.int32
+    assert torch.equal(got.source, source[: int(cu_seqlens_out[-1])]) and got.source.dtype == torch.int32
+    torch.testing.assert_close(got.merge_weight, merge_weight)
+    (gradient,) = torch.autograd.grad((got.merge_weight * torch.arange(sum(LENGTHS))).sum(), importance)
+    torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_model_trains_with_every_rule(rule):
     model, batch = tiny_blip(), tiny_batch()
@@ -79,9 +97,9 @@ def test_a_model_trains_with_every_rule(rule):
     handle.set_temperature(HALF)
     handle.collect_alignment(True)
     model(**batch).loss.backward()
-    before, after = handle.pruning["vision"].entered.tokens(), handle.pruning["vision"].layers[0].tokens()
+    before, after = handle.pruning["vision"].entered.count_rows(), handle.pruning["vision"].layers[0].count_rows()
     assert after < before
-    guided = rule == "batch_max"
+    guided = rule in GUIDED
     assert (handle.alignment_tokens.grad is not None) == guided
     assert (handle.aligned["vision"] is not None) == guided
     assert (madtp.profile(model, batch).modules["madtp_guide.logits.vision"].counted_macs > 0) == guided

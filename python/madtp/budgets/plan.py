@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from madtp.files import write_whole
+from madtp.files import atomic_write
 
 ALLOCATIONS = ("joint", "uniform", "tokens", "weights")
 
@@ -65,7 +65,7 @@ class Plan:
 
     def save(self, path: str | PathLike) -> None:
         """Writes YAML, whole or not at all."""
-        write_whole(path, yaml.safe_dump(self.to_dict(), sort_keys=False, width=120))
+        atomic_write(path, yaml.safe_dump(self.to_dict(), sort_keys=False, width=120))
 
     @classmethod
     def load(cls, path: str | PathLike) -> Plan:

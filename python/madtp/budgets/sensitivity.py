@@ -148,7 +148,7 @@ class Calibration:
     def _answers(self, batch) -> tuple[Tensor, Tensor | None, dict[str, list[Tensor]]]:
         """What is compared: logits, the rows of them that count, and the summary tokens by branch."""
         logits, mask = self.task.logits(self.model(**batch), batch)
-        return logits, mask, self.handle.summaries
+        return logits, mask, self.handle.summary_features
 
 
 def measure_sensitivities(

@@ -50,9 +50,9 @@ def prune_one_shot(
     pruned = {}
     for name, module in found.items():
         weight = module.weight.detach()
-        if statistics is not None and (name not in statistics or not statistics[name].rows > 0):
+        if statistics is not None and (name not in statistics or not statistics[name].weight_sum > 0):
             raise ValueError(f"statistics must hold inputs of every module, got none of {name!r}")
-        if correct:
+        if correct and statistics is not None:
             pruned[name] = reconstruct(weight, statistics[name].gram, *pattern, damping=damping)
             continue
         score = None

@@ -18,7 +18,7 @@ from madtp_kernels import Pattern, nm_mask
 from madtp_kernels.checks import require
 
 MLPS = (("fc1", "fc2"), ("intermediate.dense", "output.dense"))  # how Hugging Face names the two Linear of an MLP
-LEAST_GAIN = 1e-6  # of a pair's kept score, below which rounding could swap for ever
+MIN_GAIN = 1e-6  # of a pair's kept score, below which rounding could swap for ever
 
 
 class Permutation(NamedTuple):
@@ -159,7 +159,7 @@ def _swap(groups: Tensor, order: Tensor, first: Tensor, second: Tensor, n: int) 
         gain[:, i] += (b - rest_a[:, i, None]).clamp_min_(0).sum(-1)
         gain[:, :, i] += (a - rest_b[:, i, None]).clamp_min_(0).sum(-1)
     best, where = gain.flatten(1).max(1)
-    better = best > LEAST_GAIN * (kept_a + kept_b)
+    better = best > MIN_GAIN * (kept_a + kept_b)
     i, j = where // groups.shape[1], where % groups.shape[1]
     into, out = (first[better], i[better]), (second[better], j[better])
     for channels in (groups, order):

@@ -95,7 +95,7 @@ class _TokenCount:
             yield batch
             if self.handle is not None:
                 for name, branch in self.handle.pruning.items():
-                    self.sequences[name] += branch.layers[0].batch
+                    self.sequences[name] += branch.layers[0].num_sequences
                     self.tokens[name].append([layer.origin.numel() for layer in branch.layers])
 
     def means(self) -> dict[str, list[float]]:

@@ -117,13 +117,13 @@ def _timed_branches(model: nn.Module, handle: Handle, device: torch.device, spen
     laps = {}
     for branch in handle.pruning.values():
 
-        def begin(packed, branch=branch):
-            type(branch).begin(branch, packed)
+        def begin(batch, branch=branch):
+            type(branch).begin(branch, batch)
             laps[branch] = now(device)
 
-        def end_block(packed, branch=branch):
+        def end_block(batch, branch=branch):
             spent[branch.name, len(branch.layers)] += now(device) - laps[branch]
-            type(branch).end_block(branch, packed)
+            type(branch).end_block(branch, batch)
             laps[branch] = now(device)
 
         branch.begin, branch.end_block = begin, end_block

@@ -1,4 +1,4 @@
-"""BLIP (Li et al., ICML 2022) on packed tokens: its text encoder and decoders read the image tokens that are left."""
+"""BLIP (Li et al., ICML 2022) on ragged batches: its text encoder and decoders read the image tokens that are left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.models.blip.modeling_blip import (
 )
 from transformers.utils import ModelOutput, can_return_tuple
 
-from madtp.dtp.ragged import Packed
+from madtp.dtp.ragged import RaggedBatch
 from madtp.models.family import CompressedModel
 
 
@@ -22,15 +22,17 @@ def encode_text(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    images: Packed,
+    images: RaggedBatch,
     image_index: Tensor | None = None,
     names: tuple[str, str] = ("questions", "images"),
-) -> Packed:
-    """A patched BlipTextModel on (Q, L) token ids that reads packed images; image_index (Q,) says which of them."""
+) -> RaggedBatch:
+    """A patched BlipTextModel on (Q, L) token ids that reads ragged images; image_index (Q,) says which of them."""
     texts = input_ids.shape[0]
-    if image_index is None and texts != images.batch:
+    if image_index is None and texts != images.num_sequences:
         what, which = names
-        raise ValueError(f"image_index must say which of {images.batch} {which} each of {texts} {what} is about")
+        raise ValueError(
+            f"image_index must say which of {images.num_sequences} {which} each of {texts} {what} is about"
+        )
     if image_index is not None and image_index.shape != (texts,):
         raise ValueError(f"image_index must be of shape ({texts},), got {tuple(image_index.shape)}")
     keys = images.in_order() if image_index is None else images.repeated(image_index)
@@ -129,7 +131,7 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
         """What the answer decoder reads: the tokens of every question that are left, (Q, L, C), and their mask."""
         return self._encode(input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index).to_padded()
 
-    def _encode(self, input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index) -> Packed:
+    def _encode(self, input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index) -> RaggedBatch:
         images = self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         return encode_text(self.text_encoder, input_ids, attention_mask, images, image_index)
 
@@ -216,13 +218,13 @@ class BlipForImageTextRetrieval(CompressedModel, transformers.BlipForImageTextRe
         images = self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         if use_itm_head:
             text = encode_text(self.text_encoder, input_ids, attention_mask, images, image_index, ("texts", "images"))
-            score = self.itm_head(text.summary())
+            score = self.itm_head(text.summary_features())
         else:
             text = self.text_encoder.encode(input_ids, attention_mask)
-            image_features = F.normalize(self.vision_proj(images.summary()), dim=-1)
-            score = image_features @ F.normalize(self.text_proj(text.summary()), dim=-1).T
+            image_features = F.normalize(self.vision_proj(images.summary_features()), dim=-1)
+            score = image_features @ F.normalize(self.text_proj(text.summary_features()), dim=-1).T
         return BlipImageTextMatchingModelOutput(
             itm_score=score,
-            last_hidden_state=images.to_positions(self.vision_model.madtp_branch.entered.max_seqlen),
+            last_hidden_state=images.to_positions(self.vision_model.madtp_branch.entered_length()),
             question_embeds=text.to_positions(input_ids.shape[1]),
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from madtp.files import write_whole
+from madtp.files import atomic_write
 from madtp.reporting.page import page
 from madtp.reporting.rows import COLUMNS, layer_times, percent, rows
 
@@ -63,9 +63,9 @@ def write(report: dict, directory: str | Path, *, command: str, picture: str | N
     """Writes report.json, report.md and report.html, the last with the picture in it."""
     directory = Path(directory)
     drawn = page(report, command=command, picture=None if picture is None else directory / picture)
-    write_whole(directory / "report.json", json.dumps(report, indent=2) + "\n")
-    write_whole(directory / "report.md", markdown(report, command=command, picture=picture))
-    write_whole(directory / "report.html", drawn)
+    atomic_write(directory / "report.json", json.dumps(report, indent=2) + "\n")
+    atomic_write(directory / "report.md", markdown(report, command=command, picture=picture))
+    atomic_write(directory / "report.html", drawn)
 
 
 def _line(cells: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from madtp.config import CompressionConfig
-from madtp.files import write_whole
+from madtp.files import atomic_write
 from madtp.hwp import Pattern, WeightPruner
 from madtp.inference import evaluating
 from madtp.measure.macs import counted_macs
@@ -122,7 +122,7 @@ class MadtpTrainer(Trainer):
             output, _ = output
         with torch.no_grad(), self.accelerator.autocast():
             taught = self.teacher(**inputs)
-        teaching = self.task.logits(taught, inputs)[0], self.teacher.madtp_handle.summaries
+        teaching = self.task.logits(taught, inputs)[0], self.teacher.madtp_handle.summary_features
         loss, parts = self._joint(output, inputs, *teaching, aligned=self._aligned(inputs.get("image_index")))
         if not torch.isfinite(loss):
             wrong = [f"{name} is {part.item()}" for name, part in parts.items() if not torch.isfinite(part)]
@@ -138,7 +138,7 @@ class MadtpTrainer(Trainer):
             with torch.no_grad(), self.accelerator.autocast():
                 for batch in self.guarded:
                     logits = self.task.logits(self.teacher(**batch), batch)[0]
-                    self._guarded_teaching.append((logits, self.teacher.madtp_handle.summaries))
+                    self._guarded_teaching.append((logits, self.teacher.madtp_handle.summary_features))
         losses = []
         with evaluating(self.model), self.handle.inference():
             for batch, teaching in zip(self.guarded, self._guarded_teaching, strict=True):
@@ -151,7 +151,9 @@ class MadtpTrainer(Trainer):
         return self.joint_loss(
             self.task.loss(output, inputs),
             aligned=aligned,
-            summaries={branch: (summary, summaries[branch]) for branch, summary in self.handle.summaries.items()},
+            summaries={
+                branch: (summary, summaries[branch]) for branch, summary in self.handle.summary_features.items()
+            },
             logits=(ours, logits),
             mask=mask,
         )
@@ -274,7 +276,7 @@ class MadtpTrainer(Trainer):
 
         def with_features(module, arguments, output):
             aligned = [feature for feature in self.handle.aligned.values() if feature is not None]
-            return output, (*aligned, *itertools.chain(*self.handle.summaries.values()))
+            return output, (*aligned, *itertools.chain(*self.handle.summary_features.values()))
 
         hook = self.handle.model.register_forward_hook(with_features)
         try:
@@ -340,7 +342,7 @@ class _Cooperation(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_whole(folder / CONTROLLER_FILE, json.dumps(self.trainer.pruning_state()))
+        atomic_write(folder / CONTROLLER_FILE, json.dumps(self.trainer.pruning_state()))
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
