@@ -4,35 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from madtp.budgets.sensitivity import Sensitivities
+from madtp.budgets.records import Sensitivities, Times
 from madtp.hwp import Sparse24Linear
 from madtp.inference import evaluating, leading_size
 from madtp.measure.timing import medians
 from madtp_kernels import sparse24_prune
 
 ROUNDS = 7  # of the whole model at every temperature
-
-
-@dataclass(frozen=True)
-class Times:
-    """Milliseconds per sample, of forward passes of one batch.
-
-    Args:
-        dense: of the model as it was given.
-        patched: of the packed model with all its tokens and weights.
-        tokens: of the packed model with one branch at the temperature of each of its `Sensitivities.tokens`.
-        weights: by Linear, what it saves as a packed 2:4 layer with all tokens; never below 0.
-    """
-
-    dense: float
-    patched: float
-    tokens: dict[str, tuple[float, ...]]
-    weights: dict[str, float]
 
 
 def measure_times(

@@ -87,11 +87,11 @@ def profile(
         with dense_mode(model):
             dense = _forward_macs(model, inputs)
 
-    ledger: defaultdict[tuple, Counter] = defaultdict(Counter)  # scope -> column -> amount
+    amounts_of: defaultdict[tuple, Counter] = defaultdict(Counter)  # scope -> column -> amount
 
     def add(stack: tuple[str, ...], **amounts: float) -> None:
         for scope in _scopes(stack, branches):
-            ledger[scope].update(amounts)
+            amounts_of[scope].update(amounts)
 
     for owner, count, nonzero in _parameters(model):
         add((owner,), params=count, nonzero_params=nonzero)
@@ -104,7 +104,7 @@ def profile(
         add(stack, counted_macs=macs * counted / samples, executed_macs=macs * executed / samples)
 
     def account(*scope: str) -> Account:
-        columns = ledger[scope]
+        columns = amounts_of[scope]
         return Account(**{name: columns[name] for name in Account.__dataclass_fields__})
 
     return Profile(
