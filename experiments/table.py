@@ -224,9 +224,9 @@ def document(results: list[dict], preset: str, picture: str) -> str:
         "Made by `python -m experiments.table` from the files in `experiments/results/`; a task's rows are made by "
         "`python -m experiments.run TASK`. Each compression starts from the same dense model; it plans its budgets, "
         "trains, and calibrates its temperatures on samples that are not of the test (where concepts are split, of "
-        "some that are in neither part); all figures are of the saved model on the test set. Where there are several seeds, "
-        "the mean, and least to most. Behind ± is the standard error: samples keep different numbers of tokens, so the "
-        "mean cost of a test set misses its target by chance too. [What was tried](experiments-notes.md).\n",
+        "some that are in neither part); all figures are of the saved model on the test set. Where there are several "
+        "seeds, the mean, and least to most. Behind ± is the standard error: samples keep different numbers of tokens, "
+        "so the mean cost of a test set misses its target by chance too. [What was tried](experiments-notes.md).\n",
         f"![Metric against counted MACs]({picture})\n",
         "## Budgets\n",
         budgets(results),

@@ -63,9 +63,8 @@ class Calibration:
                 logits, _, after = self._answers(batch)
                 features = {branch: (after[branch], before[branch]) for branch in after}
                 nothing = logits.new_zeros((), dtype=torch.float32)
-                total += (
-                    size * self.loss(nothing, summary_features=features, logits=(logits, taught), mask=mask)[0].item()
-                )
+                loss, _ = self.loss(nothing, summary_features=features, logits=(logits, taught), mask=mask)
+                total += size * loss.item()
         return total / sum(self.sizes)
 
     def inputs(self, modules: Iterable[str]) -> dict[str, InputStatistics]:

@@ -1,4 +1,7 @@
-"""How each allocation spends a budget: what it may prune, and in which order it does."""
+"""How each allocation spends a budget: what it may prune, and in which order it does.
+
+Source: docs/method.md, cooperative optimisation, step 3.
+"""
 
 from __future__ import annotations
 

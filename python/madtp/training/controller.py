@@ -1,4 +1,7 @@
-"""Moves the temperature of every branch until the multiply-adds it observes are the ones asked for."""
+"""Moves the temperature of every branch until the multiply-adds it observes are the ones asked for.
+
+Source: docs/method.md, cooperative optimisation, step 5.
+"""
 
 from __future__ import annotations
 

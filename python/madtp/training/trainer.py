@@ -1,4 +1,7 @@
-"""Joint training: task, alignment and distillation losses, while masks go N:M and temperatures move to their target."""
+"""Joint training: task, alignment and distillation losses, while masks go N:M and temperatures move to their target.
+
+Source: docs/method.md, joint training, and cooperative optimisation, steps 4, 5 and 7.
+"""
 
 from __future__ import annotations
 
