@@ -12,7 +12,7 @@ from madtp import CompressionConfig, compress, patch
 from madtp.budgets.allocate import choose
 from madtp.budgets.plan import Plan
 from madtp.budgets.records import Sensitivities
-from madtp.budgets.sensitivity import Calibration, measure_sensitivities
+from madtp.budgets.sensitivity import Calibration, find_sensitivities
 from madtp.compression import Result
 from madtp.tasks.batches import sample_batches
 
@@ -53,7 +53,7 @@ class Budgets:
         batches = sample_batches(
             prepared.task, prepared.calibration, preset.allocation_samples, next(model.parameters()).device
         )
-        self.sensitivities: Sensitivities = measure_sensitivities(Calibration(model, prepared.task, batches, config))
+        self.sensitivities: Sensitivities = find_sensitivities(Calibration(model, prepared.task, batches, config))
 
     def plan(self, config: CompressionConfig, allocation: str) -> Plan:
         """Raises ValueError where the allocation cannot reach the budget."""

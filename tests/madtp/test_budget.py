@@ -10,7 +10,7 @@ from tiny_models import tiny_batch, tiny_blip
 import madtp
 from madtp.budgets.allocate import choose
 from madtp.budgets.plan import Plan
-from madtp.budgets.sensitivity import Calibration, measure_sensitivities
+from madtp.budgets.sensitivity import Calibration, find_sensitivities
 from madtp.reporting import report
 
 
@@ -21,7 +21,7 @@ def measured():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     calibration = Calibration(model, Task(), [tiny_batch()], CONFIG)
     assert calibration.distill_loss() == pytest.approx(0, abs=1e-6), "the dense model answers as itself"
-    sensitivities = measure_sensitivities(calibration)
+    sensitivities = find_sensitivities(calibration)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.madtp_handle.temperatures == {"vision": 0, "text": 0}
     return sensitivities

@@ -14,15 +14,15 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from madtp.budgets.cost_model import CostModel
-from madtp.budgets.latency import measure_times
+from madtp.budgets.latency import time_parts
 from madtp.budgets.plan import ALLOCATIONS, Plan
 from madtp.budgets.records import Sensitivities
-from madtp.budgets.sensitivity import Calibration, measure_sensitivities
+from madtp.budgets.sensitivity import Calibration, find_sensitivities
 from madtp.budgets.strategies import STRATEGIES
 from madtp.config import CompressionConfig
 from madtp.measure.timing import TIMING_BATCH
 from madtp.patching.handle import patch
-from madtp.tasks.batches import sample_batches
+from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
 
 CALIBRATION_SAMPLES = 64
@@ -85,8 +85,10 @@ def pareto(
     Raises:
         ValueError: as `allocate`; or no reduction can be reached.
     """
-    name = "macs_reduction" if config.latency_reduction is None else "latency_reduction"
-    configs = [replace(config, **{name: reduction}) for reduction in sorted(set(reductions))]
+    if config.latency_reduction is None:
+        configs = [replace(config, macs_reduction=reduction) for reduction in sorted(set(reductions))]
+    else:
+        configs = [replace(config, latency_reduction=reduction) for reduction in sorted(set(reductions))]
     calibration, sensitivities = _look_into(model, task, calibration_data, config, progress)
     plans: list[Plan] = []
     refusal = ValueError("reductions must be numbers in (0, 1), got none")
@@ -106,17 +108,16 @@ def _look_into(
     model: nn.Module, task: Task, calibration_data: Dataset, config: CompressionConfig, progress: Progress
 ) -> tuple[Calibration, Sensitivities]:
     """A patched copy of the model on calibration data, and what each of its parts does to its answers."""
-    if not len(calibration_data):
-        raise ValueError("calibration_data must hold samples, got none")
+    require_samples(calibration_data=calibration_data)
     device, patched = next(model.parameters()).device, copy.deepcopy(model)
     patch(patched, config)
     calibration = Calibration(
         patched, task, sample_batches(task, calibration_data, CALIBRATION_SAMPLES, device), config
     )
-    sensitivities = measure_sensitivities(calibration, progress=progress)
+    sensitivities = find_sensitivities(calibration, progress=progress)
     if config.latency_reduction is not None:
         batch = sample_batches(task, calibration_data, TIMING_BATCH, device)[0]
-        sensitivities = replace(sensitivities, times=measure_times(model, patched, sensitivities, batch))
+        sensitivities = replace(sensitivities, times=time_parts(model, patched, sensitivities, batch))
     return calibration, sensitivities
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from madtp.budgets.records import Sensitivities, Times, TokenPoint
 
 TOKEN_STEP = 0.01  # of a branch's share, in which the tokens are given away
+Choice = tuple[dict[str, float], list[str]]  # the share of its MACs that each branch's tokens may spend, sparse Linears
 
 
 class CostModel:
@@ -52,12 +53,12 @@ class CostModel:
 
     def greedy(
         self,
-        shares: Mapping[str, float],
-        sparse: Sequence[str],
+        shares: dict[str, float],
+        sparse: list[str],
         target: float,
         fewest: Mapping[str, float],
         allowed: Sequence[str],
-    ) -> tuple[dict[str, float], list[str]]:
+    ) -> Choice:
         """Takes what raises the loss least per cost saved, a Linear or a step of tokens, until the target is met.
 
         Args:
@@ -66,18 +67,17 @@ class CostModel:
             fewest: the least share of each branch.
             allowed: Linears it may take.
         """
-        shares, sparse = dict(shares), list(sparse)
         now = self.cost(shares, sparse)
         while now > target:
-            options: list[tuple[float, dict[str, float], list[str]]] = []  # what the loss takes more, shares, sparse
+            options: list[tuple[float, Choice]] = []  # what it adds to the loss, and what there is then
             for branch, share in shares.items():
                 fewer = max(share - TOKEN_STEP, fewest[branch])
                 changed = shares | {branch: fewer}
-                options.append((self.distill_loss(branch, fewer) - self.distill_loss(branch, share), changed, sparse))
+                options.append((self.distill_loss(branch, fewer) - self.distill_loss(branch, share), (changed, sparse)))
             for name in allowed:
                 if name not in sparse:
-                    options.append((self.weights[name].distill_loss, shares, [*sparse, name]))
-            priced = [(harm, now - self.cost(*choice), choice) for harm, *choice in options]
+                    options.append((self.weights[name].distill_loss, (shares, [*sparse, name])))
+            priced = [(harm, now - self.cost(*choice), choice) for harm, choice in options]
             rated = [(harm / saved, choice) for harm, saved, choice in priced if saved > 1e-9 * self.full]
             _, (shares, sparse) = min(rated, key=lambda option: option[0])
             now = self.cost(shares, sparse)

@@ -6,7 +6,9 @@ Source: docs/method.md, cooperative optimisation, step 3 with a latency_reductio
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from madtp_kernels import sparse24_prune
 ROUNDS = 7  # of the whole model at every temperature
 
 
-def measure_times(
+def time_parts(
     dense: nn.Module, patched: nn.Module, sensitivities: Sensitivities, batch: Mapping[str, Tensor]
 ) -> Times:
     """Times the parts that `sensitivities` knows the harm of.
@@ -37,10 +39,10 @@ def measure_times(
         patched(**batch)
         handle.set_temperature({branch: 0.0})
 
-    runs = {"dense": lambda: dense(**batch), "patched": lambda: patched(**batch)}
+    runs: dict[Hashable, Callable[[], object]] = {"dense": lambda: dense(**batch), "patched": lambda: patched(**batch)}
     for branch, points in sensitivities.tokens.items():
         for point in points[1:]:  # the first has all tokens
-            runs[branch, point.temperature] = lambda b=branch, t=point.temperature: at(b, t)
+            runs[branch, point.temperature] = partial(at, branch, point.temperature)
     with evaluating(dense), evaluating(patched), handle.inference():
         found = {name: 1e3 * value / samples for name, value in medians(runs, device, rounds=ROUNDS).items()}
         saved = _saved_by_packing(patched, sensitivities.weights, batch)
@@ -56,7 +58,7 @@ def _saved_by_packing(model: nn.Module, names: Iterable[str], batch: Mapping[str
 
     Layers of one shape at as many rows are timed once.
     """
-    modules = {name: model.get_submodule(name) for name in names}
+    modules = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
     rows: defaultdict[str, list[int]] = defaultdict(list)  # by module, of each of its calls
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: rows[name].append(inputs[0].shape[:-1].numel()))

@@ -47,7 +47,7 @@ class Times:
 class Sensitivities:
     """profile: of the dense model on the calibration data. tokens: per branch, from all tokens to the fewest.
 
-    times: of `madtp.budgets.latency.measure_times`, where budgets are for a latency target.
+    times: of `madtp.budgets.latency.time_parts`, where budgets are for a latency target.
     """
 
     profile: Profile

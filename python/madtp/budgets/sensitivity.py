@@ -43,7 +43,7 @@ class Calibration:
         self,
         model: nn.Module,
         task: Task,
-        batches: Sequence[Mapping[str, Tensor]],
+        batches: Sequence[dict[str, Tensor]],
         config: CompressionConfig,
     ):
         self.model, self.handle, self.task, self.config = model, model.madtp_handle, task, config
@@ -105,13 +105,13 @@ class Calibration:
         finally:
             self.handle.set_temperature(0)
 
-    def _answers(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, dict[str, list[Tensor]]]:
+    def _answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, dict[str, list[Tensor]]]:
         """What is compared: logits, the rows of them that count, and the summary tokens by branch."""
         logits, mask = self.task.logits(self.model(**batch), batch)
         return logits, mask, self.handle.summaries
 
 
-def measure_sensitivities(
+def find_sensitivities(
     calibration: Calibration, *, progress: Callable[[Sequence[str]], Iterable[str]] = iter
 ) -> Sensitivities:
     """Prunes one part after the other and looks what it does to the answers.

@@ -8,10 +8,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-from madtp.budgets.cost_model import CostModel
+from madtp.budgets.cost_model import Choice, CostModel
 from madtp.budgets.records import WeightUnit
 
-Shares = dict[str, float]  # of its MACs that the tokens of a branch may spend
+Shares = dict[str, float]  # of its MACs that the tokens of a branch may spend, by branch
 
 
 class Strategy:
@@ -20,7 +20,7 @@ class Strategy:
     prunes_tokens = True
     prunes_weights = True
 
-    def bounds(self, costs: CostModel) -> tuple[Shares, list[str]]:
+    def bounds(self, costs: CostModel) -> Choice:
         """As far as it may go: the least share of each branch, and the Linears that may go N:M."""
         fewest = {branch: costs.min_share(branch) if self.prunes_tokens else 1.0 for branch in costs.curves}
         return fewest, list(costs.weights) if self.prunes_weights else []
@@ -32,7 +32,7 @@ class Strategy:
         enough = next((i for i, count in enumerate(counts, 1) if count >= zeroes), 0)
         return ranked[:enough] if zeroes else []
 
-    def spend(self, costs: CostModel, target: float, required: list[str]) -> tuple[Shares, list[str]]:
+    def spend(self, costs: CostModel, target: float, required: list[str]) -> Choice:
         """Shares of the branches and Linears that cost the target, or what weights alone come nearest below it."""
         fewest, allowed = self.bounds(costs)
         shares, sparse = self._taken(costs, target, required, fewest, allowed)
@@ -40,7 +40,7 @@ class Strategy:
 
     def _taken(
         self, costs: CostModel, target: float, required: list[str], fewest: Shares, allowed: list[str]
-    ) -> tuple[Shares, list[str]]:
+    ) -> Choice:
         """The same before the last step, which goes past the target, is given back in part."""
         return costs.greedy(dict.fromkeys(fewest, 1.0), required, target, fewest, allowed)
 
@@ -50,7 +50,7 @@ class Joint(Strategy):
 
     def _taken(
         self, costs: CostModel, target: float, required: list[str], fewest: Shares, allowed: list[str]
-    ) -> tuple[Shares, list[str]]:
+    ) -> Choice:
         shares, sparse = super()._taken(costs, target, required, fewest, allowed)
         past = costs.cost(shares, sparse) < (1 - 1e-6) * target and len(sparse) > len(required)
         if past and min(shares.values()) == 1 and costs.cost(fewest, sparse[:-1]) <= target:
@@ -64,7 +64,7 @@ class Uniform(Strategy):
     def required(self, units: Mapping[str, WeightUnit], zeroes: float) -> list[str]:
         return list(units)
 
-    def spend(self, costs: CostModel, target: float, required: list[str]) -> tuple[Shares, list[str]]:
+    def spend(self, costs: CostModel, target: float, required: list[str]) -> Choice:
         fewest, _ = self.bounds(costs)
         return costs.exactly(dict.fromkeys(fewest, 1.0), required, target, fewest, uniform=True), required
 

@@ -175,8 +175,8 @@ def allocate(
     print(f"{len(plan.sparse_modules)} Linears go {settings.pattern}")
     if plan.latency_reduction is not None:
         print(f"predicted: {plan.predicted['ms']:.3g} ms a sample, dense {plan.predicted['dense_ms']:.3g} ms")
-    for name, rise in sorted(plan.compared.items(), key=lambda item: item[1]):
-        print(f"distillation loss before training, {name}: {rise:.4g}")
+    for name, loss in sorted(plan.compared.items(), key=lambda item: item[1]):
+        print(f"distillation loss before training, {name}: {loss:.4g}")
     print(out)
 
 
@@ -219,8 +219,8 @@ def pareto(
     for plan in plans:
         path = out / f"{100 * plan.macs_reduction:.0f}.yaml"
         plan.save(path)
-        rises = (f"{plan.compared[name]:.4g}" if name in plan.compared else "" for name in ALLOCATIONS)
-        table.add_row(f"{100 * plan.macs_reduction:.1f} %", *rises, path.name)
+        losses = (f"{plan.compared[name]:.4g}" if name in plan.compared else "" for name in ALLOCATIONS)
+        table.add_row(f"{100 * plan.macs_reduction:.1f} %", *losses, path.name)
     Console().print(table)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,7 +29,7 @@ from madtp.measure.timing import TIMING_BATCH, time_per_sample
 from madtp.patching.handle import patch
 from madtp.patching.pretrained import from_pretrained
 from madtp.progress import Progress
-from madtp.tasks.batches import sample_batches
+from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
 from madtp.training.trainer import MadtpTrainer, last_checkpoint
 
@@ -97,7 +98,7 @@ def compress(
             another config.
         TypeError: the model's class is not supported.
     """
-    _require_samples(train_data=train_data, eval_data=eval_data)
+    require_samples(train_data=train_data, eval_data=eval_data)
     output_dir = require_writable("output_dir", output_dir)
     args = _training_arguments(output_dir, config, training)
     bars = progress or Progress(Console(quiet=True))
@@ -144,12 +145,6 @@ def compress(
         permutations=permutations,
     )
     return Result(compressed, report, output_dir / "model")
-
-
-def _require_samples(**data: Dataset | None) -> None:
-    for name, samples in data.items():
-        if samples is not None and not len(samples):
-            raise ValueError(f"{name} must hold samples, got none")
 
 
 def _prepare(
@@ -234,7 +229,7 @@ def _save(student: nn.Module, task: Task, path: Path) -> None:
 
 
 def _training_arguments(output_dir: Path, config: CompressionConfig, training: Mapping | None) -> TrainingArguments:
-    defaults = {
+    defaults: dict[str, Any] = {
         "output_dir": str(output_dir / "checkpoints"),
         "learning_rate": 3e-4,
         "lr_scheduler_type": "cosine",

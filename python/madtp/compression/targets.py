@@ -19,7 +19,7 @@ from madtp.config import CompressionConfig
 from madtp.hwp import Pattern
 from madtp.measure.macs import Profile, counted_macs, profile_batches
 from madtp.patching.handle import patch
-from madtp.tasks.batches import sample_batches
+from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
 from madtp.training.controller import branch_targets
 
@@ -94,11 +94,12 @@ def choose_targets(
     device: torch.device,
 ) -> Targets:
     """The targets of a plan, or without one those of the config; `student` is the patched model."""
-    if not len(calibration_data):
-        raise ValueError("calibration_data must hold samples, got none")
+    require_samples(calibration_data=calibration_data)
     pruning, linears = student.madtp_handle.pruning, prunable_linears(student, config)
+    latency_reduction: float | None = None
     if plan is None:
-        chosen, reduction, latency_reduction = linears.selected, config.macs_reduction, None
+        assert config.macs_reduction is not None  # a config without one asks for time, and comes with a plan
+        chosen, reduction = linears.selected, config.macs_reduction
         _require_params_reduction(student, chosen, config)
     else:
         plan.require_fit(pruning, linears.selected)

@@ -19,7 +19,7 @@ from madtp.measure.macs import count_parameters, disk_bytes, mean_profile, profi
 from madtp.measure.timing import TIMING_BATCH, time_per_layer, time_per_sample
 from madtp.patching import patch
 from madtp.progress import Progress
-from madtp.tasks.batches import sample_batches
+from madtp.tasks.batches import require_samples, sample_batches, sample_count
 from madtp.tasks.task import Task
 
 ACCOUNT_SAMPLES = 1024  # of the evaluation data, for the reported MACs
@@ -44,8 +44,7 @@ def measure(
         path: the directory the model was loaded from; None saves it to a temporary one to weigh it.
         progress: wraps the batches of the evaluation, for a bar.
     """
-    if not len(data):
-        raise ValueError("data must hold samples, got none")
+    require_samples(data=data)
     watch = _TokenCount(model)
     metrics = task.evaluate(model, data, progress=lambda batches: watch(progress(batches)))
     counted = model
@@ -57,7 +56,7 @@ def measure(
     total = mean_profile(profiles, [leading_size(batch) for batch in batches]).total
     params, nonzero_params = count_parameters(model)
     return {
-        "samples": len(data),
+        "samples": sample_count(data),
         "metrics": metrics,
         "dense_gmacs": total.dense_macs / 1e9,
         "counted_gmacs": total.counted_macs / 1e9,

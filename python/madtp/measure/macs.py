@@ -144,10 +144,10 @@ def counted_macs(
     branches, samples = model.madtp_handle.branches, sum(leading_size(batch) for batch in batches)
     kept = sum((_forward_macs(model, batch) for batch in batches), Counter())
     sparse = _sparse_shares(model, kept, planned_sparse)
-    macs = Counter(dict.fromkeys((*branches, OTHER), 0.0))
+    macs = dict.fromkeys((*branches, OTHER), 0.0)
     for stack, amount in kept.items():
         macs[branch_of(stack, branches)] += amount * sparse[stack[-1]][0] / samples
-    return dict(macs)
+    return macs
 
 
 def dense_mode(model: nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
@@ -22,6 +22,7 @@ ROUNDS = 15
 TIMING_BATCH = 32  # samples
 Name = TypeVar("Name", bound=Hashable)
 Result = TypeVar("Result")
+LayerSeconds = defaultdict[tuple[str, int], float]  # by branch and layer
 
 
 def now(device: torch.device) -> float:
@@ -80,8 +81,8 @@ def time_per_layer(
     """
     device, handle = next(iter(batch.values())).device, patched.madtp_handle
 
-    def lap(model: nn.Module, timed: Callable) -> Counter[tuple[str, int]]:  # branch, layer -> seconds
-        spent: Counter[tuple[str, int]] = Counter()
+    def lap(model: nn.Module, timed: Callable) -> LayerSeconds:
+        spent: LayerSeconds = defaultdict(float)
         with timed(model, handle, device, spent):
             model(**batch)
         return spent
@@ -92,8 +93,8 @@ def time_per_layer(
     return _layer_medians(laps["dense"], leading_size(batch)), _layer_medians(laps["patched"], leading_size(batch))
 
 
-def _layer_medians(laps: Sequence[Counter[tuple[str, int]]], samples: int) -> dict[str, list[float]]:
-    """Milliseconds per sample by branch, of the seconds of every (branch, layer) in each round."""
+def _layer_medians(laps: Sequence[LayerSeconds], samples: int) -> dict[str, list[float]]:
+    """Milliseconds per sample by branch, of the seconds of each round."""
     found: dict[str, list[float]] = {}
     for branch, layer in sorted(laps[0]):
         value = statistics.median(spent[branch, layer] for spent in laps)
@@ -102,7 +103,7 @@ def _layer_medians(laps: Sequence[Counter[tuple[str, int]]], samples: int) -> di
 
 
 @contextmanager
-def _timed_blocks(model: nn.Module, handle: Handle, device: torch.device, spent: Counter) -> Iterator[None]:
+def _timed_blocks(model: nn.Module, handle: Handle, device: torch.device, spent: LayerSeconds) -> Iterator[None]:
     """A context in which the blocks of a plain model add their seconds to `spent`; the handle knows where they are."""
     hooks, started = [], {}
     for branch in handle.pruning:
@@ -125,7 +126,7 @@ def _timed_blocks(model: nn.Module, handle: Handle, device: torch.device, spent:
 
 
 @contextmanager
-def _timed_branches(model: nn.Module, handle: Handle, device: torch.device, spent: Counter) -> Iterator[None]:
+def _timed_branches(model: nn.Module, handle: Handle, device: torch.device, spent: LayerSeconds) -> Iterator[None]:
     """The same for a patched model, whose blocks are not called as modules: their branch knows when one ends."""
     laps = {}
     for branch in handle.pruning.values():
@@ -139,7 +140,7 @@ def _timed_branches(model: nn.Module, handle: Handle, device: torch.device, spen
             type(branch).end_block(branch, packed)
             laps[branch] = now(device)
 
-        branch.begin, branch.end_block = begin, end_block
+        branch.begin, branch.end_block = begin, end_block  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -95,8 +95,8 @@ class JointLoss:
             parts["text"] = (self.text_weight, summary_loss(*features["text"]))
         if logits is not None:
             parts["kd"] = (self.kd_weight, kd_loss(*logits, self.kd_temperature, mask))
-        total = sum(weight * part for weight, part in parts.values())
-        return total, {name: part.detach() for name, (_, part) in parts.items()}
+        first, *others = (weight * part for weight, part in parts.values())
+        return sum(others, start=first), {name: part.detach() for name, (_, part) in parts.items()}
 
 
 def _same_shape(left_name: str, left: Tensor, right_name: str, right: Tensor) -> None:

@@ -67,6 +67,8 @@ class MadtpTrainer(Trainer):
         ValueError: args shard the weights (fsdp, deepspeed).
     """
 
+    model: nn.Module
+
     def __init__(
         self,
         model: nn.Module,
@@ -277,7 +279,7 @@ class MadtpTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _diverged(self, what: str) -> DivergedError:
-        good = last_checkpoint(self.args.output_dir)
+        good = last_checkpoint(str(self.args.output_dir))
         kept = f"{good} is the last good checkpoint" if good else "there is no checkpoint yet"
         return DivergedError(f"training stopped at step {self.state.global_step}, not finite is the {what}; {kept}")
 
@@ -319,7 +321,7 @@ class MadtpTrainer(Trainer):
 
     def _load_best_model(self):
         super()._load_best_model()
-        self._load_pruning(self.state.best_model_checkpoint)
+        self._load_pruning(str(self.state.best_model_checkpoint))
 
     def _determine_best_metric(self, metrics, trial):
         """While masks are still to grow no evaluation is the best: less pruned is better, and not what is asked for."""
