@@ -43,7 +43,7 @@ def main() -> None:
         DATA[name](split, tokenizer, SIZES[name], source=source, limit=options.limit) for split in ("train", "test")
     )
     width = model.config.vision_config.hidden_size
-    config = madtp.CompressionConfig(flops_reduction=options.flops, alignment_tokens=32, alignment_dim=width)
+    config = madtp.CompressionConfig(macs_reduction=options.flops, alignment_tokens=32, alignment_dim=width)
     result = madtp.compress(
         model,
         TASKS[name](tokenizer),

@@ -13,11 +13,11 @@ from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
 from madtp.files import require_writable
 from madtp.progress import Progress
 from madtp.reporting import report, visualize
+from madtp.tasks.batches import QUESTIONS_PER_IMAGE
 from madtp.tasks.vqa import VqaTask, load_dense
 
-CONFIG = CompressionConfig(flops_reduction=0.6, alignment_tokens=100, alignment_dim=128)
+CONFIG = CompressionConfig(macs_reduction=0.6, alignment_tokens=100, alignment_dim=128)
 STEPS = 300
-QUESTIONS = 4  # of each image; they share its encoding
 TRAINING = {
     "per_device_train_batch_size": 32,
     "learning_rate": 1e-3,
@@ -31,7 +31,7 @@ PICTURE = "tokens.png"
 def run(
     output: str | Path,
     *,
-    flops: float = CONFIG.flops_reduction,
+    flops: float = CONFIG.macs_reduction,
     seed: int = CONFIG.seed,
     steps: int = STEPS,
     limit: int | None = None,
@@ -52,7 +52,7 @@ def run(
     Raises:
         DataError, ValueError: what is missing or wrong, in one line.
     """
-    config = replace(CONFIG, flops_reduction=flops, seed=seed)
+    config = replace(CONFIG, macs_reduction=flops, seed=seed)
     output = require_writable("output", output)
     progress = Progress(console)
     model, tokenizer = load_dense()
@@ -62,7 +62,7 @@ def run(
     result = compress(
         model,
         task,
-        ImagesWithQuestions(train, QUESTIONS),
+        ImagesWithQuestions(train, QUESTIONS_PER_IMAGE),
         test,
         config,
         output_dir=output,

@@ -66,7 +66,7 @@ def test_demo_from_start_to_finish(madtp, refused, drawn, short, tmp_path):
     assert code == 0 and "accuracy, 144 samples" in out and "Traceback" not in err
     report = json.loads((run / "report.json").read_text())
     assert set(report) == {"metric", "dense", "compressed", "plan", "training", "config", "versions"}
-    assert report["config"]["flops_reduction"] == 0.6
+    assert report["config"]["macs_reduction"] == 0.6
     assert f"`madtp demo --steps 4 --output {run}`" in (run / "report.md").read_text()
     assert "(tokens.png)" in (run / "report.md").read_text()
     with Image.open(run / "tokens.png") as picture:
@@ -129,10 +129,10 @@ def test_an_interrupted_demo_says_how_to_go_on_and_does(madtp, drawn, short, mon
 
 
 def test_targets_that_cannot_be(refused, drawn, tmp_path):
-    assert "flops_reduction must be a number in [0, 1), got -0.5" in refused("demo", "--flops=-0.5")
-    assert "flops_reduction must be below 0.97" in refused("demo", "--flops", 0.99, "--output", tmp_path)
+    assert "macs_reduction must be a number in [0, 1), got -0.5" in refused("demo", "--flops=-0.5")
+    assert "macs_reduction must be below 0.97" in refused("demo", "--flops", 0.99, "--output", tmp_path)
     message = refused("demo", "--flops", 0.95, "--output", tmp_path)
-    assert "flops_reduction must be at most about 0." in message and "temperature_max" in message
+    assert "macs_reduction must be at most about 0." in message and "temperature_max" in message
 
 
 def test_output_that_cannot_be_written(refused, drawn, tmp_path):
@@ -174,7 +174,7 @@ def test_a_plan_is_chosen_and_compress_follows_it(madtp, refused, drawn, tmp_pat
     code, out, _ = madtp("allocate", *VQA, "--flops", 0.6, "--limit", 16, "--out", plan)
     assert code == 0 and "of its MACs for tokens" in out and "distillation loss before training, joint" in out
     chosen = Plan.load(plan)
-    assert chosen.flops_reduction == pytest.approx(0.6, abs=0.01)
+    assert chosen.macs_reduction == pytest.approx(0.6, abs=0.01)
 
     code, out, _ = madtp("compress", *VQA, "--plan", plan, "--out", run, "--dry-run")
     assert code == 0 and f"{len(chosen.sparse_modules)} Linears go N:M" in out and not run.exists()
@@ -211,8 +211,8 @@ def test_compress_says_what_is_wrong(refused, drawn, tmp_path):
         config.write_text(text)
         assert what in refused("compress", *VQA, "--config", config, *out)
     both = refused("compress", *VQA, "--flops", 0.5, "--latency", 0.4, *out)
-    assert "latency_reduction must be None with a flops_reduction, which is 0.5, got 0.4" in both
-    config.write_text("flops_reduction: 0.5\n")
+    assert "latency_reduction must be None with a macs_reduction, which is 0.5, got 0.4" in both
+    config.write_text("macs_reduction: 0.5\n")
     assert "No such file" in refused("compress", *VQA, "--plan", tmp_path / "none.yaml", *out)
     assert "must be at most about" in refused("compress", *VQA, "--config", config, "--flops", 0.95, *out)
     assert not (tmp_path / "run" / "model").exists()
@@ -221,5 +221,5 @@ def test_compress_says_what_is_wrong(refused, drawn, tmp_path):
 def test_a_front_of_plans(madtp, refused, drawn, tmp_path):
     code, out, _ = madtp("pareto", *VQA, "--flops", "0.3,0.6", "--limit", 8, "--out", tmp_path)
     assert code == 0 and "joint" in out and {path.name for path in tmp_path.iterdir()} == {"30.yaml", "60.yaml"}
-    assert Plan.load(tmp_path / "60.yaml").flops_reduction == pytest.approx(0.6, abs=0.01)
+    assert Plan.load(tmp_path / "60.yaml").macs_reduction == pytest.approx(0.6, abs=0.01)
     assert "flops must be numbers with commas" in refused("pareto", *VQA, "--flops", "half", "--out", tmp_path)

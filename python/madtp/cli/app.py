@@ -21,7 +21,7 @@ from madtp.budgets.allocate import REDUCTIONS
 from madtp.budgets.allocate import allocate as choose_budgets
 from madtp.budgets.allocate import pareto as choose_front
 from madtp.budgets.plan import ALLOCATIONS, Plan
-from madtp.compression import Aims, predict
+from madtp.compression import Targets, predict_targets
 from madtp.compression import compress as run_compression
 from madtp.config import CompressionConfig
 from madtp.data.easy_vqa import EasyVqa
@@ -35,7 +35,7 @@ from madtp.patching.state import STATE_FILE, ModelError
 from madtp.progress import Progress
 from madtp.reporting import report, visualize
 from madtp.tasks import registry
-from madtp.tasks.batches import pairs
+from madtp.tasks.batches import sample_batches
 from madtp.tasks.vqa import VqaTask, load_dense
 from madtp.training.trainer import DivergedError, last_checkpoint
 from madtp_kernels import env as kernels_env
@@ -113,7 +113,9 @@ def compress(
         loaded = registry.load(task, model, data, test=test, images=images, limit=limit)
     console = Console()
     if dry_run:
-        console.print(_aims_table(predict(loaded.model, loaded.task, loaded.calibration, settings, plan=chosen)))
+        console.print(
+            _targets_table(predict_targets(loaded.model, loaded.task, loaded.calibration, settings, plan=chosen))
+        )
         return
     command = _command()
     with _says_how_to_go_on(out, command):
@@ -173,8 +175,8 @@ def allocate(
     print(f"{len(plan.sparse_modules)} Linears go {settings.pattern}")
     if plan.latency_reduction is not None:
         print(f"predicted: {plan.predicted['ms']:.3g} ms a sample, dense {plan.predicted['dense_ms']:.3g} ms")
-    for name, rise in sorted(plan.compared.items(), key=lambda item: item[1]):
-        print(f"distillation loss before training, {name}: {rise:.4g}")
+    for name, loss in sorted(plan.compared.items(), key=lambda item: item[1]):
+        print(f"distillation loss before training, {name}: {loss:.4g}")
     print(out)
 
 
@@ -215,10 +217,10 @@ def pareto(
     )
     table = Table("MACs saved", *ALLOCATIONS, "plan", title="distillation loss before training", title_justify="left")
     for plan in plans:
-        path = out / f"{100 * plan.flops_reduction:.0f}.yaml"
+        path = out / f"{100 * plan.macs_reduction:.0f}.yaml"
         plan.save(path)
-        rises = (f"{plan.compared[name]:.4g}" if name in plan.compared else "" for name in ALLOCATIONS)
-        table.add_row(f"{100 * plan.flops_reduction:.1f} %", *rises, path.name)
+        losses = (f"{plan.compared[name]:.4g}" if name in plan.compared else "" for name in ALLOCATIONS)
+        table.add_row(f"{100 * plan.macs_reduction:.1f} %", *losses, path.name)
     Console().print(table)
 
 
@@ -244,7 +246,7 @@ def profile(directory: Directory, limit: Limit = None) -> None:
     """
     model, task = _load(directory)
     data = EasyVqa("test", task.tokenizer, limit=limit)
-    batches = pairs(task, data, ACCOUNT_SAMPLES)
+    batches = sample_batches(task, data, ACCOUNT_SAMPLES)
     found = weights = profile_batches(model, batches)
     if not hasattr(model, "madtp_handle"):
         patch(model)  # plain Hugging Face computes padding, the packed dense model does not
@@ -314,25 +316,25 @@ def _settings(
     if not isinstance(values, dict) or not isinstance(training, dict):
         raise ValueError(f"config {file} must be a mapping of fields, with training: a mapping too")
     if flops is not None or latency is not None:  # the target given takes the place of the file's
-        values = {n: v for n, v in values.items() if n not in ("flops_reduction", "latency_reduction")}
-    given = {"flops_reduction": flops, "latency_reduction": latency, "params_reduction": params}
+        values = {n: v for n, v in values.items() if n not in ("macs_reduction", "latency_reduction")}
+    given = {"macs_reduction": flops, "latency_reduction": latency, "params_reduction": params}
     values |= {name: value for name, value in given.items() if value is not None}
     return CompressionConfig.from_dict(values), dict(training)
 
 
-def _aims_table(aims: Aims) -> Table:
+def _targets_table(targets: Targets) -> Table:
     table = Table("", "GMACs a sample, dense", "aimed at", "", title="nothing was trained", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    branches = aims.before.branches
-    rows = [(name, branches[name].dense_macs, macs) for name, macs in aims.counted_macs.items()]
-    rows.append(("total", aims.before.total.dense_macs, sum(aims.counted_macs.values())))
+    branches = targets.before.branches
+    rows = [(name, branches[name].dense_macs, macs) for name, macs in targets.counted_macs.items()]
+    rows.append(("total", targets.before.total.dense_macs, sum(targets.counted_macs.values())))
     for name, dense, macs in rows:
         if dense:
             table.add_row(name, f"{dense / 1e9:.4g}", f"{macs / 1e9:.4g}", f"{100 * macs / dense:.1f} %")
-    table.caption = f"{len(aims.chosen)} Linears go N:M, {len(aims.dense)} stay dense"
-    if aims.latency_reduction is not None:
-        table.caption += f"; planned for {100 * aims.latency_reduction:.1f} % less time"
+    table.caption = f"{len(targets.chosen)} Linears go N:M, {len(targets.dense)} stay dense"
+    if targets.latency_reduction is not None:
+        table.caption += f"; planned for {100 * targets.latency_reduction:.1f} % less time"
     return table
 
 

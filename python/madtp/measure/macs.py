@@ -87,11 +87,11 @@ def profile(
         with dense_mode(model):
             dense = _forward_macs(model, inputs)
 
-    ledger: defaultdict[tuple, Counter] = defaultdict(Counter)  # scope -> column -> amount
+    amounts_of: defaultdict[tuple, Counter] = defaultdict(Counter)  # scope -> column -> amount
 
     def add(stack: tuple[str, ...], **amounts: float) -> None:
         for scope in _scopes(stack, branches):
-            ledger[scope].update(amounts)
+            amounts_of[scope].update(amounts)
 
     for owner, count, nonzero in _parameters(model):
         add((owner,), params=count, nonzero_params=nonzero)
@@ -104,7 +104,7 @@ def profile(
         add(stack, counted_macs=macs * counted / samples, executed_macs=macs * executed / samples)
 
     def account(*scope: str) -> Account:
-        columns = ledger[scope]
+        columns = amounts_of[scope]
         return Account(**{name: columns[name] for name in Account.__dataclass_fields__})
 
     return Profile(
@@ -144,10 +144,10 @@ def counted_macs(
     branches, samples = model.madtp_handle.branches, sum(leading_size(batch) for batch in batches)
     kept = sum((_forward_macs(model, batch) for batch in batches), Counter())
     sparse = _sparse_shares(model, kept, planned_sparse)
-    macs = Counter(dict.fromkeys((*branches, OTHER), 0.0))
+    macs = dict.fromkeys((*branches, OTHER), 0.0)
     for stack, amount in kept.items():
         macs[branch_of(stack, branches)] += amount * sparse[stack[-1]][0] / samples
-    return dict(macs)
+    return macs
 
 
 def dense_mode(model: nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 from madtp.config import CompressionConfig
 from madtp.files import atomic_write
 from madtp.hwp.packing import Epilogue
+from madtp.migration import migrate_config
 
 STATE_FILE, WEIGHTS_FILE = "madtp.json", "model.safetensors"
 STATE_VERSION = 4
@@ -68,10 +69,6 @@ def read_state(directory: Path) -> State:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise unreadable(directory, error) from error
-
-
-def migrate_config(values: dict[str, Any]) -> dict[str, Any]:  # replaced by madtp.migration
-    return values
 
 
 def read_json(directory: Path, name: str) -> Any:

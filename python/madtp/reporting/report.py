@@ -32,7 +32,7 @@ def markdown(report: dict, *, command: str, picture: str | None = None) -> str:
         picture: path of the picture of the kept tokens, relative to the text.
     """
     plan, config = report["plan"], report["config"]
-    asked = f"{percent(plan['flops_reduction'])} fewer counted GMACs"
+    asked = f"{percent(plan['macs_reduction'])} fewer counted GMACs"
     if plan["latency_reduction"] is not None:
         asked = f"{percent(plan['latency_reduction'])} less time per sample, planned as {asked}"
     lines = [_line(COLUMNS), "|---|---:|---:|---:|"]

@@ -15,13 +15,12 @@ from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
 from madtp.data.emoji import EmojiCaptions, EmojiPairs, EmojiRetrieval
 from madtp.data.errors import DataError
 from madtp.models import BlipForNLVR
+from madtp.tasks.batches import QUESTIONS_PER_IMAGE
 from madtp.tasks.captioning import CaptioningTask
 from madtp.tasks.nlvr import NlvrTask
 from madtp.tasks.retrieval import RetrievalTask
 from madtp.tasks.task import Task
 from madtp.tasks.vqa import VqaTask
-
-QUESTIONS = 4  # of an easy-vqa image in a training batch; they share its encoding
 
 
 class Known(NamedTuple):
@@ -92,7 +91,7 @@ def load(
         if test is not None or images is not None:
             raise ValueError(f"test and images must come with an annotation file, got them with {data!r}")
         train, judged = (_named(known.data[data], split, tokenizer, dense, limit) for split in ("train", "test"))
-        batched = ImagesWithQuestions(train, QUESTIONS) if known.task is VqaTask else train
+        batched = ImagesWithQuestions(train, QUESTIONS_PER_IMAGE) if known.task is VqaTask else train
         task = known.task(tokenizer) if known.task is VqaTask else known.task(tokenizer, kind)
         return Loaded(dense, task, batched, train, judged)
     if test is None or images is None:

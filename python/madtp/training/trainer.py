@@ -1,4 +1,7 @@
-"""Joint training: task, alignment and distillation losses, while masks go N:M and temperatures move to their target."""
+"""Joint training: task, alignment and distillation losses, while masks go N:M and temperatures move to their target.
+
+Source: docs/method.md, joint training, and cooperative optimisation, steps 4, 5 and 7.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import ModelOutput
 
 from madtp.config import CompressionConfig
 from madtp.files import atomic_write
 from madtp.hwp import Pattern, WeightPruner
 from madtp.inference import evaluating
 from madtp.measure.macs import counted_macs
+from madtp.migration import CHECKPOINT_VERSION, migrate_checkpoint, migrate_log
 from madtp.search import find_root
 from madtp.tasks.task import Task
 from madtp.training.controller import TemperatureController
@@ -27,6 +32,7 @@ from madtp.training.losses import JointLoss
 CONTROLLER_FILE = "madtp_controller.json"
 START_ROUNDS = 30
 START_TOLERANCE = 0.02  # of the MACs of a branch
+MAC_TOLERANCE = 0.002  # of the MACs asked for, within which the temperatures are calibrated after training
 
 
 class DivergedError(RuntimeError):
@@ -60,6 +66,8 @@ class MadtpTrainer(Trainer):
     Raises:
         ValueError: args shard the weights (fsdp, deepspeed).
     """
+
+    model: nn.Module
 
     def __init__(
         self,
@@ -103,13 +111,13 @@ class MadtpTrainer(Trainer):
             norms=norms,
         )
         # Until the masks have their final pattern, MACs are counted as they will be then.
-        self.planned_sparse = set(sparse_modules) if Pattern.parse(config.pattern).sparse24 else set()
+        self.planned_sparse: set[str] = set(sparse_modules) if Pattern.parse(config.pattern).sparse24 else set()
         self.controller = self._controller(targets, config.temperature)
         self.handle.set_temperature(self.controller.temperatures)
         self.handle.collect_alignment(config.align_weight > 0)
         self.observed: dict[str, float] = {}
         self.guarded = probe if guarded is None else guarded
-        self._guarded_teaching: list[tuple] = []  # what the teacher says of these batches
+        self._guarded_teaching: list[tuple[Tensor, dict[str, list[Tensor]]]] = []  # what the teacher says of them
         tolerance = config.guard_tolerance
         self.guard = None if tolerance is None else Guard(self.guarded_loss, tolerance)
         self._parts: dict[str, list[Tensor]] = {}
@@ -145,16 +153,22 @@ class MadtpTrainer(Trainer):
                 losses.append(self._joint(self.model(**batch), batch, *teaching)[0])
         return torch.stack(losses).mean().item()
 
-    def _joint(self, output, inputs, logits: Tensor, summaries: dict[str, list[Tensor]], aligned=None):
-        """The loss and its parts of what the model has just said; logits and summaries are the teacher's."""
-        ours, mask = self.task.logits(output, inputs)
+    def _joint(
+        self,
+        output: ModelOutput,
+        inputs: dict[str, Tensor],
+        taught_logits: Tensor,
+        taught_features: dict[str, list[Tensor]],
+        aligned: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts of what the model has just said, beside what the teacher said."""
+        logits, mask = self.task.logits(output, inputs)
+        features = self.handle.summary_features
         return self.joint_loss(
             self.task.loss(output, inputs),
             aligned=aligned,
-            summaries={
-                branch: (summary, summaries[branch]) for branch, summary in self.handle.summary_features.items()
-            },
-            logits=(ours, logits),
+            summary_features={branch: (feature, taught_features[branch]) for branch, feature in features.items()},
+            logits=(logits, taught_logits),
             mask=mask,
         )
 
@@ -165,7 +179,7 @@ class MadtpTrainer(Trainer):
             logs |= {f"tau_{branch}": tau for branch, tau in self.handle.temperatures.items()}
             logs |= {f"macs_{branch}": macs for branch, macs in self.observed.items()}
             if self.guard is not None:
-                logs |= {"guard_rise": self.guard.rise, "guard_undone": self.guard.undone}
+                logs |= {"guard_loss_increase": self.guard.loss_increase, "guard_undone": self.guard.undone}
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
@@ -227,7 +241,9 @@ class MadtpTrainer(Trainer):
     def _move(self, make: Callable[[], None], halve: Callable[[], None]) -> None:
         make() if self.guard is None else self.guard.move(make, halve)
 
-    def settle(self, budget: float, tolerance: float = 0.002, cost: Callable[[], float] | None = None) -> float:
+    def calibrate(
+        self, budget: float, tolerance: float = MAC_TOLERANCE, cost: Callable[[], float] | None = None
+    ) -> float:
         """After training: moves all temperatures by one factor until the model costs `budget`.
 
         Args:
@@ -249,6 +265,7 @@ class MadtpTrainer(Trainer):
     def pruning_state(self) -> dict:
         """What a checkpoint holds beside weights and masks; plain values, ready for JSON."""
         return {
+            "version": CHECKPOINT_VERSION,
             "config": self.config.to_dict(),
             "controller": self.controller.state_dict(),
             "masks_keep": self.pruner.kept,
@@ -262,7 +279,7 @@ class MadtpTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _diverged(self, what: str) -> DivergedError:
-        good = last_checkpoint(self.args.output_dir)
+        good = last_checkpoint(str(self.args.output_dir))
         kept = f"{good} is the last good checkpoint" if good else "there is no checkpoint yet"
         return DivergedError(f"training stopped at step {self.state.global_step}, not finite is the {what}; {kept}")
 
@@ -304,14 +321,15 @@ class MadtpTrainer(Trainer):
 
     def _load_best_model(self):
         super()._load_best_model()
-        self._load_pruning(self.state.best_model_checkpoint)
+        self._load_pruning(str(self.state.best_model_checkpoint))
 
     def _determine_best_metric(self, metrics, trial):
         """While masks are still to grow no evaluation is the best: less pruned is better, and not what is asked for."""
         return self.pruner.current == self.pruner.pattern and super()._determine_best_metric(metrics, trial)
 
     def _load_pruning(self, checkpoint: str) -> None:
-        saved = json.loads((Path(checkpoint) / CONTROLLER_FILE).read_text())
+        file = Path(checkpoint) / CONTROLLER_FILE
+        saved = migrate_checkpoint(json.loads(file.read_text()), str(file))
         ours = self.config.to_dict()
         changed = sorted(name for name in ours if saved["config"].get(name) != ours[name])
         if changed:
@@ -332,6 +350,7 @@ class _Cooperation(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
             self.trainer.find_start()
+        state.log_history = migrate_log(state.log_history)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.sparsify(state.global_step)

@@ -1,0 +1,14 @@
+"""Which Linears of a model a config lets go N:M."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from madtp.config import CompressionConfig
+from madtp.hwp import SparseModules, select_modules
+
+
+def prunable_linears(model: nn.Module, config: CompressionConfig) -> SparseModules:
+    """Those of a patched model that the pattern fits, without what the config, the family and MAG keep dense."""
+    exclude = (*config.sparse_exclude, *model.madtp_handle.family.dense_modules, "madtp_guide")
+    return select_modules(model, config.pattern, include=config.sparse_include, exclude=exclude)
