@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from madtp.budgets.cost_model import CostModel
 from madtp.budgets.latency import measure_times
-from madtp.budgets.plan import ALLOCATIONS, Plan
+from madtp.budgets.plan import Plan
 from madtp.budgets.sensitivity import Calibration, Sensitivities, measure_sensitivities
+from madtp.choices import ALLOCATIONS, REDUCTIONS
 from madtp.config import CompressionConfig
 from madtp.measure.timing import TIMING_BATCH
 from madtp.patching.handle import patch
@@ -25,7 +26,6 @@ from madtp.tasks.batches import pairs
 from madtp.tasks.task import Task
 
 CALIBRATION_SAMPLES = 64
-REDUCTIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 def allocate(

@@ -10,9 +10,8 @@ from typing import Any
 
 import yaml
 
+from madtp.choices import ALLOCATIONS
 from madtp.files import write_whole
-
-ALLOCATIONS = ("joint", "uniform", "tokens", "weights")
 
 
 @dataclass(frozen=True)
