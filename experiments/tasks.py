@@ -27,8 +27,6 @@ from madtp.tasks.retrieval import RetrievalTask
 from madtp.tasks.task import Task
 from madtp.tasks.vqa import VqaTask, load_dense
 
-QUESTIONS = 4  # of an easy-vqa image in a training batch; they share its encoding
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -83,7 +81,7 @@ class Experiment:
 def _vqa(preset: Preset, folder: Path) -> Prepared:
     model, tokenizer = load_dense()
     train, test = EasyVqa("train", tokenizer), EasyVqa("test", tokenizer, limit=preset.test)
-    return Prepared(model, VqaTask(tokenizer), ImagesWithQuestions(train, QUESTIONS), _first(train, preset), test)
+    return Prepared(model, VqaTask(tokenizer), ImagesWithQuestions(train), _first(train, preset), test)
 
 
 def _retrieval(preset: Preset, folder: Path) -> Prepared:

@@ -46,6 +46,16 @@ class Annotations(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def mean(self) -> list[float]:
+        """Of the pixels, per channel."""
+        return self.image_processor.image_mean
+
+    @property
+    def std(self) -> list[float]:
+        """Of the pixels, per channel."""
+        return self.image_processor.image_std
+
     def _read(self) -> list[dict]:
         try:
             records = json.loads(self.file.read_text(encoding="utf-8"))
@@ -174,7 +184,8 @@ class VqaAnnotations(Annotations):
     most often, padded with the pad token, answers, a dict of answer -> the share of people who gave it, as BLIP weighs
     them.
 
-    Args: and answer_length: tokens of an answer, those around it included.
+    Args:
+        answer_length: tokens of an answer, those around it included; the others are those of `Annotations`.
     """
 
     fields = {"image": _is_text, "question": _is_text, "answer": _is_text_or_texts}
@@ -183,6 +194,11 @@ class VqaAnnotations(Annotations):
         super().__init__(*args, **options)
         self.answer_length = answer_length
         self.numbers = {name: i for i, name in enumerate(dict.fromkeys(record["image"] for record in self.records))}
+
+    @property
+    def answers(self) -> list[str]:
+        """All that were given to any question, in alphabetical order."""
+        return sorted({answer for record in self.records for answer in _listed(record["answer"])})
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]

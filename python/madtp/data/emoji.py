@@ -94,7 +94,7 @@ class EmojiRetrieval(_Pictures):
 
     Args:
         split: "train", "val" or "test".
-        tokenizer: of Hugging Face, such as that of `madtp.models.pretrained`.
+        tokenizer: of Hugging Face, such as that of `madtp.data.pretrained`.
         mean, std: of the pixels, one number or one per channel; those of ImageNet, as the pretrained tower wants.
         limit: keep the first `limit` items.
         source: `Emoji()`, if it has been read already.

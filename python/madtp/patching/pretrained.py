@@ -33,7 +33,9 @@ def from_pretrained(directory: str | os.PathLike) -> nn.Module:
         state = json.loads((directory / STATE_FILE).read_text())
         kind = json.loads((directory / "config.json").read_text())["architectures"][0]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ModelError(f"{directory} is not a compressed model ({error}); make one with: madtp demo") from error
+        raise ModelError(
+            f"{directory} is not a compressed model ({error}); `madtp compress --out NEW_FOLDER` makes one"
+        ) from error
     version = state.get("version") if isinstance(state, dict) else None
     if version != STATE_VERSION:
         newer = isinstance(version, int) and version > STATE_VERSION

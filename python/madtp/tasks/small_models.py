@@ -155,7 +155,7 @@ class _TaskTrainer(Trainer):
 
 
 def retrieval_model(data: Dataset, *, ridge: float = 1.0, batch_size: int = 64, progress=iter):
-    """The dual encoder of `madtp.models.pretrained`, with projections fitted in closed form.
+    """The dual encoder of `madtp.data.pretrained`, with projections fitted in closed form.
 
     Text features are whitened, and a ridge regression takes the image features there; the towers stay as they are.
 
