@@ -4,13 +4,20 @@ import json
 import shutil
 import sys
 
+import families
 import pytest
+import torch
+import transformers as hf
 from PIL import Image
 from transformers import BlipImageProcessor
 
 from madtp import cli, demo
 from madtp.budgets.plan import Plan
 from madtp.data.easy_vqa import PACKAGE
+from madtp.data.emoji import build_tokenizer
+from madtp.patching.handle import patch
+from madtp.tasks import small_models
+from madtp.tasks.registry import TASKS
 from madtp.tasks.vqa import DENSE_EASY_VQA
 from madtp.training.trainer import MadtpTrainer, last_checkpoint
 
@@ -147,7 +154,8 @@ def test_model_directories_that_are_none(refused, drawn, tmp_path):
     shutil.copytree(DENSE_EASY_VQA, broken)
     config = (broken / "config.json").read_text()
     (broken / "config.json").write_text(config.replace("BlipForQuestionAnswering", "BlipModel"))
-    assert "must hold a BlipForQuestionAnswering, got BlipModel" in refused("evaluate", broken)
+    assert "must hold a BlipForQuestionAnswering, got BlipModel" in refused("evaluate", broken, "--task", "vqa")
+    assert "must hold a model with a task (BlipForQuestionAnswering or" in refused("evaluate", broken)
     (broken / "config.json").write_text(config)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
@@ -224,3 +232,100 @@ def test_a_front_of_plans(madtp, refused, drawn, tmp_path):
     assert "reductions must be numbers with commas" in refused(
         "pareto", *VQA, "--reductions", "half", "--out", tmp_path
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("compress", "a", "--flops", 0.5), "--flops is now called --macs"),
+        (("allocate", "a", "--flops=0.5"), "--flops is now called --macs"),
+        (("demo", "--flops", 0.5), "--flops is now called --macs"),
+        (("pareto", "a", "--flops", "0.3,0.6"), "--flops is now called --reductions"),
+        (("demo", "--output", "b"), "--output is now called --out"),
+        (("visualize", "a", "--output", "b"), "--output is now called --out"),
+        (("compress", "--model", "a"), "--model is now the first argument, MODEL"),
+        (("visualize", "a", "--images", 8), "for rows: --rows 8"),
+    ],
+)
+def test_an_old_option_names_the_new_one(refused, arguments, what):
+    assert what in refused(*arguments)
+
+
+def emoji_model(task, tokenizer):
+    torch.manual_seed(0)
+    if task == "captioning":
+        return small_models.captioning_model(tokenizer, 16)
+    if task == "nlvr":
+        return small_models.nlvr_model(tokenizer, 16)
+    text = hf.BertModel(hf.BertConfig(**families.BERT | {"vocab_size": len(tokenizer), "max_position_embeddings": 64}))
+    return families.dual(hf.ViTModel(hf.ViTConfig(**families.IMAGE)), text)
+
+
+@pytest.mark.parametrize("task", ["retrieval", "nlvr", "captioning"])
+def test_every_task(madtp, refused, few_emoji, monkeypatch, tmp_path, task):
+    if task == "captioning":
+        pytest.importorskip("pycocoevalcap")
+    monkeypatch.setenv("MADTP_CACHE", str(tmp_path / "cache"))
+    dense, compressed, tokenizer = tmp_path / "dense", tmp_path / "compressed", build_tokenizer()
+    model = emoji_model(task, tokenizer)
+    model.save_pretrained(dense)
+    patch(model, families.CONFIG).set_temperature(1.0)
+    model.save_pretrained(compressed)
+    for folder in (dense, compressed):
+        tokenizer.save_pretrained(folder)
+        code, out, err = madtp("evaluate", folder, "--limit", 6)
+        assert code == 0 and TASKS[task].make(tokenizer, None, None).metric in out and "on 6 samples" in out, err
+        assert madtp("evaluate", folder, "--task", task, "--data", "emoji", "--limit", 6)[1] == out
+        code, out, err = madtp("profile", folder, "--limit", 4)
+        assert code == 0 and "vision" in out and "per sample, on 4 test samples" in out, err
+    code, out, err = madtp("visualize", compressed, "--rows", 2, "--out", tmp_path / "tokens.png")
+    assert code == 0 and (tmp_path / "tokens.png").is_file(), err
+    assert "is not a compressed model" in refused("visualize", dense)
+    assert "must hold a BlipForQuestionAnswering" in refused("evaluate", dense, "--task", "vqa")
+    assert "data must be emoji, or an annotation file with images=" in refused("evaluate", dense, "--data", "a.json")
+
+
+def test_an_annotation_file_is_judged_on(madtp, refused, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    record = {"image": "red.png", "question": "what is the color of the shape?", "answer": "red"}
+    (tmp_path / "test.json").write_text(json.dumps([record, record | {"answer": "blue"}]))
+    data = ("--data", tmp_path / "test.json", "--images", tmp_path)
+    code, out, err = madtp("evaluate", DENSE_EASY_VQA, *data)
+    assert code == 0 and out == "accuracy 50.00 % on 2 samples\n", err
+    assert (
+        madtp("evaluate", DENSE_EASY_VQA, "--data", "train.json", *data[2:], "--test", tmp_path / "test.json")[1] == out
+    )
+    assert "image_root is wrong?" in refused("evaluate", DENSE_EASY_VQA, *data[:3], tmp_path / "none")
+
+
+def test_a_model_without_a_task(madtp, refused, tmp_path):
+    dense, compressed, out = tmp_path / "dense", tmp_path / "compressed", tmp_path / "one.png"
+    model = families.CASES["Dinov2Model"].build()
+    model.save_pretrained(dense)
+    patch(model, families.CONFIG).set_temperature(2.0)
+    model.save_pretrained(compressed)
+    for folder in (dense, compressed):
+        code, printed, err = madtp("profile", folder)
+        assert code == 0 and "8 random samples, as no task is for this model: pixel_values (3, 16, 16)" in printed, err
+    assert "must hold a model with a task" in refused("evaluate", dense)
+    assert "image must be given for a Dinov2Model" in refused("visualize", compressed)
+    Image.effect_noise((50, 40), 60).convert("RGB").save(tmp_path / "photo.png")
+    BlipImageProcessor(size={"height": 16, "width": 16}).save_pretrained(compressed)
+    code, printed, err = madtp("visualize", compressed, "--image", tmp_path / "photo.png", "--out", out)
+    assert code == 0 and printed.strip() == str(out) and out.is_file(), err
+    text = tmp_path / "text"
+    words = families.CASES["BertModel"].build()
+    patch(words, families.CONFIG)
+    words.save_pretrained(text)
+    assert "model must have a vision tower, got a BertModel" in refused("visualize", text, "--image", out)
+    assert "input_ids (16,)" in madtp("profile", text, "--limit", 2)[1]
+    assert "must hold a dense model, got a compressed one" in refused(
+        "compress", said_to_be_compressed(tmp_path), "--task", "vqa", "--data", "easy-vqa", "--out", tmp_path / "run"
+    )
+
+
+def said_to_be_compressed(folder):
+    """A folder of the shipped model that says it is compressed."""
+    shutil.copytree(DENSE_EASY_VQA, folder / "said")
+    (folder / "said" / "madtp.json").write_text("{}")
+    return folder / "said"

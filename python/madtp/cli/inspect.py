@@ -178,11 +178,9 @@ def _picture_of(directory: Path, image: Path, text: str | None, out: Path) -> Pa
     processor = load_image_processor(directory)
     if processor is None:
         raise no_image_processor(directory)
-    if reads_text(model) and text is None:
-        raise ValueError(f"text must be given for a {type(model).__name__}, got none")
-    tokenizer = load_tokenizer(directory) if text is not None else None
     try:
         picture = Image.open(image).convert("RGB")
     except OSError as error:
         raise DataError(f"image {image} cannot be read ({error.strerror or error})") from error
+    tokenizer = load_tokenizer(directory) if reads_text(model) and text is not None else None
     return visualize.depths(model, picture, out, image_processor=processor, tokenizer=tokenizer, text=text)

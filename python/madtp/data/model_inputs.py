@@ -70,9 +70,10 @@ def random_inputs(model: nn.Module, samples: int, *, seed: int = 0) -> dict[str,
         shape = (samples, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
         pixels = torch.randn(shape, generator=generator).to(device)
     if reads_text(model):
-        ids = torch.randint(_vocabulary(model), (samples, _text_length(model)), generator=generator)
+        vocabulary = _vocabulary(model)
+        ids = torch.randint(vocabulary, (samples, _text_length(model)), generator=generator)
         end = getattr(_text_configs(model)[0], "eos_token_id", None)
-        if isinstance(end, int):
+        if isinstance(end, int) and end < vocabulary:
             ids[:, -1] = end  # where CLIP pools
         text = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
     return forward_inputs(model, pixels, text)
