@@ -285,7 +285,7 @@ def test_every_task(madtp, refused, few_emoji, monkeypatch, tmp_path, task):
     assert "data must be emoji, or an annotation file with images=" in refused("evaluate", dense, "--data", "a.json")
 
 
-def test_an_annotation_file_is_judged_on(madtp, refused, tmp_path):
+def test_an_annotation_file_is_judged_on(madtp, tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     record = {"image": "red.png", "question": "what is the color of the shape?", "answer": "red"}
     (tmp_path / "test.json").write_text(json.dumps([record, record | {"answer": "blue"}]))
@@ -295,7 +295,8 @@ def test_an_annotation_file_is_judged_on(madtp, refused, tmp_path):
     assert (
         madtp("evaluate", DENSE_EASY_VQA, "--data", "train.json", *data[2:], "--test", tmp_path / "test.json")[1] == out
     )
-    assert "image_root is wrong?" in refused("evaluate", DENSE_EASY_VQA, *data[:3], tmp_path / "none")
+    code, out, err = madtp("evaluate", DENSE_EASY_VQA, *data[:3], tmp_path / "none")
+    assert (code, out) == (2, "") and "image_root is wrong?" in err.splitlines()[-1]
 
 
 def test_a_model_without_a_task(madtp, refused, tmp_path):

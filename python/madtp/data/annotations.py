@@ -18,6 +18,8 @@ from torch.utils.data import Dataset
 
 from madtp.data.errors import DataError
 
+MAX_LENGTH = 35  # tokens of a text, as BLIP has it
+
 
 class Annotations(Dataset):
     """Records of a file, as items.
@@ -36,7 +38,9 @@ class Annotations(Dataset):
 
     fields: dict[str, Callable[[object], bool]]  # that every record must have -> whether a value fits
 
-    def __init__(self, file: Path | str, image_root: Path | str, tokenizer, image_processor, max_length=35, limit=None):
+    def __init__(
+        self, file: Path | str, image_root: Path | str, tokenizer, image_processor, max_length=MAX_LENGTH, limit=None
+    ):
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         self.file, self.image_root = Path(file), Path(image_root)

@@ -220,7 +220,8 @@ def _caption(axes, words: Words, said: str, wanted: str) -> None:
     for line in _wrapped([(word, True) for word in verdict.split()]):
         text = " ".join(word for word, _ in line)
         lines.append(TextArea(text, textprops={"fontsize": 9, "weight": "bold", "color": color}))
-    axes.add_artist(_anchored(VPacker(children=lines, pad=0, sep=4, align="left")))
+    if lines:  # a text of unknown words has none
+        axes.add_artist(_anchored(VPacker(children=lines, pad=0, sep=4, align="left")))
 
 
 def _wrapped(words: Words) -> list[Words]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from madtp.data.annotations import (
+    MAX_LENGTH,
     Annotations,
     CaptionAnnotations,
     NlvrAnnotations,
@@ -224,7 +225,8 @@ def _named(entry: TaskEntry, data: str, test: Path | None, images: Path | None) 
 def _annotated(entry: TaskEntry, model, file, images, tokenizer, processor, limit: int | None) -> Annotations:
     if processor is None:
         raise no_image_processor(model)
-    return entry.annotations(file, images, tokenizer, processor, limit=limit)
+    length = min(MAX_LENGTH, tokenizer.model_max_length)
+    return entry.annotations(file, images, tokenizer, processor, max_length=length, limit=limit)
 
 
 def _image_size(model: nn.Module, processor) -> int:
