@@ -21,7 +21,6 @@ from madtp.data.emoji import SHIFTED, EmojiCaptions, EmojiPairs, EmojiRetrieval,
 from madtp.files import atomic_directory
 from madtp.models import BlipForNLVR
 from madtp.tasks import small_models as dense
-from madtp.tasks.batches import QUESTIONS_PER_IMAGE
 from madtp.tasks.captioning import CaptioningTask
 from madtp.tasks.nlvr import NlvrTask
 from madtp.tasks.retrieval import RetrievalTask
@@ -82,9 +81,7 @@ class Experiment:
 def _vqa(preset: Preset, folder: Path) -> Prepared:
     model, tokenizer = load_dense()
     train, test = EasyVqa("train", tokenizer), EasyVqa("test", tokenizer, limit=preset.test)
-    return Prepared(
-        model, VqaTask(tokenizer), ImagesWithQuestions(train, QUESTIONS_PER_IMAGE), _first(train, preset), test
-    )
+    return Prepared(model, VqaTask(tokenizer), ImagesWithQuestions(train), _first(train, preset), test)
 
 
 def _retrieval(preset: Preset, folder: Path) -> Prepared:

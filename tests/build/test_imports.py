@@ -21,7 +21,8 @@ LAYERS = {
         ("env", "tune"),
     ),
     "madtp": (
-        ("files", "inference", "progress", "search"),
+        ("choices", "files", "import_hook", "inference", "missing", "progress", "search"),
+        ("lazy",),
         ("config", "mag"),
         ("dtp",),
         ("hwp",),

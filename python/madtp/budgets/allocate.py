@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 
 from madtp.budgets.cost_model import CostModel
 from madtp.budgets.latency import time_parts
-from madtp.budgets.plan import ALLOCATIONS, Plan
+from madtp.budgets.plan import Plan
 from madtp.budgets.records import Sensitivities
 from madtp.budgets.sensitivity import Calibration, find_sensitivities
 from madtp.budgets.strategies import STRATEGIES
+from madtp.choices import ALLOCATIONS, REDUCTIONS
 from madtp.config import CompressionConfig
 from madtp.measure.timing import TIMING_BATCH
 from madtp.patching.handle import patch
@@ -26,7 +27,6 @@ from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
 
 CALIBRATION_SAMPLES = 64
-REDUCTIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
 

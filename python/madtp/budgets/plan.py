@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
+from madtp.choices import ALLOCATIONS
 from madtp.files import atomic_write
 from madtp.migration import PLAN_NAMES, PLAN_VERSION, migrate_plan
 from madtp_kernels.renamed import renamed
-
-ALLOCATIONS = ("joint", "uniform", "tokens", "weights")
 
 
 @renamed(**PLAN_NAMES)

@@ -18,6 +18,8 @@ from torch.utils.data import Dataset
 
 from madtp.data.errors import DataError
 
+MAX_LENGTH = 35  # tokens of a text, as BLIP has it
+
 
 class Annotations(Dataset):
     """Records of a file, as items.
@@ -36,7 +38,9 @@ class Annotations(Dataset):
 
     fields: dict[str, Callable[[object], bool]]  # that every record must have -> whether a value fits
 
-    def __init__(self, file: Path | str, image_root: Path | str, tokenizer, image_processor, max_length=35, limit=None):
+    def __init__(
+        self, file: Path | str, image_root: Path | str, tokenizer, image_processor, max_length=MAX_LENGTH, limit=None
+    ):
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         self.file, self.image_root = Path(file), Path(image_root)
@@ -45,6 +49,16 @@ class Annotations(Dataset):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def mean(self) -> list[float]:
+        """Of the pixels, per channel."""
+        return self.image_processor.image_mean
+
+    @property
+    def std(self) -> list[float]:
+        """Of the pixels, per channel."""
+        return self.image_processor.image_std
 
     def _read(self) -> list[dict]:
         try:
@@ -174,7 +188,8 @@ class VqaAnnotations(Annotations):
     most often, padded with the pad token, answers, a dict of answer -> the share of people who gave it, as BLIP weighs
     them.
 
-    Args: and answer_length: tokens of an answer, those around it included.
+    Args:
+        answer_length: tokens of an answer, those around it included; the others are those of `Annotations`.
     """
 
     fields = {"image": _is_text, "question": _is_text, "answer": _is_text_or_texts}
@@ -183,6 +198,11 @@ class VqaAnnotations(Annotations):
         super().__init__(*args, **options)
         self.answer_length = answer_length
         self.numbers = {name: i for i, name in enumerate(dict.fromkeys(record["image"] for record in self.records))}
+
+    @property
+    def answers(self) -> list[str]:
+        """All that were given to any question, in alphabetical order."""
+        return sorted({answer for record in self.records for answer in _listed(record["answer"])})
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]

@@ -80,7 +80,7 @@ def read_json(directory: Path, name: str) -> Any:
 
 
 def not_a_model(directory: Path, error: Exception) -> ModelError:
-    return ModelError(f"{directory} is not a compressed model ({error}); make one with: madtp demo")
+    return ModelError(f"{directory} is not a compressed model ({error}); `madtp compress --out NEW_FOLDER` makes one")
 
 
 def unreadable(directory: Path, error: Exception) -> ModelError:

@@ -82,6 +82,22 @@ class RetrievalTask(Processed):
             torch.tensor(concepts, device=device),
         )
 
+    @torch.no_grad()
+    def predictions(self, model: nn.Module, items: list[dict]) -> list[tuple[str, str]]:
+        """For each item the text among theirs that a model in eval mode finds for its image, and its own text.
+
+        A text of the same concept counts as its own.
+        """
+        names = ("input_ids", "attention_mask", "pixel_values")
+        batch = default_collate([{name: item[name] for name in names} for item in items])
+        found = model(**{name: value.to(model.device) for name, value in batch.items()}).logits_per_image.argmax(-1)
+        texts = self.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        pairs = []
+        for number, best in enumerate(found.tolist()):
+            right = items[best]["concept"] == items[number]["concept"]
+            pairs.append((texts[number if right else best], texts[number]))
+        return pairs
+
 
 def recalls(images: Tensor, texts: Tensor, image_concepts: Tensor, text_concepts: Tensor) -> dict[str, float]:
     """How often one of the k most similar by cosine is of the query's concept, both ways.

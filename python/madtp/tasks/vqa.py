@@ -1,20 +1,27 @@
 """Visual question answering: questions that share images, and rank classification over a list of answers."""
 
-import json
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import BlipForQuestionAnswering
 
 from madtp.data.easy_vqa import ANSWERS, collate
 from madtp.data.errors import DataError
 from madtp.inference import evaluating
 from madtp.models.registry import DECODER_MASKS
 from madtp.models.tower import mixed_in
+from madtp.tasks.loading import architecture, load_tokenizer, read_dense
+from madtp.tasks.processors import Processed
 
 DENSE_EASY_VQA = Path(__file__).parents[1] / "assets" / "easy-vqa-blip"
+
+
+REMEDY = "train one into a folder of its own: python examples/train_easy_vqa.py --out NEW_FOLDER"
 
 
 def load_dense(directory: Path | str = DENSE_EASY_VQA):
@@ -23,31 +30,25 @@ def load_dense(directory: Path | str = DENSE_EASY_VQA):
     Returns the model in eval mode and its tokenizer.
     Raises DataError when a file is missing or cut short, or the directory holds another kind of model.
     """
-    from transformers import AutoTokenizer, BlipForQuestionAnswering
-
     directory = Path(directory)
-    remedy = f"run `python examples/train_easy_vqa.py --output {directory}`"
     missing = [n for n in ("config.json", "model.safetensors", "tokenizer.json") if not (directory / n).is_file()]
     if missing:
-        raise DataError(f"model directory {directory} lacks {', '.join(missing)}: {remedy}")
+        raise DataError(f"model directory {directory} lacks {', '.join(missing)}: {REMEDY}")
     try:
-        kind = (json.loads((directory / "config.json").read_text()).get("architectures") or ["nothing known"])[0]
-        if kind != "BlipForQuestionAnswering":
-            raise DataError(f"model directory {directory} must hold a BlipForQuestionAnswering, got {kind}: {remedy}")
-        model, info = BlipForQuestionAnswering.from_pretrained(directory, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except DataError:
-        raise
-    except Exception as error:  # every reader (json, safetensors, transformers, tokenizers) has its own kind
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"model directory {directory} cannot be read ({reason[0]}): {remedy}") from error
-    unmatched = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-    if unmatched:
-        raise DataError(
-            f"model directory {directory}: weights must match config.json, {len(unmatched)} do not "
-            f"(first: {unmatched[0]}): {remedy}"
-        )
-    return model.eval(), tokenizer
+        found = architecture(directory)
+        if found != BlipForQuestionAnswering.__name__:
+            raise DataError(f"model directory {directory} must hold a BlipForQuestionAnswering, got {found}")
+        model, info = read_dense(directory, BlipForQuestionAnswering)
+        tokenizer = load_tokenizer(directory)
+        unmatched = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+        if unmatched:
+            raise DataError(
+                f"model directory {directory}: weights must match config.json, {len(unmatched)} do not "
+                f"(first: {unmatched[0]})"
+            )
+    except DataError as error:
+        raise DataError(f"{error}: {REMEDY}") from error
+    return model, tokenizer
 
 
 def dense_forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +82,7 @@ def encode_questions(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[
     return question.last_hidden_state, mask
 
 
-class VqaTask:
+class VqaTask(Processed):
     """Rank classification: the answer is the candidate that the decoder finds likeliest (Li et al. 2022, BLIP).
 
     Where every candidate is one token, its first step ranks them. Else that step chooses the `shortlist` candidates
@@ -91,6 +92,7 @@ class VqaTask:
         tokenizer: of the model.
         answers: the candidates.
         shortlist: of longer candidates, for each question.
+        image_processor: saved beside a model with the tokenizer; may be None.
 
     Raises:
         ValueError: an answer is empty or unknown to the tokenizer, or there are none.
@@ -99,8 +101,9 @@ class VqaTask:
     metric = "accuracy"
     collate = staticmethod(collate)
 
-    def __init__(self, tokenizer, answers: Iterable[str] = ANSWERS, *, shortlist: int = 128):
-        self.tokenizer, self.answers = tokenizer, list(answers)
+    def __init__(self, tokenizer, answers: Iterable[str] = ANSWERS, *, shortlist: int = 128, image_processor=None):
+        super().__init__(tokenizer, image_processor)
+        self.answers = list(answers)
         if not self.answers or shortlist < 1:
             given = f"{len(self.answers)} answers and shortlist {shortlist}"
             raise ValueError(f"answers and shortlist must be at least one, got {given}")
@@ -118,10 +121,6 @@ class VqaTask:
         if longest > 1:
             rows = [[*of_answer, tokenizer.sep_token_id] for of_answer in tokens]
             self.sequences = torch.tensor([row + [-100] * (longest + 1 - len(row)) for row in rows])
-
-    def save_processor(self, directory: Path | str) -> None:
-        """Write the tokenizer beside a saved model."""
-        self.tokenizer.save_pretrained(directory)
 
     def loss(self, output, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The decoder's, as the model computed it."""
@@ -165,6 +164,14 @@ class VqaTask:
                 found = self.predict(model, {name: value.to(device) for name, value in batch.items()})
                 correct += int((found.cpu() == wanted).sum())
         return {"accuracy": correct / max(1, len(data))}
+
+    def predictions(self, model: nn.Module, items: list[dict]) -> list[tuple[str, str]]:
+        """For each item the answer of a model in eval mode, and the right one."""
+        batch = self.collate(items)
+        given = self.predict(model, {name: value.to(model.device) for name, value in batch.items()}).tolist()
+        labels = [[token for token in row if token >= 0] for row in batch["labels"].tolist()]
+        wanted = self.tokenizer.batch_decode(labels, skip_special_tokens=True)
+        return [(self.answers[number], right) for number, right in zip(given, wanted, strict=True)]
 
     def _decode(self, model, ids, question, mask) -> torch.Tensor:
         """Logits (Q, D, V)."""
