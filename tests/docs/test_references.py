@@ -1,4 +1,4 @@
-"""What the documentation points to exists: linked files and headings, and the paths it names in backticks."""
+"""What the documentation points to exists: linked files, headings, paths in backticks; and no variable is left out."""
 
 from __future__ import annotations
 
@@ -42,3 +42,14 @@ def test_named_files_exist(page):
         if not WRITTEN.match(path) and ("." in path.rsplit("/", 1)[-1] or path.endswith("/")):
             places = [page.parent / path, *(ROOT / folder / path for folder in FOLDERS)]
             assert any(place.exists() for place in places), f"{path} does not exist"
+
+
+def test_every_variable_is_documented():
+    sources = [ROOT / "setup.py"]
+    for folder, ends in (("madtp_kernels", "py"), ("python", "py"), ("csrc", "cpp"), ("csrc", "h"), ("csrc", "cu")):
+        sources += (ROOT / folder).rglob(f"*.{ends}")
+    read = re.compile(r"(?:environ|encodekey|getenv|PASSED_THROUGH).*")
+    lines = [line for source in sources for line in read.findall(source.read_text(encoding="utf-8"))]
+    names = {name for line in lines for name in re.findall(r"[\"'](MADTP_[A-Z_]+)[\"']", line)}
+    text = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    assert names and not {name for name in names if f"`{name}`" not in text}
