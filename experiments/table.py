@@ -247,7 +247,7 @@ def document(results: list[dict], preset: str, picture: str) -> str:
 
 def section(results: list[dict]) -> str:
     """What the README shows."""
-    return f"\n{budgets(results)}\n{comparison(results)}\n"
+    return f"\n{budgets(results)}\n"
 
 
 def load(preset: str, folder: Path = FOLDER) -> list[dict]:

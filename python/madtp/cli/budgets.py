@@ -78,9 +78,9 @@ def pareto(
     task: Task,
     data: Data,
     out: Annotated[Path, typer.Option(help="The folder that gets a plan for each reduction.")],
-    reductions: Annotated[str, typer.Option(help="Shares of the MACs to save, with commas.")] = ",".join(
-        map(str, REDUCTIONS)
-    ),
+    reductions: Annotated[
+        list[float], typer.Option(help="A share of the MACs to save; give one option for each.")
+    ] = list(REDUCTIONS),  # noqa: B006 (Typer reads it, nobody writes it)
     config: Config = None,
     test: Test = None,
     images: Images = None,
@@ -100,7 +100,6 @@ def pareto(
     from madtp.tasks.registry import load
 
     asked, _ = settings(config)
-    shares = _shares(reductions)
     require_writable("out", out)
     progress = Progress(stderr())
     with progress.status("reading the data"):
@@ -110,7 +109,7 @@ def pareto(
         loaded.task,
         loaded.calibration,
         asked,
-        reductions=shares,
+        reductions=reductions,
         progress=lambda units: progress(units, "measuring sensitivities"),
     )
     rows = []
@@ -121,10 +120,3 @@ def pareto(
         rows.append((f"{100 * plan.macs_reduction:.1f} %", *losses, path.name))
     columns = ("MACs saved", *ALLOCATIONS, "plan")
     Console().print(number_table(columns, [rows], title="distillation loss before training"))
-
-
-def _shares(text: str) -> list[float]:
-    try:
-        return [float(share) for share in text.split(",")]
-    except ValueError:
-        raise ValueError(f"reductions must be numbers with commas, got {text!r}") from None

@@ -9,7 +9,6 @@ from torch.utils.data import Dataset
 from madtp.tasks.task import Task
 
 BATCH_SIZE = 64  # samples that run at a time
-QUESTIONS_PER_IMAGE = 4  # of easy-vqa in a training batch; they share the encoding of their image
 
 
 def sample_count(data: Dataset) -> int:
