@@ -80,7 +80,7 @@ def profile(
     given = (task, data, test, images)
     if tasks_of(architecture(model)) or any(option is not None for option in given):
         judged = load_judged(model, task, data, test=test, images=images, limit=limit)
-        loaded, batches = judged.model, pairs(judged.task, judged.data, ACCOUNT_SAMPLES)
+        loaded, batches = judged.model, sample_batches(judged.task, judged.data, ACCOUNT_SAMPLES)
         samples = f"{min(len(judged.data), ACCOUNT_SAMPLES):,} test samples"
     else:
         loaded = load_model(model)
