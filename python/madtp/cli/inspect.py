@@ -74,6 +74,7 @@ def profile(
     from madtp.measure.figures import ACCOUNT_SAMPLES
     from madtp.measure.macs import profile_batches
     from madtp.patching.handle import patch
+    from madtp.tasks.batches import sample_batches
     from madtp.tasks.loading import architecture, load_model
     from madtp.tasks.registry import load_judged, tasks_of
 
