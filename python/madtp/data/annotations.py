@@ -81,8 +81,8 @@ class Annotations(Dataset):
         """(3, H, W), as the image processor makes it."""
         path = self.image_root / name
         try:
-            with Image.open(path) as picture:
-                picture = picture.convert("RGB")
+            with Image.open(path) as file:
+                picture = file.convert("RGB")
         except OSError as error:  # not there, or no picture
             raise DataError(f"image {path} cannot be read ({error.strerror or error}); image_root is wrong?") from error
         return torch.as_tensor(self.image_processor(picture, return_tensors="pt")["pixel_values"][0])

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from madtp.models.family import Family
 from madtp.models.registry import family_of
@@ -15,18 +16,18 @@ from madtp.models.registry import family_of
 MAX_TEXT = 64  # tokens of a random text, where a model takes more: captions and questions are no longer
 
 
-def reads_text(model: nn.Module) -> bool:
+def reads_text(model: PreTrainedModel) -> bool:
     """Whether its forward takes token ids."""
     return "input_ids" in inspect.signature(model.forward).parameters
 
 
-def sees_images(model: nn.Module) -> bool:
+def sees_images(model: PreTrainedModel) -> bool:
     """Whether its forward takes pixels."""
     return "pixel_values" in inspect.signature(model.forward).parameters
 
 
 def forward_inputs(
-    model: nn.Module, pixel_values: Tensor | None = None, text: Mapping[str, Tensor] | None = None
+    model: PreTrainedModel, pixel_values: Tensor | None = None, text: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Keyword arguments of a forward.
 
@@ -57,7 +58,7 @@ def forward_inputs(
     return inputs
 
 
-def random_inputs(model: nn.Module, samples: int, *, seed: int = 0) -> dict[str, Tensor]:
+def random_inputs(model: PreTrainedModel, samples: int, *, seed: int = 0) -> dict[str, Tensor]:
     """Random pixels and tokens of the sizes of a model's own configuration; texts are of `MAX_TEXT` tokens at most.
 
     Returns:
@@ -79,21 +80,21 @@ def random_inputs(model: nn.Module, samples: int, *, seed: int = 0) -> dict[str,
     return forward_inputs(model, pixels, text)
 
 
-def tower_config(model: nn.Module, branch: str) -> Any:
+def tower_config(model: PreTrainedModel, branch: str) -> Any:
     """The configuration of the tower of a branch."""
-    path = _family(model).path(branch)
-    return (model.get_submodule(path) if path else model).config
+    tower: Any = model.get_submodule(_family(model).path(branch))
+    return tower.config
 
 
-def _family(model: nn.Module) -> Family:
-    handle = getattr(model, "madtp_handle", None)
+def _family(model: PreTrainedModel) -> Family:
+    handle: Any = getattr(model, "madtp_handle", None)
     family = handle.family if handle is not None else family_of(model)
     if family is None:
         raise TypeError(f"model must be of a supported class, got {type(model).__name__}")
     return family
 
 
-def _text_configs(model: nn.Module) -> list[Any]:
+def _text_configs(model: PreTrainedModel) -> list[Any]:
     """Of all parts that embed the tokens of the text."""
     if "text" in _family(model).towers:
         return [tower_config(model, "text")]
@@ -101,13 +102,13 @@ def _text_configs(model: nn.Module) -> list[Any]:
     return [part for part in parts if part is not None]
 
 
-def _vocabulary(model: nn.Module) -> int:
+def _vocabulary(model: PreTrainedModel) -> int:
     image_token = getattr(model.config, "image_token_index", None)
     sizes = [part.vocab_size for part in _text_configs(model)]
     return min(sizes if image_token is None else [*sizes, image_token])  # it would stand for one more image
 
 
-def _text_length(model: nn.Module) -> int:
+def _text_length(model: PreTrainedModel) -> int:
     lengths = (getattr(part, "max_position_embeddings", MAX_TEXT) for part in _text_configs(model))
     room = min(lengths) - (getattr(model.config, "num_query_tokens", None) or 0)
     return max(1, min(MAX_TEXT, room))

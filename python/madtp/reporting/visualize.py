@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from madtp.data.model_inputs import forward_inputs, reads_text, tower_config
 from madtp.inference import evaluating
@@ -40,7 +41,7 @@ class View(NamedTuple):
     patch_size: int
 
 
-def picture(model: nn.Module, task, data, path: str | Path, *, rows: int = 8) -> Path:
+def picture(model: PreTrainedModel, task, data, path: str | Path, *, rows: int = 8) -> Path:
     """Draws the images of `rows` samples spread over the data, each with what the model says, and writes a PNG.
 
     Args:
@@ -71,7 +72,13 @@ def picture(model: nn.Module, task, data, path: str | Path, *, rows: int = 8) ->
 
 
 def depths(
-    model: nn.Module, image: Image.Image, path: str | Path, *, image_processor, tokenizer=None, text: str | None = None
+    model: PreTrainedModel,
+    image: Image.Image,
+    path: str | Path,
+    *,
+    image_processor,
+    tokenizer=None,
+    text: str | None = None,
 ) -> Path:
     """Draws one image of the user with the patches left after each layer and, below, how well the patches that enter a
     layer fit the alignment token they fit best; writes a PNG to `path`.
@@ -105,21 +112,22 @@ def depths(
     return _saved(figure, path)
 
 
-def look(model: nn.Module, inputs: Mapping[str, Tensor], tokenizer=None) -> View:
+def look(model: PreTrainedModel, inputs: Mapping[str, Tensor], tokenizer=None) -> View:
     """Runs one sample through a patched model and reads what is left where.
 
     Args:
         inputs: keyword arguments of a forward, of one sample.
         tokenizer: that turns its ids back into words; only for models that prune text.
     """
-    handle, device = model.madtp_handle, next(model.parameters()).device
+    handle: Any = model.madtp_handle
+    guide: Any = model.madtp_guide
     fits: list[Tensor] = []  # per layer, (T,)
-    logits = model.madtp_guide.logits["vision"].register_forward_hook(lambda *a: fits.append(a[-1].amax(dim=1).relu()))
+    hook = guide.logits["vision"].register_forward_hook(lambda *a: fits.append(a[-1].amax(dim=1).relu()))
     try:
         with evaluating(model):
-            model(**{name: value.to(device) for name, value in inputs.items()})
+            model(**{name: value.to(model.device) for name, value in inputs.items()})
     finally:
-        logits.remove()
+        hook.remove()
     branch, size = handle.pruning["vision"], tower_config(model, "vision").patch_size
     patches = (inputs["pixel_values"].shape[-1] // size) ** 2
     first = branch.entered.max_seqlen - patches  # position of the first patch: after the class token, if any
@@ -238,7 +246,9 @@ def _wrapped(words: Words) -> list[Words]:
 
 
 def _line(words: Words) -> HPacker:
-    texts = [TextArea(word, textprops={"fontsize": 9, "color": KEPT if kept else GONE}) for word, kept in words]
+    texts: list[Any] = [
+        TextArea(word, textprops={"fontsize": 9, "color": KEPT if kept else GONE}) for word, kept in words
+    ]
     return HPacker(children=texts, pad=0, sep=3.5, align="baseline")
 
 

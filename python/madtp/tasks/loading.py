@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers as hf
-from torch import nn
+from transformers import PreTrainedModel
 
 from madtp.data.errors import DataError
 from madtp.models.registry import FAMILIES
@@ -37,8 +37,8 @@ def architecture(directory: Path | str) -> str:
 
 
 def load_model(
-    directory: Path | str, kinds: Sequence[type[nn.Module]] | None = None, *, dense: bool = False
-) -> nn.Module:
+    directory: Path | str, kinds: Sequence[type[PreTrainedModel]] | None = None, *, dense: bool = False
+) -> PreTrainedModel:
     """The model of a folder, in eval mode: patched where it is a compressed one, else as Hugging Face has it.
 
     Args:
@@ -61,7 +61,7 @@ def load_model(
     return read_dense(directory, kind)[0]
 
 
-def read_dense(directory: Path, kind: type[nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
+def read_dense(directory: Path, kind: type[PreTrainedModel]) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The dense model of a folder, in eval mode, and what Hugging Face says of its weights.
 
     Raises:

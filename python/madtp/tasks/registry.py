@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers as hf
-from torch import nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from madtp.data.annotations import (
     MAX_LENGTH,
@@ -66,7 +66,7 @@ class TaskEntry(NamedTuple):
     the task. data: by name; the first is the default. annotations: the reader of the user's files.
     """
 
-    models: tuple[type[nn.Module], ...]
+    models: tuple[type[PreTrainedModel], ...]
     make: Callable[[Any, Any, Any], Task]
     data: dict[str, NamedData]
     annotations: type[Annotations]
@@ -103,7 +103,7 @@ TASKS = {
 class Loaded(NamedTuple):
     """train: what is trained on; calibration: single samples of it; test: what a model is judged on."""
 
-    model: nn.Module
+    model: PreTrainedModel
     task: Task
     train: Dataset
     calibration: Dataset
@@ -113,7 +113,7 @@ class Loaded(NamedTuple):
 class Judged(NamedTuple):
     """A model, dense or compressed, and what it is judged on."""
 
-    model: nn.Module
+    model: PreTrainedModel
     task: Task
     data: Dataset
 
@@ -229,7 +229,7 @@ def _annotated(entry: TaskEntry, model, file, images, tokenizer, processor, limi
     return entry.annotations(file, images, tokenizer, processor, max_length=length, limit=limit)
 
 
-def _image_size(model: nn.Module, processor) -> int:
+def _image_size(model: PreTrainedModel, processor) -> int:
     """Pixels of a side: what the image processor makes, else what the configuration says.
 
     The two differ where a tower was trained on larger images than the model is used with.

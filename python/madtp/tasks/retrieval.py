@@ -33,7 +33,7 @@ class RetrievalTask(Processed):
 
         Returns input_ids, attention_mask (B, L), pixel_values (B, 3, H, W).
         """
-        first = {}
+        first: dict[int, dict] = {}
         for item in items:
             first.setdefault(item["concept"], item)
         names = ("input_ids", "attention_mask", "pixel_values")

@@ -17,10 +17,12 @@ from madtp.tasks.retrieval import RetrievalTask
 from madtp.tasks.task import Task
 
 WIDTH, HEADS, PATCH, VISION_LAYERS, TEXT_LAYERS = 128, 4, 8, 4, 2
-INIT_STD = 0.06  # the 0.02 of BERT is for a width of 768
+# The 0.02 of BERT is for a width of 768; at 128 it starves the signal: on easy-vqa, shapes are still at chance after 15
+# epochs.
+INIT_STD = 0.06
 
 
-def small_blip(tokenizer, image_size: int = 64) -> BlipConfig:
+def small_blip(tokenizer, image_size: int = 64, vision_layers: int = VISION_LAYERS) -> BlipConfig:
     """Of about 1 M parameters: 4 vision and 2 text layers, 128 wide, patches of 8 pixels."""
     shape = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "initializer_range": INIT_STD}
     text = shape | {
@@ -37,7 +39,7 @@ def small_blip(tokenizer, image_size: int = 64) -> BlipConfig:
         "label_smoothing": 0.0,
     }
     vision = shape | {
-        "num_hidden_layers": VISION_LAYERS,
+        "num_hidden_layers": vision_layers,
         "intermediate_size": 3 * WIDTH,
         "image_size": image_size,
         "patch_size": PATCH,
