@@ -25,9 +25,9 @@ extern thread_local dim3 gridDim, blockDim;  // of the kernel that runs
 namespace madtp::simt {
 
 constexpr int kWarpSize = 32, kWarpgroupSize = 128;
-constexpr std::size_t kMostShared = 227 * 1024;  // of a block
-constexpr std::uint32_t kSharedBase = 1024;      // the address of the first byte of dynamic shared memory
-constexpr unsigned char kPoison = 0xff;          // NaN in every format
+constexpr std::size_t kMaxShared = 227 * 1024;  // of a block
+constexpr std::uint32_t kSharedBase = 1024;     // the address of the first byte of dynamic shared memory
+constexpr unsigned char kPoison = 0xff;         // NaN in every format
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from madtp_kernels.atomic_file import whole_file
+from madtp_kernels.atomic_file import atomic_file
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
     """Writes a text file under a temporary name and renames it."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from transformers import activations
 from madtp_kernels import Sparse24Weight, explain, sparse24_compress, sparse24_linear
 from madtp_kernels.dispatch import Choice
 from madtp_kernels.nm_patterns import is_pattern
+from madtp_kernels.sparse24.weight import supports_shape
 
 ACTIVATIONS = {
     activations.GELUActivation: "gelu",
@@ -102,7 +103,7 @@ class Sparse24Linear(nn.Module):
             return self(x, total=total) + residual
         if len(leading) != 1:
             x, residual = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
-        options = {"activation": self.activation, "residual": residual, "scale": self.scale, "total": total}
+        options = {"activation": self.activation, "residual": residual, "scale": self.scale, "num_rows": total}
         y = sparse24_linear(x, self.sparse_weight, self.bias, **options)
         return y if len(leading) == 1 else y.view(*leading, y.shape[1])
 
@@ -216,14 +217,14 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _misfit(weight: Tensor) -> str | None:
     rows, columns = weight.shape
-    if rows % 8 or columns % 16:
+    if not supports_shape(rows, columns):
         return f"dense: {rows} x {columns} must be multiples of 8 and 16"
     return None if is_pattern(weight, "2:4") else "dense: has more than 2 non-zeros in an aligned 4"
 
 
 def _compressed(module: nn.Linear) -> Sparse24Weight | None:
     rows, columns = module.weight.shape
-    if rows % 8 or columns % 16:
+    if not supports_shape(rows, columns):
         return None
     try:
         return sparse24_compress(module.weight)
