@@ -39,7 +39,7 @@ std::string name_of(const Thread& thread) {
   return buffer;
 }
 
-// The bottom of every fiber.
+// Where every fiber begins and ends.
 void enter() {
   Machine& m = *machine;
   try {

@@ -30,7 +30,7 @@ static_assert(sizeof(WeightBlock) == 1152);
 constexpr std::uint32_t kPaddingMetadata = 0x44444444;
 
 struct WeightLayout {
-  std::int64_t slabs, blocks;  // in all, and of each slab
+  std::int64_t slabs, blocks;  // slabs in all, and blocks of each
 
   __host__ __device__ WeightLayout(std::int64_t out_features, std::int64_t in_features)
       : slabs((out_features + kTileFeatures - 1) / kTileFeatures * (kTileFeatures / kSlabRows)),

@@ -21,11 +21,7 @@
 //    32 x  16    16     84    91    4352 x 8   four or more of 2
 //
 // So shared memory binds the large tiles, at 0.96 and 0.85 of the rate of mma.sp. What `clocks` makes of
-// that, before anything was measured, as a ratio to a dense product at 0.7 of its peak on an A100 (1.41 GHz):
-//
-//   tokens  768->768  768->2304  768->3072  3072->768  1024->4096  4096->1024
-//    577        1.68       0.74       0.87       1.26        0.63        0.92
-//   4616        0.76       0.57       0.55       0.65        0.47        0.48
+// that, before anything was measured, is in docs/performance-notes.md ("sm_80: predictions").
 //
 // One image is a matter of too few blocks, on 108 multiprocessors, for too many steps. On an H100, should its
 // mma.sp have the rate of an A100's, the ratios to dense wgmma are 1.1 to 3.5 and 1.0 to 1.2: the fall-back

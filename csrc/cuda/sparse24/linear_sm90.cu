@@ -18,14 +18,8 @@
 //
 // So L2 binds, and next to it shared memory; a weight in shared memory would add 72 clocks of reads and as
 // many of writes. That, 2000 clocks for the ends of a tile, and what the last wave leaves idle is what
-// `clocks` counts. Expected of it before anything was measured, as a ratio to a dense kernel of the same kind
-// by the same model (4 N clocks of wgmma a step, 16384 bytes of weight):
-//
-//   tokens  768->768  768->2304  768->3072  3072->768  1024->4096  4096->1024
-//      64       1.09       1.09       1.12       1.20        1.15        1.24
-//     577       1.26       1.38       1.38       1.22        1.29        1.34
-//    4616       1.23       1.27       1.27       1.27        1.29        1.50
-//   18464       1.23       1.23       1.27       1.27        1.29        1.32
+// `clocks` counts; it takes a dense kernel for 4 N clocks of wgmma a step and 16384 bytes of weight. What it
+// expected before anything was measured is in docs/performance-notes.md ("sm_90a: predictions").
 //
 // A sum runs over the input features in ascending order. With split_k > 1 (few tokens) parts of it are added
 // in ascending order too, by the block that comes last: a row has the same bits whatever the others hold, but
@@ -54,7 +48,7 @@ template <int kTokens_, int kStages_, int kAhead_>
 struct Tile {
   static constexpr int kTokens = kTokens_, kStages = kStages_;
   static constexpr int kAhead = kAhead_;     // steps whose weight is in registers
-  static constexpr int kSums = kTokens / 2;  // of a thread
+  static constexpr int kSums = kTokens / 2;  // that a thread holds
   static constexpr int kStageBytes = kTokens * kRowBytes;
   static_assert(kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
 
