@@ -15,8 +15,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,9 @@ AHEAD_CLOCKS = 1 << 20  # of the GPU, half a millisecond: the host queues a whol
 Clock = Callable[[Callable[[], object]], float]  # microseconds of one call
 
 
-def linear_calls(widths=WIDTHS, dtypes=DTYPES, rows=ROWS) -> Iterator[LinearCall]:
+def linear_calls(
+    widths: Sequence[int] = WIDTHS, dtypes: Sequence[str] = DTYPES, rows: Sequence[int] = ROWS
+) -> Iterator[LinearCall]:
     """The layers of a transformer block of these widths, with the epilogues that the known models have."""
     ends = "none+residual", "none+scale+residual"  # scale: DINOv2
     for dtype, width, count in itertools.product(dtypes, widths, rows):
@@ -61,7 +64,10 @@ def time_backends(case: LinearCall, device: torch.device, clock: Clock, rounds: 
     drawn = tuning.random_call(*case[:4], case.dtype, case.epilogue)
     x, values, indices, *epilogue = (t.to(device) if isinstance(t, torch.Tensor) else t for t in drawn)
     weight = Sparse24Weight(values, indices)
-    call = lambda backend: (x, values, indices, weight.layout(backend), *epilogue)  # noqa: E731
+
+    def call(backend: str) -> tuple[Any, ...]:
+        return x, values, indices, weight.layout(backend), *epilogue
+
     theirs = {"dense": functools.partial(dense.sparse24_linear, *call("dense"))}
     algorithm = None
     if dispatch.unsupported_reason("sparse24_linear", "cusparselt", x.dtype, device) is None:
@@ -78,16 +84,17 @@ def time_backends(case: LinearCall, device: torch.device, clock: Clock, rounds: 
         if not error <= TOLERANCE * size:
             raise RuntimeError(f"{name} is wrong by {error:.3g} of {size:.3g} ({case})")
     screened = take_turns(ours, clock, min(SCREENING, rounds))
-    best = {config: ours[config] for config in sorted(ours, key=screened.get)[:FINALISTS]}
+    best = {config: ours[config] for config in sorted(ours, key=screened.__getitem__)[:FINALISTS]}
     medians = take_turns(best | theirs, clock, rounds)
-    config = min(best, key=medians.get)
+    config = min(best, key=medians.__getitem__)
     times = medians[config], medians["dense"], algorithm, medians.get("cusparselt")
     return Timing(config, *times, time.strftime("%Y-%m-%d"))
 
 
-def take_turns(functions: Mapping, clock: Clock, rounds: int) -> dict:
+def take_turns(functions: Mapping[Any, Any], clock: Clock, rounds: int) -> dict[Any, float]:
     """Medians by name. Each round has another order, as a call finds the clocks that the one before it left."""
-    shuffled, times = random.Random(0), {name: [] for name in functions}
+    shuffled = random.Random(0)
+    times: dict[Any, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name in shuffled.sample(list(functions), len(functions)):
             times[name].append(clock(functions[name]))

@@ -5,6 +5,8 @@ The canonical form keeps two values of every group and their columns inside it: 
 i0 | i1 << 2 with i0 < i1; a group with fewer non-zeros keeps zeros. `madtp_kernels.Sparse24Weight` holds the two.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ def sparse24_to_dense(values: Tensor, indices: Tensor) -> Tensor:
     return groups.scatter(-1, columns, values.unflatten(1, (-1, 2))).flatten(1)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -34,7 +36,7 @@ def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * gate * (1 + _QUICK * x * (1 - gate))
 
 
-_BACKWARDS = {
+_BACKWARDS: dict[str, Callable[..., Tensor]] = {
     "none": lambda grad, x: grad,
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),

@@ -58,7 +58,7 @@ class Timing(NamedTuple):
         others = {"dense": self.dense}
         if runs_cusparselt and self.cusparselt is not None:
             others["cusparselt"] = self.cusparselt
-        best = min(others, key=others.get)
+        best = min(others, key=others.__getitem__)
         return best if others[best] < MARGIN * self.cuda else "cuda"
 
     def __str__(self) -> str:
@@ -165,7 +165,7 @@ def read(path: Path, name: str) -> dict[LinearCall, Timing]:
         for row in found["timings"]:
             case = LinearCall(*(row[field] for field in LinearCall._fields))
             config, numbers = Sparse24Config(*row["config"]), (float(row["cuda"]), float(row["dense"]))
-            peer = None, None
+            peer: tuple[Algorithm | None, float | None] = None, None
             if same and row["cusparselt"] is not None:
                 peer = Algorithm(*row["algorithm"]), float(row["cusparselt"])
             timings[case] = Timing(config, *numbers, *peer, str(row["measured"]))
