@@ -24,17 +24,17 @@ bool lengths(const AttentionInputs& a, bool self_attention) {
 }
 
 bool query_rows(const AttentionInputs& a, const void* data) {
-  return matrix(data, a.dtype, a.rows_q, a.heads * a.head_dim);
+  return is_matrix(data, a.dtype, a.rows_q, a.heads * a.head_dim);
 }
 
 bool key_rows(const AttentionInputs& a, const void* data) {
-  return matrix(data, a.dtype, a.rows_k, a.heads * a.head_dim);
+  return is_matrix(data, a.dtype, a.rows_k, a.heads * a.head_dim);
 }
 
 bool valid(const AttentionInputs& a, bool statistics) {
   return a.heads >= 0 && a.head_dim >= 16 && a.head_dim <= kMaxHeadDim && a.head_dim % 16 == 0 &&
-         offsets(a.cu_seqlens_q, a.batch, a.rows_q, true) &&
-         offsets(a.cu_seqlens_k, a.batch, a.rows_k, true) && query_rows(a, a.q) && key_rows(a, a.k) &&
+         are_offsets(a.cu_seqlens_q, a.batch, a.rows_q, true) &&
+         are_offsets(a.cu_seqlens_k, a.batch, a.rows_k, true) && query_rows(a, a.q) && key_rows(a, a.k) &&
          key_rows(a, a.v) && std::isfinite(a.softmax_scale) && lengths(a, statistics || a.causal);
 }
 
@@ -45,7 +45,7 @@ Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* 
   const bool statistics = summary != nullptr || received != nullptr;
   if (!valid(a, statistics) || !query_rows(a, out) || workspace == nullptr || threads < 1)
     return Status::invalid_argument;
-  if (statistics && !(present(summary, a.rows_q) && present(received, a.rows_q)))
+  if (statistics && !(is_present(summary, a.rows_q) && is_present(received, a.rows_q)))
     return Status::invalid_argument;
   MADTP_DISPATCH(varlen_attention(a, out, lse, summary, received, workspace, threads));
 }
@@ -54,11 +54,11 @@ Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradie
                                  int threads) {
   const bool statistics = g.grad_summary != nullptr || g.grad_received != nullptr;
   if (!valid(a, statistics) || !query_rows(a, g.grad_out) || !query_rows(a, g.grad_q) ||
-      !key_rows(a, g.grad_k) || !key_rows(a, g.grad_v) || !present(g.lse, a.rows_q, a.heads) ||
+      !key_rows(a, g.grad_k) || !key_rows(a, g.grad_v) || !is_present(g.lse, a.rows_q, a.heads) ||
       workspace == nullptr || threads < 1)
     return Status::invalid_argument;
   if (statistics &&
-      !(present(g.grad_summary, a.rows_q) && present(g.grad_received, a.rows_q) && query_rows(a, g.out)))
+      !(is_present(g.grad_summary, a.rows_q) && is_present(g.grad_received, a.rows_q) && query_rows(a, g.out)))
     return Status::invalid_argument;
   MADTP_DISPATCH(varlen_attention_backward(a, g, workspace, threads));
 }

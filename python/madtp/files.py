@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from madtp_kernels.atomic_file import whole_file as atomic_file
+from madtp_kernels.atomic_file import atomic_file
 
 
 def atomic_write(path: str | os.PathLike, text: str) -> None:

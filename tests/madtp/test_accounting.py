@@ -123,7 +123,7 @@ def test_patterns_that_do_not_run_as_24_count_in_full():
 
 @pytest.mark.parametrize(("backend", "executed"), [("cpu", 128), ("reference", 256)])
 def test_a_packed_linear_executes_half_where_a_sparse_kernel_runs(monkeypatch, backend, executed):
-    if backend == "cpu" and dispatch.extension_obstacle() is not None:
+    if backend == "cpu" and dispatch.extension_unsupported_reason() is not None:
         pytest.skip("no C++ extension")
     monkeypatch.setenv("MADTP_BACKEND", backend)
     model = nn.Sequential(nn.Linear(32, 8))

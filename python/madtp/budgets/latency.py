@@ -18,6 +18,7 @@ from madtp.hwp import Sparse24Linear
 from madtp.inference import evaluating, leading_size
 from madtp.measure.timing import medians
 from madtp_kernels import sparse24_prune
+from madtp_kernels.sparse24.weight import supports_shape
 
 ROUNDS = 7  # of the whole model at every temperature
 
@@ -76,7 +77,7 @@ def _saved_by_packing(model: nn.Module, names: Iterable[str], batch: Mapping[str
 
 def _gain(module: nn.Linear, rows: int) -> float:
     out_features, in_features = module.weight.shape
-    if not rows or out_features % 8 or in_features % 16:  # which `pack` leaves dense
+    if not rows or not supports_shape(out_features, in_features):  # which `pack` leaves dense
         return 0.0
     packed = Sparse24Linear(sparse24_prune(module.weight.detach()), module.bias)
     x = torch.randn(rows, in_features, dtype=module.weight.dtype, device=module.weight.device)

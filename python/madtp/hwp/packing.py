@@ -14,6 +14,7 @@ from madtp_kernels import Sparse24Weight, explain, sparse24_compress, sparse24_l
 from madtp_kernels.dispatch import Choice
 from madtp_kernels.nm_patterns import is_pattern
 from madtp_kernels.renamed import renamed
+from madtp_kernels.sparse24.weight import supports_shape
 
 ACTIVATIONS = {
     activations.GELUActivation: "gelu",
@@ -111,7 +112,7 @@ class Sparse24Linear(nn.Module):
             return self(x, num_rows=num_rows) + residual
         if len(leading) != 1:
             x, residual = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
-        options = {"activation": self.activation, "residual": residual, "scale": self.scale, "total": num_rows}
+        options = {"activation": self.activation, "residual": residual, "scale": self.scale, "num_rows": num_rows}
         y = sparse24_linear(x, self.sparse_weight, self.bias, **options)
         return y if len(leading) == 1 else y.view(*leading, y.shape[1])
 
@@ -230,20 +231,15 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _misfit(weight: Tensor) -> str | None:
-    if not _fits(weight):
-        out_features, in_features = weight.shape
+    out_features, in_features = weight.shape
+    if not supports_shape(out_features, in_features):
         return f"dense: {out_features} x {in_features} must be multiples of 8 and 16"
     return None if is_pattern(weight, "2:4") else "dense: has more than 2 non-zeros in an aligned 4"
 
 
-def _fits(weight: Tensor) -> bool:
-    """Whether the kernels take a weight of this shape."""
-    out_features, in_features = weight.shape
-    return out_features % 8 == 0 and in_features % 16 == 0
-
-
 def _compressed(module: nn.Linear) -> Sparse24Weight | None:
-    if not _fits(module.weight):
+    out_features, in_features = module.weight.shape
+    if not supports_shape(out_features, in_features):
         return None
     try:
         return sparse24_compress(module.weight)
