@@ -30,8 +30,8 @@ class Progress:
     @contextmanager
     def training(self, trainer: Trainer) -> Iterator[None]:
         """In this context the trainer reports here instead of in its own bar and dictionaries."""
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
+        for theirs in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(theirs)
         with progress.Progress(*_columns(), progress.TextColumn("{task.fields[seen]}"), console=self.console) as bar:
             shown = _TrainingBar(bar)
             trainer.add_callback(shown)

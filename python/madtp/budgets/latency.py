@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from madtp.budgets.prunable import linear_of
 from madtp.budgets.records import Sensitivities, Times
+from madtp.handles import handle_of
 from madtp.hwp import Sparse24Linear
 from madtp.inference import evaluating, leading_size
 from madtp.measure.timing import medians
@@ -33,7 +34,7 @@ def time_parts(
         patched: a copy of it, patched, at temperature 0.
         batch: without shared images, where the models are.
     """
-    handle, device, samples = patched.madtp_handle, next(iter(batch.values())).device, leading_size(batch)
+    handle, device, samples = handle_of(patched), next(iter(batch.values())).device, leading_size(batch)
 
     def at(branch: str, temperature: float) -> None:
         handle.set_temperature({branch: temperature})
@@ -59,7 +60,7 @@ def _saved_by_packing(model: nn.Module, names: Iterable[str], batch: Mapping[str
 
     Layers of one shape at as many rows are timed once.
     """
-    modules = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
+    modules = {name: linear_of(model, name) for name in names}
     rows: defaultdict[str, list[int]] = defaultdict(list)  # by module, of each of its calls
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: rows[name].append(inputs[0].shape[:-1].numel()))

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from madtp.budgets.prunable import prunable_linears
+from madtp.budgets.prunable import linear_of, prunable_linears
 from madtp.budgets.records import Sensitivities, TokenPoint, WeightUnit
 from madtp.config import CompressionConfig
+from madtp.handles import handle_of
 from madtp.hwp import InputStatistics, Pattern, prune_one_shot
 from madtp.inference import evaluating, leading_size
 from madtp.measure.inputs import input_statistics
@@ -46,7 +47,7 @@ class Calibration:
         batches: Sequence[dict[str, Tensor]],
         config: CompressionConfig,
     ):
-        self.model, self.handle, self.task, self.config = model, model.madtp_handle, task, config
+        self.model, self.handle, self.task, self.config = model, handle_of(model), task, config
         self.batches = batches
         self.sizes = [leading_size(batch) for batch in batches]
         weights = config.vision_weight, config.text_weight, config.kd_weight, config.kd_temperature
@@ -82,19 +83,19 @@ class Calibration:
             inputs: of all of them; None collects them, some Linears at a time, the former ones N:M.
         """
         modules = list(modules)
-        before = {name: self.model.get_submodule(name).weight.detach().clone() for name in modules}
+        before = {name: linear_of(self.model, name).weight.detach().clone() for name in modules}
         try:
             for start in range(0, len(modules), INPUTS_AT_A_TIME):
                 names = modules[start : start + INPUTS_AT_A_TIME]
                 met = self.inputs(names) if inputs is None else inputs
-                fed = [name for name in names if met[name].rows > 0]
+                fed = [name for name in names if met[name].weight_sum > 0]
                 prune_one_shot(self.model, self.config.pattern, fed, met, correct=True)
                 prune_one_shot(self.model, self.config.pattern, [name for name in names if name not in fed])
             yield
         finally:
             with torch.no_grad():
                 for name, weight in before.items():
-                    self.model.get_submodule(name).weight.copy_(weight)
+                    linear_of(self.model, name).weight.copy_(weight)
 
     @contextmanager
     def at(self, temperatures: Mapping[str, float]) -> Iterator[None]:
@@ -130,7 +131,7 @@ def find_sensitivities(
         if name in handle.pruning:
             tokens[name] = _token_points(calibration, name, found.branches[name].dense_macs)
             continue
-        weight = model.get_submodule(name).weight
+        weight = linear_of(model, name).weight
         macs = found.modules[name].dense_macs
         if name not in inputs:
             first = modules.index(name)

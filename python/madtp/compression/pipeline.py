@@ -8,19 +8,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from madtp.budgets.plan import Plan
 from madtp.compression.report import report_data
 from madtp.compression.targets import Targets, choose_targets, latency_plan
 from madtp.config import CompressionConfig
 from madtp.files import atomic_directory, require_writable
+from madtp.handles import handle_of
 from madtp.hwp import Permutation, mlp_pairs, pack, permute_mlps, prune_one_shot
 from madtp.measure.figures import compare
 from madtp.measure.inputs import input_statistics
@@ -168,7 +169,7 @@ def _score_norms(student: nn.Module, targets: Targets, config: CompressionConfig
     """What `WeightPruner` scores by; None: magnitude. With "second_order" weights are pruned and corrected here."""
     if config.hwp_score == "magnitude":
         return None
-    handle, second_order = student.madtp_handle, config.hwp_score == "second_order"
+    handle, second_order = handle_of(student), config.hwp_score == "second_order"
     weighted = config.hwp_score == "token_weighted"
     before = handle.temperatures
     if weighted:
@@ -224,7 +225,7 @@ def _pack_and_calibrate(
 
 def _save(student: nn.Module, task: Task, path: Path) -> None:
     with atomic_directory(path) as directory:
-        student.save_pretrained(directory)
+        cast(PreTrainedModel, student).save_pretrained(directory)
         task.save_processor(directory)
 
 

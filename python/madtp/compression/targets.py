@@ -14,8 +14,9 @@ from transformers import set_seed
 
 from madtp.budgets.allocate import allocate
 from madtp.budgets.plan import Plan
-from madtp.budgets.prunable import prunable_linears
+from madtp.budgets.prunable import linear_of, prunable_linears
 from madtp.config import CompressionConfig
+from madtp.handles import handle_of
 from madtp.hwp import Pattern
 from madtp.measure.macs import Profile, counted_macs, profile_batches
 from madtp.patching.handle import patch
@@ -95,7 +96,7 @@ def choose_targets(
 ) -> Targets:
     """The targets of a plan, or without one those of the config; `student` is the patched model."""
     require_samples(calibration_data=calibration_data)
-    pruning, linears = student.madtp_handle.pruning, prunable_linears(student, config)
+    pruning, linears = handle_of(student).pruning, prunable_linears(student, config)
     latency_reduction: float | None = None
     if plan is None:
         assert config.macs_reduction is not None  # a config without one asks for time, and comes with a plan
@@ -120,7 +121,7 @@ def _require_params_reduction(model: nn.Module, selected: list[str], config: Com
     if config.params_reduction is None:
         return
     n, m = Pattern.parse(config.pattern)
-    weights = sum(model.get_submodule(name).weight.numel() for name in selected)
+    weights = sum(linear_of(model, name).weight.numel() for name in selected)
     reachable = weights * (1 - n / m) / sum(p.numel() for p in model.parameters())
     if config.params_reduction > reachable:
         raise ValueError(
@@ -139,9 +140,9 @@ def _require_feasible(
     config: CompressionConfig,
 ) -> None:
     """Refuses a target far from what the highest temperature reaches: training moves this bound, but not by much."""
-    student.madtp_handle.set_temperature(dict.fromkeys(branches, config.temperature_max))
+    handle_of(student).set_temperature(dict.fromkeys(branches, config.temperature_max))
     least = sum(counted_macs(student, probe, planned_sparse=planned).values()) / dense_macs
-    student.madtp_handle.set_temperature(0)
+    handle_of(student).set_temperature(0)
     if least > FEASIBLE_MARGIN * (1 - reduction):
         raise ValueError(
             f"macs_reduction must be at most about {1 - least:.2f}, which temperature_max {config.temperature_max:g} "

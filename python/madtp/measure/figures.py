@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import stdev
+from typing import cast
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
+from madtp.handles import find_handle, handle_of
 from madtp.inference import leading_size
 from madtp.measure.macs import count_parameters, disk_bytes, mean_profile, profile
 from madtp.measure.timing import TIMING_BATCH, time_per_layer, time_per_sample
@@ -48,7 +51,7 @@ def measure(
     watch = _TokenCount(model)
     metrics = task.evaluate(model, data, progress=lambda batches: watch(progress(batches)))
     counted = model
-    if not hasattr(model, "madtp_handle"):
+    if find_handle(model) is None:
         counted = copy.deepcopy(model)
         patch(counted)
     batches = sample_batches(task, data, ACCOUNT_SAMPLES, _device(model))
@@ -65,7 +68,7 @@ def measure(
         "params": params,
         "nonzero_params": nonzero_params,
         "bytes": disk_bytes(path / "model.safetensors") if path else _saved_bytes(model),
-        "tokens_per_layer": watch.means() or counted.madtp_handle.tokens_per_layer,
+        "tokens_per_layer": watch.means() or handle_of(counted).tokens_per_layer,
     }
 
 
@@ -90,7 +93,7 @@ class _TokenCount:
     """Averages the tokens after each layer over the batches of an evaluation, of a patched model."""
 
     def __init__(self, model: nn.Module):
-        self.handle = getattr(model, "madtp_handle", None)
+        self.handle = find_handle(model)
         self.tokens: defaultdict[str, list] = defaultdict(list)  # branch -> per batch, (B,) x layers totals
         self.sequences: defaultdict[str, int] = defaultdict(int)
 
@@ -120,5 +123,5 @@ def _device(model: nn.Module) -> torch.device:
 
 def _saved_bytes(model: nn.Module) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        cast(PreTrainedModel, model).save_pretrained(folder)
         return disk_bytes(Path(folder) / "model.safetensors")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from madtp.handles import handle_of
 from madtp.hwp import InputStatistics, collect_inputs
 from madtp.inference import evaluating
 
@@ -28,7 +29,7 @@ def input_statistics(
     """
     with (
         evaluating(model),
-        model.madtp_handle.inference(),
+        handle_of(model).inference(),
         collect_inputs(model, modules, gram=gram, token_weighted=token_weighted) as statistics,
     ):
         for batch in batches:

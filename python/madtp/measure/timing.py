@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
+from madtp.handles import handle_of
 from madtp.inference import evaluating, leading_size
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def time_per_layer(
     Medians of the rounds of `take_turns`. On a GPU the clock waits for every block, so that their sum is more than the
     forward takes without.
     """
-    device, handle = next(iter(batch.values())).device, patched.madtp_handle
+    device, handle = next(iter(batch.values())).device, handle_of(patched)
 
     def lap(model: nn.Module, timed: Callable) -> LayerSeconds:
         spent: LayerSeconds = defaultdict(float)
@@ -107,9 +108,8 @@ def _timed_blocks(model: nn.Module, handle: Handle, device: torch.device, spent:
     """A context in which the blocks of a plain model add their seconds to `spent`; the handle knows where they are."""
     hooks, started = [], {}
     for branch in handle.pruning:
-        path = handle.family.path(branch)
-        blocks = handle.model.get_submodule(path).madtp_spec.encoder.blocks
-        for number, block in enumerate(attrgetter(blocks)(model.get_submodule(path))):
+        blocks = attrgetter(handle.tower(branch).madtp_spec.encoder.blocks)
+        for number, block in enumerate(blocks(model.get_submodule(handle.family.path(branch)))):
 
             def start(*_, key=(branch, number)):
                 started[key] = now(device)

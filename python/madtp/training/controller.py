@@ -128,7 +128,7 @@ class TemperatureController:
         return min(max(log_tau, self.low), self.high)
 
 
-@renamed(macs_reduction="macs_reduction")
+@renamed(flops_reduction="macs_reduction")
 def branch_targets(profile: Profile, macs_reduction: float, prunable: Collection[str]) -> dict[str, float]:
     """Counted MACs per sample each prunable branch may spend so that the whole model meets the target.
 

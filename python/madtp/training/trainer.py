@@ -19,11 +19,13 @@ from transformers.utils import ModelOutput
 
 from madtp.config import CompressionConfig
 from madtp.files import atomic_write
+from madtp.handles import handle_of
 from madtp.hwp import Pattern, WeightPruner
 from madtp.inference import evaluating
 from madtp.measure.macs import counted_macs
 from madtp.migration import CHECKPOINT_VERSION, migrate_checkpoint, migrate_log
 from madtp.search import find_root
+from madtp.tasks.batches import sample_count
 from madtp.tasks.task import Task
 from madtp.training.controller import TemperatureController
 from madtp.training.guard import Guard
@@ -93,7 +95,7 @@ class MadtpTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         # The model takes **kwargs, but its loss is a mean whatever they say: accumulated steps are to be averaged.
         self.model_accepts_loss_kwargs = False
-        self.task, self.config, self.handle = task, config, model.madtp_handle
+        self.task, self.config, self.handle = task, config, handle_of(model)
         self.teacher = teacher.to(args.device).eval().requires_grad_(False)
         self.probe = probe
         self.joint_loss = JointLoss(
@@ -130,7 +132,7 @@ class MadtpTrainer(Trainer):
             output, _ = output
         with torch.no_grad(), self.accelerator.autocast():
             taught = self.teacher(**inputs)
-        teaching = self.task.logits(taught, inputs)[0], self.teacher.madtp_handle.summary_features
+        teaching = self.task.logits(taught, inputs)[0], handle_of(self.teacher).summary_features
         loss, parts = self._joint(output, inputs, *teaching, aligned=self._aligned(inputs.get("image_index")))
         if not torch.isfinite(loss):
             wrong = [f"{name} is {part.item()}" for name, part in parts.items() if not torch.isfinite(part)]
@@ -146,7 +148,7 @@ class MadtpTrainer(Trainer):
             with torch.no_grad(), self.accelerator.autocast():
                 for batch in self.guarded:
                     logits = self.task.logits(self.teacher(**batch), batch)[0]
-                    self._guarded_teaching.append((logits, self.teacher.madtp_handle.summary_features))
+                    self._guarded_teaching.append((logits, handle_of(self.teacher).summary_features))
         losses = []
         with evaluating(self.model), self.handle.inference():
             for batch, teaching in zip(self.guarded, self._guarded_teaching, strict=True):
@@ -304,15 +306,17 @@ class MadtpTrainer(Trainer):
     def _aligned(self, image_index: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The aligned features of vision and text, a row of each per sample; None where they are not collected."""
         aligned = self.handle.aligned
-        if not {"vision", "text"} <= aligned.keys() or aligned["vision"] is None:
+        vision, text = aligned.get("vision"), aligned.get("text")
+        if vision is None or text is None:
             return None
-        vision = aligned["vision"] if image_index is None else aligned["vision"][image_index]
-        return vision, aligned["text"]
+        return vision if image_index is None else vision[image_index], text
 
     def _total_steps(self) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps
-        batches = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
+        if self.train_dataset is None:
+            raise ValueError("train_dataset must be given where args say no max_steps, got None")
+        batches = math.ceil(sample_count(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
         return math.ceil(self.args.num_train_epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
