@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,7 +68,7 @@ def settings(
 
     from madtp.config import CompressionConfig
 
-    values = {}
+    values: Any = {}
     if file is not None:
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}

@@ -151,7 +151,7 @@ def collate(items: list) -> dict[str, torch.Tensor]:
     """
     triples = [triple for item in items for triple in (item if isinstance(item, list) else [item])]
     rows: dict[int, int] = {}
-    pixels = []
+    pixels: list[torch.Tensor] = []
     for triple in triples:
         if rows.setdefault(triple["image"], len(rows)) == len(pixels):
             pixels.append(triple["pixel_values"])

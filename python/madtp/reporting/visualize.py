@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from madtp.data.model_inputs import forward_inputs, reads_text, tower_config
+from madtp.handles import find_handle, handle_of
 from madtp.inference import evaluating
 
 CELL = 1.15  # inches of one image
@@ -51,7 +53,7 @@ def picture(model: nn.Module, task, data, path: str | Path, *, rows: int = 8) ->
     Raises:
         TypeError: the model is not compressed. ValueError: `rows` is not a number of images in the data.
     """
-    if not hasattr(model, "madtp_handle"):
+    if find_handle(model) is None:
         raise TypeError(f"model must be a compressed one, got a plain {type(model).__name__}")
     items = [data[i] for i in _examples(data, rows)]
     with evaluating(model):
@@ -84,7 +86,7 @@ def depths(
     Raises:
         TypeError: the model is not patched, or has no vision tower. ValueError: it reads text, and none is given.
     """
-    handle = getattr(model, "madtp_handle", None)
+    handle = find_handle(model)
     if handle is None or "vision" not in handle.pruning:
         raise TypeError(f"model must be a compressed one with a vision tower, got {type(model).__name__}")
     if reads_text(model) and (text is None or tokenizer is None):
@@ -112,15 +114,16 @@ def look(model: nn.Module, inputs: Mapping[str, Tensor], tokenizer=None) -> View
         inputs: keyword arguments of a forward, of one sample.
         tokenizer: that turns its ids back into words; only for models that prune text.
     """
-    handle, device = model.madtp_handle, next(model.parameters()).device
+    handle, device = handle_of(model), next(model.parameters()).device
     fits: list[Tensor] = []  # per layer, (T,)
-    logits = model.madtp_guide.logits["vision"].register_forward_hook(lambda *a: fits.append(a[-1].amax(dim=1).relu()))
+    logits = handle.guide.logits["vision"].register_forward_hook(lambda *a: fits.append(a[-1].amax(dim=1).relu()))
     try:
         with evaluating(model):
             model(**{name: value.to(device) for name, value in inputs.items()})
     finally:
         logits.remove()
     branch, size = handle.pruning["vision"], tower_config(model, "vision").patch_size
+    assert branch.entered is not None, "a forward has run"
     patches = (inputs["pixel_values"].shape[-1] // size) ** 2
     first = branch.entered.max_seqlen - patches  # position of the first patch: after the class token, if any
     states = [branch.entered, *branch.layers]
@@ -238,7 +241,9 @@ def _wrapped(words: Words) -> list[Words]:
 
 
 def _line(words: Words) -> HPacker:
-    texts = [TextArea(word, textprops={"fontsize": 9, "color": KEPT if kept else GONE}) for word, kept in words]
+    texts: list[Artist] = [
+        TextArea(word, textprops={"fontsize": 9, "color": KEPT if kept else GONE}) for word, kept in words
+    ]
     return HPacker(children=texts, pad=0, sep=3.5, align="baseline")
 
 
