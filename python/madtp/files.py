@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -11,11 +12,22 @@ from pathlib import Path
 
 from madtp_kernels.atomic_file import atomic_file
 
+CHUNK = 1 << 20  # bytes of a file that are read at a time
+
 
 def atomic_write(path: str | os.PathLike, text: str) -> None:
     """Writes a text file under a temporary name and renames it."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file in hexadecimal, read a chunk at a time (`hashlib.file_digest` came with Python 3.11)."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager

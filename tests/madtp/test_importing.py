@@ -62,7 +62,7 @@ def test_the_names_are_where_the_table_says():
 
 
 def test_a_room_does_not_take_the_name_of_a_function():
-    import madtp.measure.macs  # noqa: F401
+    import madtp.measure.macs
 
     assert madtp.measure is importlib.import_module("madtp.measure.figures").measure
 

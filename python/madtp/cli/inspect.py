@@ -44,6 +44,7 @@ def evaluate(
     """
     quiet_transformers()
     from madtp.progress import Progress
+    from madtp.tasks.batches import sample_count
     from madtp.tasks.registry import load_judged
 
     progress = Progress(stderr())
@@ -51,7 +52,7 @@ def evaluate(
         judged = load_judged(model, task, data, test=test, images=images, limit=limit)
     metrics = judged.task.evaluate(judged.model, judged.data, progress=lambda batches: progress(batches, "evaluating"))
     for name, value in metrics.items():
-        print(f"{name} {100 * value:.2f} % on {len(judged.data):,} samples")
+        print(f"{name} {100 * value:.2f} % on {sample_count(judged.data):,} samples")
 
 
 def profile(
@@ -71,10 +72,11 @@ def profile(
     from rich.console import Console
 
     from madtp.data.model_inputs import random_inputs
+    from madtp.handles import find_handle
     from madtp.measure.figures import ACCOUNT_SAMPLES
     from madtp.measure.macs import profile_batches
     from madtp.patching.handle import patch
-    from madtp.tasks.batches import sample_batches
+    from madtp.tasks.batches import sample_batches, sample_count
     from madtp.tasks.loading import architecture, load_model
     from madtp.tasks.registry import load_judged, tasks_of
 
@@ -82,13 +84,13 @@ def profile(
     if tasks_of(architecture(model)) or any(option is not None for option in given):
         judged = load_judged(model, task, data, test=test, images=images, limit=limit)
         loaded, batches = judged.model, sample_batches(judged.task, judged.data, ACCOUNT_SAMPLES)
-        samples = f"{min(len(judged.data), ACCOUNT_SAMPLES):,} test samples"
+        samples = f"{min(sample_count(judged.data), ACCOUNT_SAMPLES):,} test samples"
     else:
         loaded = load_model(model)
         batches = [random_inputs(loaded, limit or RANDOM_SAMPLES)]
         samples = f"{limit or RANDOM_SAMPLES} random samples, as no task is for this model: {_shapes(batches[0])}"
     found = weights = profile_batches(loaded, batches)
-    if not hasattr(loaded, "madtp_handle"):
+    if find_handle(loaded) is None:
         patch(loaded)  # plain Hugging Face computes padding, the patched dense model does not
         found = profile_batches(loaded, batches)
     Console().print(profile_table(found, weights))

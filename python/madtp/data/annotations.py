@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -36,7 +37,7 @@ class Annotations(Dataset):
             or, when an item is read, its image is missing or broken.
     """
 
-    fields: dict[str, Callable[[object], bool]]  # that every record must have -> whether a value fits
+    fields: dict[str, Callable[[Any], bool]]  # that every record must have -> whether a value fits
 
     def __init__(
         self, file: Path | str, image_root: Path | str, tokenizer, image_processor, max_length=MAX_LENGTH, limit=None

@@ -175,8 +175,8 @@ def render(svg: str, side: int) -> np.ndarray:
         picture = picture.convert("RGBA")
     if picture.size != (side, side):
         scale = side / max(picture.size)
-        picture = picture.resize([max(1, round(scale * length)) for length in picture.size])
+        picture = picture.resize((max(1, round(scale * picture.width)), max(1, round(scale * picture.height))))
         square = Image.new("RGBA", (side, side))
-        square.paste(picture, [(side - length) // 2 for length in picture.size])
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         picture = square
     return np.asarray(picture)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from madtp.handles import find_handle
 from madtp.models.family import Family
 from madtp.models.registry import family_of
 
@@ -38,7 +39,8 @@ def forward_inputs(
         pixel_values: (B, 3, H, W).
         text: input_ids (B, L) and what else a tokenizer makes.
     """
-    family, inputs = _family(model), {}
+    family = _family(model)
+    inputs: dict[str, Tensor] = {}
     if pixel_values is not None:
         inputs["pixel_values"] = pixel_values
         if family.images_per_text > 1:
@@ -46,9 +48,10 @@ def forward_inputs(
     if text is not None:
         inputs |= {name: value for name, value in text.items() if name != "token_type_ids"}
         ids = inputs["input_ids"]
-        image_token = getattr(model.config, "image_token_index", None)
+        config: Any = model.config  # of Hugging Face
+        image_token = getattr(config, "image_token_index", None)
         if image_token is not None:
-            shape = (len(ids), model.config.num_query_tokens)
+            shape = (len(ids), config.num_query_tokens)
             inputs["input_ids"] = ids = torch.cat((ids.new_full(shape, image_token), ids), dim=1)
             if "attention_mask" in inputs:
                 mask = inputs["attention_mask"]
@@ -86,8 +89,8 @@ def tower_config(model: PreTrainedModel, branch: str) -> Any:
     return tower.config
 
 
-def _family(model: PreTrainedModel) -> Family:
-    handle: Any = getattr(model, "madtp_handle", None)
+def _family(model: nn.Module) -> Family:
+    handle = find_handle(model)
     family = handle.family if handle is not None else family_of(model)
     if family is None:
         raise TypeError(f"model must be of a supported class, got {type(model).__name__}")

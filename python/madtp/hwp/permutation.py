@@ -94,8 +94,8 @@ def mlp_pairs(model: nn.Module) -> list[tuple[str, str]]:
     for parent in modules:
         for names in MLPS:
             first, second = (f"{parent}.{name}" if parent else name for name in names)
-            found = modules.get(first), modules.get(second)
-            if all(isinstance(module, nn.Linear) for module in found) and found[0].out_features == found[1].in_features:
+            one, other = modules.get(first), modules.get(second)
+            if isinstance(one, nn.Linear) and isinstance(other, nn.Linear) and one.out_features == other.in_features:
                 pairs.append((first, second))
     return pairs
 
@@ -160,8 +160,8 @@ def _swap(groups: Tensor, order: Tensor, first: Tensor, second: Tensor, n: int) 
         gain[:, :, i] += (a - rest_b[:, i, None]).clamp_min_(0).sum(-1)
     best, where = gain.flatten(1).max(1)
     better = best > MIN_GAIN * (kept_a + kept_b)
-    i, j = where // groups.shape[1], where % groups.shape[1]
-    into, out = (first[better], i[better]), (second[better], j[better])
+    channel_a, channel_b = where // groups.shape[1], where % groups.shape[1]
+    into, out = (first[better], channel_a[better]), (second[better], channel_b[better])
     for channels in (groups, order):
         channels[into], channels[out] = channels[out], channels[into]
     return bool(better.any())

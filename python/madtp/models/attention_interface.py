@@ -127,12 +127,12 @@ def attention_forward(
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f'{name} must be unset with attn_implementation="{NAME}"; set "eager" for this model')
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    padding_of_causal = attention_mask is not None and attention_mask.ndim == 2
-    if padding_of_causal:
-        _check_real_tokens(attention_mask, query, key, causal)
+    real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None  # (B, M), of causal
+    if real is not None:
+        _check_real_tokens(real, query, key, causal)
     if not _runs_ragged(query, key, value, attention_mask, dropout, position_bias):
-        if padding_of_causal:
-            attention_mask = attention_mask[:, None, None] & _lower_triangle(query)  # (B, 1, N, N)
+        if real is not None:
+            attention_mask = real[:, None, None] & _lower_triangle(query)  # (B, 1, N, N)
         return sdpa_attention_forward(
             module,
             query,
@@ -146,7 +146,7 @@ def attention_forward(
         )
 
     batch, _, queries, _ = query.shape
-    causal = causal and queries > 1 and (attention_mask is None or padding_of_causal)
+    causal = causal and queries > 1 and (attention_mask is None or real is not None)
     if causal and attention_mask is None:  # an empty static cache: its later slots are unseen
         key, value = key[:, :, :queries], value[:, :, :queries]
     queried, read = _sequences(module, query, key, attention_mask)
@@ -195,12 +195,13 @@ def _sequences(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | Non
     """Which queries and which keys take part; the same object when they are the same."""
     batch, _, queries, _ = query.shape
     keys = key.shape[2]
+    kind: type = type(module)  # mypy holds a type[nn.Module] to be unhashable
     if mask is None:
         queried = _Sequences.every(batch, queries, query.device)
         return queried, queried if keys == queries else _Sequences.every(batch, keys, query.device)
     real = mask if mask.ndim == 2 else mask[:, 0, 0].expand(batch, -1)  # (B, M)
     read = _Sequences.where(real)
-    if mask.ndim == 2 or (queries == keys and _attends_to_itself(type(module))):
+    if mask.ndim == 2 or (queries == keys and _attends_to_itself(kind)):
         return read, read
     has_key = real.any(dim=1)  # a sequence without keys has nothing to average: zeros
     if has_key.all():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class RaggedQFormer:
+class RaggedQFormer(nn.Module):
     """Mixed into the Q-Former: it reads the image tokens that are left, merged ones among them, under their mask.
 
     Hugging Face passes it the features of all positions and a mask of ones, from half a dozen places.

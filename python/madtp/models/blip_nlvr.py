@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BlipConfig, BlipTextModel, BlipVisionModel
+from transformers import BlipConfig, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip import BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 from transformers.utils import ModelOutput
@@ -17,6 +18,7 @@ from madtp.dtp.branch import Branch
 from madtp.dtp.ragged import RaggedBatch, RepeatedSequences
 from madtp.models.encoder import attend
 from madtp.models.family import CompressedModel
+from madtp.models.tower import ragged
 from madtp.models.towers import BERT_ENCODER, BLIP_TEXT
 
 
@@ -75,11 +77,11 @@ class BlipForNLVR(BlipPreTrainedModel):
 
     def __init__(self, config: BlipConfig):
         super().__init__(config)
-        text, depth = config.text_config, config.text_config.num_hidden_layers
-        self.vision_model = BlipVisionModel(config.vision_config)
+        vision, text = cast(BlipVisionConfig, config.vision_config), cast(BlipTextConfig, config.text_config)
+        self.vision_model = BlipVisionModel(vision)
         self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
         for i, layer in enumerate(self.text_encoder.encoder.layer):
-            layer.crossattention = TwinCrossAttention(text, merge=i >= depth // 2)
+            layer.crossattention = TwinCrossAttention(text, merge=i >= text.num_hidden_layers // 2)
         self.classifier = nn.Sequential(
             nn.Linear(text.hidden_size, text.hidden_size), nn.ReLU(), nn.Linear(text.hidden_size, 2)
         )
@@ -121,9 +123,9 @@ class RaggedBlipForNLVR(CompressedModel, BlipForNLVR):
     """BlipForNLVR with pruned encoders."""
 
     def _summary_features(self, images, input_ids, attention_mask, interpolate_pos_encoding) -> Tensor:
-        features = self.vision_model.encode(images, interpolate_pos_encoding=interpolate_pos_encoding)
+        features = ragged(self.vision_model).encode(images, interpolate_pos_encoding=interpolate_pos_encoding)
         keys = tuple(half.in_order() for half in features.split(input_ids.shape[0]))
-        return self.text_encoder.encode(input_ids, attention_mask, keys).summary_features()
+        return ragged(self.text_encoder).encode(input_ids, attention_mask, keys).summary_features()
 
 
 RaggedBlipForNLVR.__name__ = BlipForNLVR.__name__  # what a saved model says it is

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -89,7 +90,8 @@ def encode(
     if record is not None:
         record.append(batch)
     for layer in attrgetter(spec.blocks)(tower):
-        batch = _checkpointed(layer, lambda p, layer=layer: block(layer, spec, p, branch, heads, keys), batch)
+        run = partial(block, layer, spec, branch=branch, heads=heads, keys=keys)
+        batch = _checkpointed(layer, run, batch)
         branch.end_block(batch)
         if record is not None:
             record.append(batch)

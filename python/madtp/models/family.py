@@ -84,5 +84,6 @@ class CompressedModel(nn.Module):
     def save_pretrained(self, save_directory, *args, **kwargs):
         # Hugging Face would give weights the names they had in the files the model came from; our loader, as its own,
         # knows those of the modules.
-        super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
+        options = {"save_original_format": False} | kwargs
+        super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]  # that of Hugging Face
         handle_of(self).save(Path(save_directory))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,11 @@ class RaggedTextTower(RaggedTower):
 FORWARDS = {"pixel_values": RaggedVisionTower, "input_ids": RaggedTextTower}  # by what a tower encodes
 
 
+def ragged(tower: nn.Module) -> RaggedTower:
+    """A tower that `mix_in` made one, as what it is: Hugging Face declares its class, which lacks `encode`."""
+    return cast(RaggedTower, tower)
+
+
 @functools.cache
 def mixed(source: type[nn.Module], mixin: type) -> type[nn.Module]:
     """`source` with `mixin` ahead of it. It keeps its name, which a saved model gives as that of its class."""
@@ -150,12 +155,12 @@ def mixed(source: type[nn.Module], mixin: type) -> type[nn.Module]:
 
 def mix_in(model: nn.Module, mixins: Mapping[str, type]) -> dict[str, type]:
     """Mixes classes into those of the modules whose names match; returns module name -> the class it had."""
-    before = {}
+    before: dict[str, type] = {}
     for pattern, mixin in mixins.items():
         for name in [name for name, _ in model.named_modules() if fnmatchcase(name, pattern)]:
             module = model.get_submodule(name)
             before[name] = type(module)
-            module.__class__ = mixed(type(module), mixin)
+            module.__class__ = mixed(before[name], mixin)
     return before
 
 

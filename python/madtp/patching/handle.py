@@ -18,7 +18,7 @@ from madtp.hwp.packing import Epilogue, epilogues_of, unpack
 from madtp.mag import AlignmentGuide
 from madtp.models.family import CompressedModel, Family, find_epilogues
 from madtp.models.registry import FAMILIES, family_of
-from madtp.models.tower import FORWARDS, RaggedTower, mix_in, mixed
+from madtp.models.tower import FORWARDS, RaggedTower, mix_in, mixed, ragged
 from madtp.models.versions import check_transformers
 from madtp.patching import explain
 from madtp.patching.keep_rate import check_calibration, check_rates, find_temperatures
@@ -48,13 +48,19 @@ class Handle:
             self.sources |= mix_in(model, {family.path(branch): FORWARDS[specs[branch].inputs]})
         self.sources |= mix_in(model, family.mixins)
         self.sources.setdefault("", type(model))
-        model.__class__ = family.compressed or mixed(type(model), CompressedModel)
-        model.madtp_handle = self  # type: ignore[assignment]
+        kind: type = type(model)  # mypy holds a type[nn.Module] to be unhashable
+        model.__class__ = family.compressed or mixed(kind, CompressedModel)
+        model.madtp_handle = self  # type: ignore[assignment]  # torch declares tensors and modules alone
+
+    @property
+    def guide(self) -> AlignmentGuide:
+        """MAG, with the alignment tokens and each branch's map."""
+        return cast(AlignmentGuide, self.model.madtp_guide)
 
     @property
     def alignment_tokens(self) -> nn.Parameter:
         """(K, d), shared by the branches."""
-        return cast(AlignmentGuide, self.model.madtp_guide).alignment_tokens
+        return self.guide.alignment_tokens
 
     @property
     def branches(self) -> dict[str, tuple[str, ...]]:
@@ -76,7 +82,7 @@ class Handle:
 
     def tower(self, branch: str) -> RaggedTower:
         """The encoder of a branch."""
-        return cast(RaggedTower, self.model.get_submodule(self.family.path(branch)))
+        return ragged(self.model.get_submodule(self.family.path(branch)))
 
     @property
     def capacity(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from madtp.files import file_sha256
 from madtp.hwp.packing import replace_linear
 from madtp.models.registry import FAMILIES
 from madtp.models.versions import check_transformers
@@ -21,7 +22,6 @@ from madtp.patching.state import (
     read_json,
     read_state,
     unreadable,
-    weights_sha256,
 )
 
 
@@ -59,7 +59,7 @@ def _load(directory: Path, kind: Any, state: State) -> nn.Module:
     try:
         model = kind(kind.config_class.from_pretrained(directory))
         patch(model, state.config).set_temperature(state.temperatures)
-        if weights_sha256(directory / WEIGHTS_FILE) != state.weights_sha256:
+        if file_sha256(directory / WEIGHTS_FILE) != state.weights_sha256:
             raise ValueError(f"{WEIGHTS_FILE} is not as it was written: its checksum does not match {STATE_FILE}")
         weights = load_file(directory / WEIGHTS_FILE)
         layers = {name: replace_linear(model, name, None, epilogue) for name, epilogue in state.sparse24.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from madtp.config import CompressionConfig
-from madtp.files import atomic_write
+from madtp.files import atomic_write, file_sha256
 from madtp.hwp.packing import Epilogue
 from madtp.migration import migrate_config
 
@@ -41,7 +40,7 @@ def write_state(
         "config": config.to_dict(),
         "temperatures": dict(temperatures),
         "sparse24": {name: epilogue._asdict() for name, epilogue in sparse24.items()},
-        "weights_sha256": weights_sha256(directory / WEIGHTS_FILE),
+        "weights_sha256": file_sha256(directory / WEIGHTS_FILE),
     }
     atomic_write(directory / STATE_FILE, json.dumps(values, indent=2) + "\n")
 
@@ -86,8 +85,3 @@ def not_a_model(directory: Path, error: Exception) -> ModelError:
 def unreadable(directory: Path, error: Exception) -> ModelError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return ModelError(f"{directory} cannot be read ({reason}); save the model again")
-
-
-def weights_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

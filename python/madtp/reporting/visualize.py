@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from madtp.data.model_inputs import forward_inputs, reads_text, tower_config
+from madtp.handles import find_handle, handle_of
 from madtp.inference import evaluating
 
 CELL = 1.15  # inches of one image
@@ -52,7 +54,7 @@ def picture(model: PreTrainedModel, task, data, path: str | Path, *, rows: int =
     Raises:
         TypeError: the model is not compressed. ValueError: `rows` is not a number of images in the data.
     """
-    if not hasattr(model, "madtp_handle"):
+    if find_handle(model) is None:
         raise TypeError(f"model must be a compressed one, got a plain {type(model).__name__}")
     items = [data[i] for i in _examples(data, rows)]
     with evaluating(model):
@@ -91,7 +93,7 @@ def depths(
     Raises:
         TypeError: the model is not patched, or has no vision tower. ValueError: it reads text, and none is given.
     """
-    handle = getattr(model, "madtp_handle", None)
+    handle = find_handle(model)
     if handle is None or "vision" not in handle.pruning:
         raise TypeError(f"model must be a compressed one with a vision tower, got {type(model).__name__}")
     if reads_text(model) and (text is None or tokenizer is None):
@@ -119,16 +121,16 @@ def look(model: PreTrainedModel, inputs: Mapping[str, Tensor], tokenizer=None) -
         inputs: keyword arguments of a forward, of one sample.
         tokenizer: that turns its ids back into words; only for models that prune text.
     """
-    handle: Any = model.madtp_handle
-    guide: Any = model.madtp_guide
+    handle = handle_of(model)
     fits: list[Tensor] = []  # per layer, (T,)
-    hook = guide.logits["vision"].register_forward_hook(lambda *a: fits.append(a[-1].amax(dim=1).relu()))
+    hook = handle.guide.logits["vision"].register_forward_hook(lambda *a: fits.append(a[-1].amax(dim=1).relu()))
     try:
         with evaluating(model):
             model(**{name: value.to(model.device) for name, value in inputs.items()})
     finally:
         hook.remove()
     branch, size = handle.pruning["vision"], tower_config(model, "vision").patch_size
+    assert branch.entered is not None, "a forward has run"
     patches = (inputs["pixel_values"].shape[-1] // size) ** 2
     first = branch.entered.max_seqlen - patches  # position of the first patch: after the class token, if any
     states = [branch.entered, *branch.layers]
@@ -246,7 +248,7 @@ def _wrapped(words: Words) -> list[Words]:
 
 
 def _line(words: Words) -> HPacker:
-    texts: list[Any] = [
+    texts: list[Artist] = [
         TextArea(word, textprops={"fontsize": 9, "color": KEPT if kept else GONE}) for word, kept in words
     ]
     return HPacker(children=texts, pad=0, sep=3.5, align="baseline")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class CaptioningTask(Processed):
         return [(said, item["references"][0]) for said, item in zip(captions, items, strict=True)]
 
     @torch.no_grad()
-    def _captions(self, model: nn.Module, items: list[dict]) -> list[str]:
+    def _captions(self, model: Any, items: list[dict]) -> list[str]:
         pixels = default_collate([item["pixel_values"] for item in items]).to(next(model.parameters()).device)
         tokens = model.generate(
             pixel_values=pixels, num_beams=self.beams, do_sample=False, max_new_tokens=self.max_new_tokens

@@ -49,7 +49,8 @@ def load_model(
         DataError: the folder is missing or broken, or holds another kind of model. ModelError: the same, where it says
             that it holds a compressed one.
     """
-    directory, kinds = Path(directory), tuple(kinds or dict.fromkeys(family.source for family in FAMILIES))
+    directory = Path(directory)
+    kinds = kinds or [family.source for family in FAMILIES if family.source is not None]
     found = architecture(directory)
     kind = next((kind for kind in kinds if kind.__name__ == found), None)
     if kind is None:
@@ -61,8 +62,11 @@ def load_model(
     return read_dense(directory, kind)[0]
 
 
-def read_dense(directory: Path, kind: type[PreTrainedModel]) -> tuple[PreTrainedModel, dict[str, Any]]:
+def read_dense(directory: Path, kind: Any) -> tuple[nn.Module, dict[str, Any]]:
     """The dense model of a folder, in eval mode, and what Hugging Face says of its weights.
+
+    Args:
+        kind: its class, one of Hugging Face.
 
     Raises:
         DataError: it cannot be read.

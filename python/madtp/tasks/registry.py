@@ -238,4 +238,5 @@ def _image_size(model: PreTrainedModel, processor) -> int:
         side = (sizes or {}).get("height") or (sizes or {}).get("shortest_edge")
         if side:
             return side
-    return model.config.vision_config.image_size
+    config: Any = model.config
+    return config.vision_config.image_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,15 @@ from madtp.tasks.processors import Processed
 
 RANKS = (1, 5, 10)
 CHUNK = 1024  # queries whose similarities are held at a time
+
+
+@runtime_checkable
+class DualEncoder(Protocol):
+    """A model with features of images and of texts, each by itself."""
+
+    def get_image_features(self, pixel_values: Tensor) -> Any: ...
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Any: ...
 
 
 class RetrievalTask(Processed):
@@ -59,7 +69,7 @@ class RetrievalTask(Processed):
         Raises:
             TypeError: the model has no separate features of images and texts.
         """
-        if not hasattr(model, "get_image_features"):
+        if not isinstance(model, DualEncoder):
             raise TypeError(f"model must be a dual encoder such as CLIPModel, got {type(model).__name__}")
         device = next(model.parameters()).device
         images: dict[int, tuple[Tensor, int]] = {}  # number -> embedding, concept

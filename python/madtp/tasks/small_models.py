@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from madtp.data import pretrained
 from madtp.inference import evaluating
 from madtp.models import BlipForNLVR
+from madtp.tasks.batches import sample_count
 from madtp.tasks.retrieval import RetrievalTask
 from madtp.tasks.task import Task
 
@@ -111,7 +112,7 @@ def train_after_vision(model: BlipForNLVR, task: Task, data: Dataset, **options)
             images = torch.cat([item["pixel_values"] for item in items])  # (2B, 3, H, W)
             features.append(vision(images).last_hidden_state)
     try:
-        model.vision_model = _Known(torch.cat(features))
+        model.vision_model = _Known(torch.cat(features))  # type: ignore[assignment]  # called as it is
         train(model, task, _Numbered(data), **options)
     finally:
         model.vision_model = vision
@@ -119,6 +120,8 @@ def train_after_vision(model: BlipForNLVR, task: Task, data: Dataset, **options)
 
 class _Known(nn.Module):
     """In the place of a vision encoder: an "image" is the number of its features."""
+
+    features: Tensor
 
     def __init__(self, features: Tensor):
         super().__init__()
@@ -133,7 +136,8 @@ class _Numbered(Dataset):
 
     def __init__(self, data: Dataset):
         self.items = [
-            {name: value for name, value in data[i].items() if name != "pixel_values"} for i in range(len(data))
+            {name: value for name, value in data[i].items() if name != "pixel_values"}
+            for i in range(sample_count(data))
         ]
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,9 +13,12 @@ from transformers import BlipForQuestionAnswering
 
 from madtp.data.easy_vqa import ANSWERS, collate
 from madtp.data.errors import DataError
+from madtp.handles import find_handle
 from madtp.inference import evaluating
+from madtp.models import blip
 from madtp.models.registry import DECODER_MASKS
 from madtp.models.tower import mixed_in
+from madtp.tasks.batches import sample_count
 from madtp.tasks.loading import architecture, load_tokenizer, read_dense
 from madtp.tasks.processors import Processed
 
@@ -51,7 +55,7 @@ def load_dense(directory: Path | str = DENSE_EASY_VQA):
     return model, tokenizer
 
 
-def dense_forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_forward(model: BlipForQuestionAnswering, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a plain BlipForQuestionAnswering on a batch in which questions share images.
 
     batch: pixel_values (I, 3, H, W), input_ids and attention_mask (Q, L), labels (Q, D) = [bos, answer, eos],
@@ -70,10 +74,12 @@ def dense_forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
     return answer.logits, answer.loss
 
 
-def encode_questions(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_questions(
+    model: BlipForQuestionAnswering, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the answer decoder reads of every question, (Q, L, C), and the mask (Q, L) of what of it is real."""
     ids, mask, index = batch["input_ids"], batch["attention_mask"], batch.get("image_index")
-    if hasattr(model, "madtp_handle"):
+    if isinstance(model, blip.BlipForQuestionAnswering):  # patched
         return model.encode_questions(ids, batch["pixel_values"], mask, image_index=index)
     images = model.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state  # (I, N, C)
     if index is not None:
@@ -135,16 +141,17 @@ class VqaTask(Processed):
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Index into `answers` of the best candidate of every question of a batch: (Q,) int64."""
-        question, mask = encode_questions(model, batch)
-        with mixed_in(model, {} if hasattr(model, "madtp_handle") else DECODER_MASKS):
+        question, mask = encode_questions(cast(BlipForQuestionAnswering, model), batch)
+        with mixed_in(model, DECODER_MASKS if find_handle(model) is None else {}):
             start = batch["labels"][:, :1]
             first = self._decode(model, start, question, mask)[:, 0].index_select(-1, self.first_ids.to(start.device))
             if self.sequences is None:
                 return first.argmax(-1)
             best = first.topk(self.shortlist, dim=-1).indices  # (Q, S)
+            sequences = self.sequences.to(start.device)
             ranked = [
-                self._likelihoods(model, *of_question).argmax()
-                for of_question in zip(best, start, question, mask, strict=True)
+                self._likelihoods(model, sequences[numbers], *of_question).argmax()
+                for numbers, *of_question in zip(best, start, question, mask, strict=True)
             ]
         return best.gather(1, torch.stack(ranked)[:, None])[:, 0]
 
@@ -163,12 +170,12 @@ class VqaTask(Processed):
                 wanted = torch.tensor([self._number(row) for row in batch["labels"].tolist()])
                 found = self.predict(model, {name: value.to(device) for name, value in batch.items()})
                 correct += int((found.cpu() == wanted).sum())
-        return {"accuracy": correct / max(1, len(data))}
+        return {"accuracy": correct / max(1, sample_count(data))}
 
     def predictions(self, model: nn.Module, items: list[dict]) -> list[tuple[str, str]]:
         """For each item the answer of a model in eval mode, and the right one."""
-        batch = self.collate(items)
-        given = self.predict(model, {name: value.to(model.device) for name, value in batch.items()}).tolist()
+        batch, device = self.collate(items), next(model.parameters()).device
+        given = self.predict(model, {name: value.to(device) for name, value in batch.items()}).tolist()
         labels = [[token for token in row if token >= 0] for row in batch["labels"].tolist()]
         wanted = self.tokenizer.batch_decode(labels, skip_special_tokens=True)
         return [(self.answers[number], right) for number, right in zip(given, wanted, strict=True)]
@@ -179,13 +186,11 @@ class VqaTask(Processed):
             input_ids=ids, encoder_hidden_states=question, encoder_attention_mask=mask
         ).logits.float()
 
-    def _likelihoods(self, model, numbers, start, question, mask) -> torch.Tensor:
-        """log p of the candidates `numbers` (S,) of one question, (S,)."""
-        sequences = self.sequences.to(numbers.device)[numbers]  # (S, D)
-        given = torch.cat([start.expand(len(numbers), 1), sequences[:, :-1].clamp(min=0)], dim=1)
-        logits = self._decode(
-            model, given, question.expand(len(numbers), *question.shape), mask.expand(len(numbers), -1)
-        )
+    def _likelihoods(self, model, sequences, start, question, mask) -> torch.Tensor:
+        """log p of the candidates `sequences` (S, D) of one question, (S,)."""
+        count = len(sequences)
+        given = torch.cat([start.expand(count, 1), sequences[:, :-1].clamp(min=0)], dim=1)
+        logits = self._decode(model, given, question.expand(count, *question.shape), mask.expand(count, -1))
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), sequences, reduction="none")  # 0 at -100
         return -losses.sum(-1)
 
