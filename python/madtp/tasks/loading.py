@@ -61,7 +61,7 @@ def load_model(
     return read_dense(directory, kind)[0]
 
 
-def read_dense(directory: Path, kind: type[PreTrainedModel]) -> tuple[PreTrainedModel, dict[str, Any]]:
+def read_dense(directory: Path, kind: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The dense model of a folder, in eval mode, and what Hugging Face says of its weights.
 
     Raises:
