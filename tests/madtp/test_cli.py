@@ -250,6 +250,12 @@ def test_an_old_option_names_the_new_one(refused, arguments, what):
     assert what in refused(*arguments)
 
 
+def test_an_old_argument_of_the_demo_names_the_new_one(tmp_path):
+    for old, new in (("flops", "macs"), ("output", "out")):
+        with pytest.raises(TypeError, match=f"run: {old} is now called {new}"):
+            demo.run(**{"out": tmp_path, old: 0.5})
+
+
 def emoji_model(task, tokenizer):
     torch.manual_seed(0)
     if task == "captioning":

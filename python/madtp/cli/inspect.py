@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.table import Table
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from madtp.measure.macs import Profile
 
@@ -174,7 +174,7 @@ def _picture_of(directory: Path, image: Path, text: str | None, out: Path) -> Pa
     from madtp.reporting import visualize
     from madtp.tasks.loading import load_image_processor, load_model, load_tokenizer, no_image_processor
 
-    model: nn.Module = load_model(directory)
+    model = load_model(directory)
     if not sees_images(model):
         raise ValueError(f"model must have a vision tower, got a {type(model).__name__}")
     processor = load_image_processor(directory)

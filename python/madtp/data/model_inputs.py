@@ -89,7 +89,7 @@ def tower_config(model: PreTrainedModel, branch: str) -> Any:
     return tower.config
 
 
-def _family(model: nn.Module) -> Family:
+def _family(model: PreTrainedModel) -> Family:
     handle = find_handle(model)
     family = handle.family if handle is not None else family_of(model)
     if family is None:

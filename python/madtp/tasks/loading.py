@@ -62,7 +62,7 @@ def load_model(
     return read_dense(directory, kind)[0]
 
 
-def read_dense(directory: Path, kind: Any) -> tuple[nn.Module, dict[str, Any]]:
+def read_dense(directory: Path, kind: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The dense model of a folder, in eval mode, and what Hugging Face says of its weights.
 
     Args:
