@@ -27,8 +27,8 @@ struct Sparse24Weight {
   const void* values;           // (out_features, in_features / 2)
   const std::uint8_t* indices;  // (out_features, in_features / 8), two groups a byte, the first in the low
                                 // nibble; a nibble is i0 | i1 << 2, columns i0 < i1
-  std::int64_t out_features;  // a multiple of 8
-  std::int64_t in_features;   // a multiple of 16
+  std::int64_t out_features;    // a multiple of 8
+  std::int64_t in_features;     // a multiple of 16
 };
 
 // A dense W, before it is 2:4.
