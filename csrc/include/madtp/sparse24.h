@@ -36,8 +36,7 @@ struct Sparse24Dense {
   DType dtype;
   const void* weight;  // (out_features, in_features)
   std::int64_t weight_stride;
-  const float*
-      score;  // (out_features, in_features): what ranks the columns of a group; null: their magnitudes
+  const float* score;  // (out_features, in_features): what ranks the columns; null: their magnitudes
   std::int64_t score_stride;
   std::int64_t out_features;  // a multiple of 8
   std::int64_t in_features;   // a multiple of 16
