@@ -57,8 +57,8 @@ Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradie
       !key_rows(a, g.grad_k) || !key_rows(a, g.grad_v) || !is_present(g.lse, a.rows_q, a.heads) ||
       workspace == nullptr || threads < 1)
     return Status::invalid_argument;
-  if (statistics &&
-      !(is_present(g.grad_summary, a.rows_q) && is_present(g.grad_received, a.rows_q) && query_rows(a, g.out)))
+  if (statistics && !(is_present(g.grad_summary, a.rows_q) && is_present(g.grad_received, a.rows_q) &&
+                      query_rows(a, g.out)))
     return Status::invalid_argument;
   MADTP_DISPATCH(varlen_attention_backward(a, g, workspace, threads));
 }

@@ -27,8 +27,8 @@ bool valid_scores(const void* mag_logits, DType dtype, std::int64_t alignment_to
 // What selection writes, and its temperature.
 bool valid_choice(double temperature, std::int64_t rows, const std::uint8_t* keep,
                   const std::int32_t* cu_seqlens_out, const std::int32_t* source, const float* merge_weight) {
-  return temperature >= 0 && std::isfinite(temperature) && is_present(keep, rows) && cu_seqlens_out != nullptr &&
-         is_present(source, rows) && is_present(merge_weight, rows);
+  return temperature >= 0 && std::isfinite(temperature) && is_present(keep, rows) &&
+         cu_seqlens_out != nullptr && is_present(source, rows) && is_present(merge_weight, rows);
 }
 
 }  // namespace

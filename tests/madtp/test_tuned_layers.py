@@ -43,4 +43,4 @@ def test_every_layer_of_a_block_is_measured(family, monkeypatch):
     with torch.no_grad():
         model(**(inputs or {"pixel_values": pixels(4)}))
     assert len(calls) == len(names)
-    assert set(calls) <= set(tune.problems((WIDTH,)))
+    assert set(calls) <= set(tune.linear_calls((WIDTH,)))

@@ -27,8 +27,8 @@ struct Sparse24Weight {
   const void* values;           // (out_features, in_features / 2)
   const std::uint8_t* indices;  // (out_features, in_features / 8), two groups a byte, the first in the low
                                 // nibble; a nibble is i0 | i1 << 2, columns i0 < i1
-  std::int64_t out_features;  // a multiple of 8
-  std::int64_t in_features;   // a multiple of 16
+  std::int64_t out_features;    // a multiple of 8
+  std::int64_t in_features;     // a multiple of 16
 };
 
 // A dense W, before it is 2:4.
@@ -36,8 +36,7 @@ struct Sparse24Dense {
   DType dtype;
   const void* weight;  // (out_features, in_features)
   std::int64_t weight_stride;
-  const float*
-      score;  // (out_features, in_features): what ranks the columns of a group; null: their magnitudes
+  const float* score;  // (out_features, in_features): what ranks the columns; null: their magnitudes
   std::int64_t score_stride;
   std::int64_t out_features;  // a multiple of 8
   std::int64_t in_features;   // a multiple of 16
