@@ -9,20 +9,20 @@
 namespace madtp::cpu {
 
 // Some data, or none to point to.
-inline bool present(const void* data, std::int64_t rows, std::int64_t columns = 1) {
+inline bool is_present(const void* data, std::int64_t rows, std::int64_t columns = 1) {
   return data != nullptr || rows == 0 || columns == 0;
 }
 
 // 0 first, never decreasing, `rows` (or at most that) last.
-inline bool offsets(const std::int32_t* cu_seqlens, std::int64_t batch, std::int64_t rows, bool exactly) {
+inline bool are_offsets(const std::int32_t* cu_seqlens, std::int64_t batch, std::int64_t rows, bool exactly) {
   if (cu_seqlens == nullptr || batch < 0 || rows < 0 || rows > INT32_MAX || cu_seqlens[0] != 0) return false;
   for (std::int64_t b = 0; b < batch; ++b)
     if (cu_seqlens[b + 1] < cu_seqlens[b]) return false;
   return exactly ? cu_seqlens[batch] == rows : cu_seqlens[batch] <= rows;
 }
 
-inline bool matrix(const void* data, DType dtype, std::int64_t rows, std::int64_t columns) {
-  return size_of(dtype) != 0 && columns >= 0 && present(data, rows, columns);
+inline bool is_matrix(const void* data, DType dtype, std::int64_t rows, std::int64_t columns) {
+  return size_of(dtype) != 0 && columns >= 0 && is_present(data, rows, columns);
 }
 
 }  // namespace madtp::cpu

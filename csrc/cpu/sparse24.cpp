@@ -37,17 +37,17 @@ Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType
 
 Status sparse24_pack(const Sparse24Weight& weight, void* layout, int threads) {
   const std::int64_t features = weight.features, channels = weight.channels;
-  if (!weight_shape(features, channels, weight.dtype) || !present(weight.values, features, channels) ||
-      !present(weight.indices, features, channels) || !present(layout, features, channels) || threads < 1 ||
-      !ascending(weight))
+  if (!weight_shape(features, channels, weight.dtype) || !is_present(weight.values, features, channels) ||
+      !is_present(weight.indices, features, channels) || !is_present(layout, features, channels) ||
+      threads < 1 || !ascending(weight))
     return Status::invalid_argument;
   MADTP_DISPATCH(sparse24_pack(weight, layout, threads));
 }
 
 Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* indices, int threads) {
   const std::int64_t features = dense.features, channels = dense.channels;
-  if (!weight_shape(features, channels, dense.dtype) || !present(dense.weight, features, channels) ||
-      !present(values, features, channels) || !present(indices, features, channels) || threads < 1)
+  if (!weight_shape(features, channels, dense.dtype) || !is_present(dense.weight, features, channels) ||
+      !is_present(values, features, channels) || !is_present(indices, features, channels) || threads < 1)
     return Status::invalid_argument;
   if (dense.transposed) return Status::unsupported;
   MADTP_DISPATCH(sparse24_prune(dense, values, indices, threads));
@@ -55,8 +55,8 @@ Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* in
 
 Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
   if (!weight_shape(a.features, a.channels, a.weight_dtype) || a.rows < 0 || a.rows > INT32_MAX ||
-      !matrix(a.x, a.dtype, a.rows, a.channels) || !matrix(out, a.dtype, a.rows, a.features) ||
-      !present(a.layout, a.features, a.channels) || threads < 1)
+      !is_matrix(a.x, a.dtype, a.rows, a.channels) || !is_matrix(out, a.dtype, a.rows, a.features) ||
+      !is_present(a.layout, a.features, a.channels) || threads < 1)
     return Status::invalid_argument;
   if ((a.weight_dtype != DType::float32 && a.weight_dtype != a.dtype) ||
       !affine(a.bias, a.bias_dtype, a.dtype) || !affine(a.scale, a.scale_dtype, a.dtype) ||

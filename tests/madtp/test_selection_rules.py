@@ -32,16 +32,16 @@ def test_static_keeps_the_share_the_summary_attends_to_most(stats, temperature):
     _, selection = RULES["static"](stats, None, CU_SEQLENS, temperature, SUMMARY)
     for begin, end, prunable in sequences():
         count = -int(-len(prunable) // (1 + temperature / HALF))
-        best = sorted(prunable, key=lambda row: -stats.summary[row])[:count]
+        best = sorted(prunable, key=lambda row: -stats.summary_attention[row])[:count]
         expected = set(range(begin, end)) - (set(prunable) - set(best) if len(prunable) - count >= 2 else set())
         assert {row for row in range(begin, end) if selection.keep[row]} == expected
-    assert selection.cu_seqlens[-1] == selection.source.numel()
+    assert selection.cu_seqlens_out[-1] == selection.source.numel()
 
 
 def test_random_keeps_the_same_share_of_others_each_time(stats):
     torch.manual_seed(1)
     drawn = [RULES["random"](stats, None, CU_SEQLENS, HALF, SUMMARY)[1] for _ in range(4)]
-    assert all(torch.equal(selection.cu_seqlens, drawn[0].cu_seqlens) for selection in drawn)
+    assert all(torch.equal(selection.cu_seqlens_out, drawn[0].cu_seqlens_out) for selection in drawn)
     assert any(not torch.equal(selection.keep, drawn[0].keep) for selection in drawn)
     merged = drawn[0].merge_weight[(~drawn[0].keep).nonzero().flatten()]
     assert merged.numel() and len(merged.unique()) <= len(LENGTHS)  # averages

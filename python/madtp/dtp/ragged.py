@@ -101,8 +101,8 @@ class Packed:
             summary = summary - (before[first + summary.clamp_min(0)] - before[first])
         longest = self.max_seqlen
         if x.device.type == "cpu" and self.batch and not self.fixed:  # reading is free here; elsewhere the bound does
-            longest = int(selection.cu_seqlens.diff().max())
-        return Packed(x, selection.cu_seqlens, longest, origin, summary, fixed=self.fixed)
+            longest = int(selection.cu_seqlens_out.diff().max())
+        return Packed(x, selection.cu_seqlens_out, longest, origin, summary, fixed=self.fixed)
 
     def kept_positions(self) -> list[Tensor]:
         """Per sequence, the original positions of the tokens that are still there (merged tokens have none)."""

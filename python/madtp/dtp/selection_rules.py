@@ -11,7 +11,7 @@ from torch import Tensor
 
 from madtp_kernels import AttentionStats, Selection, score_and_select, select_tokens, token_importance
 from madtp_kernels.ragged import segment_sum, sequence_ids, summary_rows
-from madtp_kernels.reference.tokens import layout
+from madtp_kernels.selection import layout
 
 HALF = 10.0  # the temperature at which a rule of a fixed share keeps half of the tokens that enter a block
 
@@ -38,7 +38,7 @@ def unguided(
     S = (S_cls + S_self) / 3, and in the threshold the softmax of A / tau is that of -z / tau, z the importances with
     mean 0 and deviation 1: near the least importance at a low temperature, at the mean at a high one, as with MAG.
     """
-    nothing = stats.summary.new_zeros(stats.summary.shape[0], 1)
+    nothing = stats.summary_attention.new_zeros(stats.summary_attention.shape[0], 1)
     importance = token_importance(stats, nothing, cu_seqlens, summary_index=summary_index)
     values = importance.detach()
     prunable = ~summary_rows(cu_seqlens, summary_index, values.shape[0])
@@ -56,7 +56,8 @@ def static(
     stats: AttentionStats, logits: None, cu_seqlens: Tensor, temperature: float, summary_index: Tensor | None
 ) -> tuple[Tensor, Selection]:
     """In every block a fixed share, those the summary token attends to most (EViT, arXiv 2202.07800)."""
-    importance = stats.summary.masked_fill(summary_rows(cu_seqlens, summary_index, stats.summary.shape[0]), 0)
+    attention = stats.summary_attention
+    importance = attention.masked_fill(summary_rows(cu_seqlens, summary_index, attention.shape[0]), 0)
     return importance, _share(importance, importance, cu_seqlens, temperature, summary_index)
 
 
@@ -64,7 +65,7 @@ def random(
     stats: AttentionStats, logits: None, cu_seqlens: Tensor, temperature: float, summary_index: Tensor | None
 ) -> tuple[Tensor, Selection]:
     """In every block a fixed share, drawn at random; the others are averaged."""
-    importance = torch.ones_like(stats.summary)
+    importance = torch.ones_like(stats.summary_attention)
     importance = importance.masked_fill(summary_rows(cu_seqlens, summary_index, importance.shape[0]), 0)
     return importance, _share(torch.rand_like(importance), importance, cu_seqlens, temperature, summary_index)
 
@@ -92,7 +93,7 @@ def _best(score, importance, counts, cu_seqlens, summary_index) -> Selection:
     keep = torch.empty_like(is_summary)
     keep[order] = torch.arange(rows, device=score.device) - cu_seqlens[sequence] < limit[sequence]
     keep, cu_seqlens_out, source, merge_weight = layout(keep, importance, cu_seqlens)
-    return Selection(keep, cu_seqlens_out, source[: int(cu_seqlens_out[-1])], merge_weight, cu_seqlens)
+    return Selection(keep, cu_seqlens, cu_seqlens_out, source[: int(cu_seqlens_out[-1])], merge_weight)
 
 
 def _count(which: Tensor, cu_seqlens: Tensor) -> Tensor:

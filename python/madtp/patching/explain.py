@@ -56,7 +56,7 @@ def _ops(tower: nn.Module, spec: Encoder, branch: Branch) -> Iterator[tuple[str,
     calls = {"varlen_attention": (q, q, q, ends)}
     if branch.prunes:
         calls["score_and_select"] = (AttentionStats(number, number), x, ends, branch.temperature)
-        selection = Selection(number.bool(), ends, number.int(), number, ends)
+        selection = Selection(number.bool(), ends, ends, number.int(), number)
         if spec.post_norm:
             calls["gather_merge"] = (x, selection)
         else:
