@@ -30,7 +30,7 @@ CROSS = [{"batch": 32, "queries": 20, "tokens": 577, **SHAPE, "dtype": "float32"
 
 
 class AttentionInputs(NamedTuple):
-    q: Tensor  # (T, H, D), as one third of a packed projection (T, 3, H, D)
+    q: Tensor  # (T, H, D), as one third of a fused projection (T, 3, H, D)
     k: Tensor
     v: Tensor
     lengths: Tensor  # (B,)
@@ -99,11 +99,11 @@ def eager_statistics(i: AttentionInputs, q: Tensor, k: Tensor, v: Tensor) -> tup
     probabilities = torch.softmax(scores, -1)
     out = probabilities @ v
     norms = out.norm(dim=-1)  # (B, H, N)
-    summary = (probabilities[:, :, 0] * norms / norms.sum(1, keepdim=True)).sum(1)
+    summary_attention = (probabilities[:, :, 0] * norms / norms.sum(1, keepdim=True)).sum(1)
     observed = probabilities.amax(1)[:, 1:]
     if mask is not None:
         observed = observed * i.real[:, 1:, None]
-    return out, summary, observed.sum(1)
+    return out, summary_attention, observed.sum(1)
 
 
 def eager(i: AttentionInputs):
@@ -200,7 +200,7 @@ def self_attention(name: str, summary: str, cases, **options) -> Entry:
 ENTRIES = (
     self_attention(
         "attention",
-        "attention of packed sequences, with the importance statistics of every token where it says so",
+        "attention of ragged sequences, with the importance statistics of every token where it says so",
         CASES,
     ),
     self_attention("attention_ragged", "the same on sequences of different lengths; torch's are padded", RAGGED),

@@ -18,7 +18,7 @@ CASES = [{"batch": 4, "tokens": tokens, **SHAPE, "dtype": "float32"} for tokens 
 
 class BackwardInputs(NamedTuple):
     forward: AttentionInputs
-    grads: tuple[Tensor, Tensor, Tensor]  # of out (T, H, D), of summary and of received (T,)
+    grads: tuple[Tensor, Tensor, Tensor]  # of out (T, H, D), of the two statistics (T,)
 
 
 def backward_inputs(case, device, seed) -> BackwardInputs:

@@ -43,8 +43,9 @@ CASES = [
 def prune_inputs(case, device, seed) -> PruneInputs:
     """Statistics that put about `keep` of the tokens above the threshold.
 
-    With standard normal logits and a large temperature every threshold is close to the mean importance. `summary` rules
-    it, the other two parts being shares of many tokens: a power of a uniform draw with the wanted share above its mean.
+    With standard normal logits and a large temperature every threshold is close to the mean importance.
+    `summary_attention` rules it, the other two parts being shares of many tokens: a power of a uniform draw with the
+    wanted share above its mean.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, length, keep = case["batch"], case["tokens"] + 1, case["keep"]
@@ -88,8 +89,8 @@ def ours(backend: str, layernorm: bool):
 def torch_importance(stats: mk.AttentionStats, mag_logits: Tensor) -> Tensor:
     """(B, N) of padded (B, N) statistics and (B, N, K) logits, as the peers compute it."""
     guidance = mag_logits.amax(-1).relu()
-    shares = (part / part.sum(1, keepdim=True) for part in (stats.received, guidance))
-    return (stats.summary + sum(shares)) / 3
+    shares = (part / part.sum(1, keepdim=True) for part in (stats.received_attention, guidance))
+    return (stats.summary_attention + sum(shares)) / 3
 
 
 def published(layernorm: bool):
@@ -173,10 +174,10 @@ def check(i: PruneInputs, result, provider: str) -> None:
     results = result if isinstance(result, tuple) else (result,)
     tolerance = 1e-4 if i.x.dtype == torch.float32 else 6e-2
     if provider.startswith("published"):
-        counts = selection.cu_seqlens.diff()
+        counts = selection.cu_seqlens_out.diff()
         assert results[0].shape[1] == counts.max(), f"{results[0].shape[1]} tokens, expected {counts.max()}"
         longest = int(counts.argmax())  # this sample keeps what the ragged rule keeps, in another order
-        span = slice(*selection.cu_seqlens[longest : longest + 2].tolist())
+        span = slice(*selection.cu_seqlens_out[longest : longest + 2].tolist())
         # Kept rows are exact copies, so the gathered rows tell the order of both outputs.
         orders = [rows.double().sum(dim=1).argsort() for rows in (results[0][longest], expected[0][span])]
         for got, want in zip(results, expected, strict=False):

@@ -44,8 +44,8 @@ def check_cu_seqlens(name: str, value) -> None:
     require(ok, name, "int32 of shape (B+1,)", value)
 
 
-def check_packed(rows: int, cu_seqlens: Tensor, summary_index: Tensor | None, rows_of: str) -> None:
-    """The metadata every op on packed rows shares."""
+def check_ragged(rows: int, cu_seqlens: Tensor, summary_index: Tensor | None, rows_of: str) -> None:
+    """The metadata that every op on a ragged batch shares."""
     require(rows <= MAX_ROWS, rows_of, f"at most {MAX_ROWS} rows (they are addressed by int32)", f"{rows} rows")
     check_cu_seqlens("cu_seqlens", cu_seqlens)
     if summary_index is not None:

@@ -1,4 +1,4 @@
-"""Helpers on packed batches: B sequences in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1].
+"""Helpers on ragged batches: B sequences in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1].
 
 Rows past the last sequence belong to none: they are written nowhere, and come out as zeros.
 """
@@ -29,24 +29,24 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.segment_reduce(padded, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
 
 
-def pad(packed: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """(T, ...) -> zero-padded (B, max_seqlen, ...) and the (B, max_seqlen) bool mask of real rows."""
-    rows, batch = packed.shape[0], cu_seqlens.numel() - 1
+    rows, batch = x.shape[0], cu_seqlens.numel() - 1
     slots = padded_slots(cu_seqlens, max_seqlen, rows)
-    padded = packed.new_zeros(batch * max_seqlen + 1, *packed.shape[1:]).index_copy(0, slots, packed)[:-1]
-    real = torch.arange(max_seqlen, device=packed.device) < cu_seqlens.diff()[:, None]
+    padded = x.new_zeros(batch * max_seqlen + 1, *x.shape[1:]).index_copy(0, slots, x)[:-1]
+    real = torch.arange(max_seqlen, device=x.device) < cu_seqlens.diff()[:, None]
     return padded.unflatten(0, (batch, max_seqlen)), real
 
 
 def unpad(padded: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
-    """(B, max_seqlen, ...) -> packed (T, ...): the inverse of `pad`."""
+    """(B, max_seqlen, ...) -> (T, ...): the inverse of `pad`."""
     flat = padded.flatten(0, 1)
     flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
     return flat.index_select(0, padded_slots(cu_seqlens, padded.shape[1], rows))
 
 
 def padded_slots(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> Tensor:
-    """(T,) int64: the row of the flattened padded batch that each packed row has; past its end where it has none."""
+    """(T,) int64: the row of the flattened padded batch that each row has; past its end where it has none."""
     ids, batch = sequence_ids(cu_seqlens, rows), cu_seqlens.numel() - 1
     slots = ids * max_seqlen + torch.arange(rows, device=ids.device) - cu_seqlens[ids]
     return torch.where(ids < batch, slots, batch * max_seqlen)

@@ -18,7 +18,9 @@ def renamed(**new_names: str) -> Callable[[Called], Called]:
     """
 
     def decorate(called: Called) -> Called:
-        function = called.__init__ if isinstance(called, type) else called  # type: ignore[misc]
+        # A NamedTuple takes its fields in __new__, other classes in __init__.
+        constructor = "__new__" if isinstance(called, type) and issubclass(called, tuple) else "__init__"
+        function = getattr(called, constructor) if isinstance(called, type) else called
 
         @functools.wraps(function)
         def checked(*args, **kwargs):
@@ -27,7 +29,7 @@ def renamed(**new_names: str) -> Callable[[Called], Called]:
             return function(*args, **kwargs)
 
         if isinstance(called, type):
-            called.__init__ = checked  # type: ignore[misc]
+            setattr(called, constructor, checked)
             return called
         return checked  # type: ignore[return-value]
 

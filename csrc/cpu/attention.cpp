@@ -14,7 +14,7 @@ namespace {
 constexpr std::int64_t kMaxHeadDim = 128;
 
 // Every sequence with queries has keys, and as many of them in self-attention.
-bool lengths(const AttentionInputs& a, bool self_attention) {
+bool has_valid_lengths(const AttentionInputs& a, bool self_attention) {
   for (std::int64_t b = 0; b < a.batch; ++b) {
     const std::int32_t queries = a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b];
     const std::int32_t keys = a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b];
@@ -23,55 +23,57 @@ bool lengths(const AttentionInputs& a, bool self_attention) {
   return true;
 }
 
-bool query_rows(const AttentionInputs& a, const void* data) {
-  return is_matrix(data, a.dtype, a.rows_q, a.heads * a.head_dim);
+bool is_query_tensor(const AttentionInputs& a, const void* data) {
+  return is_matrix(data, a.dtype, a.tokens_q, a.heads * a.head_dim);
 }
 
-bool key_rows(const AttentionInputs& a, const void* data) {
-  return is_matrix(data, a.dtype, a.rows_k, a.heads * a.head_dim);
+bool is_key_tensor(const AttentionInputs& a, const void* data) {
+  return is_matrix(data, a.dtype, a.tokens_k, a.heads * a.head_dim);
 }
 
-bool valid(const AttentionInputs& a, bool statistics) {
+bool is_valid(const AttentionInputs& a, bool statistics) {
   return a.heads >= 0 && a.head_dim >= 16 && a.head_dim <= kMaxHeadDim && a.head_dim % 16 == 0 &&
-         are_offsets(a.cu_seqlens_q, a.batch, a.rows_q, true) &&
-         are_offsets(a.cu_seqlens_k, a.batch, a.rows_k, true) && query_rows(a, a.q) && key_rows(a, a.k) &&
-         key_rows(a, a.v) && std::isfinite(a.softmax_scale) && lengths(a, statistics || a.causal);
+         are_offsets(a.cu_seqlens_q, a.batch, a.tokens_q, true) &&
+         are_offsets(a.cu_seqlens_k, a.batch, a.tokens_k, true) && is_query_tensor(a, a.q) &&
+         is_key_tensor(a, a.k) && is_key_tensor(a, a.v) && std::isfinite(a.softmax_scale) &&
+         has_valid_lengths(a, statistics || a.causal);
 }
 
 }  // namespace
 
-Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* summary, float* received,
-                        void* workspace, int threads) {
-  const bool statistics = summary != nullptr || received != nullptr;
-  if (!valid(a, statistics) || !query_rows(a, out) || workspace == nullptr || threads < 1)
+Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* summary_attention,
+                        float* received_attention, void* workspace, int threads) {
+  const bool statistics = summary_attention != nullptr || received_attention != nullptr;
+  if (!is_valid(a, statistics) || !is_query_tensor(a, out) || workspace == nullptr || threads < 1)
     return Status::invalid_argument;
-  if (statistics && !(is_present(summary, a.rows_q) && is_present(received, a.rows_q)))
+  if (statistics &&
+      !(is_present(summary_attention, a.tokens_q) && is_present(received_attention, a.tokens_q)))
     return Status::invalid_argument;
-  MADTP_DISPATCH(varlen_attention(a, out, lse, summary, received, workspace, threads));
+  MADTP_DISPATCH(varlen_attention(a, out, lse, summary_attention, received_attention, workspace, threads));
 }
 
 Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradients& g, void* workspace,
                                  int threads) {
-  const bool statistics = g.grad_summary != nullptr || g.grad_received != nullptr;
-  if (!valid(a, statistics) || !query_rows(a, g.grad_out) || !query_rows(a, g.grad_q) ||
-      !key_rows(a, g.grad_k) || !key_rows(a, g.grad_v) || !is_present(g.lse, a.rows_q, a.heads) ||
+  const bool statistics = g.grad_summary_attention != nullptr || g.grad_received_attention != nullptr;
+  if (!is_valid(a, statistics) || !is_query_tensor(a, g.grad_out) || !is_query_tensor(a, g.grad_q) ||
+      !is_key_tensor(a, g.grad_k) || !is_key_tensor(a, g.grad_v) || !is_present(g.lse, a.tokens_q, a.heads) ||
       workspace == nullptr || threads < 1)
     return Status::invalid_argument;
-  if (statistics && !(is_present(g.grad_summary, a.rows_q) && is_present(g.grad_received, a.rows_q) &&
-                      query_rows(a, g.out)))
+  if (statistics && !(is_present(g.grad_summary_attention, a.tokens_q) &&
+                      is_present(g.grad_received_attention, a.tokens_q) && is_query_tensor(a, g.out)))
     return Status::invalid_argument;
   MADTP_DISPATCH(varlen_attention_backward(a, g, workspace, threads));
 }
 
 Status varlen_attention_workspace(const AttentionInputs& a, bool statistics, int threads,
                                   std::int64_t* bytes) {
-  if (!valid(a, statistics) || threads < 1 || bytes == nullptr) return Status::invalid_argument;
+  if (!is_valid(a, statistics) || threads < 1 || bytes == nullptr) return Status::invalid_argument;
   MADTP_DISPATCH(varlen_attention_workspace(a, statistics, threads, bytes));
 }
 
 Status varlen_attention_backward_workspace(const AttentionInputs& a, bool statistics, int threads,
                                            std::int64_t* bytes) {
-  if (!valid(a, statistics) || threads < 1 || bytes == nullptr) return Status::invalid_argument;
+  if (!is_valid(a, statistics) || threads < 1 || bytes == nullptr) return Status::invalid_argument;
   MADTP_DISPATCH(varlen_attention_backward_workspace(a, statistics, threads, bytes));
 }
 

@@ -11,7 +11,7 @@ using Address = std::uintptr_t;
 using Strided = std::array<std::uintptr_t, 3>;  // address, row stride, head stride
 
 AttentionInputs inputs(int dtype, const Strided& q, const Strided& k, const Strided& v, Address cu_seqlens_q,
-                       Address cu_seqlens_k, std::int64_t rows_q, std::int64_t rows_k, std::int64_t batch,
+                       Address cu_seqlens_k, std::int64_t tokens_q, std::int64_t tokens_k, std::int64_t batch,
                        std::int64_t heads, std::int64_t head_dim, float softmax_scale, bool causal,
                        Address summary_index) {
   const auto stride = [](std::uintptr_t value) { return static_cast<std::int64_t>(value); };
@@ -24,8 +24,8 @@ AttentionInputs inputs(int dtype, const Strided& q, const Strided& k, const Stri
           {stride(v[1]), stride(v[2])},
           pointer<const std::int32_t>(cu_seqlens_q),
           pointer<const std::int32_t>(cu_seqlens_k),
-          rows_q,
-          rows_k,
+          tokens_q,
+          tokens_k,
           batch,
           heads,
           head_dim,
@@ -34,21 +34,23 @@ AttentionInputs inputs(int dtype, const Strided& q, const Strided& k, const Stri
           pointer<const std::int32_t>(summary_index)};
 }
 
-void varlen_attention(const AttentionInputs& inputs, Address out, Address lse, Address summary,
-                      Address received, Address workspace, int threads) {
-  check(cpu::varlen_attention(inputs, pointer<void>(out), pointer<float>(lse), pointer<float>(summary),
-                              pointer<float>(received), pointer<void>(workspace), threads),
+void varlen_attention(const AttentionInputs& inputs, Address out, Address lse, Address summary_attention,
+                      Address received_attention, Address workspace, int threads) {
+  check(cpu::varlen_attention(inputs, pointer<void>(out), pointer<float>(lse),
+                              pointer<float>(summary_attention), pointer<float>(received_attention),
+                              pointer<void>(workspace), threads),
         "madtp::cpu::varlen_attention");
 }
 
 void varlen_attention_backward(const AttentionInputs& inputs, Address out, Address lse, Address grad_out,
-                               Address grad_summary, Address grad_received, Address grad_q, Address grad_k,
-                               Address grad_v, Address workspace, int threads) {
+                               Address grad_summary_attention, Address grad_received_attention,
+                               Address grad_q, Address grad_k, Address grad_v, Address workspace,
+                               int threads) {
   const cpu::AttentionGradients gradients{pointer<const void>(out),
                                           pointer<const float>(lse),
                                           pointer<const void>(grad_out),
-                                          pointer<const float>(grad_summary),
-                                          pointer<const float>(grad_received),
+                                          pointer<const float>(grad_summary_attention),
+                                          pointer<const float>(grad_received_attention),
                                           pointer<void>(grad_q),
                                           pointer<void>(grad_k),
                                           pointer<void>(grad_v)};

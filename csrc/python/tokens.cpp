@@ -12,65 +12,68 @@ using Address = std::uintptr_t;
 
 DType dtype(int value) { return static_cast<DType>(value); }
 
-TokenSelection selection(Address keep, Address source, Address merge_weight, Address cu_seqlens,
-                         Address cu_seqlens_out, std::int64_t rows, std::int64_t capacity,
-                         std::int64_t batch) {
+TokenSelection token_selection(Address keep, Address cu_seqlens_in, Address cu_seqlens_out, Address source,
+                               Address merge_weight, std::int64_t tokens, std::int64_t capacity,
+                               std::int64_t batch) {
   return {pointer<const std::uint8_t>(keep),
+          pointer<const std::int32_t>(cu_seqlens_in),
+          pointer<const std::int32_t>(cu_seqlens_out),
           pointer<const std::int32_t>(source),
           pointer<const float>(merge_weight),
-          pointer<const std::int32_t>(cu_seqlens),
-          pointer<const std::int32_t>(cu_seqlens_out),
-          rows,
+          tokens,
           capacity,
           batch};
 }
 
-void token_importance(Address summary, Address received, Address logits, int logits_dtype,
-                      std::int64_t logits_stride, std::int64_t alignment_tokens, Address cu_seqlens,
-                      std::int64_t rows, std::int64_t batch, Address summary_index, Address importance,
-                      int threads) {
-  check(cpu::token_importance(
-            pointer<const float>(summary), pointer<const float>(received), pointer<const void>(logits),
-            dtype(logits_dtype), logits_stride, alignment_tokens, pointer<const std::int32_t>(cu_seqlens),
-            rows, batch, pointer<const std::int32_t>(summary_index), pointer<float>(importance), threads),
-        "madtp::cpu::token_importance");
+SelectionOutputs selection_outputs(Address keep, Address cu_seqlens_out, Address source,
+                                   Address merge_weight) {
+  return {pointer<std::uint8_t>(keep), pointer<std::int32_t>(cu_seqlens_out), pointer<std::int32_t>(source),
+          pointer<float>(merge_weight)};
 }
 
-void select_tokens(Address importance, Address logits, int logits_dtype, std::int64_t logits_stride,
-                   std::int64_t alignment_tokens, Address cu_seqlens, std::int64_t rows, std::int64_t batch,
-                   Address summary_index, double temperature, Address keep, Address cu_seqlens_out,
-                   Address source, Address merge_weight, int threads) {
-  check(cpu::select_tokens(pointer<const float>(importance), pointer<const void>(logits), dtype(logits_dtype),
-                           logits_stride, alignment_tokens, pointer<const std::int32_t>(cu_seqlens), rows,
-                           batch, pointer<const std::int32_t>(summary_index), temperature,
-                           pointer<std::uint8_t>(keep), pointer<std::int32_t>(cu_seqlens_out),
-                           pointer<std::int32_t>(source), pointer<float>(merge_weight), threads),
+ScoreInputs score_inputs(Address mag_logits, int logits_dtype, std::int64_t logits_stride,
+                         std::int64_t alignment_tokens, Address cu_seqlens, std::int64_t tokens,
+                         std::int64_t batch, Address summary_index) {
+  return {pointer<const void>(mag_logits),
+          dtype(logits_dtype),
+          logits_stride,
+          alignment_tokens,
+          pointer<const std::int32_t>(cu_seqlens),
+          tokens,
+          batch,
+          pointer<const std::int32_t>(summary_index)};
+}
+
+void token_importance(Address summary_attention, Address received_attention, const ScoreInputs& inputs,
+                      Address importance, int threads) {
+  check(
+      cpu::token_importance(pointer<const float>(summary_attention), pointer<const float>(received_attention),
+                            inputs, pointer<float>(importance), threads),
+      "madtp::cpu::token_importance");
+}
+
+void select_tokens(Address importance, const ScoreInputs& inputs, double temperature,
+                   const SelectionOutputs& selection, int threads) {
+  check(cpu::select_tokens(pointer<const float>(importance), inputs, temperature, selection, threads),
         "madtp::cpu::select_tokens");
 }
 
-void score_and_select(Address summary, Address received, Address logits, int logits_dtype,
-                      std::int64_t logits_stride, std::int64_t alignment_tokens, Address cu_seqlens,
-                      std::int64_t rows, std::int64_t batch, Address summary_index, double temperature,
-                      Address importance, Address keep, Address cu_seqlens_out, Address source,
-                      Address merge_weight, int threads) {
-  check(cpu::score_and_select(
-            pointer<const float>(summary), pointer<const float>(received), pointer<const void>(logits),
-            dtype(logits_dtype), logits_stride, alignment_tokens, pointer<const std::int32_t>(cu_seqlens),
-            rows, batch, pointer<const std::int32_t>(summary_index), temperature, pointer<float>(importance),
-            pointer<std::uint8_t>(keep), pointer<std::int32_t>(cu_seqlens_out), pointer<std::int32_t>(source),
-            pointer<float>(merge_weight), threads),
-        "madtp::cpu::score_and_select");
+void score_and_select(Address summary_attention, Address received_attention, const ScoreInputs& inputs,
+                      double temperature, Address importance, const SelectionOutputs& selection,
+                      int threads) {
+  check(
+      cpu::score_and_select(pointer<const float>(summary_attention), pointer<const float>(received_attention),
+                            inputs, temperature, pointer<float>(importance), selection, threads),
+      "madtp::cpu::score_and_select");
 }
 
 // The gathers are the same on both devices but for how they run.
 template <typename Run, typename Function>
 auto gather_merge(Function function, const char* name) {
-  return [=](Address x, int x_dtype, std::int64_t x_stride, std::int64_t channels, Address keep,
-             Address source, Address merge_weight, Address cu_seqlens, Address cu_seqlens_out,
-             std::int64_t rows, std::int64_t capacity, std::int64_t batch, Address out, Run run) {
-    check(function(pointer<const void>(x), dtype(x_dtype), x_stride, channels,
-                   selection(keep, source, merge_weight, cu_seqlens, cu_seqlens_out, rows, capacity, batch),
-                   pointer<void>(out), how(run)),
+  return [=](Address x, int x_dtype, std::int64_t x_stride, std::int64_t channels,
+             const TokenSelection& selection, Address out, Run run) {
+    check(function(pointer<const void>(x), dtype(x_dtype), x_stride, channels, selection, pointer<void>(out),
+                   how(run)),
           name);
   };
 }
@@ -78,26 +81,20 @@ auto gather_merge(Function function, const char* name) {
 template <typename Run, typename Function>
 auto gather_merge_backward(Function function, const char* name) {
   return [=](Address grad, std::int64_t grad_stride, Address x, int x_dtype, std::int64_t x_stride,
-             std::int64_t channels, Address keep, Address source, Address merge_weight, Address cu_seqlens,
-             Address cu_seqlens_out, std::int64_t rows, std::int64_t capacity, std::int64_t batch,
-             Address grad_x, Address grad_weight, Run run) {
+             std::int64_t channels, const TokenSelection& selection, Address grad_x, Address grad_weight,
+             Run run) {
     check(function(pointer<const void>(grad), grad_stride, pointer<const void>(x), dtype(x_dtype), x_stride,
-                   channels,
-                   selection(keep, source, merge_weight, cu_seqlens, cu_seqlens_out, rows, capacity, batch),
-                   pointer<void>(grad_x), pointer<float>(grad_weight), how(run)),
+                   channels, selection, pointer<void>(grad_x), pointer<float>(grad_weight), how(run)),
           name);
   };
 }
 
 template <typename Run, typename Function>
 auto gather_merge_layernorm(Function function, const char* name) {
-  return [=](Address x, int x_dtype, std::int64_t x_stride, std::int64_t channels, Address keep,
-             Address source, Address merge_weight, Address cu_seqlens, Address cu_seqlens_out,
-             std::int64_t rows, std::int64_t capacity, std::int64_t batch, Address weight, Address bias,
-             int affine_dtype, double eps, Address x_out, Address normed, Address mean, Address rstd,
-             Run run) {
-    check(function(pointer<const void>(x), dtype(x_dtype), x_stride, channels,
-                   selection(keep, source, merge_weight, cu_seqlens, cu_seqlens_out, rows, capacity, batch),
+  return [=](Address x, int x_dtype, std::int64_t x_stride, std::int64_t channels,
+             const TokenSelection& selection, Address weight, Address bias, int affine_dtype, double eps,
+             Address x_out, Address normed, Address mean, Address rstd, Run run) {
+    check(function(pointer<const void>(x), dtype(x_dtype), x_stride, channels, selection,
                    pointer<const void>(weight), pointer<const void>(bias), dtype(affine_dtype), eps,
                    pointer<void>(x_out), pointer<void>(normed), pointer<float>(mean), pointer<float>(rstd),
                    how(run)),
@@ -109,6 +106,10 @@ auto gather_merge_layernorm(Function function, const char* name) {
 
 void bind_tokens(py::module_& cpu_module, [[maybe_unused]] py::module_* cuda_module) {
   const py::call_guard<py::gil_scoped_release> unlocked{};
+  // The records serve the functions of both devices.
+  py::class_<TokenSelection>(cpu_module, "TokenSelection").def(py::init(&token_selection));
+  py::class_<SelectionOutputs>(cpu_module, "SelectionOutputs").def(py::init(&selection_outputs));
+  py::class_<ScoreInputs>(cpu_module, "ScoreInputs").def(py::init(&score_inputs));
   cpu_module.def("token_importance", &token_importance, unlocked);
   cpu_module.def("select_tokens", &select_tokens, unlocked);
   cpu_module.def("score_and_select", &score_and_select, unlocked);

@@ -22,20 +22,21 @@ std::vector<float> workspace(decltype(cpu::varlen_attention_workspace) size, con
   return std::vector<float>(bytes > 0 ? bytes / sizeof(float) : 1, kNaN);
 }
 
-Status attend(const AttentionInputs& inputs, float* out, float* lse, float* summary, float* received,
-              int threads) {
-  auto memory = workspace(cpu::varlen_attention_workspace, inputs, summary != nullptr, threads);
-  return cpu::varlen_attention(inputs, out, lse, summary, received, memory.data(), threads);
+Status attend(const AttentionInputs& inputs, float* out, float* lse, float* summary_attention,
+              float* received_attention, int threads) {
+  auto memory = workspace(cpu::varlen_attention_workspace, inputs, summary_attention != nullptr, threads);
+  return cpu::varlen_attention(inputs, out, lse, summary_attention, received_attention, memory.data(),
+                               threads);
 }
 
 Status differentiate(const AttentionInputs& inputs, const cpu::AttentionGradients& gradients, int threads) {
-  const bool statistics = gradients.grad_summary != nullptr;
+  const bool statistics = gradients.grad_summary_attention != nullptr;
   auto memory = workspace(cpu::varlen_attention_backward_workspace, inputs, statistics, threads);
   return cpu::varlen_attention_backward(inputs, gradients, memory.data(), threads);
 }
 
 struct Problem {
-  std::vector<std::int32_t> cu_q, cu_k, summary;
+  std::vector<std::int32_t> cu_q, cu_k, summary_index;
   std::int64_t heads, dim;
   bool causal;
   std::vector<float> q, k, v;
@@ -45,7 +46,7 @@ struct Problem {
       : heads(h), dim(d), causal(c) {
     cu_q = ends(q_lengths), cu_k = ends(k_lengths);
     for (std::size_t b = 0; b < q_lengths.size(); ++b)
-      summary.push_back(b % 3 == 2 ? -1 : q_lengths[b] > 0 ? q_lengths[b] / 2 : 0);
+      summary_index.push_back(b % 3 == 2 ? -1 : q_lengths[b] > 0 ? q_lengths[b] / 2 : 0);
     std::mt19937 generator(7);
     std::normal_distribution<float> normal(0, 1);
     for (std::vector<float>* x : {&q, &k, &v}) {
@@ -56,10 +57,23 @@ struct Problem {
 
   AttentionInputs inputs() const {
     const std::int64_t row = heads * dim;
-    return {
-        DType::float32, q.data(),    k.data(),    v.data(),    {row, dim},    {row, dim},
-        {row, dim},     cu_q.data(), cu_k.data(), cu_q.back(), cu_k.back(),   std::int64_t(cu_q.size()) - 1,
-        heads,          dim,         0.2f,        causal,      summary.data()};
+    return {DType::float32,
+            q.data(),
+            k.data(),
+            v.data(),
+            {row, dim},
+            {row, dim},
+            {row, dim},
+            cu_q.data(),
+            cu_k.data(),
+            cu_q.back(),
+            cu_k.back(),
+            std::int64_t(cu_q.size()) - 1,
+            heads,
+            dim,
+            0.2f,
+            causal,
+            summary_index.data()};
   }
 
  private:
@@ -71,9 +85,11 @@ struct Problem {
 };
 
 struct Outputs {
-  std::vector<float> out, summary, received;
+  std::vector<float> out, summary_attention, received_attention;
   explicit Outputs(const Problem& p)
-      : out(p.q.size(), kNaN), summary(p.cu_q.back(), kNaN), received(p.cu_q.back(), kNaN) {}
+      : out(p.q.size(), kNaN),
+        summary_attention(p.cu_q.back(), kNaN),
+        received_attention(p.cu_q.back(), kNaN) {}
 };
 
 // The equations, one query at a time in double.
@@ -105,7 +121,7 @@ Outputs expected(const Problem& p, bool statistics) {
         norms[i * p.heads + h] = std::sqrt(norm);
         for (std::int64_t j = 0; j < seen; ++j) {
           best[i * m + j] = std::max(best[i * m + j], weights[j] / total);
-          if (i == p.summary[b]) from_summary[h * m + j] = weights[j] / total;
+          if (i == p.summary_index[b]) from_summary[h * m + j] = weights[j] / total;
         }
       }
     }
@@ -113,7 +129,7 @@ Outputs expected(const Problem& p, bool statistics) {
     for (std::int64_t j = 0; j < n; ++j) {
       double received = 0, observers = 0, norm = 0, weighted = 0;
       for (std::int64_t i = 0; i < n; ++i) {
-        if (i == p.summary[b] || (p.causal && i < j)) continue;
+        if (i == p.summary_index[b] || (p.causal && i < j)) continue;
         received += best[i * m + j];
         observers += 1;
       }
@@ -121,8 +137,8 @@ Outputs expected(const Problem& p, bool statistics) {
         norm += norms[j * p.heads + h];
         weighted += norms[j * p.heads + h] * from_summary[h * m + j];
       }
-      result.received[q0 + j] = float(received / (p.causal ? std::max(observers, 1.0) : 1.0));
-      result.summary[q0 + j] = float(weighted / norm);
+      result.received_attention[q0 + j] = float(received / (p.causal ? std::max(observers, 1.0) : 1.0));
+      result.summary_attention[q0 + j] = float(weighted / norm);
     }
   }
   return result;
@@ -141,18 +157,19 @@ TEST(self_attention_with_statistics) {
       const Problem p({1, 0, 33, 2, 130, 64, 17}, {1, 0, 33, 2, 130, 64, 17}, 3, dim, causal);
       const Outputs wanted = expected(p, true);
       Outputs one(p), plain(p);
-      EXPECT(attend(p.inputs(), one.out.data(), nullptr, one.summary.data(), one.received.data(), 1) ==
-             Status::ok);
+      EXPECT(attend(p.inputs(), one.out.data(), nullptr, one.summary_attention.data(),
+                    one.received_attention.data(), 1) == Status::ok);
       expect_equal(one.out, wanted.out, 2e-5);
-      expect_equal(one.summary, wanted.summary, 1e-5);
-      expect_equal(one.received, wanted.received, 1e-4);
+      expect_equal(one.summary_attention, wanted.summary_attention, 1e-5);
+      expect_equal(one.received_attention, wanted.received_attention, 1e-4);
       EXPECT(attend(p.inputs(), plain.out.data(), nullptr, nullptr, nullptr, 2) == Status::ok);
       EXPECT(plain.out == one.out);
       for (int threads : {2, 3, 40}) {
         Outputs more(p);
-        EXPECT(attend(p.inputs(), more.out.data(), nullptr, more.summary.data(), more.received.data(),
-                      threads) == Status::ok);
-        EXPECT(more.out == one.out && more.summary == one.summary && more.received == one.received);
+        EXPECT(attend(p.inputs(), more.out.data(), nullptr, more.summary_attention.data(),
+                      more.received_attention.data(), threads) == Status::ok);
+        EXPECT(more.out == one.out && more.summary_attention == one.summary_attention &&
+               more.received_attention == one.received_attention);
       }
     }
   }
@@ -169,29 +186,31 @@ TEST(large_scores_do_not_overflow_and_nan_stays_in_its_sequence) {
   Problem p({20, 35}, {20, 35}, 2, 32, false);
   for (float& value : p.q) value *= 3000;
   Outputs clean(p), broken(p);
-  EXPECT(attend(p.inputs(), clean.out.data(), nullptr, clean.summary.data(), clean.received.data(), 1) ==
-         Status::ok);
+  EXPECT(attend(p.inputs(), clean.out.data(), nullptr, clean.summary_attention.data(),
+                clean.received_attention.data(), 1) == Status::ok);
   for (float value : clean.out) EXPECT(std::isfinite(value));
   p.q[3] = kNaN;
-  EXPECT(attend(p.inputs(), broken.out.data(), nullptr, broken.summary.data(), broken.received.data(), 1) ==
-         Status::ok);
-  EXPECT(std::isnan(broken.out[0]) && std::isnan(broken.received[5]));
+  EXPECT(attend(p.inputs(), broken.out.data(), nullptr, broken.summary_attention.data(),
+                broken.received_attention.data(), 1) == Status::ok);
+  EXPECT(std::isnan(broken.out[0]) && std::isnan(broken.received_attention[5]));
   for (std::size_t i = 20 * 2 * 32; i < p.q.size(); ++i) EXPECT(broken.out[i] == clean.out[i]);
   for (std::size_t i = 20; i < 55; ++i)
-    EXPECT(broken.received[i] == clean.received[i] && broken.summary[i] == clean.summary[i]);
+    EXPECT(broken.received_attention[i] == clean.received_attention[i] &&
+           broken.summary_attention[i] == clean.summary_attention[i]);
 }
 
 TEST(a_summary_row_that_does_not_exist_is_none) {
   Problem p({20, 9}, {20, 9}, 2, 32, false);
   Outputs none(p), outside(p);
-  p.summary = {-1, -1};
-  EXPECT(attend(p.inputs(), none.out.data(), nullptr, none.summary.data(), none.received.data(), 1) ==
-         Status::ok);
-  p.summary = {20, 1000};
-  EXPECT(attend(p.inputs(), outside.out.data(), nullptr, outside.summary.data(), outside.received.data(),
-                1) == Status::ok);
-  EXPECT(outside.summary == none.summary && outside.received == none.received);
-  for (float value : none.summary) EXPECT(value == 0);
+  p.summary_index = {-1, -1};
+  EXPECT(attend(p.inputs(), none.out.data(), nullptr, none.summary_attention.data(),
+                none.received_attention.data(), 1) == Status::ok);
+  p.summary_index = {20, 1000};
+  EXPECT(attend(p.inputs(), outside.out.data(), nullptr, outside.summary_attention.data(),
+                outside.received_attention.data(), 1) == Status::ok);
+  EXPECT(outside.summary_attention == none.summary_attention &&
+         outside.received_attention == none.received_attention);
+  for (float value : none.summary_attention) EXPECT(value == 0);
 }
 
 TEST(bad_attention_arguments_are_refused) {
@@ -208,7 +227,7 @@ TEST(bad_attention_arguments_are_refused) {
   refused([](AttentionInputs& a) { a.head_dim = 144; });
   refused([](AttentionInputs& a) { a.dtype = DType(3); });
   refused([](AttentionInputs& a) { a.k = nullptr; });
-  refused([](AttentionInputs& a) { a.rows_q = 6; });
+  refused([](AttentionInputs& a) { a.tokens_q = 6; });
   refused([](AttentionInputs& a) { a.softmax_scale = kNaN; });
   refused([&](AttentionInputs& a) { a.cu_seqlens_k = other_keys; });
   refused([&](AttentionInputs& a) { a.cu_seqlens_k = no_keys; }, false);
@@ -227,8 +246,9 @@ struct Gradients {
 Gradients gradients(const Problem& p, bool statistics, int threads) {
   Outputs forward(p);
   std::vector<float> lse(p.cu_q.back() * p.heads, kNaN), grad_out(p.q.size()), grad_row(p.cu_q.back());
-  EXPECT(attend(p.inputs(), forward.out.data(), lse.data(), statistics ? forward.summary.data() : nullptr,
-                statistics ? forward.received.data() : nullptr, threads) == Status::ok);
+  EXPECT(attend(p.inputs(), forward.out.data(), lse.data(),
+                statistics ? forward.summary_attention.data() : nullptr,
+                statistics ? forward.received_attention.data() : nullptr, threads) == Status::ok);
   for (std::size_t i = 0; i < grad_out.size(); ++i) grad_out[i] = std::sin(float(i));
   for (std::size_t i = 0; i < grad_row.size(); ++i) grad_row[i] = std::cos(float(i));
   Gradients result(p);
@@ -245,8 +265,9 @@ double weighted(const Problem& p, bool statistics) {
   const Outputs results = expected(p, statistics);
   double total = 0;
   for (std::size_t i = 0; i < results.out.size(); ++i) total += double(std::sin(float(i))) * results.out[i];
-  for (std::size_t i = 0; statistics && i < results.summary.size(); ++i)
-    total += double(std::cos(float(i))) * (double(results.summary[i]) + results.received[i]);
+  for (std::size_t i = 0; statistics && i < results.summary_attention.size(); ++i)
+    total +=
+        double(std::cos(float(i))) * (double(results.summary_attention[i]) + results.received_attention[i]);
   return total;
 }
 
@@ -304,7 +325,7 @@ TEST(bad_gradient_arguments_are_refused) {
   };
   refused([](cpu::AttentionGradients& g) { g.lse = nullptr; });
   refused([](cpu::AttentionGradients& g) { g.grad_out = nullptr; });
-  refused([](cpu::AttentionGradients& g) { g.grad_received = nullptr; });
+  refused([](cpu::AttentionGradients& g) { g.grad_received_attention = nullptr; });
   refused([](cpu::AttentionGradients& g) { g.out = nullptr; });
   refused([](cpu::AttentionGradients& g) { g.grad_v = nullptr; });
   EXPECT(differentiate(p.inputs(), good, 0) == Status::invalid_argument);

@@ -22,15 +22,41 @@ struct Fixture {
   std::vector<std::int32_t> source{0, 2, 4, -1, 5, 8, -3, padding_row, padding_row};
   TokenSelection selection() const {
     return {keep.data(),
-            source.data(),
-            merge_weight.data(),
             cu_seqlens.data(),
             cu_seqlens_out.data(),
+            source.data(),
+            merge_weight.data(),
             std::int64_t(keep.size()),
             std::int64_t(source.size()),
             std::int64_t(cu_seqlens.size()) - 1};
   }
 };
+
+// What select_tokens writes, poisoned.
+struct Selected {
+  std::vector<std::uint8_t> keep;
+  std::vector<std::int32_t> cu_seqlens_out, source;
+  std::vector<float> merge_weight;
+  Selected(std::int64_t tokens, std::int64_t batch)
+      : keep(tokens, 7), cu_seqlens_out(batch + 1, -5), source(tokens, -5), merge_weight(tokens, kNaN) {}
+  SelectionOutputs outputs() {
+    return {keep.data(), cu_seqlens_out.data(), source.data(), merge_weight.data()};
+  }
+};
+
+// Of float32 logits (tokens, alignment_tokens).
+ScoreInputs score_inputs(const std::vector<float>& logits, std::int64_t alignment_tokens,
+                         const std::vector<std::int32_t>& cu_seqlens,
+                         const std::vector<std::int32_t>& summary_index) {
+  return {logits.data(),
+          DType::float32,
+          alignment_tokens,
+          alignment_tokens,
+          cu_seqlens.data(),
+          cu_seqlens.back(),
+          std::int64_t(cu_seqlens.size()) - 1,
+          summary_index.data()};
+}
 
 std::vector<float> ramp(std::int64_t count) {
   std::vector<float> values(count);
@@ -108,7 +134,7 @@ TEST(sixteen_bit_types_convert_exactly_and_round_to_nearest_even) {
   for (DType dtype : {DType::bfloat16, DType::float16}) {
     for (float weight : {1.0f, 1.0f / 3}) {
       const float merge_weight[2] = {weight, 0};
-      const TokenSelection selection{keep, source, merge_weight, cu_seqlens, cu_seqlens_out, 2, 1, 1};
+      const TokenSelection selection{keep, cu_seqlens, cu_seqlens_out, source, merge_weight, 2, 1, 1};
       EXPECT(cpu::gather_merge(x.data(), dtype, channels, channels, selection, out.data(), 1) == Status::ok);
       int wrong = 0;
       for (std::int64_t i = 0; i < channels; ++i) {
@@ -174,85 +200,78 @@ TEST(backward_is_the_transpose_of_forward) {
 }
 
 TEST(importance_and_selection_follow_their_equations) {
-  const std::int64_t rows = 30, tokens = 19;
+  const std::int64_t tokens = 30, alignment_tokens = 19;
   const std::vector<std::int32_t> cu_seqlens{0, 1, 1, 30}, summary_index{0, -1, 28};
-  std::vector<float> summary(rows), received(rows), logits = ramp(rows * tokens), importance(rows, kNaN);
-  for (std::int64_t j = 0; j < rows; ++j) summary[j] = 0.01f * float(j % 7), received[j] = 1 + float(j % 5);
-  EXPECT(cpu::token_importance(summary.data(), received.data(), logits.data(), DType::float32, tokens, tokens,
-                               cu_seqlens.data(), rows, 3, summary_index.data(), importance.data(),
+  std::vector<float> summary_attention(tokens), received_attention(tokens), importance(tokens, kNaN);
+  const std::vector<float> logits = ramp(tokens * alignment_tokens);
+  for (std::int64_t j = 0; j < tokens; ++j)
+    summary_attention[j] = 0.01f * float(j % 7), received_attention[j] = 1 + float(j % 5);
+  const ScoreInputs inputs = score_inputs(logits, alignment_tokens, cu_seqlens, summary_index);
+  EXPECT(cpu::token_importance(summary_attention.data(), received_attention.data(), inputs, importance.data(),
                                2) == Status::ok);
   const auto best = [&](std::int64_t j) {
-    return std::max(0.0f, *std::max_element(&logits[j * tokens], &logits[j * tokens] + tokens));
+    return std::max(0.0f, *std::max_element(&logits[j * alignment_tokens],
+                                            &logits[j * alignment_tokens] + alignment_tokens));
   };
   double received_sum = 0, guidance_sum = 0;
   for (std::int64_t j = 1; j < 30; ++j)
-    if (j != 29) received_sum += received[j], guidance_sum += best(j);
+    if (j != 29) received_sum += received_attention[j], guidance_sum += best(j);
   EXPECT_NEAR(importance[0], 0, 0);
   EXPECT_NEAR(importance[29], 0, 0);
   for (std::int64_t j = 1; j < 29; ++j)
-    EXPECT_NEAR(importance[j], (summary[j] + received[j] / received_sum + best(j) / guidance_sum) / 3, 1e-6);
+    EXPECT_NEAR(importance[j],
+                (summary_attention[j] + received_attention[j] / received_sum + best(j) / guidance_sum) / 3,
+                1e-6);
 
   const double tau = 0.8;
-  std::vector<std::uint8_t> keep(rows, 7);
-  std::vector<std::int32_t> cu_seqlens_out(4, -5), source(rows, -5);
-  std::vector<float> merge_weight(rows, kNaN);
-  EXPECT(cpu::select_tokens(importance.data(), logits.data(), DType::float32, tokens, tokens,
-                            cu_seqlens.data(), rows, 3, summary_index.data(), tau, keep.data(),
-                            cu_seqlens_out.data(), source.data(), merge_weight.data(), 2) == Status::ok);
+  Selected selected(tokens, 3);
+  EXPECT(cpu::select_tokens(importance.data(), inputs, tau, selected.outputs(), 2) == Status::ok);
   double threshold = kInfinity;
-  for (std::int64_t k = 0; k < tokens; ++k) {
+  for (std::int64_t k = 0; k < alignment_tokens; ++k) {
     double weight = 0, weighted = 0;
     for (std::int64_t j = 1; j < 29; ++j) {
-      const double e = std::exp(logits[j * tokens + k] / tau);
+      const double e = std::exp(logits[j * alignment_tokens + k] / tau);
       weight += e, weighted += e * importance[j];
     }
     threshold = std::min(threshold, weighted / weight);
   }
   std::vector<std::int32_t> expected{0};
-  double total = 0;
+  double pruned_importance = 0;
   for (std::int64_t j = 1; j < 30; ++j) {
     const bool kept = j == 29 || importance[j] > threshold;
-    EXPECT(keep[j] == kept);
+    EXPECT(selected.keep[j] == kept);
     if (kept) expected.push_back(std::int32_t(j));
-    if (!kept) total += importance[j];
+    if (!kept) pruned_importance += importance[j];
   }
-  EXPECT(total > 0);
+  EXPECT(pruned_importance > 0);
   expected.push_back(-3);
   for (std::int64_t j = 0; j < 30; ++j)
-    EXPECT_NEAR(merge_weight[j], keep[j] ? 0 : importance[j] / total, 1e-6);
-  EXPECT((cu_seqlens_out == std::vector<std::int32_t>{0, 1, 1, std::int32_t(expected.size())}));
-  expected.resize(rows, padding_row);
-  EXPECT(source == expected);
+    EXPECT_NEAR(selected.merge_weight[j], selected.keep[j] ? 0 : importance[j] / pruned_importance, 1e-6);
+  EXPECT((selected.cu_seqlens_out == std::vector<std::int32_t>{0, 1, 1, std::int32_t(expected.size())}));
+  expected.resize(tokens, padding_row);
+  EXPECT(selected.source == expected);
 }
 
 TEST(score_and_select_writes_what_the_two_write) {
-  const std::int64_t rows = 90, tokens = 37;
+  const std::int64_t tokens = 90, alignment_tokens = 37;
   const std::vector<std::int32_t> cu_seqlens{0, 1, 1, 30, 90}, summary_index{0, -1, 28, -1};
-  std::vector<float> summary(rows), received = ramp(rows), logits = ramp(rows * tokens);
-  for (std::int64_t j = 0; j < rows; ++j) summary[j] = 0.01f * float(j % 7), received[j] += 4;
-  struct Written {
-    std::vector<float> importance, merge_weight;
-    std::vector<std::uint8_t> keep;
-    std::vector<std::int32_t> cu_seqlens_out, source;
-    explicit Written(std::int64_t n)
-        : importance(n, kNaN), merge_weight(n, kNaN), keep(n, 7), cu_seqlens_out(5, -5), source(n, -5) {}
-  };
+  std::vector<float> summary_attention(tokens), received_attention = ramp(tokens);
+  const std::vector<float> logits = ramp(tokens * alignment_tokens);
+  for (std::int64_t j = 0; j < tokens; ++j)
+    summary_attention[j] = 0.01f * float(j % 7), received_attention[j] += 4;
+  const ScoreInputs inputs = score_inputs(logits, alignment_tokens, cu_seqlens, summary_index);
   for (double temperature : {0.0, 0.7}) {
     for (int threads : {1, 2}) {
-      Written two(rows), one(rows);
-      EXPECT(cpu::token_importance(summary.data(), received.data(), logits.data(), DType::float32, tokens,
-                                   tokens, cu_seqlens.data(), rows, 4, summary_index.data(),
-                                   two.importance.data(), threads) == Status::ok);
-      EXPECT(cpu::select_tokens(two.importance.data(), logits.data(), DType::float32, tokens, tokens,
-                                cu_seqlens.data(), rows, 4, summary_index.data(), temperature,
-                                two.keep.data(), two.cu_seqlens_out.data(), two.source.data(),
-                                two.merge_weight.data(), threads) == Status::ok);
-      EXPECT(cpu::score_and_select(summary.data(), received.data(), logits.data(), DType::float32, tokens,
-                                   tokens, cu_seqlens.data(), rows, 4, summary_index.data(), temperature,
-                                   one.importance.data(), one.keep.data(), one.cu_seqlens_out.data(),
-                                   one.source.data(), one.merge_weight.data(), threads) == Status::ok);
-      EXPECT((temperature == 0) == (two.cu_seqlens_out.back() == rows));
-      EXPECT(one.importance == two.importance);
+      Selected two(tokens, 4), one(tokens, 4);
+      std::vector<float> importance_of_two(tokens, kNaN), importance_of_one(tokens, kNaN);
+      EXPECT(cpu::token_importance(summary_attention.data(), received_attention.data(), inputs,
+                                   importance_of_two.data(), threads) == Status::ok);
+      EXPECT(cpu::select_tokens(importance_of_two.data(), inputs, temperature, two.outputs(), threads) ==
+             Status::ok);
+      EXPECT(cpu::score_and_select(summary_attention.data(), received_attention.data(), inputs, temperature,
+                                   importance_of_one.data(), one.outputs(), threads) == Status::ok);
+      EXPECT((temperature == 0) == (two.cu_seqlens_out.back() == tokens));
+      EXPECT(importance_of_one == importance_of_two);
       EXPECT(one.merge_weight == two.merge_weight);
       EXPECT(one.keep == two.keep);
       EXPECT(one.cu_seqlens_out == two.cu_seqlens_out);
@@ -291,25 +310,28 @@ TEST(bad_arguments_are_refused_and_nothing_is_written) {
   refused(gather(x.data(), DType::float32, 4, 1));
 
   const std::int32_t cu_seqlens[2] = {0, 9};
-  std::uint8_t keep[9];
-  std::int32_t cu_seqlens_out[2], source[9];
-  const auto select = [&](double temperature, std::int64_t tokens) {
-    return cpu::select_tokens(x.data(), x.data(), DType::float32, 4, tokens, cu_seqlens, 9, 1, nullptr,
-                              temperature, keep, cu_seqlens_out, source, out.data(), 1);
+  Selected selected(9, 1);
+  const Selected untouched = selected;
+  const auto inputs = [&](std::int64_t alignment_tokens) {
+    return ScoreInputs{x.data(), DType::float32, 4, alignment_tokens, cu_seqlens, 9, 1, nullptr};
+  };
+  const auto select = [&](double temperature, std::int64_t alignment_tokens) {
+    return cpu::select_tokens(x.data(), inputs(alignment_tokens), temperature, selected.outputs(), 1);
   };
   refused(select(-1, 4));
   refused(select(double(kNaN), 4));
   refused(select(double(kInfinity), 4));
   refused(select(1, 0));
-  const auto both = [&](const float* received, double temperature, std::int64_t tokens, float* importance) {
-    return cpu::score_and_select(x.data(), received, x.data(), DType::float32, 4, tokens, cu_seqlens, 9, 1,
-                                 nullptr, temperature, importance, keep, cu_seqlens_out, source, out.data(),
-                                 1);
+  const auto both = [&](const float* received_attention, double temperature, std::int64_t alignment_tokens,
+                        float* importance) {
+    return cpu::score_and_select(x.data(), received_attention, inputs(alignment_tokens), temperature,
+                                 importance, selected.outputs(), 1);
   };
   refused(both(nullptr, 1, 4, statistics.data()));
   refused(both(x.data(), -1, 4, statistics.data()));
   refused(both(x.data(), 1, 0, statistics.data()));
   refused(both(x.data(), 1, 4, nullptr));
+  EXPECT(selected.keep == untouched.keep && selected.source == untouched.source);
   EXPECT((statistics == std::vector<float>(9, 5)));
   EXPECT((out == std::vector<float>(9 * 4, 5)));
 }

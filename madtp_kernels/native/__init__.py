@@ -1,5 +1,5 @@
-"""The C++ kernels (madtp_kernels._C, CPU and CUDA) as functions of tensors, with the arguments of the reference.
+"""The C++ kernels of `madtp_kernels._C`, CPU and CUDA, as functions of tensors with the arguments of the reference.
+Here tensors become addresses, sizes and strides, and outputs are allocated, which the kernels write in full.
 
-The binding is torch-free: it takes addresses, sizes and strides. Outputs are allocated here, every element is written.
-Which of them runs is not decided here but in `dispatch`.
+Neither argument checks (`ops`, `csrc/`) nor the choice of a backend (`dispatch`) belongs here.
 """

@@ -49,17 +49,18 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     inputs, _alive = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    summary = q.new_empty(q.shape[0] if return_stats else 0, dtype=torch.float32)
-    received = torch.empty_like(summary)
+    summary_attention = q.new_empty(q.shape[0] if return_stats else 0, dtype=torch.float32)
+    received_attention = torch.empty_like(summary_attention)
     workspace = _workspace("varlen_attention", inputs, return_stats)
-    call("varlen_attention", q.device, inputs, *(address(t) for t in (out, lse, summary, received, workspace)))
-    return out, summary, received, lse
+    results = (out, lse, summary_attention, received_attention)
+    call("varlen_attention", q.device, inputs, *(address(t) for t in (*results, workspace)))
+    return out, summary_attention, received_attention, lse
 
 
 def varlen_attention_backward(
     grad_out: Tensor,
-    grad_summary: Tensor,
-    grad_received: Tensor,
+    grad_summary_attention: Tensor,
+    grad_received_attention: Tensor,
     out: Tensor,
     lse: Tensor,
     q: Tensor,
@@ -72,7 +73,7 @@ def varlen_attention_backward(
     """Arguments and results of `reference.attention.varlen_attention_backward`."""
     return_stats = options[-1]
     inputs, _alive = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
-    given = [t.contiguous() for t in (out, lse, grad_out, grad_summary, grad_received)]
+    given = [t.contiguous() for t in (out, lse, grad_out, grad_summary_attention, grad_received_attention)]
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     workspace = _workspace("varlen_attention_backward", inputs, return_stats)
     call("varlen_attention_backward", q.device, inputs, *(address(t) for t in (*given, *gradients, workspace)))

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from madtp_kernels import dispatch
 from madtp_kernels.native.common import DTYPES, address, call, contiguous, matrix, row_contiguous
 
 
 def token_importance(
-    summary: Tensor, received: Tensor, mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
+    summary_attention: Tensor,
+    received_attention: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    summary_index: Tensor | None,
 ) -> Tensor:
-    summary, received, mag_logits = summary.contiguous(), received.contiguous(), row_contiguous(mag_logits)
-    cu_seqlens, summary_index = cu_seqlens.contiguous(), contiguous(summary_index)
-    importance = torch.empty_like(summary)
+    summary_attention, received_attention = summary_attention.contiguous(), received_attention.contiguous()
+    inputs, _alive = _score_inputs(mag_logits, cu_seqlens, summary_index)
+    importance = torch.empty_like(summary_attention)
     call(
         "token_importance",
-        summary.device,
-        address(summary),
-        address(received),
-        *matrix(mag_logits),
-        mag_logits.shape[1],
-        address(cu_seqlens),
-        summary.shape[0],
-        cu_seqlens.numel() - 1,
-        address(summary_index),
+        importance.device,
+        address(summary_attention),
+        address(received_attention),
+        inputs,
         address(importance),
     )
     return importance
@@ -33,71 +35,76 @@ def token_importance(
 def select_tokens(
     importance: Tensor, mag_logits: Tensor, cu_seqlens: Tensor, temperature: float, summary_index: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    importance, mag_logits = importance.contiguous(), row_contiguous(mag_logits)
-    cu_seqlens, summary_index = cu_seqlens.contiguous(), contiguous(summary_index)
-    selection = _empty_selection(importance, cu_seqlens)
-    call(
-        "select_tokens",
-        importance.device,
-        address(importance),
-        *matrix(mag_logits),
-        mag_logits.shape[1],
-        address(cu_seqlens),
-        importance.shape[0],
-        cu_seqlens.numel() - 1,
-        address(summary_index),
-        temperature,
-        *(address(t) for t in selection),
-    )
+    importance = importance.contiguous()
+    inputs, _alive = _score_inputs(mag_logits, cu_seqlens, summary_index)
+    selection, outputs = _empty_selection(importance, cu_seqlens)
+    call("select_tokens", importance.device, address(importance), inputs, temperature, outputs)
     return selection
 
 
 def score_and_select(
-    summary: Tensor,
-    received: Tensor,
+    summary_attention: Tensor,
+    received_attention: Tensor,
     mag_logits: Tensor,
     cu_seqlens: Tensor,
     temperature: float,
     summary_index: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    summary, received, mag_logits = summary.contiguous(), received.contiguous(), row_contiguous(mag_logits)
-    cu_seqlens, summary_index = cu_seqlens.contiguous(), contiguous(summary_index)
-    importance = torch.empty_like(summary)
-    selection = _empty_selection(importance, cu_seqlens)
+    summary_attention, received_attention = summary_attention.contiguous(), received_attention.contiguous()
+    inputs, _alive = _score_inputs(mag_logits, cu_seqlens, summary_index)
+    importance = torch.empty_like(summary_attention)
+    selection, outputs = _empty_selection(importance, cu_seqlens)
     call(
         "score_and_select",
-        summary.device,
-        address(summary),
-        address(received),
-        *matrix(mag_logits),
-        mag_logits.shape[1],
-        address(cu_seqlens),
-        summary.shape[0],
-        cu_seqlens.numel() - 1,
-        address(summary_index),
+        importance.device,
+        address(summary_attention),
+        address(received_attention),
+        inputs,
         temperature,
-        *(address(t) for t in (importance, *selection)),
+        address(importance),
+        outputs,
     )
     return importance, *selection
 
 
-def _empty_selection(importance: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """keep, cu_seqlens_out, source and merge_weight, to be written."""
+def _score_inputs(
+    mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
+) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """madtp::ScoreInputs, and the tensors it points to, which must outlive it."""
+    mag_logits, cu_seqlens = row_contiguous(mag_logits), cu_seqlens.contiguous()
+    summary_index = contiguous(summary_index)
+    inputs = dispatch.extension().cpu.ScoreInputs(
+        *matrix(mag_logits),
+        mag_logits.shape[1],
+        address(cu_seqlens),
+        mag_logits.shape[0],
+        cu_seqlens.numel() - 1,
+        address(summary_index),
+    )
+    return inputs, (mag_logits, cu_seqlens, summary_index)
+
+
+def _empty_selection(importance: Tensor, cu_seqlens: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Any]:
+    """keep, cu_seqlens_out, source and merge_weight, to be written, and the madtp::SelectionOutputs that says where."""
     keep, source = (torch.empty_like(importance, dtype=dtype) for dtype in (torch.bool, torch.int32))
-    return keep, torch.empty_like(cu_seqlens), source, torch.empty_like(importance)
+    cu_seqlens_out = torch.empty(cu_seqlens.shape, dtype=torch.int32, device=cu_seqlens.device)
+    selection = keep, cu_seqlens_out, source, torch.empty_like(importance)
+    return selection, dispatch.extension().cpu.SelectionOutputs(*(t.data_ptr() for t in selection))
 
 
 def gather_merge(x: Tensor, *selection: Tensor) -> Tensor:
-    x, selection = row_contiguous(x), _Selection(*selection)
-    out = x.new_empty(selection.capacity, x.shape[1])
-    call("gather_merge", x.device, *matrix(x), x.shape[1], *selection.arguments(), address(out))
+    x = row_contiguous(x)
+    record, capacity, _alive = _token_selection(*selection)
+    out = x.new_empty(capacity, x.shape[1])
+    call("gather_merge", x.device, *matrix(x), x.shape[1], record, address(out))
     return out
 
 
 def gather_merge_backward(grad: Tensor, x: Tensor, *selection: Tensor) -> tuple[Tensor, Tensor]:
-    grad, x, selection = row_contiguous(grad), row_contiguous(x), _Selection(*selection)
+    grad, x = row_contiguous(grad), row_contiguous(x)
+    record, _, _alive = _token_selection(*selection)
     grad_x = x.new_empty(x.shape)
-    grad_weight = torch.empty_like(selection.merge_weight)
+    grad_weight = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     call(
         "gather_merge_backward",
         x.device,
@@ -105,7 +112,7 @@ def gather_merge_backward(grad: Tensor, x: Tensor, *selection: Tensor) -> tuple[
         grad.stride(0),
         *matrix(x),
         x.shape[1],
-        *selection.arguments(),
+        record,
         address(grad_x),
         address(grad_weight),
     )
@@ -114,17 +121,18 @@ def gather_merge_backward(grad: Tensor, x: Tensor, *selection: Tensor) -> tuple[
 
 def gather_merge_layernorm(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *selection, weight, bias, eps = arguments
-    x, weight, bias, selection = row_contiguous(x), weight.contiguous(), bias.contiguous(), _Selection(*selection)
-    x_out = x.new_empty(selection.capacity, x.shape[1])
+    x, weight, bias = row_contiguous(x), weight.contiguous(), bias.contiguous()
+    record, capacity, _alive = _token_selection(*selection)
+    x_out = x.new_empty(capacity, x.shape[1])
     normed = torch.empty_like(x_out)
-    mean = x.new_empty(selection.capacity, dtype=torch.float32)
+    mean = x.new_empty(capacity, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     call(
         "gather_merge_layernorm",
         x.device,
         *matrix(x),
         x.shape[1],
-        *selection.arguments(),
+        record,
         address(weight),
         address(bias),
         DTYPES[weight.dtype],
@@ -137,14 +145,12 @@ def gather_merge_layernorm(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tenso
     return x_out, normed, mean, rstd
 
 
-class _Selection:
-    """madtp::TokenSelection: keeps its contiguous tensors alive for the call."""
-
-    def __init__(self, keep: Tensor, source: Tensor, merge_weight: Tensor, cu_seqlens: Tensor, cu_seqlens_out: Tensor):
-        self.merge_weight = merge_weight.contiguous()
-        self._tensors = [t.contiguous() for t in (keep, source, self.merge_weight, cu_seqlens, cu_seqlens_out)]
-        self.capacity = source.shape[0]
-        self._sizes = (keep.shape[0], self.capacity, cu_seqlens.numel() - 1)
-
-    def arguments(self) -> tuple[int, ...]:
-        return (*(t.data_ptr() for t in self._tensors), *self._sizes)
+def _token_selection(
+    keep: Tensor, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor, source: Tensor, merge_weight: Tensor
+) -> tuple[Any, int, list[Tensor]]:
+    """madtp::TokenSelection, its capacity, and the tensors it points to, which must outlive it."""
+    tensors = [t.contiguous() for t in (keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight)]
+    capacity = source.shape[0]
+    sizes = (keep.shape[0], capacity, cu_seqlens_in.numel() - 1)
+    record = dispatch.extension().cpu.TokenSelection(*(t.data_ptr() for t in tensors), *sizes)
+    return record, capacity, tensors

@@ -1,1 +1,4 @@
-"""The ops: schema, checks, fake, autograd and backend choice. Kernels live in the backends."""
+"""The ops as users and torch see them: public functions, argument checks, schemas, fake and autograd.
+
+No kernel lives here: the backends are in `reference`, `native`, `triton` and `sparse24`, and `dispatch` chooses.
+"""

@@ -1,4 +1,4 @@
-"""Attention over packed sequences that also returns the importance statistics of every token."""
+"""Attention over ragged sequences that also returns the importance statistics of every token."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from madtp_kernels.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.flops import flop_formula
 from madtp_kernels.native import attention as native
 from madtp_kernels.reference import attention as reference
+from madtp_kernels.renamed import renamed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@renamed(summary="summary_attention", received="received_attention")
 class AttentionStats(NamedTuple):
     """What token pruning reads off self-attention, per token; float32."""
 
-    summary: Tensor  # (T,) S_cls: attention from the summary token, heads weighted by their share of the output norm
-    received: Tensor  # (T,) S_self before normalisation: head-maximal attention summed over the other queries
+    # (T,) S_cls: attention from the summary token, heads weighted by their share of the output norm
+    summary_attention: Tensor
+    # (T,) S_self before normalisation: head-maximal attention summed over the other queries
+    received_attention: Tensor
 
 
 @dispatch.public
@@ -39,7 +43,7 @@ def varlen_attention(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
-    """Softmax attention inside each packed sequence: out_i = sum_j softmax_j(softmax_scale q_i k_j) v_j.
+    """Softmax attention inside each sequence of a ragged batch: out_i = sum_j softmax_j(softmax_scale q_i k_j) v_j.
 
     Args:
         q: (Tq, H, D) float32, bfloat16 or float16.
@@ -54,8 +58,9 @@ def varlen_attention(
 
     Returns:
         out (Tq, H, D) dtype of q, and with return_stats `AttentionStats`, each (T,) float32:
-        summary_j = sum_h P[h,s,j] ||O[h,j]|| / sum_h ||O[h,j]||;
-        received_j = sum over queries i != s of max_h P[h,i,j], under a causal mask divided by the number that see j.
+        summary_attention_j = sum_h P[h,s,j] ||O[h,j]|| / sum_h ||O[h,j]||;
+        received_attention_j = sum over queries i != s of max_h P[h,i,j], under a causal mask divided by the number that
+        see j.
         Differentiable in q, k and v through all three.
 
     Raises:
@@ -67,9 +72,9 @@ def varlen_attention(
         check_tensor(name, value, 3, (q.dtype,))
         require(value.shape[1:] == q.shape[1:], name, f"of {q.shape[1]} heads of {q.shape[2]} like q", value)
     check_rows("v", v, k.shape[0], "k")
-    checks.check_packed(q.shape[0], cu_seqlens_q, summary_index, "q")
+    checks.check_ragged(q.shape[0], cu_seqlens_q, summary_index, "q")
     if cross:
-        checks.check_packed(k.shape[0], cu_seqlens_k, None, "k")
+        checks.check_ragged(k.shape[0], cu_seqlens_k, None, "k")
         check_rows("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.numel(), "cu_seqlens_q")
         require(max_seqlen_k is not None, "max_seqlen_k", "given with cu_seqlens_k", max_seqlen_k)
         require(not causal, "causal", "False in cross-attention", causal)
@@ -77,7 +82,7 @@ def varlen_attention(
     else:
         check_rows("k", k, q.shape[0], "q (self-attention)")
     check_device(q.device, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, summary_index=summary_index)
-    out, summary, received, _ = torch.ops.madtp.varlen_attention(
+    out, *stats, _ = torch.ops.madtp.varlen_attention(
         q,
         k,
         v,
@@ -91,18 +96,18 @@ def varlen_attention(
         return_stats,
         backend or "auto",
     )
-    return (out, AttentionStats(summary, received)) if return_stats else out
+    return (out, AttentionStats(*stats)) if return_stats else out
 
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float softmax_scale, bool causal, Tensor? summary_index, bool return_stats, str backend"
 )
-# Returns out, summary, received and, for the backward, the log-sum-exp (H, Tq) of the scores.
+# Returns out, summary_attention, received_attention and, for the backward, the log-sum-exp (H, Tq) of the scores.
 torch.library.define("madtp::varlen_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define(
     "madtp::varlen_attention_backward",
-    "(Tensor grad_out, Tensor grad_summary, Tensor grad_received, Tensor out, Tensor lse, "
+    "(Tensor grad_out, Tensor grad_summary_attention, Tensor grad_received_attention, Tensor out, Tensor lse, "
     f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )
 
@@ -156,10 +161,10 @@ def _varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_
 
 
 @torch.library.impl("madtp::varlen_attention_backward", "CompositeExplicitAutograd")
-def _varlen_attention_backward(grad_out, grad_summary, grad_received, out, lse, q, *arguments):
+def _varlen_attention_backward(grad_out, grad_summary_attention, grad_received_attention, out, lse, q, *arguments):
     *arguments, backend = arguments
     run = dispatch.implementation("varlen_attention_backward", backend, q.dtype, q.device, tuple(q.shape))
-    return run(grad_out, grad_summary, grad_received, out, lse, q, *arguments)
+    return run(grad_out, grad_summary_attention, grad_received_attention, out, lse, q, *arguments)
 
 
 @torch.library.register_fake("madtp::varlen_attention")
@@ -171,7 +176,7 @@ def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_st
 
 
 @torch.library.register_fake("madtp::varlen_attention_backward")
-def _(grad_out, grad_summary, grad_received, out, lse, q, k, v, *arguments):
+def _(grad_out, grad_summary_attention, grad_received_attention, out, lse, q, k, v, *arguments):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
@@ -181,9 +186,9 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(out, lse, *tensors)
 
 
-def _backward(ctx, grad_out, grad_summary, grad_received, _):
+def _backward(ctx, grad_out, grad_summary_attention, grad_received_attention, _):
     grads = torch.ops.madtp.varlen_attention_backward(
-        grad_out, grad_summary, grad_received, *ctx.saved_tensors, *ctx.arguments
+        grad_out, grad_summary_attention, grad_received_attention, *ctx.saved_tensors, *ctx.arguments
     )
     return *grads, *(None,) * 9
 

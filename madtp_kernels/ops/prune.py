@@ -10,11 +10,11 @@ from torch import Tensor
 from madtp_kernels import dispatch
 from madtp_kernels.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.ops.attention import AttentionStats
-from madtp_kernels.ops.tokens import FLOATS, Selection, check_choice, check_norm, check_statistics, flat, sized
+from madtp_kernels.ops.tokens import FLOATS, Selection, check_choice, check_norm, check_statistics, sized
 
 
 class Pruned(NamedTuple):
-    """What the prune step leaves of a packed batch, and how it came to it."""
+    """What the prune step leaves of a ragged batch, and how it came to it."""
 
     x: Tensor  # (T_out, C)
     normed: Tensor | None  # (T_out, C), the LayerNorm of x; None without `norm`
@@ -70,13 +70,13 @@ def prune_tokens(
 
     Args:
         x: (T, C) float32, bfloat16 or float16, the features after attention and its residual; any row stride.
-        stats: `summary` and `received`, each (T,) float32, from `varlen_attention(..., return_stats=True)`.
+        stats: `AttentionStats`, each (T,) float32, from `varlen_attention(..., return_stats=True)`.
         mag_logits: (T, K) alignment logits q E^T, float32, bfloat16 or float16.
         cu_seqlens: (B+1,) int32.
         temperature: tau >= 0. Larger prunes more; 0 keeps everything.
         norm: (weight, bias, eps) of the LayerNorm that follows: (C,) dtype of x or float32, (C,) likewise, > 0.
         summary_index: (B,) int32, the summary token's row inside its sequence, always kept; None is row 0, -1 is none.
-        capacity: "exact" reads the true total once; "upper_bound" returns T rows and reads nothing on the host.
+        capacity: "exact" reads the number of rows once; "upper_bound" returns T rows and reads nothing on the host.
         backend: auto, reference, cpu or triton.
 
     Returns:
@@ -88,10 +88,12 @@ def prune_tokens(
     """
     check_tensor("x", x, 2, FLOATS)
     check_statistics(stats, mag_logits, cu_seqlens, summary_index)
-    check_rows("x", x, stats.summary.shape[0], "stats.summary")
+    check_rows("x", x, stats.summary_attention.shape[0], "stats.summary_attention")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    require(stats.summary.dtype == wide, "stats.summary", f"{wide} for x of {x.dtype}", stats.summary)
-    check_device(stats.summary.device, x=x)
+    summary_attention = stats.summary_attention
+    rule = f"{wide} for x of {x.dtype}"
+    require(summary_attention.dtype == wide, "stats.summary_attention", rule, summary_attention)
+    check_device(summary_attention.device, x=x)
     check_choice(temperature, capacity)
     if norm is not None:
         require(isinstance(norm, tuple) and len(norm) == 3, "norm", "(weight, bias, eps) or None", norm)
@@ -101,15 +103,15 @@ def prune_tokens(
     )
     backend = backend or "auto"
     if norm is None:
-        return Pruned(torch.ops.madtp.gather_merge(x, *flat(selection), backend), None, selection, importance)
+        return Pruned(torch.ops.madtp.gather_merge(x, *selection, backend), None, selection, importance)
     weight, bias, eps = norm
-    out, normed, _, _ = torch.ops.madtp.gather_merge_layernorm(x, *flat(selection), weight, bias, float(eps), backend)
+    out, normed, _, _ = torch.ops.madtp.gather_merge_layernorm(x, *selection, weight, bias, float(eps), backend)
     return Pruned(out, normed, selection, importance)
 
 
 def _score_and_select(stats, mag_logits, cu_seqlens, temperature, summary_index, capacity, backend):
-    importance, merge_weight, keep, cu_seqlens_out, source = torch.ops.madtp.score_and_select(
+    importance, keep, cu_seqlens_out, source, merge_weight = torch.ops.madtp.score_and_select(
         *stats, mag_logits, cu_seqlens, float(temperature), summary_index, backend or "auto"
     )
     source = sized(source, cu_seqlens_out, capacity)
-    return importance, Selection(keep, cu_seqlens_out, source, merge_weight, cu_seqlens)
+    return importance, Selection(keep, cu_seqlens, cu_seqlens_out, source, merge_weight)

@@ -8,14 +8,15 @@ from madtp_kernels.checks import check_cu_seqlens_values, check_rows, check_summ
 from madtp_kernels.native import tokens as native
 from madtp_kernels.ops.token_gradients import importance_gradient, selection_gradient
 from madtp_kernels.reference import tokens as reference
-from madtp_kernels.reference.tokens import PADDING
+from madtp_kernels.selection import PADDING
 
-SELECTION = "Tensor keep, Tensor source, Tensor merge_weight, Tensor cu_seqlens, Tensor cu_seqlens_out"
+SELECTION = "Tensor keep, Tensor cu_seqlens_in, Tensor cu_seqlens_out, Tensor source, Tensor merge_weight"
+STATS = "Tensor summary_attention, Tensor received_attention"
 SCORES = "Tensor mag_logits, Tensor cu_seqlens"
 
 torch.library.define(
     "madtp::token_importance",
-    f"(Tensor summary, Tensor received, {SCORES}, Tensor? summary_index, str backend) -> Tensor",
+    f"({STATS}, {SCORES}, Tensor? summary_index, str backend) -> Tensor",
 )
 torch.library.define(
     "madtp::select_tokens",
@@ -24,7 +25,7 @@ torch.library.define(
 )
 torch.library.define(
     "madtp::score_and_select",
-    f"(Tensor summary, Tensor received, {SCORES}, float temperature, Tensor? summary_index, str backend)"
+    f"({STATS}, {SCORES}, float temperature, Tensor? summary_index, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define("madtp::gather_merge", f"(Tensor x, {SELECTION}, str backend) -> Tensor")
@@ -61,20 +62,20 @@ def _score_dtype(scores: Tensor, mag_logits: Tensor) -> torch.dtype:
     return torch.promote_types(scores.dtype, mag_logits.dtype)
 
 
-def _check_scores(scores, mag_logits, cu_seqlens, summary_index, received=None):
+def _check_scores(scores, mag_logits, cu_seqlens, summary_index, received_attention=None):
     # torch.ops can be called without the public function, and kernels trust these sizes.
-    for name, value in (("mag_logits", mag_logits), ("stats.received", received)):
+    for name, value in (("mag_logits", mag_logits), ("stats.received_attention", received_attention)):
         if value is not None:
             check_rows(name, value, scores.shape[0], "the scores")
     check_summary_index_values(summary_index, check_cu_seqlens_values("cu_seqlens", cu_seqlens, scores.shape[0]))
 
 
 @torch.library.impl("madtp::token_importance", "CompositeExplicitAutograd")
-def _token_importance(summary, received, mag_logits, cu_seqlens, summary_index, backend):
-    _check_scores(summary, mag_logits, cu_seqlens, summary_index, received)
-    dtype = _score_dtype(summary, mag_logits)
-    run = dispatch.implementation("token_importance", backend, dtype, summary.device)
-    return run(summary, received, mag_logits, cu_seqlens, summary_index)
+def _token_importance(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index, backend):
+    _check_scores(summary_attention, mag_logits, cu_seqlens, summary_index, received_attention)
+    dtype = _score_dtype(summary_attention, mag_logits)
+    run = dispatch.implementation("token_importance", backend, dtype, summary_attention.device)
+    return run(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
 
 
 @torch.library.impl("madtp::select_tokens", "CompositeExplicitAutograd")
@@ -83,47 +84,49 @@ def _select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_inde
     dtype = _score_dtype(importance, mag_logits)
     run = dispatch.implementation("select_tokens", backend, dtype, importance.device)
     keep, cu_seqlens_out, source, merge_weight = run(importance, mag_logits, cu_seqlens, temperature, summary_index)
-    return merge_weight, keep, cu_seqlens_out, source  # the differentiable one first, as opcheck needs it
+    return merge_weight, keep, cu_seqlens_out, source  # not in the order of a Selection: opcheck needs a float first
 
 
 @torch.library.impl("madtp::score_and_select", "CompositeExplicitAutograd")
-def _score_and_select(summary, received, mag_logits, cu_seqlens, temperature, summary_index, backend):
-    _check_scores(summary, mag_logits, cu_seqlens, summary_index, received)
-    run = dispatch.implementation("score_and_select", backend, _score_dtype(summary, mag_logits), summary.device)
-    importance, keep, cu_seqlens_out, source, merge_weight = run(
-        summary, received, mag_logits, cu_seqlens, temperature, summary_index
+def _score_and_select(
+    summary_attention, received_attention, mag_logits, cu_seqlens, temperature, summary_index, backend
+):
+    _check_scores(summary_attention, mag_logits, cu_seqlens, summary_index, received_attention)
+    run = dispatch.implementation(
+        "score_and_select", backend, _score_dtype(summary_attention, mag_logits), summary_attention.device
     )
-    return importance, merge_weight, keep, cu_seqlens_out, source
+    return run(summary_attention, received_attention, mag_logits, cu_seqlens, temperature, summary_index)
 
 
 def _run_gather(op, lead, selection, rest, backend):
     x = lead[-1]
-    keep, source, merge_weight, cu_seqlens, cu_seqlens_out = selection
+    keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight = selection
     # torch.ops can be called without the public function, and kernels trust these sizes.
     require(lead[0].dtype == x.dtype, "grad", f"{x.dtype} like x", lead[0])
     check_rows("selection.keep", keep, x.shape[0], "x")
     check_rows("selection.merge_weight", merge_weight, x.shape[0], "x")
-    check_rows("selection.cu_seqlens", cu_seqlens_out, cu_seqlens.shape[0], "its input_cu_seqlens")
-    check_cu_seqlens_values("selection.input_cu_seqlens", cu_seqlens, x.shape[0])
-    check_cu_seqlens_values("selection.cu_seqlens", cu_seqlens_out, source.shape[0], at_most=True)
+    check_rows("selection.cu_seqlens_out", cu_seqlens_out, cu_seqlens_in.shape[0], "its cu_seqlens_in")
+    check_cu_seqlens_values("selection.cu_seqlens_in", cu_seqlens_in, x.shape[0])
+    check_cu_seqlens_values("selection.cu_seqlens_out", cu_seqlens_out, source.shape[0], at_most=True)
     run = dispatch.implementation(op, backend, x.dtype, x.device)
     return run(*lead, *selection, *rest)
 
 
 @torch.library.impl("madtp::gather_merge", "CompositeExplicitAutograd")
-def _gather_merge(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, backend):
-    return _run_gather("gather_merge", (x,), (keep, source, merge_weight, cu_seqlens, cu_seqlens_out), (), backend)
+def _gather_merge(x, *selection_and_backend):
+    *selection, backend = selection_and_backend
+    return _run_gather("gather_merge", (x,), selection, (), backend)
 
 
 @torch.library.impl("madtp::gather_merge_backward", "CompositeExplicitAutograd")
-def _gather_merge_backward(grad, x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, backend):
-    selection = (keep, source, merge_weight, cu_seqlens, cu_seqlens_out)
+def _gather_merge_backward(grad, x, *selection_and_backend):
+    *selection, backend = selection_and_backend
     return _run_gather("gather_merge_backward", (grad, x), selection, (), backend)
 
 
 @torch.library.impl("madtp::gather_merge_layernorm", "CompositeExplicitAutograd")
-def _gather_merge_layernorm(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, weight, bias, eps, backend):
-    selection = (keep, source, merge_weight, cu_seqlens, cu_seqlens_out)
+def _gather_merge_layernorm(x, *arguments):
+    *selection, weight, bias, eps, backend = arguments
     require(weight.dtype == bias.dtype, "bias", f"{weight.dtype} like weight", bias)
     for name, value in (("weight", weight), ("bias", bias)):
         check_rows(name, value, x.shape[1], "x has channels")
@@ -134,8 +137,8 @@ def _gather_merge_layernorm(x, keep, source, merge_weight, cu_seqlens, cu_seqlen
 
 
 @torch.library.register_fake("madtp::token_importance")
-def _(summary, received, mag_logits, cu_seqlens, summary_index, backend):
-    return torch.empty_like(summary)
+def _(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index, backend):
+    return torch.empty_like(summary_attention)
 
 
 @torch.library.register_fake("madtp::select_tokens")
@@ -150,23 +153,26 @@ def _fake_select_tokens(importance, mag_logits, cu_seqlens, temperature, summary
 
 
 @torch.library.register_fake("madtp::score_and_select")
-def _(summary, received, mag_logits, cu_seqlens, temperature, summary_index, backend):
-    importance = torch.empty_like(summary)
-    return importance, *_fake_select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index, backend)
+def _(summary_attention, received_attention, mag_logits, cu_seqlens, temperature, summary_index, backend):
+    importance = torch.empty_like(summary_attention)
+    merge_weight, *selection = _fake_select_tokens(
+        importance, mag_logits, cu_seqlens, temperature, summary_index, backend
+    )
+    return importance, *selection, merge_weight
 
 
 @torch.library.register_fake("madtp::gather_merge")
-def _(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, backend):
+def _(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, backend):
     return x.new_empty(source.shape[0], x.shape[1])
 
 
 @torch.library.register_fake("madtp::gather_merge_backward")
-def _(grad, x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, backend):
+def _(grad, x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, backend):
     return x.new_empty(x.shape), torch.empty_like(merge_weight)
 
 
 @torch.library.register_fake("madtp::gather_merge_layernorm")
-def _(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, weight, bias, eps, backend):
+def _(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, weight, bias, eps, backend):
     out = x.new_empty(source.shape[0], x.shape[1])
     statistic = x.new_empty(source.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     return out, torch.empty_like(out), statistic, torch.empty_like(statistic)
@@ -176,8 +182,8 @@ def _(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, weight, bias, e
 
 
 def _importance_setup(ctx, inputs, output):
-    _, received, mag_logits, cu_seqlens, summary_index, _ = inputs
-    ctx.save_for_backward(received, mag_logits, cu_seqlens, summary_index)
+    _, received_attention, mag_logits, cu_seqlens, summary_index, _ = inputs
+    ctx.save_for_backward(received_attention, mag_logits, cu_seqlens, summary_index)
 
 
 def _importance_backward(ctx, grad):
@@ -194,21 +200,21 @@ def _selection_setup(ctx, inputs, output):
     ctx.save_for_backward(importance, cu_seqlens, keep, merge_weight)
 
 
-def _selection_backward(ctx, grad, grad_keep, grad_cu_seqlens, grad_source):
-    return selection_gradient(grad, *ctx.saved_tensors), None, None, None, None, None
+def _selection_backward(ctx, grad_merge_weight, grad_keep, grad_cu_seqlens_out, grad_source):
+    return selection_gradient(grad_merge_weight, *ctx.saved_tensors), None, None, None, None, None
 
 
 torch.library.register_autograd("madtp::select_tokens", _selection_backward, setup_context=_selection_setup)
 
 
 def _score_and_select_setup(ctx, inputs, output):
-    _, received, mag_logits, cu_seqlens, _, summary_index, _ = inputs
-    importance, merge_weight, keep, *_ = output
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(received, mag_logits, cu_seqlens, summary_index, importance, keep, merge_weight)
+    _, received_attention, mag_logits, cu_seqlens, _, summary_index, _ = inputs
+    importance, keep, _, _, merge_weight = output
+    ctx.mark_non_differentiable(*output[1:4])
+    ctx.save_for_backward(received_attention, mag_logits, cu_seqlens, summary_index, importance, keep, merge_weight)
 
 
-def _score_and_select_backward(ctx, grad_importance, grad_merge_weight, *_):
+def _score_and_select_backward(ctx, grad_importance, grad_keep, grad_cu_seqlens_out, grad_source, grad_merge_weight):
     # mag_logits reach the loss through importance alone: which tokens they select is a constant.
     *inputs, importance, keep, merge_weight = ctx.saved_tensors
     cu_seqlens = inputs[2]
@@ -229,7 +235,7 @@ def _gather_setup(ctx, inputs, output):
 def _gather_backward(ctx, grad):
     x, *selection = ctx.saved_tensors
     grad_x, grad_weight = torch.ops.madtp.gather_merge_backward(grad, x, *selection, ctx.backend)
-    return grad_x, None, None, grad_weight, None, None, None
+    return grad_x, None, None, None, None, grad_weight, None
 
 
 torch.library.register_autograd("madtp::gather_merge", _gather_backward, setup_context=_gather_setup)
@@ -244,9 +250,10 @@ def _layernorm_setup(ctx, inputs, output):
 
 def _layernorm_backward(ctx, grad_out, grad_normed, grad_mean, grad_rstd):
     x, *selection, weight, bias, x_out, mean, rstd = ctx.saved_tensors
+    source = selection[3]
     wide = mean.dtype
     # A padding row has zero outputs whatever the parameters are, so its gradient must not reach the bias.
-    grad_normed = grad_normed.to(wide) * (selection[1] != PADDING)[:, None]
+    grad_normed = grad_normed.to(wide) * (source != PADDING)[:, None]
     grad_x_out, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_normed,
         x_out.to(wide),
@@ -263,9 +270,9 @@ def _layernorm_backward(ctx, grad_out, grad_normed, grad_mean, grad_rstd):
         grad_x,
         None,
         None,
+        None,
+        None,
         grad_merge_weight,
-        None,
-        None,
         grad_weight.to(weight.dtype),
         grad_bias.to(bias.dtype),
         None,

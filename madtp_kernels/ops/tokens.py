@@ -1,6 +1,6 @@
 """Token pruning ops: `token_importance` -> `select_tokens` -> `gather_merge` or `gather_merge_layernorm`.
 
-All take a packed batch: B sequences one after another in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1]. Each
+All take a ragged batch: B sequences one after another in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1]. Each
 sequence keeps its own number of tokens, in order, and its result is bit-equal whoever else is in the batch.
 `ops/prune.py` has the first two as one op and the whole step as one call.
 """
@@ -17,23 +17,25 @@ from madtp_kernels import checks, dispatch
 from madtp_kernels.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.ops import token_library as token_library  # registers the ops in torch.ops.madtp
 from madtp_kernels.ops.attention import AttentionStats
+from madtp_kernels.renamed import renamed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATISTICS = (torch.float32, torch.float64)  # float64 runs on the reference, for gradcheck
 
 
+@renamed(cu_seqlens="cu_seqlens_out", input_cu_seqlens="cu_seqlens_in")
 class Selection(NamedTuple):
-    """Which tokens of a packed batch stay, and where they go.
+    """Which tokens of a ragged batch stay, and where they go.
 
     An output row is a kept row (`source` >= 0: its row in the input), the merged row of sequence b (`source` = -(b+1),
-    the last row of its sequence), or, with capacity="upper_bound", padding past `cu_seqlens[-1]` (INT32_MIN).
+    the last row of its sequence), or, with capacity="upper_bound", padding past `cu_seqlens_out[-1]` (INT32_MIN).
     """
 
     keep: Tensor  # (T,) bool
-    cu_seqlens: Tensor  # (B+1,) int32, of the output
+    cu_seqlens_in: Tensor  # (B+1,) int32
+    cu_seqlens_out: Tensor  # (B+1,) int32
     source: Tensor  # (T_out,) int32
     merge_weight: Tensor  # (T,) float32, differentiable: importance / its sum over the pruned tokens of the sequence
-    input_cu_seqlens: Tensor  # (B+1,) int32
 
 
 @dispatch.public
@@ -48,15 +50,15 @@ def token_importance(
     """Importance of every token: S = (S_cls + S_self + S_mag) / 3 (MADTP, arXiv 2403.02991, section 3.3).
 
     Args:
-        stats: `summary` and `received`, each (T,) float32, from `varlen_attention(..., return_stats=True)`.
+        stats: `AttentionStats`, each (T,) float32, from `varlen_attention(..., return_stats=True)`.
         mag_logits: (T, K) alignment logits q E^T, float32, bfloat16 or float16.
         cu_seqlens: (B+1,) int32.
         summary_index: (B,) int32, the summary token's row inside its sequence; None is row 0, -1 is none.
         backend: auto, reference, cpu or triton.
 
     Returns:
-        (T,) float32. `received` and relu(max_k mag_logits) are divided by their sums over the prunable tokens of the
-        sequence (a zero sum gives zeros); the summary token has 0. Differentiable in stats and mag_logits.
+        (T,) float32. `received_attention` and relu(max_k mag_logits) are divided by their sums over the prunable tokens
+        of the sequence (a zero sum gives zeros); the summary token has 0. Differentiable in stats and mag_logits.
 
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
@@ -85,8 +87,8 @@ def select_tokens(
         temperature: tau >= 0. Larger prunes more; below 0.01 the threshold goes to the least importance, in proportion
             to tau, and 0 switches pruning off.
         summary_index: (B,) int32, always kept; None is row 0, -1 is none.
-        capacity: "exact" reads the true total once and returns that many `source` rows; "upper_bound" returns T rows,
-            those past the total being padding, and reads nothing on the host.
+        capacity: "exact" reads the number of rows once and returns that many `source` rows; "upper_bound" returns T
+            rows, those past that number being padding, and reads nothing on the host.
         backend: auto, reference, cpu or triton.
 
     Returns:
@@ -103,7 +105,7 @@ def select_tokens(
     merge_weight, keep, cu_seqlens_out, source = torch.ops.madtp.select_tokens(
         importance, mag_logits, cu_seqlens, float(temperature), summary_index, backend or "auto"
     )
-    return Selection(keep, cu_seqlens_out, sized(source, cu_seqlens_out, capacity), merge_weight, cu_seqlens)
+    return Selection(keep, cu_seqlens, cu_seqlens_out, sized(source, cu_seqlens_out, capacity), merge_weight)
 
 
 @dispatch.public
@@ -123,7 +125,7 @@ def gather_merge(x: Tensor, selection: Selection, *, backend: str | None = None)
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
     _check_gather(x, selection)
-    return torch.ops.madtp.gather_merge(x, *flat(selection), backend or "auto")
+    return torch.ops.madtp.gather_merge(x, *selection, backend or "auto")
 
 
 @dispatch.public
@@ -147,41 +149,31 @@ def gather_merge_layernorm(
     _check_gather(x, selection)
     check_norm(x, weight, bias, eps)
     x_out, normed, _, _ = torch.ops.madtp.gather_merge_layernorm(
-        x, *flat(selection), weight, bias, float(eps), backend or "auto"
+        x, *selection, weight, bias, float(eps), backend or "auto"
     )
     return x_out, normed
 
 
 def sized(source: Tensor, cu_seqlens_out: Tensor, capacity: str) -> Tensor:
-    """`source` with as many rows as the capacity says; "exact" reads the total on the host."""
+    """`source` with as many rows as the capacity says; "exact" reads that number on the host."""
     if capacity == "upper_bound":
         return source
-    total = cu_seqlens_out[-1].item()
-    torch._check(total >= 0)
-    torch._check(total <= source.shape[0])
-    return source[:total]
-
-
-def flat(selection: Selection) -> tuple[Tensor, ...]:
-    """The selection in the order of the ops' arguments."""
-    return (
-        selection.keep,
-        selection.source,
-        selection.merge_weight,
-        selection.input_cu_seqlens,
-        selection.cu_seqlens,
-    )
+    num_rows = cu_seqlens_out[-1].item()
+    torch._check(num_rows >= 0)
+    torch._check(num_rows <= source.shape[0])
+    return source[:num_rows]
 
 
 def check_statistics(
     stats: AttentionStats, mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
 ) -> None:
-    summary, received = stats
-    check_tensor("stats.summary", summary, 1, STATISTICS)
-    check_tensor("stats.received", received, 1, (summary.dtype,))
-    check_rows("stats.received", received, summary.shape[0], "stats.summary")
-    check_device(summary.device, **{"stats.received": received})
-    _check_scores("stats.summary", summary, mag_logits, cu_seqlens, summary_index)
+    summary_attention, received_attention = stats
+    check_tensor("stats.summary_attention", summary_attention, 1, STATISTICS)
+    check_tensor("stats.received_attention", received_attention, 1, (summary_attention.dtype,))
+    rows = summary_attention.shape[0]
+    check_rows("stats.received_attention", received_attention, rows, "stats.summary_attention")
+    check_device(summary_attention.device, **{"stats.received_attention": received_attention})
+    _check_scores("stats.summary_attention", summary_attention, mag_logits, cu_seqlens, summary_index)
 
 
 def _check_scores(
@@ -190,7 +182,7 @@ def _check_scores(
     check_tensor("mag_logits", mag_logits, 2, FLOATS)
     require(mag_logits.shape[1] > 0, "mag_logits", "of at least one alignment token, (T, K)", mag_logits)
     check_rows("mag_logits", mag_logits, scores.shape[0], name)
-    checks.check_packed(scores.shape[0], cu_seqlens, summary_index, name)
+    checks.check_ragged(scores.shape[0], cu_seqlens, summary_index, name)
     check_device(scores.device, mag_logits=mag_logits, cu_seqlens=cu_seqlens, summary_index=summary_index)
 
 
@@ -214,13 +206,14 @@ def _check_gather(x: Tensor, selection: Selection) -> None:
     check_tensor("x", x, 2, FLOATS)
     require(isinstance(selection, Selection), "selection", "a Selection from select_tokens", type(selection).__name__)
     rows = x.shape[0]
-    checks.check_packed(rows, selection.input_cu_seqlens, None, "x")
+    checks.check_ragged(rows, selection.cu_seqlens_in, None, "x")
     check_tensor("selection.keep", selection.keep, 1, (torch.bool,))
     check_tensor("selection.source", selection.source, 1, (torch.int32,))
     weight_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     check_tensor("selection.merge_weight", selection.merge_weight, 1, (weight_dtype,))
     check_rows("selection.keep", selection.keep, rows, "x")
     check_rows("selection.merge_weight", selection.merge_weight, rows, "x")
-    checks.check_cu_seqlens("selection.cu_seqlens", selection.cu_seqlens)
-    check_rows("selection.cu_seqlens", selection.cu_seqlens, selection.input_cu_seqlens.numel(), "its input_cu_seqlens")
+    ends = selection.cu_seqlens_out
+    checks.check_cu_seqlens("selection.cu_seqlens_out", ends)
+    check_rows("selection.cu_seqlens_out", ends, selection.cu_seqlens_in.numel(), "its cu_seqlens_in")
     check_device(x.device, **{f"selection.{name}": value for name, value in selection._asdict().items()})

@@ -1,4 +1,4 @@
-"""Attention over packed sequences, with the importance statistics that token pruning needs.
+"""Attention over ragged sequences, with the importance statistics that token pruning needs.
 
 Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3; docs/method.md gives S_cls and S_self.
 """
@@ -44,8 +44,8 @@ class _Sharing(NamedTuple):
     """What the statistics need of the maps."""
 
     is_summary: Tensor  # (B, N) bool
-    counted: Tensor  # (B, N, N) bool: pairs (i, j) that enter `received`
-    observers: Tensor  # (B, N) or 1: what `received` is divided by
+    counted: Tensor  # (B, N, N) bool: pairs (i, j) that enter `received_attention`
+    observers: Tensor  # (B, N) or 1: what `received_attention` is divided by
     norms: Tensor  # (B, N, H) ||O||
     head_share: Tensor  # (B, N, H) ||O[h,j]|| / sum_h ||O[h,j]||
     from_summary: Tensor  # (B, N, H) P[h,s,j]
@@ -73,12 +73,14 @@ def varlen_attention(
     causal: bool,
     summary_index: Tensor | None,  # (B,) int32
     return_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # out (Tq, H, D), summary (Tk,), received (Tk,), lse (H, Tq)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Softmax attention inside each sequence; with statistics (self-attention only) also, per token j,
 
-    summary_j = sum_h P[h,s,j] ||O[h,j]|| / sum_h ||O[h,j]||
-    received_j = sum over queries i != s of max_h P[h,i,j]; under a causal mask divided by the number that see j.
-    Without statistics both are empty. lse_hi = log sum_j exp(softmax_scale q_i k_j).
+    summary_attention_j = sum_h P[h,s,j] ||O[h,j]|| / sum_h ||O[h,j]||
+    received_attention_j = sum over queries i != s of max_h P[h,i,j]; causal: divided by the number that see j.
+
+    -> out (Tq, H, D), summary_attention (Tk,) and received_attention (Tk,), empty without statistics, and lse (H, Tq),
+    log sum_j exp(softmax_scale q_i k_j).
     """
     maps = _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)
     out = unpad(maps.out, cu_seqlens_q, q.shape[0]).to(q.dtype)
@@ -86,15 +88,16 @@ def varlen_attention(
     if not return_stats:
         return out, maps.out.new_empty(0), maps.out.new_empty(0), lse
     sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], causal)
-    summary = (sharing.from_summary * sharing.head_share).sum(dim=-1)  # (B, N)
-    received = (maps.probabilities.amax(dim=1) * sharing.counted).sum(dim=1) / sharing.observers  # (B, N)
-    return out, unpad(summary, cu_seqlens_q, q.shape[0]), unpad(received, cu_seqlens_q, q.shape[0]), lse
+    summary_attention = (sharing.from_summary * sharing.head_share).sum(dim=-1)  # (B, N)
+    received_attention = (maps.probabilities.amax(dim=1) * sharing.counted).sum(dim=1) / sharing.observers  # (B, N)
+    statistics = (unpad(x, cu_seqlens_q, q.shape[0]) for x in (summary_attention, received_attention))
+    return out, *statistics, lse
 
 
 def varlen_attention_backward(
     grad_out: Tensor,  # (Tq, H, D)
-    grad_summary: Tensor,  # (Tk,)
-    grad_received: Tensor,  # (Tk,)
+    grad_summary_attention: Tensor,  # (Tk,)
+    grad_received_attention: Tensor,  # (Tk,)
     out: Tensor,  # of the forward, as is `lse`: faster backends start from them, this one recomputes
     lse: Tensor,
     q: Tensor,
@@ -116,8 +119,8 @@ def varlen_attention_backward(
     d_probabilities = torch.zeros_like(probabilities)
     if return_stats:
         sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], causal)
-        d_summary = pad(grad_summary, cu_seqlens_q, max_seqlen_q)[0][:, :, None]  # (B, N, 1)
-        d_received = pad(grad_received, cu_seqlens_q, max_seqlen_q)[0] / sharing.observers  # (B, N)
+        d_summary = pad(grad_summary_attention, cu_seqlens_q, max_seqlen_q)[0][:, :, None]  # (B, N, 1)
+        d_received = pad(grad_received_attention, cu_seqlens_q, max_seqlen_q)[0] / sharing.observers  # (B, N)
 
         tiny = torch.finfo(probabilities.dtype).tiny
         d_share = d_summary * sharing.from_summary  # (B, N, H)

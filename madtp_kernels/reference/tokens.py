@@ -8,38 +8,32 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from madtp_kernels.ragged import summary_rows
-
-PADDING = torch.iinfo(torch.int32).min  # `source` of output rows past the true total
-ARGMAX_TEMPERATURE = 0.01  # the softmax of the threshold picks one token here; a lower tau lowers the threshold itself
-
-
-def _bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    offsets = cu_seqlens.tolist()
-    return list(zip(offsets[:-1], offsets[1:], strict=True))
+from madtp_kernels.selection import ARGMAX_TEMPERATURE, PADDING, bounds, layout
 
 
 def _share(values: Tensor) -> Tensor:
     """values / their sum, or zeros when the sum is zero."""
-    total = values.sum()
-    return values / total if total != 0 else torch.zeros_like(values)
+    values_sum = values.sum()
+    return values / values_sum if values_sum != 0 else torch.zeros_like(values)
 
 
 def token_importance(
-    summary: Tensor,  # (T,) S_cls, unnormalised
-    received: Tensor,  # (T,) S_self before normalisation
+    summary_attention: Tensor,  # (T,) S_cls, unnormalised
+    received_attention: Tensor,  # (T,) S_self before normalisation
     mag_logits: Tensor,  # (T, K)
     cu_seqlens: Tensor,  # (B+1,) int32
     summary_index: Tensor | None = None,  # (B,) int32
 ) -> Tensor:  # (T,)
     """S = (S_cls + S_self + S_mag) / 3 over the prunable tokens of each sequence; 0 at its summary token."""
-    prunable = ~summary_rows(cu_seqlens, summary_index, summary.numel())
-    guidance = mag_logits.to(summary.dtype).max(dim=1).values.relu()  # (T,)
+    prunable = ~summary_rows(cu_seqlens, summary_index, summary_attention.numel())
+    guidance = mag_logits.to(summary_attention.dtype).max(dim=1).values.relu()  # (T,)
     parts = []
-    for begin, end in _bounds(cu_seqlens):
+    for begin, end in bounds(cu_seqlens):
         # Masked, not multiplied by zero: the summary token takes no part, whatever it holds.
-        s, r, g = (t[begin:end].masked_fill(~prunable[begin:end], 0) for t in (summary, received, guidance))
+        parts_of_s = (summary_attention, received_attention, guidance)
+        s, r, g = (t[begin:end].masked_fill(~prunable[begin:end], 0) for t in parts_of_s)
         parts.append((s + _share(r) + _share(g)) / 3)
-    return torch.cat(parts) if parts else summary.clone()
+    return torch.cat(parts) if parts else summary_attention.clone()
 
 
 def _kept(importance: Tensor, mag_logits: Tensor, temperature: float) -> Tensor:
@@ -68,63 +62,42 @@ def select_tokens(
     temperature: float,
     summary_index: Tensor | None = None,  # (B,) int32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> keep (T,) bool, cu_seqlens of the output (B+1,) int32, source (T,) int32, merge_weight (T,)."""
+    """-> keep (T,) bool, cu_seqlens_out (B+1,) int32, source (T,) int32, merge_weight (T,)."""
     keep = torch.ones_like(importance, dtype=torch.bool)
     if temperature != 0:
         prunable = ~summary_rows(cu_seqlens, summary_index, importance.numel())
-        for begin, end in _bounds(cu_seqlens):
+        for begin, end in bounds(cu_seqlens):
             rows = begin + prunable[begin:end].nonzero().flatten()
             keep[rows] = _kept(importance[rows], mag_logits[rows], temperature)
     return layout(keep, importance, cu_seqlens)
 
 
 def score_and_select(
-    summary: Tensor,  # (T,)
-    received: Tensor,  # (T,)
+    summary_attention: Tensor,  # (T,)
+    received_attention: Tensor,  # (T,)
     mag_logits: Tensor,  # (T, K)
     cu_seqlens: Tensor,  # (B+1,) int32
     temperature: float,
     summary_index: Tensor | None = None,  # (B,) int32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`token_importance` and `select_tokens` of it: importance (T,), then what `select_tokens` returns."""
-    importance = token_importance(summary, received, mag_logits, cu_seqlens, summary_index)
+    importance = token_importance(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
     return importance, *select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index)
-
-
-def layout(keep: Tensor, importance: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The selection that a (T,) keep mask describes: kept rows in order, then one merged row where any was pruned."""
-    source, ends, weights = [], [0], []
-    for sequence, (begin, end) in enumerate(_bounds(cu_seqlens)):
-        kept = keep[begin:end]
-        source += (begin + kept.nonzero().flatten()).tolist()
-        pruned_importance = importance[begin:end] * ~kept
-        if not kept.all():
-            source.append(-(sequence + 1))
-            total = importance[begin:end][~kept].sum()
-            uniform = (~kept).to(importance.dtype) / (~kept).sum()
-            weights.append(pruned_importance / total if total > 0 else uniform)
-        else:
-            weights.append(torch.zeros_like(importance[begin:end]))
-        ends.append(len(source))
-    source += [PADDING] * (keep.numel() - len(source))
-    as_int32 = {"dtype": torch.int32, "device": keep.device}
-    merge_weight = torch.cat(weights) if weights else torch.zeros_like(importance)
-    return keep, torch.tensor(ends, **as_int32), torch.tensor(source, **as_int32), merge_weight
 
 
 def gather_merge(
     x: Tensor,  # (T, C)
     keep: Tensor,  # (T,) bool
+    cu_seqlens_in: Tensor,  # (B+1,) int32
+    cu_seqlens_out: Tensor,  # (B+1,) int32
     source: Tensor,  # (R,) int32
     merge_weight: Tensor,  # (T,)
-    cu_seqlens: Tensor,  # (B+1,) int32, of x
-    cu_seqlens_out: Tensor,  # (B+1,) int32
 ) -> Tensor:  # (R, C)
-    """Kept rows copied, pruned rows of a sequence summed with their weights, zeros past the true total."""
+    """Kept rows copied, pruned rows of a sequence summed with their weights, zeros past the last sequence."""
     wide = torch.promote_types(x.dtype, torch.float32)
     # Masked, not multiplied by zero: what is broken in a kept row stays there.
     weighted = (x.to(wide) * merge_weight.to(wide)[:, None]).masked_fill(keep[:, None], 0)
-    merged = [weighted[begin:end].sum(dim=0) for begin, end in _bounds(cu_seqlens)]
+    merged = [weighted[begin:end].sum(dim=0) for begin, end in bounds(cu_seqlens_in)]
     zero = x.new_zeros(1, x.shape[1])
     table = torch.cat([x, torch.stack(merged).to(x.dtype), zero]) if merged else torch.cat([x, zero])
     row = torch.where(source >= 0, source, x.shape[0] - 1 - source)
@@ -135,10 +108,10 @@ def gather_merge_backward(
     grad: Tensor,  # (R, C)
     x: Tensor,  # (T, C)
     keep: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
     source: Tensor,
     merge_weight: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_out: Tensor,
 ) -> tuple[Tensor, Tensor]:  # (T, C), (T,)
     """The gradient of `gather_merge` to x and to merge_weight, exactly."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -146,7 +119,7 @@ def gather_merge_backward(
     inside = source >= 0
     grad_x[source[inside].long()] = grad[inside]
     merged_row = dict(zip((-source - 1).tolist(), range(source.numel()), strict=True))
-    for sequence, (begin, end) in enumerate(_bounds(cu_seqlens)):
+    for sequence, (begin, end) in enumerate(bounds(cu_seqlens_in)):
         pruned = begin + (~keep[begin:end]).nonzero().flatten()
         if pruned.numel():
             row = grad[merged_row[sequence]].to(wide)
@@ -158,17 +131,17 @@ def gather_merge_backward(
 def gather_merge_layernorm(
     x: Tensor,  # (T, C)
     keep: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
     source: Tensor,
     merge_weight: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_out: Tensor,
     weight: Tensor,  # (C,)
     bias: Tensor,  # (C,)
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # x_out (R, C), normed (R, C), mean (R,), rstd (R,)
-    """`gather_merge`, then LayerNorm of the rows as stored; all four are zero past the true total."""
+    """`gather_merge`, then LayerNorm of the rows as stored; all four are zero past the last sequence."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    x_out = gather_merge(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out)
+    x_out = gather_merge(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight)
     real = (source != PADDING)[:, None]
     rows = x_out.to(wide)
     mean, variance = rows.mean(dim=1), rows.var(dim=1, correction=0)

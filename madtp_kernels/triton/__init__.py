@@ -1,1 +1,5 @@
-"""Triton kernels and their launchers; a launcher takes the arguments of the reference and reads nothing on the host."""
+"""The Triton kernels, a package per op family, and `aot`, which compiles all of them without a GPU.
+
+A launcher takes the arguments of the reference and reads nothing on the host; checks, autograd and the choice of a
+backend are not here but in `ops` and `dispatch`.
+"""

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel as it ships, without a GPU, and reports registers, shared memory and spills.
 
-    python -m madtp_kernels.triton.aot [--all] [--json PATH]
+    python -m madtp_kernels.triton.aot [--all] [--out PATH]
 
 Each launcher runs on meta tensors; what it would launch (types, alignment, block sizes, warps) is compiled instead, for
 sm_80 and sm_90. Exit code 1 if a kernel spills registers.
@@ -74,7 +74,7 @@ def _summary_index(given: bool) -> Tensor | None:
 
 def _selection() -> tuple[Tensor, ...]:
     keep, source = _meta(ROWS, dtype=torch.bool), _meta(OUT_ROWS, dtype=torch.int32)
-    return keep, source, _meta(ROWS), _cu_seqlens(), _cu_seqlens()
+    return keep, _cu_seqlens(), _cu_seqlens(), source, _meta(ROWS)
 
 
 def _attention(dtype: torch.dtype, sizes: Sizes, statistics: bool) -> tuple:
@@ -167,18 +167,24 @@ def recorded(launch: Callable, *args) -> list[tuple[JITFunction, dict, dict]]:
 def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
     """The kernel specialised on these arguments as triton's launcher would."""
     signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
+
+    def specialise(value, path: tuple[int, ...], parameter):
+        """The type of the value at `path`: a parameter's position, then positions inside the tuples it is made of."""
+        if isinstance(value, tuple):
+            types = [specialise(item, (*path, i), parameter) for i, item in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
         specialised = not parameter.do_not_specialize
         is_one = isinstance(value, int) and value == 1 and specialised
         if parameter.is_constexpr or value is None or is_one:
-            signature[parameter.name] = "constexpr"
-            constants[(position,)] = value
-            continue
-        signature[parameter.name] = mangle_type(value)
+            constants[path] = value
+            return "constexpr"
         # A meta tensor stands for one that torch allocated, which is aligned.
         if isinstance(value, Tensor) or (isinstance(value, int) and value % ALIGNMENT == 0 and specialised):
-            attributes[(position,)] = [["tt.divisibility", ALIGNMENT]]
+            attributes[path] = [["tt.divisibility", ALIGNMENT]]
+        return mangle_type(value)
+
+    for position, parameter in enumerate(kernel.params):
+        signature[parameter.name] = specialise(arguments[parameter.name], (position,), parameter)
     return ASTSource(kernel, signature, constants, attributes)
 
 
@@ -227,7 +233,7 @@ def line(cells: Iterable) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m madtp_kernels.triton.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="other widths and optional arguments too")
-    parser.add_argument("--json", type=Path, help="also write the table here")
+    parser.add_argument("--out", type=Path, help="also write the table here, as JSON")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile, unset it")
@@ -237,8 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     for row in reports(SHIPPED + OTHERS if options.all else SHIPPED):
         rows.append(row)
         print(line(row.values()), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
     spilling = sorted({row["kernel"] for row in rows if row["spilled_bytes"]})
     if spilling:
         print(f"registers spill to local memory in {', '.join(spilling)}", file=sys.stderr)

@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PADDING = tl.constexpr(-(2**31))  # `source` of output rows past the true total
+from madtp_kernels import selection
+
+PADDING = tl.constexpr(selection.PADDING)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # of a launch; the default of fusion depends on triton's version
 
 
-def on_device(device: torch.device):
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """The context in which to launch: triton launches on the current device, not on that of its arguments."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -21,9 +23,9 @@ def rows(x: Tensor) -> Tensor:
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
-def power_of_two(size: int, least: int, most: int) -> int:
+def power_of_two(size: int, smallest: int, largest: int) -> int:
     """The block size for `size` elements."""
-    return min(max(triton.next_power_of_2(size), least), most)
+    return min(max(triton.next_power_of_2(size), smallest), largest)
 
 
 @triton.jit
@@ -34,3 +36,12 @@ def sequence_bounds(p_cu_seqlens, i_b, T):
     begin = tl.minimum(tl.maximum(begin, 0), T)
     end = tl.minimum(tl.maximum(end, begin), T)
     return begin, end
+
+
+@triton.jit
+def load_summary_row(p_summary_index, i_b, n):
+    """The summary token's row inside sequence i_b of n rows; -1 if there is none."""
+    row = tl.full((), 0, tl.int32)
+    if p_summary_index is not None:
+        row = tl.load(p_summary_index + i_b)
+    return tl.where((row >= 0) & (row < n), row, -1)

@@ -11,7 +11,7 @@ SOURCES = {"madtp_kernels": ROOT / "madtp_kernels", "madtp": ROOT / "python" / "
 # From the lowest layer to the highest. What stands in one line may not import each other, but for files of one package.
 LAYERS = {
     "madtp_kernels": (
-        ("_version", "atomic_file", "checks", "flops", "nm_patterns", "ragged", "renamed"),
+        ("_version", "atomic_file", "checks", "selection", "flops", "nm_patterns", "ragged", "renamed"),
         ("nm_masks", "dispatch"),
         ("reference",),
         ("native", "triton"),

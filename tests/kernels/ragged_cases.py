@@ -1,4 +1,4 @@
-"""Random packed batches for the kernel tests."""
+"""Random ragged batches for the kernel tests."""
 
 import torch
 
@@ -8,13 +8,13 @@ def cu_seqlens_of(lengths) -> torch.Tensor:
 
 
 def scores(lengths, alignment_tokens=7, dtype=torch.float32, logits_dtype=None, seed=0):
-    """summary, received (non-negative), mag_logits of a packed batch."""
+    """summary_attention, received_attention (non-negative) and mag_logits of a ragged batch."""
     generator = torch.Generator().manual_seed(seed)
     rows = sum(lengths)
-    summary = torch.rand(rows, generator=generator, dtype=torch.float64) / max(rows, 1)
-    received = torch.rand(rows, generator=generator, dtype=torch.float64)
+    summary_attention = torch.rand(rows, generator=generator, dtype=torch.float64) / max(rows, 1)
+    received_attention = torch.rand(rows, generator=generator, dtype=torch.float64)
     logits = torch.randn(rows, alignment_tokens, generator=generator, dtype=torch.float64) * 3
-    return summary.to(dtype), received.to(dtype), logits.to(logits_dtype or dtype)
+    return summary_attention.to(dtype), received_attention.to(dtype), logits.to(logits_dtype or dtype)
 
 
 # Odd and prime lengths, an empty sequence, one-token sequences, and the two-token corner.

@@ -37,11 +37,11 @@ def test_follows_the_equations(causal, index):
         received = p.max(0).values[others].sum(0)
         if causal:
             received = received / seen[others].sum(0).clamp_min(1)
-        torch.testing.assert_close(stats.received[begin:end], received)
+        torch.testing.assert_close(stats.received_attention[begin:end], received)
         norms = expected.norm(dim=-1)
         weight = norms / norms.sum(-1, keepdim=True)
         summary = (p[:, s] * weight.T).sum(0) if s >= 0 and n else torch.zeros(n, dtype=torch.float64)
-        torch.testing.assert_close(stats.summary[begin:end], summary)
+        torch.testing.assert_close(stats.summary_attention[begin:end], summary)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -65,7 +65,9 @@ def test_autocast_does_not_round_the_reference(dtype):
         out, stats = mk.varlen_attention(
             q, k, v, cu_seqlens_of(LENGTHS), max_seqlen_q=9, return_stats=True, backend="reference"
         )
-        grads = torch.autograd.grad(out.float().sum() + stats.received.sum() + stats.summary.sum(), (q, k, v))
+        grads = torch.autograd.grad(
+            out.float().sum() + stats.received_attention.sum() + stats.summary_attention.sum(), (q, k, v)
+        )
         return out, *stats, *grads
 
     expected = attended()
@@ -104,7 +106,7 @@ def test_compiles_in_one_graph(dim):
 
     def attend(q, k, v):
         out, stats = mk.varlen_attention(q, k, v, cu, max_seqlen_q=9, causal=True, return_stats=True)
-        return (out**2).sum() + (stats.summary * stats.received).sum()
+        return (out**2).sum() + (stats.summary_attention * stats.received_attention).sum()
 
     inputs = list(qkv(sum(LENGTHS), dim=dim, dtype=torch.float32))
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
@@ -122,7 +124,7 @@ def test_nan_stays_in_its_sequence_and_large_scores_do_not_overflow(dim):
 
     def attend(q):
         out, stats = mk.varlen_attention(q, k, v, cu, max_seqlen_q=7, return_stats=True)
-        return torch.cat([out.flatten(1), stats.summary[:, None], stats.received[:, None]], dim=1)
+        return torch.cat([out.flatten(1), stats.summary_attention[:, None], stats.received_attention[:, None]], dim=1)
 
     large = attend(q * 1e4)
     assert large.isfinite().all()
@@ -147,7 +149,7 @@ def test_flops():
 def test_cpu_within_twice_the_reference_error(dtype, causal, dim):
     lengths = [63, 1, 0, 111, 2, 17]
     cu, index = cu_seqlens_of(lengths), torch.tensor([62, 0, -1, 5, -1, 0], dtype=torch.int32)
-    qkv = torch.randn(sum(lengths), 3, 3, dim).to(dtype)  # packed: rows are 9 heads apart
+    qkv = torch.randn(sum(lengths), 3, 3, dim).to(dtype)  # fused: rows are 9 heads apart
 
     def attend(qkv, backend, return_stats=True):
         ragged = {"cu_seqlens_q": cu, "max_seqlen_q": 111, "causal": causal, "summary_index": index}
@@ -187,7 +189,7 @@ def test_cpu_results_do_not_depend_on_batch_or_threads():
 
 
 def gradients(qkv, cu, weights, backend, dtype=None, return_stats=True, **options):
-    """Gradients to packed qkv (T, 3, H, D) of a weighted sum of all results."""
+    """Gradients to fused qkv (T, 3, H, D) of a weighted sum of all results."""
     qkv = qkv.detach().to(dtype or qkv.dtype).requires_grad_()
     result = mk.varlen_attention(
         *qkv.unbind(1), cu, max_seqlen_q=int(cu.diff().max()), return_stats=return_stats, backend=backend, **options
@@ -303,3 +305,11 @@ def test_refuses(change, message):
     arguments = {"q": x, "k": x, "v": x, "cu_seqlens_q": cu_seqlens_of([5, 3]), "max_seqlen_q": 5}
     with pytest.raises(ValueError, match=message):
         mk.varlen_attention(**(arguments | change))
+
+
+@pytest.mark.parametrize("old", ["summary", "received"])
+def test_old_names_of_the_statistics_are_refused_by_their_new_ones(old):
+    fields = {"summary_attention": torch.ones(2), "received_attention": torch.ones(2)}
+    fields[old] = fields.pop(f"{old}_attention")
+    with pytest.raises(TypeError, match=f"^AttentionStats: {old} is now called {old}_attention$"):
+        mk.AttentionStats(**fields)

@@ -12,9 +12,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def on_gpu(lengths, channels=65, dtype=torch.float32):
-    summary, received, logits = (t.cuda() for t in scores(lengths))
+    *stats, logits = (t.cuda() for t in scores(lengths))
     x = torch.randn(sum(lengths), channels, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
-    return mk.AttentionStats(summary, received), logits, cu_seqlens_of(lengths).cuda(), x
+    return mk.AttentionStats(*stats), logits, cu_seqlens_of(lengths).cuda(), x
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

@@ -41,10 +41,10 @@ def device_of(backend):
 def batch(lengths, backend=None, channels=24, dtype=torch.float32, **options):
     """x, stats, mag_logits, cu_seqlens and (weight, bias, eps)."""
     device = device_of(backend)
-    summary, received, logits = (t.to(device) for t in scores(lengths, **options))
+    *stats, logits = (t.to(device) for t in scores(lengths, **options))
     generator = torch.Generator().manual_seed(1)
     x, affine = (torch.randn(n, channels, generator=generator).to(device, dtype) for n in (sum(lengths), 2))
-    return x, mk.AttentionStats(summary, received), logits, cu_seqlens_of(lengths).to(device), (*affine.unbind(), 1e-3)
+    return x, mk.AttentionStats(*stats), logits, cu_seqlens_of(lengths).to(device), (*affine.unbind(), 1e-3)
 
 
 def separately(x, stats, logits, cu, temperature, *, norm=None, summary_index=None, capacity="exact", backend=None):
@@ -88,10 +88,10 @@ def assert_equal(got, expected):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("summary", SUMMARIES)
+@pytest.mark.parametrize("summary_token", SUMMARIES)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_equals_the_separate_ops_bit_for_bit(backend, summary, lengths):
-    index = SUMMARIES[summary](lengths)
+def test_equals_the_separate_ops_bit_for_bit(backend, summary_token, lengths):
+    index = SUMMARIES[summary_token](lengths)
     options = {"summary_index": None if index is None else index.to(device_of(backend)), "backend": backend}
     *inputs, norm = batch(lengths, backend)
     for temperature, extra in ((0.0, {"norm": norm}), (0.5, {"capacity": "upper_bound"}), (1e6, {"norm": norm})):
@@ -119,7 +119,7 @@ def test_equals_the_separate_ops_in_every_dtype(backend, dtype, alignment_tokens
 def test_broken_values_stay_in_their_sequence(backend):
     x, stats, logits, cu, norm = batch([6, 30, 4], backend)
     clean = mk.prune_tokens(x, stats, logits, cu, 1.0, norm=norm, backend=backend)
-    stats.received[8], logits[20, 3] = math.inf, math.nan
+    stats.received_attention[8], logits[20, 3] = math.inf, math.nan
     got = mk.prune_tokens(x, stats, logits, cu, 1.0, norm=norm, backend=backend)
     assert_equal(got, separately(x, stats, logits, cu, 1.0, norm=norm, backend=backend))
     assert got.selection.keep[6:36].all() and not clean.selection.keep[6:36].all()
@@ -143,7 +143,7 @@ def test_a_sample_does_not_depend_on_its_batch(backend, threads):
             rows, cu = slice(begin, begin + length), cu_seqlens_of([length]).to(x.device)
             own = mk.AttentionStats(*(t[rows] for t in stats))
             alone = mk.prune_tokens(x[rows], own, logits[rows], cu, 0.8, norm=norm, backend=backend)
-            span = slice(*together.selection.cu_seqlens[b : b + 2].tolist())
+            span = slice(*together.selection.cu_seqlens_out[b : b + 2].tolist())
             assert torch.equal(together.importance[rows], alone.importance)
             assert torch.equal(together.x[span], alone.x) and torch.equal(together.normed[span], alone.normed)
             begin += length
@@ -156,17 +156,17 @@ def test_upper_bound_pads_with_zero_rows(backend):
     *inputs, norm = batch([50, 20], backend)
     exact = mk.prune_tokens(*inputs, 1.0, norm=norm, backend=backend)
     bound = mk.prune_tokens(*inputs, 1.0, norm=norm, capacity="upper_bound", backend=backend)
-    total = exact.x.shape[0]
-    assert total == bound.selection.cu_seqlens[-1] < 70 == bound.x.shape[0]
+    num_rows = exact.x.shape[0]
+    assert num_rows == bound.selection.cu_seqlens_out[-1] < 70 == bound.x.shape[0]
     for got, expected in ((bound.x, exact.x), (bound.normed, exact.normed)):
-        assert torch.equal(got[:total], expected) and not got[total:].any()
+        assert torch.equal(got[:num_rows], expected) and not got[num_rows:].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
     *inputs, norm = batch([], backend)
     got = mk.prune_tokens(*inputs, 1.0, norm=norm, backend=backend)
-    assert got.x.shape == got.normed.shape == (0, 24) and got.selection.cu_seqlens.tolist() == [0]
+    assert got.x.shape == got.normed.shape == (0, 24) and got.selection.cu_seqlens_out.tolist() == [0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -192,8 +192,8 @@ def test_gradients_in_float64():
     stats = [t.double() for t in stats]
     index = torch.tensor([2, 0, -1, -1], dtype=torch.int32)
 
-    def importance_and_weight(summary, received, logits):
-        stats = mk.AttentionStats(summary, received)
+    def importance_and_weight(summary_attention, received_attention, logits):
+        stats = mk.AttentionStats(summary_attention, received_attention)
         importance, selection = mk.score_and_select(stats, logits, cu, 0.5, summary_index=index)
         return importance, selection.merge_weight
 
@@ -201,10 +201,10 @@ def test_gradients_in_float64():
     assert (importance_and_weight(*inputs)[1] > 0).sum() >= 2
     assert torch.autograd.gradcheck(importance_and_weight, inputs)
 
-    def step(x, summary, received, logits, weight, bias):
+    def step(x, summary_attention, received_attention, logits, weight, bias):
         pruned = mk.prune_tokens(
             x,
-            mk.AttentionStats(summary, received),
+            mk.AttentionStats(summary_attention, received_attention),
             logits,
             cu,
             0.5,
@@ -242,8 +242,8 @@ def test_opcheck():
 def test_compiles_without_graph_breaks(capacity):
     x, stats, logits, cu, norm = batch([30, 5, 12])
 
-    def prune(x, summary, received, logits):
-        stats = mk.AttentionStats(summary, received)
+    def prune(x, summary_attention, received_attention, logits):
+        stats = mk.AttentionStats(summary_attention, received_attention)
         pruned = mk.prune_tokens(x, stats, logits, cu, 1.0, norm=norm, capacity=capacity)
         return pruned.x, pruned.normed
 
@@ -270,14 +270,17 @@ NORM = (torch.ones(2), torch.ones(2), 1e-5)
     ("change", "message"),
     [
         ({"x": torch.zeros(8, 2, dtype=torch.int64)}, "x must be a 2-dimensional tensor of .*, got int64"),
-        ({"x": torch.zeros(9, 2)}, r"x must be of 8 rows like stats.summary, got float32 \(9, 2\)"),
+        ({"x": torch.zeros(9, 2)}, r"x must be of 8 rows like stats.summary_attention, got float32 \(9, 2\)"),
         ({"x": torch.zeros(8, 2, device="meta")}, "x must be on cpu, got .* on meta"),
-        ({"x": torch.zeros(8, 2).double()}, "stats.summary must be torch.float64 for x of torch.float64"),
-        ({"stats": (ROWS.half(), ROWS)}, "stats.summary must be a 1-dimensional tensor of float32 or float64"),
-        ({"stats": (ROWS, ROWS[:7])}, "stats.received must be of 8 rows like stats.summary"),
-        ({"stats": (ROWS, ROWS.to("meta"))}, "stats.received must be on cpu, got .* on meta"),
+        ({"x": torch.zeros(8, 2).double()}, "stats.summary_attention must be torch.float64 for x of torch.float64"),
+        (
+            {"stats": (ROWS.half(), ROWS)},
+            "stats.summary_attention must be a 1-dimensional tensor of float32 or",
+        ),
+        ({"stats": (ROWS, ROWS[:7])}, "stats.received_attention must be of 8 rows like stats.summary_attention"),
+        ({"stats": (ROWS, ROWS.to("meta"))}, "stats.received_attention must be on cpu, got .* on meta"),
         ({"mag_logits": torch.zeros(8, 0)}, "mag_logits must be of at least one alignment token"),
-        ({"mag_logits": torch.zeros(7, 3)}, "mag_logits must be of 8 rows like stats.summary"),
+        ({"mag_logits": torch.zeros(7, 3)}, "mag_logits must be of 8 rows like stats.summary_attention"),
         ({"cu_seqlens": torch.tensor([0, 4, 8])}, r"cu_seqlens must be int32 of shape \(B\+1,\), got int64 \(3,\)"),
         ({"cu_seqlens": torch.tensor([0, 4, 9], dtype=torch.int32)}, "the row count 8 at its last entry, got 9"),
         ({"temperature": -1.0}, "temperature must be a finite number >= 0, got float -1.0"),
@@ -315,12 +318,12 @@ def test_the_op_itself_checks_what_kernels_trust():
     cu = torch.tensor([0, 4, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match="the row count 8 at its last entry, got 9"):
         torch.ops.madtp.score_and_select(ROWS, ROWS, torch.zeros(8, 3), cu, 1.0, None, "auto")
-    for received, logits, name in (
-        (ROWS[:7], torch.zeros(8, 3), "stats.received"),
+    for received_attention, logits, name in (
+        (ROWS[:7], torch.zeros(8, 3), "stats.received_attention"),
         (ROWS, torch.zeros(7, 3), "mag_logits"),
     ):
         with pytest.raises(ValueError, match=f"{name} must be of 8 rows like the scores"):
-            torch.ops.madtp.score_and_select(ROWS, received, logits, cu[:2] * 2, 1.0, None, "auto")
+            torch.ops.madtp.score_and_select(ROWS, received_attention, logits, cu[:2] * 2, 1.0, None, "auto")
 
 
 def test_dispatch():

@@ -1,6 +1,7 @@
 """Token pruning ops: the reference against its equations, C++ against the reference, autograd, torch.compile."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.library import opcheck
 
 import madtp_kernels as mk
 from madtp_kernels import dispatch
-from madtp_kernels.reference.tokens import PADDING
+from madtp_kernels.selection import PADDING
 
 BACKENDS = [
     "reference",
@@ -23,9 +24,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def select(
     lengths, temperature=1.0, *, dtype=torch.float32, summary_index=None, capacity="exact", backend=None, seed=0
 ):
-    summary, received, logits = scores(lengths, dtype=dtype, seed=seed)
-    cu = cu_seqlens_of(lengths)
-    stats = mk.AttentionStats(summary, received)
+    *stats, logits = scores(lengths, dtype=dtype, seed=seed)
+    stats, cu = mk.AttentionStats(*stats), cu_seqlens_of(lengths)
     importance = mk.token_importance(stats, logits, cu, summary_index=summary_index, backend=backend)
     selection = mk.select_tokens(
         importance, logits, cu, temperature, summary_index=summary_index, capacity=capacity, backend=backend
@@ -34,10 +34,12 @@ def select(
 
 
 def test_importance_follows_its_equation():
-    summary, received, logits = scores([4], dtype=torch.float64)
-    importance = mk.token_importance(mk.AttentionStats(summary, received), logits, cu_seqlens_of([4]))
+    summary_attention, received_attention, logits = scores([4], dtype=torch.float64)
+    stats = mk.AttentionStats(summary_attention, received_attention)
+    importance = mk.token_importance(stats, logits, cu_seqlens_of([4]))
     guidance = logits[1:].max(1).values.clamp_min(0)
-    expected = (summary[1:] + received[1:] / received[1:].sum() + guidance / guidance.sum()) / 3
+    share = received_attention[1:] / received_attention[1:].sum()
+    expected = (summary_attention[1:] + share + guidance / guidance.sum()) / 3
     torch.testing.assert_close(importance, torch.cat([importance.new_zeros(1), expected]))
 
 
@@ -52,7 +54,7 @@ def test_selection_follows_its_equation():
         expected = [*kept, -(b + 1)]
         assert selection.source[out_row : out_row + len(expected)].tolist() == expected
         out_row += len(expected)
-        assert selection.cu_seqlens[b + 1] == out_row
+        assert selection.cu_seqlens_out[b + 1] == out_row
         pruned = s[s <= theta]
         torch.testing.assert_close(selection.merge_weight[begin + 1 : end][s <= theta], pruned / pruned.sum())
     assert selection.source.numel() == out_row < 73
@@ -85,23 +87,23 @@ def test_gather_merge_follows_its_equation():
         if source >= 0:
             assert torch.equal(out[row], x[source])
         else:
-            begin, end = selection.input_cu_seqlens[-source - 1], selection.input_cu_seqlens[-source]
+            begin, end = selection.cu_seqlens_in[-source - 1], selection.cu_seqlens_in[-source]
             expected = selection.merge_weight[begin:end] @ x[begin:end]
             torch.testing.assert_close(out[row], expected)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("summary", SUMMARIES)
+@pytest.mark.parametrize("summary_token", SUMMARIES)
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1.0, 1e6])
-def test_cpu_selects_like_the_float64_reference(lengths, summary, temperature):
+def test_cpu_selects_like_the_float64_reference(lengths, summary_token, temperature):
     pytest.importorskip("madtp_kernels._C")
-    index = SUMMARIES[summary](lengths)
+    index = SUMMARIES[summary_token](lengths)
     exact, logits64, expected = select(lengths, temperature, dtype=torch.float64, summary_index=index)
     got_importance, _, got = select(lengths, temperature, summary_index=index, backend="cpu")
     torch.testing.assert_close(got_importance.double(), exact, rtol=1e-6, atol=1e-7)
     assert torch.equal(got.keep, expected.keep)
     assert torch.equal(got.source, expected.source)
-    assert torch.equal(got.cu_seqlens, expected.cu_seqlens)
+    assert torch.equal(got.cu_seqlens_out, expected.cu_seqlens_out)
     torch.testing.assert_close(got.merge_weight.double(), expected.merge_weight, rtol=2e-6, atol=1e-8)
 
 
@@ -131,12 +133,12 @@ def test_upper_bound_pads_with_zero_rows(backend):
     lengths = [50, 20]
     _, _, exact = select(lengths, backend=backend)
     _, _, bound = select(lengths, capacity="upper_bound", backend=backend)
-    total = int(bound.cu_seqlens[-1])
+    num_rows = int(bound.cu_seqlens_out[-1])
     x, weight, bias = torch.randn(70, 24), torch.randn(24), torch.ones(24)
-    assert bound.source.numel() == 70 and (bound.source[total:] == PADDING).all()
+    assert bound.source.numel() == 70 and (bound.source[num_rows:] == PADDING).all()
     out, normed = mk.gather_merge_layernorm(x, bound, weight, bias, backend=backend)
-    assert torch.equal(out[:total], mk.gather_merge(x, exact, backend=backend))
-    assert not out[total:].any() and not normed[total:].any()
+    assert torch.equal(out[:num_rows], mk.gather_merge(x, exact, backend=backend))
+    assert not out[num_rows:].any() and not normed[num_rows:].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,11 +147,11 @@ def test_a_sample_does_not_depend_on_its_batch(backend, threads):
     lengths, before = [37, 101, 64, 5], torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        summary, received, logits = scores(lengths)
+        summary_attention, received_attention, logits = scores(lengths)
         x, weight, bias = torch.randn(sum(lengths), 40), torch.randn(40), torch.randn(40)
 
         def prune(rows, cu):
-            stats = mk.AttentionStats(summary[rows], received[rows])
+            stats = mk.AttentionStats(summary_attention[rows], received_attention[rows])
             importance = mk.token_importance(stats, logits[rows], cu, backend=backend)
             selection = mk.select_tokens(importance, logits[rows], cu, 0.8, backend=backend)
             pruned = mk.gather_merge_layernorm(x[rows], selection, weight, bias, backend=backend)
@@ -159,7 +161,7 @@ def test_a_sample_does_not_depend_on_its_batch(backend, threads):
         begin = 0
         for b, length in enumerate(lengths):
             rows, alone = slice(begin, begin + length), cu_seqlens_of([length])
-            span = slice(*selection.cu_seqlens[b : b + 2].tolist())
+            span = slice(*selection.cu_seqlens_out[b : b + 2].tolist())
             single = prune(rows, alone)
             assert torch.equal(importance[rows], single[0])
             assert torch.equal(out[span], single[1]) and torch.equal(normed[span], single[2])
@@ -198,11 +200,12 @@ def test_corner_sequences(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_takes_no_part_cannot_spoil_the_rest(backend):
     cu = cu_seqlens_of([12])
-    summary, received, logits = scores([12])
-    clean = mk.token_importance(mk.AttentionStats(summary, received), logits, cu, backend=backend)
-    for tensor in (summary, received, logits):
+    *stats, logits = scores([12])
+    stats = mk.AttentionStats(*stats)
+    clean = mk.token_importance(stats, logits, cu, backend=backend)
+    for tensor in (*stats, logits):
         tensor[0] = math.nan  # the summary token
-    importance = mk.token_importance(mk.AttentionStats(summary, received), logits, cu, backend=backend)
+    importance = mk.token_importance(stats, logits, cu, backend=backend)
     assert torch.equal(importance, clean)
     selection = mk.select_tokens(importance, logits, cu, 1.0, backend=backend)
     x = torch.randn(12, 4)
@@ -222,17 +225,17 @@ def test_empty_batch(backend):
     importance = mk.token_importance(stats, torch.empty(0, 3), cu, backend=backend)
     selection = mk.select_tokens(importance, torch.empty(0, 3), cu, 1.0, backend=backend)
     out = mk.gather_merge(torch.empty(0, 8), selection, backend=backend)
-    assert out.shape == (0, 8) and selection.cu_seqlens.tolist() == [0]
+    assert out.shape == (0, 8) and selection.cu_seqlens_out.tolist() == [0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_inputs_give_the_same_result(backend):
     lengths = [30, 12]
-    summary, received, logits = scores(lengths)
+    *stats, logits = scores(lengths)
     cu = cu_seqlens_of(lengths)
-    expected = mk.token_importance(mk.AttentionStats(summary, received), logits, cu, backend=backend)
-    stats = mk.AttentionStats(torch.stack([summary, received], 1)[:, 0], torch.stack([summary, received], 1)[:, 1])
-    assert torch.equal(mk.token_importance(stats, logits.T.contiguous().T, cu, backend=backend), expected)
+    expected = mk.token_importance(mk.AttentionStats(*stats), logits, cu, backend=backend)
+    strided = mk.AttentionStats(*torch.stack(stats, 1).unbind(1))
+    assert torch.equal(mk.token_importance(strided, logits.T.contiguous().T, cu, backend=backend), expected)
     selection = mk.select_tokens(expected, logits, cu, 1.0, backend=backend)
     x = torch.randn(42, 10)
     for view in (torch.cat([x, x], 1)[:, :10], x.T.contiguous().T, x.repeat_interleave(2, 0)[::2]):
@@ -246,15 +249,17 @@ def test_non_contiguous_inputs_give_the_same_result(backend):
 def test_gradients_in_float64():
     lengths = [7, 1, 0, 5]
     cu = cu_seqlens_of(lengths)
-    summary, received, logits = (t.requires_grad_() for t in scores(lengths, 4, dtype=torch.float64))
+    inputs = [t.requires_grad_() for t in scores(lengths, 4, dtype=torch.float64)]
+    logits = inputs[2]
     index = torch.tensor([2, 0, -1, -1], dtype=torch.int32)
 
-    def importance_of(summary, received, logits):
-        return mk.token_importance(mk.AttentionStats(summary, received), logits, cu, summary_index=index)
+    def importance_of(summary_attention, received_attention, logits):
+        stats = mk.AttentionStats(summary_attention, received_attention)
+        return mk.token_importance(stats, logits, cu, summary_index=index)
 
-    assert torch.autograd.gradcheck(importance_of, (summary, received, logits))
+    assert torch.autograd.gradcheck(importance_of, inputs)
 
-    importance = importance_of(summary, received, logits).detach().requires_grad_()
+    importance = importance_of(*inputs).detach().requires_grad_()
     selection = mk.select_tokens(importance.detach(), logits.detach(), cu, 0.5, summary_index=index)
     assert (~selection.keep).sum() >= 2
     weights = lambda s: mk.select_tokens(s, logits.detach(), cu, 0.5, summary_index=index).merge_weight  # noqa: E731
@@ -282,11 +287,10 @@ def test_cpu_backward_matches_the_reference(dtype):
     _, _, selection = select(lengths)
     x = torch.randn(104, 33).to(dtype)
     grad = torch.randn(selection.source.numel(), 33).to(dtype)
-    flat = (selection.keep, selection.source, selection.merge_weight, selection.input_cu_seqlens, selection.cu_seqlens)
-    got = torch.ops.madtp.gather_merge_backward(grad, x, *flat, "cpu")
-    exact_flat = (flat[0], flat[1], flat[2].double(), *flat[3:])
-    exact = torch.ops.madtp.gather_merge_backward(grad.double(), x.double(), *exact_flat, "reference")
-    bound = torch.ops.madtp.gather_merge_backward(grad, x, *flat, "reference")
+    got = torch.ops.madtp.gather_merge_backward(grad, x, *selection, "cpu")
+    wide = selection._replace(merge_weight=selection.merge_weight.double())
+    exact = torch.ops.madtp.gather_merge_backward(grad.double(), x.double(), *wide, "reference")
+    bound = torch.ops.madtp.gather_merge_backward(grad, x, *selection, "reference")
     for g, e, r in zip(got, exact, bound, strict=True):
         assert (g.double() - e).abs().max() <= 2 * (r.double() - e).abs().max() + 1e-5
 
@@ -294,39 +298,36 @@ def test_cpu_backward_matches_the_reference(dtype):
 def test_opcheck():
     lengths = [9, 0, 1, 12]
     cu = cu_seqlens_of(lengths)
-    summary, received, logits = (t.requires_grad_() for t in scores(lengths))
+    summary_attention, received_attention, logits = (t.requires_grad_() for t in scores(lengths))
     index = torch.tensor([0, -1, 0, 3], dtype=torch.int32)
-    opcheck(torch.ops.madtp.token_importance, (summary, received, logits, cu, index, "auto"))
+    opcheck(torch.ops.madtp.token_importance, (summary_attention, received_attention, logits, cu, index, "auto"))
     importance = torch.rand(22, requires_grad=True)
     opcheck(torch.ops.madtp.select_tokens, (importance, logits.detach(), cu, 1.0, index, "auto"))
     s = mk.select_tokens(importance.detach(), logits.detach(), cu, 1.0, summary_index=index, capacity="upper_bound")
-    weights = s.merge_weight.clone().requires_grad_()
+    selection = s._replace(merge_weight=s.merge_weight.clone().requires_grad_())
     x = torch.randn(22, 6, requires_grad=True)
-    flat = (s.keep, s.source, weights, s.input_cu_seqlens, s.cu_seqlens)
-    opcheck(torch.ops.madtp.gather_merge, (x, *flat, "auto"))
-    opcheck(
-        torch.ops.madtp.gather_merge_backward, (torch.randn(22, 6), x.detach(), *[t.detach() for t in flat], "auto")
-    )
+    opcheck(torch.ops.madtp.gather_merge, (x, *selection, "auto"))
+    opcheck(torch.ops.madtp.gather_merge_backward, (torch.randn(22, 6), x.detach(), *s, "auto"))
     affine = torch.randn(6, requires_grad=True), torch.randn(6, requires_grad=True)
-    opcheck(torch.ops.madtp.gather_merge_layernorm, (x, *flat, *affine, 1e-5, "auto"))
+    opcheck(torch.ops.madtp.gather_merge_layernorm, (x, *selection, *affine, 1e-5, "auto"))
 
 
 @pytest.mark.parametrize("capacity", ["exact", "upper_bound"])
 def test_compiles_without_graph_breaks(capacity):
     lengths = [30, 5, 12]
     cu = cu_seqlens_of(lengths)
-    summary, received, logits = scores(lengths)
+    summary_attention, received_attention, logits = scores(lengths)
     weight, bias = torch.ones(16), torch.zeros(16)
 
-    def prune(x, summary, received, logits):
-        importance = mk.token_importance(mk.AttentionStats(summary, received), logits, cu)
+    def prune(x, summary_attention, received_attention, logits):
+        importance = mk.token_importance(mk.AttentionStats(summary_attention, received_attention), logits, cu)
         selection = mk.select_tokens(importance, logits, cu, 1.0, capacity=capacity)
         out, normed = mk.gather_merge_layernorm(x, selection, weight, bias)
         return out.sum() + (normed**2).sum(), mk.gather_merge(x, selection)
 
     def run(function):
         x = torch.linspace(-1, 1, 47 * 16).reshape(47, 16).requires_grad_()
-        loss, out = function(x, summary, received, logits)
+        loss, out = function(x, summary_attention, received_attention, logits)
         loss.backward()
         return loss.detach(), out.detach(), x.grad
 
@@ -407,14 +408,13 @@ def test_more_elements_than_int32_counts():
 
 def test_the_ops_themselves_check_what_kernels_trust():
     _, _, s = select([4, 4])
-    flat = (s.keep, s.source, s.merge_weight, s.input_cu_seqlens, s.cu_seqlens)
     x, ones = torch.zeros(8, 2), torch.ones(2)
     with pytest.raises(ValueError, match="selection.keep must be of 8 rows like x"):
-        torch.ops.madtp.gather_merge(x, torch.ones(9, dtype=torch.bool), *flat[1:], "auto")
+        torch.ops.madtp.gather_merge(x, torch.ones(9, dtype=torch.bool), *s[1:], "auto")
     with pytest.raises(ValueError, match="bias must be torch.float32 like weight, got float16"):
-        torch.ops.madtp.gather_merge_layernorm(x, *flat, ones, ones.half(), 1e-5, "auto")
+        torch.ops.madtp.gather_merge_layernorm(x, *s, ones, ones.half(), 1e-5, "auto")
     with pytest.raises(ValueError, match="grad must be torch.float32 like x, got float16"):
-        torch.ops.madtp.gather_merge_backward(x[: s.source.numel()].half(), x, *flat, "auto")
+        torch.ops.madtp.gather_merge_backward(x[: s.source.numel()].half(), x, *s, "auto")
 
 
 def test_dispatch(monkeypatch):
@@ -432,3 +432,14 @@ def test_dispatch(monkeypatch):
         mk.gather_merge(x, selection)
     with pytest.raises(ValueError, match="op must be one of"):
         mk.explain("softmax", x)
+
+
+@pytest.mark.parametrize(("old", "new"), [("cu_seqlens", "cu_seqlens_out"), ("input_cu_seqlens", "cu_seqlens_in")])
+def test_old_names_of_the_fields_are_refused_by_their_new_ones(old, new):
+    _, _, selection = select([4, 4])
+    fields = selection._asdict()
+    fields[old] = fields.pop(new)
+    with pytest.raises(TypeError, match=f"^Selection: {old} is now called {new}$"):
+        mk.Selection(**fields)
+    assert pickle.loads(pickle.dumps(selection)).keep.equal(selection.keep)
+    assert mk.Selection(**selection._asdict()) == selection

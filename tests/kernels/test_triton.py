@@ -13,19 +13,19 @@ from ragged_cases import LENGTHS, SUMMARIES, cu_seqlens_of, scores
 from triton_cases import DEVICE, DTYPES, MARKS, ON_GPU, wild_integers, within_twice
 
 import madtp_kernels as mk
-from madtp_kernels.reference.tokens import PADDING
+from madtp_kernels.selection import PADDING
 
 pytest.importorskip("triton")
 
 MODULES = (
-    "token_scores",
-    "token_layout",
-    "gather_merge",
-    "attention",
-    "attention_statistics",
-    "attention_argmax",
-    "attention_backward",
-    "attention_gradients",
+    "tokens.scores",
+    "tokens.layout",
+    "tokens.gather_merge",
+    "attention.forward",
+    "attention.statistics",
+    "attention.argmax",
+    "attention.backward",
+    "attention.gradients",
 )
 
 pytestmark = MARKS
@@ -33,8 +33,8 @@ pytestmark = MARKS
 
 def batch(lengths, **options):
     """stats, mag_logits and cu_seqlens on the device."""
-    summary, received, logits = (t.to(DEVICE) for t in scores(lengths, **options))
-    return mk.AttentionStats(summary, received), logits, cu_seqlens_of(lengths).to(DEVICE)
+    *stats, logits = (t.to(DEVICE) for t in scores(lengths, **options))
+    return mk.AttentionStats(*stats), logits, cu_seqlens_of(lengths).to(DEVICE)
 
 
 def selection_of(lengths, temperature=1.0, capacity="exact", seed=0, backend="reference"):
@@ -43,18 +43,14 @@ def selection_of(lengths, temperature=1.0, capacity="exact", seed=0, backend="re
     return mk.select_tokens(importance, logits, cu, temperature, capacity=capacity, backend=backend)
 
 
-def flat(s):
-    return s.keep, s.source, s.merge_weight, s.input_cu_seqlens, s.cu_seqlens
-
-
 # --- scores
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("summary", SUMMARIES)
+@pytest.mark.parametrize("summary_token", SUMMARIES)
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1.0, 1e6])
-def test_selects_like_the_float64_reference(lengths, summary, temperature):
-    index = SUMMARIES[summary](lengths)
+def test_selects_like_the_float64_reference(lengths, summary_token, temperature):
+    index = SUMMARIES[summary_token](lengths)
     index = None if index is None else index.to(DEVICE)
     stats, logits, cu = batch(lengths)
     wide, wide_logits, _ = batch(lengths, dtype=torch.float64)
@@ -63,12 +59,12 @@ def test_selects_like_the_float64_reference(lengths, summary, temperature):
 
     importance = mk.token_importance(stats, logits, cu, summary_index=index, backend="triton")
     torch.testing.assert_close(importance.double(), expected_importance, rtol=1e-6, atol=1e-7)
-    total, options = expected.source.numel(), {"summary_index": index, "capacity": "upper_bound"}
+    num_rows, options = expected.source.numel(), {"summary_index": index, "capacity": "upper_bound"}
     got = mk.select_tokens(importance, logits, cu, temperature, backend="triton", **options)
     assert torch.equal(got.keep.view(torch.uint8), expected.keep.view(torch.uint8))
-    assert torch.equal(got.source[:total], expected.source)
-    assert got.source.numel() == sum(lengths) and (got.source[total:] == PADDING).all()
-    assert torch.equal(got.cu_seqlens, expected.cu_seqlens)
+    assert torch.equal(got.source[:num_rows], expected.source)
+    assert got.source.numel() == sum(lengths) and (got.source[num_rows:] == PADDING).all()
+    assert torch.equal(got.cu_seqlens_out, expected.cu_seqlens_out)
     torch.testing.assert_close(got.merge_weight.double(), expected.merge_weight, rtol=2e-6, atol=1e-8)
 
 
@@ -166,7 +162,7 @@ def test_equal_importances_share_their_fate_across_blocks():
 def test_importance_of_broken_statistics():
     stats, logits, cu = batch([5, 6, 4])
     expected = mk.token_importance(stats, logits, cu, backend="triton")
-    stats.received[5] = math.nan  # of a summary token: it takes no part
+    stats.received_attention[5] = math.nan  # of a summary token: it takes no part
     logits[5] = math.inf
     assert torch.equal(mk.token_importance(stats, logits, cu, backend="triton"), expected)
     logits[7, 2] = math.nan
@@ -193,8 +189,8 @@ def test_gathers_within_twice_the_reference_error(dtype, channels):
     for affine in {dtype, torch.float32}:
         weight, bias = (torch.randn(channels).to(DEVICE, affine) for _ in range(2))
         layernorm = torch.ops.madtp.gather_merge_layernorm
-        exact = layernorm(x.double(), *flat(wide), weight.double(), bias.double(), 1e-5, "reference")
-        bound, got = (layernorm(x, *flat(selection), weight, bias, 1e-5, name) for name in ("reference", "triton"))
+        exact = layernorm(x.double(), *wide, weight.double(), bias.double(), 1e-5, "reference")
+        bound, got = (layernorm(x, *selection, weight, bias, 1e-5, name) for name in ("reference", "triton"))
         within_twice(got[:2], exact[:2], bound[:2])
         stored, real = got[0].double(), selection.source != PADDING  # statistics are those of the row as stored
         torch.testing.assert_close(got[2].double(), stored.mean(1) * real, rtol=1e-6, atol=1e-6)
@@ -207,9 +203,9 @@ def test_gathers_within_twice_the_reference_error(dtype, channels):
         assert not any(t[padding].any() for t in got)
 
     grad = torch.randn(selection.source.numel(), channels).to(DEVICE, dtype)
-    exact = torch.ops.madtp.gather_merge_backward(grad.double(), x.double(), *flat(wide), "reference")
-    bound = torch.ops.madtp.gather_merge_backward(grad, x, *flat(selection), "reference")
-    within_twice(torch.ops.madtp.gather_merge_backward(grad, x, *flat(selection), "triton"), exact, bound)
+    exact = torch.ops.madtp.gather_merge_backward(grad.double(), x.double(), *wide, "reference")
+    bound = torch.ops.madtp.gather_merge_backward(grad, x, *selection, "reference")
+    within_twice(torch.ops.madtp.gather_merge_backward(grad, x, *selection, "triton"), exact, bound)
 
 
 def test_long_sequence():
@@ -218,8 +214,8 @@ def test_long_sequence():
     x = torch.randn(580, 260, device=DEVICE)
     out = mk.gather_merge(x, selection, backend="triton")
     torch.testing.assert_close(out, mk.gather_merge(x, selection, backend="reference"))
-    expected = torch.ops.madtp.gather_merge_backward(out, x, *flat(selection), "reference")
-    got = torch.ops.madtp.gather_merge_backward(out, x, *flat(selection), "triton")
+    expected = torch.ops.madtp.gather_merge_backward(out, x, *selection, "reference")
+    got = torch.ops.madtp.gather_merge_backward(out, x, *selection, "triton")
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
 
@@ -267,7 +263,7 @@ def test_a_sample_does_not_depend_on_its_batch(dtype):
         )
         selection = mk.select_tokens(importance, logits[rows], cu, 0.8, backend="triton")
         pruned = mk.gather_merge_layernorm(x[rows], selection, weight, bias, backend="triton")
-        grads = torch.ops.madtp.gather_merge_backward(pruned[1], x[rows], *flat(selection), "triton")
+        grads = torch.ops.madtp.gather_merge_backward(pruned[1], x[rows], *selection, "triton")
         return (importance, selection.keep, selection.merge_weight, *grads), pruned, selection
 
     everything, pruned, selection = prune(slice(None), cu)
@@ -275,7 +271,7 @@ def test_a_sample_does_not_depend_on_its_batch(dtype):
     begin = 0
     for b, length in enumerate(lengths):
         rows = slice(begin, begin + length)
-        span = slice(*selection.cu_seqlens[b : b + 2].tolist())
+        span = slice(*selection.cu_seqlens_out[b : b + 2].tolist())
         alone, alone_pruned, _ = prune(rows, cu_seqlens_of([length]).to(DEVICE))
         assert all(torch.equal(together[rows], single) for together, single in zip(everything, alone, strict=True))
         assert all(torch.equal(together[span], single) for together, single in zip(pruned, alone_pruned, strict=True))
@@ -290,8 +286,8 @@ def test_empty_batch():
     x, affine = torch.zeros(0, 8, device=DEVICE), torch.ones(8, device=DEVICE)
     assert mk.gather_merge(x, selection, backend="triton").shape == (0, 8)
     assert mk.gather_merge_layernorm(x, selection, affine, affine, backend="triton")[1].shape == (0, 8)
-    assert torch.ops.madtp.gather_merge_backward(x, x, *flat(selection), "triton")[0].shape == (0, 8)
-    assert selection.cu_seqlens.tolist() == [0]
+    assert torch.ops.madtp.gather_merge_backward(x, x, *selection, "triton")[0].shape == (0, 8)
+    assert selection.cu_seqlens_out.tolist() == [0]
 
 
 def test_non_contiguous_inputs_give_the_same_result():
@@ -311,7 +307,7 @@ def test_non_contiguous_inputs_give_the_same_result():
     x, affine = torch.randn(42, 10, device=DEVICE), torch.randn(10, 2, device=DEVICE).unbind(1)
     out = mk.gather_merge_layernorm(x, selection, *(t.contiguous() for t in affine), backend="triton")
     grad = torch.randn_like(out[0])
-    grads = torch.ops.madtp.gather_merge_backward(grad, x, *flat(selection), "triton")
+    grads = torch.ops.madtp.gather_merge_backward(grad, x, *selection, "triton")
     for view, grad_view in (
         (torch.cat([x, x], 1)[:, :10], torch.cat([grad, grad], 1)[:, 10:]),
         (x.T.contiguous().T, grad.T.contiguous().T),
@@ -319,17 +315,17 @@ def test_non_contiguous_inputs_give_the_same_result():
     ):
         assert not view.is_contiguous() and not grad_view.is_contiguous()
         got = mk.gather_merge_layernorm(view, strided, *affine, backend="triton")
-        got_grads = torch.ops.madtp.gather_merge_backward(grad_view, view, *flat(strided), "triton")
+        got_grads = torch.ops.madtp.gather_merge_backward(grad_view, view, *strided, "triton")
         assert all(torch.equal(g, e) for g, e in zip((*got, *got_grads), (*out, *grads), strict=True))
     ones = torch.ones((), device=DEVICE).expand_as(grad)  # the gradient of sum()
-    assert torch.ops.madtp.gather_merge_backward(ones, x, *flat(selection), "triton")[0].isfinite().all()
+    assert torch.ops.madtp.gather_merge_backward(ones, x, *selection, "triton")[0].isfinite().all()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_value_makes_a_kernel_write_out_of_bounds(seed):
     """On a GPU values are not checked: the guards of the outputs see a write past the end, the process a wild read."""
-    scores_module = importlib.import_module("madtp_kernels.triton.token_scores")
-    gather_module = importlib.import_module("madtp_kernels.triton.gather_merge")
+    scores_module = importlib.import_module("madtp_kernels.triton.tokens.scores")
+    gather_module = importlib.import_module("madtp_kernels.triton.tokens.gather_merge")
     generator = torch.Generator().manual_seed(seed)
 
     def any_of(n):
@@ -337,14 +333,14 @@ def test_no_value_makes_a_kernel_write_out_of_bounds(seed):
 
     rows, sequences = 40, 6
     cu, cu_out, index = any_of(sequences + 1), any_of(sequences + 1), any_of(sequences)
-    summary, received, logits = (t.to(DEVICE) for t in scores([rows]))
-    importance = scores_module.token_importance(summary, received, logits, cu, index)
-    *_, source, weight = scores_module.select_tokens(summary, logits, cu, 1.0, index)
+    *stats, logits = (t.to(DEVICE) for t in scores([rows]))
+    importance = scores_module.token_importance(*stats, logits, cu, index)
+    *_, source, weight = scores_module.select_tokens(stats[0], logits, cu, 1.0, index)
     scores_module.select_tokens(importance, logits, cu, 1.0, index)
     keep = torch.rand(rows, generator=generator).to(DEVICE) < 0.5
     x, affine = torch.randn(rows, 12, device=DEVICE), torch.ones(12, device=DEVICE)
     for wild_source in (any_of(rows), -any_of(rows).clamp(-7, 7), source):
-        selection = (keep, wild_source, weight, cu, cu_out)
+        selection = (keep, cu, cu_out, wild_source, weight)
         out = gather_module.gather_merge(x, *selection)
         nowhere = (wild_source >= rows) | (wild_source < -sequences)
         assert not out[nowhere].any()
@@ -359,7 +355,7 @@ def aot(*options, folder):
     """The report of `python -m madtp_kernels.triton.aot`, which needs a process without TRITON_INTERPRET."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = folder / "aot.json"
-    command = [sys.executable, "-m", "madtp_kernels.triton.aot", "--json", str(path), *options]
+    command = [sys.executable, "-m", "madtp_kernels.triton.aot", "--out", str(path), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(path.read_text())

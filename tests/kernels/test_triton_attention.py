@@ -21,7 +21,7 @@ INDEX = [34, 0, -1, 5, -1, 99]  # last, first, none, inside, none, past the end
 
 
 class Case:
-    """Inputs of one call, packed q, k and v and upstream gradients."""
+    """Inputs of one call, q, k and v side by side, and upstream gradients."""
 
     def __init__(self, lengths, heads=2, dim=16, dtype=torch.float32, index=None, causal=False, stats=True, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -42,14 +42,14 @@ class Case:
         return *ragged, self.scale, self.causal, self.index, self.stats
 
     def run(self, qkv=None):
-        """out, summary, received, lse, dq, dk, dv of the kernels."""
+        """out, summary_attention, received_attention, lse, dq, dk, dv of the kernels."""
         q, k, v = self.qkv.unbind(1) if qkv is None else qkv
-        out, summary, received, lse = varlen_attention(q, k, v, *self.arguments())
-        grads = (self.grads[0], *(self.grads[1:] if self.stats else (summary, received)))
+        out, summary_attention, received_attention, lse = varlen_attention(q, k, v, *self.arguments())
+        grads = (self.grads[0], *(self.grads[1:] if self.stats else (summary_attention, received_attention)))
         return (
             out,
-            summary,
-            received,
+            summary_attention,
+            received_attention,
             lse,
             *varlen_attention_backward(*grads, out, lse, q, k, v, *self.arguments()),
         )
@@ -70,9 +70,9 @@ class Case:
         return *(o.detach() for o in outputs), *grads
 
     def check(self):
-        out, summary, received, _, *grads = self.run()
-        assert summary.numel() == received.numel() == (out.shape[0] if self.stats else 0)
-        got = (out, summary, received, *grads) if self.stats else (out, *grads)
+        out, summary_attention, received_attention, _, *grads = self.run()
+        assert summary_attention.numel() == received_attention.numel() == (out.shape[0] if self.stats else 0)
+        got = (out, summary_attention, received_attention, *grads) if self.stats else (out, *grads)
         within_bound(got, self.reference(torch.float64), self.reference(self.qkv.dtype))
 
 
@@ -140,8 +140,8 @@ def test_cross_attention(dtype):
         return out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))
 
     arguments = (q, k, v, cu_q, cu_k, 34, 66, 32**-0.5, False, None, False)
-    out, summary, received, lse = varlen_attention(*arguments)
-    grads = varlen_attention_backward(grad, summary, received, out, lse, *arguments)
+    out, summary_attention, received_attention, lse = varlen_attention(*arguments)
+    grads = varlen_attention_backward(grad, summary_attention, received_attention, out, lse, *arguments)
     within_bound((out, *grads), reference(torch.float64), reference(dtype))
 
 
@@ -217,12 +217,16 @@ def test_rows_past_the_last_sequence_are_zero():
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0], [1]], ids=str)
 def test_corner_batches(lengths):
     case = Case(lengths)
-    out, summary, received, lse, *grads = case.run()
+    out, summary_attention, received_attention, lse, *grads = case.run()
     rows = sum(lengths)
-    assert out.shape == (rows, 2, 16) and summary.shape == received.shape == (rows,) and lse.shape == (2, rows)
+    assert (
+        out.shape == (rows, 2, 16)
+        and summary_attention.shape == received_attention.shape == (rows,)
+        and lse.shape == (2, rows)
+    )
     assert all(grad.shape == out.shape for grad in grads)
     if rows:
-        assert torch.equal(out, case.qkv[:, 2]) and summary.item() == 1 and received.item() == 0
+        assert torch.equal(out, case.qkv[:, 2]) and summary_attention.item() == 1 and received_attention.item() == 0
     case.stats = False
     assert case.run()[1].numel() == 0
 
@@ -290,6 +294,10 @@ def test_the_public_op_runs_forward_and_backward():
     results = {}
     for backend in ("triton", "reference"):
         out, stats = mk.varlen_attention(q, k, v, **ragged, backend=backend)
-        results[backend] = (out, *stats, *torch.autograd.grad(out.sum() + (stats.summary * stats.received).sum(), q))
+        results[backend] = (
+            out,
+            *stats,
+            *torch.autograd.grad(out.sum() + (stats.summary_attention * stats.received_attention).sum(), q),
+        )
     for got, want in zip(results["triton"], results["reference"], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -77,10 +77,10 @@ def test_rows_weigh_what_their_tokens_are_worth(blip, batch):
 
     def after(branch, layer):
         importance, selection = steps[branch][layer]
-        weight = weight_of(importance, selection.input_cu_seqlens)
+        weight = weight_of(importance, selection.cu_seqlens_in)
         return gather_merge(weight[:, None], selection)[:, 0]
 
-    first = {branch: weight_of(taken[0][0], taken[0][1].input_cu_seqlens) for branch, taken in steps.items()}
+    first = {branch: weight_of(taken[0][0], taken[0][1].cu_seqlens_in) for branch, taken in steps.items()}
     weights = {
         "qkv 0": first["vision"],
         "fc1 0": after("vision", 0),

@@ -16,8 +16,8 @@ constexpr std::int64_t kTaskRows = 600;  // more is packed less often, but the m
 
 // What tasks leave for the end: floats per query row of the batch.
 struct Results {
-  float* norms;         // (rows_q, heads) of the outputs
-  float* from_summary;  // (rows_q, heads): P[h, s, j] of key j
+  float* norms;         // (tokens_q, heads) of the outputs
+  float* from_summary;  // (tokens_q, heads): P[h, s, j] of key j
   float* column_sums;   // (batch, chunks, padded keys), strides those of the longest sequence
 };
 
@@ -76,7 +76,7 @@ class Attention {
            ++block) {
         const std::int64_t i = blocks.begin(block), rows = blocks.begin(block + 1) - i;
         const std::int64_t keys = a_.causal ? i + rows : s.keys;
-        add_columns(w.maxima + (i - first_row) * padded(s.keys), rows, s.summary - i, padded(keys), sums);
+        add_columns(w.maxima + (i - first_row) * padded(s.keys), rows, s.summary_row - i, padded(keys), sums);
       }
     }
   }
@@ -112,7 +112,7 @@ class Attention {
     block.first_head = h == 0;
     block.norms = norms;
     block.inverse = inverse;
-    block.lse = lse_ == nullptr ? nullptr : lse_ + h * a_.rows_q + s.query + i;
+    block.lse = lse_ == nullptr ? nullptr : lse_ + h * a_.tokens_q + s.query + i;
     attend_function(rows, statistics_)(block);
     if (!direct)
       for (std::int64_t r = 0; r < rows; ++r)
@@ -120,7 +120,7 @@ class Attention {
           store(out + r * a_.heads * dim + d, load(w.out + r * dim + d));
     if (!statistics_) return;
     for (std::int64_t r = 0; r < rows; ++r) results_.norms[(s.query + i + r) * a_.heads + h] = norms[r];
-    if (const std::int64_t r = s.summary - i; r >= 0 && r < rows)
+    if (const std::int64_t r = s.summary_row - i; r >= 0 && r < rows)
       for (std::int64_t j = 0; j < s.keys; ++j)
         results_.from_summary[(s.query + j) * a_.heads + h] =
             j < block.key_count ? w.scores[(j / kPanel * rows + r) * kPanel + j % kPanel] * inverse[r] : 0;
@@ -147,22 +147,22 @@ class Attention {
 
 // From what the tasks left to the two numbers of each token of a sequence.
 void finish(const AttentionInputs& a, const Sequence& s, const Results& results, const float* column_sums,
-            float* summary, float* received) {
+            float* summary_attention, float* received_attention) {
   const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
   for (std::int64_t j = 0; j < s.queries; ++j) {
-    float total = 0;
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) total += column_sums[chunk * padded(s.keys) + j];
+    float observed = 0;
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) observed += column_sums[chunk * padded(s.keys) + j];
     if (a.causal) {
-      const std::int64_t observers = s.queries - j - (s.summary >= j ? 1 : 0);
-      total /= float(observers > 1 ? observers : 1);
+      const std::int64_t observers = s.queries - j - (s.summary_row >= j ? 1 : 0);
+      observed /= float(observers > 1 ? observers : 1);
     }
-    received[s.query + j] = total;
+    received_attention[s.query + j] = observed;
 
     const float* const norms = results.norms + (s.query + j) * a.heads;
     const float* const weights = results.from_summary + (s.query + j) * a.heads;
     float norm_sum = 0, weighted = 0;
     for (std::int64_t h = 0; h < a.heads; ++h) norm_sum += norms[h], weighted += norms[h] * weights[h];
-    summary[s.query + j] = s.summary < 0 || norm_sum == 0 ? 0 : weighted / norm_sum;
+    summary_attention[s.query + j] = s.summary_row < 0 || norm_sum == 0 ? 0 : weighted / norm_sum;
   }
 }
 
@@ -174,8 +174,8 @@ struct Plan {
   std::int64_t longest_key = 0, task_rows = 0, tasks_of_sequence = 1;
   std::int64_t column_sums = 0;  // floats of a sequence
 
-  Plan(const AttentionInputs& inputs, bool with_statistics, int most_threads)
-      : a(inputs), statistics(with_statistics), threads(most_threads) {
+  Plan(const AttentionInputs& inputs, bool with_statistics, int max_threads)
+      : a(inputs), statistics(with_statistics), threads(max_threads) {
     std::int64_t longest_query = 0;
     for (std::int64_t b = 0; b < a.batch; ++b) {
       const Sequence s(a, b);
@@ -200,11 +200,11 @@ struct Plan {
   std::int64_t tasks() const { return a.batch * tasks_of_sequence; }
 
   Results results(Arena& arena) const {
-    const std::int64_t count = statistics ? a.rows_q * a.heads : 0;
+    const std::int64_t count = statistics ? a.tokens_q * a.heads : 0;
     return {arena.take(count), arena.take(count), arena.take(a.batch * column_sums)};
   }
 
-  // Of one thread.
+  // The scratch of one thread.
   Workspace workspace(Arena& arena) const {
     const std::int64_t keys = padded(longest_key);
     return {arena.take(keys * a.head_dim),
@@ -225,9 +225,9 @@ Status varlen_attention_workspace(const AttentionInputs& a, bool statistics, int
   return Status::ok;
 }
 
-Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* summary, float* received,
-                        void* memory, int threads) {
-  const bool statistics = summary != nullptr;
+Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* summary_attention,
+                        float* received_attention, void* memory, int threads) {
+  const bool statistics = summary_attention != nullptr;
   const Plan plan(a, statistics, threads);
   Arena arena(static_cast<float*>(memory));
   const Results results = plan.results(arena);
@@ -251,7 +251,8 @@ Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* 
       if (statistics) {
 #pragma omp for schedule(dynamic)
         for (std::int64_t b = 0; b < a.batch; ++b)
-          finish(a, Sequence(a, b), results, results.column_sums + b * plan.column_sums, summary, received);
+          finish(a, Sequence(a, b), results, results.column_sums + b * plan.column_sums, summary_attention,
+                 received_attention);
       }
     }
   });

@@ -5,8 +5,8 @@
 
 namespace madtp::cpu::MADTP_ISA {
 
-Status varlen_attention(const AttentionInputs& inputs, void* out, float* lse, float* summary, float* received,
-                        void* workspace, int threads);
+Status varlen_attention(const AttentionInputs& inputs, void* out, float* lse, float* summary_attention,
+                        float* received_attention, void* workspace, int threads);
 Status varlen_attention_workspace(const AttentionInputs& inputs, bool statistics, int threads,
                                   std::int64_t* bytes);
 

@@ -26,7 +26,7 @@ std::int64_t slabs_of(const Sequence& s) {
 // What the statistics send back, prepared for every row of the batch.
 struct StatisticGradients {
   std::int64_t stride;     // of through_summary: rows, and what a vector may read past them
-  float* received;         // (stride,) gradient of the head-maximum of column j
+  float* grad_maximum;     // (stride,) gradient of the head-maximum of column j
   float* through_summary;  // (heads, stride) gradient of P[h, s, j]
   float* norm_gain;        // (rows, heads) gradient of the norm of out over that norm
 };
@@ -58,9 +58,10 @@ class AttentionBackward {
   void prepare(const Sequence& s, std::int64_t begin, std::int64_t end) const {
     for (std::int64_t j = begin; j < end; ++j) {
       const std::int64_t row = s.query + j;
-      const std::int64_t observers = s.queries - j - (s.summary >= j ? 1 : 0);
-      prepared_.received[row] = g_.grad_received[row] / float(a_.causal && observers > 1 ? observers : 1);
-      const bool seen = s.summary >= 0 && (!a_.causal || j <= s.summary);
+      const std::int64_t observers = s.queries - j - (s.summary_row >= j ? 1 : 0);
+      prepared_.grad_maximum[row] =
+          g_.grad_received_attention[row] / float(a_.causal && observers > 1 ? observers : 1);
+      const bool seen = s.summary_row >= 0 && (!a_.causal || j <= s.summary_row);
       float* const gain = prepared_.norm_gain + row * a_.heads;
       float* const through = prepared_.through_summary + row;
       float norm_sum = 0, mean = 0;
@@ -68,14 +69,14 @@ class AttentionBackward {
         const T* const out = static_cast<const T*>(g_.out) + (row * a_.heads + h) * a_.head_dim;
         gain[h] = std::sqrt(dot(out, out));
         norm_sum += gain[h];
-        through[h * prepared_.stride] = seen ? g_.grad_summary[row] * from_summary(s, h, j) : 0;
+        through[h * prepared_.stride] = seen ? g_.grad_summary_attention[row] * from_summary(s, h, j) : 0;
       }
       norm_sum = norm_sum > kTiny ? norm_sum : kTiny;
       for (std::int64_t h = 0; h < a_.heads; ++h) mean += through[h * prepared_.stride] * gain[h] / norm_sum;
       for (std::int64_t h = 0; h < a_.heads; ++h) {
         const float norm = gain[h];
         gain[h] = (through[h * prepared_.stride] - mean) / norm_sum / (norm > kTiny ? norm : kTiny);
-        through[h * prepared_.stride] = seen ? g_.grad_summary[row] * norm / norm_sum : 0;
+        through[h * prepared_.stride] = seen ? g_.grad_summary_attention[row] * norm / norm_sum : 0;
       }
     }
   }
@@ -187,11 +188,11 @@ class AttentionBackward {
 
   // P[h, s, j] of the summary row s.
   float from_summary(const Sequence& s, std::int64_t h, std::int64_t j) const {
-    const std::int64_t query = s.query + s.summary;
+    const std::int64_t query = s.query + s.summary_row;
     const float score =
         dot(head_row<T>(a_.q, a_.q_strides, query, h), head_row<T>(a_.k, a_.k_strides, s.key + j, h)) *
         a_.softmax_scale;
-    return exp2_nonpositive(broadcast((score - g_.lse[h * a_.rows_q + query]) * kLog2E))[0];
+    return exp2_nonpositive(broadcast((score - g_.lse[h * a_.tokens_q + query]) * kLog2E))[0];
   }
 
   GradientBlock block_of(const Sequence& s, std::int64_t h, std::int64_t i, std::int64_t rows,
@@ -206,7 +207,7 @@ class AttentionBackward {
     block.head_dim = a_.head_dim;
     block.first_limit = a_.causal ? i + 1 : s.keys;
     block.limit_step = a_.causal ? 1 : 0;
-    block.lse = g_.lse + h * a_.rows_q + s.query + i;
+    block.lse = g_.lse + h * a_.tokens_q + s.query + i;
     block.probabilities = w.probabilities;
     block.grad_scores = w.grad_scores;
     block.grad_queries = w.grad_queries;
@@ -214,9 +215,9 @@ class AttentionBackward {
     block.grad_scale = a_.softmax_scale;
     if (statistics_) {
       block.head = std::int32_t(h);
-      block.received = prepared_.received + s.query;
+      block.grad_maximum = prepared_.grad_maximum + s.query;
       block.through_summary = prepared_.through_summary + h * prepared_.stride + s.query;
-      block.summary = s.summary < 0 ? -1 : s.summary - i;
+      block.summary_row = s.summary_row < 0 ? -1 : s.summary_row - i;
     }
     return block;
   }
@@ -274,7 +275,7 @@ struct Plan {
   const AttentionInputs& a;
   const bool statistics;
   const int threads;
-  std::int64_t longest_key = 0, most_slabs = 1, slab_rows = 0;
+  std::int64_t longest_key = 0, max_slabs = 1, slab_rows = 0;
   std::int64_t wave = 1;   // sequences at a time
   std::int64_t parts = 1;  // of a slab, when its heads have to be looked at together
 
@@ -285,7 +286,7 @@ struct Plan {
       const Sequence s(a, b);
       if (s.keys > longest_key) longest_key = s.keys;
       if (s.queries > longest_query) longest_query = s.queries;
-      if (slabs_of(s) > most_slabs) most_slabs = slabs_of(s);
+      if (slabs_of(s) > max_slabs) max_slabs = slabs_of(s);
     }
     wave = a.batch;
     if (statistics && wave > 2 * threads) wave = 2 * threads;
@@ -301,16 +302,16 @@ struct Plan {
   Results results(Arena& arena) const {
     StatisticGradients prepared{};
     if (statistics) {
-      const std::int64_t stride = a.rows_q + kPanel;
-      prepared = {stride, arena.take(stride), arena.take(a.heads * stride), arena.take(a.rows_q * a.heads)};
+      const std::int64_t stride = a.tokens_q + kPanel;
+      prepared = {stride, arena.take(stride), arena.take(a.heads * stride), arena.take(a.tokens_q * a.heads)};
     }
     // A slot for the head that a thread is at, or for every head of the wave when they wait for another slab.
-    const std::int64_t slots = most_slabs == 1 ? threads : wave * a.heads;
+    const std::int64_t slots = max_slabs == 1 ? threads : wave * a.heads;
     float* const grads = arena.take(slots * 2 * grad_size());
     return {prepared, grads, reinterpret_cast<std::int32_t*>(arena.take(wave * best_size()))};
   }
 
-  // Of one thread.
+  // The scratch of one thread.
   Workspace workspace(Arena& arena) const {
     const std::int64_t keys = padded(longest_key), dim = padded(a.head_dim);
     return {arena.take(keys * dim),
@@ -327,6 +328,98 @@ struct Plan {
   }
 };
 
+// Query rows that are looked at together: slab `number` of each of the `sequences` from `first_sequence` on.
+struct Slab {
+  std::int64_t first_sequence, sequences, number;
+
+  std::int64_t first_chunk() const { return number * kChunksPerSlab; }
+  // One past the last chunk of sequence s in this slab; first_chunk() or less where s has none.
+  std::int64_t end_chunk(const Sequence& s) const {
+    const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
+    return chunks < first_chunk() + kChunksPerSlab ? chunks : first_chunk() + kChunksPerSlab;
+  }
+};
+
+// The steps of the backward as one thread sees them. All threads of a team call each step together: it shares
+// its tasks out over them, and returns to all when the last one is done.
+template <typename T>
+struct ThreadSteps {
+  const AttentionBackward<T>& backward;
+  const AttentionInputs& a;
+  const AttentionGradients& g;
+  const Plan& plan;
+  const Results& results;
+  const Workspace workspace;
+
+  void run() const {
+    if (plan.statistics) prepare();
+    for (std::int64_t first = 0; first < a.batch; first += plan.wave) {
+      const std::int64_t sequences = a.batch - first < plan.wave ? a.batch - first : plan.wave;
+      for (std::int64_t number = 0; number < plan.max_slabs; ++number) {
+        const Slab slab{first, sequences, number};
+        if (plan.statistics) find_best(slab);
+        differentiate(slab);
+      }
+    }
+  }
+
+ private:
+  // One task for each part of each sequence.
+  void prepare() const {
+#pragma omp for schedule(dynamic)
+    for (std::int64_t task = 0; task < a.batch * plan.parts; ++task) {
+      const Sequence s(a, task / plan.parts);
+      const std::int64_t part = task % plan.parts;
+      backward.prepare(s, s.queries * part / plan.parts, s.queries * (part + 1) / plan.parts);
+    }
+  }
+
+  // One task for each part of the slab of each sequence.
+  void find_best(const Slab& slab) const {
+#pragma omp for schedule(dynamic)
+    for (std::int64_t task = 0; task < slab.sequences * plan.parts; ++task) {
+      const std::int64_t index = task / plan.parts, part = task % plan.parts;
+      const Sequence s(a, slab.first_sequence + index);
+      const std::int64_t begin = slab.first_chunk(), chunks = slab.end_chunk(s) - begin;
+      const std::int64_t first = begin + chunks * part / plan.parts;
+      const std::int64_t last = begin + chunks * (part + 1) / plan.parts;
+      if (first >= last) continue;
+      const Blocks blocks(s.queries);
+      const std::int64_t rows = blocks.begin(first * kBlocksPerChunk) - blocks.begin(begin * kBlocksPerChunk);
+      backward.find_best(s, first, last, results.best + index * plan.best_size() + rows * padded(s.keys),
+                         workspace);
+    }
+  }
+
+  // One task for each head of each sequence.
+  void differentiate(const Slab& slab) const {
+#pragma omp for schedule(dynamic)
+    for (std::int64_t task = 0; task < slab.sequences * a.heads; ++task)
+      differentiate_head(slab, task / a.heads, task % a.heads, plan.max_slabs == 1 ? thread_number() : task);
+  }
+
+  // Head h of the sequence `index` places into the slab, whose gradients of keys and values add up in `slot`.
+  void differentiate_head(const Slab& slab, std::int64_t index, std::int64_t h, std::int64_t slot) const {
+    const Sequence s(a, slab.first_sequence + index);
+    const std::int64_t slabs = slabs_of(s), last_slab = slabs > 0 ? slabs - 1 : 0;
+    if (slab.number > last_slab) return;
+    float* const grad_keys = results.grads + slot * 2 * plan.grad_size();
+    float* const grad_values = grad_keys + plan.grad_size();
+    if (slab.number == 0) {
+      const std::int64_t size = padded(s.keys) * padded(a.head_dim);
+      for (std::int64_t i = 0; i < size; i += kWidth)
+        store(grad_keys + i, Vec{}), store(grad_values + i, Vec{});
+    }
+    if (slab.first_chunk() < slab.end_chunk(s))
+      backward.differentiate(s, h, slab.first_chunk(), slab.end_chunk(s),
+                             results.best + index * plan.best_size(), grad_keys, grad_values, workspace);
+    if (slab.number == last_slab) {
+      backward.store_rows(s, h, grad_keys, g.grad_k);
+      backward.store_rows(s, h, grad_values, g.grad_v);
+    }
+  }
+};
+
 }  // namespace
 
 Status varlen_attention_backward_workspace(const AttentionInputs& a, bool statistics, int threads,
@@ -337,75 +430,17 @@ Status varlen_attention_backward_workspace(const AttentionInputs& a, bool statis
 
 Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradients& g, void* memory,
                                  int threads) {
-  const bool statistics = g.grad_summary != nullptr;
+  const bool statistics = g.grad_summary_attention != nullptr;
   const Plan plan(a, statistics, threads);
   Arena arena(static_cast<float*>(memory));
   const Results results = plan.results(arena);
   float* const own = arena.next();
 
   with_type(a.dtype, [&](auto element) {
-    const AttentionBackward<decltype(element)> backward(a, g, statistics, results.statistics);
+    using T = decltype(element);
+    const AttentionBackward<T> backward(a, g, statistics, results.statistics);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      const Workspace workspace = workspace_of_thread(plan, own);
-      if (statistics) {
-#pragma omp for schedule(dynamic)
-        for (std::int64_t task = 0; task < a.batch * plan.parts; ++task) {
-          const Sequence s(a, task / plan.parts);
-          const std::int64_t part = task % plan.parts;
-          backward.prepare(s, s.queries * part / plan.parts, s.queries * (part + 1) / plan.parts);
-        }
-      }
-      for (std::int64_t wave = 0; wave < a.batch; wave += plan.wave) {
-        const std::int64_t sequences = a.batch - wave < plan.wave ? a.batch - wave : plan.wave;
-        for (std::int64_t slab = 0; slab < plan.most_slabs; ++slab) {
-          const std::int64_t begin = slab * kChunksPerSlab;
-          const auto end_of = [&](const Sequence& s) {
-            const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
-            return chunks < begin + kChunksPerSlab ? chunks : begin + kChunksPerSlab;
-          };
-          if (statistics) {
-#pragma omp for schedule(dynamic)
-            for (std::int64_t task = 0; task < sequences * plan.parts; ++task) {
-              const std::int64_t index = task / plan.parts, part = task % plan.parts;
-              const Sequence s(a, wave + index);
-              const std::int64_t chunks = end_of(s) - begin;
-              const std::int64_t first = begin + chunks * part / plan.parts;
-              const std::int64_t last = begin + chunks * (part + 1) / plan.parts;
-              const Blocks blocks(s.queries);
-              const std::int64_t rows =
-                  first < last ? blocks.begin(first * kBlocksPerChunk) - blocks.begin(begin * kBlocksPerChunk)
-                               : 0;
-              if (first < last)
-                backward.find_best(s, first, last,
-                                   results.best + index * plan.best_size() + rows * padded(s.keys),
-                                   workspace);
-            }
-          }
-#pragma omp for schedule(dynamic)
-          for (std::int64_t task = 0; task < sequences * a.heads; ++task) {
-            const std::int64_t index = task / a.heads, h = task % a.heads;
-            const Sequence s(a, wave + index);
-            const std::int64_t slabs = slabs_of(s), last_slab = slabs > 0 ? slabs - 1 : 0;
-            if (slab > last_slab) continue;
-            const std::int64_t slot = plan.most_slabs == 1 ? thread_number() : task;
-            const std::int64_t size = padded(s.keys) * padded(a.head_dim);
-            float* const grad_keys = results.grads + slot * 2 * plan.grad_size();
-            float* const grad_values = grad_keys + plan.grad_size();
-            if (slab == 0)
-              for (std::int64_t i = 0; i < size; i += kWidth)
-                store(grad_keys + i, Vec{}), store(grad_values + i, Vec{});
-            if (begin < end_of(s))
-              backward.differentiate(s, h, begin, end_of(s), results.best + index * plan.best_size(),
-                                     grad_keys, grad_values, workspace);
-            if (slab == last_slab) {
-              backward.store_rows(s, h, grad_keys, g.grad_k);
-              backward.store_rows(s, h, grad_values, g.grad_v);
-            }
-          }
-        }
-      }
-    }
+    ThreadSteps<T>{backward, a, g, plan, results, workspace_of_thread(plan, own)}.run();
   });
   return Status::ok;
 }

@@ -35,9 +35,9 @@ struct GradientBlock {
   // What the statistics add to the gradient of the probabilities; null without them.
   const std::int32_t* best;  // the head that reaches the maximum, panels of R rows
   std::int32_t head;
-  const float* received;         // (key_count,) gradient of that maximum
+  const float* grad_maximum;     // (key_count,) gradient of that maximum
   const float* through_summary;  // (key_count,) gradient of the summary row's probabilities
-  std::int64_t summary;          // that row in the block, if it is there
+  std::int64_t summary_row;      // that row in the block, if it is there
 
   std::int64_t panels() const { return (key_count + kPanel - 1) / kPanel; }
   std::int64_t limit(std::int64_t row) const {
@@ -101,14 +101,14 @@ inline void add_statistics(const GradientBlock& block, std::int64_t panel, float
   const IntVec head = IntVec{} + block.head;
   for (int v = 0; v < 2; ++v) {
     const std::int64_t first = panel * kPanel + v * kWidth;
-    const Vec received = load(block.received + first);
+    const Vec grad_maximum = load(block.grad_maximum + first);
     const Vec through_summary = load(block.through_summary + first);
     for (int r = 0; r < R; ++r) {
       float* const at = grads + r * kPanel + v * kWidth;
-      const Vec more = r == block.summary
+      const Vec more = r == block.summary_row
                            ? through_summary
                            : select(load_ints(block.best + (panel * R + r) * kPanel + v * kWidth) == head,
-                                    received, Vec{});
+                                    grad_maximum, Vec{});
       store(at, load(at) + more);
     }
   }

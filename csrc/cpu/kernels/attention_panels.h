@@ -33,15 +33,15 @@ inline std::int64_t padded(std::int64_t keys) { return (keys + kPanel - 1) / kPa
 
 struct Sequence {
   std::int64_t query, queries, key, keys;  // first row and number of rows
-  std::int64_t summary;                    // row inside the sequence, -1: none
+  std::int64_t summary_row;                // row inside the sequence, -1: none
 
   Sequence(const AttentionInputs& a, std::int64_t b)
       : query(a.cu_seqlens_q[b]),
         queries(a.cu_seqlens_q[b + 1] - query),
         key(a.cu_seqlens_k[b]),
         keys(a.cu_seqlens_k[b + 1] - key),
-        summary(a.summary_index == nullptr ? 0 : a.summary_index[b]) {
-    if (summary >= queries) summary = -1;  // a row that does not exist is none
+        summary_row(a.summary_index == nullptr ? 0 : a.summary_index[b]) {
+    if (summary_row >= queries) summary_row = -1;  // a row that does not exist is none
   }
 };
 

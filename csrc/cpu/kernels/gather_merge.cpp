@@ -34,7 +34,7 @@ void add_rows(const T* const* x, const float* weights, std::int64_t count, float
 // out (channels,) = sum over the pruned rows j of sequence b of merge_weight_j x_j.
 template <typename T>
 void merge(Rows<const T> x, std::int64_t channels, const TokenSelection& selection, std::int64_t b, T* out) {
-  const std::int64_t begin = selection.cu_seqlens[b], end = selection.cu_seqlens[b + 1];
+  const std::int64_t begin = selection.cu_seqlens_in[b], end = selection.cu_seqlens_in[b + 1];
   for (std::int64_t first = 0; first < channels; first += kBlock) {
     const std::int64_t count = channels - first < kBlock ? channels - first : kBlock;
     float sums[kBlock];
@@ -61,7 +61,7 @@ template <typename T>
 bool gather_row(Rows<const T> x, std::int64_t channels, const TokenSelection& selection, std::int64_t row,
                 T* out) {
   const std::int64_t source = selection.source[row];
-  if (source >= 0 && source < selection.rows) {
+  if (source >= 0 && source < selection.tokens) {
     __builtin_memcpy(out, x[source], std::size_t(channels) * sizeof(T));
     return true;
   }
@@ -168,7 +168,7 @@ Status gather_merge_backward(const void* grad, std::int64_t grad_stride, const v
     for (std::int64_t b = 0; b < selection.batch; ++b) {
       const std::int64_t last = selection.cu_seqlens_out[b + 1];  // one past the merged row, if there is one
       std::int64_t row = selection.cu_seqlens_out[b];             // of the output
-      for (std::int64_t j = selection.cu_seqlens[b]; j < selection.cu_seqlens[b + 1]; ++j) {
+      for (std::int64_t j = selection.cu_seqlens_in[b]; j < selection.cu_seqlens_in[b + 1]; ++j) {
         const bool kept = selection.keep[j] != 0;
         const std::int64_t from = kept ? row++ : last - 1;
         grad_weight[j] = 0;

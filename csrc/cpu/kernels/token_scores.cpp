@@ -15,12 +15,12 @@ constexpr double kArgmaxTemperature = 0.01;
 
 struct Sequence {
   std::int64_t begin, end;
-  std::int64_t summary;  // row of the batch, -1: none
+  std::int64_t summary_row;  // of the batch, -1: none
 };
 
-Sequence sequence(const std::int32_t* cu_seqlens, const std::int32_t* summary_index, std::int64_t b) {
-  const std::int64_t begin = cu_seqlens[b], end = cu_seqlens[b + 1];
-  const std::int64_t index = summary_index == nullptr ? 0 : summary_index[b];
+Sequence sequence(const ScoreInputs& inputs, std::int64_t b) {
+  const std::int64_t begin = inputs.cu_seqlens[b], end = inputs.cu_seqlens[b + 1];
+  const std::int64_t index = inputs.summary_index == nullptr ? 0 : inputs.summary_index[b];
   return {begin, end, index >= 0 && index < end - begin ? begin + index : -1};
 }
 
@@ -40,21 +40,24 @@ float row_max(const T* row, std::int64_t count) {
 }
 
 template <typename T>
-void sequence_importance(const Sequence& s, const float* summary, const float* received, const T* logits,
-                         std::int64_t stride, std::int64_t alignment_tokens, float* importance) {
+void sequence_importance(const Sequence& s, const float* summary_attention, const float* received_attention,
+                         const T* logits, std::int64_t stride, std::int64_t alignment_tokens,
+                         float* importance) {
   double received_sum = 0, guidance_sum = 0;
   for (std::int64_t j = s.begin; j < s.end; ++j) {
-    if (j == s.summary) continue;
+    if (j == s.summary_row) continue;
     const float best = row_max(logits + j * stride, alignment_tokens);
     importance[j] = best < 0 ? 0 : best;  // NaN stays
-    received_sum += received[j];
+    received_sum += received_attention[j];
     guidance_sum += importance[j];
   }
   const float received_scale = received_sum == 0 ? 0 : float(1 / received_sum);
   const float guidance_scale = guidance_sum == 0 ? 0 : float(1 / guidance_sum);
   for (std::int64_t j = s.begin; j < s.end; ++j)
-    importance[j] =
-        j == s.summary ? 0 : (summary[j] + received[j] * received_scale + importance[j] * guidance_scale) / 3;
+    importance[j] = j == s.summary_row ? 0
+                                       : (summary_attention[j] + received_attention[j] * received_scale +
+                                          importance[j] * guidance_scale) /
+                                             3;
 }
 
 // max over N * kWidth alignment tokens of sum_j softmax_j((A_jk) / tau) deficit_j, NaN if one is; lanes from
@@ -72,12 +75,12 @@ float block_threshold(const Sequence& s, const float* importance, float highest,
   Vec a[N], best[N], weight[N] = {}, weighted[N] = {};
   for (int n = 0; n < N; ++n) best[n] = broadcast(-INFINITY);
   for (std::int64_t j = s.begin; j < s.end; ++j) {
-    if (j == s.summary) continue;
+    if (j == s.summary_row) continue;
     lanes(j, a);
     for (int n = 0; n < N; ++n) best[n] = max(a[n], best[n]);
   }
   for (std::int64_t j = s.begin; j < s.end; ++j) {
-    if (j == s.summary) continue;
+    if (j == s.summary_row) continue;
     lanes(j, a);
     const Vec deficit = broadcast(highest - importance[j]);
     for (int n = 0; n < N; ++n) {
@@ -100,12 +103,12 @@ template <typename T>
 std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* logits, std::int64_t stride,
                            std::int64_t alignment_tokens, double temperature, std::uint8_t* keep) {
   for (std::int64_t j = s.begin; j < s.end; ++j) keep[j] = 1;
-  const std::int64_t length = s.end - s.begin, prunable = length - (s.summary >= 0);
+  const std::int64_t length = s.end - s.begin, prunable = length - (s.summary_row >= 0);
   if (temperature == 0 || prunable < 2) return length;
 
   float highest = -INFINITY, lowest = INFINITY;
   for (std::int64_t j = s.begin; j < s.end; ++j) {
-    if (j == s.summary) continue;
+    if (j == s.summary_row) continue;
     if (!std::isfinite(importance[j])) return length;
     if (importance[j] > highest) highest = importance[j];
     if (importance[j] < lowest) lowest = importance[j];
@@ -122,7 +125,9 @@ std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* 
   }
   if (temperature < kArgmaxTemperature)
     threshold += float(1 - temperature / kArgmaxTemperature) * (highest - lowest - threshold);
-  const auto goes = [&](std::int64_t j) { return j != s.summary && !(highest - importance[j] < threshold); };
+  const auto goes = [&](std::int64_t j) {
+    return j != s.summary_row && !(highest - importance[j] < threshold);
+  };
   std::int64_t pruned = 0;
   for (std::int64_t j = s.begin; j < s.end; ++j) pruned += goes(j);
   if (pruned < 2) return length;
@@ -135,82 +140,75 @@ std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* 
 void lay_out(std::int64_t begin, std::int64_t end, std::int64_t b, const float* importance,
              const std::uint8_t* keep, std::int32_t* row, float* merge_weight) {
   const std::int32_t* const first = row;
-  double total = 0;
+  double pruned_importance = 0;
   for (std::int64_t j = begin; j < end; ++j) {
     *row = std::int32_t(j);  // a pruned row is overwritten by the next, the last one by the merged row below
     row += keep[j];
-    total += keep[j] ? 0 : importance[j];
+    pruned_importance += keep[j] ? 0 : importance[j];
   }
   const std::int64_t pruned = end - begin - (row - first);
   if (pruned > 0) *row = std::int32_t(-(b + 1));
-  const bool weighted = total > 0;
-  const float scale = float(1 / (weighted ? total : double(pruned)));
+  const bool weighted = pruned_importance > 0;
+  const float scale = float(1 / (weighted ? pruned_importance : double(pruned)));
   for (std::int64_t j = begin; j < end; ++j)
     merge_weight[j] = keep[j] ? 0 : (weighted ? importance[j] : 1.0f) * scale;
 }
 
 // The layout of a batch from keep and, in cu_seqlens_out[b + 1], the rows that sequence b has after pruning.
-void lay_out_batch(const float* importance, const std::int32_t* cu_seqlens, std::int64_t rows,
-                   std::int64_t batch, const std::uint8_t* keep, std::int32_t* cu_seqlens_out,
-                   std::int32_t* source, float* merge_weight, int threads) {
-  cu_seqlens_out[0] = 0;
-  for (std::int64_t b = 0; b < batch; ++b) cu_seqlens_out[b + 1] += cu_seqlens_out[b];
+void lay_out_batch(const float* importance, const ScoreInputs& inputs, const SelectionOutputs& selection,
+                   int threads) {
+  const std::int64_t batch = inputs.batch;
+  std::int32_t* const ends = selection.cu_seqlens_out;
+  ends[0] = 0;
+  for (std::int64_t b = 0; b < batch; ++b) ends[b + 1] += ends[b];
 #pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1) schedule(static)
   for (std::int64_t b = 0; b < batch; ++b)
-    lay_out(cu_seqlens[b], cu_seqlens[b + 1], b, importance, keep, source + cu_seqlens_out[b], merge_weight);
-  for (std::int64_t row = cu_seqlens_out[batch]; row < rows; ++row) source[row] = padding_row;
+    lay_out(inputs.cu_seqlens[b], inputs.cu_seqlens[b + 1], b, importance, selection.keep,
+            selection.source + ends[b], selection.merge_weight);
+  for (std::int64_t row = ends[batch]; row < inputs.tokens; ++row) selection.source[row] = padding_row;
+}
+
+// body(b, sequence, logits of the batch) for every sequence of the batch.
+template <typename Body>
+void for_each_sequence(const ScoreInputs& inputs, int threads, Body&& body) {
+  with_type(inputs.logits_dtype, [&](auto element) {
+    const auto* logits = static_cast<const decltype(element)*>(inputs.mag_logits);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && inputs.batch > 1) schedule(dynamic)
+    for (std::int64_t b = 0; b < inputs.batch; ++b) body(b, sequence(inputs, b), logits);
+  });
 }
 
 }  // namespace
 
-Status token_importance(const float* summary, const float* received, const void* mag_logits,
-                        DType logits_dtype, std::int64_t logits_stride, std::int64_t alignment_tokens,
-                        const std::int32_t* cu_seqlens, std::int64_t batch, const std::int32_t* summary_index,
-                        float* importance, int threads) {
-  with_type(logits_dtype, [&](auto element) {
-    const auto* logits = static_cast<const decltype(element)*>(mag_logits);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1) schedule(dynamic)
-    for (std::int64_t b = 0; b < batch; ++b)
-      sequence_importance(sequence(cu_seqlens, summary_index, b), summary, received, logits, logits_stride,
-                          alignment_tokens, importance);
+Status token_importance(const float* summary_attention, const float* received_attention,
+                        const ScoreInputs& inputs, float* importance, int threads) {
+  for_each_sequence(inputs, threads, [&](std::int64_t, const Sequence& s, const auto* logits) {
+    sequence_importance(s, summary_attention, received_attention, logits, inputs.logits_stride,
+                        inputs.alignment_tokens, importance);
   });
   return Status::ok;
 }
 
-Status select_tokens(const float* importance, const void* mag_logits, DType logits_dtype,
-                     std::int64_t logits_stride, std::int64_t alignment_tokens,
-                     const std::int32_t* cu_seqlens, std::int64_t rows, std::int64_t batch,
-                     const std::int32_t* summary_index, double temperature, std::uint8_t* keep,
-                     std::int32_t* cu_seqlens_out, std::int32_t* source, float* merge_weight, int threads) {
-  with_type(logits_dtype, [&](auto element) {
-    const auto* logits = static_cast<const decltype(element)*>(mag_logits);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1) schedule(dynamic)
-    for (std::int64_t b = 0; b < batch; ++b)
-      cu_seqlens_out[b + 1] =
-          std::int32_t(sequence_keep(sequence(cu_seqlens, summary_index, b), importance, logits,
-                                     logits_stride, alignment_tokens, temperature, keep));
+Status select_tokens(const float* importance, const ScoreInputs& inputs, double temperature,
+                     const SelectionOutputs& selection, int threads) {
+  for_each_sequence(inputs, threads, [&](std::int64_t b, const Sequence& s, const auto* logits) {
+    selection.cu_seqlens_out[b + 1] = std::int32_t(sequence_keep(
+        s, importance, logits, inputs.logits_stride, inputs.alignment_tokens, temperature, selection.keep));
   });
-  lay_out_batch(importance, cu_seqlens, rows, batch, keep, cu_seqlens_out, source, merge_weight, threads);
+  lay_out_batch(importance, inputs, selection, threads);
   return Status::ok;
 }
 
-Status score_and_select(const float* summary, const float* received, const void* mag_logits,
-                        DType logits_dtype, std::int64_t logits_stride, std::int64_t alignment_tokens,
-                        const std::int32_t* cu_seqlens, std::int64_t rows, std::int64_t batch,
-                        const std::int32_t* summary_index, double temperature, float* importance,
-                        std::uint8_t* keep, std::int32_t* cu_seqlens_out, std::int32_t* source,
-                        float* merge_weight, int threads) {
-  with_type(logits_dtype, [&](auto element) {
-    const auto* logits = static_cast<const decltype(element)*>(mag_logits);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1) schedule(dynamic)
-    for (std::int64_t b = 0; b < batch; ++b) {
-      const Sequence s = sequence(cu_seqlens, summary_index, b);
-      sequence_importance(s, summary, received, logits, logits_stride, alignment_tokens, importance);
-      cu_seqlens_out[b + 1] = std::int32_t(
-          sequence_keep(s, importance, logits, logits_stride, alignment_tokens, temperature, keep));
-    }
+Status score_and_select(const float* summary_attention, const float* received_attention,
+                        const ScoreInputs& inputs, double temperature, float* importance,
+                        const SelectionOutputs& selection, int threads) {
+  for_each_sequence(inputs, threads, [&](std::int64_t b, const Sequence& s, const auto* logits) {
+    sequence_importance(s, summary_attention, received_attention, logits, inputs.logits_stride,
+                        inputs.alignment_tokens, importance);
+    selection.cu_seqlens_out[b + 1] = std::int32_t(sequence_keep(
+        s, importance, logits, inputs.logits_stride, inputs.alignment_tokens, temperature, selection.keep));
   });
-  lay_out_batch(importance, cu_seqlens, rows, batch, keep, cu_seqlens_out, source, merge_weight, threads);
+  lay_out_batch(importance, inputs, selection, threads);
   return Status::ok;
 }
 

@@ -5,23 +5,15 @@
 
 namespace madtp::cpu::MADTP_ISA {
 
-Status token_importance(const float* summary, const float* received, const void* mag_logits,
-                        DType logits_dtype, std::int64_t logits_stride, std::int64_t alignment_tokens,
-                        const std::int32_t* cu_seqlens, std::int64_t batch, const std::int32_t* summary_index,
-                        float* importance, int threads);
+Status token_importance(const float* summary_attention, const float* received_attention,
+                        const ScoreInputs& inputs, float* importance, int threads);
 
-Status select_tokens(const float* importance, const void* mag_logits, DType logits_dtype,
-                     std::int64_t logits_stride, std::int64_t alignment_tokens,
-                     const std::int32_t* cu_seqlens, std::int64_t rows, std::int64_t batch,
-                     const std::int32_t* summary_index, double temperature, std::uint8_t* keep,
-                     std::int32_t* cu_seqlens_out, std::int32_t* source, float* merge_weight, int threads);
+Status select_tokens(const float* importance, const ScoreInputs& inputs, double temperature,
+                     const SelectionOutputs& selection, int threads);
 
-Status score_and_select(const float* summary, const float* received, const void* mag_logits,
-                        DType logits_dtype, std::int64_t logits_stride, std::int64_t alignment_tokens,
-                        const std::int32_t* cu_seqlens, std::int64_t rows, std::int64_t batch,
-                        const std::int32_t* summary_index, double temperature, float* importance,
-                        std::uint8_t* keep, std::int32_t* cu_seqlens_out, std::int32_t* source,
-                        float* merge_weight, int threads);
+Status score_and_select(const float* summary_attention, const float* received_attention,
+                        const ScoreInputs& inputs, double temperature, float* importance,
+                        const SelectionOutputs& selection, int threads);
 
 Status gather_merge(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
                     const TokenSelection& selection, void* out, int threads);

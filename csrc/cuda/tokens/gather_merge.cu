@@ -19,7 +19,7 @@ constexpr int kWarps = kThreads / kWarp;
 // Blocks: `early` sequences times `slices` of their merged row, then kWarps output rows each.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 7)
-    gather_merge_kernel(Rows<const T> x,  // (rows, channels)
+    gather_merge_kernel(Rows<const T> x,  // (tokens, channels)
                         Rows<T> out,      // (capacity, channels)
                         std::int64_t channels, const __grid_constant__ TokenSelection s, int early,
                         int slices) {
@@ -74,7 +74,7 @@ Status run(Rows<const T> x, Rows<T> out, std::int64_t channels, const TokenSelec
 
 Status gather_merge(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
                     const TokenSelection& selection, void* out, void* stream) {
-  if (!is_valid(selection) || !is_matrix(x, dtype, selection.rows, channels) ||
+  if (!is_valid(selection) || !is_matrix(x, dtype, selection.tokens, channels) ||
       !is_matrix(out, dtype, selection.capacity, channels))
     return Status::invalid_argument;
   if (selection.capacity == 0 || channels == 0) return Status::ok;

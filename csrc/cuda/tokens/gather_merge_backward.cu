@@ -51,15 +51,15 @@ __device__ float scale_row(const T* x, const T* grad, float weight, T* grad_x, s
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     gather_merge_backward_kernel(Rows<const T> grad,  // (capacity, channels)
-                                 Rows<const T> x,     // (rows, channels)
+                                 Rows<const T> x,     // (tokens, channels)
                                  std::int64_t channels, const __grid_constant__ TokenSelection s,
-                                 Rows<T> grad_x,        // (rows, channels)
-                                 float* grad_weight) {  // (rows,)
+                                 Rows<T> grad_x,        // (tokens, channels)
+                                 float* grad_weight) {  // (tokens,)
   __shared__ int counts[kWarps];
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const std::int64_t first_row = std::int64_t{blockIdx.x} * kWarp, row = first_row + lane;
 
-  const bool exists = row < s.rows;
+  const bool exists = row < s.tokens;
   const std::int64_t b = exists ? sequence_of(s, row) : kNone;
   const bool is_kept = exists && s.keep[row] != 0;
   const float weight = exists && !is_kept ? s.merge_weight[row] : 0;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
     if (out_row >= 0 && out_row < out_end && out_row < s.capacity) target = int(out_row);
   }
 
-  for (int i = warp; i < kWarp && first_row + i < s.rows; i += kWarps) {
+  for (int i = warp; i < kWarp && first_row + i < s.tokens; i += kWarps) {
     const int from = __shfl_sync(kAllLanes, target, i);
     const float share = __shfl_sync(kAllLanes, weight, i);
     float dot = 0;
@@ -109,7 +109,7 @@ Status run(Rows<const T> grad, Rows<const T> x, std::int64_t channels, const Tok
   const bool aligned = is_aligned(grad, channels) && is_aligned(x, channels) && is_aligned(grad_x, channels);
   const auto kernel =
       aligned ? gather_merge_backward_kernel<T, true> : gather_merge_backward_kernel<T, false>;
-  return launch(kernel, (s.rows + kWarp - 1) / kWarp, kThreads, stream, grad, x, channels, s, grad_x,
+  return launch(kernel, (s.tokens + kWarp - 1) / kWarp, kThreads, stream, grad, x, channels, s, grad_x,
                 grad_weight);
 }
 
@@ -119,10 +119,10 @@ Status gather_merge_backward(const void* grad, std::int64_t grad_stride, const v
                              std::int64_t x_stride, std::int64_t channels, const TokenSelection& selection,
                              void* grad_x, float* grad_weight, void* stream) {
   if (!is_valid(selection) || !is_matrix(grad, dtype, selection.capacity, channels) ||
-      !is_matrix(x, dtype, selection.rows, channels) || !is_matrix(grad_x, dtype, selection.rows, channels) ||
-      !present(grad_weight, selection.rows))
+      !is_matrix(x, dtype, selection.tokens, channels) ||
+      !is_matrix(grad_x, dtype, selection.tokens, channels) || !is_present(grad_weight, selection.tokens))
     return Status::invalid_argument;
-  if (selection.rows == 0) return Status::ok;
+  if (selection.tokens == 0) return Status::ok;
   return with_type(dtype, [&](auto element) {
     using T = decltype(element);
     return run(Rows<const T>{static_cast<const T*>(grad), grad_stride},

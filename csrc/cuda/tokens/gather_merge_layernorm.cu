@@ -162,7 +162,7 @@ constexpr int kRowsOf = kChannels * (2 * sizeof(T) + 2 * sizeof(A)) <= 4 * 72 ? 
 // Blocks: the merged row of `early` sequences, then kWarps * kRows output rows each.
 template <typename T, typename A, int kHeld, bool kAligned, int kRows>
 __global__ void __launch_bounds__(kThreads, 2)
-    gather_merge_layernorm_kernel(Rows<const T> x,  // (rows, channels)
+    gather_merge_layernorm_kernel(Rows<const T> x,  // (tokens, channels)
                                   std::int64_t channels, const __grid_constant__ TokenSelection s,
                                   const A* weight, const A* bias,  // (channels,)
                                   float eps, const __grid_constant__ Outputs<T> outputs, int early) {
@@ -239,12 +239,12 @@ Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,
                               const TokenSelection& selection, const void* weight, const void* bias,
                               DType affine_dtype, double eps, void* x_out, void* normed, float* mean,
                               float* rstd, void* stream) {
-  if (!is_valid(selection) || !is_matrix(x, dtype, selection.rows, channels) ||
+  if (!is_valid(selection) || !is_matrix(x, dtype, selection.tokens, channels) ||
       !is_matrix(x_out, dtype, selection.capacity, channels) ||
-      !is_matrix(normed, dtype, selection.capacity, channels) || !present(weight, channels) ||
-      !present(bias, channels) || (affine_dtype != dtype && affine_dtype != DType::float32) ||
-      !(eps > 0 && std::isfinite(eps)) || !present(mean, selection.capacity) ||
-      !present(rstd, selection.capacity))
+      !is_matrix(normed, dtype, selection.capacity, channels) || !is_present(weight, channels) ||
+      !is_present(bias, channels) || (affine_dtype != dtype && affine_dtype != DType::float32) ||
+      !(eps > 0 && std::isfinite(eps)) || !is_present(mean, selection.capacity) ||
+      !is_present(rstd, selection.capacity))
     return Status::invalid_argument;
   if (selection.capacity == 0) return Status::ok;
   const float variance_floor = std::max(float(eps), FLT_MIN);  // positive in float32 too

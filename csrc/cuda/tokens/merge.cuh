@@ -57,9 +57,9 @@ struct PrunedRows {
       row[place] = i * kThreads + thread;
       weight[place] = weights[i];
     }
-    const int total = __shfl_sync(kAllLanes, up_to, kWarp - 1);
+    const int length = __shfl_sync(kAllLanes, up_to, kWarp - 1);
     __syncthreads();
-    return total;
+    return length;
   }
 };
 

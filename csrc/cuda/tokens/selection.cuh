@@ -13,20 +13,20 @@ constexpr std::int64_t kNone = -1;
 
 // --- host
 
-inline bool present(const void* data, std::int64_t rows, std::int64_t columns = 1) {
+inline bool is_present(const void* data, std::int64_t rows, std::int64_t columns = 1) {
   return data != nullptr || rows == 0 || columns == 0;
 }
 
 // Counts fit int32; padding_row then names no sequence.
 inline bool is_valid(const TokenSelection& s) {
   const auto counts = [](std::int64_t size) { return size >= 0 && size <= INT32_MAX; };
-  return counts(s.rows) && counts(s.capacity) && counts(s.batch) && present(s.keep, s.rows) &&
-         present(s.source, s.capacity) && present(s.merge_weight, s.rows) && s.cu_seqlens != nullptr &&
-         s.cu_seqlens_out != nullptr;
+  return counts(s.tokens) && counts(s.capacity) && counts(s.batch) && is_present(s.keep, s.tokens) &&
+         is_present(s.source, s.capacity) && is_present(s.merge_weight, s.tokens) &&
+         s.cu_seqlens_in != nullptr && s.cu_seqlens_out != nullptr;
 }
 
 inline bool is_matrix(const void* data, DType dtype, std::int64_t rows, std::int64_t channels) {
-  return size_of(dtype) != 0 && channels >= 0 && present(data, rows, channels);
+  return size_of(dtype) != 0 && channels >= 0 && is_present(data, rows, channels);
 }
 
 // How many sequences get blocks of their own for the merged row, `slices` each, ahead of the blocks of the
@@ -44,10 +44,10 @@ struct Span {
 
 __device__ inline Span span_of(const TokenSelection& s, std::int64_t b) {
   const auto within = [&](std::int64_t row, std::int64_t least) {
-    return row < least ? least : row > s.rows ? s.rows : row;
+    return row < least ? least : row > s.tokens ? s.tokens : row;
   };
-  const std::int64_t begin = within(s.cu_seqlens[b], 0);
-  return {begin, within(s.cu_seqlens[b + 1], begin)};
+  const std::int64_t begin = within(s.cu_seqlens_in[b], 0);
+  return {begin, within(s.cu_seqlens_in[b + 1], begin)};
 }
 
 // The output row of the merged token of sequence b: its last row, if `source` agrees.
@@ -63,7 +63,7 @@ struct Origin {
 
 __device__ inline Origin origin_of(const TokenSelection& s, std::int64_t row) {
   const std::int64_t source = s.source[row], sequence = -(source + 1);
-  return {source >= 0 && source < s.rows ? source : kNone,
+  return {source >= 0 && source < s.tokens ? source : kNone,
           source < 0 && sequence < s.batch ? sequence : kNone};
 }
 
@@ -77,17 +77,17 @@ __device__ inline std::int64_t late_sequence(const TokenSelection& s, const Orig
 
 // The sequence of an input row: the last one that begins at or before it, if it reaches that far.
 __device__ inline std::int64_t sequence_of(const TokenSelection& s, std::int64_t row) {
-  std::int64_t low = 0, high = s.batch;  // cu_seqlens[b] <= row below low, > row from high on
+  std::int64_t low = 0, high = s.batch;  // cu_seqlens_in[b] <= row below low, > row from high on
   while (low < high) {
     const std::int64_t middle = (low + high) / 2;
-    if (s.cu_seqlens[middle] <= row) {
+    if (s.cu_seqlens_in[middle] <= row) {
       low = middle + 1;
     } else {
       high = middle;
     }
   }
   const std::int64_t b = low - 1;
-  return b >= 0 && s.cu_seqlens[b] <= row && row < s.cu_seqlens[b + 1] ? b : kNone;
+  return b >= 0 && s.cu_seqlens_in[b] <= row && row < s.cu_seqlens_in[b + 1] ? b : kNone;
 }
 
 }  // namespace madtp::cuda

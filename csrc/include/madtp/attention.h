@@ -1,6 +1,6 @@
 #pragma once
 
-// Softmax attention inside packed sequences that also returns how important every token is to the others
+// Softmax attention inside ragged sequences that also returns how important every token is to the others
 // (MADTP, Cao et al., CVPR 2024, arXiv 2403.02991, section 3.3). The rules of madtp/tokens.h on pointers,
 // cu_seqlens and statuses hold here too.
 
@@ -15,15 +15,15 @@ namespace madtp {
 // elements of a head are contiguous; strides count elements.
 struct AttentionInputs {
   DType dtype;
-  const void* q;              // (rows_q, heads, head_dim)
-  const void* k;              // (rows_k, heads, head_dim)
-  const void* v;              // (rows_k, heads, head_dim)
+  const void* q;              // (tokens_q, heads, head_dim)
+  const void* k;              // (tokens_k, heads, head_dim)
+  const void* v;              // (tokens_k, heads, head_dim)
   std::int64_t q_strides[2];  // between rows, between heads
   std::int64_t k_strides[2];
   std::int64_t v_strides[2];
   const std::int32_t* cu_seqlens_q;  // (batch + 1,)
   const std::int32_t* cu_seqlens_k;  // (batch + 1,)
-  std::int64_t rows_q, rows_k, batch, heads, head_dim;
+  std::int64_t tokens_q, tokens_k, batch, heads, head_dim;
   float softmax_scale;
   bool causal;                        // query i sees keys 0 to i of its sequence; self-attention only
   const std::int32_t* summary_index;  // (batch,) row inside its sequence, -1: none; null: row 0 of each
@@ -32,36 +32,36 @@ struct AttentionInputs {
 namespace cpu {
 
 // out_i = sum_j softmax_j(softmax_scale q_i k_j) v_j. With statistics, which are for self-attention:
-// summary_j = sum_h P[h,s,j] ||out[h,j]|| / sum_h ||out[h,j]|| for the summary token s, and
-// received_j = sum over queries i != s of max_h P[h,i,j], under a causal mask divided by the number that see
-// j. head_dim is a multiple of 16, at most 128. Computes in float32.
+// summary_attention_j = sum_h P[h,s,j] ||out[h,j]|| / sum_h ||out[h,j]|| for the summary token s, and
+// received_attention_j = sum over queries i != s of max_h P[h,i,j], under a causal mask divided by the number
+// that see j. head_dim is a multiple of 16, at most 128. Computes in float32.
 Status varlen_attention(const AttentionInputs& inputs,
-                        void* out,       // (rows_q, heads, head_dim), contiguous
-                        float* lse,      // (heads, rows_q) log_e of sum_j exp(softmax_scale q_i k_j), or null
-                        float* summary,  // (rows_q,); null with `received`: no statistics
-                        float* received,  // (rows_q,)
-                        void* workspace,  // as many bytes as varlen_attention_workspace says
+                        void* out,   // (tokens_q, heads, head_dim), contiguous
+                        float* lse,  // (heads, tokens_q) log_e of sum_j exp(softmax_scale q_i k_j), or null
+                        float* summary_attention,   // (tokens_q,); both null: no statistics
+                        float* received_attention,  // (tokens_q,)
+                        void* workspace,            // as many bytes as varlen_attention_workspace says
                         int threads);
 
-// The bytes that a forward with these arguments needs beside its results, O(rows * heads); a workspace is
+// The bytes that a forward with these arguments needs beside its results, O(tokens * heads); a workspace is
 // best aligned to 64 bytes.
 Status varlen_attention_workspace(const AttentionInputs& inputs, bool statistics, int threads,
                                   std::int64_t* bytes);
 
 // What the backward reads and writes beside the inputs of the forward.
 struct AttentionGradients {
-  const void* out;       // (rows_q, heads, head_dim) of the forward, contiguous; read with statistics only
-  const float* lse;      // (heads, rows_q) of the forward
-  const void* grad_out;  // (rows_q, heads, head_dim), contiguous
-  const float* grad_summary;   // (rows_q,); null with `grad_received`: the forward gave no statistics
-  const float* grad_received;  // (rows_q,)
-  void* grad_q;                // (rows_q, heads, head_dim), contiguous
-  void* grad_k;                // (rows_k, heads, head_dim), contiguous
-  void* grad_v;                // (rows_k, heads, head_dim), contiguous
+  const void* out;       // (tokens_q, heads, head_dim) of the forward, contiguous; read with statistics only
+  const float* lse;      // (heads, tokens_q) of the forward
+  const void* grad_out;  // (tokens_q, heads, head_dim), contiguous
+  const float* grad_summary_attention;   // (tokens_q,); both null: the forward gave no statistics
+  const float* grad_received_attention;  // (tokens_q,)
+  void* grad_q;                          // (tokens_q, heads, head_dim), contiguous
+  void* grad_k;                          // (tokens_k, heads, head_dim), contiguous
+  void* grad_v;                          // (tokens_k, heads, head_dim), contiguous
 };
 
 // Exact through the output and both statistics; the maximum over heads hands its gradient to the first head
-// that reaches it. Probabilities are recomputed: the workspace is O(rows * heads * head_dim).
+// that reaches it. Probabilities are recomputed: the workspace is O(tokens * heads * head_dim).
 Status varlen_attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
                                  void* workspace, int threads);
 Status varlen_attention_backward_workspace(const AttentionInputs& inputs, bool statistics, int threads,

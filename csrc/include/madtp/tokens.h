@@ -1,17 +1,17 @@
 #pragma once
 
-// Dynamic token pruning on packed batches: B sequences one after another in T rows, sequence b in rows
+// Dynamic token pruning of a ragged batch: B sequences one after another in T tokens, sequence b in rows
 // cu_seqlens[b] to cu_seqlens[b + 1]. The equations are those of MADTP (Cao et al., CVPR 2024, arXiv
 // 2403.02991, section 3.3).
 //
 // Pointers of madtp::cpu point to host memory, those of madtp::cuda to device memory of the current device.
 // Outputs are written in full and must not overlap inputs. Strides count elements between rows; the elements
-// of a row are contiguous. Row counts are at most 2^31 - 1.
+// of a row are contiguous. Counts of tokens are at most 2^31 - 1.
 //
 // Every function returns Status::invalid_argument, before anything is written, for a null pointer to data
 // that is not empty, a negative size, or a DType outside the enum. madtp::cpu also refuses cu_seqlens that do
-// not start at 0, decrease or do not end at the row count; madtp::cuda cannot see them, and is memory-safe on
-// any value.
+// not start at 0, decrease or do not end at the number of tokens; madtp::cuda cannot see them, and is
+// memory-safe on any value.
 
 #include <cstdint>
 
@@ -21,84 +21,81 @@
 
 namespace madtp {
 
-// The `source` of an output row past the true total.
+// The `source` of an output row past the last sequence.
 constexpr std::int32_t padding_row = INT32_MIN;
 
-// Which tokens stay and where they go: what select_tokens writes.
+// Which tokens stay and where they go: what select_tokens writes, with the offsets of its input.
 struct TokenSelection {
-  const std::uint8_t* keep;    // (rows,) 0 or 1
+  const std::uint8_t* keep;            // (tokens,) 0 or 1
+  const std::int32_t* cu_seqlens_in;   // (batch + 1,)
+  const std::int32_t* cu_seqlens_out;  // (batch + 1,); a merged row is the last of its sequence
   const std::int32_t* source;  // (capacity,) input row; -(b + 1): merged row of sequence b; or padding_row
-  const float* merge_weight;   // (rows,) weight of a pruned row in the merged row of its sequence
-  const std::int32_t* cu_seqlens;      // (batch + 1,) of the input
-  const std::int32_t* cu_seqlens_out;  // (batch + 1,) of the output; a merged row is the last of its sequence
-  std::int64_t rows;                   // T
-  std::int64_t capacity;               // output rows, at least cu_seqlens_out[batch]
-  std::int64_t batch;                  // B
+  const float* merge_weight;   // (tokens,) weight of a pruned token in the merged row of its sequence
+  std::int64_t tokens;         // T, of the input
+  std::int64_t capacity;       // output rows, at least cu_seqlens_out[batch]
+  std::int64_t batch;          // B
+};
+
+// The alignment logits of a ragged batch: what its tokens are scored and selected by.
+struct ScoreInputs {
+  const void* mag_logits;  // (tokens, alignment_tokens)
+  DType logits_dtype;
+  std::int64_t logits_stride, alignment_tokens;
+  const std::int32_t* cu_seqlens;  // (batch + 1,)
+  std::int64_t tokens, batch;
+  const std::int32_t* summary_index;  // (batch,) row inside its sequence, -1: none; null: row 0 of each
+};
+
+// What select_tokens writes: the fields of a TokenSelection but cu_seqlens_in, in their order.
+struct SelectionOutputs {
+  std::uint8_t* keep;            // (tokens,)
+  std::int32_t* cu_seqlens_out;  // (batch + 1,)
+  std::int32_t* source;          // (tokens,), padding_row past cu_seqlens_out[batch]
+  float* merge_weight;           // (tokens,), 0 where kept
 };
 
 namespace cpu {
 
-// importance (rows,) = (S_cls + S_self + S_mag) / 3: `summary`, and the shares of `received` and of
-// relu(max_k mag_logits) in their sums over the prunable tokens of the sequence; 0 at the summary token.
-Status token_importance(const float* summary,                        // (rows,)
-                        const float* received,                       // (rows,)
-                        const void* mag_logits, DType logits_dtype,  // (rows, alignment_tokens)
-                        std::int64_t logits_stride, std::int64_t alignment_tokens,
-                        const std::int32_t* cu_seqlens,  // (batch + 1,)
-                        std::int64_t rows, std::int64_t batch,
-                        const std::int32_t* summary_index,  // (batch,), -1: none; null: row 0 of each
-                        float* importance,                  // (rows,)
+// importance = (S_cls + S_self + S_mag) / 3: `summary_attention`, and the shares of `received_attention` and
+// of relu(max_k mag_logits) in their sums over the prunable tokens of the sequence; 0 at the summary token.
+Status token_importance(const float* summary_attention,   // (tokens,)
+                        const float* received_attention,  // (tokens,)
+                        const ScoreInputs& inputs,
+                        float* importance,  // (tokens,)
                         int threads);
 
 // keep j when S_j > min_k sum_j softmax_j(A_jk / temperature) S_j, or all of a sequence where fewer than 2
 // would go or a value is not finite. Below a temperature of 0.01 the threshold goes on to the least S_j, in
 // proportion to it. temperature 0 keeps everything; it must be finite and not negative.
-Status select_tokens(const float* importance,                     // (rows,)
-                     const void* mag_logits, DType logits_dtype,  // (rows, alignment_tokens)
-                     std::int64_t logits_stride, std::int64_t alignment_tokens,
-                     const std::int32_t* cu_seqlens,  // (batch + 1,)
-                     std::int64_t rows, std::int64_t batch,
-                     const std::int32_t* summary_index,  // (batch,), -1: none; null: row 0 of each
-                     double temperature,
-                     std::uint8_t* keep,            // (rows,)
-                     std::int32_t* cu_seqlens_out,  // (batch + 1,)
-                     std::int32_t* source,          // (rows,), padding_row past the total
-                     float* merge_weight,           // (rows,), 0 where kept
+Status select_tokens(const float* importance,  // (tokens,)
+                     const ScoreInputs& inputs, double temperature, const SelectionOutputs& selection,
                      int threads);
 
 // token_importance, then select_tokens of it, each sequence in one go while its logits are in the cache: what
 // both write, bit for bit.
-Status score_and_select(const float* summary,                        // (rows,)
-                        const float* received,                       // (rows,)
-                        const void* mag_logits, DType logits_dtype,  // (rows, alignment_tokens)
-                        std::int64_t logits_stride, std::int64_t alignment_tokens,
-                        const std::int32_t* cu_seqlens,  // (batch + 1,)
-                        std::int64_t rows, std::int64_t batch,
-                        const std::int32_t* summary_index,  // (batch,), -1: none; null: row 0 of each
-                        double temperature,
-                        float* importance,             // (rows,)
-                        std::uint8_t* keep,            // (rows,)
-                        std::int32_t* cu_seqlens_out,  // (batch + 1,)
-                        std::int32_t* source,          // (rows,), padding_row past the total
-                        float* merge_weight,           // (rows,), 0 where kept
-                        int threads);
+Status score_and_select(const float* summary_attention,   // (tokens,)
+                        const float* received_attention,  // (tokens,)
+                        const ScoreInputs& inputs, double temperature,
+                        float* importance,  // (tokens,)
+                        const SelectionOutputs& selection, int threads);
 
-// Kept rows copied, the pruned rows of a sequence summed with their weights in float32, zeros past the total.
-Status gather_merge(const void* x, DType dtype, std::int64_t x_stride,  // (rows, channels)
+// Kept rows copied, the pruned rows of a sequence summed with their weights in float32, zeros past the last
+// sequence.
+Status gather_merge(const void* x, DType dtype, std::int64_t x_stride,  // (tokens, channels)
                     std::int64_t channels, const TokenSelection& selection,
                     void* out,  // (capacity, channels)
                     int threads);
 
 // The gradient of gather_merge to x and to merge_weight (0 where kept).
 Status gather_merge_backward(const void* grad, std::int64_t grad_stride,  // (capacity, channels), of dtype
-                             const void* x, DType dtype, std::int64_t x_stride,  // (rows, channels)
+                             const void* x, DType dtype, std::int64_t x_stride,  // (tokens, channels)
                              std::int64_t channels, const TokenSelection& selection,
-                             void* grad_x,        // (rows, channels)
-                             float* grad_weight,  // (rows,)
+                             void* grad_x,        // (tokens, channels)
+                             float* grad_weight,  // (tokens,)
                              int threads);
 
-// gather_merge, then LayerNorm of the rows as stored, statistics in float32; all zero past the total.
-Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,  // (rows, channels)
+// gather_merge, then LayerNorm of the rows as stored, statistics in float32; all zero past the last sequence.
+Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,  // (tokens, channels)
                               std::int64_t channels, const TokenSelection& selection, const void* weight,
                               const void* bias,  // (channels,)
                               DType affine_dtype, double eps,

@@ -12,7 +12,7 @@ int main() {
   const std::int32_t cu_seqlens[2] = {0, 4};
   const std::int32_t cu_seqlens_out[2] = {0, 3};
   const std::int32_t source[3] = {0, 2, -1};  // two kept rows, then the merged row of sequence 0
-  const madtp::TokenSelection selection{keep, source, merge_weight, cu_seqlens, cu_seqlens_out, 4, 3, 1};
+  const madtp::TokenSelection selection{keep, cu_seqlens, cu_seqlens_out, source, merge_weight, 4, 3, 1};
 
   float out[3][2] = {};
   const madtp::Status status =

@@ -25,12 +25,13 @@ Guarded<T> guarded(const std::vector<T>& values) {
   return copy;
 }
 
-// A selection of sequences of these lengths, some of their rows pruned at random; rows past the total.
+// A selection of sequences of these lengths, some of their rows pruned at random; rows past the last
+// sequence.
 struct Selected {
   Guarded<std::uint8_t> keep;
   Guarded<float> merge_weight;
   Guarded<std::int32_t> cu_seqlens, cu_seqlens_out, source;
-  std::int64_t rows = 0, capacity = 0, batch;
+  std::int64_t tokens = 0, capacity = 0, batch;
 
   Selected(const std::vector<int>& lengths, double share, int padding) : batch(std::int64_t(lengths.size())) {
     std::mt19937 generator(unsigned(lengths.size() * 7 + lengths[0]));
@@ -51,20 +52,26 @@ struct Selected {
       ends_out.push_back(std::int32_t(sources.size()));
     }
     sources.resize(sources.size() + std::size_t(padding), padding_row);
-    rows = std::int64_t(kept.size()), capacity = std::int64_t(sources.size());
+    tokens = std::int64_t(kept.size()), capacity = std::int64_t(sources.size());
     keep = guarded(kept), merge_weight = guarded(weights);
     cu_seqlens = guarded(ends), cu_seqlens_out = guarded(ends_out);
     source = guarded(sources);
   }
   TokenSelection selection() const {
-    return {keep.data(), source.data(), merge_weight.data(), cu_seqlens.data(), cu_seqlens_out.data(), rows,
-            capacity,    batch};
+    return {keep.data(),
+            cu_seqlens.data(),
+            cu_seqlens_out.data(),
+            source.data(),
+            merge_weight.data(),
+            tokens,
+            capacity,
+            batch};
   }
 };
 
 const std::vector<int> kBatches[] = {{5, 0, 4}, {1}, {70, 3, 1, 33}, {1100}};
 
-// (rows, stride) of a dtype, drawn; bytes, since the dtype is chosen at run time.
+// (count,) of a dtype, drawn; bytes, since the dtype is chosen at run time.
 Guarded<unsigned char> draw(DType dtype, std::int64_t count, unsigned seed) {
   Guarded<unsigned char> bytes(count * std::int64_t(size_of(dtype)));
   std::mt19937 generator(seed);
@@ -121,7 +128,7 @@ void for_each_problem(Body&& body) {
 
 TEST(gather_merge_is_that_of_the_cpu) {
   for_each_problem([](const Selected& s, DType dtype, std::int64_t channels, std::int64_t stride) {
-    const Guarded<unsigned char> x = draw(dtype, s.rows * stride, 1);
+    const Guarded<unsigned char> x = draw(dtype, s.tokens * stride, 1);
     const std::int64_t bytes = s.capacity * channels * std::int64_t(size_of(dtype));
     const Guarded<unsigned char> expected(bytes), got(bytes);
     EXPECT(cpu::gather_merge(x.data(), dtype, stride, channels, s.selection(), expected.data(), 1) ==
@@ -134,11 +141,11 @@ TEST(gather_merge_is_that_of_the_cpu) {
 
 TEST(its_backward_is_that_of_the_cpu) {
   for_each_problem([](const Selected& s, DType dtype, std::int64_t channels, std::int64_t stride) {
-    const Guarded<unsigned char> x = draw(dtype, s.rows * stride, 1),
+    const Guarded<unsigned char> x = draw(dtype, s.tokens * stride, 1),
                                  grad = draw(dtype, s.capacity * stride, 2);
-    const std::int64_t bytes = s.rows * channels * std::int64_t(size_of(dtype));
+    const std::int64_t bytes = s.tokens * channels * std::int64_t(size_of(dtype));
     const Guarded<unsigned char> expected(bytes), got(bytes);
-    const Guarded<float> expected_weight(s.rows), got_weight(s.rows);
+    const Guarded<float> expected_weight(s.tokens), got_weight(s.tokens);
     EXPECT(cpu::gather_merge_backward(grad.data(), stride, x.data(), dtype, stride, channels, s.selection(),
                                       expected.data(), expected_weight.data(), 1) == Status::ok);
     EXPECT(cuda::gather_merge_backward(grad.data(), stride, x.data(), dtype, stride, channels, s.selection(),
@@ -151,7 +158,7 @@ TEST(its_backward_is_that_of_the_cpu) {
 TEST(gather_merge_layernorm_is_that_of_the_cpu) {
   for_each_problem([](const Selected& s, DType dtype, std::int64_t channels, std::int64_t stride) {
     for (DType affine : {DType::float32, dtype}) {
-      const Guarded<unsigned char> x = draw(dtype, s.rows * stride, 1), weight = draw(affine, channels, 2),
+      const Guarded<unsigned char> x = draw(dtype, s.tokens * stride, 1), weight = draw(affine, channels, 2),
                                    bias = draw(affine, channels, 3);
       const std::int64_t bytes = s.capacity * channels * std::int64_t(size_of(dtype));
       const Guarded<unsigned char> expected(bytes), got(bytes), expected_normed(bytes), got_normed(bytes);
@@ -176,10 +183,10 @@ TEST(gather_merge_layernorm_is_that_of_the_cpu) {
 
 TEST(what_names_no_row_is_zeros_and_reads_nothing) {
   Selected s({5, 0, 4}, 0.6, 3);
-  const Guarded<unsigned char> x = draw(DType::float32, s.rows * 8, 1);
+  const Guarded<unsigned char> x = draw(DType::float32, s.tokens * 8, 1);
   for (std::int64_t i = 0; i < s.capacity; ++i) s.source[i] = i % 2 ? INT32_MAX : INT32_MIN + 1;
-  const Guarded<unsigned char> out(s.capacity * 8 * 4), grad_x(s.rows * 8 * 4);
-  const Guarded<float> grad_weight(s.rows);
+  const Guarded<unsigned char> out(s.capacity * 8 * 4), grad_x(s.tokens * 8 * 4);
+  const Guarded<float> grad_weight(s.tokens);
   EXPECT(cuda::gather_merge(x.data(), DType::float32, 8, 8, s.selection(), out.data(), nullptr) ==
          Status::ok);
   for (std::int64_t i = 0; i < s.capacity * 8; ++i) EXPECT(at(out, DType::float32, i) == 0);
@@ -190,7 +197,7 @@ TEST(what_names_no_row_is_zeros_and_reads_nothing) {
 
 TEST(bad_arguments_are_refused) {
   const Selected s({5, 0, 4}, 0.6, 0);
-  const Guarded<unsigned char> x = draw(DType::float32, s.rows * 8, 1), out(s.capacity * 8 * 4);
+  const Guarded<unsigned char> x = draw(DType::float32, s.tokens * 8, 1), out(s.capacity * 8 * 4);
   const auto refused = [](Status status) { EXPECT(status == Status::invalid_argument); };
   refused(cuda::gather_merge(nullptr, DType::float32, 8, 8, s.selection(), out.data(), nullptr));
   refused(cuda::gather_merge(x.data(), DType(9), 8, 8, s.selection(), out.data(), nullptr));
@@ -203,7 +210,7 @@ TEST(bad_arguments_are_refused) {
 
 TEST(what_a_device_refuses_is_a_status) {
   const Selected s({5, 0, 4}, 0.6, 0);
-  const Guarded<unsigned char> x = draw(DType::float32, s.rows * 8, 1), out(s.capacity * 8 * 4);
+  const Guarded<unsigned char> x = draw(DType::float32, s.tokens * 8, 1), out(s.capacity * 8 * 4);
   const auto status = [&](cudaError_t error) {
     simt::options.error = error;
     const Status result =

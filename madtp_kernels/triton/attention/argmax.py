@@ -1,4 +1,4 @@
-"""Triton kernels of the backward of `received`: which head each pair's maximum came from, and what that adds to delta.
+"""Triton kernels of the backward of `received_attention`: which head has each pair's maximum, what it adds to delta.
 
 The gradient of max_h P[h,i,j] goes to one head. It is found once per pair from the scores of all heads, as in the
 forward, and kept as a byte for the two gradient kernels. Rows of queries are taken a slab at a time, so that the bytes
@@ -19,9 +19,8 @@ from madtp_kernels.triton.attention.tiles import (
     sequence_rows,
     statistic,
     strides,
-    summary_row,
 )
-from madtp_kernels.triton.common import OPTIONS
+from madtp_kernels.triton.common import OPTIONS, load_summary_row
 
 ROWS = 128  # of a program of the delta kernel
 NO_HEAD = tl.constexpr(255)  # pairs whose query is not counted; heads are numbered up to 254
@@ -79,7 +78,7 @@ def head_argmax_kernel(
         p_k += k_head
         p_lse += T
 
-    m_counted = m_m & (o_m != summary_row(p_summary_index, i_b, n))
+    m_counted = m_m & (o_m != load_summary_row(p_summary_index, i_b, n))
     b_head = tl.where(m_counted[:, None], b_head, NO_HEAD)
     p_tile = tl.trans(head_tile(p_head, begin + i_n * BLOCK_N, i_m * BLOCK_M, slab, BLOCK_N, BLOCK_M))
     tl.store(p_tile, b_head.to(tl.uint8), mask=m_m[:, None] & m_n[None, :])
@@ -106,7 +105,7 @@ def _partial_block(begin, i_n, i_b, BLOCK_N: tl.constexpr):
 def delta_kernel(
     p_partial,  # (blocks of keys, H, slab) fp32
     p_from_summary,  # (H, T) fp32: P[h,s,j]
-    p_through,  # (H, T) fp32: gradient of P[h,s,j] through `summary`
+    p_through,  # (H, T) fp32: gradient of P[h,s,j] through `summary_attention`
     p_cu_seqlens,  # (B+1,) int32
     p_summary_index,  # (B,) int32 or None
     p_delta,  # (H, T) fp32, in and out
@@ -137,14 +136,14 @@ def delta_kernel(
         b_delta += tl.load(p_partial + o_slab, mask=m_part, other=0.0)
         p_partial += H.to(tl.int64) * slab
 
-    summary = summary_row(p_summary_index, i_b, n)
-    inside = (summary >= slab_begin + i_m * BLOCK) & (summary < slab_begin + (i_m + 1) * BLOCK)
+    summary_row = load_summary_row(p_summary_index, i_b, n)
+    inside = (summary_row >= slab_begin + i_m * BLOCK) & (summary_row < slab_begin + (i_m + 1) * BLOCK)
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, tl.where(inside, n, 0), BLOCK):
         o_n = start + tl.arange(0, BLOCK)
         b_p = tl.load(p_from_summary + o_head + o_n, mask=o_n < n, other=0.0)
         b_sum += b_p * tl.load(p_through + o_head + o_n, mask=o_n < n, other=0.0)
-    b_delta += tl.where(o_m == summary, tl.sum(b_sum), 0.0)
+    b_delta += tl.where(o_m == summary_row, tl.sum(b_sum), 0.0)
     tl.store(p_delta + o_head + o_m, b_delta, mask=m_m)
 
 

@@ -1,9 +1,11 @@
 """Triton launcher of the backward of `varlen_attention`, through the output and both statistics.
 
 delta_hi = sum_j P dP is known before dP is: grad_out O, plus a little for each statistic. What comes through the norms
-of `summary` is folded into grad_out; `attention_argmax` finds where the head maximum sends its gradient, and
-`attention_gradients` does the rest. Beside the gradients memory is O(T).
+of `summary_attention` is folded into grad_out; `argmax` finds where the head maximum sends its gradient, and
+`gradients` does the rest. Beside the gradients memory is O(T).
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from madtp_kernels.triton.attention.argmax import HeadArgmax
-from madtp_kernels.triton.attention.gradients import launch_gradients
+from madtp_kernels.triton.attention.gradients import Inputs, StatisticGradients, launch_gradients
 from madtp_kernels.triton.attention.statistics import head_sums, launch_from_summary
 from madtp_kernels.triton.attention.tiles import (
     LOG2_E,
@@ -24,14 +26,25 @@ from madtp_kernels.triton.attention.tiles import (
     statistic,
     store_tile,
     strides,
-    summary_row,
 )
-from madtp_kernels.triton.common import OPTIONS, on_device
+from madtp_kernels.triton.common import OPTIONS, load_summary_row, on_device
 
 ROWS = 64  # of a program of the preparing kernel
 SLAB = 1024  # queries of a sequence whose arg-max heads are held at a time
-MOST_HEADS = 255
+MAX_HEADS = 255
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+class PreparedStatistics(NamedTuple):
+    """What `prepare_kernel` reads and writes of the statistics: tensors for the launcher, pointers in the kernel."""
+
+    grad_summary_attention: Tensor  # (T,) fp32
+    grad_received_attention: Tensor  # (T,) fp32
+    from_summary: Tensor  # (H, T) fp32: P[h,s,j]
+    norms: Tensor  # (H, T) fp32: ||O||
+    d_out: Tensor  # (T, H, D), out: grad_out and what comes through the norms
+    through: Tensor  # (H, T) fp32, out: gradient of P[h,s,j] through `summary_attention`
+    d_maximum: Tensor  # (T,) fp32, out: gradient of max_h P[h,i,j], the same for all counted queries
 
 
 @triton.jit(do_not_specialize=["T", "H", "max_seqlen"])
@@ -40,14 +53,8 @@ def prepare_kernel(
     p_out,  # (T, H, D) contiguous
     p_cu_seqlens,  # (B+1,) int32
     p_summary_index,  # (B,) int32 or None
-    p_grad_summary,  # (T,) fp32, or None without statistics, as all that follow but delta
-    p_grad_received,  # (T,) fp32
-    p_from_summary,  # (H, T) fp32: P[h,s,j]
-    p_norms,  # (H, T) fp32: ||O||
-    p_delta,  # (H, T) fp32, out: grad_out' O
-    p_d_out,  # (T, H, D), out: grad_out' = grad_out and what comes through the norms
-    p_through,  # (H, T) fp32, out: gradient of P[h,s,j] through `summary`
-    p_d_maximum,  # (T,) fp32, out: gradient of max_h P[h,i,j], the same for all counted queries
+    statistics,  # PreparedStatistics, or None
+    p_delta,  # (H, T) fp32, out: d_out O, or without statistics grad_out O
     grad_row,
     grad_head,
     T,
@@ -69,7 +76,8 @@ def prepare_kernel(
     b_out = load_tile(p_out + i_h * D, begin + i_m * BLOCK, H * D, m_m, BLOCK, D, BLOCK_D).to(tl.float32)
     b_grad = load_tile(p_grad_out + i_h.to(tl.int64) * grad_head, begin + i_m * BLOCK, grad_row, m_m, BLOCK, D, BLOCK_D)
     b_grad = b_grad.to(tl.float32)
-    if p_grad_summary is not None:
+    if statistics is not None:
+        p_grad_summary, p_grad_received, p_from_summary, p_norms, p_d_out, p_through, p_d_maximum = statistics
         b_norms, b_weighted = head_sums(p_from_summary, p_norms, begin + o_m, m_m, T, H)
         b_norms = tl.maximum(b_norms, TINY)
         b_norm = tl.load(p_norms + o_head, mask=m_m, other=0.0)
@@ -82,7 +90,7 @@ def prepare_kernel(
         b_grad = b_grad.to(tl.float32)
         tl.store(p_through + o_head, b_d_summary * b_norm / b_norms, mask=m_m)
         if i_h == 0:
-            b_observers = observers(o_m, n, summary_row(p_summary_index, i_b, n), CAUSAL)
+            b_observers = observers(o_m, n, load_summary_row(p_summary_index, i_b, n), CAUSAL)
             b_d_received = tl.load(p_grad_received + begin + o_m, mask=m_m, other=0.0)
             tl.store(p_d_maximum + begin + o_m, b_d_received / b_observers, mask=m_m)
     tl.store(p_delta + o_head, tl.sum(b_grad * b_out, 1), mask=m_m)
@@ -93,8 +101,8 @@ def prepare_kernel(
 
 def varlen_attention_backward(
     grad_out: Tensor,  # (Tq, H, D)
-    grad_summary: Tensor,  # (Tk,) fp32, empty without statistics
-    grad_received: Tensor,  # (Tk,) fp32
+    grad_summary_attention: Tensor,  # (Tk,) fp32, empty without statistics
+    grad_received_attention: Tensor,  # (Tk,) fp32
     out: Tensor,  # (Tq, H, D)
     lse: Tensor,  # (H, Tq) fp32
     q: Tensor,
@@ -114,12 +122,13 @@ def varlen_attention_backward(
     ValueError: more than 255 heads with statistics, a head is kept as a byte.
     """
     (rows, head_count, head_dim), batch = q.shape, cu_seqlens_q.numel() - 1
-    if return_stats and head_count > MOST_HEADS:
-        raise ValueError(f"q must have at most {MOST_HEADS} heads when return_stats is True, got {head_count}")
+    if return_stats and head_count > MAX_HEADS:
+        raise ValueError(f"q must have at most {MAX_HEADS} heads when return_stats is True, got {head_count}")
+    grad_stats = (grad_summary_attention, grad_received_attention)
     if softmax_scale < 0:
         flipped = (-q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, -softmax_scale)
         dq, dk, dv = varlen_attention_backward(
-            grad_out, grad_summary, grad_received, out, lse, *flipped, causal, summary_index, return_stats
+            grad_out, *grad_stats, out, lse, *flipped, causal, summary_index, return_stats
         )
         return dq.neg_(), dk, dv
     if min(max_seqlen_q, max_seqlen_k, rows, head_count, batch) == 0:
@@ -129,29 +138,26 @@ def varlen_attention_backward(
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     summary_index = None if summary_index is None else summary_index.contiguous()
     scale, slab = softmax_scale * LOG2_E, triton.cdiv(max_seqlen_q, 128) * 128
-    ragged = (cu_seqlens_q, max_seqlen_q, scale, causal, summary_index)
     delta = statistic(q, head_count, rows)
-    d_out, argmax, from_summary, norms, through, d_maximum = grad_out, None, None, None, None, None
+    prepared, argmax = None, None
     with on_device(q.device):
         if return_stats:
             slab = min(slab, SLAB)
-            from_summary, norms = launch_from_summary(q, k, lse, out, *ragged)
+            from_summary, norms = launch_from_summary(
+                q, k, lse, out, cu_seqlens_q, max_seqlen_q, scale, causal, summary_index
+            )
             d_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             through, d_maximum = statistic(q, head_count, rows), statistic(q, rows)
+            grad_stats = (t.contiguous() for t in grad_stats)
+            prepared = PreparedStatistics(*grad_stats, from_summary, norms, d_out, through, d_maximum)
             argmax = HeadArgmax(q, k, lse, cu_seqlens_q, max_seqlen_q, slab)
         prepare_kernel[(triton.cdiv(max_seqlen_q, ROWS) * head_count * batch,)](
             grad_out,
             out,
             cu_seqlens_q,
             summary_index,
-            grad_summary.contiguous() if return_stats else None,
-            grad_received.contiguous() if return_stats else None,
-            from_summary,
-            norms,
+            prepared,
             delta,
-            d_out if return_stats else None,
-            through,
-            d_maximum,
             *strides(grad_out),
             rows,
             head_count,
@@ -166,11 +172,15 @@ def varlen_attention_backward(
         dk, dv = (  # several slabs add up in float32
             torch.empty(x.shape, dtype=x.dtype if len(slabs) == 1 else torch.float32, device=x.device) for x in (k, v)
         )
+        d_out = grad_out if prepared is None else prepared.d_out
+        inputs = Inputs(q, k, v, d_out, lse, delta, cu_seqlens_q, cu_seqlens_k)
         for slab_begin in slabs:
-            if argmax is not None:
-                argmax.fill(slab_begin, d_maximum, from_summary, through, delta, scale, causal, summary_index)
-            best = None if argmax is None else argmax.heads
-            inputs = (q, k, v, d_out, lse, delta, cu_seqlens_q, cu_seqlens_k, summary_index, best, through, d_maximum)
-            lengths = (max_seqlen_q, max_seqlen_k)
-            launch_gradients(inputs, (dq, dk, dv), *lengths, softmax_scale, causal, slab_begin, slab)
+            statistics = None
+            if prepared is not None and argmax is not None:
+                through, d_maximum = prepared.through, prepared.d_maximum
+                argmax.fill(slab_begin, d_maximum, prepared.from_summary, through, delta, scale, causal, summary_index)
+                statistics = StatisticGradients(summary_index, argmax.heads, through, d_maximum)
+            launch_gradients(
+                inputs, statistics, (dq, dk, dv), max_seqlen_q, max_seqlen_k, softmax_scale, causal, slab_begin, slab
+            )
     return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -52,14 +52,14 @@ def _attend(
     MASKED: tl.constexpr,
 ):
     """One block of keys into the running softmax; unless MASKED every query sees every key of it."""
-    o = tl.arange(0, BLOCK_N)
-    m_n = start + o < n if MASKED else None
+    o_n = start + tl.arange(0, BLOCK_N)
+    m_n = o_n < n if MASKED else None
     b_k = load_tile(p_k, first + start, k_row, m_n, BLOCK_N, D, BLOCK_D)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if MASKED:
         m_visible = m_n[None, :]
         if CAUSAL:
-            m_visible = m_visible & (start + o[None, :] <= o_m[:, None])
+            m_visible = m_visible & (o_n[None, :] <= o_m[:, None])
         b_s = tl.where(m_visible, b_s, float("-inf"))
     b_next = tl.maximum(b_max, tl.max(b_s, 1) * scale)
     b_p = tl.exp2(b_s * scale - b_next[:, None])
@@ -160,7 +160,9 @@ def varlen_attention(
     causal: bool,
     summary_index: Tensor | None,  # (B,) int32
     return_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # out (Tq, H, D), summary (Tk,), received (Tk,), lse (H, Tq) fp32
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor
+]:  # out (Tq, H, D), summary_attention (Tk,), received_attention (Tk,), lse (H, Tq) fp32
     """As `reference.attention.varlen_attention`; rows past the last sequence are zero in the first three."""
     if softmax_scale < 0:  # the running maximum is taken before scaling
         q, softmax_scale = -q, -softmax_scale
@@ -201,7 +203,7 @@ def varlen_attention(
         )
         if not return_stats:
             return out, statistic(q, 0), statistic(q, 0), lse
-        summary, received = attention_statistics(
+        summary_attention, received_attention = attention_statistics(
             q, k, lse, norms, cu_seqlens_q, max_seqlen_q, scale, causal, summary_index
         )
-    return out, summary, received, lse
+    return out, summary_attention, received_attention, lse

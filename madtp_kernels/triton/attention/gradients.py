@@ -2,9 +2,11 @@
 
 P is recomputed from the log-sum-exp, dS = P (dP - delta). One kernel per block of keys sums dK and dV over the queries,
 one per block of queries sums dQ over the keys, so nothing is added atomically. What comes through P[h,s,j] and the head
-maximum is added to dP where it belongs.
+maximum is added to dP where it belongs. The kernels take their arguments in the groups defined here.
 Bound: seven matrix products of the size of Q K^T, with the registers for one or two programs an SM.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,47 +22,72 @@ from madtp_kernels.triton.attention.tiles import (
     program_of,
     sequence_rows,
     store_tile,
-    strides,
-    summary_row,
     zero_tail,
 )
-from madtp_kernels.triton.common import OPTIONS
+from madtp_kernels.triton.common import OPTIONS, load_summary_row
+
+# --- groups of arguments: tensors for the launcher, pointers in the kernels
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "H", "B", "max_seqlen_q", "max_seqlen_k", "slab_begin"])
+class Inputs(NamedTuple):
+    q: Tensor  # (Tq, H, D)
+    k: Tensor  # (Tk, H, D)
+    v: Tensor  # (Tk, H, D)
+    d_out: Tensor  # (Tq, H, D)
+    lse: Tensor  # (H, Tq) fp32
+    delta: Tensor  # (H, Tq) fp32
+    cu_seqlens_q: Tensor  # (B+1,) int32
+    cu_seqlens_k: Tensor  # (B+1,) int32
+
+
+class StatisticGradients(NamedTuple):
+    """What reaches dP through the statistics of self-attention."""
+
+    summary_index: Tensor | None  # (B,) int32
+    head: Tensor  # (T, slab) uint8: first head of the maximum of key j and query slab_begin + column
+    through: Tensor  # (H, T) fp32: gradient of P[h,s,j] through `summary_attention`
+    d_maximum: Tensor  # (T,) fp32: gradient of max_h P[h,i,j], the same for all counted queries
+
+
+class Strides(NamedTuple):
+    """Elements between rows and between heads."""
+
+    q_row: int
+    q_head: int
+    k_row: int
+    k_head: int
+    v_row: int
+    v_head: int
+    d_out_row: int
+    d_out_head: int
+
+
+class Sizes(NamedTuple):
+    """What differs from batch to batch, so that kernels are not specialised on it."""
+
+    Tq: int
+    Tk: int
+    H: int
+    B: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    slab_begin: int
+
+
+# --- kernels
+
+
+@triton.jit(do_not_specialize=["sizes"])
 def key_gradient_kernel(
-    p_q,  # (Tq, H, D)
-    p_k,  # (Tk, H, D)
-    p_v,  # (Tk, H, D)
-    p_d_out,  # (Tq, H, D)
-    p_lse,  # (H, Tq) fp32
-    p_delta,  # (H, Tq) fp32
-    p_cu_seqlens_q,  # (B+1,) int32
-    p_cu_seqlens_k,  # (B+1,) int32
-    p_summary_index,  # (B,) int32 or None
-    p_head,  # (T, slab) uint8, or None without statistics, as the two that follow
-    p_through,  # (H, T) fp32
-    p_d_maximum,  # (T,) fp32
+    inputs,  # Inputs
+    statistics,  # StatisticGradients, or None
     p_dk,  # (Tk, H, D) contiguous, out
     p_dv,  # (Tk, H, D) contiguous, out
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    grad_row,
-    grad_head,
-    scale,
-    softmax_scale,
-    Tq,
-    Tk,
-    H,
-    B,
-    max_seqlen_q,
-    max_seqlen_k,
-    slab_begin,
+    strides,  # Strides
+    sizes,  # Sizes
     slab,
+    scale,  # softmax_scale * log2(e)
+    softmax_scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -69,6 +96,8 @@ def key_gradient_kernel(
     ACCUMULATE: tl.constexpr,
 ):
     """dK and dV of one block of keys of one head, from the queries of one slab; ACCUMULATE: added to what is there."""
+    p_q, p_k, p_v, p_d_out, p_lse, p_delta, p_cu_seqlens_q, p_cu_seqlens_k = inputs
+    Tq, Tk, H, B, max_seqlen_q, max_seqlen_k, slab_begin = sizes
     zero_tail(p_dk, p_cu_seqlens_k, B, Tk, H * D)
     zero_tail(p_dv, p_cu_seqlens_k, B, Tk, H * D)
     i_n, i_h, i_b = program_of(tl.cdiv(max_seqlen_k, BLOCK_N), H)
@@ -83,13 +112,14 @@ def key_gradient_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n_k
     row = first + i_n * BLOCK_N
-    b_k = load_tile(p_k + i_h.to(tl.int64) * k_head, row, k_row, m_n, BLOCK_N, D, BLOCK_D)
-    b_v = load_tile(p_v + i_h.to(tl.int64) * v_head, row, v_row, m_n, BLOCK_N, D, BLOCK_D)
-    p_q += i_h.to(tl.int64) * q_head
-    p_d_out += i_h.to(tl.int64) * grad_head
+    b_k = load_tile(p_k + i_h.to(tl.int64) * strides.k_head, row, strides.k_row, m_n, BLOCK_N, D, BLOCK_D)
+    b_v = load_tile(p_v + i_h.to(tl.int64) * strides.v_head, row, strides.v_row, m_n, BLOCK_N, D, BLOCK_D)
+    p_q += i_h.to(tl.int64) * strides.q_head
+    p_d_out += i_h.to(tl.int64) * strides.d_out_head
     o_head = i_h.to(tl.int64) * Tq + begin
-    if p_head is not None:
-        summary = summary_row(p_summary_index, i_b, n_q)
+    if statistics is not None:
+        p_summary_index, p_head, p_through, p_d_maximum = statistics
+        summary_row = load_summary_row(p_summary_index, i_b, n_q)
         b_through = tl.load(p_through + o_head + o_n, mask=m_n, other=0.0)
         b_d_maximum = tl.load(p_d_maximum + first + o_n, mask=m_n, other=0.0)
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -98,8 +128,8 @@ def key_gradient_kernel(
     for start in range(earliest, tl.minimum(n_q, slab_begin + slab), BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
         m_m = o_m < n_q
-        b_q = load_tile(p_q, begin + start, q_row, m_m, BLOCK_M, D, BLOCK_D)
-        b_d_out = load_tile(p_d_out, begin + start, grad_row, m_m, BLOCK_M, D, BLOCK_D)
+        b_q = load_tile(p_q, begin + start, strides.q_row, m_m, BLOCK_M, D, BLOCK_D)
+        b_d_out = load_tile(p_d_out, begin + start, strides.d_out_row, m_m, BLOCK_M, D, BLOCK_D)
         b_lse = load_lse(p_lse, o_head + o_m, m_m, float("inf"))  # queries that do not exist: P = 0
         b_delta = tl.load(p_delta + o_head + o_m, mask=m_m, other=0.0)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
@@ -108,11 +138,11 @@ def key_gradient_kernel(
             b_p = tl.where(o_n[:, None] <= o_m[None, :], b_p, 0.0)
         b_dv = tl.dot(b_p.to(b_d_out.dtype), b_d_out, b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_d_out), input_precision="ieee")
-        if p_head is not None:
+        if statistics is not None:
             p_tile = head_tile(p_head, row, start - slab_begin, slab, BLOCK_N, BLOCK_M)
             b_best = tl.load(p_tile, mask=m_n[:, None] & m_m[None, :], other=255)
             b_dp += tl.where(b_best.to(tl.int32) == i_h, b_d_maximum[:, None], 0.0)
-            b_dp += tl.where(o_m[None, :] == summary, b_through[:, None], 0.0)
+            b_dp += tl.where(o_m[None, :] == summary_row, b_through[:, None], 0.0)
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     b_dk *= softmax_scale
@@ -126,26 +156,10 @@ def key_gradient_kernel(
 @triton.jit
 def _add_keys(
     b_dq,  # (BLOCK_M, BLOCK_D) fp32
-    b_q,  # (BLOCK_M, BLOCK_D)
-    b_d_out,  # (BLOCK_M, BLOCK_D)
-    b_lse,  # (BLOCK_M,) fp32
-    b_delta,  # (BLOCK_M,) fp32
-    p_k,
-    p_v,
-    p_head,
-    p_through,
-    p_d_maximum,
-    first,
+    queries,  # b_q and b_d_out (BLOCK_M, BLOCK_D), b_lse and b_delta (BLOCK_M,) fp32, o_m and m_m (BLOCK_M,)
+    keys,  # p_k and p_v of the head, their row strides, the sequence's first row and number of keys
+    heads,  # p_head, p_through of the head, p_d_maximum, i_h, summary_row, column of the first query, slab; or None
     start,
-    o_m,
-    m_m,
-    n,
-    i_h,
-    summary,
-    column,
-    slab,
-    k_row,
-    v_row,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -155,6 +169,8 @@ def _add_keys(
     MASKED: tl.constexpr,
 ):
     """dQ from one block of keys; unless MASKED every query sees every key of it."""
+    b_q, b_d_out, b_lse, b_delta, o_m, m_m = queries
+    p_k, p_v, k_row, v_row, first, n = keys
     o_n = start + tl.arange(0, BLOCK_N)
     m_n = o_n < n if MASKED else None
     b_k = load_tile(p_k, first + start, k_row, m_n, BLOCK_N, D, BLOCK_D)
@@ -166,51 +182,29 @@ def _add_keys(
             m_visible = m_visible & (o_n[None, :] <= o_m[:, None])
         b_p = tl.where(m_visible, b_p, 0.0)
     b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision="ieee")
-    if p_head is not None:
+    if heads is not None:
+        p_head, p_through, p_d_maximum, i_h, summary_row, column, slab = heads
         m_n = o_n < n
         p_tile = tl.trans(head_tile(p_head, first + start, column, slab, BLOCK_N, BLOCK_M))
         b_best = tl.load(p_tile, mask=m_m[:, None] & m_n[None, :], other=255)
         b_d_maximum = tl.load(p_d_maximum + first + o_n, mask=m_n, other=0.0)
         b_dp += tl.where(b_best.to(tl.int32) == i_h, b_d_maximum[None, :], 0.0)
         b_through = tl.load(p_through + first + o_n, mask=m_n, other=0.0)
-        b_dp += tl.where(o_m[:, None] == summary, b_through[None, :], 0.0)
+        b_dp += tl.where(o_m[:, None] == summary_row, b_through[None, :], 0.0)
     b_ds = b_p * (b_dp - b_delta[:, None])
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "H", "B", "max_seqlen_q", "max_seqlen_k", "slab_begin"])
+@triton.jit(do_not_specialize=["sizes"])
 def query_gradient_kernel(
-    p_q,  # the arguments of key_gradient_kernel
-    p_k,
-    p_v,
-    p_d_out,
-    p_lse,
-    p_delta,
-    p_cu_seqlens_q,
-    p_cu_seqlens_k,
-    p_summary_index,
-    p_head,
-    p_through,
-    p_d_maximum,
+    inputs,  # Inputs
+    statistics,  # StatisticGradients, or None
     p_dq,  # (Tq, H, D) contiguous, out
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    grad_row,
-    grad_head,
-    scale,
-    softmax_scale,
-    Tq,
-    Tk,
-    H,
-    B,
-    max_seqlen_q,
-    max_seqlen_k,
-    slab_begin,
+    strides,  # Strides
+    sizes,  # Sizes
     slab,
+    scale,  # softmax_scale * log2(e)
+    softmax_scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -218,6 +212,8 @@ def query_gradient_kernel(
     CAUSAL: tl.constexpr,
 ):
     """dQ of one block of queries of one head."""
+    p_q, p_k, p_v, p_d_out, p_lse, p_delta, p_cu_seqlens_q, p_cu_seqlens_k = inputs
+    Tq, Tk, H, B, max_seqlen_q, max_seqlen_k, slab_begin = sizes
     zero_tail(p_dq, p_cu_seqlens_q, B, Tq, H * D)
     i_m, i_h, i_b = program_of(tl.cdiv(tl.minimum(max_seqlen_q - slab_begin, slab), BLOCK_M), H)
     begin, n_q = sequence_rows(p_cu_seqlens_q, i_b, Tq, max_seqlen_q)
@@ -228,15 +224,18 @@ def query_gradient_kernel(
 
     o_m = top + tl.arange(0, BLOCK_M)
     m_m = o_m < n_q
-    p_k += i_h.to(tl.int64) * k_head
-    p_v += i_h.to(tl.int64) * v_head
+    p_k += i_h.to(tl.int64) * strides.k_head
+    p_v += i_h.to(tl.int64) * strides.v_head
+    p_q += i_h.to(tl.int64) * strides.q_head
+    p_d_out += i_h.to(tl.int64) * strides.d_out_head
     o_head = i_h.to(tl.int64) * Tq
-    summary = -1
-    if p_head is not None:
-        p_through += o_head
-        summary = summary_row(p_summary_index, i_b, n_q)
-    b_q = load_tile(p_q + i_h.to(tl.int64) * q_head, begin + top, q_row, m_m, BLOCK_M, D, BLOCK_D)
-    b_d_out = load_tile(p_d_out + i_h.to(tl.int64) * grad_head, begin + top, grad_row, m_m, BLOCK_M, D, BLOCK_D)
+    heads = None
+    if statistics is not None:
+        p_summary_index, p_head, p_through, p_d_maximum = statistics
+        summary_row = load_summary_row(p_summary_index, i_b, n_q)
+        heads = (p_head, p_through + o_head, p_d_maximum, i_h, summary_row, i_m * BLOCK_M, slab)
+    b_q = load_tile(p_q, begin + top, strides.q_row, m_m, BLOCK_M, D, BLOCK_D)
+    b_d_out = load_tile(p_d_out, begin + top, strides.d_out_row, m_m, BLOCK_M, D, BLOCK_D)
     b_lse = load_lse(p_lse, o_head + begin + o_m, m_m, 0.0)
     b_delta = tl.load(p_delta + o_head + begin + o_m, mask=m_m, other=0.0)
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -245,16 +244,12 @@ def query_gradient_kernel(
         whole = tl.minimum(top, n_k) // BLOCK_N * BLOCK_N
     else:
         whole = n_k // BLOCK_N * BLOCK_N
+    queries = (b_q, b_d_out, b_lse, b_delta, o_m, m_m)
+    keys = (p_k, p_v, strides.k_row, strides.v_row, first, n_k)
     for start in range(0, whole, BLOCK_N):
-        b_dq = _add_keys(
-            b_dq, b_q, b_d_out, b_lse, b_delta, p_k, p_v, p_head, p_through, p_d_maximum, first, start, o_m, m_m,
-            n_k, i_h, summary, i_m * BLOCK_M, slab, k_row, v_row, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False,
-        )  # fmt: skip
+        b_dq = _add_keys(b_dq, queries, keys, heads, start, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False)
     for start in range(whole, n_k, BLOCK_N):
-        b_dq = _add_keys(
-            b_dq, b_q, b_d_out, b_lse, b_delta, p_k, p_v, p_head, p_through, p_d_maximum, first, start, o_m, m_m,
-            n_k, i_h, summary, i_m * BLOCK_M, slab, k_row, v_row, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True,
-        )  # fmt: skip
+        b_dq = _add_keys(b_dq, queries, keys, heads, start, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True)
     store_tile(p_dq + i_h * D, begin + top, H * D, m_m, b_dq * softmax_scale, BLOCK_M, D, BLOCK_D)
 
 
@@ -274,7 +269,8 @@ def _query_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def launch_gradients(
-    inputs: tuple[Tensor | None, ...],  # p_q to p_d_maximum of the kernels
+    inputs: Inputs,
+    statistics: StatisticGradients | None,
     grads: tuple[Tensor, Tensor, Tensor],  # dq (Tq, H, D), dk, dv (Tk, H, D), out
     max_seqlen_q: int,
     max_seqlen_k: int,
@@ -285,16 +281,18 @@ def launch_gradients(
 ) -> None:
     """dq of the queries of one slab, and what they add to dk and dv."""
     q, k, v, d_out = inputs[:4]
-    (rows, head_count, head_dim), batch = q.shape, inputs[6].numel() - 1
-    sizes = (*strides(q, k, v, d_out), softmax_scale * LOG2_E, softmax_scale, rows, k.shape[0], head_count, batch)
-    sizes += (max_seqlen_q, max_seqlen_k, slab_begin, slab)
-    shared = {**dims(head_dim), "CAUSAL": causal}
+    (rows, head_count, head_dim), batch = q.shape, inputs.cu_seqlens_q.numel() - 1
+    strides = Strides(*(stride for x in (q, k, v, d_out) for stride in x.stride()[:2]))
+    sizes = Sizes(rows, k.shape[0], head_count, batch, max_seqlen_q, max_seqlen_k, slab_begin)
+    shared = (strides, sizes, slab, softmax_scale * LOG2_E, softmax_scale)
+    constants = {**dims(head_dim), "CAUSAL": causal}
+    dq, dk, dv = grads
     blocks = _key_blocks(head_dim, q.dtype)
     key_gradient_kernel[(triton.cdiv(max_seqlen_k, blocks["BLOCK_N"]) * head_count * batch,)](
-        *inputs, *grads[1:], *sizes, **shared, ACCUMULATE=slab_begin > 0, **OPTIONS | blocks
+        inputs, statistics, dk, dv, *shared, **constants, ACCUMULATE=slab_begin > 0, **OPTIONS | blocks
     )
     blocks = _query_blocks(head_dim, q.dtype)
     slab_rows = min(max_seqlen_q - slab_begin, slab)
     query_gradient_kernel[(triton.cdiv(slab_rows, blocks["BLOCK_M"]) * head_count * batch,)](
-        *inputs, grads[0], *sizes, **shared, **OPTIONS | blocks
+        inputs, statistics, dq, *shared, **constants, **OPTIONS | blocks
     )

@@ -20,10 +20,9 @@ from madtp_kernels.triton.attention.tiles import (
     sequence_rows,
     statistic,
     strides,
-    summary_row,
     zero_tail,
 )
-from madtp_kernels.triton.common import OPTIONS
+from madtp_kernels.triton.common import OPTIONS, load_summary_row
 
 KEYS = 128  # keys of a program of the small kernels
 
@@ -72,7 +71,7 @@ def head_maximum_kernel(
         p_k += k_head
         p_lse += T
 
-    m_counted = (m_m & (o_m != summary_row(p_summary_index, i_b, n)))[:, None] & m_n[None, :]
+    m_counted = (m_m & (o_m != load_summary_row(p_summary_index, i_b, n)))[:, None] & m_n[None, :]
     if CAUSAL:
         m_counted = m_counted & (o_n[None, :] <= o_m[:, None])
     b_received = tl.sum(tl.where(m_counted, tl.exp2(b_best), 0.0), 0)
@@ -107,12 +106,12 @@ def from_summary_kernel(
     begin, n = sequence_rows(p_cu_seqlens, i_b, T, max_seqlen)
     if i_n * BLOCK >= n:
         return
-    summary = summary_row(p_summary_index, i_b, n)
+    summary_row = load_summary_row(p_summary_index, i_b, n)
     o_n = i_n * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < n
-    m_seen = o_n < tl.where(summary < 0, 0, tl.minimum(n, summary + 1) if CAUSAL else n)
+    m_seen = o_n < tl.where(summary_row < 0, 0, tl.minimum(n, summary_row + 1) if CAUSAL else n)
     o_d = tl.arange(0, BLOCK_D)
-    row = begin + tl.maximum(summary, 0)
+    row = begin + tl.maximum(summary_row, 0)
     i_h = i_h.to(tl.int64)
     b_q = tl.load(p_q + i_h * q_head + row * q_row + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_k = load_tile(p_k + i_h * k_head, begin + i_n * BLOCK, k_row, m_seen, BLOCK, D, BLOCK_D).to(tl.float32)
@@ -124,14 +123,14 @@ def from_summary_kernel(
 
 
 @triton.jit
-def head_sums(p_from_summary, p_norms, o, mask, T, H):
-    """Of rows o over all heads: the sum of norms, and of P[h,s,j] weighted by them."""
-    b_norms = o * 0.0
-    b_weighted = o * 0.0
+def head_sums(p_from_summary, p_norms, o_rows, m_rows, T, H):
+    """Of rows o_rows over all heads: the sum of norms, and of P[h,s,j] weighted by them."""
+    b_norms = o_rows * 0.0
+    b_weighted = o_rows * 0.0
     for _ in range(H):
-        b_norm = tl.load(p_norms + o, mask=mask, other=0.0)
+        b_norm = tl.load(p_norms + o_rows, mask=m_rows, other=0.0)
         b_norms += b_norm
-        b_weighted += b_norm * tl.load(p_from_summary + o, mask=mask, other=0.0)
+        b_weighted += b_norm * tl.load(p_from_summary + o_rows, mask=m_rows, other=0.0)
         p_norms += T
         p_from_summary += T
     return b_norms, b_weighted
@@ -144,8 +143,8 @@ def finish_kernel(
     p_norms,  # (H, T) fp32
     p_cu_seqlens,  # (B+1,) int32
     p_summary_index,  # (B,) int32 or None
-    p_summary,  # (T,) fp32, out
-    p_received,  # (T,) fp32, out
+    p_summary_attention,  # (T,) fp32, out
+    p_received_attention,  # (T,) fp32, out
     T,
     H,
     B,
@@ -155,8 +154,8 @@ def finish_kernel(
     CAUSAL: tl.constexpr,
 ):
     """Both statistics of one block of keys."""
-    zero_tail(p_summary, p_cu_seqlens, B, T, 1)
-    zero_tail(p_received, p_cu_seqlens, B, T, 1)
+    zero_tail(p_summary_attention, p_cu_seqlens, B, T, 1)
+    zero_tail(p_received_attention, p_cu_seqlens, B, T, 1)
     i_n, _, i_b = program_of(tl.cdiv(max_seqlen, BLOCK), 1)
     begin, n = sequence_rows(p_cu_seqlens, i_b, T, max_seqlen)
     if i_n * BLOCK >= n:
@@ -170,10 +169,10 @@ def finish_kernel(
         m_part = m_n & (o_n < (i_m + 1) * BLOCK_M) if CAUSAL else m_n
         b_received += tl.load(p_partial + o_n, mask=m_part, other=0.0)
         p_partial += T
-    b_received /= observers(o_n, n, summary_row(p_summary_index, i_b, n), CAUSAL)
-    tl.store(p_received + begin + o_n, b_received, mask=m_n)
+    b_received /= observers(o_n, n, load_summary_row(p_summary_index, i_b, n), CAUSAL)
+    tl.store(p_received_attention + begin + o_n, b_received, mask=m_n)
     b_norms, b_weighted = head_sums(p_from_summary, p_norms, begin + o_n, m_n, T, H)
-    tl.store(p_summary + begin + o_n, b_weighted / tl.where(b_norms == 0, 1.0, b_norms), mask=m_n)
+    tl.store(p_summary_attention + begin + o_n, b_weighted / tl.where(b_norms == 0, 1.0, b_norms), mask=m_n)
 
 
 # --- launchers
@@ -224,7 +223,7 @@ def attention_statistics(
     scale: float,
     causal: bool,
     summary_index: Tensor | None,  # (B,) int32
-) -> tuple[Tensor, Tensor]:  # summary (T,), received (T,) fp32
+) -> tuple[Tensor, Tensor]:  # summary_attention (T,), received_attention (T,) fp32
     summary_index = None if summary_index is None else summary_index.contiguous()
     (length, head_count, head_dim), batch = q.shape, cu_seqlens.numel() - 1
     blocks = _blocks(head_dim, q.dtype)
@@ -247,15 +246,15 @@ def attention_statistics(
         **OPTIONS | blocks,
     )
     from_summary, _ = launch_from_summary(q, k, lse, None, cu_seqlens, max_seqlen, scale, causal, summary_index)
-    summary, received = statistic(q, length), statistic(q, length)
+    summary_attention, received_attention = statistic(q, length), statistic(q, length)
     finish_kernel[(triton.cdiv(max_seqlen, KEYS) * batch,)](
         partial,
         from_summary,
         norms,
         cu_seqlens,
         summary_index,
-        summary,
-        received,
+        summary_attention,
+        received_attention,
         length,
         head_count,
         batch,
@@ -265,4 +264,4 @@ def attention_statistics(
         CAUSAL=causal,
         **OPTIONS,
     )
-    return summary, received
+    return summary_attention, received_attention

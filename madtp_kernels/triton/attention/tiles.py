@@ -13,7 +13,7 @@ from torch import Tensor
 from madtp_kernels.triton.common import sequence_bounds
 
 LOG2_E = 1.4426950408889634
-MOST_STRIDE = 2**24  # elements from row to row
+MAX_STRIDE = 2**24  # elements from row to row
 TAIL_BLOCK = tl.constexpr(1024)
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -21,8 +21,8 @@ _LOG2_E = tl.constexpr(LOG2_E)
 @triton.jit
 def program_of(blocks, H):
     """(block, head, sequence) of this program; blocks of one head run side by side and share its K and V in cache."""
-    i = tl.program_id(0)
-    return i % blocks, i // blocks % H, (i // blocks // H).to(tl.int64)
+    i_program = tl.program_id(0)
+    return i_program % blocks, i_program // blocks % H, (i_program // blocks // H).to(tl.int64)
 
 
 @triton.jit
@@ -33,21 +33,12 @@ def sequence_rows(p_cu_seqlens, i_b, T, max_seqlen):
 
 
 @triton.jit
-def summary_row(p_summary_index, i_b, n):
-    """The summary token's row inside its sequence of n rows; -1 if there is none."""
-    row = tl.full((), 0, tl.int32)
-    if p_summary_index is not None:
-        row = tl.load(p_summary_index + i_b)
-    return tl.where((row >= 0) & (row < n), row, -1)
-
-
-@triton.jit
-def observers(o_n, n, summary, CAUSAL: tl.constexpr):
-    """How many counted queries `received` of key o_n is divided by."""
-    count = o_n * 0 + 1
+def observers(o_n, n, summary_row, CAUSAL: tl.constexpr):
+    """How many counted queries `received_attention` of key o_n is divided by."""
+    b_count = o_n * 0 + 1
     if CAUSAL:
-        count = tl.maximum(n - o_n - tl.where(summary >= o_n, 1, 0), 1)
-    return count.to(tl.float32)
+        b_count = tl.maximum(n - o_n - tl.where(summary_row >= o_n, 1, 0), 1)
+    return b_count.to(tl.float32)
 
 
 @triton.jit
@@ -57,24 +48,24 @@ def _tile(p_x, row, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_x, row, stride, mask, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(ROWS, BLOCK_D) of one head from `row` (int64) on; zeros where masked. mask None: all rows exist."""
+def load_tile(p_x, row, stride, m_rows, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(ROWS, BLOCK_D) of one head from `row` (int64) on; zeros where masked. m_rows None: all rows exist."""
     o_d = tl.arange(0, BLOCK_D)
     p_tile = _tile(p_x, row, stride, ROWS, BLOCK_D)
-    if mask is None and D == BLOCK_D:
+    if m_rows is None and D == BLOCK_D:
         return tl.load(p_tile)
-    elif mask is None:
+    elif m_rows is None:
         return tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
     elif D == BLOCK_D:
-        return tl.load(p_tile, mask=mask[:, None], other=0.0)
+        return tl.load(p_tile, mask=m_rows[:, None], other=0.0)
     else:
-        return tl.load(p_tile, mask=mask[:, None] & (o_d < D)[None, :], other=0.0)
+        return tl.load(p_tile, mask=m_rows[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def store_tile(p_x, row, stride, mask, b_x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_tile(p_x, row, stride, m_rows, b_x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
-    m_tile = mask[:, None] if D == BLOCK_D else mask[:, None] & (o_d < D)[None, :]
+    m_tile = m_rows[:, None] if D == BLOCK_D else m_rows[:, None] & (o_d < D)[None, :]
     tl.store(_tile(p_x, row, stride, ROWS, BLOCK_D), b_x.to(p_x.dtype.element_ty), mask=m_tile)
 
 
@@ -85,19 +76,19 @@ def head_tile(p_head, row, column, slab, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 
 @triton.jit
-def load_lse(p_lse, o, mask, other):
+def load_lse(p_lse, o_rows, m_rows, other):
     """Log-sum-exp of rows, to base 2."""
-    return tl.load(p_lse + o, mask=mask, other=other) * _LOG2_E
+    return tl.load(p_lse + o_rows, mask=m_rows, other=other) * _LOG2_E
 
 
 @triton.jit
 def zero_tail(p_x, p_cu_seqlens, B, T, WIDTH):
     """Rows of x (T, WIDTH) past the last sequence become zero, shared out over all programs."""
-    total = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + B).to(tl.int64), 0), T) * WIDTH
+    num_rows = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + B).to(tl.int64), 0), T)
     step = tl.num_programs(0).to(tl.int64) * TAIL_BLOCK
-    for start in range(total + tl.program_id(0).to(tl.int64) * TAIL_BLOCK, T.to(tl.int64) * WIDTH, step):
-        o = start + tl.arange(0, TAIL_BLOCK).to(tl.int64)
-        tl.store(p_x + o, tl.zeros((TAIL_BLOCK,), p_x.dtype.element_ty), mask=o < T.to(tl.int64) * WIDTH)
+    for start in range(num_rows * WIDTH + tl.program_id(0).to(tl.int64) * TAIL_BLOCK, T.to(tl.int64) * WIDTH, step):
+        o_x = start + tl.arange(0, TAIL_BLOCK).to(tl.int64)
+        tl.store(p_x + o_x, tl.zeros((TAIL_BLOCK,), p_x.dtype.element_ty), mask=o_x < T.to(tl.int64) * WIDTH)
 
 
 # --- launchers
@@ -105,7 +96,7 @@ def zero_tail(p_x, p_cu_seqlens, B, T, WIDTH):
 
 def heads(x: Tensor) -> Tensor:
     """x (T, H, D), or a copy when its channels are not contiguous or its rows too far apart for 32-bit offsets."""
-    return x if x.stride(2) == 1 and x.stride(0) < MOST_STRIDE else x.contiguous()
+    return x if x.stride(2) == 1 and x.stride(0) < MAX_STRIDE else x.contiguous()
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from madtp_kernels.triton.common import OPTIONS, PADDING, on_device, power_of_two, rows, sequence_bounds
 
 COPY_BLOCK, BACKWARD_BLOCK, LAYERNORM_BLOCK = 8192, 4096, 4096  # elements of a block of rows
-MOST_ROWS = 32  # of a block: what a row needs besides its channels takes registers too
+MAX_ROWS = 32  # of a block: what a row needs besides its channels takes registers too
 PRUNED_BLOCKS = 4  # blocks of rows per program of the backward, at the mean sequence length
 
 
@@ -23,7 +23,7 @@ PRUNED_BLOCKS = 4  # blocks of rows per program of the backward, at the mean seq
 
 
 @triton.jit
-def _merged_row(p_source, p_cu_seqlens_out, i_b, R):
+def _merged_row(p_cu_seqlens_out, p_source, i_b, R):
     """The output row of the merged token of sequence i_b, int64: its last one, if source agrees; -1 if it has none."""
     row = tl.load(p_cu_seqlens_out + i_b + 1).to(tl.int64) - 1
     source = tl.load(p_source + row, mask=(row >= 0) & (row < R), other=0)
@@ -31,7 +31,7 @@ def _merged_row(p_source, p_cu_seqlens_out, i_b, R):
 
 
 @triton.jit
-def _row_sources(p_source, p_cu_seqlens_out, o_row, T, R, B):
+def _row_sources(p_cu_seqlens_out, p_source, o_row, T, R, B):
     """Input row of each output row, and masks: kept rows, and merged rows as `_merged_row` finds them."""
     b_source = tl.load(p_source + o_row, mask=o_row < R, other=PADDING).to(tl.int64)
     m_kept = (b_source >= 0) & (b_source < T)
@@ -45,10 +45,10 @@ def _row_sources(p_source, p_cu_seqlens_out, o_row, T, R, B):
 def gather_merge_kernel(
     p_x,  # (T, C), row stride x_stride
     p_keep,  # (T,) uint8
+    p_cu_seqlens_in,  # (B+1,) int32
+    p_cu_seqlens_out,  # (B+1,) int32
     p_source,  # (R,) int32
     p_merge_weight,  # (T,) fp32
-    p_cu_seqlens,  # (B+1,) int32
-    p_cu_seqlens_out,  # (B+1,) int32
     p_out,  # (R, C), out
     x_stride,
     T,
@@ -61,14 +61,14 @@ def gather_merge_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """B * ceil(C / MERGE_C) programs for the merged rows, then ceil(R / BLOCK_R) that copy, where the grid has them."""
-    i = tl.program_id(0).to(tl.int64)
+    i_program = tl.program_id(0).to(tl.int64)
     PARTS: tl.constexpr = (C + MERGE_C - 1) // MERGE_C
-    if i < B * PARTS:
-        i_b = i // PARTS
-        o_c = (i % PARTS) * MERGE_C + tl.arange(0, MERGE_C)
+    if i_program < B * PARTS:
+        i_b = i_program // PARTS
+        o_c = (i_program % PARTS) * MERGE_C + tl.arange(0, MERGE_C)
         m_c = o_c < C
-        begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
-        row = _merged_row(p_source, p_cu_seqlens_out, i_b, R)
+        begin, end = sequence_bounds(p_cu_seqlens_in, i_b, T)
+        row = _merged_row(p_cu_seqlens_out, p_source, i_b, R)
         end = tl.where(row >= 0, end, begin)
         b_sum = tl.zeros((MERGE_T, MERGE_C), tl.float32)
         for start in range(begin, end, MERGE_T):
@@ -81,8 +81,8 @@ def gather_merge_kernel(
         b_merged = tl.sum(b_sum, axis=0).to(p_out.dtype.element_ty)
         tl.store(p_out + row * C + o_c, b_merged, mask=o_c < tl.where(row >= 0, C, 0))
     else:
-        o_row = (i - B * PARTS) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        b_source, m_kept, m_merged = _row_sources(p_source, p_cu_seqlens_out, o_row, T, R, B)
+        o_row = (i_program - B * PARTS) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        b_source, m_kept, m_merged = _row_sources(p_cu_seqlens_out, p_source, o_row, T, R, B)
         m_store = (o_row < R) & ~m_merged
         for c in range(0, C, BLOCK_C):
             o_c = c + tl.arange(0, BLOCK_C)
@@ -105,8 +105,8 @@ def _stored_rows(p_x, p_out, b_source, o_row, m_kept, m_merged, x_stride, c, C: 
 @triton.jit(do_not_specialize=["T", "R", "B"])
 def copy_layernorm_kernel(
     p_x,  # (T, C), row stride x_stride
-    p_source,  # (R,) int32
     p_cu_seqlens_out,  # (B+1,) int32
+    p_source,  # (R,) int32
     p_weight,  # (C,)
     p_bias,  # (C,)
     p_out,  # (R, C): merged rows are read, the others written
@@ -129,14 +129,14 @@ def copy_layernorm_kernel(
     """
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     m_row = o_row < R
-    b_source, m_kept, m_merged = _row_sources(p_source, p_cu_seqlens_out, o_row, T, R, B)
+    b_source, m_kept, m_merged = _row_sources(p_cu_seqlens_out, p_source, o_row, T, R, B)
     m_real = m_kept | m_merged
 
-    b_total = tl.zeros((BLOCK_R,), tl.float32)
+    b_sum = tl.zeros((BLOCK_R,), tl.float32)
     for c in range(0, C, BLOCK_C):
         b_x = _stored_rows(p_x, p_out, b_source, o_row, m_kept, m_merged, x_stride, c, C, BLOCK_C)
-        b_total += tl.sum(b_x.to(tl.float32), axis=1)
-    b_mean = b_total / C
+        b_sum += tl.sum(b_x.to(tl.float32), axis=1)
+    b_mean = b_sum / C
 
     b_squares = tl.zeros((BLOCK_R,), tl.float32)
     for c in range(0, C, BLOCK_C):
@@ -166,10 +166,10 @@ def gather_merge_backward_kernel(
     p_grad,  # (R, C), row stride grad_stride
     p_x,  # (T, C), row stride x_stride
     p_keep,  # (T,) uint8
+    p_cu_seqlens_in,  # (B+1,) int32
+    p_cu_seqlens_out,  # (B+1,) int32
     p_source,  # (R,) int32
     p_merge_weight,  # (T,) fp32
-    p_cu_seqlens,  # (B+1,) int32
-    p_cu_seqlens_out,  # (B+1,) int32
     p_grad_x,  # (T, C), out
     p_grad_weight,  # (T,) fp32, out
     grad_stride,
@@ -186,14 +186,14 @@ def gather_merge_backward_kernel(
 
     Rows do not depend on each other, so `splits` may depend on the batch.
     """
-    i = tl.program_id(0).to(tl.int64)
+    i_program = tl.program_id(0).to(tl.int64)
     merging = B * splits.to(tl.int64)
-    if i < merging:
-        i_b = i // splits
-        begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
-        row = _merged_row(p_source, p_cu_seqlens_out, i_b, R)
+    if i_program < merging:
+        i_b = i_program // splits
+        begin, end = sequence_bounds(p_cu_seqlens_in, i_b, T)
+        row = _merged_row(p_cu_seqlens_out, p_source, i_b, R)
         width = tl.where(row >= 0, C, 0)  # nothing to read without a merged row
-        for start in range(begin + (i % splits) * BLOCK_R, end, splits.to(tl.int64) * BLOCK_R):
+        for start in range(begin + (i_program % splits) * BLOCK_R, end, splits.to(tl.int64) * BLOCK_R):
             o_t = start + tl.arange(0, BLOCK_R).to(tl.int64)
             m_t = tl.load(p_keep + o_t, mask=o_t < end, other=1) == 0
             b_weight = tl.load(p_merge_weight + o_t, mask=m_t, other=0.0)
@@ -209,7 +209,7 @@ def gather_merge_backward_kernel(
                 tl.store(p_grad_x + o_t[:, None] * C + o_c[None, :], b_grad_x, mask=m_x)
             tl.store(p_grad_weight + o_t, b_dot, mask=o_t < end)
     else:
-        o_row = (i - merging) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        o_row = (i_program - merging) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
         b_source = tl.load(p_source + o_row, mask=o_row < R, other=PADDING).to(tl.int64)
         m_kept = (b_source >= 0) & (b_source < T)
         for c in range(0, C, BLOCK_C):
@@ -222,15 +222,15 @@ def gather_merge_backward_kernel(
 # --- launchers
 
 
-def _row_blocks(channels: int, elements: int, most_channels: int = 1024) -> dict[str, int]:
-    block_c = power_of_two(channels, 16, most_channels)
-    return {"C": channels, "BLOCK_R": min(elements // block_c, MOST_ROWS), "BLOCK_C": block_c}
+def _row_blocks(channels: int, elements: int, max_channels: int = 1024) -> dict[str, int]:
+    block_c = power_of_two(channels, 16, max_channels)
+    return {"C": channels, "BLOCK_R": min(elements // block_c, MAX_ROWS), "BLOCK_C": block_c}
 
 
 def _gather_merge(x: Tensor, *selection: Tensor, copy: bool) -> Tensor:
     """The merged rows of the output, and the others too if `copy`."""
-    keep, source, merge_weight, cu_seqlens, cu_seqlens_out = selection
-    (length, channels), capacity, batch = x.shape, source.shape[0], cu_seqlens.numel() - 1
+    keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight = selection
+    (length, channels), capacity, batch = x.shape, source.shape[0], cu_seqlens_in.numel() - 1
     out = torch.empty(capacity, channels, dtype=x.dtype, device=x.device)
     merge_c = power_of_two(channels, 16, 64)
     blocks = _row_blocks(channels, COPY_BLOCK) | {"MERGE_T": 128, "MERGE_C": merge_c}
@@ -240,10 +240,10 @@ def _gather_merge(x: Tensor, *selection: Tensor, copy: bool) -> Tensor:
             gather_merge_kernel[(programs,)](
                 x,
                 keep.contiguous().view(torch.uint8),
+                cu_seqlens_in.contiguous(),
+                cu_seqlens_out,
                 source,
                 merge_weight.contiguous(),
-                cu_seqlens.contiguous(),
-                cu_seqlens_out,
                 out,
                 x.stride(0),
                 length,
@@ -258,23 +258,23 @@ def _gather_merge(x: Tensor, *selection: Tensor, copy: bool) -> Tensor:
 def gather_merge(
     x: Tensor,  # (T, C)
     keep: Tensor,  # (T,) bool
+    cu_seqlens_in: Tensor,  # (B+1,) int32
+    cu_seqlens_out: Tensor,  # (B+1,) int32
     source: Tensor,  # (R,) int32
     merge_weight: Tensor,  # (T,) fp32
-    cu_seqlens: Tensor,  # (B+1,) int32, of x
-    cu_seqlens_out: Tensor,  # (B+1,) int32
 ) -> Tensor:  # (R, C)
     """As `reference.tokens.gather_merge`, in one launch; what a kept row holds does not reach the merged row."""
     source, cu_seqlens_out = source.contiguous(), cu_seqlens_out.contiguous()
-    return _gather_merge(rows(x), keep, source, merge_weight, cu_seqlens, cu_seqlens_out, copy=True)
+    return _gather_merge(rows(x), keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, copy=True)
 
 
 def gather_merge_layernorm(
     x: Tensor,  # (T, C)
     keep: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
     source: Tensor,
     merge_weight: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_out: Tensor,
     weight: Tensor,  # (C,) dtype of x or fp32
     bias: Tensor,  # (C,)
     eps: float,
@@ -285,7 +285,7 @@ def gather_merge_layernorm(
     row needs its whole sum before its statistics.
     """
     x, source, cu_seqlens_out = rows(x), source.contiguous(), cu_seqlens_out.contiguous()
-    out = _gather_merge(x, keep, source, merge_weight, cu_seqlens, cu_seqlens_out, copy=False)
+    out = _gather_merge(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, copy=False)
     capacity, channels = out.shape
     normed = torch.empty(capacity, channels, dtype=x.dtype, device=x.device)
     mean = torch.empty(capacity, dtype=torch.float32, device=x.device)
@@ -295,8 +295,8 @@ def gather_merge_layernorm(
         with on_device(x.device):
             copy_layernorm_kernel[(triton.cdiv(capacity, blocks["BLOCK_R"]),)](
                 x,
-                source,
                 cu_seqlens_out,
+                source,
                 weight.contiguous(),
                 bias.contiguous(),
                 out,
@@ -318,14 +318,14 @@ def gather_merge_backward(
     grad: Tensor,  # (R, C)
     x: Tensor,  # (T, C)
     keep: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
     source: Tensor,
     merge_weight: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_out: Tensor,
 ) -> tuple[Tensor, Tensor]:  # (T, C), (T,) fp32
     """As `reference.tokens.gather_merge_backward`, in one launch; kept rows are scattered by `source`."""
     grad, x = rows(grad), rows(x)
-    (length, channels), capacity, batch = x.shape, source.shape[0], cu_seqlens.numel() - 1
+    (length, channels), capacity, batch = x.shape, source.shape[0], cu_seqlens_in.numel() - 1
     grad_x = torch.empty(length, channels, dtype=x.dtype, device=x.device)
     grad_weight = torch.empty(length, dtype=torch.float32, device=x.device)
     blocks = _row_blocks(channels, BACKWARD_BLOCK)
@@ -337,10 +337,10 @@ def gather_merge_backward(
                 grad,
                 x,
                 keep.contiguous().view(torch.uint8),
+                cu_seqlens_in.contiguous(),
+                cu_seqlens_out.contiguous(),
                 source.contiguous(),
                 merge_weight.contiguous(),
-                cu_seqlens.contiguous(),
-                cu_seqlens_out.contiguous(),
                 grad_x,
                 grad_weight,
                 grad.stride(0),

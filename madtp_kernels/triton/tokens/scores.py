@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from madtp_kernels.triton.common import OPTIONS, on_device, power_of_two, rows, sequence_bounds
+from madtp_kernels.triton.common import OPTIONS, load_summary_row, on_device, power_of_two, rows, sequence_bounds
 from madtp_kernels.triton.tokens.layout import layout
-from madtp_kernels.triton.tokens.sequence import LOG2_E, sequence_importance, sequence_keep, summary_row
+from madtp_kernels.triton.tokens.sequence import LOG2_E, sequence_importance, sequence_keep
 
 BLOCK_BYTES = 16384  # of logits
 
@@ -22,8 +22,8 @@ BLOCK_BYTES = 16384  # of logits
 
 @triton.jit(do_not_specialize=["T"])
 def importance_kernel(
-    p_summary,  # (T,) fp32
-    p_received,  # (T,) fp32
+    p_summary_attention,  # (T,) fp32
+    p_received_attention,  # (T,) fp32
     p_logits,  # (T, K), row stride STRIDE
     p_cu_seqlens,  # (B+1,) int32
     p_summary_index,  # (B,) int32 or None
@@ -36,8 +36,11 @@ def importance_kernel(
 ):
     i_b = tl.program_id(0).to(tl.int64)
     begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
-    summary = summary_row(p_summary_index, i_b)
-    sequence_importance(p_summary, p_received, p_logits, p_importance, begin, end, summary, K, STRIDE, BLOCK_T, BLOCK_K)
+    summary_row = load_summary_row(p_summary_index, i_b, end - begin)
+    sequence_importance(
+        p_summary_attention, p_received_attention, p_logits, p_importance, begin, end, summary_row,
+        K, STRIDE, BLOCK_T, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -48,7 +51,7 @@ def select_kernel(
     p_summary_index,  # (B,) int32 or None
     p_keep,  # (T,) uint8, out
     p_count,  # (B,) int32, out: rows of the sequence after pruning, the merged one included
-    p_total,  # (B,) fp32, out: importance of the pruned tokens
+    p_pruned_importance,  # (B,) fp32, out: its sum over the pruned tokens
     scale,  # log2(e) / tau, or 0: keep everything
     T,
     K: tl.constexpr,
@@ -58,23 +61,24 @@ def select_kernel(
 ):
     i_b = tl.program_id(0).to(tl.int64)
     begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
-    summary = summary_row(p_summary_index, i_b)
+    summary_row = load_summary_row(p_summary_index, i_b, end - begin)
     sequence_keep(
-        p_importance, p_logits, p_keep, p_count, p_total, scale, i_b, begin, end, summary, K, STRIDE, BLOCK_T, BLOCK_K
-    )
+        p_importance, p_logits, p_keep, p_count, p_pruned_importance, scale, i_b, begin, end, summary_row,
+        K, STRIDE, BLOCK_T, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
 def score_and_select_kernel(
-    p_summary,  # (T,) fp32
-    p_received,  # (T,) fp32
+    p_summary_attention,  # (T,) fp32
+    p_received_attention,  # (T,) fp32
     p_logits,  # (T, K), row stride STRIDE
     p_cu_seqlens,  # (B+1,) int32
     p_summary_index,  # (B,) int32 or None
     p_importance,  # (T,) fp32, out
     p_keep,  # (T,) uint8, out
     p_count,  # (B,) int32, out
-    p_total,  # (B,) fp32, out
+    p_pruned_importance,  # (B,) fp32, out
     scale,  # log2(e) / tau, or 0: keep everything
     T,
     K: tl.constexpr,
@@ -84,12 +88,16 @@ def score_and_select_kernel(
 ):
     i_b = tl.program_id(0).to(tl.int64)
     begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
-    summary = summary_row(p_summary_index, i_b)
-    sequence_importance(p_summary, p_received, p_logits, p_importance, begin, end, summary, K, STRIDE, BLOCK_T, BLOCK_K)
+    summary_row = load_summary_row(p_summary_index, i_b, end - begin)
+    sequence_importance(
+        p_summary_attention, p_received_attention, p_logits, p_importance, begin, end, summary_row,
+        K, STRIDE, BLOCK_T, BLOCK_K,
+    )  # fmt: skip
     tl.debug_barrier()  # what one thread wrote others read
     sequence_keep(
-        p_importance, p_logits, p_keep, p_count, p_total, scale, i_b, begin, end, summary, K, STRIDE, BLOCK_T, BLOCK_K
-    )
+        p_importance, p_logits, p_keep, p_count, p_pruned_importance, scale, i_b, begin, end, summary_row,
+        K, STRIDE, BLOCK_T, BLOCK_K,
+    )  # fmt: skip
 
 
 # --- launchers
@@ -114,26 +122,26 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def token_importance(
-    summary: Tensor,  # (T,) fp32
-    received: Tensor,  # (T,) fp32
+    summary_attention: Tensor,  # (T,) fp32
+    received_attention: Tensor,  # (T,) fp32
     mag_logits: Tensor,  # (T, K)
     cu_seqlens: Tensor,  # (B+1,) int32
     summary_index: Tensor | None = None,  # (B,) int32
 ) -> Tensor:  # (T,) fp32
-    """As `reference.tokens.token_importance`; what the summary token itself received has no influence."""
+    """As `reference.tokens.token_importance`; what the summary token itself receives has no influence."""
     mag_logits = rows(mag_logits)
-    importance = torch.empty(summary.shape, dtype=summary.dtype, device=summary.device)
+    importance = torch.empty(summary_attention.shape, dtype=torch.float32, device=summary_attention.device)
     batch = cu_seqlens.numel() - 1
     if batch > 0:
-        with on_device(summary.device):
+        with on_device(summary_attention.device):
             importance_kernel[(batch,)](
-                summary.contiguous(),
-                received.contiguous(),
+                summary_attention.contiguous(),
+                received_attention.contiguous(),
                 mag_logits,
                 cu_seqlens.contiguous(),
                 _contiguous(summary_index),
                 importance,
-                summary.shape[0],
+                summary_attention.shape[0],
                 **_blocks(mag_logits),
             )
     return importance
@@ -146,7 +154,7 @@ def _scale(temperature: float) -> float:
 
 
 def _kept(importance: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """keep (T,) bool, count (B,) int32 and total (B,) fp32, to be written."""
+    """keep (T,) bool, count (B,) int32 and pruned_importance (B,) fp32, to be written."""
     device = importance.device
     return (
         torch.empty(importance.shape, dtype=torch.bool, device=device),
@@ -162,10 +170,10 @@ def select_tokens(
     temperature: float,
     summary_index: Tensor | None = None,  # (B,) int32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> keep (T,) bool, cu_seqlens of the output (B+1,) int32, source (T,) int32, merge_weight (T,) fp32."""
+    """-> keep (T,) bool, cu_seqlens_out (B+1,) int32, source (T,) int32, merge_weight (T,) fp32."""
     importance, mag_logits, cu_seqlens = importance.contiguous(), rows(mag_logits), cu_seqlens.contiguous()
     batch = cu_seqlens.numel() - 1
-    keep, count, total = _kept(importance, batch)
+    keep, count, pruned_importance = _kept(importance, batch)
     if batch > 0:
         with on_device(importance.device):
             select_kernel[(batch,)](
@@ -175,17 +183,17 @@ def select_tokens(
                 _contiguous(summary_index),
                 keep.view(torch.uint8),
                 count,
-                total,
+                pruned_importance,
                 _scale(temperature),
                 importance.shape[0],
                 **_blocks(mag_logits),
             )
-    return keep, *layout(importance, keep, cu_seqlens, count, total)
+    return keep, *layout(importance, keep, cu_seqlens, count, pruned_importance)
 
 
 def score_and_select(
-    summary: Tensor,  # (T,) fp32
-    received: Tensor,  # (T,) fp32
+    summary_attention: Tensor,  # (T,) fp32
+    received_attention: Tensor,  # (T,) fp32
     mag_logits: Tensor,  # (T, K)
     cu_seqlens: Tensor,  # (B+1,) int32
     temperature: float,
@@ -194,22 +202,22 @@ def score_and_select(
     """-> importance (T,) fp32, then what `select_tokens` returns."""
     mag_logits, cu_seqlens = rows(mag_logits), cu_seqlens.contiguous()
     batch = cu_seqlens.numel() - 1
-    importance = torch.empty(summary.shape, dtype=summary.dtype, device=summary.device)
-    keep, count, total = _kept(importance, batch)
+    importance = torch.empty(summary_attention.shape, dtype=torch.float32, device=summary_attention.device)
+    keep, count, pruned_importance = _kept(importance, batch)
     if batch > 0:
-        with on_device(summary.device):
+        with on_device(summary_attention.device):
             score_and_select_kernel[(batch,)](
-                summary.contiguous(),
-                received.contiguous(),
+                summary_attention.contiguous(),
+                received_attention.contiguous(),
                 mag_logits,
                 cu_seqlens,
                 _contiguous(summary_index),
                 importance,
                 keep.view(torch.uint8),
                 count,
-                total,
+                pruned_importance,
                 _scale(temperature),
-                summary.shape[0],
+                summary_attention.shape[0],
                 **_blocks(mag_logits),
             )
-    return importance, keep, *layout(importance, keep, cu_seqlens, count, total)
+    return importance, keep, *layout(importance, keep, cu_seqlens, count, pruned_importance)

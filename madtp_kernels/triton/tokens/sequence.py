@@ -1,21 +1,12 @@
-"""Importance and keep of one sequence, by one program: what the kernels of `token_scores` are made of."""
+"""Importance and keep of one sequence, by one program: what the kernels of `scores` are made of."""
 
 import triton
 import triton.language as tl
 
-from madtp_kernels.reference.tokens import ARGMAX_TEMPERATURE
+from madtp_kernels.selection import ARGMAX_TEMPERATURE
 
 LOG2_E = 1.4426950408889634
 ARGMAX_SCALE = tl.constexpr(LOG2_E / ARGMAX_TEMPERATURE)
-
-
-@triton.jit
-def summary_row(p_summary_index, i_b):
-    """The summary token's row inside its sequence; -1 is none."""
-    row = tl.full((), 0, tl.int32)
-    if p_summary_index is not None:
-        row = tl.load(p_summary_index + i_b)
-    return row
 
 
 @triton.jit
@@ -28,13 +19,13 @@ def _logits(p_logits, o_t, m_t, k, K: tl.constexpr, STRIDE: tl.constexpr, BLOCK_
 
 @triton.jit
 def sequence_importance(
-    p_summary,
-    p_received,
+    p_summary_attention,
+    p_received_attention,
     p_logits,
     p_importance,
     begin,
     end,
-    summary,  # the summary token's row inside the sequence
+    summary_row,  # inside the sequence, -1: none
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -45,7 +36,7 @@ def sequence_importance(
     b_guidance_sum = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(begin, end, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        m_t = (o_t < end) & (o_t - begin != summary)
+        m_t = (o_t < end) & (o_t - begin != summary_row)
         b_best = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
         for k in range(0, K, BLOCK_K):
             b_a = _logits(p_logits, o_t, m_t, k, K, STRIDE, BLOCK_K)
@@ -54,7 +45,7 @@ def sequence_importance(
         b_guidance = tl.maximum(tl.max(b_best, axis=1), 0.0)
         b_guidance = tl.where(b_broken > 0, float("nan"), b_guidance)
         tl.store(p_importance + o_t, b_guidance, mask=m_t)
-        b_received_sum += tl.load(p_received + o_t, mask=m_t, other=0.0)
+        b_received_sum += tl.load(p_received_attention + o_t, mask=m_t, other=0.0)
         b_guidance_sum += b_guidance
     received_sum = tl.sum(b_received_sum)
     guidance_sum = tl.sum(b_guidance_sum)
@@ -62,12 +53,12 @@ def sequence_importance(
 
     for start in range(begin, end, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        m_t = (o_t < end) & (o_t - begin != summary)
-        b_received = tl.load(p_received + o_t, mask=m_t, other=0.0)
+        m_t = (o_t < end) & (o_t - begin != summary_row)
+        b_received = tl.load(p_received_attention + o_t, mask=m_t, other=0.0)
         b_guidance = tl.load(p_importance + o_t, mask=m_t, other=0.0)
         b_received = tl.where(received_sum == 0, 0.0, b_received / received_sum)
         b_guidance = tl.where(guidance_sum == 0, 0.0, b_guidance / guidance_sum)
-        b_s = (tl.load(p_summary + o_t, mask=m_t, other=0.0) + b_received + b_guidance) / 3
+        b_s = (tl.load(p_summary_attention + o_t, mask=m_t, other=0.0) + b_received + b_guidance) / 3
         tl.store(p_importance + o_t, tl.where(m_t, b_s, 0.0), mask=o_t < end)
 
 
@@ -77,12 +68,12 @@ def sequence_keep(
     p_logits,
     p_keep,
     p_count,
-    p_total,
+    p_pruned_importance,
     scale,
     i_b,
     begin,
     end,
-    summary,
+    summary_row,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -95,7 +86,7 @@ def sequence_keep(
     b_broken = tl.zeros((BLOCK_T,), tl.int32)
     for start in range(begin, end, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        m_t = (o_t < end) & (o_t - begin != summary)
+        m_t = (o_t < end) & (o_t - begin != summary_row)
         b_s = tl.load(p_importance + o_t, mask=m_t, other=0.0)
         b_highest = tl.where(m_t, tl.maximum(b_highest, b_s), b_highest)
         b_lowest = tl.where(m_t, tl.minimum(b_lowest, b_s), b_lowest)
@@ -113,7 +104,7 @@ def sequence_keep(
         b_best = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
         for start in range(begin, end, BLOCK_T):
             o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-            m_t = (o_t < end) & (o_t - begin != summary)
+            m_t = (o_t < end) & (o_t - begin != summary_row)
             b_best = tl.maximum(b_best, _logits(p_logits, o_t, m_t, k, K, STRIDE, BLOCK_K))
         b_max = tl.max(b_best, axis=0)
         b_max = tl.where(b_max == float("-inf"), 0.0, b_max)  # -inf - -inf would be NaN on rows that do not exist
@@ -122,7 +113,7 @@ def sequence_keep(
         b_weighted = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
         for start in range(begin, end, BLOCK_T):
             o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-            m_t = (o_t < end) & (o_t - begin != summary)
+            m_t = (o_t < end) & (o_t - begin != summary_row)
             b_deficit = highest - tl.load(p_importance + o_t, mask=m_t, other=0.0)
             b_deficit = tl.where(m_t, b_deficit, 0.0)
             b_e = tl.exp2((_logits(p_logits, o_t, m_t, k, K, STRIDE, BLOCK_K) - b_max[None, :]) * scale)
@@ -137,22 +128,22 @@ def sequence_keep(
     threshold += (1 - ratio) * (highest - tl.min(b_lowest) - threshold)
 
     b_pruned = tl.zeros((BLOCK_T,), tl.int32)
-    b_total = tl.zeros((BLOCK_T,), tl.float32)
+    b_pruned_importance = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(begin, end, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        m_t = (o_t < end) & (o_t - begin != summary)
+        m_t = (o_t < end) & (o_t - begin != summary_row)
         b_s = tl.load(p_importance + o_t, mask=m_t, other=0.0)
         m_pruned = m_t & (highest - b_s >= threshold)
         b_pruned += m_pruned.to(tl.int32)
-        b_total += tl.where(m_pruned, b_s, 0.0)
+        b_pruned_importance += tl.where(m_pruned, b_s, 0.0)
     pruned = tl.sum(b_pruned)
     everything = (scale == 0) | (broken > 0) | (prunable < 2) | (pruned < 2)
     tl.store(p_count + i_b, tl.where(everything, end - begin, end - begin - pruned + 1).to(tl.int32))
-    tl.store(p_total + i_b, tl.sum(b_total))
+    tl.store(p_pruned_importance + i_b, tl.sum(b_pruned_importance))
 
     for start in range(begin, end, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        m_t = (o_t < end) & (o_t - begin != summary)
+        m_t = (o_t < end) & (o_t - begin != summary_row)
         b_s = tl.load(p_importance + o_t, mask=m_t, other=0.0)
         m_pruned = m_t & (highest - b_s >= threshold)
         b_keep = tl.where(m_pruned, 0, 1) | everything.to(tl.int32)

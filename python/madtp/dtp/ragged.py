@@ -109,8 +109,8 @@ class RaggedBatch:
         longest = self.max_seqlen
         # On a CPU reading the longest sequence is free; elsewhere the bound does.
         if x.device.type == "cpu" and self.num_sequences and not self.fixed:
-            longest = int(selection.cu_seqlens.diff().max())
-        return RaggedBatch(x, selection.cu_seqlens, longest, origin, index, fixed=self.fixed)
+            longest = int(selection.cu_seqlens_out.diff().max())
+        return RaggedBatch(x, selection.cu_seqlens_out, longest, origin, index, fixed=self.fixed)
 
     def kept_positions(self) -> list[Tensor]:
         """Per sequence, the original positions of the tokens that are still there (merged tokens have none)."""

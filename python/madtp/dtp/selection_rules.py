@@ -14,6 +14,7 @@ from torch import Tensor
 
 from madtp_kernels import AttentionStats, Selection, score_and_select, select_tokens, token_importance
 from madtp_kernels.ragged import segment_sum, sequence_ids, summary_rows
+from madtp_kernels.selection import layout
 
 HALF = 10.0  # the temperature at which a rule of a fixed share keeps half of the tokens that enter a block
 
@@ -40,7 +41,7 @@ def unguided(
     S = (S_cls + S_self) / 3, and in the threshold the softmax of A / tau is that of -z / tau, z the importances with
     mean 0 and deviation 1: near the least importance at a low temperature, at the mean at a high one, as with MAG.
     """
-    nothing = stats.summary.new_zeros(stats.summary.shape[0], 1)
+    nothing = stats.summary_attention.new_zeros(stats.summary_attention.shape[0], 1)
     importance = token_importance(stats, nothing, cu_seqlens, summary_index=summary_index)
     values = importance.detach()
     prunable = ~summary_rows(cu_seqlens, summary_index, values.shape[0])
@@ -58,7 +59,8 @@ def static(
     stats: AttentionStats, logits: None, cu_seqlens: Tensor, temperature: float, summary_index: Tensor | None
 ) -> tuple[Tensor, Selection]:
     """In every block a fixed share, those the summary token attends to most (EViT, arXiv 2202.07800)."""
-    importance = stats.summary.masked_fill(summary_rows(cu_seqlens, summary_index, stats.summary.shape[0]), 0)
+    attention = stats.summary_attention
+    importance = attention.masked_fill(summary_rows(cu_seqlens, summary_index, attention.shape[0]), 0)
     return importance, _share(importance, importance, cu_seqlens, temperature, summary_index)
 
 
@@ -66,7 +68,7 @@ def random(
     stats: AttentionStats, logits: None, cu_seqlens: Tensor, temperature: float, summary_index: Tensor | None
 ) -> tuple[Tensor, Selection]:
     """In every block a fixed share, drawn at random; the others are averaged."""
-    importance = torch.ones_like(stats.summary)
+    importance = torch.ones_like(stats.summary_attention)
     importance = importance.masked_fill(summary_rows(cu_seqlens, summary_index, importance.shape[0]), 0)
     return importance, _share(torch.rand_like(importance), importance, cu_seqlens, temperature, summary_index)
 
@@ -100,27 +102,8 @@ def _best(score, importance, counts, cu_seqlens, summary_index) -> Selection:
     limit = torch.where(few_would_go, tokens, counts + _count(is_summary, cu_seqlens))
     keep = torch.empty_like(is_summary)
     keep[order] = torch.arange(tokens, device=score.device) - cu_seqlens[sequence] < limit[sequence]
-    return _selection(keep, importance, cu_seqlens)
-
-
-def _selection(keep: Tensor, importance: Tensor, cu_seqlens: Tensor) -> Selection:
-    """The selection that a (T,) keep mask describes: kept tokens in order, then one merged where any was pruned."""
-    sequence = sequence_ids(cu_seqlens, keep.shape[0])
-    pruned = _count(~keep, cu_seqlens)
-    lengths = _count(keep, cu_seqlens) + (pruned > 0)
-    cu_seqlens_out = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    source = torch.empty(int(cu_seqlens_out[-1]), dtype=torch.int32, device=keep.device)
-    kept = keep.nonzero().flatten()
-    # Of the merged rows before it there is one for each earlier sequence that lost tokens.
-    merged_before = torch.nn.functional.pad((pruned > 0).cumsum(0), (1, 0))[sequence[kept]]
-    source[torch.arange(len(kept), device=keep.device) + merged_before] = kept.int()
-    of = (pruned > 0).nonzero().flatten()  # sequences with a merged row, their last
-    source[cu_seqlens_out[1:][of].long() - 1] = -(of + 1).int()
-    importance = importance.masked_fill(keep, 0)
-    total = segment_sum(importance, cu_seqlens)
-    uniform = (~keep).to(importance.dtype) / pruned.clamp(min=1)[sequence]
-    merge_weight = torch.where((total > 0)[sequence], importance / total.where(total > 0, 1)[sequence], uniform)
-    return Selection(keep, cu_seqlens_out, source, merge_weight, cu_seqlens)
+    keep, cu_seqlens_out, source, merge_weight = layout(keep, importance, cu_seqlens)
+    return Selection(keep, cu_seqlens, cu_seqlens_out, source[: int(cu_seqlens_out[-1])], merge_weight)
 
 
 def _count(which: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class _TokenWeights:
 
     def selected(self, branch: str, importance: Tensor, selection: Selection) -> None:
         """A pruning step of the branch: what waited has its weights, and the tokens that are left theirs."""
-        weight = _with_summary(importance.detach(), selection.input_cu_seqlens)
+        weight = _with_summary(importance.detach(), selection.cu_seqlens_in)
         if branch not in self.current:
             for name, x in self.waiting:
                 if self.branch_of[name] == branch:

@@ -59,7 +59,7 @@ def _ops(tower: RaggedTower, spec: Encoder, branch: Branch) -> Iterator[tuple[st
     calls: dict[str, tuple[Any, ...]] = {"varlen_attention": (q, q, q, ends)}
     if branch.prunes:
         calls["score_and_select"] = (AttentionStats(number, number), x, ends, branch.temperature)
-        selection = Selection(number.bool(), ends, number.int(), number, ends)
+        selection = Selection(number.bool(), ends, ends, number.int(), number)
         if spec.post_norm:
             calls["gather_merge"] = (x, selection)
         else:
