@@ -66,7 +66,7 @@ class MadtpTrainer(Trainer):
     `train` raises `DivergedError` at the first loss that is not finite; weights that are not are never saved.
 
     Raises:
-        ValueError: args shard the weights (fsdp, deepspeed).
+        ValueError: args shard the weights (fsdp, deepspeed), or have no max_steps and there is no train_dataset.
     """
 
     model: nn.Module
