@@ -1,6 +1,8 @@
+import hashlib
+
 import pytest
 
-from madtp.files import atomic_directory, atomic_write, require_writable
+from madtp.files import CHUNK, atomic_directory, atomic_write, file_sha256, require_writable
 
 
 def test_a_directory_is_replaced_only_by_a_whole_one(tmp_path):
@@ -22,6 +24,13 @@ def test_a_file_is_whole(tmp_path):
     atomic_write(tmp_path / "a.json", "τ")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == "τ"
+
+
+@pytest.mark.parametrize("size", [0, CHUNK, CHUNK + 1])
+def test_a_checksum_is_of_all_chunks(tmp_path, size):
+    data = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    (tmp_path / "weights").write_bytes(data)
+    assert file_sha256(tmp_path / "weights") == hashlib.sha256(data).hexdigest()
 
 
 def test_a_directory_that_cannot_be_written_to(tmp_path):
