@@ -1,4 +1,5 @@
-# Each target prepares what it needs, given make, Python (3.11 or newer) and a C++17 compiler; nvcc is used when it is there.
+# Each target prepares what it needs, given make, Python (3.11 or newer, as the pins of requirements.txt ask for) and a C++17 compiler;
+# nvcc is used when it is there. The package itself installs on Python 3.10 too.
 #   make demo                       creates .venv from requirements.txt, builds the kernels into it, runs the demo
 #   make test PYTHON=python3.12     the same with another interpreter; VENV= says where the environment goes
 #   make test PYTHON=/usr/bin/python3 VENV=     no environment: that interpreter as it is, with the torch and the rest it has;
@@ -34,7 +35,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-asan test-slow coverage-cuda test-package bench gpu lint format build clean
+.PHONY: demo test test-asan test-slow coverage-cuda test-package bench gpu lint types format build clean
 
 demo: build
 	$(MADTP) demo
@@ -76,6 +77,9 @@ lint: $(READY)
 	ruff format --check .
 	clang-format --dry-run -Werror $(CXX_SOURCES)
 
+types: $(READY)
+	mypy
+
 format: $(READY)
 	ruff check --fix .
 	ruff format .
@@ -85,5 +89,5 @@ build: $(READY)
 	$(INSTALL)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks madtp_kernels/include madtp_kernels/lib madtp_kernels/_C.*
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks madtp_kernels/include madtp_kernels/lib madtp_kernels/_C.*
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
 RESULT = ROOT / "benchmarks" / "results" / "aot" / "cuda.json"
 TARGETS = ("80", "90a")
 INSTRUCTIONS = {"HMMA.SP": r"\bHMMA\.SP\b", "HGMMA.SP": r"\bHGMMA\.SP\b"}
@@ -70,7 +71,7 @@ def _demangled(name: str) -> str:
 
 
 def report(build: Path, sources: list[Path] | None = None) -> dict:
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if sources is None else sources
+    sources = sorted(SOURCES.rglob("*.cu")) if sources is None else sources
     version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     result = {"nvcc": re.search(r"release ([\d.]+)", version)[1], "targets": {}}
     for target in TARGETS:
@@ -78,7 +79,7 @@ def report(build: Path, sources: list[Path] | None = None) -> dict:
         for source in sources:
             found, counts = compile_file(source, target, build)
             kernels |= found
-            instructions[source.name] = counts
+            instructions[str(source.relative_to(SOURCES))] = counts
         result["targets"][f"sm_{target}"] = {"kernels": dict(sorted(kernels.items())), "instructions": instructions}
     return result
 

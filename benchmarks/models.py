@@ -110,7 +110,7 @@ class Models:
         hwp.prune_one_shot(self.pruned, "2:4", linears.selected)
         self.config = madtp.CompressionConfig(alignment_dim=min(768, case["width"]))
         self.log_tau: dict[str, float] = {}  # by mode: where the last search ended, and the next begins
-        self.settled: dict[tuple[str, int], tuple[float, float]] = {}  # mode, batch -> tau, relative miss of the MACs
+        self.calibrated: dict[tuple[str, int], tuple[float, float]] = {}  # mode, batch -> tau, relative miss
 
     @functools.cached_property
     def sdpa(self) -> nn.Module:
@@ -141,7 +141,7 @@ class Models:
         mode, batch = MODES[name], len(tensors["pixel_values"])
         if mode.reduction == 0:
             return 0.0
-        if (name, batch) not in self.settled:
+        if (name, batch) not in self.calibrated:
             dense, model = self.ours[False], self.ours[mode.sparse]
             dense.madtp_handle.set_temperature(0)
             one = {key: value[:1] for key, value in tensors.items()}
@@ -156,8 +156,8 @@ class Models:
             low, high = (bound - start for bound in LOG_TAU)
             shift, miss = find_root(excess, low, high, tolerance=MAC_TOLERANCE / 2, slope=0.3)
             self.log_tau[name] = start + shift
-            self.settled[name, batch] = 2.0 ** (start + shift), miss
-        return self.settled[name, batch][0]
+            self.calibrated[name, batch] = 2.0 ** (start + shift), miss
+        return self.calibrated[name, batch][0]
 
 
 class ModelInputs(NamedTuple):
@@ -216,7 +216,7 @@ def check(i: ModelInputs, result: Tensor, provider: str) -> None:
     """Without pruned tokens: what Hugging Face computes with the same weights. With: the MACs asked for."""
     mode = MODES.get(provider, Mode(False, 0.0))
     if mode.reduction:
-        miss = i.models.settled[provider, len(i.tensors["pixel_values"])][1]
+        miss = i.models.calibrated[provider, len(i.tensors["pixel_values"])][1]
         assert abs(miss) <= MAC_TOLERANCE, f"counted MACs miss the target by {miss:+.1%}"
         assert result.isfinite().all(), "the output is not finite"
         return

@@ -34,20 +34,20 @@ TOKENS = (1, 4, 12, 16, 32, 64, 197, 577, 2308)
 CASES = [{"tokens": tokens, **layer, "dtype": "float32"} for layer in LAYERS for tokens in TOKENS]
 CASES += [{"tokens": tokens, **layer, "dtype": "bfloat16"} for layer in LAYERS for tokens in (1, 16, 197, 577, 2308)]
 SWEEP = [
-    {"tokens": tokens, "in_features": channels, "out_features": features, "epilogue": "bias", "dtype": "float32"}
-    for features, channels in (*itertools.product((192, 768, 3072), repeat=2), (4096, 1024))
+    {"tokens": tokens, "in_features": in_features, "out_features": out_features, "epilogue": "bias", "dtype": "float32"}
+    for out_features, in_features in (*itertools.product((192, 768, 3072), repeat=2), (4096, 1024))
     for tokens in (1, 4, 16, 64, 197, 577, 1154, 4616)
 ]
 
 
 def linear_inputs(case, device, seed) -> LinearInputs:
     generator = torch.Generator().manual_seed(seed)
-    tokens, channels, features = case["tokens"], case["in_features"], case["out_features"]
+    tokens, in_features, out_features = case["tokens"], case["in_features"], case["out_features"]
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    dense = draw(features, channels) * channels**-0.5
+    dense = draw(out_features, in_features) * in_features**-0.5
     dense = dense * mk.nm_mask(dense, 2, 4)
     epilogue = case["epilogue"]
-    tensors = draw(tokens, channels), dense, draw(features), draw(tokens, features)
+    tensors = draw(tokens, in_features), dense, draw(out_features), draw(tokens, out_features)
     x, dense, bias, residual = (tensor.to(device, getattr(torch, case["dtype"])) for tensor in tensors)
     return LinearInputs(
         x,

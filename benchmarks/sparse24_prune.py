@@ -12,7 +12,7 @@ from torch.sparse import to_sparse_semi_structured
 import madtp_kernels as mk
 from benchmarks.registry import Entry, Unavailable, require
 from madtp_kernels import Sparse24Weight
-from madtp_kernels.dispatch import extension_obstacle
+from madtp_kernels.dispatch import extension_unsupported_reason
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.sparse24.weight import pack_positions
 
@@ -111,8 +111,8 @@ def pack_inputs(case, device, seed) -> PackInputs:
 
 
 def our_layout(i: PackInputs):
-    if i.weight.device.type != "cpu" or extension_obstacle() is not None:
-        raise Unavailable(extension_obstacle() or "the layout is that of the CPU kernels")
+    if i.weight.device.type != "cpu" or extension_unsupported_reason() is not None:
+        raise Unavailable(extension_unsupported_reason() or "the layout is that of the CPU kernels")
     return lambda: native.sparse24_pack(i.sparse.values, i.sparse.indices)
 
 

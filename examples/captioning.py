@@ -1,6 +1,6 @@
 """Images described, with beams, from fewer tokens: BlipForConditionalGeneration on emoji, pruned without training.
 
-    python examples/train_emoji.py --task captioning --output runs/emoji-captioning
+    python examples/train_emoji.py --task captioning --out runs/emoji-captioning
     python examples/captioning.py --model runs/emoji-captioning
 
 Without --model the weights are random, and so are the captions.

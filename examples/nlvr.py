@@ -1,6 +1,6 @@
 """Statements about two images, judged with fewer tokens: BlipForNLVR on emoji, pruned without training.
 
-    python examples/train_emoji.py --task nlvr --output runs/emoji-nlvr
+    python examples/train_emoji.py --task nlvr --out runs/emoji-nlvr
     python examples/nlvr.py --model runs/emoji-nlvr
 
 Without --model the weights are random, and so are the verdicts.

@@ -43,7 +43,7 @@ ENCODER = Encoder(
     norm2="norm2",
     mlp=("up", "act", "down"),
 )
-TOWER = Tower(ENCODER, "input_ids", pool=lambda tower, packed: packed.summary(), embeddings="embed")
+TOWER = Tower(ENCODER, "input_ids", pool=lambda tower, batch: batch.summary_features(), embeddings="embed")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def main() -> None:
     handle = madtp.patch(model)  # packed attention; nothing is pruned at temperature 0
     with torch.no_grad():
         before = model(images).pooler_output
-        hwp.pack(model, followers=handle.followers)  # activations move into the Linears
+        hwp.pack(model, epilogues=handle.epilogues)  # activations move into the Linears
         after = model(images).pooler_output
     print(f"packed, the output differs by {(after - before).norm() / before.norm():.1e}")
     print(handle.explain())

@@ -1,8 +1,8 @@
 """Train the small dense BLIP of the demo on easy-vqa: the checkpoint in python/madtp/assets/easy-vqa-blip.
 
-    python examples/train_easy_vqa.py --output runs/easy-vqa-blip
+    python examples/train_easy_vqa.py --out runs/easy-vqa-blip
 
-Ctrl-C is safe: the last whole checkpoint stays in OUTPUT/checkpoints and `--resume` goes on from it.
+Ctrl-C is safe: the last whole checkpoint stays in OUT/checkpoints and `--resume` goes on from it.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 from transformers import (
-    BlipConfig,
     BlipForQuestionAnswering,
     BlipImageProcessor,
     Trainer,
@@ -21,45 +20,10 @@ from transformers import (
 
 from madtp.data.easy_vqa import IMAGE_SIZE, EasyVqa, ImagesWithQuestions, build_tokenizer, collate
 from madtp.data.errors import DataError
+from madtp.tasks.small_models import small_blip
 from madtp.tasks.vqa import VqaTask, dense_forward
 
-WIDTH, HEADS, PATCH = 128, 4, 8
-# BERT's 0.02 suits a width of 768; at 128 it starves the signal, and shapes are still at chance after 15 epochs.
-INIT_STD = 0.06
-
-
-def build_model(tokenizer) -> BlipForQuestionAnswering:
-    shape = {
-        "hidden_size": WIDTH,
-        "num_attention_heads": HEADS,
-        "projection_dim": WIDTH,
-        "initializer_range": INIT_STD,
-    }
-    text = shape | {
-        "num_hidden_layers": 2,  # of the question encoder and of the answer decoder
-        "intermediate_size": 2 * WIDTH,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
-        "layer_norm_eps": 1e-5,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "sep_token_id": tokenizer.sep_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = shape | {
-        "num_hidden_layers": 6,
-        "intermediate_size": 3 * WIDTH,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH,
-    }
-    config = BlipConfig(
-        text_config=text,
-        vision_config=vision,
-        projection_dim=WIDTH,
-        image_text_hidden_size=WIDTH,
-        initializer_range=INIT_STD,
-    )
-    return BlipForQuestionAnswering(config)
+VISION_LAYERS = 6
 
 
 class DenseTrainer(Trainer):
@@ -76,22 +40,22 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/easy-vqa-blip"))
+    parser.add_argument("--out", type=Path, default=Path("runs/easy-vqa-blip"))
     parser.add_argument("--epochs", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--max-steps", type=int, default=-1)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT")
     options = parser.parse_args()
 
     set_seed(options.seed)
     tokenizer = build_tokenizer()
     train, test = EasyVqa("train", tokenizer), EasyVqa("test", tokenizer)
-    model = build_model(tokenizer)
+    model = BlipForQuestionAnswering(small_blip(tokenizer, IMAGE_SIZE, VISION_LAYERS))
     trainer = DenseTrainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(options.output / "checkpoints"),
+            output_dir=str(options.out / "checkpoints"),
             num_train_epochs=options.epochs,
             max_steps=options.max_steps,
             per_device_train_batch_size=32,
@@ -108,10 +72,10 @@ def main() -> None:
             remove_unused_columns=False,
             report_to=[],
         ),
-        train_dataset=ImagesWithQuestions(train, questions=4),
+        train_dataset=ImagesWithQuestions(train),
         data_collator=collate,
     )
-    checkpoints = options.output / "checkpoints"
+    checkpoints = options.out / "checkpoints"
     resume = last_whole_checkpoint(checkpoints) if options.resume else None
     start = time.perf_counter()
     try:
@@ -121,10 +85,10 @@ def main() -> None:
         sys.exit(f"stopped; --resume goes on from {last}" if last else "stopped before the first checkpoint")
     minutes = (time.perf_counter() - start) / 60
 
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
+    model.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    BlipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(options.output)
+    BlipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(options.out)
     accuracy = VqaTask(tokenizer).evaluate(model, test)["accuracy"]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"test accuracy {accuracy:.4f} on {len(test)} questions, {parameters} parameters, {minutes:.1f} min")

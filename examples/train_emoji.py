@@ -1,8 +1,8 @@
 """Train the dense model of an emoji task: a small BLIP for captions or statements, real towers for retrieval.
 
-    python examples/train_emoji.py --task captioning --output runs/emoji-captioning
-    python examples/train_emoji.py --task nlvr --output runs/emoji-nlvr --vision runs/emoji-captioning
-    python examples/train_emoji.py --task retrieval --output runs/emoji-retrieval --steps 100
+    python examples/train_emoji.py --task captioning --out runs/emoji-captioning
+    python examples/train_emoji.py --task nlvr --out runs/emoji-nlvr --vision runs/emoji-captioning
+    python examples/train_emoji.py --task retrieval --out runs/emoji-retrieval --steps 100
 
 The model is judged on concepts it has not seen, drawn by vendors it has seen and by one it has not.
 """
@@ -39,7 +39,7 @@ BATCH = {"retrieval": 32, "nlvr": 64, "captioning": 64}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="0 keeps the model as it starts")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--vision", type=Path, help="nlvr: the captioning model whose vision encoder to start from")
@@ -71,13 +71,13 @@ def main() -> None:
             steps=steps,
             batch_size=BATCH[name],
             learning_rate=options.learning_rate or RATES[name],
-            output_dir=options.output / "checkpoints",
+            output_dir=options.out / "checkpoints",
             seed=options.seed,
         )
     minutes = (time.perf_counter() - start) / 60
 
-    model.save_pretrained(options.output)
-    task.save_processor(options.output)
+    model.save_pretrained(options.out)
+    task.save_processor(options.out)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters} parameters, {steps} steps, {minutes:.1f} min")
     for what, vendors in (("test", VENDORS), ("test, unseen vendor", SHIFTED)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from madtp.files import write_whole
+from madtp.files import atomic_write
 
 FOLDER = Path(__file__).with_name("results")
 KEY = ("variant", "reduction", "seed")
@@ -34,7 +34,7 @@ class Results:
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
-        write_whole(self.path, json.dumps(self.head | {"rows": self.rows}, indent=1) + "\n")
+        atomic_write(self.path, json.dumps(self.head | {"rows": self.rows}, indent=1) + "\n")
 
 
 def read(path: Path) -> dict:

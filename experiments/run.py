@@ -26,7 +26,7 @@ from madtp.compression import versions
 from madtp.data.errors import DataError
 from madtp.measure.figures import measure
 from madtp.measure.macs import counted_macs
-from madtp.tasks.batches import pairs
+from madtp.tasks.batches import sample_batches
 
 from .results import FOLDER, Results
 from .tasks import EXPERIMENTS, Prepared, Preset
@@ -68,10 +68,10 @@ def main() -> None:
     for variant, reduction, seed in rows(options.variants, options.reductions, options.seeds):
         if results.find(variant, reduction, seed) is not None:
             continue
-        config = experiment.config(preset, prepared.model, flops_reduction=reduction, seed=seed)
+        config = experiment.config(preset, prepared.model, macs_reduction=reduction, seed=seed)
         budgets = budgets or Budgets(prepared, preset, replace(config, seed=0))
         output = work / f"{options.task}-{variant}-{100 * reduction:.0f}-{seed}"
-        results.add(measured(prepared, preset, variant, config, budgets, output))
+        results.add(run_variant(prepared, preset, variant, config, budgets, output))
         _say(results)
 
 
@@ -85,15 +85,15 @@ def rows(variants, reductions, seeds) -> list[tuple[str, float, int]]:
     ]
 
 
-def measured(
+def run_variant(
     prepared: Prepared, preset: Preset, variant: str, config: CompressionConfig, budgets: Budgets, output: Path
 ) -> dict:
     """A row; that of `joint` also has its model under the published rule."""
-    key, began = {"variant": variant, "reduction": config.flops_reduction, "seed": config.seed}, time.perf_counter()
+    key, began = {"variant": variant, "reduction": config.macs_reduction, "seed": config.seed}, time.perf_counter()
     try:
         result = run(VARIANTS[variant], prepared, preset, config, budgets, output)
     except ValueError as error:
-        if "flops_reduction must be" not in str(error):
+        if "macs_reduction must be" not in str(error):
             raise
         return key | {"unreachable": str(error)}
     plan = result.report["plan"]
@@ -115,7 +115,7 @@ def published(prepared: Prepared, model: nn.Module) -> dict:
     """The same model at the same temperatures in batches of `BATCH`, with the rule that keeps the batch's maximum."""
     batches = [
         {name: value[start : start + BATCH] for name, value in batch.items()}
-        for batch in pairs(prepared.task, prepared.test, PUBLISHED_SAMPLES, next(model.parameters()).device)
+        for batch in sample_batches(prepared.task, prepared.test, PUBLISHED_SAMPLES, next(model.parameters()).device)
         for start in range(0, len(next(iter(batch.values()))), BATCH)
     ]
     found = {"instance_gmacs": sum(counted_macs(model, batches).values()) / 1e9}

@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from madtp.files import write_whole
+from madtp.files import atomic_write
 
 from .results import FOLDER, read
 from .run import BATCH, COMPARED_AT, REDUCTIONS
@@ -16,7 +16,7 @@ from .variants import VARIANTS
 ROOT = Path(__file__).parents[1]
 README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "experiments.md"
 MARKS = "<!-- experiments -->", "<!-- /experiments -->"
-AIMS = {0.5: 1.0, 0.7: 3.0}  # reduction -> points below the dense model, at most
+MAX_POINTS_LOST = {0.5: 1.0, 0.7: 3.0}  # reduction -> points below the dense model, at most
 SAME = 0.1  # points of the metric that make no difference
 METRICS = {"accuracy": "accuracy", "recall@1": "recall@1", "bleu4": "BLEU-4"}
 
@@ -138,7 +138,7 @@ def targets(results: list[dict]) -> str:
     for result in results:
         rows, metric = grouped(result), points(result)
         (dense,) = rows["dense", 0.0]
-        for reduction, most in AIMS.items():
+        for reduction, most in MAX_POINTS_LOST.items():
             ours = rows.get(("joint", reduction), [])
             if ours:
                 what = f"points lost at -{100 * reduction:.0f} %, at most {most:g}"
@@ -223,10 +223,10 @@ def document(results: list[dict], preset: str, picture: str) -> str:
         f"# Accuracy against compute, preset {preset}\n",
         "Made by `python -m experiments.table` from the files in `experiments/results/`; a task's rows are made by "
         "`python -m experiments.run TASK`. Each compression starts from the same dense model; it plans its budgets, "
-        "trains, and settles its temperatures on samples that are not of the test (where concepts are split, of some "
-        "that are in neither part); all figures are of the saved model on the test set. Where there are several seeds, "
-        "the mean, and least to most. Behind ± is the standard error: samples keep different numbers of tokens, so the "
-        "mean cost of a test set misses its target by chance too. [What was tried](experiments-notes.md).\n",
+        "trains, and calibrates its temperatures on samples that are not of the test (where concepts are split, of "
+        "some that are in neither part); all figures are of the saved model on the test set. Where there are several "
+        "seeds, the mean, and least to most. Behind ± is the standard error: samples keep different numbers of tokens, "
+        "so the mean cost of a test set misses its target by chance too. [What was tried](experiments-notes.md).\n",
         f"![Metric against counted MACs]({picture})\n",
         "## Budgets\n",
         budgets(results),
@@ -247,7 +247,7 @@ def document(results: list[dict], preset: str, picture: str) -> str:
 
 def section(results: list[dict]) -> str:
     """What the README shows."""
-    return f"\n{budgets(results)}\n{comparison(results)}\n"
+    return f"\n{budgets(results)}\n"
 
 
 def load(preset: str, folder: Path = FOLDER) -> list[dict]:
@@ -266,8 +266,8 @@ def main() -> None:
     results = load("cpu")
     picture = DOCUMENT.with_name("experiments-cpu.png")
     plot(results, picture)
-    write_whole(DOCUMENT, document(results, "cpu", picture.name))
-    write_whole(README, replaced(README.read_text(encoding="utf-8"), section(results)))
+    atomic_write(DOCUMENT, document(results, "cpu", picture.name))
+    atomic_write(README, replaced(README.read_text(encoding="utf-8"), section(results)))
 
 
 if __name__ == "__main__":

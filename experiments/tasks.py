@@ -18,7 +18,7 @@ from madtp import CompressionConfig
 from madtp.data import pretrained
 from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
 from madtp.data.emoji import SHIFTED, EmojiCaptions, EmojiPairs, EmojiRetrieval, build_tokenizer
-from madtp.files import whole_directory
+from madtp.files import atomic_directory
 from madtp.models import BlipForNLVR
 from madtp.tasks import small_models as dense
 from madtp.tasks.captioning import CaptioningTask
@@ -26,8 +26,6 @@ from madtp.tasks.nlvr import NlvrTask
 from madtp.tasks.retrieval import RetrievalTask
 from madtp.tasks.task import Task
 from madtp.tasks.vqa import VqaTask, load_dense
-
-QUESTIONS = 4  # of an easy-vqa image in a training batch; they share its encoding
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Preset:
     dense_rate: float = 1e-3
     image_size: int = 64
     alignment_tokens: int = 32
-    calibration: int = 1024  # samples on which the temperatures settle
+    calibration: int = 1024  # samples on which the temperatures are calibrated
     allocation_samples: int = 64  # of these, on which budgets are chosen
     test: int | None = None  # the first samples of the test set; None: all
     pairs: int = 0  # NLVR: training pairs
@@ -83,7 +81,7 @@ class Experiment:
 def _vqa(preset: Preset, folder: Path) -> Prepared:
     model, tokenizer = load_dense()
     train, test = EasyVqa("train", tokenizer), EasyVqa("test", tokenizer, limit=preset.test)
-    return Prepared(model, VqaTask(tokenizer), ImagesWithQuestions(train, QUESTIONS), _first(train, preset), test)
+    return Prepared(model, VqaTask(tokenizer), ImagesWithQuestions(train), _first(train, preset), test)
 
 
 def _retrieval(preset: Preset, folder: Path) -> Prepared:
@@ -167,7 +165,7 @@ def _kept(folder: Path, kind: type[nn.Module], make: Callable[[], nn.Module]) ->
     if not folder.is_dir():
         set_seed(0)
         model = make()
-        with whole_directory(folder) as directory:
+        with atomic_directory(folder) as directory:
             model.save_pretrained(directory)
     return kind.from_pretrained(folder).eval()
 

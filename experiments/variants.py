@@ -11,9 +11,10 @@ from torch import nn
 from madtp import CompressionConfig, compress, patch
 from madtp.budgets.allocate import choose
 from madtp.budgets.plan import Plan
-from madtp.budgets.sensitivity import Calibration, Sensitivities, measure_sensitivities
+from madtp.budgets.records import Sensitivities
+from madtp.budgets.sensitivity import Calibration, find_sensitivities
 from madtp.compression import Result
-from madtp.tasks.batches import pairs
+from madtp.tasks.batches import sample_batches
 
 from .tasks import Prepared, Preset
 
@@ -49,8 +50,10 @@ class Budgets:
     def __init__(self, prepared: Prepared, preset: Preset, config: CompressionConfig):
         model = copy.deepcopy(prepared.model)
         patch(model, config)
-        batches = pairs(prepared.task, prepared.calibration, preset.allocation_samples, next(model.parameters()).device)
-        self.sensitivities: Sensitivities = measure_sensitivities(Calibration(model, prepared.task, batches, config))
+        batches = sample_batches(
+            prepared.task, prepared.calibration, preset.allocation_samples, next(model.parameters()).device
+        )
+        self.sensitivities: Sensitivities = find_sensitivities(Calibration(model, prepared.task, batches, config))
 
     def plan(self, config: CompressionConfig, allocation: str) -> Plan:
         """Raises ValueError where the allocation cannot reach the budget."""
@@ -60,7 +63,7 @@ class Budgets:
         """The tokens of a plan, without its weights."""
         profile = self.sensitivities.profile
         left = sum(plan.tokens.get(name, 1.0) * account.dense_macs for name, account in profile.branches.items())
-        return replace(plan, sparse_modules=(), flops_reduction=1 - left / profile.total.dense_macs)
+        return replace(plan, sparse_modules=(), macs_reduction=1 - left / profile.total.dense_macs)
 
 
 def run(

@@ -3,6 +3,7 @@
 Importing never fails for a missing capability: a call that needs one raises and says what is missing (see `explain`).
 """
 
+from madtp_kernels._version import __version__
 from madtp_kernels.dispatch import explain
 from madtp_kernels.nm_masks import nm_mask, transposable_mask
 from madtp_kernels.nm_patterns import Pattern, explain_pattern
@@ -14,14 +15,13 @@ from madtp_kernels.ops.tokens import Selection, gather_merge, gather_merge_layer
 from madtp_kernels.sparse24.files import load_sparse24, save_sparse24
 from madtp_kernels.sparse24.weight import Sparse24Weight, sparse24_compress
 
-__version__ = "0.1.0"
-
 __all__ = [
     "AttentionStats",
     "Pattern",
     "Pruned",
     "Selection",
     "Sparse24Weight",
+    "__version__",
     "explain",
     "explain_pattern",
     "gather_merge",

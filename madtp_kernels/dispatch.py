@@ -14,18 +14,14 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("reference", "dense", "cpu", "triton", "cuda", "cusparselt")
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "dense", "reference")}
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_implementations: dict[str, dict[str, Callable]] = {}
-_limits: dict[str, Callable[[str, tuple[int, ...], torch.dtype], str | None]] = {}
-_dtypes: dict[str, Callable[..., torch.dtype]] = {}
-_public: dict[str, Callable] = {}
-_tuned: dict[str, Callable[..., Choice]] = {}
 
 
 @dataclass(frozen=True)
@@ -42,30 +38,53 @@ class Choice:
         return f"{self.op}: {self.backend} ({self.reason}){others}"
 
 
+@dataclass
+class OpRecord:
+    """What is known of an op."""
+
+    # backend -> function with the arguments of the reference
+    implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    # backend -> function of (layout or None, values, indices): the layout to run with; ValueError for a wrong one
+    layout_checks: dict[str, Callable[..., Tensor | None]] = field(default_factory=dict)
+    # (backend, shape of the op's first tensor, dtype) -> why that backend cannot run it, or None
+    limits: Callable[[str, tuple[int, ...], torch.dtype], str | None] | None = None
+    # (the arguments of a call) -> the dtype that backends are chosen by, for `explain`; None: of the first tensor
+    dtype: Callable[..., torch.dtype] | None = None
+    # (choice of auto, the arguments of a call) -> the choice after what was measured, for `explain`
+    tuned: Callable[..., Choice] | None = None
+    # the user-facing function, whose arguments `explain` binds
+    public: Callable[..., Any] | None = None
+
+
+_records: dict[str, OpRecord] = {}
+
+
+def record(op: str) -> OpRecord:
+    """The record of `op`, which is made when something first registers for it."""
+    if op not in _records:
+        _records[op] = OpRecord()
+    return _records[op]
+
+
 def register(
     op: str,
     *,
     limits: Callable[[str, tuple[int, ...], torch.dtype], str | None] | None = None,
     dtype: Callable[..., torch.dtype] | None = None,
     tuned: Callable[..., Choice] | None = None,
-    **backends: Callable,
+    layout_checks: dict[str, Callable[..., Tensor | None]] | None = None,
+    **backends: Callable[..., Any],
 ) -> None:
     """Makes `backends` (name -> function with the arguments of the reference) the implementations of `op`.
 
-    limits: (backend, shape of the op's first tensor, dtype) -> why that backend cannot run it, or None.
-    dtype: (the arguments of a call) -> the dtype that backends are chosen by, for `explain`; None: of the first tensor.
-    tuned: (choice of auto, the arguments of a call) -> the choice after what was measured, for `explain`.
+    The other arguments are those of `OpRecord`.
     """
     unknown = set(backends) - set(BACKENDS)
     if unknown or "reference" not in backends:
         raise ValueError(f"{op} needs a reference and backends among {BACKENDS}, got {tuple(backends)}")
-    _implementations[op] = backends
-    if limits is not None:
-        _limits[op] = limits
-    if dtype is not None:
-        _dtypes[op] = dtype
-    if tuned is not None:
-        _tuned[op] = tuned
+    entry = record(op)
+    entry.implementations, entry.layout_checks = backends, layout_checks or {}
+    entry.limits, entry.dtype, entry.tuned = limits, dtype, tuned
 
 
 def triton_launcher(module: str, name: str) -> Callable:
@@ -79,7 +98,7 @@ def triton_launcher(module: str, name: str) -> Callable:
 
 def public(function: Callable) -> Callable:
     """Marks the user-facing function of an op, so that `explain` can bind its arguments."""
-    _public[function.__name__] = function
+    record(function.__name__).public = function
     return function
 
 
@@ -88,7 +107,7 @@ def implementation(
 ) -> Callable:
     """The function that runs `op` on tensors of this dtype and device; raises when the requested backend cannot."""
     name = backend_name(op, backend, dtype, device, shape)
-    run = _implementations[op][name]
+    run = _records[op].implementations[name]
     if name == "reference" and torch.is_autocast_enabled(device.type):
         return functools.partial(_without_autocast, device.type, run)
     return run
@@ -106,7 +125,7 @@ def backend_name(
     """`choose(...).backend`, found without the reasons: it runs at every call."""
     requested = _request(backend)[0]
     for name in AUTO_ORDER.get(device.type, ("reference",)) if requested == "auto" else (requested,):
-        if name in BACKENDS and obstacle(op, name, dtype, device, shape) is None:
+        if name in BACKENDS and unsupported_reason(op, name, dtype, device, shape) is None:
             return name
     return choose(op, backend, dtype, device, shape).backend
 
@@ -122,17 +141,17 @@ def choose(
     if requested not in (*BACKENDS, "auto"):
         raise ValueError(f"{origin} must be one of auto, {', '.join(BACKENDS)}, got {requested!r}")
     order = AUTO_ORDER.get(device.type, ("reference",))
-    obstacles = {name: why for name in BACKENDS if (why := obstacle(op, name, dtype, device, shape))}
-    best = next(name for name in order if name not in obstacles)
+    reasons = {name: why for name in BACKENDS if (why := unsupported_reason(op, name, dtype, device, shape))}
+    best = next(name for name in order if name not in reasons)
     if requested == "auto":
-        rejected = {name: obstacles.get(name, f"{best} comes first on {device.type}") for name in BACKENDS}
+        rejected = {name: reasons.get(name, f"{best} comes first on {device.type}") for name in BACKENDS}
         rejected.pop(best)
         return Choice(op, best, f"first of {', '.join(order)} that runs {dtype} on {device.type}", rejected)
-    if requested in obstacles:
+    if requested in reasons:
         raise RuntimeError(
-            f"{op} cannot run on backend {requested!r} (from {origin}): {obstacles[requested]}; auto would run {best!r}"
+            f"{op} cannot run on backend {requested!r} (from {origin}): {reasons[requested]}; auto would run {best!r}"
         )
-    return Choice(op, requested, f"asked for by {origin}", {n: w for n, w in obstacles.items() if n != requested})
+    return Choice(op, requested, f"asked for by {origin}", {n: w for n, w in reasons.items() if n != requested})
 
 
 def explain(op: str, *args, **kwargs) -> Choice:
@@ -140,14 +159,16 @@ def explain(op: str, *args, **kwargs) -> Choice:
 
     >>> print(madtp_kernels.explain("gather_merge", x, selection))
     """
-    if op not in _public:
-        raise ValueError(f"op must be one of {', '.join(sorted(_public))}, got {op!r}")
-    bound = inspect.signature(_public[op]).bind(*args, **kwargs).arguments
+    known = {name: entry.public for name, entry in _records.items() if entry.public is not None}
+    if op not in known:
+        raise ValueError(f"op must be one of {', '.join(sorted(known))}, got {op!r}")
+    entry = _records[op]
+    bound = inspect.signature(known[op]).bind(*args, **kwargs).arguments
     first = next(iter(bound.values()))
     tensor = first if isinstance(first, torch.Tensor) else first[0]
-    dtype = _dtypes[op](**bound) if op in _dtypes else tensor.dtype
+    dtype = tensor.dtype if entry.dtype is None else entry.dtype(**bound)
     choice = choose(op, bound.get("backend"), dtype, tensor.device, tuple(tensor.shape))
-    return _tuned[op](choice, **bound) if op in _tuned and is_auto(bound.get("backend")) else choice
+    return entry.tuned(choice, **bound) if entry.tuned is not None and is_auto(bound.get("backend")) else choice
 
 
 def is_auto(backend: str | None) -> bool:
@@ -162,26 +183,28 @@ def _request(backend: str | None) -> tuple[str, str]:
     return os.environ.get("MADTP_BACKEND", "auto").strip().lower() or "auto", "MADTP_BACKEND"
 
 
-def obstacle(
+def unsupported_reason(
     op: str, backend: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
 ) -> str | None:
     """Why `backend` cannot run this call, or None when it can."""
-    if backend not in _implementations[op]:
+    entry = _records[op]
+    if backend not in entry.implementations:
         return f"{op} has no {backend} implementation"
     if backend == "reference":
         return None
     if dtype not in FAST_DTYPES:
         return f"{dtype} runs on the reference only"
-    return _BACKEND_OBSTACLES[backend](device) or (_limits[op](backend, shape, dtype) if op in _limits else None)
+    why = _BACKEND_UNSUPPORTED_REASONS[backend](device)
+    return why or (None if entry.limits is None else entry.limits(backend, shape, dtype))
 
 
-def _cpu_obstacle(device: torch.device) -> str | None:
+def _cpu_unsupported_reason(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the tensors are on {device.type}"
-    return extension_obstacle()
+    return extension_unsupported_reason()
 
 
-def _triton_obstacle(device: torch.device) -> str | None:
+def _triton_unsupported_reason(device: torch.device) -> str | None:
     if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return _missing_triton() if interpreted else "the tensors are on cpu and TRITON_INTERPRET is not 1"
@@ -190,18 +213,18 @@ def _triton_obstacle(device: torch.device) -> str | None:
     return (_too_old(device) if torch.version.hip is None else None) or _missing_triton()
 
 
-def cuda_obstacle(device: torch.device) -> str | None:
+def cuda_unsupported_reason(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot run on `device`, or None when they can."""
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    if (why := extension_obstacle()) is not None:
+    if (why := extension_unsupported_reason()) is not None:
         return why
     if not hasattr(extension(), "cuda"):
         return "madtp_kernels._C was built without CUDA"
-    return _too_old(device) or arch_obstacle(tuple(_build_archs()), torch.cuda.get_device_capability(device))
+    return _too_old(device) or arch_unsupported_reason(tuple(_build_archs()), torch.cuda.get_device_capability(device))
 
 
-def _cusparselt_obstacle(device: torch.device) -> str | None:
+def _cusparselt_unsupported_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
     if not torch.backends.cusparselt.is_available():
@@ -214,7 +237,7 @@ def _too_old(device: torch.device) -> str | None:
     return None if capability >= (8, 0) else f"needs compute capability 8.0 or newer, got {capability}"
 
 
-def arch_obstacle(archs: tuple[str, ...], capability: tuple[int, int]) -> str | None:
+def arch_unsupported_reason(archs: tuple[str, ...], capability: tuple[int, int]) -> str | None:
     """Why code for `archs` (80: that and newer; 90a: that alone; 100f: its family) cannot run, or None when it can."""
     for arch in archs:
         major, minor = divmod(int(arch.rstrip("af")), 10)
@@ -232,12 +255,12 @@ def _build_archs() -> list[str]:
     return extension().build_info()["cuda_archs"]
 
 
-_BACKEND_OBSTACLES = {
+_BACKEND_UNSUPPORTED_REASONS = {
     "dense": lambda device: None,
-    "cpu": _cpu_obstacle,
-    "triton": _triton_obstacle,
-    "cuda": cuda_obstacle,
-    "cusparselt": _cusparselt_obstacle,
+    "cpu": _cpu_unsupported_reason,
+    "triton": _triton_unsupported_reason,
+    "cuda": cuda_unsupported_reason,
+    "cusparselt": _cusparselt_unsupported_reason,
 }
 
 
@@ -267,5 +290,6 @@ def extension():
     return module
 
 
-def extension_obstacle() -> str | None:
+def extension_unsupported_reason() -> str | None:
+    """Why the C++ extension cannot be loaded, or None when it can."""
     return _load_extension()[1]

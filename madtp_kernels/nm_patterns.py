@@ -24,9 +24,9 @@ class Pattern(NamedTuple):
 
     def runs_as(self, other: Pattern) -> bool:
         """Whether every weight of this pattern is one of the other too."""
-        return self.most_in(other.m) <= other.n
+        return self.max_in(other.m) <= other.n
 
-    def most_in(self, size: int) -> int:
+    def max_in(self, size: int) -> int:
         """The most non-zeros this pattern can put in one aligned group of `size`.
 
         Such a group overlaps one or more groups of m, and each can put min(n, overlap) non-zeros there: in fours, 2:8
@@ -83,7 +83,7 @@ def explain_pattern(pattern: Pattern | str) -> PatternReport:
     """
     pattern = Pattern.parse(pattern)
     rejected = {
-        unit: f"as it can put {pattern.most_in(unit.runs.m)} non-zeros in an aligned group of {unit.runs.m}, "
+        unit: f"as it can put {pattern.max_in(unit.runs.m)} non-zeros in an aligned group of {unit.runs.m}, "
         f"of which {unit.runs.n} may be"
         for unit in UNITS
         if not pattern.runs_as(unit.runs)

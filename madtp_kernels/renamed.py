@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TypeVar
+import inspect
+from collections.abc import Callable, Mapping
+from typing import NoReturn, TypeVar
 
 Called = TypeVar("Called", bound=Callable)
 
@@ -33,3 +34,22 @@ def renamed(**new_names: str) -> Callable[[Called], Called]:
         return checked  # type: ignore[return-value]
 
     return decorate
+
+
+def takes_old(function: Called) -> Called:
+    """Decorates a function whose `**old` is there for `refuse_old` alone: its signature does not show that.
+
+    For functions that are called so often that the wrapper of `renamed` would be felt.
+    """
+    signature = inspect.signature(function)
+    shown = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function
+
+
+def refuse_old(name: str, old: Mapping[str, object], **new_names: str) -> NoReturn:
+    """Raises the TypeError of a call of `name` with keywords that it does not have, of which some may be old names."""
+    for keyword in old:
+        if keyword in new_names:
+            raise TypeError(f"{name}: {keyword} is now called {new_names[keyword]}")
+    raise TypeError(f"{name}() got an unexpected keyword argument {next(iter(old))!r}")

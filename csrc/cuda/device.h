@@ -12,8 +12,8 @@ struct Device {
   int capability;  // 80 for 8.0
   int multiprocessors;
   int block_shared_bytes;    // the most that a block may have
-  int shared_bytes;          // of a multiprocessor
-  bool has_code, has_sm90a;  // the library's, for it; and that of sm_90a, which no other device runs
+  int shared_bytes;          // what a multiprocessor has
+  bool has_code, has_sm90a;  // whether the library has code for it; and that of sm_90a, for no other device
 };
 
 // Whether a library built for `archs` (as in MADTP_CUDA_ARCHS) has code for a device. "80" is for that and

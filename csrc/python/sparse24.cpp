@@ -16,56 +16,57 @@ using Address = std::uintptr_t;
 
 template <typename Function>
 auto layout_bytes(Function function, const char* name) {
-  return [=](std::int64_t features, std::int64_t channels, int weight_dtype) {
+  return [=](std::int64_t out_features, std::int64_t in_features, int weight_dtype) {
     std::int64_t bytes = 0;
-    check(function(features, channels, static_cast<DType>(weight_dtype), &bytes), name);
+    check(function(out_features, in_features, static_cast<DType>(weight_dtype), &bytes), name);
     return bytes;
   };
 }
 
 template <typename Run, typename Function>
 auto pack(Function function, const char* name) {
-  return [=](Address values, int dtype, Address indices, std::int64_t features, std::int64_t channels,
+  return [=](Address values, int dtype, Address indices, std::int64_t out_features, std::int64_t in_features,
              Address layout, Run run) {
     const Sparse24Weight weight{static_cast<DType>(dtype), pointer<const void>(values),
-                                pointer<const std::uint8_t>(indices), features, channels};
+                                pointer<const std::uint8_t>(indices), out_features, in_features};
     check(function(weight, pointer<void>(layout), how(run)), name);
   };
 }
 
 Sparse24Dense dense(Address weight, int dtype, std::int64_t weight_stride, Address score,
-                    std::int64_t score_stride, std::int64_t features, std::int64_t channels,
+                    std::int64_t score_stride, std::int64_t out_features, std::int64_t in_features,
                     bool transposed) {
   return {static_cast<DType>(dtype),
           pointer<const void>(weight),
           weight_stride,
           pointer<const float>(score),
           score_stride,
-          features,
-          channels,
+          out_features,
+          in_features,
           transposed};
 }
 
 void prune(Address weight, int dtype, std::int64_t weight_stride, Address score, std::int64_t score_stride,
-           std::int64_t features, std::int64_t channels, Address values, Address indices, int threads) {
-  check(
-      cpu::sparse24_prune(dense(weight, dtype, weight_stride, score, score_stride, features, channels, false),
-                          pointer<void>(values), pointer<std::uint8_t>(indices), threads),
-      "madtp::cpu::sparse24_prune");
+           std::int64_t out_features, std::int64_t in_features, Address values, Address indices,
+           int threads) {
+  check(cpu::sparse24_prune(
+            dense(weight, dtype, weight_stride, score, score_stride, out_features, in_features, false),
+            pointer<void>(values), pointer<std::uint8_t>(indices), threads),
+        "madtp::cpu::sparse24_prune");
 }
 
-Sparse24Linear inputs(Address x, int dtype, std::int64_t x_stride, std::int64_t rows, Address layout,
-                      int weight_dtype, std::int64_t features, std::int64_t channels, Address bias,
+Sparse24Linear inputs(Address x, int dtype, std::int64_t x_stride, std::int64_t tokens, Address layout,
+                      int weight_dtype, std::int64_t out_features, std::int64_t in_features, Address bias,
                       int bias_dtype, int activation, Address scale, int scale_dtype, Address residual,
-                      std::int64_t residual_stride, Address total) {
+                      std::int64_t residual_stride, Address num_rows) {
   return {static_cast<DType>(dtype),
           pointer<const void>(x),
           x_stride,
-          rows,
+          tokens,
           pointer<const void>(layout),
           static_cast<DType>(weight_dtype),
-          features,
-          channels,
+          out_features,
+          in_features,
           pointer<const void>(bias),
           static_cast<DType>(bias_dtype),
           static_cast<Activation>(activation),
@@ -73,26 +74,26 @@ Sparse24Linear inputs(Address x, int dtype, std::int64_t x_stride, std::int64_t 
           static_cast<DType>(scale_dtype),
           pointer<const void>(residual),
           residual_stride,
-          pointer<const std::int32_t>(total)};
+          pointer<const std::int32_t>(num_rows)};
 }
 
-void linear(Address x, int dtype, std::int64_t x_stride, std::int64_t rows, Address layout, int weight_dtype,
-            std::int64_t features, std::int64_t channels, Address bias, int bias_dtype, int activation,
-            Address scale, int scale_dtype, Address residual, std::int64_t residual_stride, Address total,
-            Address out, int threads) {
+void linear(Address x, int dtype, std::int64_t x_stride, std::int64_t tokens, Address layout,
+            int weight_dtype, std::int64_t out_features, std::int64_t in_features, Address bias,
+            int bias_dtype, int activation, Address scale, int scale_dtype, Address residual,
+            std::int64_t residual_stride, Address num_rows, Address out, int threads) {
   check(cpu::sparse24_linear(
-            inputs(x, dtype, x_stride, rows, layout, weight_dtype, features, channels, bias, bias_dtype,
-                   activation, scale, scale_dtype, residual, residual_stride, total),
-            pointer<void>(out), features, threads),
+            inputs(x, dtype, x_stride, tokens, layout, weight_dtype, out_features, in_features, bias,
+                   bias_dtype, activation, scale, scale_dtype, residual, residual_stride, num_rows),
+            pointer<void>(out), out_features, threads),
         "madtp::cpu::sparse24_linear");
 }
 
 #if MADTP_HAS_CUDA
 void cuda_prune(Address weight, int dtype, std::int64_t weight_stride, Address score,
-                std::int64_t score_stride, std::int64_t features, std::int64_t channels, bool transposed,
-                Address values, Address indices, Address has_nan, Address stream) {
+                std::int64_t score_stride, std::int64_t out_features, std::int64_t in_features,
+                bool transposed, Address values, Address indices, Address has_nan, Address stream) {
   check(cuda::sparse24_prune(
-            dense(weight, dtype, weight_stride, score, score_stride, features, channels, transposed),
+            dense(weight, dtype, weight_stride, score, score_stride, out_features, in_features, transposed),
             pointer<void>(values), pointer<std::uint8_t>(indices), pointer<std::int32_t>(has_nan),
             pointer<void>(stream)),
         "madtp::cuda::sparse24_prune");
@@ -104,8 +105,8 @@ using Config = std::tuple<int, int, int, int, int>;
 template <typename Function>
 auto with_config(const std::optional<Config>& given, Function&& function) {
   if (!given) return function(nullptr);
-  const auto [architecture, tile_tokens, tile_features, split_k, cluster] = *given;
-  const cuda::Sparse24Config config{architecture, tile_tokens, tile_features, split_k, cluster};
+  const auto [architecture, tile_tokens, tile_out_features, split_k, cluster] = *given;
+  const cuda::Sparse24Config config{architecture, tile_tokens, tile_out_features, split_k, cluster};
   return function(&config);
 }
 
@@ -120,7 +121,7 @@ std::vector<Config> cuda_configs(const Sparse24Linear& inputs) {
   list(configs.data());
   std::vector<Config> result;
   for (const cuda::Sparse24Config& c : configs)
-    result.emplace_back(c.architecture, c.tile_tokens, c.tile_features, c.split_k, c.cluster);
+    result.emplace_back(c.architecture, c.tile_tokens, c.tile_out_features, c.split_k, c.cluster);
   return result;
 }
 
@@ -136,7 +137,7 @@ std::int64_t cuda_workspace(const Sparse24Linear& inputs, const std::optional<Co
 void cuda_linear(const Sparse24Linear& inputs, Address out, Address workspace, std::int64_t workspace_bytes,
                  Address stream, const std::optional<Config>& given) {
   const auto run = [&](const cuda::Sparse24Config* config) {
-    return cuda::sparse24_linear(inputs, pointer<void>(out), inputs.features, pointer<void>(workspace),
+    return cuda::sparse24_linear(inputs, pointer<void>(out), inputs.out_features, pointer<void>(workspace),
                                  workspace_bytes, pointer<void>(stream), config);
   };
   const Status status = with_config(given, run);

@@ -39,7 +39,7 @@ std::string name_of(const Thread& thread) {
   return buffer;
 }
 
-// The bottom of every fiber.
+// Where every fiber begins and ends.
 void enter() {
   Machine& m = *machine;
   try {
@@ -228,7 +228,7 @@ unsigned char* shared(Block& b, std::uint32_t address, std::size_t bytes, std::s
 void run(dim3 grid, dim3 threads, std::size_t shared_bytes, int cluster,
          const std::function<void()>& kernel) {
   const std::size_t count = std::size_t(grid.x) * grid.y * grid.z;
-  if (threads.x * threads.y * threads.z > 1024 || shared_bytes > kMostShared || cluster < 1 || cluster > 8 ||
+  if (threads.x * threads.y * threads.z > 1024 || shared_bytes > kMaxShared || cluster < 1 || cluster > 8 ||
       count % std::size_t(cluster) != 0)
     fail("cannot launch %zu blocks of %u threads, %zu bytes of shared memory, clusters of %d", count,
          threads.x * threads.y * threads.z, shared_bytes, cluster);

@@ -20,14 +20,14 @@
 #include "simt/fiber.h"
 #include "simt/language.h"
 
-extern thread_local dim3 gridDim, blockDim;  // of the kernel that runs
+extern thread_local dim3 gridDim, blockDim;  // those of the kernel that runs
 
 namespace madtp::simt {
 
 constexpr int kWarpSize = 32, kWarpgroupSize = 128;
-constexpr std::size_t kMostShared = 227 * 1024;  // of a block
-constexpr std::uint32_t kSharedBase = 1024;      // the address of the first byte of dynamic shared memory
-constexpr unsigned char kPoison = 0xff;          // NaN in every format
+constexpr std::size_t kMaxShared = 227 * 1024;  // bytes that a block may have
+constexpr std::uint32_t kSharedBase = 1024;     // the address of the first byte of dynamic shared memory
+constexpr unsigned char kPoison = 0xff;         // NaN in every format
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -37,13 +37,13 @@ struct Error : std::runtime_error {
 struct Options {
   unsigned seed = 0;  // 0: warps run as far as they can, work lands as late as it may
   int capability = 90;
-  const char* archs = "80;90a";  // that the kernels are compiled for, as in MADTP_CUDA_ARCHS
+  const char* archs = "80;90a";  // what the kernels are compiled for, as in MADTP_CUDA_ARCHS
   int multiprocessors = 4;
   int error = 0;         // the cudaError_t of every launch
-  int device_error = 0;  // that of every question about the device
+  int device_error = 0;  // the cudaError_t of every question about the device
 };
 inline Options options;
-inline int questions = 0;  // about the device that were answered
+inline int questions = 0;  // how many about the device were answered
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -56,7 +56,7 @@ struct Meeting {
   const char* operation = nullptr;
   unsigned size = 0;
   std::vector<Thread*> arrived;
-  std::vector<void*> arguments;  // by place
+  std::vector<void*> arguments;  // by the place of their threads
 };
 
 // One cp.async: bytes from `bytes` on are zeros.
@@ -70,10 +70,10 @@ struct Thread {
   Context context;
   Block* block = nullptr;
   uint3 index{};
-  unsigned number = 0;  // in its block
+  unsigned number = 0;  // its number in its block
   bool done = false;
   const char* waits_for = nullptr;
-  const void* object = nullptr;  // that it waits for
+  const void* object = nullptr;  // what it waits for
   std::vector<AsyncCopy> open_copies;
   std::deque<std::vector<AsyncCopy>> copies;
 
@@ -81,25 +81,25 @@ struct Thread {
   unsigned warp() const { return number / kWarpSize; }
 };
 
-// Of a warpgroup: wgmma instructions that were issued, and those of groups that were committed.
+// The wgmma instructions of a warpgroup: those that were issued, and those of groups that were committed.
 struct MatrixQueue {
   using Operation = std::function<void()>;
   std::vector<Operation> open;
   std::deque<std::vector<Operation>> groups;
-  std::map<const float*, std::vector<float>> accumulators;  // of those under way, as they must be
+  std::map<const float*, std::vector<float>> accumulators;  // the sums of those under way, as they must stay
   bool fenced = false;                                      // since the last commit
 };
 
 struct Block {
   uint3 index{};
-  int rank = 0;  // in its cluster
+  int rank = 0;  // its number in its cluster
   GuardedPages pages;
   unsigned char* shared = nullptr;
   std::size_t shared_bytes = 0;
   std::vector<unsigned> unfenced;  // for 16 bytes each: 1 + the thread whose cp.async wrote them, 0: none
   std::vector<Thread> threads;
   std::vector<Meeting> warps, warpgroups, barriers;
-  std::vector<MatrixQueue> matrices;  // of the warpgroups
+  std::vector<MatrixQueue> matrices;  // one for each warpgroup
 };
 
 // The blocks that run together, and who of them can.

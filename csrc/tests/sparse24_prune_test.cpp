@@ -15,12 +15,12 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Numbers with many ties, zeros of both signs among them; rows are 3 elements further apart than they are
 // long, and NaN stands between them.
-struct Problem {
-  std::int64_t features, channels, stride;
+struct PruneCase {
+  std::int64_t out_features, in_features, stride;
   std::vector<float> weight, score;
   bool scored = false;
 
-  Problem(std::int64_t n, std::int64_t c) : features(n), channels(c), stride(c + 3) {
+  PruneCase(std::int64_t n, std::int64_t c) : out_features(n), in_features(c), stride(c + 3) {
     std::mt19937 generator(7);
     for (std::vector<float>* matrix : {&weight, &score}) {
       matrix->resize(std::size_t(n * stride), kNaN);
@@ -32,8 +32,8 @@ struct Problem {
   }
 
   Sparse24Dense dense() const {
-    return {DType::float32, weight.data(), stride,  scored ? score.data() : nullptr,
-            stride,         features,      channels};
+    return {DType::float32, weight.data(), stride,     scored ? score.data() : nullptr,
+            stride,         out_features,  in_features};
   }
 };
 
@@ -47,9 +47,9 @@ struct Pruned {
   }
 };
 
-Pruned run(const Problem& p, int threads) {
-  Pruned result{std::vector<float>(std::size_t(p.features * p.channels / 2), kNaN),
-                std::vector<std::uint8_t>(std::size_t(p.features * p.channels / 8), 0xff)};
+Pruned run(const PruneCase& p, int threads) {
+  Pruned result{std::vector<float>(std::size_t(p.out_features * p.in_features / 2), kNaN),
+                std::vector<std::uint8_t>(std::size_t(p.out_features * p.in_features / 8), 0xff)};
   EXPECT(cpu::sparse24_prune(p.dense(), result.values.data(), result.indices.data(), threads) == Status::ok);
   return result;
 }
@@ -63,10 +63,10 @@ std::vector<int> two_largest(const float* key) {
   return order;
 }
 
-Pruned expected(const Problem& p) {
+Pruned expected(const PruneCase& p) {
   Pruned result;
-  for (std::int64_t row = 0; row < p.features; ++row) {
-    for (std::int64_t c = 0; c < p.channels; c += 4) {
+  for (std::int64_t row = 0; row < p.out_features; ++row) {
+    for (std::int64_t c = 0; c < p.in_features; c += 4) {
       const float* const weight = &p.weight[std::size_t(row * p.stride + c)];
       float group[4] = {}, magnitude[4];
       if (p.scored)
@@ -89,15 +89,15 @@ Pruned expected(const Problem& p) {
 }  // namespace
 
 TEST(the_two_largest_of_every_group_are_kept) {
-  for (std::int64_t channels : {16, 32, 48, 64, 80, 208, 272}) {
-    Problem p(16, channels);
+  for (std::int64_t in_features : {16, 32, 48, 64, 80, 208, 272}) {
+    PruneCase p(16, in_features);
     for (bool scored : {false, true}) {
       p.scored = scored;
       for (int threads : {1, 3}) EXPECT(run(p, threads) == expected(p));
     }
   }
-  EXPECT(run(Problem(0, 16), 1).values.empty());
-  EXPECT(run(Problem(8, 0), 2).values.empty());
+  EXPECT(run(PruneCase(0, 16), 1).values.empty());
+  EXPECT(run(PruneCase(8, 0), 2).values.empty());
 }
 
 TEST(bfloat16_keeps_its_bits) {
@@ -113,14 +113,14 @@ TEST(bfloat16_keeps_its_bits) {
 }
 
 TEST(a_nan_anywhere_is_refused) {
-  for (std::int64_t channels : {16, 80}) {
-    for (std::int64_t column = 0; column < channels; ++column) {
+  for (std::int64_t in_features : {16, 80}) {
+    for (std::int64_t column = 0; column < in_features; ++column) {
       for (int threads : {1, 2}) {
-        Problem p(8, channels);
+        PruneCase p(8, in_features);
         p.scored = column % 2 == 0;
         (p.scored && column % 4 == 0 ? p.score : p.weight)[std::size_t(5 * p.stride + column)] = -kNaN;
-        std::vector<float> values(std::size_t(8 * channels / 2));
-        std::vector<std::uint8_t> indices(std::size_t(channels) / 8 * 8);
+        std::vector<float> values(std::size_t(8 * in_features / 2));
+        std::vector<std::uint8_t> indices(std::size_t(in_features) / 8 * 8);
         EXPECT(cpu::sparse24_prune(p.dense(), values.data(), indices.data(), threads) ==
                Status::invalid_argument);
       }
@@ -129,7 +129,7 @@ TEST(a_nan_anywhere_is_refused) {
 }
 
 TEST(bad_dense_weights_are_refused) {
-  const Problem p(16, 32);
+  const PruneCase p(16, 32);
   std::vector<float> values(16 * 16, 5);
   std::vector<std::uint8_t> indices(16 * 4, 9);
   const auto refused = [&](auto change, int threads = 1) {
@@ -137,9 +137,9 @@ TEST(bad_dense_weights_are_refused) {
     change(dense);
     EXPECT(cpu::sparse24_prune(dense, values.data(), indices.data(), threads) == Status::invalid_argument);
   };
-  refused([](Sparse24Dense& a) { a.channels = 24; });
-  refused([](Sparse24Dense& a) { a.features = 12; });
-  refused([](Sparse24Dense& a) { a.features = -8; });
+  refused([](Sparse24Dense& a) { a.in_features = 24; });
+  refused([](Sparse24Dense& a) { a.out_features = 12; });
+  refused([](Sparse24Dense& a) { a.out_features = -8; });
   refused([](Sparse24Dense& a) { a.weight = nullptr; });
   refused([](Sparse24Dense& a) { a.dtype = DType(3); });
   refused([](Sparse24Dense&) {}, 0);

@@ -13,16 +13,16 @@ from madtp_kernels.native.common import DTYPES, address, aligned, aligned_rows, 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4}  # madtp::Activation
 
 
-def sparse24_layout_bytes(features: int, channels: int, dtype: torch.dtype, device: torch.device) -> int:
+def sparse24_layout_bytes(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> int:
     """Size of the layout of a weight; on a CPU it depends on the instruction set of this process."""
-    return getattr(dispatch.extension(), device.type).sparse24_layout_bytes(features, channels, DTYPES[dtype])
+    return getattr(dispatch.extension(), device.type).sparse24_layout_bytes(out_features, in_features, DTYPES[dtype])
 
 
 def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
     prepare = Tensor.contiguous if values.device.type == "cpu" else aligned
     values, indices = prepare(values), prepare(indices)
-    features, channels = values.shape[0], 2 * values.shape[1]
-    size = sparse24_layout_bytes(features, channels, values.dtype, values.device)
+    out_features, in_features = values.shape[0], 2 * values.shape[1]
+    size = sparse24_layout_bytes(out_features, in_features, values.dtype, values.device)
     layout = values.new_empty(size, dtype=torch.uint8)
     call(
         "sparse24_pack",
@@ -30,8 +30,8 @@ def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
         address(values),
         DTYPES[values.dtype],
         address(indices),
-        features,
-        channels,
+        out_features,
+        in_features,
         address(layout),
     )
     return layout
@@ -40,9 +40,9 @@ def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
 def sparse24_prune(weight: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor]:
     """Arguments and results of the reference; RuntimeError for a NaN, which a GPU is asked for once."""
     score = None if score is None else score.float()
-    features, channels = weight.shape
-    values = weight.new_empty(features, channels // 2)
-    indices = weight.new_empty(features, channels // 8, dtype=torch.uint8)
+    out_features, in_features = weight.shape
+    values = weight.new_empty(out_features, in_features // 2)
+    indices = weight.new_empty(out_features, in_features // 8, dtype=torch.uint8)
     sizes, outputs = weight.shape, (address(values), address(indices))
     if weight.device.type == "cpu":
         weight, score = map_given(row_contiguous, weight, score)
@@ -77,7 +77,7 @@ def sparse24_linear(
     activation: str,
     residual: Tensor | None,
     scale: Tensor | None,
-    total: Tensor | None,
+    num_rows: Tensor | None,
 ) -> Tensor:
     # Every microsecond counts here: a layer may take as few.
     layout = sparse24_pack(values, indices) if layout is None else layout
@@ -85,7 +85,7 @@ def sparse24_linear(
     if unit != 1:
         x = x.contiguous()
         x_stride = x.stride(0)
-    (rows, channels), features = x.shape, values.shape[0]
+    (tokens, in_features), out_features = x.shape, values.shape[0]
     bias_at = scale_at = residual_at = residual_stride = bias_dtype = scale_dtype = 0
     if bias is not None:
         bias = bias.contiguous()
@@ -96,16 +96,16 @@ def sparse24_linear(
     if residual is not None:
         residual = row_contiguous(residual)
         residual_at, residual_stride = residual.data_ptr(), residual.stride(0)
-    out = x.new_empty(rows, features)
+    out = x.new_empty(tokens, out_features)
     dispatch.extension().cpu.sparse24_linear(
         x.data_ptr(),
         DTYPES[x.dtype],
         x_stride,
-        rows,
+        tokens,
         layout.data_ptr(),
         DTYPES[values.dtype],
-        features,
-        channels,
+        out_features,
+        in_features,
         bias_at,
         bias_dtype,
         ACTIVATIONS[activation],
@@ -113,7 +113,7 @@ def sparse24_linear(
         scale_dtype,
         residual_at,
         residual_stride,
-        0 if total is None else total.data_ptr(),
+        0 if num_rows is None else num_rows.data_ptr(),
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -125,8 +125,8 @@ class Sparse24Config(NamedTuple):
 
     architecture: int  # of the kernel: 80 (mma.sp) or 90 (wgmma.sp)
     tile_tokens: int  # of a block
-    tile_features: int  # of a block
-    split_k: int = 1  # blocks that share the channels of a tile
+    tile_out_features: int  # of a block
+    split_k: int = 1  # blocks that share the input features of a tile
     cluster: int = 1  # blocks that share the tokens of a tile
 
 
@@ -139,7 +139,7 @@ def sparse24_linear_cuda(
     activation: str,
     residual: Tensor | None,
     scale: Tensor | None,
-    total: Tensor | None,
+    num_rows: Tensor | None,
     config: Sparse24Config | None = None,
 ) -> Tensor:
     """`sparse24_linear` on Sparse Tensor Cores, of x and values in bfloat16 or float16.
@@ -147,7 +147,7 @@ def sparse24_linear_cuda(
     config: one of `sparse24_linear_configs`, None for the one that a model of the device expects to be fastest;
         RuntimeError for one that cannot run here.
     """
-    inputs, _alive = _sparse24_inputs(x, values, indices, layout, bias, activation, residual, scale, total)
+    inputs, _alive = _sparse24_inputs(x, values, indices, layout, bias, activation, residual, scale, num_rows)
     out = x.new_empty(x.shape[0], values.shape[0])
     cuda = dispatch.extension().cuda
     with torch.cuda.device(x.device):
@@ -173,7 +173,7 @@ def _sparse24_inputs(
     activation: str,
     residual: Tensor | None,
     scale: Tensor | None,
-    total: Tensor | None,
+    num_rows: Tensor | None,
 ):
     """madtp::Sparse24Linear, and the tensors it points to, which must outlive it."""
     layout = sparse24_pack(values, indices) if layout is None else layout
@@ -195,9 +195,9 @@ def _sparse24_inputs(
         0 if scale is None else DTYPES[scale.dtype],
         address(residual),
         0 if residual is None else residual.stride(0),
-        address(total),
+        address(num_rows),
     )
-    return inputs, (x, layout, bias, residual, scale, total)
+    return inputs, (x, layout, bias, residual, scale, num_rows)
 
 
 def _optional_matrix(x: Tensor | None) -> tuple[int, int]:

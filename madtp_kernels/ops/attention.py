@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from madtp_kernels import checks, dispatch
 from madtp_kernels.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels.flops import flop_formula
 from madtp_kernels.native import attention as native
 from madtp_kernels.reference import attention as reference
 from madtp_kernels.renamed import renamed
@@ -196,7 +196,7 @@ def _backward(ctx, grad_out, grad_summary_attention, grad_received_attention, _)
 torch.library.register_autograd("madtp::varlen_attention", _backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.madtp.varlen_attention, get_raw=True)
+@flop_formula(torch.ops.madtp.varlen_attention)
 def _flops(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, *_, out_val=None, **__) -> int:
     """Two matrix products over the real query-key pairs of each sequence, 2 FLOP per multiply-add."""
     queries, keys = cu_q.diff().long(), cu_k.diff().long()

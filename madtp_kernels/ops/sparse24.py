@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from madtp_kernels import dispatch
 from madtp_kernels.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels.flops import flop_formula
 from madtp_kernels.native import sparse24 as native
-from madtp_kernels.ops.sparse24_fast_path import kind_of
+from madtp_kernels.ops.sparse24_fast_path import fast_path_key
 from madtp_kernels.reference import sparse24 as reference
+from madtp_kernels.renamed import refuse_old, takes_old
 from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
 from madtp_kernels.sparse24 import backend_dense as dense
 from madtp_kernels.sparse24 import tuning_cpu as tuning
 from madtp_kernels.sparse24 import tuning_cuda
-from madtp_kernels.sparse24.weight import Sparse24Weight, register_layout
+from madtp_kernels.sparse24.weight import IN_MULTIPLE, OUT_MULTIPLE, Sparse24Weight, register_layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 
 @dispatch.public
+@takes_old
 def sparse24_linear(
     x: Tensor,
     weight: Sparse24Weight,
@@ -30,8 +32,9 @@ def sparse24_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
-    total: Tensor | None = None,
+    num_rows: Tensor | None = None,
     backend: str | None = None,
+    **old: object,
 ) -> Tensor:
     """A linear layer with its epilogue: y = residual + scale * activation(x W^T + bias).
 
@@ -42,12 +45,12 @@ def sparse24_linear(
         activation: gelu, gelu_tanh, quick_gelu (x sigmoid(1.702 x)), relu, or None.
         residual: (T, N) dtype of x; any row stride.
         scale: (N,) float32 or the dtype of x.
-        total: int32, one element: rows from it on are zeros. None: there are none.
+        num_rows: int32, one element: rows from it on are zeros. None: all rows are computed.
         backend: auto, reference, cpu, cuda (Sparse Tensor Cores of sm_80 and newer; x and weight are both bfloat16 or
             both float16), cusparselt (as cuda, but NVIDIA's library through torch) or dense: torch's product on the
             dense weight, which is then kept as well. On a CPU auto measures, at the first use of a shape, whether cpu
-            or dense is faster (`madtp_kernels.tuning`); under torch.compile it is cpu. On a GPU it is cuda where that
-            runs, or what a table of this GPU says is faster (`madtp_kernels.tuning_cuda`), else dense.
+            or dense is faster (`sparse24.tuning_cpu`); under torch.compile it is cpu. On a GPU it is cuda where that
+            runs, or what a table of this GPU says is faster (`sparse24.tuning_cuda`), else dense.
 
     Returns:
         (T, N) dtype of x, accumulated in float32; cast once, on dense and cusparselt twice. On cpu and, before compute
@@ -62,24 +65,26 @@ def sparse24_linear(
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
-    kind = None if total is not None else kind_of(x, weight, bias, activation, residual, scale, backend)
-    if kind is not None and (known := weight.calls.get(kind)) is not None:
+    if old:
+        refuse_old("sparse24_linear", old, total="num_rows")
+    key = None if num_rows is not None else fast_path_key(x, weight, bias, activation, residual, scale, backend)
+    if key is not None and (known := weight.fast_paths.get(key)) is not None:
         runs, run, activation = known
         return run(x, weight.values, weight.indices, weight.layout(runs), bias, activation, residual, scale, None)
     check_tensor("x", x, 2, FLOATS)
     require(isinstance(weight, Sparse24Weight), "weight", "a Sparse24Weight", type(weight).__name__)
-    features, channels = weight.shape
-    require(x.shape[1] == channels, "x", f"of {channels} channels like weight", x)
-    if total is not None:
-        require(isinstance(total, Tensor) and total.numel() == 1, "total", "a tensor of one int32", total)
-    check_device(x.device, weight=weight.values, bias=bias, residual=residual, scale=scale, total=total)
+    in_features = weight.shape[1]
+    require(x.shape[1] == in_features, "x", f"of {in_features} channels like weight", x)
+    if num_rows is not None:
+        require(isinstance(num_rows, Tensor) and num_rows.numel() == 1, "num_rows", "a tensor of one int32", num_rows)
+    check_device(x.device, weight=weight.values, bias=bias, residual=residual, scale=scale, num_rows=num_rows)
     runs = _backend(backend, _dtype(x, weight), x.device)
     if runs in ("cpu", "cuda") and not torch.compiler.is_compiling() and dispatch.is_auto(backend):
         epilogue = activation, residual, scale
         if runs == "cpu":
-            runs = tuning.fastest(tuning.problem(x, weight, *epilogue))
+            runs = tuning.fastest(tuning.linear_call(x, weight, *epilogue))
         else:
-            runs = tuning_cuda.fastest(tuning_cuda.problem(x, weight.values, *epilogue), x.device)
+            runs = tuning_cuda.fastest(tuning_cuda.linear_call(x, weight.values, *epilogue), x.device)
     layout = None if runs == "reference" else weight.layout(runs)
     y = torch.ops.madtp.sparse24_linear(
         x,
@@ -90,13 +95,13 @@ def sparse24_linear(
         activation or "none",
         residual,
         scale,
-        total,
+        num_rows,
         runs,
         *_transposed(weight, runs),
     )
-    if kind is not None and layout is not None:
+    if key is not None and layout is not None:
         run = dispatch.implementation("sparse24_linear", runs, x.dtype, x.device)
-        weight.calls[kind] = runs, run, activation or "none"
+        weight.fast_paths[key] = runs, run, activation or "none"
     return y
 
 
@@ -108,9 +113,12 @@ def _transposed(weight: Sparse24Weight, backend: str) -> tuple[Tensor | None, ..
     return transposed.values, transposed.indices, layout
 
 
-@torch.compiler.assume_constant_result
 def _backend(backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
     return dispatch.backend_name("sparse24_linear", backend, dtype, device)
+
+
+# As torch.compiler.assume_constant_result does, which imports torch._dynamo: as much again as torch itself.
+_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _dtype(x: Tensor, weight: Sparse24Weight | Tensor, *_, **__) -> torch.dtype:
@@ -127,10 +135,11 @@ def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | N
 def _tuned(choice, x, weight, bias=None, *, activation=None, residual=None, scale=None, **__) -> dispatch.Choice:
     """For `explain`: the choice with what was measured of the call."""
     if choice.backend == "cuda":
-        return tuning_cuda.explain(choice, tuning_cuda.problem(x, weight.values, activation, residual, scale), x.device)
+        call = tuning_cuda.linear_call(x, weight.values, activation, residual, scale)
+        return tuning_cuda.add_timings(choice, call, x.device)
     if choice.backend != "cpu":
         return choice
-    return tuning.explain(choice, tuning.problem(x, weight, activation, residual, scale))
+    return tuning.add_timings(choice, tuning.linear_call(x, weight, activation, residual, scale))
 
 
 def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
@@ -155,7 +164,7 @@ def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
 
 _ARGUMENTS = (
     "Tensor x, Tensor values, Tensor indices, Tensor? layout, Tensor? bias, str activation, Tensor? residual, "
-    "Tensor? scale, Tensor? total, str backend, "
+    "Tensor? scale, Tensor? num_rows, str backend, "
     "Tensor? values_t=None, Tensor? indices_t=None, Tensor? layout_t=None"  # of W^T, for the backward
 )
 torch.library.define("madtp::sparse24_pack", "(Tensor values, Tensor indices) -> Tensor")
@@ -163,6 +172,66 @@ torch.library.define("madtp::sparse24_linear", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define(
     "madtp::sparse24_linear_backward", f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+def check_weight(values: Tensor, indices: Tensor) -> None:
+    """The metadata of the canonical form, as every kernel needs it."""
+    check_tensor("values", values, 2, FLOATS)
+    check_tensor("indices", indices, 2, (torch.uint8,))
+    out_features, in_features = values.shape[0], 2 * values.shape[1]
+    require(out_features % OUT_MULTIPLE == 0, "values", f"of a multiple of {OUT_MULTIPLE} rows (features)", values)
+    require(in_features % IN_MULTIPLE == 0, "values", f"of shape (N, C/2), C a multiple of {IN_MULTIPLE}", values)
+    expected = (out_features, in_features // 8)
+    require(tuple(indices.shape) == expected, "indices", f"of shape {expected}, (N, C/8)", indices)
+    check_device(values.device, indices=indices)
+
+
+def _check(x, values, indices, layout, bias, activation, residual, scale, num_rows):
+    # torch.ops can be called without the public function, and kernels trust these.
+    check_tensor("x", x, 2, FLOATS)
+    check_weight(values, indices)
+    either = tuple(dict.fromkeys((x.dtype, torch.float32)))
+    check_tensor("values", values, 2, either)
+    out_features, in_features = values.shape[0], 2 * values.shape[1]
+    require(x.shape[1] == in_features, "x", f"of {in_features} channels like weight", x)
+    for name, vector in (("bias", bias), ("scale", scale)):
+        if vector is not None:
+            check_tensor(name, vector, 1, either)
+            check_rows(name, vector, out_features, "weight")
+    if residual is not None:
+        check_tensor("residual", residual, 2, (x.dtype,))
+        expected = (x.shape[0], out_features)
+        require(tuple(residual.shape) == expected, "residual", f"of shape {expected}, (T, N)", residual)
+    if num_rows is not None:
+        require(num_rows.numel() == 1 and num_rows.dtype == torch.int32, "num_rows", "a tensor of one int32", num_rows)
+    require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
+    check_device(x.device, values=values, layout=layout, bias=bias, residual=residual, scale=scale, num_rows=num_rows)
+
+
+def _pack(values: Tensor, indices: Tensor) -> Tensor:
+    on_gpu = values.device.type == "cuda"
+    check_tensor("values", values, 2, dispatch.FAST_DTYPES[1:] if on_gpu else dispatch.FAST_DTYPES)
+    check_weight(values, indices)
+    require(values.device.type in ("cpu", "cuda"), "values", "on cpu or cuda", values)
+    why = dispatch.cuda_unsupported_reason(values.device) if on_gpu else dispatch.extension_unsupported_reason()
+    if why is not None:
+        raise RuntimeError(f"sparse24_pack cannot run on {values.device}: {why}")
+    nibbles = torch.stack([indices & 15, indices >> 4])
+    require(bool(((nibbles & 3) < nibbles >> 2).all()), "indices", "ascending in every group (i0 < i1)", "others")
+    return native.sparse24_pack(values.detach(), indices)
+
+
+torch.library.impl("madtp::sparse24_pack", "CompositeExplicitAutograd", _pack)
+
+
+def _check_layout(layout: Tensor | None, values: Tensor, indices: Tensor) -> Tensor:
+    """`layout`, or a new one where it is None, for the C++ kernels. Raises ValueError for one of another weight."""
+    layout = _pack(values, indices) if layout is None else layout
+    size = native.sparse24_layout_bytes(values.shape[0], 2 * values.shape[1], values.dtype, values.device)
+    ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
+    require(ok, "layout", f"contiguous uint8 of shape ({size},), from sparse24_pack", layout)
+    return layout
+
 
 register_layout("cpu", lambda weight: sparse24_pack(weight.values, weight.indices))
 register_layout("cuda", lambda weight: sparse24_pack(weight.values, weight.indices))
@@ -178,78 +247,22 @@ dispatch.register(
     limits=_limits,
     dtype=_dtype,
     tuned=_tuned,
+    layout_checks={
+        "cpu": _check_layout,
+        "cuda": _check_layout,
+        "cusparselt": cusparselt.check_layout,
+        "dense": dense.check_layout,
+    },
 )
 
 
-def check_weight(values: Tensor, indices: Tensor) -> None:
-    """The metadata of the canonical form, as every kernel needs it."""
-    check_tensor("values", values, 2, FLOATS)
-    check_tensor("indices", indices, 2, (torch.uint8,))
-    features, channels = values.shape[0], 2 * values.shape[1]
-    require(features % 8 == 0, "values", "of a multiple of 8 rows (features)", values)
-    require(channels % 16 == 0, "values", "of shape (N, C/2), C a multiple of 16", values)
-    expected = (features, channels // 8)
-    require(tuple(indices.shape) == expected, "indices", f"of shape {expected}, (N, C/8)", indices)
-    check_device(values.device, indices=indices)
-
-
-def _check(x, values, indices, layout, bias, activation, residual, scale, total):
-    # torch.ops can be called without the public function, and kernels trust these.
-    check_tensor("x", x, 2, FLOATS)
-    check_weight(values, indices)
-    either = tuple(dict.fromkeys((x.dtype, torch.float32)))
-    check_tensor("values", values, 2, either)
-    features, channels = values.shape[0], 2 * values.shape[1]
-    require(x.shape[1] == channels, "x", f"of {channels} channels like weight", x)
-    for name, vector in (("bias", bias), ("scale", scale)):
-        if vector is not None:
-            check_tensor(name, vector, 1, either)
-            check_rows(name, vector, features, "weight")
-    if residual is not None:
-        check_tensor("residual", residual, 2, (x.dtype,))
-        expected = (x.shape[0], features)
-        require(tuple(residual.shape) == expected, "residual", f"of shape {expected}, (T, N)", residual)
-    if total is not None:
-        require(total.numel() == 1 and total.dtype == torch.int32, "total", "a tensor of one int32", total)
-    require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
-    check_device(x.device, values=values, layout=layout, bias=bias, residual=residual, scale=scale, total=total)
-
-
-def _pack(values: Tensor, indices: Tensor) -> Tensor:
-    on_gpu = values.device.type == "cuda"
-    check_tensor("values", values, 2, dispatch.FAST_DTYPES[1:] if on_gpu else dispatch.FAST_DTYPES)
-    check_weight(values, indices)
-    require(values.device.type in ("cpu", "cuda"), "values", "on cpu or cuda", values)
-    why = dispatch.cuda_obstacle(values.device) if on_gpu else dispatch.extension_obstacle()
-    if why is not None:
-        raise RuntimeError(f"sparse24_pack cannot run on {values.device}: {why}")
-    nibbles = torch.stack([indices & 15, indices >> 4])
-    require(bool(((nibbles & 3) < nibbles >> 2).all()), "indices", "ascending in every group (i0 < i1)", "others")
-    return native.sparse24_pack(values.detach(), indices)
-
-
-torch.library.impl("madtp::sparse24_pack", "CompositeExplicitAutograd", _pack)
-
-
-def _linear(x, values, indices, layout, bias, activation, residual, scale, total, backend, *transposed):
-    _check(x, values, indices, layout, bias, activation, residual, scale, total)
-    run = dispatch.implementation("sparse24_linear", backend, _dtype(x, values), x.device)
-    if run in (native.sparse24_linear, tuning_cuda.sparse24_linear_cuda):
-        layout = _pack(values, indices) if layout is None else layout
-        size = native.sparse24_layout_bytes(values.shape[0], x.shape[1], values.dtype, values.device)
-        ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
-        require(ok, "layout", f"contiguous uint8 of shape ({size},), from sparse24_pack", layout)
-    if run is dense.sparse24_linear and layout is not None:
-        shape = values.shape[0], x.shape[1]
-        ok = layout.dtype == values.dtype and tuple(layout.shape) == shape
-        require(ok, "layout", f"the dense weight, {values.dtype} of shape {shape}", layout)
-    if run is tuning_cuda.sparse24_linear_cusparselt and layout is not None:
-        rows, columns = cusparselt.least_layout(values.shape[0], x.shape[1])
-        ok = layout.dtype == values.dtype and layout.is_contiguous() and layout.dim() == 2
-        ok = ok and layout.shape[0] == rows and layout.shape[1] >= columns
-        rule = f"contiguous {values.dtype} of shape ({rows}, {columns} or more), from cuSPARSELt"
-        require(ok, "layout", rule, layout)
-    return run(x, values, indices, layout, bias, activation, residual, scale, total)
+def _linear(x, values, indices, layout, bias, activation, residual, scale, num_rows, backend, *transposed):
+    _check(x, values, indices, layout, bias, activation, residual, scale, num_rows)
+    name = _backend(backend, _dtype(x, values), x.device)
+    check_layout = dispatch.record("sparse24_linear").layout_checks.get(name)
+    layout = layout if check_layout is None else check_layout(layout, values, indices)
+    run = dispatch.implementation("sparse24_linear", name, _dtype(x, values), x.device)
+    return run(x, values, indices, layout, bias, activation, residual, scale, num_rows)
 
 
 torch.library.impl("madtp::sparse24_linear", "CompositeExplicitAutograd", _linear)
@@ -266,28 +279,29 @@ def _linear_backward(
     activation,
     residual,
     scale,
-    total,
+    num_rows,
     backend,
     values_t=None,
     indices_t=None,
     layout_t=None,
 ):
-    _check(x, values, indices, layout, bias, activation, residual, scale, total)
+    _check(x, values, indices, layout, bias, activation, residual, scale, num_rows)
     # Weights that train stay dense and masked: their gradient is not here.
     if values_t is None or indices_t is None:
         return reference.sparse24_linear_backward(
-            grad, x, values, indices, layout, bias, activation, residual, scale, total
+            grad, x, values, indices, layout, bias, activation, residual, scale, num_rows
         )
     expected = 2 * values.shape[1], values.shape[0] // 2
     ok = tuple(values_t.shape) == expected and values_t.dtype == values.dtype
     require(ok, "values_t", f"{values.dtype} of shape {expected}, (C, N/2), of W^T", values_t)
     before = None
     if reference.needs_product(activation, scale):
-        before = _linear(x, values, indices, layout, bias, "none", None, None, total, backend)
+        before = _linear(x, values, indices, layout, bias, "none", None, None, num_rows, backend)
         before = before.to(torch.promote_types(x.dtype, torch.float32))
-    grad = torch.where(reference.real_rows(x, total), grad, 0)
+    grad = torch.where(reference.valid_rows(x, num_rows), grad, 0)
     grad_before, *grads = reference.epilogue_backward(grad, before, bias, activation, residual, scale)
-    grad_x = _linear(grad_before.to(x.dtype), values_t, indices_t, layout_t, None, "none", None, None, total, backend)
+    grad_before = grad_before.to(x.dtype)
+    grad_x = _linear(grad_before, values_t, indices_t, layout_t, None, "none", None, None, num_rows, backend)
     return grad_x, *grads
 
 
@@ -310,13 +324,13 @@ def _(grad, x, values, indices, layout, bias, activation, residual, scale, *_, *
 
 
 def _setup_context(ctx, inputs, output):
-    x, values, indices, layout, bias, ctx.activation, residual, scale, total, ctx.backend, *transposed = inputs
-    ctx.save_for_backward(x, values, indices, layout, bias, residual, scale, total, *transposed)
+    x, values, indices, layout, bias, ctx.activation, residual, scale, num_rows, ctx.backend, *transposed = inputs
+    ctx.save_for_backward(x, values, indices, layout, bias, residual, scale, num_rows, *transposed)
 
 
 def _backward(ctx, grad):
-    x, values, indices, layout, bias, residual, scale, total, *transposed = ctx.saved_tensors
-    arguments = x, values, indices, layout, bias, ctx.activation, residual, scale, total, ctx.backend, *transposed
+    x, values, indices, layout, bias, residual, scale, num_rows, *transposed = ctx.saved_tensors
+    arguments = x, values, indices, layout, bias, ctx.activation, residual, scale, num_rows, ctx.backend, *transposed
     grad_x, *grads = torch.ops.madtp.sparse24_linear_backward(grad, *arguments)
     given = zip(grads, (bias, residual, scale), strict=True)
     grad_bias, grad_residual, grad_scale = (None if tensor is None else grad for grad, tensor in given)
@@ -326,7 +340,7 @@ def _backward(ctx, grad):
 torch.library.register_autograd("madtp::sparse24_linear", _backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.madtp.sparse24_linear, get_raw=True)
-def _flops(x, values, indices, layout, bias, activation, residual, scale, total, backend, *_, **__) -> int:
+@flop_formula(torch.ops.madtp.sparse24_linear)
+def _flops(x, values, indices, layout, bias, activation, residual, scale, num_rows, backend, *_, **__) -> int:
     """What is executed: 2 FLOP per kept weight and row, half of the dense product; all of it on dense."""
     return 2 * x.shape[0] * values.numel() * (2 if backend == "dense" else 1)

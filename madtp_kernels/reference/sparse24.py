@@ -5,6 +5,8 @@ The canonical form keeps two values of every group and their columns inside it: 
 i0 | i1 << 2 with i0 < i1; a group with fewer non-zeros keeps zeros. `madtp_kernels.Sparse24Weight` holds the two.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ def sparse24_to_dense(values: Tensor, indices: Tensor) -> Tensor:
     return groups.scatter(-1, columns, values.unflatten(1, (-1, 2))).flatten(1)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -34,7 +36,7 @@ def _quick_gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * gate * (1 + _QUICK * x * (1 - gate))
 
 
-_BACKWARDS = {
+_BACKWARDS: dict[str, Callable[..., Tensor]] = {
     "none": lambda grad, x: grad,
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
@@ -43,10 +45,10 @@ _BACKWARDS = {
 }
 
 
-def real_rows(x: Tensor, total: Tensor | None) -> Tensor:
-    """(T, 1) bool: the rows before the total."""
+def valid_rows(x: Tensor, num_rows: Tensor | None) -> Tensor:
+    """(T, 1) bool: the first num_rows rows."""
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
-    return rows < (x.shape[0] if total is None else total)
+    return rows < (x.shape[0] if num_rows is None else num_rows)
 
 
 def sparse24_linear(
@@ -58,9 +60,9 @@ def sparse24_linear(
     activation: str,
     residual: Tensor | None,  # (T, N)
     scale: Tensor | None,  # (N,)
-    total: Tensor | None,  # one int32
+    num_rows: Tensor | None,  # one int32
 ) -> Tensor:  # (T, N)
-    """residual + scale * activation(x W^T + bias), zeros from row `total` on."""
+    """residual + scale * activation(x W^T + bias), zeros from row `num_rows` on."""
     wide = torch.promote_types(x.dtype, torch.float32)
     dense = sparse24_to_dense(values, indices).to(wide)
     out = ACTIVATIONS[activation](F.linear(x.to(wide), dense, None if bias is None else bias.to(wide)))
@@ -68,7 +70,7 @@ def sparse24_linear(
         out = out * scale.to(wide)
     if residual is not None:
         out = residual.to(wide) + out
-    return torch.where(real_rows(x, total), out.to(x.dtype), 0)
+    return torch.where(valid_rows(x, num_rows), out.to(x.dtype), 0)
 
 
 def sparse24_linear_backward(
@@ -81,15 +83,15 @@ def sparse24_linear_backward(
     activation: str,
     residual: Tensor | None,
     scale: Tensor | None,
-    total: Tensor | None,
+    num_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `sparse24_linear` to x, bias, residual and scale, exactly; empty for what is None."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    real, dense, before = real_rows(x, total), sparse24_to_dense(values, indices).to(wide), None
+    valid, dense, before = valid_rows(x, num_rows), sparse24_to_dense(values, indices).to(wide), None
     if needs_product(activation, scale):
-        # Rows past the total may hold anything, and take no part.
-        before = F.linear(torch.where(real, x, 0).to(wide), dense, None if bias is None else bias.to(wide))  # (T, N)
-    grad_before, *grads = epilogue_backward(torch.where(real, grad, 0), before, bias, activation, residual, scale)
+        # Rows past num_rows may hold anything, and take no part.
+        before = F.linear(torch.where(valid, x, 0).to(wide), dense, None if bias is None else bias.to(wide))  # (T, N)
+    grad_before, *grads = epilogue_backward(torch.where(valid, grad, 0), before, bias, activation, residual, scale)
     return (grad_before @ dense).to(x.dtype), *grads
 
 

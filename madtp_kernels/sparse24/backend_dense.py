@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from madtp_kernels.reference.sparse24 import ACTIVATIONS, real_rows, sparse24_to_dense
+from madtp_kernels.checks import require
+from madtp_kernels.reference.sparse24 import ACTIVATIONS, sparse24_to_dense, valid_rows
+
+
+def check_layout(layout: Tensor | None, values: Tensor, indices: Tensor) -> Tensor | None:
+    """`layout`, if it is None or has the shape of the dense weight. Raises ValueError for another."""
+    if layout is None:
+        return None
+    shape = values.shape[0], 2 * values.shape[1]
+    ok = layout.dtype == values.dtype and tuple(layout.shape) == shape
+    require(ok, "layout", f"the dense weight, {values.dtype} of shape {shape}", layout)
+    return layout
 
 
 def sparse24_linear(
@@ -20,7 +31,7 @@ def sparse24_linear(
     activation: str,
     residual: Tensor | None,  # (T, N)
     scale: Tensor | None,  # (N,)
-    total: Tensor | None,  # one int32
+    num_rows: Tensor | None,  # one int32
 ) -> Tensor:  # (T, N)
     """As the reference, but in bfloat16 and float16 torch rounds the product before the epilogue."""
     dense = sparse24_to_dense(values, indices) if dense is None else dense
@@ -31,8 +42,8 @@ def sparse24_linear(
 
     if torch.is_autocast_enabled(x.device.type):  # which would round a float32 product
         with torch.autocast(x.device.type, enabled=False):
-            return with_epilogue(product, x, dense.dtype, bias, activation, residual, scale, total)
-    return with_epilogue(product, x, dense.dtype, bias, activation, residual, scale, total)
+            return with_epilogue(product, x, dense.dtype, bias, activation, residual, scale, num_rows)
+    return with_epilogue(product, x, dense.dtype, bias, activation, residual, scale, num_rows)
 
 
 def with_epilogue(
@@ -43,7 +54,7 @@ def with_epilogue(
     activation: str,
     residual: Tensor | None,
     scale: Tensor | None,
-    total: Tensor | None,
+    num_rows: Tensor | None,
 ) -> Tensor:
     """The epilogue of the linear layer after product(bias) (T, N), a product in `dtype` that can add a bias in it."""
     if bias is not None and bias.dtype is not dtype and dtype is not torch.float32:
@@ -59,7 +70,7 @@ def with_epilogue(
         out = out if scale is None else out * scale
         out = out if residual is None else residual + out
     out = _cast(out, x.dtype)
-    return out if total is None else torch.where(real_rows(x, total), out, 0)
+    return out if num_rows is None else torch.where(valid_rows(x, num_rows), out, 0)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from madtp_kernels.atomic_file import whole_file
+from madtp_kernels.atomic_file import atomic_file
 from madtp_kernels.checks import require
 from madtp_kernels.sparse24.weight import Sparse24Weight
 
@@ -52,7 +52,7 @@ def save_sparse24(path: str | os.PathLike, weights: Mapping[str, Sparse24Weight 
     metadata = {"format": FORMAT, "version": VERSION, "sparse24": json.dumps(sparse)}
     metadata["sha256"] = _checksum(metadata["sparse24"], tensors)
     try:
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             save_file(tensors, partial, metadata)
     except SafetensorError as error:
         raise OSError(f"{os.fspath(path)} cannot be written ({error})") from error

@@ -1,13 +1,14 @@
 """Which backend of a 2:4 linear layer is faster on a GPU, and how ours is laid out there: a table per kind of GPU.
 
-`python -m madtp_kernels.tune` measures and writes madtp_kernels/tuning/<GPU>.json. Calls only look up: without an entry
-ours runs, with the configuration that its model of the device expects to be fastest.
+`python -m madtp_kernels.tune` measures and writes madtp_kernels/sparse24/tables/<GPU>.json. Calls only look up: without
+an entry ours runs, with the configuration that its model of the device expects to be fastest.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,28 +17,30 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
-from madtp_kernels.atomic_file import whole_file
+from madtp_kernels._version import __version__
+from madtp_kernels.atomic_file import atomic_file
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.native.sparse24 import Sparse24Config
 from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
+from madtp_kernels.sparse24 import table_file
 from madtp_kernels.sparse24 import tuning_cpu as tuning
 from madtp_kernels.sparse24.backend_cusparselt import Algorithm
 
-LEAST_ROWS, MOST_ROWS = 16, 32768
+MIN_ROWS, MAX_ROWS = 16, 32768
 MARGIN = 0.98  # a tie is ours: dense costs memory
 
 
-class Problem(NamedTuple):
-    """What one measurement stands for."""
+class LinearCall(NamedTuple):
+    """A class of calls of `sparse24_linear`: what one measurement stands for."""
 
     rows: int  # the power of two nearest to those of the call
-    features: int
-    channels: int
+    out_features: int
+    in_features: int
     dtype: str  # of x and weight
     epilogue: str
 
     def __str__(self) -> str:
-        return f"{self.rows} rows, {self.channels} to {self.features}, {self.dtype}, {self.epilogue}"
+        return f"{self.rows} rows, {self.in_features} to {self.out_features}, {self.dtype}, {self.epilogue}"
 
 
 class Timing(NamedTuple):
@@ -55,7 +58,7 @@ class Timing(NamedTuple):
         others = {"dense": self.dense}
         if runs_cusparselt and self.cusparselt is not None:
             others["cusparselt"] = self.cusparselt
-        best = min(others, key=others.get)
+        best = min(others, key=others.__getitem__)
         return best if others[best] < MARGIN * self.cuda else "cuda"
 
     def __str__(self) -> str:
@@ -64,30 +67,31 @@ class Timing(NamedTuple):
 
 
 def describe(config: Sparse24Config) -> str:
-    tile = f"sm_{config.architecture}, {config.tile_tokens} tokens by {config.tile_features} features"
+    tile = f"sm_{config.architecture}, {config.tile_tokens} tokens by {config.tile_out_features} features"
     split = "" if config.split_k == 1 else f", channels split by {config.split_k}"
     return tile + split + ("" if config.cluster == 1 else f", clusters of {config.cluster}")
 
 
-def problem(
+def linear_call(
     x: Tensor, values: Tensor, activation: str | None, residual: Tensor | None, scale: Tensor | None
-) -> Problem:
-    rows = min(max(tuning.power_of_two(x.shape[0]), LEAST_ROWS), MOST_ROWS)
+) -> LinearCall:
+    """The class of a call."""
+    rows = min(max(tuning.power_of_two(x.shape[0]), MIN_ROWS), MAX_ROWS)
     epilogue = tuning.epilogue_name(activation, residual, scale)
-    return Problem(rows, values.shape[0], 2 * values.shape[1], tuning.DTYPE_NAMES[x.dtype], epilogue)
+    return LinearCall(rows, values.shape[0], 2 * values.shape[1], tuning.DTYPE_NAMES[x.dtype], epilogue)
 
 
-def fastest(case: Problem, device: torch.device) -> str:
+def fastest(case: LinearCall, device: torch.device) -> str:
     """cuda, dense or cusparselt, where cuda runs."""
     timing = known(case, device)
     return "cuda" if timing is None else timing.backend(_runs_cusparselt(case, device))
 
 
-def _runs_cusparselt(case: Problem, device: torch.device) -> bool:
-    return dispatch.obstacle("sparse24_linear", "cusparselt", getattr(torch, case.dtype), device) is None
+def _runs_cusparselt(case: LinearCall, device: torch.device) -> bool:
+    return dispatch.unsupported_reason("sparse24_linear", "cusparselt", getattr(torch, case.dtype), device) is None
 
 
-def explain(choice: dispatch.Choice, case: Problem, device: torch.device) -> dispatch.Choice:
+def add_timings(choice: dispatch.Choice, case: LinearCall, device: torch.device) -> dispatch.Choice:
     """`choice`, of cuda, with what is known of it and its rivals."""
     timing = known(case, device)
     if timing is None:
@@ -100,14 +104,14 @@ def explain(choice: dispatch.Choice, case: Problem, device: torch.device) -> dis
     return replace(choice, backend=best, reason=f"measured {timing.measured} ({case}): {timing}", rejected=rejected)
 
 
-def known(case: Problem, device: torch.device) -> Timing | None:
+def known(case: LinearCall, device: torch.device) -> Timing | None:
     return table(_name(device)).get(case)
 
 
-def sparse24_linear_cuda(x, values, indices, layout, bias, activation, residual, scale, total) -> Tensor:
+def sparse24_linear_cuda(x, values, indices, layout, bias, activation, residual, scale, num_rows) -> Tensor:
     """`native.sparse24_linear_cuda` in the configuration of the table."""
-    arguments = x, values, indices, layout, bias, activation, residual, scale, total
-    case = problem(x, values, activation, residual, scale)
+    arguments = x, values, indices, layout, bias, activation, residual, scale, num_rows
+    case = linear_call(x, values, activation, residual, scale)
     timing = known(case, x.device)
     config = None if timing is None else timing.config
     if config is not None and not _exists(case, x.device, config, arguments):
@@ -115,18 +119,18 @@ def sparse24_linear_cuda(x, values, indices, layout, bias, activation, residual,
     return native.sparse24_linear_cuda(*arguments, config)
 
 
-def sparse24_linear_cusparselt(x, values, indices, layout, bias, activation, residual, scale, total) -> Tensor:
+def sparse24_linear_cusparselt(x, values, indices, layout, bias, activation, residual, scale, num_rows) -> Tensor:
     """`cusparselt.sparse24_linear` with the algorithm of the table."""
-    arguments = x, values, indices, layout, bias, activation, residual, scale, total
-    timing = known(problem(x, values, activation, residual, scale), x.device)
+    arguments = x, values, indices, layout, bias, activation, residual, scale, num_rows
+    timing = known(linear_call(x, values, activation, residual, scale), x.device)
     algorithm = None if timing is None else timing.algorithm
     return cusparselt.sparse24_linear(*arguments, algorithm or cusparselt.DEFAULT)
 
 
-_checked: dict[tuple[Problem, torch.device], bool] = {}
+_checked: dict[tuple[LinearCall, torch.device], bool] = {}
 
 
-def _exists(case: Problem, device: torch.device, config: Sparse24Config, arguments: tuple) -> bool:
+def _exists(case: LinearCall, device: torch.device, config: Sparse24Config, arguments: tuple) -> bool:
     if (case, device) not in _checked:
         _checked[case, device] = config in native.sparse24_linear_configs(*arguments)
     return _checked[case, device]
@@ -143,38 +147,39 @@ def path_of(name: str) -> Path:
 
 
 @functools.cache
-def table(name: str) -> dict[Problem, Timing]:
+def table(name: str) -> dict[LinearCall, Timing]:
     return read(path_of(name), name)
 
 
 def head(name: str) -> dict:
     """What a table holds for. An algorithm of cuSPARSELt means something in its version alone."""
-    from madtp_kernels import __version__
-
     versions = {"madtp_kernels": __version__, "torch": torch.__version__}
     return {"gpu": name, **versions, "cusparselt": torch.backends.cusparselt.version()}
 
 
-def read(path: Path, name: str) -> dict[Problem, Timing]:
-    """The table in a file; empty where there is none that can be read."""
+def read(path: Path, name: str) -> dict[LinearCall, Timing]:
+    """The table in a file; empty where there is none that can be read, or one of a newer format, with a warning."""
     try:
-        found, timings = json.loads(path.read_text()), {}
+        found, timings = table_file.read(path), {}
         same = found["cusparselt"] == head(name)["cusparselt"]
         for row in found["timings"]:
-            case = Problem(*(row[field] for field in Problem._fields))
+            case = LinearCall(*(row[field] for field in LinearCall._fields))
             config, numbers = Sparse24Config(*row["config"]), (float(row["cuda"]), float(row["dense"]))
-            peer = None, None
+            peer: tuple[Algorithm | None, float | None] = None, None
             if same and row["cusparselt"] is not None:
                 peer = Algorithm(*row["algorithm"]), float(row["cusparselt"])
             timings[case] = Timing(config, *numbers, *peer, str(row["measured"]))
         return timings
+    except table_file.NewerTableError as error:
+        warnings.warn(f"{error}; it is ignored", stacklevel=2)
+        return {}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 
-def write(path: Path, name: str, timings: dict[Problem, Timing]) -> None:
-    """A line for each problem, so that a change of one can be read."""
+def write(path: Path, name: str, timings: dict[LinearCall, Timing]) -> None:
+    """A line for each class of calls, so that a change of one can be read."""
     rows = [json.dumps({**case._asdict(), **timing._asdict()}) for case, timing in sorted(timings.items())]
-    versions = json.dumps(head(name))[1:-1]
-    with whole_file(path) as partial:
-        partial.write_text("{" + versions + ', "timings": [\n' + ",\n".join(rows) + "\n]}\n")
+    header = json.dumps({"version": table_file.VERSION, **head(name)})[1:-1]
+    with atomic_file(path) as partial:
+        partial.write_text("{" + header + ', "timings": [\n' + ",\n".join(rows) + "\n]}\n")

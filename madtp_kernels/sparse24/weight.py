@@ -14,9 +14,15 @@ from madtp_kernels.nm_masks import nm_mask
 from madtp_kernels.reference.sparse24 import sparse24_to_dense
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OUT_MULTIPLE, IN_MULTIPLE = 8, 16  # of which the sizes of a weight are multiples: sparse24_supports_shape in C++
 ASCENDING = (0b0100, 0b1000, 0b1001, 0b1100, 0b1101, 0b1110)  # the valid nibbles: i0 | i1 << 2 with i0 < i1
 
 _layouts: dict[str, Callable[[Sparse24Weight], Any]] = {}
+
+
+def supports_shape(out_features: int, in_features: int) -> bool:
+    """Whether a weight of this shape can be a `Sparse24Weight`."""
+    return out_features % OUT_MULTIPLE == 0 and in_features % IN_MULTIPLE == 0
 
 
 def register_layout(backend: str, pack: Callable[[Sparse24Weight], Any]) -> None:
@@ -42,11 +48,12 @@ class Sparse24Weight:
         check_tensor("values", values, 2, DTYPES)
         check_tensor("indices", indices, 2, (torch.uint8,))
         rows, half = values.shape
-        require(rows % 8 == 0 and half % 8 == 0, "values", "(N, C/2) with N a multiple of 8 and C of 16", values)
+        rule = f"(N, C/2) with N a multiple of {OUT_MULTIPLE} and C of {IN_MULTIPLE}"
+        require(supports_shape(rows, 2 * half), "values", rule, values)
         ok = indices.shape == (rows, half // 4) and indices.device == values.device
         require(ok, "indices", f"(N, C/8) = {(rows, half // 4)} on {values.device} like values", indices)
         self.values, self.indices = values, indices
-        self.calls: dict[tuple, Any] = {}  # what an op keeps of the kinds of calls it has checked
+        self.fast_paths: dict[tuple, Any] = {}  # what an op keeps of the classes of calls it has checked
         self._packed: dict[str, tuple[tuple[int, int] | None, Any]] = {}  # backend -> (versions, layout)
         self._transposed: tuple[tuple[int, int] | None, Sparse24Weight] | None = None  # versions, W^T
 
@@ -186,8 +193,8 @@ def sparse24_compress(weight: Tensor) -> Sparse24Weight:
 def check_dense(weight: Tensor) -> None:
     """The metadata of a weight that can become a `Sparse24Weight`."""
     check_tensor("weight", weight, 2, DTYPES)
-    rows, columns = weight.shape
-    require(rows % 8 == 0 and columns % 16 == 0, "weight", "(N, C) with N a multiple of 8 and C of 16", weight)
+    rule = f"(N, C) with N a multiple of {OUT_MULTIPLE} and C of {IN_MULTIPLE}"
+    require(supports_shape(*weight.shape), "weight", rule, weight)
 
 
 def pack_positions(kept: Tensor) -> Tensor:
@@ -199,7 +206,8 @@ def pack_positions(kept: Tensor) -> Tensor:
 
 
 def _transpose(weight: Sparse24Weight) -> Sparse24Weight:
-    require(weight.shape[0] % 16 == 0, "weight", "(N, C) with N a multiple of 16 to be kept transposed", weight.values)
+    rule = f"(N, C) with N a multiple of {IN_MULTIPLE} to be kept transposed"
+    require(supports_shape(*reversed(weight.shape)), "weight", rule, weight.values)
     with torch.inference_mode(False):  # or W^T could not be saved for a backward
         dense = weight.to_dense().detach()
         count = (dense != 0).unflatten(0, (-1, 4)).sum(1)  # (N/4, C)

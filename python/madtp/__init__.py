@@ -1,28 +1,64 @@
-"""MADTP++ for Hugging Face vision-language models: tokens pruned by alignment and 2:4 weights, trained jointly."""
+"""MADTP++ for Hugging Face vision-language models: tokens pruned by alignment and 2:4 weights, trained jointly.
 
-from madtp.budgets.allocate import allocate, pareto
-from madtp.budgets.plan import Plan
-from madtp.compression import Result, compress
-from madtp.config import CompressionConfig
-from madtp.measure.figures import measure
-from madtp.measure.macs import profile
-from madtp.models import attention_interface as attention_interface  # registers "madtp" with transformers
-from madtp.patching.handle import patch
-from madtp.patching.pretrained import from_pretrained
-from madtp.patching.state import ModelError
-from madtp.training.trainer import MadtpTrainer
+Here are the public names, each loaded from its room when it is first used; how anything works is in the rooms.
+"""
 
-__all__ = [
-    "CompressionConfig",
-    "MadtpTrainer",
-    "ModelError",
-    "Plan",
-    "Result",
-    "allocate",
-    "compress",
-    "from_pretrained",
-    "measure",
-    "pareto",
-    "patch",
-    "profile",
-]
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from madtp.import_hook import when_imported
+from madtp.lazy import attach
+
+if TYPE_CHECKING:
+    from madtp.budgets.allocate import allocate as allocate
+    from madtp.budgets.allocate import pareto as pareto
+    from madtp.budgets.plan import Plan as Plan
+    from madtp.compression import Result as Result
+    from madtp.compression import compress as compress
+    from madtp.config import CompressionConfig as CompressionConfig
+    from madtp.measure.figures import measure as measure
+    from madtp.measure.macs import profile as profile
+    from madtp.patching.handle import patch as patch
+    from madtp.patching.pretrained import from_pretrained as from_pretrained
+    from madtp.patching.state import ModelError as ModelError
+    from madtp.training.trainer import MadtpTrainer as MadtpTrainer
+    from madtp_kernels import __version__ as __version__
+
+_API = {
+    "CompressionConfig": "madtp.config",
+    "MadtpTrainer": "madtp.training.trainer",
+    "ModelError": "madtp.patching.state",
+    "Plan": "madtp.budgets.plan",
+    "Result": "madtp.compression",
+    "allocate": "madtp.budgets.allocate",
+    "compress": "madtp.compression",
+    "from_pretrained": "madtp.patching.pretrained",
+    "measure": "madtp.measure.figures",
+    "pareto": "madtp.budgets.allocate",
+    "patch": "madtp.patching.handle",
+    "profile": "madtp.measure.macs",
+}
+_ROOMS = ("budgets", "data", "dtp", "hwp", "models", "patching", "reporting", "tasks", "training")
+
+__all__ = list(_API)
+__getattr__, __dir__ = attach(
+    __name__, _API | {"__version__": "madtp_kernels"} | {room: f"madtp.{room}" for room in _ROOMS}
+)
+
+# The room `measure` has the name of a function. Imported here, and it is empty, it will not take that name later.
+import_module("madtp.measure")
+del globals()["measure"]
+
+
+def _register_attention() -> None:
+    """Makes "madtp" an attention of transformers: `AutoModel.from_pretrained(name, attn_implementation="madtp")`."""
+    try:
+        import_module("madtp.models.attention_interface")
+    except ImportError as error:  # of the import of transformers that called this, which is none of our business
+        warnings.warn(f'transformers does not get the attention "madtp": {error}', stacklevel=2)
+
+
+when_imported("transformers.modeling_utils", _register_attention)

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from madtp.hwp import Pattern
+from madtp.dtp.selection_rules import METHOD, SELECTIONS
+from madtp.migration import CONFIG_NAMES, refuse_old_names
+from madtp_kernels import Pattern
+from madtp_kernels.renamed import renamed
 
 
+@renamed(**CONFIG_NAMES)
 @dataclass(frozen=True)
 class CompressionConfig:
     """Targets and knobs of one compression run; plain values, so it goes to JSON and back.
 
     Raises:
         ValueError: a field breaks its rule; the message names it.
+        TypeError: a field has its old name; the message says the new one.
     """
 
     # One target: share of the dense MACs to save, counted (2:4 linears half, tokens as kept), or share of the dense
-    # model's time on this device. Neither is flops_reduction 0.5.
-    flops_reduction: float | None = None
+    # model's time on this device. Neither is macs_reduction 0.5.
+    macs_reduction: float | None = None
     latency_reduction: float | None = None
     params_reduction: float | None = None  # least share of the parameters that must go to zero; None asks for none
 
     alignment_tokens: int = 100  # K
     alignment_dim: int = 768  # d
-    # Which tokens stay: "instance" is the method; the others are there to compare it with (`madtp.selection_rules`).
-    selection: Literal["instance", "batch_max", "unguided", "static", "random"] = "instance"
+    selection: str = METHOD  # which tokens stay: the method, or a rule to compare it with (`madtp.dtp.selection_rules`)
 
     temperature: float = 1.0  # where the search for the tau of every branch starts
     temperature_min: float = 1e-4
@@ -54,19 +58,19 @@ class CompressionConfig:
     kd_temperature: float = 4.0
 
     # Share by which one move of masks or temperatures may raise the loss; what raises it more is undone and made in
-    # smaller parts (`madtp.guard`). None: every move is made whole.
+    # smaller parts (`madtp.training.guard`). None: every move is made whole.
     guard_tolerance: float | None = 10.0
 
     seed: int = 0
 
-    def __post_init__(self):
-        if self.flops_reduction is None and self.latency_reduction is None:
-            object.__setattr__(self, "flops_reduction", 0.5)
-        for name in ("flops_reduction", "latency_reduction", "params_reduction"):
+    def __post_init__(self) -> None:
+        if self.macs_reduction is None and self.latency_reduction is None:
+            object.__setattr__(self, "macs_reduction", 0.5)
+        for name in ("macs_reduction", "latency_reduction", "params_reduction"):
             if getattr(self, name) is not None:
                 self._number(name, lambda value: 0 <= value < 1, "a number in [0, 1)")
-        one = self.flops_reduction is None or self.latency_reduction is None
-        self._require("latency_reduction", one, f"None with a flops_reduction, which is {self.flops_reduction}")
+        one = self.macs_reduction is None or self.latency_reduction is None
+        self._require("latency_reduction", one, f"None with a macs_reduction, which is {self.macs_reduction}")
         for name in ("temperature", "temperature_min", "temperature_max", "controller_gain", "kd_temperature"):
             self._number(name, lambda value: value > 0, "a positive number")
         if self.guard_tolerance is not None:
@@ -77,8 +81,7 @@ class CompressionConfig:
             self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer of at least 1")
         self._require("seed", _is_int(self.seed) and self.seed >= 0, "an integer of at least 0")
         self._number("hwp_ramp", lambda value: 0 <= value <= 1, "a number in [0, 1]")
-        rules = ("instance", "batch_max", "unguided", "static", "random")
-        self._require("selection", self.selection in rules, f"one of {', '.join(rules)}")
+        self._require("selection", self.selection in SELECTIONS, f"one of {', '.join(SELECTIONS)}")
         self._require("hwp_schedule", self.hwp_schedule in ("gradual", "one_shot"), '"gradual" or "one_shot"')
         scores = ("magnitude", "activation", "token_weighted", "second_order")
         self._require("hwp_score", self.hwp_score in scores, f"one of {', '.join(scores)}")
@@ -100,13 +103,19 @@ class CompressionConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionConfig:
+        """Of values written by hand or by `to_dict`; those of an older file go through `migrate_config` first.
+
+        Raises:
+            ValueError: a name is not that of a field, or as `CompressionConfig`.
+        """
+        refuse_old_names(values, CONFIG_NAMES, "config")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"config must have known fields ({', '.join(sorted(known))}), got {', '.join(unknown)}")
         return cls(**values)
 
-    def _number(self, name: str, rule, words: str) -> None:
+    def _number(self, name: str, rule: Callable[[float], bool], words: str) -> None:
         value = getattr(self, name)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         self._require(name, number and rule(value), words)
@@ -116,5 +125,5 @@ class CompressionConfig:
             raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
 
 
-def _is_int(value) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

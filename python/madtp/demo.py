@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from madtp.choices import DEMO_PICTURE, DEMO_REDUCTION, DEMO_STEPS
 from madtp.compression import Result, compress
 from madtp.config import CompressionConfig
 from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
@@ -14,10 +15,9 @@ from madtp.files import require_writable
 from madtp.progress import Progress
 from madtp.reporting import report, visualize
 from madtp.tasks.vqa import VqaTask, load_dense
+from madtp_kernels.renamed import renamed
 
-CONFIG = CompressionConfig(flops_reduction=0.6, alignment_tokens=100, alignment_dim=128)
-STEPS = 300
-QUESTIONS = 4  # of each image; they share its encoding
+CONFIG = CompressionConfig(macs_reduction=DEMO_REDUCTION, alignment_tokens=100, alignment_dim=128)
 TRAINING = {
     "per_device_train_batch_size": 32,
     "learning_rate": 1e-3,
@@ -25,35 +25,35 @@ TRAINING = {
     "save_strategy": "steps",
     "save_steps": 50,
 }
-PICTURE = "tokens.png"
 
 
+@renamed(output="out", flops="macs")
 def run(
-    output: str | Path,
+    out: str | Path,
     *,
-    flops: float = CONFIG.flops_reduction,
+    macs: float = DEMO_REDUCTION,
     seed: int = CONFIG.seed,
-    steps: int = STEPS,
+    steps: int = DEMO_STEPS,
     limit: int | None = None,
     resume: bool = False,
     command: str = "madtp demo",
     console: Console | None = None,
 ) -> Result:
-    """Runs it and writes report.json, report.md, tokens.png and model/ to `output`.
+    """Runs it and writes report.json, report.md, tokens.png and model/ to `out`.
 
     Args:
-        flops: share of the counted MACs to save.
+        macs: share of the counted MACs to save.
         steps: of the training.
         limit: only the first questions of each split.
-        resume: go on from the last checkpoint in `output`.
+        resume: go on from the last checkpoint in `out`.
         command: that the report names.
         console: where progress is shown.
 
     Raises:
         DataError, ValueError: what is missing or wrong, in one line.
     """
-    config = replace(CONFIG, flops_reduction=flops, seed=seed)
-    output = require_writable("output", output)
+    config = replace(CONFIG, macs_reduction=macs, seed=seed)
+    out = require_writable("out", out)
     progress = Progress(console)
     model, tokenizer = load_dense()
     task = VqaTask(tokenizer)
@@ -62,15 +62,15 @@ def run(
     result = compress(
         model,
         task,
-        ImagesWithQuestions(train, QUESTIONS),
+        ImagesWithQuestions(train),
         test,
         config,
-        output_dir=output,
+        output_dir=out,
         calibration_data=train,
         training=TRAINING | {"max_steps": steps},
         resume=resume,
         progress=progress,
     )
-    visualize.picture(result.model, task, test, output / PICTURE)
-    report.write(result.report, output, command=command, picture=PICTURE)
+    visualize.picture(result.model, task, test, out / DEMO_PICTURE)
+    report.write(result.report, out, command=command, picture=DEMO_PICTURE)
     return result

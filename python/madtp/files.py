@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -9,17 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from madtp_kernels.atomic_file import whole_file
+from madtp_kernels.atomic_file import atomic_file
+
+CHUNK = 1 << 20  # bytes of a file that are read at a time
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
+def atomic_write(path: str | os.PathLike, text: str) -> None:
     """Writes a text file under a temporary name and renames it."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
+def file_sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file in hexadecimal, read a chunk at a time (`hashlib.file_digest` came with Python 3.11)."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 @contextmanager
-def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary sibling to fill. It takes the place of `path` when the block ends well, else it goes."""
     path = Path(path)
     partial, previous = (path.with_name(f"{path.name}.{what}") for what in ("partial", "previous"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def leading_size(inputs) -> int:
-    """Of the first tensor: how many samples there are."""
-    values = inputs.values() if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else inputs
+def leading_size(inputs: Mapping[str, Any] | Sequence[Any] | Tensor) -> int:
+    """Of the first tensor that is no scalar: how many samples there are.
+
+    Raises:
+        ValueError: there is no such tensor.
+    """
+    values: Iterable[Any] = inputs.values() if isinstance(inputs, Mapping) else inputs
+    if isinstance(inputs, Tensor):
+        values = (inputs,)
     for value in values:
         if isinstance(value, Tensor) and value.ndim:
             return value.shape[0]

@@ -34,7 +34,7 @@ class AlignmentGuide(nn.Module):
 
 
 class AlignmentLogits(nn.Module):
-    """A module of its own, so that accounting finds each branch's share."""
+    """A module of its own, so that a profile finds each branch's share of the MACs."""
 
     def forward(self, q: Tensor, alignment_tokens: Tensor) -> Tensor:
         return q @ alignment_tokens.T

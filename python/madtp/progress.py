@@ -30,15 +30,15 @@ class Progress:
     @contextmanager
     def training(self, trainer: Trainer) -> Iterator[None]:
         """In this context the trainer reports here instead of in its own bar and dictionaries."""
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
+        for theirs in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(theirs)
         with progress.Progress(*_columns(), progress.TextColumn("{task.fields[seen]}"), console=self.console) as bar:
-            callback = _TrainingBar(bar)
-            trainer.add_callback(callback)
+            shown = _TrainingBar(bar)
+            trainer.add_callback(shown)
             try:
                 yield
             finally:
-                trainer.remove_callback(callback)
+                trainer.remove_callback(shown)
 
 
 class _TrainingBar(TrainerCallback):
@@ -46,10 +46,10 @@ class _TrainingBar(TrainerCallback):
         self.bar = bar
         self.task = bar.add_task("training", total=None, seen="")
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if "loss" in (logs or {}):
             macs = sum(value for name, value in logs.items() if name.startswith("macs_"))
             seen = f"loss {logs['loss']:.3f}" + (f", {macs / 1e9:.4f} GMACs" if macs else "")

@@ -45,10 +45,10 @@ def test_runs_on_fetched_data(name):
 @pytest.mark.slow
 def test_a_model_is_trained_pruned_and_compressed(tmp_path):
     dense, compressed = tmp_path / "dense", tmp_path / "compressed"
-    assert "2 steps" in run("train_emoji", "--task", "captioning", "--output", dense, "--steps", 2)
+    assert "2 steps" in run("train_emoji", "--task", "captioning", "--out", dense, "--steps", 2)
     assert "pruned: " in run("captioning", "--model", dense, "--samples", 8, "--beams", 2)
     shown = run(
-        "compress_emoji", "--task", "captioning", "--model", dense, "--output", compressed, "--steps", 8, "--limit", 64
+        "compress_emoji", "--task", "captioning", "--model", dense, "--out", compressed, "--steps", 8, "--limit", 64
     )
     assert str(compressed / "report.md") in shown and (compressed / "model" / "madtp.json").is_file()
 

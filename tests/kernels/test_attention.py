@@ -10,7 +10,7 @@ import madtp_kernels as mk
 from madtp_kernels import dispatch
 
 LENGTHS = [5, 1, 0, 9]
-needs_extension = pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="no C++ extension")
+needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 
 
 def qkv(rows, heads=3, dim=4, dtype=torch.float64):

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import aot_cuda
 
 COMMITTED = json.loads(aot_cuda.RESULT.read_text())
-LINEAR = ("sparse24_linear_sm80.cu", "sparse24_linear_sm90.cu")
+LINEAR = ("sparse24/linear_sm80.cu", "sparse24/linear_sm90.cu")
 
 
 def is_clean(kernels):
@@ -27,7 +27,7 @@ def test_the_report_has_no_spills_and_the_instructions_it_is_about():
 
 def test_the_report_names_every_kernel_there_is():
     reported = {re.match(r"\w+", name)[0] for name in COMMITTED["targets"]["sm_80"]["kernels"]}
-    sources = [path.read_text() for path in (aot_cuda.ROOT / "csrc" / "cuda").glob("*.cu")]
+    sources = [path.read_text() for path in aot_cuda.SOURCES.rglob("*.cu")]
     written = {
         name
         for text in sources
@@ -42,7 +42,7 @@ def test_the_linear_kernels_of_today_are_those_of_the_report(tmp_path):
         pytest.skip("no nvcc or cuobjdump on PATH")
     build = ["cmake", "-S", str(aot_cuda.ROOT), "-B", str(tmp_path), "-DMADTP_CUDA=ON"]
     subprocess.run(build, check=True, capture_output=True)
-    found = aot_cuda.report(tmp_path, [aot_cuda.ROOT / "csrc" / "cuda" / name for name in LINEAR])
+    found = aot_cuda.report(tmp_path, [aot_cuda.SOURCES / name for name in LINEAR])
     for target, report in found["targets"].items():
         assert is_clean(report["kernels"])
         names = {name for name in COMMITTED["targets"][target]["kernels"] if name.startswith("sparse24_linear")}

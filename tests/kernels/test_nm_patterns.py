@@ -25,7 +25,7 @@ def worst(n, m, size):
 def test_runs_as_against_brute_force(m):
     for n in range(1, min(m, 3) + 1):
         for other in (Pattern(1, 2), Pattern(2, 4)):
-            assert Pattern(n, m).most_in(other.m) == worst(n, m, other.m)
+            assert Pattern(n, m).max_in(other.m) == worst(n, m, other.m)
             assert Pattern(n, m).runs_as(other) == (worst(n, m, other.m) <= other.n)
 
 

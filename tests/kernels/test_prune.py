@@ -16,7 +16,9 @@ from madtp_kernels import dispatch
 ON_GPU = torch.cuda.is_available()
 BACKENDS = [
     "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="no C++ extension")),
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
+    ),
     pytest.param(
         "triton",
         marks=[

@@ -1,5 +1,6 @@
 """`sparse24_linear`: against dense torch, C++ against the reference, autograd, torch.compile, refusals."""
 
+import inspect
 import math
 
 import pytest
@@ -14,17 +15,17 @@ from madtp_kernels import dispatch, sparse24_compress
 from madtp_kernels.ops.sparse24 import sparse24_pack
 from madtp_kernels.reference import sparse24 as reference
 
-needs_extension = pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="no C++ extension")
+needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu", "relu"]
 
 
-def arguments(rows, features, dtype=torch.float32, seed=1, affine=None):
+def arguments(rows, out_features, dtype=torch.float32, seed=1, affine=None):
     """bias, residual and scale by name."""
     generator = torch.Generator().manual_seed(seed)
-    bias, scale = torch.randn(2, features, generator=generator).to(affine or dtype)
+    bias, scale = torch.randn(2, out_features, generator=generator).to(affine or dtype)
     return {
         "bias": bias,
-        "residual": torch.randn(rows, features, generator=generator).to(dtype),
+        "residual": torch.randn(rows, out_features, generator=generator).to(dtype),
         "scale": scale,
     }
 
@@ -50,9 +51,9 @@ def test_follows_its_equation(activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_cpu_within_twice_the_reference_error(dtype, wide, activation):
     affine = torch.float32 if wide else dtype
-    for rows, features, channels in ((1, 8, 16), (7, 24, 48), (45, 264, 208), (133, 40, 80)):
-        weight = sparse24_compress(dense24(features, channels)).to(affine)
-        x, rest = torch.randn(rows, channels).to(dtype), arguments(rows, features, dtype, affine=affine)
+    for rows, out_features, in_features in ((1, 8, 16), (7, 24, 48), (45, 264, 208), (133, 40, 80)):
+        weight = sparse24_compress(dense24(out_features, in_features)).to(affine)
+        x, rest = torch.randn(rows, in_features).to(dtype), arguments(rows, out_features, dtype, affine=affine)
         got, bound = (
             mk.sparse24_linear(x, weight, activation=activation, **rest, backend=backend)
             for backend in ("cpu", "reference")
@@ -97,7 +98,7 @@ def test_cpu_results_do_not_depend_on_batch_or_threads(dtype):
 
 @needs_extension
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_total_and_empty_and_non_contiguous(backend):
+def test_num_rows_and_empty_and_non_contiguous(backend):
     weight, rest = sparse24_compress(dense24(24, 32)), arguments(20, 24)
     x = torch.randn(20, 32)
     run = lambda x, **changes: mk.sparse24_linear(  # noqa: E731
@@ -106,8 +107,8 @@ def test_total_and_empty_and_non_contiguous(backend):
     full = run(x)
     x_broken = x.clone()
     x_broken[13:] = math.nan
-    for total in (torch.tensor(13, dtype=torch.int32), torch.tensor([13], dtype=torch.int32)):
-        out = run(x_broken, total=total)
+    for num_rows in (torch.tensor(13, dtype=torch.int32), torch.tensor([13], dtype=torch.int32)):
+        out = run(x_broken, num_rows=num_rows)
         torch.testing.assert_close(out[:13], full[:13])
         assert (out[13:] == 0).all()
     wide = torch.randn(20, 40)
@@ -131,9 +132,11 @@ def test_cpu_writes_every_element(monkeypatch):
         return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor.fill_(255)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    total = torch.tensor(30, dtype=torch.int32)
+    num_rows = torch.tensor(30, dtype=torch.int32)
     for rows in (1, 3, 20, 60):
-        out = mk.sparse24_linear(torch.randn(rows, 48), sparse24_compress(dense24(280, 48)), total=total, backend="cpu")
+        out = mk.sparse24_linear(
+            torch.randn(rows, 48), sparse24_compress(dense24(280, 48)), num_rows=num_rows, backend="cpu"
+        )
         assert out.isfinite().all()
 
 
@@ -145,11 +148,11 @@ def test_gradients_in_float64(activation):
     weight, rest = sparse24_compress(dense24(8, 16).double()), arguments(5, 8, torch.float64)
     x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     rest = [t.requires_grad_() for t in rest.values()]
-    for total in (None, torch.tensor(3, dtype=torch.int32)):
+    for num_rows in (None, torch.tensor(3, dtype=torch.int32)):
 
-        def run(x, bias, residual, scale, total=total):
+        def run(x, bias, residual, scale, num_rows=num_rows):
             return mk.sparse24_linear(
-                x, weight, bias, activation=activation, residual=residual, scale=scale, total=total
+                x, weight, bias, activation=activation, residual=residual, scale=scale, num_rows=num_rows
             )
 
         assert torch.autograd.gradcheck(run, (x, *rest))
@@ -182,8 +185,8 @@ def test_opcheck_and_flops():
     weight = sparse24_compress(dense24(24, 32))
     x = torch.randn(6, 32, requires_grad=True)
     rest = {name: t.requires_grad_() for name, t in arguments(6, 24).items()}
-    total = torch.tensor(4, dtype=torch.int32)
-    full = (rest["bias"], "gelu", rest["residual"], rest["scale"], total, "auto")
+    num_rows = torch.tensor(4, dtype=torch.int32)
+    full = (rest["bias"], "gelu", rest["residual"], rest["scale"], num_rows, "auto")
     opcheck(torch.ops.madtp.sparse24_linear, (x, weight.values, weight.indices, None, *full))
     opcheck(
         torch.ops.madtp.sparse24_linear, (x, weight.values, weight.indices, None, None, "none", *[None] * 3, "auto")
@@ -236,9 +239,9 @@ def test_compiles_without_graph_breaks(cached):
         ({"scale": torch.zeros(24, 1)}, "scale must be a 1-dimensional tensor"),
         ({"residual": torch.zeros(4, 8)}, r"residual must be of shape \(4, 24\), \(T, N\), got float32 \(4, 8\)"),
         ({"residual": torch.zeros(4, 24).half()}, "residual must be a 2-dimensional tensor of float32, got float16"),
-        ({"total": torch.tensor([1, 2], dtype=torch.int32)}, "total must be a tensor of one int32, got int32"),
-        ({"total": torch.tensor(1)}, "total must be a tensor of one int32, got int64"),
-        ({"total": 3}, "total must be a tensor of one int32, got int 3"),
+        ({"num_rows": torch.tensor([1, 2], dtype=torch.int32)}, "num_rows must be a tensor of one int32, got int32"),
+        ({"num_rows": torch.tensor(1)}, "num_rows must be a tensor of one int32, got int64"),
+        ({"num_rows": 3}, "num_rows must be a tensor of one int32, got int 3"),
         ({"activation": "swish"}, "activation must be one of none, gelu, gelu_tanh, quick_gelu, relu, got swish"),
         ({"residual": torch.zeros(4, 24, device="meta")}, "residual must be on cpu, got .* on meta"),
         ({"backend": "tpu"}, "backend= must be one of auto"),
@@ -252,6 +255,18 @@ def test_refuses(change, message):
         mk.sparse24_linear(**good)  # so that calls of its kind go straight to their backend
     with pytest.raises(ValueError, match=message):
         mk.sparse24_linear(**(good | change))
+
+
+def test_the_old_name_of_num_rows_is_refused_with_the_new_one():
+    weight, x = sparse24_compress(dense24(24, 32)), torch.zeros(4, 32)
+    for given in (None, torch.tensor(3, dtype=torch.int32)):
+        with pytest.raises(TypeError, match="^sparse24_linear: total is now called num_rows$"):
+            mk.sparse24_linear(x, weight, total=given)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rows'"):
+        mk.sparse24_linear(x, weight, rows=3)
+    assert "old" not in inspect.signature(mk.sparse24_linear).parameters
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rows'"):
+        mk.explain("sparse24_linear", x, weight, rows=3)
 
 
 def test_other_backends_are_refused():

@@ -15,7 +15,7 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU that can run everything, as far as choosing goes."""
-    monkeypatch.setitem(dispatch._BACKEND_OBSTACLES, "cuda", lambda device: None)
+    monkeypatch.setitem(dispatch._BACKEND_UNSUPPORTED_REASONS, "cuda", lambda device: None)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def gpu(monkeypatch):
     ],
 )
 def test_code_for_an_architecture(archs, capability, runs):
-    why = dispatch.arch_obstacle(archs, capability)
+    why = dispatch.arch_unsupported_reason(archs, capability)
     assert (why is None) == runs
     if not runs:
         assert why.startswith(f"madtp_kernels._C was built with MADTP_CUDA_ARCHS={';'.join(archs)}, none")
@@ -60,7 +60,7 @@ def test_auto_on_a_gpu(gpu, dtype, backend):
 
 @pytest.mark.parametrize("why", ["madtp_kernels._C was built without CUDA", "needs compute capability 8.0 or newer"])
 def test_a_gpu_without_our_kernels_runs_dense(monkeypatch, why):
-    monkeypatch.setitem(dispatch._BACKEND_OBSTACLES, "cuda", lambda device: why)
+    monkeypatch.setitem(dispatch._BACKEND_UNSUPPORTED_REASONS, "cuda", lambda device: why)
     choice = dispatch.choose("sparse24_linear", None, torch.bfloat16, GPU)
     assert choice.backend == "dense" and choice.rejected["cuda"] == why
 
@@ -74,7 +74,7 @@ def test_a_gpu_without_our_kernels_runs_dense(monkeypatch, why):
 )
 def test_a_gpu_that_is_too_old_or_that_the_library_has_no_code_for(monkeypatch, archs, capability, why):
     monkeypatch.setattr(dispatch, "extension", lambda: types.SimpleNamespace(cuda=None))
-    monkeypatch.setattr(dispatch, "extension_obstacle", lambda: None)
+    monkeypatch.setattr(dispatch, "extension_unsupported_reason", lambda: None)
     monkeypatch.setattr(dispatch, "_build_archs", lambda: archs)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert dispatch.choose("sparse24_linear", None, torch.bfloat16, GPU).backend == "dense"
@@ -88,7 +88,7 @@ def test_pruning_takes_every_dtype(gpu):
 
 
 def test_a_float32_weight_counts_as_float32(monkeypatch):
-    monkeypatch.setitem(dispatch._BACKEND_OBSTACLES, "cuda", lambda device: None)
+    monkeypatch.setitem(dispatch._BACKEND_UNSUPPORTED_REASONS, "cuda", lambda device: None)
     weight, x = sparse24_compress(torch.zeros(8, 16)), torch.zeros(2, 16).bfloat16()
     with pytest.raises(RuntimeError, match="Sparse Tensor Cores take bfloat16 and float16"):
         mk.sparse24_linear(x, weight, backend="cuda")

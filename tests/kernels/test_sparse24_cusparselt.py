@@ -33,10 +33,10 @@ class Library:
         return F.pad(compressed, (0, -compressed.shape[1] % 8), value=torch.nan)
 
     def sparse_mm(self, compressed, x_t, bias=None, *, transpose_result, alg_id, split_k, split_k_mode):
-        channels, rows = x_t.shape
-        assert channels % 16 == 0 and rows % 8 == 0 and x_t.t().is_contiguous() and x_t.data_ptr() % 16 == 0
-        assert compressed.dtype == x_t.dtype and compressed.shape[1] * 16 >= channels * 9
-        values, indices, _ = compressed.tensor_split([channels // 2, channels * 9 // 16], dim=1)
+        in_features, rows = x_t.shape
+        assert in_features % 16 == 0 and rows % 8 == 0 and x_t.t().is_contiguous() and x_t.data_ptr() % 16 == 0
+        assert compressed.dtype == x_t.dtype and compressed.shape[1] * 16 >= in_features * 9
+        values, indices, _ = compressed.tensor_split([in_features // 2, in_features * 9 // 16], dim=1)
         indices = indices.contiguous().view(torch.uint8)
         out = sparse24_to_dense(values, indices).float() @ x_t.float()
         if bias is not None:
@@ -52,7 +52,7 @@ def library(monkeypatch):
     fake = Library()
     monkeypatch.setattr(torch, "_cslt_compress", fake.compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", fake.sparse_mm)
-    monkeypatch.setitem(dispatch._BACKEND_OBSTACLES, "cusparselt", lambda device: None)
+    monkeypatch.setitem(dispatch._BACKEND_UNSUPPORTED_REASONS, "cusparselt", lambda device: None)
     return fake
 
 
@@ -60,26 +60,26 @@ def draw(*shape, dtype, device="cpu", seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def epilogue(rows, features, dtype, affine, device="cpu"):
+def epilogue(rows, out_features, dtype, affine, device="cpu"):
     return {
-        "bias": draw(features, dtype=affine, device=device, seed=1),
-        "residual": draw(rows, features, dtype=dtype, device=device, seed=2),
-        "scale": draw(features, dtype=affine, device=device, seed=3),
+        "bias": draw(out_features, dtype=affine, device=device, seed=1),
+        "residual": draw(rows, out_features, dtype=dtype, device=device, seed=2),
+        "scale": draw(out_features, dtype=affine, device=device, seed=3),
     }
 
 
-def assert_close_to_exact(rows, features, channels, dtype, affine, activation, names, device="cpu"):
+def assert_close_to_exact(rows, out_features, in_features, dtype, affine, activation, names, device="cpu"):
     """Within one rounding of the product, and one of the result, of float64."""
-    x = draw(rows, channels, dtype=dtype, device=device)
-    weight = sparse24_compress(dense24(features, channels).to(device, dtype))
-    given = {name: t for name, t in epilogue(rows, features, dtype, affine, device).items() if name in names}
+    x = draw(rows, in_features, dtype=dtype, device=device)
+    weight = sparse24_compress(dense24(out_features, in_features).to(device, dtype))
+    given = {name: t for name, t in epilogue(rows, out_features, dtype, affine, device).items() if name in names}
     double = {name: t.double() for name, t in given.items()}
     got = mk.sparse24_linear(x, weight, activation=activation, **given, backend="cusparselt")
     exact = mk.sparse24_linear(x.double(), weight.to(torch.float64), activation=activation, **double)
     product = mk.sparse24_linear(x.double(), weight.to(torch.float64), double.get("bias"))
     size = product.abs() * (double["scale"].abs() if "scale" in double else 1)
     size = torch.maximum(size, exact.abs()).max()
-    assert got.dtype == dtype and got.shape == (rows, features) and got.is_contiguous()
+    assert got.dtype == dtype and got.shape == (rows, out_features) and got.is_contiguous()
     assert (got.double() - exact).abs().max() <= 1.5 * torch.finfo(dtype).eps * size
 
 
@@ -101,10 +101,10 @@ def test_rows_and_features_are_filled_up(library):
         mk.sparse24_linear(draw(rows, 32, dtype=torch.bfloat16), weight, backend="cusparselt")
     assert [call[:2] for call in library.calls] == [(8, 32), (8, 32), (16, 32)]
     assert weight.layout("cusparselt") is weight.layout("cusparselt")
-    assert cusparselt.least_layout(24, 32) == (32, 18) and weight.layout("cusparselt").shape == (32, 24)
+    assert cusparselt.min_layout_shape(24, 32) == (32, 18) and weight.layout("cusparselt").shape == (32, 24)
 
 
-def test_total_empty_and_views(library):
+def test_num_rows_empty_and_views(library):
     weight, rest = sparse24_compress(dense24(24, 32).half()), epilogue(20, 24, torch.float16, torch.float16)
     x = draw(20, 32, dtype=torch.float16)
     run = lambda x, **changes: mk.sparse24_linear(  # noqa: E731
@@ -112,7 +112,7 @@ def test_total_empty_and_views(library):
     )
     full, broken = run(x), x.clone()
     broken[13:] = torch.nan
-    out = run(broken, total=torch.tensor(13, dtype=torch.int32))
+    out = run(broken, num_rows=torch.tensor(13, dtype=torch.int32))
     assert torch.equal(out[:13], full[:13]) and (out[13:] == 0).all()
     assert torch.equal(run(x.repeat_interleave(2, 0)[::2]), full)
     odd = torch.zeros(24, 33).half()
@@ -191,7 +191,7 @@ def test_where_it_cannot_run(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_on_a_gpu(dtype, activation):
-    if (why := dispatch._cusparselt_obstacle(GPU)) is not None:
+    if (why := dispatch._cusparselt_unsupported_reason(GPU)) is not None:
         pytest.skip(why)
     for shape in (*SHAPES, (577, 768, 3072)):
         for names in ((), ("bias",), ("bias", "scale", "residual")):

@@ -10,10 +10,10 @@ from madtp_kernels import dispatch, sparse24_compress
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu", "relu"]
 
 
-def arguments(rows, features, dtype, affine):
+def arguments(rows, out_features, dtype, affine):
     torch.manual_seed(rows)
-    bias, scale = torch.randn(2, features).to(affine)
-    return {"bias": bias, "residual": torch.randn(rows, features).to(dtype), "scale": scale}
+    bias, scale = torch.randn(2, out_features).to(affine)
+    return {"bias": bias, "residual": torch.randn(rows, out_features).to(dtype), "scale": scale}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -21,10 +21,10 @@ def arguments(rows, features, dtype, affine):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_rounds_at_most_twice(dtype, wide, activation):
     affine = torch.float32 if wide in ("vectors", "both") else dtype
-    for rows, features, channels in ((1, 8, 16), (7, 24, 48), (45, 264, 208)):
-        weight = sparse24_compress(dense24(features, channels).to(dtype))
+    for rows, out_features, in_features in ((1, 8, 16), (7, 24, 48), (45, 264, 208)):
+        weight = sparse24_compress(dense24(out_features, in_features).to(dtype))
         weight = weight.to(torch.float32) if wide in ("weight", "both") else weight
-        x, rest = torch.randn(rows, channels).to(dtype), arguments(rows, features, dtype, affine)
+        x, rest = torch.randn(rows, in_features).to(dtype), arguments(rows, out_features, dtype, affine)
         for names in ((), ("bias",), ("bias", "residual"), ("scale",), ("bias", "scale", "residual")):
             given = {name: rest[name] for name in names}
             double = {name: t.double() for name, t in given.items()}
@@ -38,7 +38,7 @@ def test_rounds_at_most_twice(dtype, wide, activation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_total_empty_and_views(dtype):
+def test_num_rows_empty_and_views(dtype):
     weight, rest = sparse24_compress(dense24(24, 32).to(dtype)), arguments(20, 24, dtype, dtype)
     x = torch.randn(20, 32).to(dtype)
     run = lambda x, **changes: mk.sparse24_linear(  # noqa: E731
@@ -46,7 +46,7 @@ def test_total_empty_and_views(dtype):
     )
     full, broken = run(x), x.clone()
     broken[13:] = torch.nan
-    out = run(broken, total=torch.tensor(13, dtype=torch.int32))
+    out = run(broken, num_rows=torch.tensor(13, dtype=torch.int32))
     assert torch.equal(out[:13], full[:13]) and (out[13:] == 0).all()
     assert torch.equal(run(x.repeat_interleave(2, 0)[::2]), full)
     assert mk.sparse24_linear(x[:0], weight, backend="dense").shape == (0, 24)

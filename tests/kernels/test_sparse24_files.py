@@ -1,12 +1,15 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from madtp_kernels import Sparse24Weight, load_sparse24, nm_mask, save_sparse24, sparse24_compress
 from madtp_kernels.sparse24 import files as files
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0.1"
 
 
 def compressed(rows=16, columns=32, dtype=torch.float32):
@@ -90,6 +93,20 @@ def test_another_version(saved, monkeypatch):
     monkeypatch.setattr(files, "VERSION", "2")
     with pytest.raises(ValueError, match="version 2, got .* of format madtp-sparse24, version 1"):
         load_sparse24(saved)
+
+
+def test_a_file_of_a_newer_version_is_refused_by_name_and_version(saved):
+    with safe_open(saved, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    save_file(tensors, saved, metadata | {"version": "2"})
+    with pytest.raises(ValueError, match="version 1, got .*w.safetensors of format madtp-sparse24, version 2"):
+        load_sparse24(saved)
+
+
+def test_files_of_0_1_load_bit_by_bit():
+    expected = load_file(FIXTURES / "weights_dense.safetensors")["dense"]
+    found = load_sparse24(FIXTURES / "weights.safetensors")["layer"].to_dense()
+    assert found.dtype == expected.dtype and torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_indices_that_do_not_ascend(saved, monkeypatch):

@@ -19,34 +19,34 @@ SHAPES = [(1, 8, 16), (7, 24, 48), (8, 64, 64), (63, 136, 144), (130, 264, 208),
 
 @pytest.fixture(autouse=True)
 def needs_cuda_kernels():
-    if (why := dispatch.cuda_obstacle(torch.device("cuda"))) is not None:
+    if (why := dispatch.cuda_unsupported_reason(torch.device("cuda"))) is not None:
         pytest.skip(why)
 
 
-def weight24(features, channels, dtype) -> Sparse24Weight:
-    return sparse24_compress((dense24(features, channels) * channels**-0.5).to("cuda", dtype))
+def weight24(out_features, in_features, dtype) -> Sparse24Weight:
+    return sparse24_compress((dense24(out_features, in_features) * in_features**-0.5).to("cuda", dtype))
 
 
 def draw(*shape, dtype, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
 
 
-def epilogue(rows, features, dtype, affine):
+def epilogue(rows, out_features, dtype, affine):
     return {
-        "bias": draw(features, dtype=affine, seed=1),
-        "residual": draw(rows, features, dtype=dtype, seed=2),
-        "scale": draw(features, dtype=affine, seed=3),
+        "bias": draw(out_features, dtype=affine, seed=1),
+        "residual": draw(rows, out_features, dtype=dtype, seed=2),
+        "scale": draw(out_features, dtype=affine, seed=3),
     }
 
 
-def assert_within_twice_the_reference(x, weight, activation=None, total=None, **rest):
+def assert_within_twice_the_reference(x, weight, activation=None, num_rows=None, **rest):
     got, bound = (
-        mk.sparse24_linear(x, weight, activation=activation, total=total, **rest, backend=backend)
+        mk.sparse24_linear(x, weight, activation=activation, num_rows=num_rows, **rest, backend=backend)
         for backend in ("cuda", "reference")
     )
     double = {name: t.double() for name, t in rest.items()}
     exact = mk.sparse24_linear(
-        x.double(), weight.to(torch.float64), activation=activation, total=total, **double, backend="reference"
+        x.double(), weight.to(torch.float64), activation=activation, num_rows=num_rows, **double, backend="reference"
     )
     assert got.dtype == x.dtype and got.is_contiguous()
     rounding = torch.finfo(torch.float32).eps * exact.abs().max()
@@ -59,9 +59,9 @@ def assert_within_twice_the_reference(x, weight, activation=None, total=None, **
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_within_twice_the_reference_error(dtype, wide, activation):
     affine = torch.float32 if wide else dtype
-    for rows, features, channels in SHAPES:
-        x, weight = draw(rows, channels, dtype=dtype), weight24(features, channels, dtype)
-        rest = epilogue(rows, features, dtype, affine)
+    for rows, out_features, in_features in SHAPES:
+        x, weight = draw(rows, in_features, dtype=dtype), weight24(out_features, in_features, dtype)
+        rest = epilogue(rows, out_features, dtype, affine)
         assert_within_twice_the_reference(x, weight, activation, **rest)
         assert_within_twice_the_reference(x, weight, activation)
 
@@ -74,15 +74,15 @@ def test_parts_of_the_epilogue(names):
     assert_within_twice_the_reference(x, weight, "gelu", **given)
 
 
-@pytest.mark.parametrize("total", [-3, 0, 1, 64, 200, 577, 600])
-def test_rows_past_the_total_are_zeros_whatever_they_hold(total):
+@pytest.mark.parametrize("num_rows", [-3, 0, 1, 64, 200, 577, 600])
+def test_rows_past_num_rows_are_zeros_whatever_they_hold(num_rows):
     x, weight = draw(577, 256, dtype=torch.bfloat16), weight24(264, 256, torch.bfloat16)
     rest = epilogue(577, 264, torch.bfloat16, torch.bfloat16)
-    real = min(max(total, 0), 577)
+    real = min(max(num_rows, 0), 577)
     full = mk.sparse24_linear(x, weight, activation="gelu", **rest, backend="cuda")
     x[real:] = math.nan
-    device_total = torch.tensor([total], dtype=torch.int32, device="cuda")
-    out = mk.sparse24_linear(x, weight, activation="gelu", **rest, total=device_total, backend="cuda")
+    device_num_rows = torch.tensor([num_rows], dtype=torch.int32, device="cuda")
+    out = mk.sparse24_linear(x, weight, activation="gelu", **rest, num_rows=device_num_rows, backend="cuda")
     assert torch.equal(out[:real], full[:real]) and (out[real:] == 0).all()
 
 
@@ -145,8 +145,8 @@ def test_gradients_pass_through():
 def test_a_graph_and_another_stream():
     x, weight = draw(577, 768, dtype=torch.bfloat16), weight24(768, 768, torch.bfloat16)
     rest = epilogue(577, 768, torch.bfloat16, torch.bfloat16)
-    total = torch.tensor(400, dtype=torch.int32, device="cuda")
-    run = lambda: mk.sparse24_linear(x, weight, activation="gelu", **rest, total=total, backend="cuda")  # noqa: E731
+    num_rows = torch.tensor(400, dtype=torch.int32, device="cuda")
+    run = lambda: mk.sparse24_linear(x, weight, activation="gelu", **rest, num_rows=num_rows, backend="cuda")  # noqa: E731
     expected = run()  # also packs
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -161,7 +161,7 @@ def test_a_graph_and_another_stream():
     captured.fill_(math.nan)
     graph.replay()
     assert torch.equal(captured, expected)
-    total.fill_(100)  # the graph reads it anew
+    num_rows.fill_(100)  # the graph reads it anew
     graph.replay()
     assert torch.equal(captured[:100], expected[:100]) and not captured[100:].any()
 
@@ -173,10 +173,10 @@ def test_a_graph_and_another_stream():
     assert torch.equal(on_stream[:100], expected[:100])
 
 
-@pytest.mark.parametrize(("rows", "features", "channels"), [(1, 8, 16), (65, 136, 144), (577, 768, 768)])
-def test_every_configuration(rows, features, channels):
-    x, weight = draw(rows, channels, dtype=torch.bfloat16), weight24(features, channels, torch.bfloat16)
-    bias = draw(features, dtype=torch.float32, seed=1)
+@pytest.mark.parametrize(("rows", "out_features", "in_features"), [(1, 8, 16), (65, 136, 144), (577, 768, 768)])
+def test_every_configuration(rows, out_features, in_features):
+    x, weight = draw(rows, in_features, dtype=torch.bfloat16), weight24(out_features, in_features, torch.bfloat16)
+    bias = draw(out_features, dtype=torch.float32, seed=1)
     arguments = (x, weight.values, weight.indices, None, bias, "gelu", None, None, None)
     configs = native.sparse24_linear_configs(*arguments)
     assert any(config.architecture == 80 for config in configs)

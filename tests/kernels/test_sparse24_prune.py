@@ -6,7 +6,9 @@ from madtp_kernels import dispatch
 from madtp_kernels.sparse24.weight import sparse24_compress
 
 FAST = [torch.float32, torch.bfloat16, torch.float16]
-needs_extension = pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="needs the C++ extension")
+needs_extension = pytest.mark.skipif(
+    dispatch.extension_unsupported_reason() is not None, reason="needs the C++ extension"
+)
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 
 
@@ -101,7 +103,7 @@ def test_the_backend_and_float64():
     weight, score = torch.randn(8, 32).double(), torch.randn(8, 32).double()
     assert_same(mk.sparse24_prune(weight, score=score), weight, score)
     assert mk.explain("sparse24_prune", weight).backend == "reference"
-    if dispatch.extension_obstacle() is None:
+    if dispatch.extension_unsupported_reason() is None:
         assert mk.explain("sparse24_prune", weight.float()).backend == "cpu"
     with pytest.raises(RuntimeError, match="float64 runs on the reference only"):
         mk.sparse24_prune(weight, backend="cpu")

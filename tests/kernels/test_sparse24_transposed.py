@@ -12,26 +12,33 @@ from madtp_kernels import dispatch, sparse24_compress
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu", "relu"]
 BACKENDS = [
     "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="no C++ extension")),
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
+    ),
 ]
 
 
-def transposable(features=32, channels=48, dtype=torch.float32):
+def transposable(out_features=32, in_features=48, dtype=torch.float32):
     torch.manual_seed(0)
-    weight = torch.randn(features, channels, dtype=torch.float64)
+    weight = torch.randn(out_features, in_features, dtype=torch.float64)
     return weight.masked_fill(~mk.transposable_mask(weight), 0).to(dtype)
 
 
-def inputs(rows, features, channels, dtype):
+def inputs(rows, out_features, in_features, dtype):
     torch.manual_seed(rows)
-    tensors = torch.randn(rows, channels), torch.randn(features), torch.randn(rows, features), torch.randn(features)
+    tensors = (
+        torch.randn(rows, in_features),
+        torch.randn(out_features),
+        torch.randn(rows, out_features),
+        torch.randn(out_features),
+    )
     return [t.to(dtype).requires_grad_() for t in tensors]
 
 
-def gradients(weight, tensors, activation, backend, names=("bias", "residual", "scale"), total=None):
+def gradients(weight, tensors, activation, backend, names=("bias", "residual", "scale"), num_rows=None):
     x, *rest = tensors
     given = {name: t for name, t in zip(("bias", "residual", "scale"), rest, strict=True) if name in names}
-    out = mk.sparse24_linear(x, weight, **given, activation=activation, total=total, backend=backend)
+    out = mk.sparse24_linear(x, weight, **given, activation=activation, num_rows=num_rows, backend=backend)
     generator = torch.Generator().manual_seed(1)
     seed = torch.randn(out.shape, generator=generator).to(out.dtype)
     return torch.autograd.grad(out, [x, *given.values()], seed)
@@ -42,22 +49,29 @@ def products(monkeypatch):
     """The shapes of the weights that backends multiply by."""
     shapes = []
     for name in ("reference", "cpu", "dense"):
-        run = dispatch._implementations["sparse24_linear"][name]
+        run = dispatch.record("sparse24_linear").implementations[name]
 
         def spy(x, values, *rest, run=run):
             shapes.append((values.shape[0], 2 * values.shape[1]))
             return run(x, values, *rest)
 
-        monkeypatch.setitem(dispatch._implementations["sparse24_linear"], name, spy)
+        monkeypatch.setitem(dispatch.record("sparse24_linear").implementations, name, spy)
     return shapes
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation):
     weight = sparse24_compress(transposable(16, 16, torch.float64)).keep_transposed()
-    for total in (None, torch.tensor(2, dtype=torch.int32)):
-        run = lambda x, bias, residual, scale, total=total: mk.sparse24_linear(  # noqa: E731
-            x, weight, bias, activation=activation, residual=residual, scale=scale, total=total, backend="reference"
+    for num_rows in (None, torch.tensor(2, dtype=torch.int32)):
+        run = lambda x, bias, residual, scale, num_rows=num_rows: mk.sparse24_linear(  # noqa: E731
+            x,
+            weight,
+            bias,
+            activation=activation,
+            residual=residual,
+            scale=scale,
+            num_rows=num_rows,
+            backend="reference",
         )
         assert torch.autograd.gradcheck(run, inputs(3, 16, 16, torch.float64))
     assert torch.autograd.gradcheck(lambda x: mk.sparse24_linear(x, weight), inputs(3, 16, 16, torch.float64)[:1])
@@ -69,8 +83,8 @@ def test_gradients_are_those_of_the_dense_weight(backend, activation, products):
     plain, kept = (sparse24_compress(transposable()) for _ in range(2))
     kept.keep_transposed()
     for names in ((), ("bias",), ("residual",), ("bias", "residual", "scale")):
-        for rows, total in ((0, None), (9, None), (9, torch.tensor(4, dtype=torch.int32))):
-            arguments = inputs(rows, 32, 48, torch.float32), activation, backend, names, total
+        for rows, num_rows in ((0, None), (9, None), (9, torch.tensor(4, dtype=torch.int32))):
+            arguments = inputs(rows, 32, 48, torch.float32), activation, backend, names, num_rows
             products.clear()
             got = gradients(kept, *arguments)
             assert products[-1] == (48, 32)
@@ -94,13 +108,13 @@ def test_rounding_in_bfloat16(backend):
         assert (got.double() - true).abs().max() <= 2 * bound
 
 
-def test_rows_past_the_total_take_no_part():
+def test_rows_past_num_rows_take_no_part():
     weight = sparse24_compress(transposable()).keep_transposed()
-    tensors, total = inputs(9, 32, 48, torch.float32), torch.tensor(4, dtype=torch.int32)
-    expected = gradients(weight, tensors, "gelu", None, total=total)
+    tensors, num_rows = inputs(9, 32, 48, torch.float32), torch.tensor(4, dtype=torch.int32)
+    expected = gradients(weight, tensors, "gelu", None, num_rows=num_rows)
     with torch.no_grad():
         tensors[0][4:] = torch.nan
-    for got, same in zip(gradients(weight, tensors, "gelu", None, total=total), expected, strict=True):
+    for got, same in zip(gradients(weight, tensors, "gelu", None, num_rows=num_rows), expected, strict=True):
         torch.testing.assert_close(got, same)
     assert (expected[0][4:] == 0).all()
 

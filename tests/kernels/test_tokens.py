@@ -14,7 +14,9 @@ from madtp_kernels.selection import PADDING
 
 BACKENDS = [
     "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="no C++ extension")),
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
+    ),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

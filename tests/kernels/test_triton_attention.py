@@ -10,7 +10,6 @@ from triton_cases import DEVICE, DTYPES, MARKS, largest, wild_integers, within_t
 import madtp_kernels as mk
 
 pytest.importorskip("triton")
-# ruff: noqa: E402
 from madtp_kernels.triton.attention import backward as attention_backward
 from madtp_kernels.triton.attention.backward import varlen_attention_backward
 from madtp_kernels.triton.attention.forward import varlen_attention

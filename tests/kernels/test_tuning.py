@@ -1,17 +1,23 @@
 """What auto takes for a 2:4 linear layer: from made-up measurements, kept on disk. Nothing here is timed."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from sparse24_cases import dense24
+from torch.utils.flop_counter import FlopCounterMode
 
 import madtp_kernels as mk
 from madtp_kernels import dispatch, sparse24_compress
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.sparse24 import backend_dense as dense
+from madtp_kernels.sparse24 import table_file
 from madtp_kernels.sparse24 import tuning_cpu as tuning
-from madtp_kernels.sparse24.tuning_cpu import Problem, Timing
+from madtp_kernels.sparse24.tuning_cpu import LinearCall, Timing
 
-pytestmark = pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="no C++ extension")
+pytestmark = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 DENSE_WINS, OURS_WINS = Timing(20.0, 10.0, "2026-01-02"), Timing(10.0, 20.0, "2026-01-02")
 
 
@@ -20,13 +26,13 @@ def measured(monkeypatch, tmp_path):
     """Tuning on, in an empty cache, and the cases it measures: dense wins from 16 rows on."""
     cases = []
 
-    def measure(case):
+    def time_backends(case):
         cases.append(case)
         return DENSE_WINS if case.rows >= 16 else OURS_WINS
 
     monkeypatch.setenv("MADTP_TUNE", "on")
     monkeypatch.setenv("MADTP_CACHE", str(tmp_path))
-    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(tuning, "time_backends", time_backends)
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
     forget()
     yield cases
@@ -40,7 +46,7 @@ def forget():
 
 def case_of(rows=16, **changes):
     weight = sparse24_compress(dense24(24, 32))
-    return tuning.problem(torch.zeros(rows, 32), weight, None, None, None)._replace(**changes)
+    return tuning.linear_call(torch.zeros(rows, 32), weight, None, None, None)._replace(**changes)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,7 @@ def test_auto_runs_what_was_faster(measured, monkeypatch):
     for name, module in (("cpu", native), ("dense", dense)):
         run = module.sparse24_linear
         spy = lambda *args, name=name, run=run: ran.append(name) or run(*args)  # noqa: E731
-        monkeypatch.setitem(dispatch._implementations["sparse24_linear"], name, spy)
+        monkeypatch.setitem(dispatch.record("sparse24_linear").implementations, name, spy)
     for rows in (2, 16, 17, 16, 2):
         mk.sparse24_linear(torch.randn(rows, 32), weight)
     assert ran == ["cpu", "dense", "dense", "dense", "cpu"]
@@ -104,12 +110,43 @@ def test_what_was_measured_outlives_the_process(measured, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"timings": [[1, 2]]}', '{"timings": [[[1], [1, 2, 3]]]}', "\udcff"])
 def test_a_broken_cache_is_measured_again(measured, tmp_path, text):
-    file = tuning._cache(str(tmp_path))
+    file = tuning._cache_folder(str(tmp_path)) / tuning._file_name()
     file.parent.mkdir()
     file.write_bytes(text.encode(errors="surrogateescape"))
     assert tuning.fastest(case_of(16)) == "dense" and len(measured) == 1
     forget()
     assert tuning.known(case_of(16)) == DENSE_WINS
+
+
+def test_a_cache_of_0_1_still_holds(measured, tmp_path, monkeypatch):
+    fixture = Path(__file__).parents[1] / "fixtures" / "v0.1" / "tuning_cpu.json"
+    found = json.loads(fixture.read_text())
+    written_by = {name: found[name] for name in ("cpu", "isa", "torch", "madtp_kernels")}
+    monkeypatch.setattr(tuning, "machine", lambda: written_by | {"madtp_kernels": mk.__version__})
+    old = tmp_path / "tuning" / tuning._file_name(found["madtp_kernels"])
+    monkeypatch.setattr(tuning, "machine", lambda: written_by)
+    assert tuning._file_name() == old.name  # as 0.1 called it
+    monkeypatch.setattr(tuning, "machine", lambda: written_by | {"madtp_kernels": mk.__version__})
+    old.parent.mkdir()
+    shutil.copy(fixture, old)
+    case = LinearCall(1024, 768, 768, "float32", "float32", "gelu", 2)
+    assert tuning.fastest(case) == "cpu" and tuning.known(case) == Timing(100.0, 200.0, "2026-11-01") and not measured
+    tuning.fastest(case_of(16))
+    assert old.read_text() == fixture.read_text()  # what is measured now goes to a file of this version
+    (new,) = set(old.parent.iterdir()) - {old}
+    assert json.loads(new.read_text())["version"] == table_file.VERSION == 2 and len(tuning._read(new)) == 1
+    forget()
+    assert {case, case_of(16)} <= set(tuning._table(str(tmp_path)))
+
+
+def test_a_cache_of_a_newer_version_is_named_and_left_alone(measured, tmp_path):
+    file = tmp_path / "tuning" / tuning._file_name()
+    file.parent.mkdir()
+    file.write_text('{"version": 3, "timings": "of another kind"}')
+    with pytest.warns(UserWarning, match=f"{file} is a tuning table of version 3, and .* up to 2; it is ignored"):
+        assert tuning.fastest(case_of(16)) == "dense"
+    assert tuning.fastest(case_of(16)) == "dense" and len(measured) == 1
+    assert file.read_text() == '{"version": 3, "timings": "of another kind"}'
 
 
 def test_an_unwritable_cache_stays_in_the_process(measured, tmp_path, monkeypatch):
@@ -133,14 +170,14 @@ def test_off_measures_nothing_and_reads_what_is_shipped(measured, tmp_path, monk
 
 def test_nothing_is_measured_under_a_dispatch_mode_or_a_compiler(measured):
     weight, x = sparse24_compress(dense24(24, 32)), torch.randn(16, 32)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         mk.sparse24_linear(x, weight)
     assert counter.get_total_flops() == 16 * 24 * 32
     compiled = torch.compile(lambda x: mk.sparse24_linear(x, weight), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), mk.sparse24_linear(x, weight, backend="cpu"))
     assert not measured
     mk.sparse24_linear(x, weight)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         mk.sparse24_linear(x, weight)
     assert counter.get_total_flops() == 2 * 16 * 24 * 32  # of dense
 
@@ -162,7 +199,7 @@ def test_explain_shows_the_numbers(measured, monkeypatch):
     assert "MADTP_TUNE is off" in str(mk.explain("sparse24_linear", x, weight))
 
 
-def test_a_measurement_runs_every_kind_of_problem(monkeypatch):
+def test_a_measurement_runs_every_class_of_calls(monkeypatch):
     # The clock is a counter: only that both run is of interest.
     ticks = iter(range(10**6))
     monkeypatch.setattr(tuning.time, "perf_counter", lambda: next(ticks))
@@ -172,6 +209,6 @@ def test_a_measurement_runs_every_kind_of_problem(monkeypatch):
         ("bfloat16", "float32", "none+scale+residual"),
         ("float16", "float16", "relu"),
     ):
-        timing = tuning.measure(Problem(4, 24, 32, dtype, weight_dtype, epilogue, 1))
+        timing = tuning.time_backends(LinearCall(4, 24, 32, dtype, weight_dtype, epilogue, 1))
         assert timing.ours == timing.dense == 1e6
     assert torch.equal(torch.get_rng_state(), state)

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ from madtp_kernels.sparse24 import backend_dense as dense
 from madtp_kernels.sparse24 import tuning_cpu as tuning
 from madtp_kernels.sparse24 import tuning_cuda
 from madtp_kernels.sparse24.backend_cusparselt import Algorithm
-from madtp_kernels.sparse24.tuning_cuda import Problem, Timing
+from madtp_kernels.sparse24.tuning_cuda import LinearCall, Timing
 
 GPU = torch.device("cuda", 0)
 SMALL, LARGE, SPLIT = Sparse24Config(80, 64, 64), Sparse24Config(90, 256, 128), Sparse24Config(90, 64, 128, 4, 2)
-CASE = Problem(16, 24, 32, "bfloat16", "gelu")
+CASE = LinearCall(16, 24, 32, "bfloat16", "gelu")
 OURS = Timing(LARGE, 10.0, 20.0, None, None, "2026-01-02")
 
 
@@ -48,7 +49,7 @@ def ran(monkeypatch):
         return dense.sparse24_linear(x, values, indices, None, *epilogue)
 
     for name in ("cuda", "cusparselt"):
-        monkeypatch.setitem(dispatch._BACKEND_OBSTACLES, name, lambda device: None)
+        monkeypatch.setitem(dispatch._BACKEND_UNSUPPORTED_REASONS, name, lambda device: None)
         monkeypatch.setitem(mk.sparse24.weight._layouts, name, lambda weight: None)
     monkeypatch.setitem(dispatch.AUTO_ORDER, "cpu", ("cuda", "reference"))
     monkeypatch.setattr(native, "sparse24_linear_cuda", functools.partial(run, "cuda"))
@@ -57,9 +58,9 @@ def ran(monkeypatch):
     monkeypatch.setattr(native, "sparse24_pack", lambda values, indices: torch.empty(0, dtype=torch.uint8))
     monkeypatch.setattr(cusparselt, "sparse24_linear", functools.partial(run, "cusparselt"))
     monkeypatch.setattr(cusparselt, "search", lambda *arguments: Algorithm(7, 2, 1))
-    run_dense = dispatch._implementations["sparse24_linear"]["dense"]
+    run_dense = dispatch.record("sparse24_linear").implementations["dense"]
     spy = lambda *arguments: calls.append(("dense",)) or run_dense(*arguments)  # noqa: E731
-    monkeypatch.setitem(dispatch._implementations["sparse24_linear"], "dense", spy)
+    monkeypatch.setitem(dispatch.record("sparse24_linear").implementations, "dense", spy)
     return calls
 
 
@@ -75,9 +76,9 @@ def call(rows=16, **options):
 def test_rows_go_to_the_nearest_power_of_two(rows, group):
     values = torch.empty(24, 16, dtype=torch.bfloat16)
     x = torch.empty(1, 32, dtype=torch.bfloat16).expand(rows, 32)
-    assert tuning_cuda.problem(x, values, "gelu", None, None) == CASE._replace(rows=group)
-    residual = tuning_cuda.problem(x, values, "none", x, x[:1])
-    assert residual.epilogue == tuning_cuda.problem(x, values, None, x, x[:1]).epilogue == "none+scale+residual"
+    assert tuning_cuda.linear_call(x, values, "gelu", None, None) == CASE._replace(rows=group)
+    residual = tuning_cuda.linear_call(x, values, "none", x, x[:1])
+    assert residual.epilogue == tuning_cuda.linear_call(x, values, None, x, x[:1]).epilogue == "none+scale+residual"
 
 
 def test_a_tie_is_ours_and_what_does_not_run_does_not_win():
@@ -110,6 +111,36 @@ def test_a_broken_table_is_none(shipped, text):
     assert tuning_cuda.read(shipped, "") == {}
     shipped.write_text(text)
     assert tuning_cuda.read(shipped, "") == {} and tuning_cuda.fastest(CASE, GPU) == "cuda"
+
+
+def test_a_table_of_0_1_is_read(monkeypatch):
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: None)
+    path = Path(__file__).parents[1] / "fixtures" / "v0.1" / "tuning_cuda.json"
+    expected = Timing(Sparse24Config(90, 128, 128, 1, 2), 10.0, 20.0, Algorithm(0, 1, 2), 15.0, "2026-11-01")
+    assert tuning_cuda.read(path, "Some GPU") == {LinearCall(1024, 768, 768, "bfloat16", "gelu"): expected}
+
+
+def test_a_table_of_a_newer_version_is_named_and_not_written_over(shipped, monkeypatch, capsys):
+    text = '{"version": 3, "timings": {}}'
+    shipped.write_text(text)
+    with pytest.warns(UserWarning, match=f"{shipped} is a tuning table of version 3, and .* up to 2; it is ignored"):
+        assert tuning_cuda.fastest(CASE, GPU) == "cuda"
+    monkeypatch.setattr(tune, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made-Up GPU 80GB")
+    monkeypatch.setattr(tune, "cuda_clock", lambda device: pytest.fail("measured"))
+    for arguments in ([], ["--out", str(shipped)]):
+        assert tune.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert (
+            said.startswith(f"madtp_kernels.tune: {shipped} is a tuning table of version 3") and said.count("\n") == 1
+        )
+        assert said.endswith("so it is not written over; --out names another\n")
+    assert shipped.read_text() == text
+
+
+def test_the_old_name_of_out_is_refused_in_one_line(capsys):
+    assert tune.main(["--output", "table.json"]) == 2
+    assert capsys.readouterr().err == "madtp_kernels.tune: --output is now called --out\n"
 
 
 def test_auto_runs_what_the_table_says(shipped, ran, monkeypatch):
@@ -173,14 +204,16 @@ def test_a_measurement_finds_the_fastest(ran):
     for epilogue in ("none", "quick_gelu", "none+residual", "gelu+scale+residual"):
         times = {("cuda", LARGE): 3.0, ("cuda", SMALL): 2.0, ("cuda", SPLIT): 4.0, "dense": 2.5}
         times["cusparselt", Algorithm(7, 2, 1)] = 1.5
-        timing = tune.measure(CASE._replace(epilogue=epilogue), torch.device("cpu"), clock_of(times, ran), rounds=3)
+        timing = tune.time_backends(
+            CASE._replace(epilogue=epilogue), torch.device("cpu"), clock_of(times, ran), rounds=3
+        )
         assert timing[:5] == (SMALL, 2.0, 2.5, Algorithm(7, 2, 1), 1.5)
 
 
 def test_a_measurement_without_cusparselt_and_without_splits_of_many_rows(ran, monkeypatch):
-    monkeypatch.setitem(dispatch._BACKEND_OBSTACLES, "cusparselt", lambda device: "not here")
+    monkeypatch.setitem(dispatch._BACKEND_UNSUPPORTED_REASONS, "cusparselt", lambda device: "not here")
     times = {("cuda", LARGE): 3.0, ("cuda", SMALL): 4.0, "dense": 2.5}
-    timing = tune.measure(CASE._replace(rows=8192), torch.device("cpu"), clock_of(times, ran), rounds=2)
+    timing = tune.time_backends(CASE._replace(rows=8192), torch.device("cpu"), clock_of(times, ran), rounds=2)
     assert timing[:5] == (LARGE, 3.0, 2.5, None, None)
 
 
@@ -188,7 +221,7 @@ def test_a_wrong_result_is_not_timed(ran, monkeypatch):
     right = native.sparse24_linear_cuda
     monkeypatch.setattr(native, "sparse24_linear_cuda", lambda *a: right(*a) * (1.1 if a[-1] == SPLIT else 1))
     with pytest.raises(RuntimeError, match="split_k=4, cluster=2.* is wrong by .* of .* \\(16 rows, 32 to 24"):
-        tune.measure(CASE, torch.device("cpu"), lambda function: pytest.fail("timed"))
+        tune.time_backends(CASE, torch.device("cpu"), lambda function: pytest.fail("timed"))
 
 
 def test_every_candidate_takes_its_turn_in_every_round():
@@ -199,29 +232,29 @@ def test_every_candidate_takes_its_turn_in_every_round():
     assert [sorted(order[i : i + 2]) for i in (0, 2, 4)] == [["a", "b"]] * 3
 
 
-def test_problems_are_those_that_calls_look_up():
-    found = list(tune.problems((768,), ("float16",), (512,)))
+def test_the_classes_are_those_that_calls_look_up():
+    found = list(tune.linear_calls((768,), ("float16",), (512,)))
     sizes = [(2304, 768)] + [(768, 768)] * 3 + [(3072, 768)] * 3 + [(768, 3072)] * 2
     assert [case[1:3] for case in found] == sizes
     x = torch.empty(577, 768, dtype=torch.float16)
     values = torch.empty(3072, 384, dtype=torch.float16)
-    assert tuning_cuda.problem(x, values, "quick_gelu", None, None) in found
-    assert tuning_cuda.problem(x, values[:768], None, x, None) in found
-    assert len(set(tune.problems())) == 2 * 2 * 12 * 9
+    assert tuning_cuda.linear_call(x, values, "quick_gelu", None, None) in found
+    assert tuning_cuda.linear_call(x, values[:768], None, x, None) in found
+    assert len(set(tune.linear_calls())) == 2 * 2 * 12 * 9
 
 
 def test_the_command_writes_the_table_as_it_goes(shipped, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "obstacle", lambda: None)
+    monkeypatch.setattr(tune, "unsupported_reason", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made-Up GPU 80GB")
     monkeypatch.setattr(tune, "cuda_clock", lambda device: "clock")
 
-    def measure(case, device, clock, rounds):
+    def time_backends(case, device, clock, rounds):
         assert (device, clock, rounds) == (GPU, "clock", 5)
         if case.epilogue == "none+scale+residual":
             raise KeyboardInterrupt
         return OURS
 
-    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "time_backends", time_backends)
     tuning_cuda.write(shipped, "", {CASE: OURS})
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--widths", "64", "--rows", "16,32", "--dtypes", "float16", "--rounds", "5"])
@@ -260,14 +293,14 @@ def test_the_gpu_sleeps_until_a_call_is_queued(monkeypatch):
 
 
 def test_a_table_that_cannot_be_written_is_told_before_anything_is_measured(shipped, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "obstacle", lambda: None)
+    monkeypatch.setattr(tune, "unsupported_reason", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made-Up GPU 80GB")
     monkeypatch.setattr(tune, "cuda_clock", lambda device: pytest.fail("measured"))
     shipped.touch()
     path = shipped / "table.json"  # in a file
-    assert tune.main(["--output", str(path)]) == 2
+    assert tune.main(["--out", str(path)]) == 2
     assert re.fullmatch(
-        f"madtp_kernels.tune: {path} cannot be written: .*; --output names another\n", capsys.readouterr().err
+        f"madtp_kernels.tune: {path} cannot be written: .*; --out names another\n", capsys.readouterr().err
     )
 
 
@@ -276,7 +309,9 @@ def test_the_command_without_a_gpu_and_with_bad_options(monkeypatch, capsys):
     assert tune.main([]) == 2
     assert capsys.readouterr().err == "madtp_kernels.tune: nothing can be measured here: torch sees no CUDA device\n"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(dispatch._BACKEND_OBSTACLES, "cuda", lambda device: "madtp_kernels._C was built without CUDA")
+    monkeypatch.setitem(
+        dispatch._BACKEND_UNSUPPORTED_REASONS, "cuda", lambda device: "madtp_kernels._C was built without CUDA"
+    )
     assert tune.main([]) == 2 and "built without CUDA" in capsys.readouterr().err
     for arguments, message in (
         (["--dtypes", "float32"], "--dtypes must be of bfloat16, float16, got 'float32'"),
@@ -293,9 +328,9 @@ def test_the_command_without_a_gpu_and_with_bad_options(monkeypatch, capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(tmp_path):
-    if (why := tune.obstacle()) is not None:
+    if (why := tune.unsupported_reason()) is not None:
         pytest.skip(why)
     path = tmp_path / "table.json"
-    assert tune.main(["--output", str(path), "--widths", "64", "--rows", "16", "--rounds", "3"]) == 0
+    assert tune.main(["--out", str(path), "--widths", "64", "--rows", "16", "--rounds", "3"]) == 0
     timings = tuning_cuda.read(path, torch.cuda.get_device_name())
     assert len(timings) == 18 and all(0 < timing.cuda < 1e4 and 0 < timing.dense < 1e4 for timing in timings.values())

@@ -148,6 +148,7 @@ CASES = {
     "ViTModel": Case(lambda: hf.ViTModel(hf.ViTConfig(**IMAGE)), IMAGES, TOWER),
     "Dinov2Model": Case(lambda: hf.Dinov2Model(hf.Dinov2Config(**IMAGE)), IMAGES, TOWER),
     "Dinov2Model (SwiGLU)": Case(lambda: hf.Dinov2Model(hf.Dinov2Config(**IMAGE, use_swiglu_ffn=True)), IMAGES, TOWER),
+    "BlipVisionModel": Case(lambda: hf.BlipVisionModel(hf.BlipVisionConfig(**IMAGE)), IMAGES, TOWER),
     "BertModel": Case(lambda: hf.BertModel(hf.BertConfig(**BERT)), text, TOWER),
 }
 CONFIG = madtp.CompressionConfig(alignment_tokens=8, alignment_dim=24)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig
 
 import madtp
-from madtp.hwp import Follower, WeightPruner, pack, select_modules
+from madtp.hwp import Epilogue, WeightPruner, pack, select_modules
 from madtp.measure.macs import count_macs, disk_bytes, profile, profile_batches
 from madtp.models import BlipForNLVR
 from madtp_kernels import dispatch
@@ -123,12 +123,12 @@ def test_patterns_that_do_not_run_as_24_count_in_full():
 
 @pytest.mark.parametrize(("backend", "executed"), [("cpu", 128), ("reference", 256)])
 def test_a_packed_linear_executes_half_where_a_sparse_kernel_runs(monkeypatch, backend, executed):
-    if backend == "cpu" and dispatch.extension_obstacle() is not None:
+    if backend == "cpu" and dispatch.extension_unsupported_reason() is not None:
         pytest.skip("no C++ extension")
     monkeypatch.setenv("MADTP_BACKEND", backend)
     model = nn.Sequential(nn.Linear(32, 8))
     WeightPruner(model, "2:4", ["0"], schedule="one_shot").finalize()
-    assert pack(model) == {"0": Follower()}
+    assert pack(model) == {"0": Epilogue()}
     account = profile(model, torch.randn(1, 32)).total
     assert (account.dense_macs, account.counted_macs, account.executed_macs) == (256, 128, executed)
     assert (account.params, account.nonzero_params) == (264, 136)

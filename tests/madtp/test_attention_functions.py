@@ -29,8 +29,8 @@ def test_a_batch_without_padding_is_packed_without_copies():
     q, k, v = (heads(seed=seed).transpose(1, 2).contiguous().transpose(1, 2) for seed in range(3))
     with Calls() as calls:
         attention_forward(SelfAttention(), q, k, v, None)
-    for packed, given in zip(calls.seen[0], (q, k, v), strict=False):
-        assert packed.data_ptr() == given.data_ptr() and packed.is_contiguous()
+    for ragged, given in zip(calls.seen[0], (q, k, v), strict=False):
+        assert ragged.data_ptr() == given.data_ptr() and ragged.is_contiguous()
 
 
 @pytest.mark.parametrize("kind", [SelfAttention, CrossAttention])
@@ -83,7 +83,7 @@ def test_one_batch_of_queries_for_all():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("value_dim", [16, 24], ids=["packed", "value dims of their own"])
+@pytest.mark.parametrize("value_dim", [16, 24], ids=["ragged", "value dims of their own"])
 def test_scale_and_direction(causal, value_dim):
     q, k, v = heads(), heads(seed=1), heads(dim=value_dim, seed=2)
     with Calls() as calls:
@@ -130,7 +130,7 @@ def test_refuses_what_it_would_ignore(name):
     attention_forward(SelfAttention(), q, q, q, None, **{name: None})
 
 
-def test_a_mask_of_another_length_is_never_packed():
+def test_a_mask_of_another_length_never_runs_ragged():
     with pytest.raises(RuntimeError):
         attention_forward(SelfAttention(), heads(), heads(), heads(), torch.ones(3, 1, 1, 9, dtype=torch.bool))
 

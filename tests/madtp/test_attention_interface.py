@@ -133,7 +133,7 @@ def test_generate_with_a_cache_is_that_of_eager(mask, cache):
             )
     assert torch.equal(found[0].sequences, found[1].sequences)
     torch.testing.assert_close(torch.stack(found[0].logits), torch.stack(found[1].logits), rtol=2e-5, atol=2e-5)
-    # The prompt is packed; the one token of each later step is not worth a copy of its cache.
+    # The prompt runs ragged; the one token of each later step is not worth a copy of its cache.
     assert len(calls.seen) == (0 if cache == "static" and mask is LEFT else 2)
 
 
@@ -170,7 +170,7 @@ def test_padding_compiles_through_sdpa():
     torch.testing.assert_close(found[RIGHT.bool()], expected[RIGHT.bool()], rtol=2e-5, atol=2e-5)
 
 
-# What the packed op does not have: exactly SDPA.
+# What the ragged op does not have: exactly SDPA.
 
 FALLBACKS = {
     "sliding window": lambda: (

@@ -34,16 +34,16 @@ def test_a_tiny_model_trains_and_saves_in_bfloat16(tmp_path):
 
 
 def test_what_was_trained_in_bfloat16_is_measured_in_float32(tmp_path, monkeypatch):
-    data, seen, settle = Questions(48), [], MadtpTrainer.settle
+    data, seen, calibrate = Questions(48), [], MadtpTrainer.calibrate
 
     def watched(trainer, *arguments):
         linear = trainer.model.text_encoder.encoder.layer[0].attention.self.query
         hook = linear.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-        missed = settle(trainer, *arguments)
+        missed = calibrate(trainer, *arguments)
         hook.remove()
         return missed
 
-    monkeypatch.setattr(MadtpTrainer, "settle", watched)
+    monkeypatch.setattr(MadtpTrainer, "calibrate", watched)
     result = madtp.compress(tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path, training=BRIEF | BF16)
     assert set(seen) == {torch.float32}
     assert {value.dtype for value in result.model.parameters()} == {torch.float32}

@@ -147,7 +147,7 @@ def test_gradients_and_training_are_exact():
         with torch.set_grad_enabled(gradients):
             model(**inputs)
         first, *_, last = rows(handle)["vision"]
-        assert last == handle.pruning["vision"].layers[-1].tokens() < first
+        assert last == handle.pruning["vision"].layers[-1].count_rows() < first
 
 
 def test_what_counts_rows_counts_tokens():
@@ -158,7 +158,7 @@ def test_what_counts_rows_counts_tokens():
         linear = "vision_model.encoder.layers.1.mlp.fc2"
         with torch.no_grad(), hwp.collect_inputs(model, [linear]) as statistics:
             model(**inputs)
-        seen.append(statistics[linear].rows)
+        seen.append(statistics[linear].weight_sum)
         assert handle.capacity == capacity
     assert counted[0] == counted[1] and seen[0] == seen[1] > 0
 
@@ -183,15 +183,15 @@ def test_packed_layers_leave_the_rows_without_a_token_alone():
     hwp.prune_one_shot(model, "2:4", ["0"])
     plain = model[0]
     hwp.pack(model)
-    x, residual, total = torch.randn(5, 32), torch.randn(5, 16), torch.tensor([3], dtype=torch.int32)
+    x, residual, num_rows = torch.randn(5, 32), torch.randn(5, 16), torch.tensor([3], dtype=torch.int32)
     with torch.no_grad():
         for y, expected in (
-            (hwp.linear(model[0], x, total), plain(x)),
-            (hwp.residual_linear(model[0], x, residual, total), plain(x) + residual),
+            (hwp.linear(model[0], x, num_rows), plain(x)),
+            (hwp.residual_linear(model[0], x, residual, num_rows), plain(x) + residual),
         ):
             torch.testing.assert_close(y[:3], expected[:3])
             assert (y[3:] == 0).all()
-        assert torch.equal(hwp.linear(plain, x, total), plain(x))
+        assert torch.equal(hwp.linear(plain, x, num_rows), plain(x))
 
 
 def test_a_model_with_packed_layers_computes_what_exact_does():
@@ -200,7 +200,7 @@ def test_a_model_with_packed_layers_computes_what_exact_does():
         model, handle = patched("CLIPVisionModel", capacity)
         linears = hwp.select_modules(model, "2:4", exclude=("madtp_guide",)).selected
         hwp.prune_one_shot(model, "2:4", linears)
-        assert hwp.pack(model, followers=handle.followers)
+        assert hwp.pack(model, epilogues=handle.epilogues)
         with torch.no_grad():
             results.append(model(**CASES["CLIPVisionModel"].inputs()).pooler_output)
     torch.testing.assert_close(*results, **CLOSE)

@@ -90,7 +90,7 @@ def test_a_missing_scorer_is_named_before_the_work(task, data, model, monkeypatc
 
 def test_compress(task, data, model, tmp_path):
     pytest.importorskip("pycocoevalcap")
-    config = madtp.CompressionConfig(flops_reduction=0.4, alignment_tokens=8, alignment_dim=32, controller_interval=2)
+    config = madtp.CompressionConfig(macs_reduction=0.4, alignment_tokens=8, alignment_dim=32, controller_interval=2)
     training = {"max_steps": 6, "per_device_train_batch_size": 8, "disable_tqdm": True, "save_strategy": "no"}
     fit(model, task, data, 20)
     result = madtp.compress(model, task, data, data, config, output_dir=tmp_path, training=training)

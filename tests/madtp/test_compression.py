@@ -11,14 +11,13 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 import madtp
-from madtp import compression
 from madtp.measure.macs import counted_macs
 from madtp.measure.timing import time_per_sample
-from madtp.tasks.batches import pairs
+from madtp.tasks.batches import sample_batches
 from madtp.training.trainer import CONTROLLER_FILE, MadtpTrainer, last_checkpoint
 
 CONFIG = madtp.CompressionConfig(
-    flops_reduction=0.55, alignment_tokens=8, alignment_dim=32, controller_interval=2, hwp_schedule="gradual"
+    macs_reduction=0.55, alignment_tokens=8, alignment_dim=32, controller_interval=2, hwp_schedule="gradual"
 )
 
 
@@ -97,17 +96,17 @@ def test_compress_reaches_the_target_and_reports_what_was_saved(tmp_path, data):
         assert (weight.unflatten(-1, (-1, 4)).count_nonzero(-1) <= 2).all()
     assert not any("decoder" in name or "guide" in name for name in report["plan"]["sparse_modules"])
     assert (result.path / "processor.txt").exists()
-    assert all(time > 0 for time in time_per_sample({"x": result.model}, pairs(Task(), data, 8)[0]).values())
+    assert all(time > 0 for time in time_per_sample({"x": result.model}, sample_batches(Task(), data, 8)[0]).values())
 
 
 def test_the_error_of_the_counted_macs_is_the_standard_error_of_their_mean(monkeypatch):
     model, data = tiny_blip(), Questions(40)
     madtp.patch(model, CONFIG)
-    assert compression.measure(model, Task(), data)["counted_gmacs_error"] == 0, "one batch says nothing of it"
+    assert madtp.measure(model, Task(), data)["counted_gmacs_error"] == 0, "one batch says nothing of it"
     model.madtp_handle.set_temperature(0.5)
-    monkeypatch.setattr(compression, "PAIRS_BATCH", 8)
-    figures = compression.measure(model, Task(), data)
-    costs = [sum(counted_macs(model, [batch]).values()) / 1e9 for batch in pairs(Task(), data, 40)]
+    monkeypatch.setattr("madtp.tasks.batches.BATCH_SIZE", 8)
+    figures = madtp.measure(model, Task(), data)
+    costs = [sum(counted_macs(model, [batch]).values()) / 1e9 for batch in sample_batches(Task(), data, 40)]
     assert len(set(costs)) > 1
     assert figures["counted_gmacs"] == pytest.approx(torch.tensor(costs).mean().item())
     assert figures["counted_gmacs_error"] == pytest.approx(torch.tensor(costs).std().item() / 5**0.5)
@@ -139,8 +138,8 @@ def never(*arguments, **kwargs):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"flops_reduction": 0.99}, "flops_reduction must be below 0.853"),
-        ({"flops_reduction": 0.8}, "flops_reduction must be at most about 0.56, which temperature_max 1000 reaches"),
+        ({"macs_reduction": 0.99}, "macs_reduction must be below 0.853"),
+        ({"macs_reduction": 0.8}, "macs_reduction must be at most about 0.56, which temperature_max 1000 reaches"),
         ({"params_reduction": 0.5}, r"params_reduction must be at most 0\.\d+, the share 2:4 zeroes in the 28 modules"),
     ],
 )
@@ -179,9 +178,9 @@ def test_a_new_run_does_not_go_on_from_an_old_one(tmp_path, data):
     training = BRIEF | {"save_strategy": "steps", "save_steps": 1}
     madtp.compress(tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path, training=training)
     assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
-    other = dataclasses.replace(CONFIG, flops_reduction=0.5, kd_weight=2.0)
+    other = dataclasses.replace(CONFIG, macs_reduction=0.5, kd_weight=2.0)
     with pytest.raises(
-        ValueError, match="config must be that of .*checkpoint-2, got another flops_reduction, kd_weight"
+        ValueError, match="config must be that of .*checkpoint-2, got another kd_weight, macs_reduction"
     ):
         madtp.compress(tiny_blip(), Task(), data, data, other, output_dir=tmp_path, training=training, resume=True)
     result = madtp.compress(
@@ -190,12 +189,12 @@ def test_a_new_run_does_not_go_on_from_an_old_one(tmp_path, data):
     assert result.report["compressed"]["samples"] == len(data)  # nothing left to train
 
 
-def test_pairs_are_spread_over_the_data(data, monkeypatch):
-    monkeypatch.setattr(compression, "PAIRS_BATCH", 4)
-    batches = pairs(Task(), data, 7)
+def test_samples_are_spread_over_the_data(data, monkeypatch):
+    monkeypatch.setattr("madtp.tasks.batches.BATCH_SIZE", 4)
+    batches = sample_batches(Task(), data, 7)
     assert [len(batch["labels"]) for batch in batches] == [4, 3]
     assert torch.equal(batches[1]["input_ids"][-1], data.words[41])
-    assert sum(len(batch["labels"]) for batch in pairs(Task(), data, 100)) == 48
+    assert sum(len(batch["labels"]) for batch in sample_batches(Task(), data, 100)) == 48
 
     class Shared(Task):
         @staticmethod
@@ -204,11 +203,11 @@ def test_pairs_are_spread_over_the_data(data, monkeypatch):
             batch["pixel_values"], batch["image_index"] = batch["pixel_values"][:1], torch.zeros(len(items)).long()
             return batch
 
-    assert [len(batch["pixel_values"]) for batch in pairs(Shared(), data, 7)] == [4, 3]
+    assert [len(batch["pixel_values"]) for batch in sample_batches(Shared(), data, 7)] == [4, 3]
 
 
 def make_trainer(tmp_path, data, steps, config=CONFIG, sparse_modules=(FC1,), eval_dataset=None, **training):
-    from madtp.compression import _training_arguments
+    from madtp.compression.pipeline import _training_arguments
     from madtp.training.controller import branch_targets
 
     student, teacher = tiny_blip(), tiny_blip()
@@ -293,4 +292,4 @@ def test_empty_data_are_refused_before_anything_is_written(tmp_path, name):
         madtp.compress(tiny_blip(), Task(), config=CONFIG, output_dir=tmp_path / "out", **data)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="data must hold samples, got none"):
-        compression.measure(tiny_blip(), Task(), Questions(0))
+        madtp.measure(tiny_blip(), Task(), Questions(0))

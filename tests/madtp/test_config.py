@@ -7,7 +7,7 @@ from madtp.config import CompressionConfig
 
 
 def test_round_trip_through_json():
-    config = CompressionConfig(flops_reduction=0.6, sparse_exclude=("text_decoder.*",), pattern="1:4", seed=3)
+    config = CompressionConfig(macs_reduction=0.6, sparse_exclude=("text_decoder.*",), pattern="1:4", seed=3)
     assert CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.sparse_exclude == ("text_decoder.*",)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -17,9 +17,9 @@ def test_round_trip_through_json():
 @pytest.mark.parametrize(
     "field, value, rule",
     [
-        ("flops_reduction", 1.0, r"a number in \[0, 1\), got 1.0"),
+        ("macs_reduction", 1.0, r"a number in \[0, 1\), got 1.0"),
         ("latency_reduction", 1.0, r"a number in \[0, 1\), got 1.0"),
-        ("flops_reduction", float("nan"), "a number in"),
+        ("macs_reduction", float("nan"), "a number in"),
         ("params_reduction", -0.1, "a number in"),
         ("alignment_tokens", 0, "an integer of at least 1, got 0"),
         ("alignment_dim", 1.5, "an integer of at least 1"),
@@ -43,13 +43,11 @@ def test_each_field_names_its_rule(field, value, rule):
 
 
 def test_one_target():
-    assert CompressionConfig().flops_reduction == 0.5 and CompressionConfig().latency_reduction is None
+    assert CompressionConfig().macs_reduction == 0.5 and CompressionConfig().latency_reduction is None
     timed = CompressionConfig(latency_reduction=0.4)
-    assert timed.flops_reduction is None and CompressionConfig.from_dict(timed.to_dict()) == timed
-    with pytest.raises(
-        ValueError, match="latency_reduction must be None with a flops_reduction, which is 0.5, got 0.4"
-    ):
-        CompressionConfig(flops_reduction=0.5, latency_reduction=0.4)
+    assert timed.macs_reduction is None and CompressionConfig.from_dict(timed.to_dict()) == timed
+    with pytest.raises(ValueError, match="latency_reduction must be None with a macs_reduction, which is 0.5, got 0.4"):
+        CompressionConfig(macs_reduction=0.5, latency_reduction=0.4)
 
 
 def test_unknown_field():

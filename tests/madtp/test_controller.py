@@ -135,11 +135,11 @@ def test_branch_targets_meet_the_budget_by_one_factor():
 
 def test_branch_targets_errors():
     profile = make_profile(vision=(80.0, 44.0), decoder=(20.0, 20.0))
-    with pytest.raises(ValueError, match="flops_reduction must be below 0.800, the share the fixed parts leave"):
+    with pytest.raises(ValueError, match="macs_reduction must be below 0.800, the share the fixed parts leave"):
         branch_targets(profile, 0.8, ["vision"])
     with pytest.raises(ValueError, match=r"prunable must name branches of \['vision', 'decoder'\], got \['text'\]"):
         branch_targets(profile, 0.5, ["text"])
-    with pytest.raises(ValueError, match="flops_reduction must be a number"):
+    with pytest.raises(ValueError, match="macs_reduction must be a number"):
         branch_targets(profile, 1.0, ["vision"])
 
 

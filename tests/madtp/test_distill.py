@@ -52,7 +52,7 @@ def test_joint_loss_weights_and_parts():
     logits = torch.randn(2, 6, requires_grad=True), torch.randn(2, 6)
     task = torch.tensor(0.7, requires_grad=True)
     joint = JointLoss(kd_temperature=2.0)
-    loss, parts = joint(task, aligned=aligned, summaries={"vision": vision, "text": text}, logits=logits)
+    loss, parts = joint(task, aligned=aligned, summary_features={"vision": vision, "text": text}, logits=logits)
     assert list(parts) == ["task", "align", "vision", "text", "kd"] and not any(p.requires_grad for p in parts.values())
     expected = 0.7 + 0.1 * align_loss(*aligned) + summary_loss(*vision) + 10 * summary_loss(*text)
     torch.testing.assert_close(loss, expected + kd_loss(*logits, 2.0))
@@ -72,7 +72,7 @@ def test_joint_loss_weights_and_parts():
         (lambda: summary_loss([torch.ones(1, 2)], [torch.ones(2, 2)]), r"teacher\[0\] must have the shape of student"),
         (lambda: kd_loss(torch.ones(2, 3), torch.ones(2, 4), 1.0), "teacher_logits must have the shape"),
         (lambda: kd_loss(torch.ones(2, 3), torch.ones(2, 3), 1.0, torch.ones(2)), r"mask must be bool of shape \(2,\)"),
-        (lambda: JointLoss()(torch.ones(()), summaries={"audio": ([], [])}), 'must be of "vision" and "text"'),
+        (lambda: JointLoss()(torch.ones(()), summary_features={"audio": ([], [])}), 'must be of "vision" and "text"'),
     ],
 )
 def test_bad_input(call, message):

@@ -32,7 +32,7 @@ def test_rows_are_measured_once(start, capsys):
     results = start(*arguments)
     rows = {(row["variant"], row["reduction"]): row for row in results["rows"]}
     assert list(rows) == [("dense", 0.0), ("joint", 0.5), ("staged", 0.7), ("weights", 0.7), ("random", 0.7)]
-    assert "flops_reduction must be at most" in rows["weights", 0.7]["unreachable"]
+    assert "macs_reduction must be at most" in rows["weights", 0.7]["unreachable"]
     assert rows["dense", 0.0]["counted_gmacs"] == rows["dense", 0.0]["dense_gmacs"] == rows["joint", 0.5]["dense_gmacs"]
     for key in (("joint", 0.5), ("staged", 0.7), ("random", 0.7)):
         row = rows[key]
@@ -48,7 +48,7 @@ def test_rows_are_measured_once(start, capsys):
     assert f"{100 * rows['random', 0.7]['metrics']['accuracy']:.2f}" in text
 
 
-def test_temperatures_settle_on_concepts_of_neither_part(few_emoji, monkeypatch, tmp_path):
+def test_temperatures_are_calibrated_on_concepts_of_neither_part(few_emoji, monkeypatch, tmp_path):
     monkeypatch.setenv("MADTP_CACHE", str(tmp_path / "cache"))
     preset = dataclasses.replace(TINY, image_size=32, calibration=10, test=None)
     prepared = tasks.EXPERIMENTS["captioning"].prepare(preset, tmp_path / "captioning")
@@ -73,7 +73,7 @@ def test_the_worst_seed_and_the_worst_row_decide_whether_an_aim_holds():
     rows += [row("joint", 0.5, 0.885, 0.5), row("joint", 0.5, 0.897, 0.5, seed=1)]  # 1.5 and 0.3 points lost
     rows += [row("joint", 0.7, 0.86, 0.306), row("joint", 0.7, 0.85, 0.3, seed=1)]  # 4 and 5; 2 % off and on it
     rows += [row("tokens", 0.7, 0.87, 0.3), row("tokens", 0.7, 0.82, 0.3, seed=1)]
-    rows += [{"variant": "weights", "reduction": 0.7, "seed": 0, "unreachable": "flops_reduction must be less"}]
+    rows += [{"variant": "weights", "reduction": 0.7, "seed": 0, "unreachable": "macs_reduction must be less"}]
     text = table.targets([{"task": "vqa", "metric": "accuracy", "rows": rows}]).splitlines()
     said = [[cell.strip() for cell in line.split("|")[2:5]] for line in text[2:]]
     assert said == [

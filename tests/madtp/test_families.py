@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import madtp
 from madtp import hwp
-from madtp.models import Encoder, Family, Tower
+from madtp.models import FAMILIES, Encoder, Family, Tower
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -298,6 +298,10 @@ def test_the_docs_have_the_table_of_what_ran():
     assert table() in DOCS.read_text(), "docs/models.md must hold test_families.table()"
 
 
+def test_every_family_has_a_case():
+    assert {family.source.__name__ for family in FAMILIES} == {name.split(" ")[0] for name in CASES}
+
+
 class Mixer(torch.nn.Module):
     """An encoder that nothing is known of: as plain as a user's own may be."""
 
@@ -331,7 +335,7 @@ def test_an_encoder_of_ones_own_needs_a_description():
     encoder = Encoder(
         blocks="blocks", qkv=("qkv",), out="proj", norm1="before", norm2="after", mlp=("up", "act", "down")
     )
-    tower = Tower(encoder, "input_ids", pool=lambda tower, packed: packed.summary(), embeddings="embed")
+    tower = Tower(encoder, "input_ids", pool=lambda tower, batch: batch.summary_features(), embeddings="embed")
     model, ids = randomised(Mixer()), torch.randint(40, (3, 9), generator=torch.Generator().manual_seed(0))
     expected = model(ids)
     with pytest.raises(TypeError, match="model must be one of .*, or come with a family=, got Mixer"):

@@ -1,25 +1,25 @@
 import pytest
 
-from madtp.files import require_writable, whole_directory, write_whole
+from madtp.files import atomic_directory, atomic_write, require_writable
 
 
 def test_a_directory_is_replaced_only_by_a_whole_one(tmp_path):
     target = tmp_path / "model"
-    with whole_directory(target) as folder:
+    with atomic_directory(target) as folder:
         (folder / "weights").write_text("first")
-    with pytest.raises(KeyboardInterrupt), whole_directory(target) as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_directory(target) as folder:
         (folder / "weights").write_text("sec")
         raise KeyboardInterrupt
     assert (target / "weights").read_text() == "first"
     (tmp_path / "model.partial").mkdir()  # what a killed process leaves
-    with whole_directory(target) as folder:
+    with atomic_directory(target) as folder:
         (folder / "tokens").write_text("third")
     assert [path.name for path in target.iterdir()] == ["tokens"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_file_is_whole(tmp_path):
-    write_whole(tmp_path / "a.json", "τ")
+    atomic_write(tmp_path / "a.json", "τ")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == "τ"
 

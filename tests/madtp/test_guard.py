@@ -40,7 +40,7 @@ def test_a_move_is_halved_until_the_loss_bears_it(tolerance, part):
     assert 2**-guard.undone == part
     again = Guard(lambda: 0.0, 1.0)
     again.load_state_dict(guard.state_dict())
-    assert (again.undone, again.rise) == (guard.undone, guard.rise)
+    assert (again.undone, again.loss_increase) == (guard.undone, guard.loss_increase)
 
 
 def test_a_loss_that_is_not_a_number_is_a_jump():
@@ -68,7 +68,7 @@ def test_a_bad_move_of_the_temperatures_is_undone(tmp_path, data):
     trainer.controller.targets = {branch: macs / 1000 for branch, macs in trainer.controller.targets.items()}
     trainer.controller._gain = dict.fromkeys(before, 6.0)
     trainer.steer()
-    assert trainer.guard.undone == 3 and trainer.guard.rise > 1e-3
+    assert trainer.guard.undone == 3 and trainer.guard.loss_increase > 1e-3
     for branch, tau in trainer.handle.temperatures.items():
         assert math.log(tau / before[branch]) == pytest.approx(6 / 8)
     assert trainer.handle.temperatures == trainer.controller.temperatures
@@ -116,8 +116,8 @@ def test_a_run_without_jumps_is_as_one_without_a_guard(tmp_path, data):
     assert guarded.guard.undone == 0 and free.guard is None
     assert_same(guarded, free)
     logged = [entry for entry in guarded.state.log_history if "loss" in entry]
-    assert all(entry["guard_undone"] == 0 and entry["guard_rise"] != 0 for entry in logged)
-    assert not any("guard_rise" in entry for entry in free.state.log_history)
+    assert all(entry["guard_undone"] == 0 and entry["guard_loss_increase"] != 0 for entry in logged)
+    assert not any("guard_loss_increase" in entry for entry in free.state.log_history)
 
 
 class Interrupt(TrainerCallback):

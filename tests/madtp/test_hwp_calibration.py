@@ -23,7 +23,7 @@ def test_statistics_of_a_plain_model():
     hidden = model[:2](rows.float()).double()
     for name, x in (("0", rows), ("2", hidden)):
         found = statistics[name]
-        assert found.rows == 17
+        assert found.weight_sum == 17
         torch.testing.assert_close(found.gram, x.T @ x, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.norms, x.square().mean(0).sqrt().float())
     assert not found.gram.requires_grad
@@ -95,7 +95,7 @@ def test_rows_weigh_what_their_tokens_are_worth(blip, batch):
     for key, name in names.items():
         squares, rows = expected_squares(inputs[key].flatten(0, -2), weights[key])
         torch.testing.assert_close(statistics[name].squares, squares, rtol=1e-5, atol=1e-6, msg=key)
-        assert statistics[name].rows == pytest.approx(rows, rel=1e-5)
+        assert statistics[name].weight_sum == pytest.approx(rows, rel=1e-5)
     assert all(len(taken) == 2 for taken in steps.values())  # our observers came back, and were not called meanwhile
     with torch.no_grad():
         blip(**batch)
@@ -111,7 +111,7 @@ def test_a_branch_that_keeps_all_weighs_evenly(blip, batch):
         blip(**batch)
     torch.testing.assert_close(weighted[names[0]].squares, plain[names[0]].squares)
     assert not torch.allclose(weighted[names[1]].squares, plain[names[1]].squares, rtol=1e-3)
-    assert weighted[names[1]].rows == pytest.approx(plain[names[1]].rows, rel=1e-5)
+    assert weighted[names[1]].weight_sum == pytest.approx(plain[names[1]].weight_sum, rel=1e-5)
 
 
 def test_bad_input(blip):

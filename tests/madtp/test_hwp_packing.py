@@ -10,7 +10,8 @@ from transformers.activations import ACT2FN
 
 import madtp
 from madtp import hwp
-from madtp.hwp import Follower, Sparse24Linear
+from madtp.hwp import Epilogue, Sparse24Linear
+from madtp_kernels.nm_patterns import COMMON, Pattern
 
 CONFIG = madtp.CompressionConfig(alignment_tokens=8, alignment_dim=24)
 
@@ -44,8 +45,8 @@ def masked(module):
 def test_packed_layers_compute_the_same_and_come_out_again(activation, folded):
     block, x = masked(Block(activation)), torch.randn(3, 5, 32)
     expected, state = block(x), copy.deepcopy(block.state_dict())
-    packed = hwp.pack(block, followers={"fc1": Follower("act")})
-    assert packed == {"fc1": Follower("act" if folded else None), "fc2": Follower()}
+    packed = hwp.pack(block, epilogues={"fc1": Epilogue("act")})
+    assert packed == {"fc1": Epilogue("act" if folded else None), "fc2": Epilogue()}
     assert isinstance(block.fc1, Sparse24Linear) and type(block.odd) is nn.Linear
     assert block.fc1.activation == folded
     assert isinstance(block.act, nn.Identity) == (folded is not None)
@@ -65,7 +66,7 @@ def test_only_what_is_named_is_packed_and_what_is_not_24_never():
 def test_gradients_reach_x_residual_and_bias():
     block, x = masked(Block()), torch.randn(4, 32, requires_grad=True)
     expected = torch.autograd.grad(block(x).sum(), [x, block.fc1.bias])
-    hwp.pack(block, followers={"fc1": Follower("act")})
+    hwp.pack(block, epilogues={"fc1": Epilogue("act")})
     for got, want in zip(torch.autograd.grad(block(x).sum(), [x, block.fc1.bias]), expected, strict=True):
         torch.testing.assert_close(got, want)
 
@@ -80,13 +81,13 @@ def test_layerscale_is_folded_and_comes_out_again():
     block = "encoder.layer.0"
     packed = hwp.pack(
         model,
-        followers={
-            f"{block}.attention.o_proj": Follower(None, f"{block}.layer_scale1"),
-            f"{block}.mlp.fc1": Follower(f"{block}.mlp.activation_fn"),
-            f"{block}.mlp.fc2": Follower(None, f"{block}.layer_scale2"),
+        epilogues={
+            f"{block}.attention.o_proj": Epilogue(None, f"{block}.layer_scale1"),
+            f"{block}.mlp.fc1": Epilogue(f"{block}.mlp.activation_fn"),
+            f"{block}.mlp.fc2": Epilogue(None, f"{block}.layer_scale2"),
         },
     )
-    assert packed[f"{block}.mlp.fc2"] == Follower(None, f"{block}.layer_scale2")
+    assert packed[f"{block}.mlp.fc2"] == Epilogue(None, f"{block}.layer_scale2")
     assert isinstance(model.encoder.layer[0].layer_scale1, nn.Identity)
     torch.testing.assert_close(model(x).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
     model(x).last_hidden_state.sum().backward()
@@ -108,14 +109,19 @@ def test_residuals_of_a_wider_type_are_added_after():
     assert y.dtype == torch.float32
 
 
-@pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:8", "2:16", "4:8"])
+def test_the_old_name_of_epilogues_is_told():
+    with pytest.raises(TypeError, match="pack: followers is now called epilogues"):
+        hwp.pack(Block(), followers={})
+
+
+@pytest.mark.parametrize("pattern", [str(pattern) for pattern in COMMON if pattern.m > 2])
 def test_every_pattern_that_is_24_is_packed(pattern):
     block, x = Block(), torch.randn(4, 32)
     hwp.prune_one_shot(block, pattern, ["fc1", "fc2"])
     expected = block(x)
     packed = hwp.pack(block)
     reasons = hwp.explain_linears(block)
-    if pattern == "4:8":
+    if not Pattern.parse(pattern).sparse24:
         assert packed == {} and reasons["fc1"] == "dense: has more than 2 non-zeros in an aligned 4"
     else:
         assert set(packed) == {"fc1", "fc2"} and reasons["fc1"].startswith("2:4, runs ")

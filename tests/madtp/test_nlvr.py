@@ -64,7 +64,7 @@ def test_a_captioning_model_lends_its_vision_encoder(tokenizer):
 
 def test_compress(few_emoji, tokenizer, tmp_path):
     data = EmojiPairs("train", tokenizer, 32, pairs=48, source=few_emoji)
-    config = madtp.CompressionConfig(flops_reduction=0.3, alignment_tokens=8, alignment_dim=32, controller_interval=2)
+    config = madtp.CompressionConfig(macs_reduction=0.3, alignment_tokens=8, alignment_dim=32, controller_interval=2)
     training = {"max_steps": 6, "per_device_train_batch_size": 8, "disable_tqdm": True, "save_strategy": "no"}
     model = nlvr_model(tokenizer, 32)
     result = madtp.compress(model, NlvrTask(tokenizer), data, data, config, output_dir=tmp_path, training=training)

@@ -2,14 +2,19 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BlipForQuestionAnswering
 
 import madtp
+from madtp.handles import find_handle, handle_of
+from madtp.hwp.packing import epilogues_of
 
 CONFIG = madtp.CompressionConfig(alignment_tokens=8, alignment_dim=24)
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0.1"
 
 
 def reference(model, batch):
@@ -89,7 +94,7 @@ def test_gradients_reach_alignment_tokens_and_both_branches(blip, batch):
     (aligned["vision"] * aligned["text"]).sum().backward()
     assert blip.vision_model.embeddings.patch_embedding.weight.grad.abs().sum() > 0
     assert blip.madtp_guide.maps["text"].weight.grad.abs().sum() > 0
-    assert [s.shape for s in handle.summaries["text"]] == [(5, 32), (5, 32)]
+    assert [s.shape for s in handle.summary_features["text"]] == [(5, 32), (5, 32)]
 
 
 def test_aligned_feature_follows_its_equation(blip, batch):
@@ -113,14 +118,41 @@ def test_saved_model_comes_back(blip, batch, tmp_path):
     assert BlipForQuestionAnswering.from_pretrained(tmp_path).num_parameters() > 0  # plain Hugging Face reads it too
 
 
+def test_a_model_saved_by_version_0_1_comes_back(batch, tmp_path):
+    """And is saved as this version does it, for which its configuration has the names of today."""
+    expected = load_file(FIXTURES / "model_logits.safetensors")["logits"]
+    for directory in (FIXTURES / "model", tmp_path):
+        loaded = madtp.from_pretrained(directory)
+        handle = handle_of(loaded)
+        assert handle.temperatures == {"vision": 6.5, "text": 3.0}
+        config = handle.config.to_dict()
+        assert [value for name, value in config.items() if name.endswith("_reduction")] == [0.4, None, None]
+        assert len(epilogues_of(loaded)) == 4
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=1e-5)
+        loaded.save_pretrained(tmp_path)
+        state = json.loads((tmp_path / "madtp.json").read_text())
+        assert state["version"] == 4 and state["config"] == config
+
+
+def test_a_handle_is_found_from_any_layer(blip):
+    assert find_handle(blip) is None
+    with pytest.raises(
+        ValueError, match=r"model must be patched \(madtp.patch\), got a plain BlipForQuestionAnswering"
+    ):
+        handle_of(blip)
+    handle = madtp.patch(blip, CONFIG)
+    assert find_handle(blip) is handle_of(blip) is handle
+
+
 def test_macs_belong_to_the_branch_they_do(blip, batch):
     unpadded = {name: value[[0, 3, 4]] for name, value in batch.items()}
     plain = madtp.profile(blip, unpadded).branches
     madtp.patch(blip, CONFIG).set_temperature(2.0)
-    packed = madtp.profile(blip, unpadded).branches
-    assert {b: account.dense_macs for b, account in packed.items()} == {b: a.dense_macs for b, a in plain.items()}
-    assert packed["other"].counted_macs == 0
-    assert all(packed[branch].counted_macs < packed[branch].dense_macs for branch in ("vision", "text"))
+    pruned = madtp.profile(blip, unpadded).branches
+    assert {b: account.dense_macs for b, account in pruned.items()} == {b: a.dense_macs for b, a in plain.items()}
+    assert pruned["other"].counted_macs == 0
+    assert all(pruned[branch].counted_macs < pruned[branch].dense_macs for branch in ("vision", "text"))
 
 
 def test_deepcopy_is_independent(blip, batch):
@@ -161,10 +193,13 @@ def test_refuses(blip, tmp_path):
     weights.write_bytes(whole)
     state = json.loads((tmp_path / "madtp.json").read_text())
     (tmp_path / "madtp.json").write_text(json.dumps(state | {"version": 99}))
-    with pytest.raises(madtp.ModelError, match="must be of version 3, got 99: install a newer madtp"):
+    with pytest.raises(madtp.ModelError, match="madtp.json must be of version 4, got 99: install a newer madtp"):
+        madtp.from_pretrained(tmp_path)
+    (tmp_path / "madtp.json").write_text(json.dumps(state | {"version": 2}))
+    with pytest.raises(madtp.ModelError, match="madtp.json must be of version 4, got 2: save the model again"):
         madtp.from_pretrained(tmp_path)
     (tmp_path / "madtp.json").write_text("[]")
-    with pytest.raises(madtp.ModelError, match="must be of version 3, got None"):
+    with pytest.raises(madtp.ModelError, match="madtp.json must be of version 4, got None"):
         madtp.from_pretrained(tmp_path)
     (tmp_path / "madtp.json").write_text(json.dumps(state | {"config": None}))
     with pytest.raises(madtp.ModelError, match="cannot be read"):

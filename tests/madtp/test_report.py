@@ -39,7 +39,7 @@ REPORT = {
     "dense": DENSE,
     "compressed": COMPRESSED,
     "plan": {
-        "flops_reduction": 0.5,
+        "macs_reduction": 0.5,
         "latency_reduction": None,
         "targets_gmacs": {"vision": 0.03, "text": 0.001},
         "temperatures": {"vision": 1.5, "text": 0.25},

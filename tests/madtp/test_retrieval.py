@@ -153,7 +153,7 @@ def test_other_models_are_refused(task, data):
 
 
 def test_compress(task, data, tmp_path):
-    config = madtp.CompressionConfig(flops_reduction=0.5, alignment_tokens=8, alignment_dim=32, controller_interval=2)
+    config = madtp.CompressionConfig(macs_reduction=0.5, alignment_tokens=8, alignment_dim=32, controller_interval=2)
     training = {"max_steps": 6, "per_device_train_batch_size": 8, "disable_tqdm": True, "save_strategy": "no"}
     model = CASES["VisionTextDualEncoderModel (ViT, BERT)"].build()
     result = madtp.compress(model, task, data, data, config, output_dir=tmp_path, training=training)

@@ -1,4 +1,4 @@
-"""`python -m madtp_kernels.tune` measures the layers that packed models run."""
+"""`python -m madtp_kernels.tune` measures the layers that models of packed 2:4 layers run."""
 
 import pytest
 import torch
@@ -34,13 +34,13 @@ def test_every_layer_of_a_block_is_measured(family, monkeypatch):
     assert sorted(hwp.pack(model, names)) == sorted(names)
     calls, run = [], packing.sparse24_linear
 
-    def spy(x, weight, bias, *, activation, residual, scale, total):
-        calls.append(tuning_cuda.problem(x.bfloat16(), weight.values, activation, residual, scale))
-        return run(x, weight, bias, activation=activation, residual=residual, scale=scale, total=total)
+    def spy(x, weight, bias, *, activation, residual, scale, num_rows):
+        calls.append(tuning_cuda.linear_call(x.bfloat16(), weight.values, activation, residual, scale))
+        return run(x, weight, bias, activation=activation, residual=residual, scale=scale, num_rows=num_rows)
 
     monkeypatch.setattr(packing, "sparse24_linear", spy)
     inputs = {"input_ids": text(padded=False)["input_ids"]} if "Text" in kind.__name__ or kind is hf.BertModel else None
     with torch.no_grad():
         model(**(inputs or {"pixel_values": pixels(4)}))
     assert len(calls) == len(names)
-    assert set(calls) <= set(tune.problems((WIDTH,)))
+    assert set(calls) <= set(tune.linear_calls((WIDTH,)))

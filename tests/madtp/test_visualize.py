@@ -10,7 +10,7 @@ from transformers import BlipImageProcessor
 
 import madtp
 from madtp.data.easy_vqa import EasyVqa
-from madtp.reporting.visualize import _dimmed, _spread, _words, depths, picture
+from madtp.reporting.visualize import _dimmed, _words, depths, picture
 from madtp.tasks.vqa import VqaTask, load_dense
 
 
@@ -25,21 +25,21 @@ def scene(drawn):
 def test_picture(scene, tmp_path):
     model, task, data, dense = scene
     model.train()
-    path = picture(model, task, data, tmp_path / "tokens.png", images=3)
+    path = picture(model, task, data, tmp_path / "tokens.png", rows=3)
     assert model.training
     with Image.open(path) as image:
         assert image.format == "PNG" and image.width > 1000
         assert len(image.convert("RGB").getcolors(1 << 20)) > 100  # drawn, not blank
     with pytest.raises(TypeError, match="model must be a compressed one, got a plain BlipForQuestionAnswering"):
         picture(dense, task, data, tmp_path / "dense.png")
-    for images in (0, 25):
-        with pytest.raises(ValueError, match=f"images must be from 1 to the 24 in the data, got {images}"):
-            picture(model, task, data, tmp_path / "none.png", images=images)
+    for rows in (0, 25):
+        with pytest.raises(ValueError, match=f"rows must be from 1 to the 24 images in the data, got {rows}"):
+            picture(model, task, data, tmp_path / "none.png", rows=rows)
 
 
 def test_questions_of_both_kinds_about_different_images(scene):
     data = scene[2]
-    chosen = [data.questions[i] for i in _spread(data, 8)]
+    chosen = [data.questions[i] for i in data.examples(8)]
     assert [answer in ("yes", "no") for _, answer, _ in chosen] == [False, True] * 4
     assert len({image for _, _, image in chosen}) == 8
 
@@ -54,8 +54,7 @@ def test_pruned_patches_are_dimmed_and_kept_ones_are_not():
 
 def test_words_say_whether_they_are_kept(scene):
     _, task, data, _ = scene
-    batch = task.collate([data[0]])
-    words = _words(task, batch, torch.tensor([0, 2, 4]), 0)
+    words = _words(task.tokenizer, data[0]["input_ids"], torch.tensor([0, 2, 4]))
     assert [word for word, _ in words] == "what is the color of the shape ?".split()
     assert [kept for _, kept in words] == [False, True, False, True] + [False] * 4
 
@@ -63,8 +62,13 @@ def test_words_say_whether_they_are_kept(scene):
 class Letters:
     """A tokenizer of as many ids as a text has words; the last one ends it."""
 
+    all_special_ids = ()
+
+    def __init__(self, end):
+        self.end = end
+
     def __call__(self, text, return_tensors):
-        ids = torch.tensor([[*range(4, 4 + len(text.split())), 39]])
+        ids = torch.tensor([[*range(4, 4 + len(text.split())), self.end]])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def convert_ids_to_tokens(self, ids):
@@ -79,6 +83,11 @@ class Letters:
         ("CLIPModel", "a cat on a mat"),
         ("BlipForQuestionAnswering", "what is it"),
         ("BlipForNLVR", "two cats on mats"),
+        ("BlipForConditionalGeneration", "a cat"),
+        ("Blip2ForConditionalGeneration", "a cat"),
+        ("Blip2ForImageTextRetrieval", "a cat"),
+        ("Dinov2Model", None),
+        ("ViTForImageClassification", None),
     ],
 )
 def test_an_image_of_ones_own(family, text, tmp_path):
@@ -86,8 +95,9 @@ def test_an_image_of_ones_own(family, text, tmp_path):
     model = randomised(CASES[family].build())
     size = CASES[family].inputs()["pixel_values"].shape[-1]
     processor = BlipImageProcessor(size={"height": size, "width": size})
+    end = 3 if "Blip" in family else 39  # which is where CLIP pools, and the image token of BLIP-2
     photo = Image.effect_noise((50, 40), 60).convert("RGB")
-    options = {"image_processor": processor, "tokenizer": Letters(), "text": text}
+    options = {"image_processor": processor, "tokenizer": Letters(end), "text": text}
     with pytest.raises(TypeError, match="model must be a compressed one with a vision tower"):
         depths(model, photo, tmp_path / "none.png", **options)
     madtp.patch(model, CONFIG).set_temperature(2.0)

@@ -1,4 +1,4 @@
-"""Tiny transformers models with random weights, their inputs, and the packed calls they make."""
+"""Tiny transformers models with random weights, their inputs, and the ragged calls they make."""
 
 import torch
 import transformers as hf
@@ -74,7 +74,7 @@ def text_inputs(mask):
 
 
 def run(model, inputs, implementation):
-    """Real outputs' values and the gradients of a sum over them, with the packed calls."""
+    """Real outputs' values and the gradients of a sum over them, with the ragged calls."""
     model.set_attn_implementation(implementation)
     model.zero_grad()
     with Calls() as calls:

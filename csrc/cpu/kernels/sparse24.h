@@ -5,7 +5,7 @@
 
 namespace madtp::cpu::MADTP_ISA {
 
-Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType weight_dtype,
+Status sparse24_layout_bytes(std::int64_t out_features, std::int64_t in_features, DType weight_dtype,
                              std::int64_t* bytes);
 
 Status sparse24_pack(const Sparse24Weight& weight, void* layout, int threads);

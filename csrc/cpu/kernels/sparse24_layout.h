@@ -2,8 +2,9 @@
 
 // How a 2:4 weight lies in memory for the kernels of one instruction set.
 //
-// The features (rows of W) are cut into groups, the channels into blocks. Within a group and a block,
-// features that keep many of the same columns are paired, and units of a few pairs follow one another:
+// The rows of W (output features) are cut into groups, its columns (input features) into blocks. Within a
+// group and a block, rows that keep many of the same columns are paired, and units of a few pairs follow one
+// another:
 //
 //   weights  W[steps][kUnitRows]        step s of a unit's row r multiplies entry entries[s][r] of the panel
 //   entries  uint8[steps][kUnitRows]
@@ -66,17 +67,17 @@ struct Unit {
 };
 
 struct Layout {
-  std::int64_t features, channels;
+  std::int64_t out_features, in_features;
   StepShape step;
   std::int64_t units, groups, blocks;
 
-  Layout(std::int64_t features_, std::int64_t channels_, DType weight_dtype)
-      : features(features_),
-        channels(channels_),
+  Layout(std::int64_t out_features_, std::int64_t in_features_, DType weight_dtype)
+      : out_features(out_features_),
+        in_features(in_features_),
         step(step_of(weight_dtype)),
-        units((features + kUnitRows - 1) / kUnitRows),
+        units((out_features + kUnitRows - 1) / kUnitRows),
         groups(group_count(units)),
-        blocks((channels + kBlock - 1) / kBlock) {}
+        blocks((in_features + kBlock - 1) / kBlock) {}
 
   // Small layers have two as well, so that two threads can share them.
   static std::int64_t group_count(std::int64_t units) {
@@ -86,14 +87,14 @@ struct Layout {
   std::int64_t first_unit(std::int64_t group) const { return units * group / groups; }
   std::int64_t first_row(std::int64_t group) const { return first_unit(group) * kUnitRows; }
   std::int64_t unit_count(std::int64_t group) const { return first_unit(group + 1) - first_unit(group); }
-  // Features of a group; its last unit may have rows beyond them, of zeros.
+  // The rows of a group that W has; its last unit may have rows beyond them, of zeros.
   std::int64_t row_count(std::int64_t group) const {
-    const std::int64_t end = first_row(group + 1) < features ? first_row(group + 1) : features;
+    const std::int64_t end = first_row(group + 1) < out_features ? first_row(group + 1) : out_features;
     return end - first_row(group);
   }
 
   int block_columns(std::int64_t block) const {
-    const std::int64_t rest = channels - block * kBlock;
+    const std::int64_t rest = in_features - block * kBlock;
     return int(rest < kBlock ? rest : kBlock);
   }
   int steps(int columns) const { return columns / 4 * step.steps; }

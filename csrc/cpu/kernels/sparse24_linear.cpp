@@ -1,7 +1,7 @@
-// A task is a tile of tokens times a span of features: block by block of the channels it transposes x into a
-// panel that stays in L1 and runs the units over it; the sums stay in L2, and when they are complete each row
-// gets its bias, activation, scale and residual. A few tokens are not worth vectors of their own: then the
-// lanes are features.
+// A task is a tile of tokens times a span of output features: block by block of the input features it
+// transposes x into a panel that stays in L1 and runs the units over it; the sums stay in L2, and when they
+// are complete each row gets its bias, activation, scale and residual. A few tokens are not worth vectors of
+// their own: then the lanes are output features.
 
 #include <cstdlib>
 #include <type_traits>
@@ -15,7 +15,7 @@
 namespace madtp::cpu::MADTP_ISA {
 namespace {
 
-constexpr std::int64_t kSpanGroups = 3;      // of features that share a panel: sums of 768 rows stay in L2
+constexpr std::int64_t kSpanGroups = 3;      // groups that share a panel: sums of 768 rows of W stay in L2
 constexpr double kShare = 1 << 17;           // products worth a thread of their own: some microseconds
 constexpr std::int64_t kPanelEntries = 256;  // what a byte can name, so that none is out of bounds
 
@@ -26,9 +26,9 @@ struct Cut {
   std::int64_t largest() const { return (count + parts - 1) / parts; }
 };
 
-std::int64_t at_least(std::int64_t parts, std::int64_t wanted, std::int64_t most) {
+std::int64_t at_least(std::int64_t parts, std::int64_t wanted, std::int64_t max) {
   parts = parts > wanted ? parts : wanted;
-  return parts < most ? parts : most;
+  return parts < max ? parts : max;
 }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -43,26 +43,27 @@ struct Workspace {
 
 // How the work is cut, which changes no bit of it.
 struct Plan {
-  bool by_rows;      // lanes are features
-  Cut tiles, spans;  // of vectors of tokens, of groups of features
+  bool by_rows;      // lanes are output features
+  Cut tiles, spans;  // of vectors of tokens, and of groups of output features
   std::int64_t panel, sums;
 
-  Plan(const Layout& layout, std::int64_t rows, int threads) {
+  Plan(const Layout& layout, std::int64_t tokens, int threads) {
     const std::int64_t groups = layout.groups;
-    by_rows = rows <= kRowTokens;
+    by_rows = tokens <= kMaxRowTokens;
     if (by_rows) {
       tiles = {1, 1};
       spans = {groups, groups};
-      panel = rows * kBlock;
-      sums = row_stride(int(rows)) * kGroupRows;
+      panel = tokens * kBlock;
+      sums = row_stride(int(tokens)) * kGroupRows;
       return;
     }
-    const std::int64_t vectors = ceil_div(rows, kWidth), few = ceil_div(vectors, kTileVectors);
+    const std::int64_t vectors = ceil_div(tokens, kWidth), few = ceil_div(vectors, kTileVectors);
     spans = {groups, at_least(ceil_div(groups, kSpanGroups), ceil_div(threads, few), groups)};
     tiles = {vectors, at_least(few, ceil_div(threads, spans.parts), vectors)};
-    const std::int64_t tokens = tiles.largest() * kWidth;
-    panel = kPanelEntries * tokens;
-    sums = (spans.largest() + 1) * kGroupRows * tokens;  // one more: row numbers of any value stay inside
+    const std::int64_t tile_tokens = tiles.largest() * kWidth;
+    panel = kPanelEntries * tile_tokens;
+    sums =
+        (spans.largest() + 1) * kGroupRows * tile_tokens;  // one more: row numbers of any value stay inside
   }
 
   std::int64_t tasks() const { return tiles.parts * spans.parts; }
@@ -93,11 +94,12 @@ class Linear {
   using LookUp = typename Method<T, W>::LookUp;
 
  public:
-  Linear(const Sparse24Linear& inputs, const Layout& layout, std::int64_t rows, void* out,
+  Linear(const Sparse24Linear& inputs, const Layout& layout, std::int64_t tokens, void* out,
          std::int64_t out_stride)
-      : a_(inputs), layout_(layout), rows_(rows), out_(static_cast<T*>(out)), out_stride_(out_stride) {}
+      : a_(inputs), layout_(layout), tokens_(tokens), out_(static_cast<T*>(out)), out_stride_(out_stride) {}
 
-  // Tokens in the lanes: vectors [first, last) of tokens, groups [first_group, last_group) of features.
+  // Tokens in the lanes: vectors [first, last) of tokens, groups [first_group, last_group) of output
+  // features.
   void run_tile(std::int64_t first, std::int64_t last, std::int64_t first_group, std::int64_t last_group,
                 const Workspace& w) const {
     const int vectors = int(last - first);
@@ -117,10 +119,10 @@ class Linear {
       }
     }
     for (std::int64_t group = first_group; group < last_group; ++group) {
-      const std::int64_t features = layout_.row_count(group);
+      const std::int64_t out_features = layout_.row_count(group);
       for (std::int64_t v = 0; v < vectors; ++v) {
         const std::int64_t token = (first + v) * kWidth;
-        for (std::int64_t n = 0; n < features; n += kWidth) {
+        for (std::int64_t n = 0; n < out_features; n += kWidth) {
           Vec tile[kWidth];
 #pragma GCC unroll 16
           for (int i = 0; i < kWidth; ++i) tile[i] = load(sums(group) + (n + i) * stride + v * kWidth);
@@ -128,29 +130,29 @@ class Linear {
 #pragma GCC unroll 16
           for (int i = 0; i < kWidth; ++i) store(w.rows + i * kGroupRows + n, tile[i]);
         }
-        finish(w.rows, token, rows_ - token < kWidth ? rows_ - token : kWidth, group);
+        finish(w.rows, token, tokens_ - token < kWidth ? tokens_ - token : kWidth, group);
       }
     }
   }
 
   // Features in the lanes: all tokens, one group.
   void run_rows(std::int64_t group, const Workspace& w) const {
-    const MultiplyRows<LookUp> multiply = multiply_rows_function<LookUp>(int(rows_));
+    const MultiplyRows<LookUp> multiply = multiply_rows_function<LookUp>(int(tokens_));
     using X = typename LookUp::X;
     X* const block_x = reinterpret_cast<X*>(w.panel);
     for (std::int64_t block = 0; block < layout_.blocks; ++block) {
       const int columns = layout_.block_columns(block);
-      for (std::int64_t t = 0; t < rows_; ++t) {
+      for (std::int64_t t = 0; t < tokens_; ++t) {
         for (int c = 0; c < kBlock; c += kWidth)
           store(block_x + t * kBlock + c, c < columns ? load(x(t) + block * kBlock + c) : Vec{});
       }
       multiply(layout_.unit(a_.layout, group, block, 0), layout_.unit_count(group), block_x, w.sums,
                block == 0);
     }
-    const int stride = row_stride(int(rows_));
-    for (std::int64_t t = 0; t < rows_; ++t)
+    const int stride = row_stride(int(tokens_));
+    for (std::int64_t t = 0; t < tokens_; ++t)
       for (int r = 0; r < kGroupRows; ++r) w.rows[t * kGroupRows + r] = w.sums[r * stride + t];
-    finish(w.rows, 0, rows_, group);
+    finish(w.rows, 0, tokens_, group);
   }
 
  private:
@@ -167,12 +169,12 @@ class Linear {
         // So many rows far apart are more streams than the hardware follows: the next block is asked for
         // here.
         for (int i = 0; i < kWidth; ++i) __builtin_prefetch(from + kBlock + i * a_.x_stride, 0, 2);
-        if (token + kWidth <= rows_) {
+        if (token + kWidth <= tokens_) {
 #pragma GCC unroll 16
           for (int i = 0; i < kWidth; ++i) tile[i] = Step::load_columns(from + i * a_.x_stride, columns - c);
         } else {
           for (int i = 0; i < kWidth; ++i)
-            tile[i] = token + i < rows_ ? Step::load_columns(from + i * a_.x_stride, columns - c) : Vec{};
+            tile[i] = token + i < tokens_ ? Step::load_columns(from + i * a_.x_stride, columns - c) : Vec{};
         }
         transpose(tile);
         Step::store_entries(tile, panel + c / 4 * Step::kEntries * stride, stride);
@@ -192,7 +194,8 @@ class Linear {
     }
   }
 
-  // The part of a vector of all features that belongs to a group, in float32; null where there is none.
+  // The part of a vector of all output features that belongs to a group, in float32; null where there is
+  // none.
   const float* part(const void* vector, DType dtype, std::int64_t group, float* scratch) const {
     const std::int64_t first = layout_.first_row(group);
     if (vector == nullptr || dtype == DType::float32)
@@ -203,11 +206,11 @@ class Linear {
     return scratch;
   }
 
-  // sums (count, kGroupRows) of the features of a group -> rows of the output from `token` on. Out of line,
-  // so that both kernels end in the same instructions.
+  // sums (count, kGroupRows) of the output features of a group -> rows of the output from `token` on. Out of
+  // line, so that both kernels end in the same instructions.
   __attribute__((noinline)) void finish(const float* sums, std::int64_t token, std::int64_t count,
                                         std::int64_t group) const {
-    const std::int64_t first = layout_.first_row(group), features = layout_.row_count(group);
+    const std::int64_t first = layout_.first_row(group), out_features = layout_.row_count(group);
     float scratch[2][kGroupRows];
     const float* const bias = part(a_.bias, a_.bias_dtype, group, scratch[0]);
     const float* const scale = part(a_.scale, a_.scale_dtype, group, scratch[1]);
@@ -218,7 +221,7 @@ class Linear {
         const T* const residual = a_.residual == nullptr ? nullptr
                                                          : static_cast<const T*>(a_.residual) +
                                                                (token + t) * a_.residual_stride + first;
-        for_each_vector(features, [&](std::int64_t i, auto load, auto store) {
+        for_each_vector(out_features, [&](std::int64_t i, auto load, auto store) {
           Vec y = load(row + i);
           if (bias != nullptr) y += load(bias + i);
           y = activation(y);
@@ -232,26 +235,26 @@ class Linear {
 
   const Sparse24Linear& a_;
   const Layout& layout_;
-  std::int64_t rows_;
+  std::int64_t tokens_;
   T* out_;
   std::int64_t out_stride_;
 };
 
 template <typename T, typename W>
 Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
-  const Layout layout(a.features, a.channels, a.weight_dtype);
-  std::int64_t rows = a.rows;
-  if (a.total != nullptr && *a.total < rows) rows = *a.total > 0 ? *a.total : 0;
-  const double shares = 1 + double(rows) * double(a.features) * double(a.channels) / 2 / kShare;
+  const Layout layout(a.out_features, a.in_features, a.weight_dtype);
+  std::int64_t tokens = a.tokens;
+  if (a.num_rows != nullptr && *a.num_rows < tokens) tokens = *a.num_rows > 0 ? *a.num_rows : 0;
+  const double shares = 1 + double(tokens) * double(a.out_features) * double(a.in_features) / 2 / kShare;
   if (threads > shares) threads = int(shares);
-  const Plan plan(layout, rows, threads);
-  const std::int64_t tasks = rows > 0 && a.features > 0 ? plan.tasks() : 0;
+  const Plan plan(layout, tokens, threads);
+  const std::int64_t tasks = tokens > 0 && a.out_features > 0 ? plan.tasks() : 0;
   if (threads > tasks) threads = tasks > 0 ? int(tasks) : 1;
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, std::size_t(plan.floats() * threads) * sizeof(float)) != 0)
     return Status::out_of_memory;
 
-  const Linear<T, W> linear(a, layout, rows, out, out_stride);
+  const Linear<T, W> linear(a, layout, tokens, out, out_stride);
   for_each_task(tasks, threads, [&](std::int64_t task, int thread) {
     const Workspace w = plan.workspace(static_cast<float*>(memory) + plan.floats() * thread);
     const std::int64_t tile = task / plan.spans.parts, span = task % plan.spans.parts;
@@ -262,9 +265,9 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, int thre
                       plan.spans.begin(span + 1), w);
     }
   });
-  for_each_task(a.rows - rows, threads, [&](std::int64_t row, int) {
-    __builtin_memset(static_cast<T*>(out) + (rows + row) * out_stride, 0,
-                     std::size_t(a.features) * sizeof(T));
+  for_each_task(a.tokens - tokens, threads, [&](std::int64_t token, int) {
+    __builtin_memset(static_cast<T*>(out) + (tokens + token) * out_stride, 0,
+                     std::size_t(a.out_features) * sizeof(T));
   });
   std::free(memory);
   return Status::ok;

@@ -1,8 +1,8 @@
 #pragma once
 
-// One unit of a 2:4 weight times a block of channels: `sums` of its rows grow by the products, each block
-// added up from zero first. Two kernels share the layout and the order of every sum: one has tokens in the
-// lanes of its vectors, the other, for few tokens, features.
+// One unit of a 2:4 weight times a block of input features: `sums` of its rows grow by the products, each
+// block added up from zero first. Two kernels share the layout and the order of every sum: one has tokens in
+// the lanes of its vectors, the other, for few tokens, output features.
 
 #include "cpu/kernels/sparse24_step.h"
 
@@ -133,7 +133,7 @@ inline MultiplyTokens<S> multiply_tokens_function(int vectors) {
 // --- lanes are the rows of a unit
 
 #if defined(__AVX512F__)
-constexpr int kRowTokens = 8;  // at most
+constexpr int kMaxRowTokens = 8;  // that this kernel takes
 
 // Units at once: chains of additions enough to hide the latency of one.
 constexpr int units_at_once(int tokens) { return tokens <= 3 ? 2 : 1; }
@@ -213,7 +213,7 @@ struct DotLookUp {
 };
 #endif
 
-// Of the tokens of a row, side by side: a power of two.
+// How many floats the tokens of a row take, side by side: a power of two.
 constexpr int row_stride(int tokens) { return tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8; }
 
 // The sums of a unit's rows: (kGroupRows, row_stride(T)).
@@ -282,7 +282,7 @@ __attribute__((noinline)) void multiply_rows(Unit unit, std::int64_t count,
   for (; count > 0; --count, unit.data += unit.bytes()) multiply_units<L, T, 1>(unit, x, sums, first);
 }
 #else
-constexpr int kRowTokens = 0;  // no instruction looks up enough columns
+constexpr int kMaxRowTokens = 0;  // no instruction looks up enough columns
 constexpr int row_stride(int tokens) { return tokens; }
 
 template <typename W>
@@ -298,7 +298,7 @@ template <typename L>
 using MultiplyRows = void (*)(Unit, std::int64_t count, const typename L::X* x, float* sums, bool first);
 
 // multiply_rows<L, tokens>
-template <typename L, int T = kRowTokens>
+template <typename L, int T = kMaxRowTokens>
 inline MultiplyRows<L> multiply_rows_function(int tokens) {
   if constexpr (T == 0) {
     return nullptr;

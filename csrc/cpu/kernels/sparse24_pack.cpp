@@ -34,12 +34,12 @@ struct Workspace {
   std::uint8_t candidates[kCandidates][2];  // sorted by entries in common, most first
 };
 
-constexpr int kSectionGroups = kSection / 4;  // of 4 columns
+constexpr int kSectionGroups = kSection / 4;  // groups of 4 columns in a section
 
 template <int EntriesOf4>
 void read_entries(const Sparse24Weight& weight, std::int64_t row, std::int64_t block, int columns,
                   Entries& entries) {
-  const std::uint8_t* const indices = weight.indices + row * (weight.channels / 8) + block * (kBlock / 8);
+  const std::uint8_t* const indices = weight.indices + row * (weight.in_features / 8) + block * (kBlock / 8);
   entries = {};
   for (int group = 0; group < columns / 4; ++group) {
     const unsigned nibble = indices[group / 2] >> (group % 2 * 4) & 15, a = nibble & 3, b = nibble >> 2;
@@ -122,8 +122,8 @@ void pack(const Sparse24Weight& weight, const Layout& layout, void* data, std::i
           std::int64_t block, Workspace& w) {
   const int columns = layout.block_columns(block), rows = int(layout.unit_count(group)) * kUnitRows;
   const std::int64_t first = layout.first_row(group);
-  for (int r = 0; r < rows; ++r) {  // rows past the features: as the last
-    const std::int64_t row = first + r < weight.features ? first + r : weight.features - 1;
+  for (int r = 0; r < rows; ++r) {  // rows past those of W: as the last
+    const std::int64_t row = first + r < weight.out_features ? first + r : weight.out_features - 1;
     read_entries<EntriesOf4>(weight, row, block, columns, w.entries[r]);
   }
   pair_rows(rows, w);
@@ -138,9 +138,9 @@ void pack(const Sparse24Weight& weight, const Layout& layout, void* data, std::i
       const Pair& pair = w.pairs[(u * kUnitRows + r) / 2];
       const int row = r % 2 == 0 ? pair.a : pair.b, other = r % 2 == 0 ? pair.b : pair.a;
       const Entries kept = w.entries[row], others = w.entries[other];
-      const W* const values = first + row < weight.features
+      const W* const values = first + row < weight.out_features
                                   ? static_cast<const W*>(weight.values) +
-                                        (first + row) * layout.steps(int(weight.channels)) +
+                                        (first + row) * layout.steps(int(weight.in_features)) +
                                         block * layout.steps(kBlock)
                                   : nullptr;
       RowWriter<W, EntriesOf4> writer(weights + r, unit_entries + r, values, kept);
@@ -157,14 +157,14 @@ void pack(const Sparse24Weight& weight, const Layout& layout, void* data, std::i
 
 }  // namespace
 
-Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType weight_dtype,
+Status sparse24_layout_bytes(std::int64_t out_features, std::int64_t in_features, DType weight_dtype,
                              std::int64_t* bytes) {
-  *bytes = Layout(features, channels, weight_dtype).bytes();
+  *bytes = Layout(out_features, in_features, weight_dtype).bytes();
   return Status::ok;
 }
 
 Status sparse24_pack(const Sparse24Weight& weight, void* data, int threads) {
-  const Layout layout(weight.features, weight.channels, weight.dtype);
+  const Layout layout(weight.out_features, weight.in_features, weight.dtype);
   const std::int64_t tasks = layout.groups * layout.blocks;
   if (threads > tasks) threads = tasks > 0 ? int(tasks) : 1;
   Workspace* const workspaces =

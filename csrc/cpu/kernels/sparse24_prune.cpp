@@ -80,12 +80,13 @@ IntVec prune_step(const T* weight, const float* score, T* values, std::uint8_t* 
 
 // Returns whether the row is free of NaN.
 template <typename T>
-bool prune_row(const T* weight, const float* score, std::int64_t channels, T* values, std::uint8_t* indices) {
+bool prune_row(const T* weight, const float* score, std::int64_t in_features, T* values,
+               std::uint8_t* indices) {
   IntVec nan{};
   std::int64_t c = 0;
-  for (; c + kStep <= channels; c += kStep)
+  for (; c + kStep <= in_features; c += kStep)
     nan |= prune_step(weight + c, score == nullptr ? nullptr : score + c, values + c / 2, indices + c / 8);
-  if (const std::int64_t rest = channels - c; rest > 0) {
+  if (const std::int64_t rest = in_features - c; rest > 0) {
     T part[kStep] = {}, part_values[kStep / 2];
     float part_score[kStep] = {};
     std::uint8_t part_indices[kStep / 8];
@@ -103,16 +104,17 @@ bool prune_row(const T* weight, const float* score, std::int64_t channels, T* va
 }  // namespace
 
 Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* indices, int threads) {
-  const std::int64_t channels = dense.channels;
+  const std::int64_t in_features = dense.in_features;
   bool no_nan = true;
   with_type(dense.dtype, [&](auto element) {
     using T = decltype(element);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(&& : no_nan)
-    for (std::int64_t row = 0; row < dense.features; ++row) {
+    for (std::int64_t row = 0; row < dense.out_features; ++row) {
       const T* const weight = static_cast<const T*>(dense.weight) + row * dense.weight_stride;
       const float* const score = dense.score == nullptr ? nullptr : dense.score + row * dense.score_stride;
-      const bool sound = prune_row(weight, score, channels, static_cast<T*>(values) + row * (channels / 2),
-                                   indices + row * (channels / 8));
+      const bool sound =
+          prune_row(weight, score, in_features, static_cast<T*>(values) + row * (in_features / 2),
+                    indices + row * (in_features / 8));
       no_nan = no_nan && sound;
     }
   });

@@ -12,7 +12,7 @@
 
 namespace madtp::cpu::MADTP_ISA {
 
-// Of the thread inside its parallel region.
+// The number of this thread inside its parallel region.
 inline int thread_number() {
 #if defined(_OPENMP)
   return omp_get_thread_num();

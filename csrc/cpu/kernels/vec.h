@@ -53,7 +53,7 @@ inline Vec broadcast(float value) { return value - Vec{}; }  // x - 0 is x, and 
 // Lane by lane: mask is all ones or all zeros per lane, as comparisons give it.
 inline Vec select(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
 
-// The larger of the two; b where either is NaN.
+// Lane by lane the larger of the two; b where either is NaN.
 inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 
 // The larger of two that have no sign bit; NaN where either is NaN, as its bits are above all others.
@@ -62,7 +62,7 @@ inline Vec max_nonnegative(Vec a, Vec b) {
   return bit_cast<Vec>(x > y ? x : y);
 }
 
-// The larger of the two; NaN where either is NaN.
+// Lane by lane the larger of the two; NaN where either is NaN.
 inline Vec max_or_nan(Vec a, Vec b) { return select((b > a) | (b != b), b, a); }
 
 #if defined(__GNUC__) && !defined(__clang__)

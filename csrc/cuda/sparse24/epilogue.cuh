@@ -2,7 +2,7 @@
 
 // From accumulators to rows of the output: y = residual + scale * activation(sum + bias), in float32, cast
 // once. In the accumulators of mma and wgmma a lane has two neighbouring tokens of a feature; staged in
-// shared memory they come out as rows, 64 features at a time, 128 bytes of a 16-bit type.
+// shared memory they come out as rows, 64 output features at a time, 128 bytes of a 16-bit type.
 
 #include <cstdint>
 
@@ -12,31 +12,31 @@
 
 namespace madtp::cuda {
 
-constexpr int kFeaturesAtOnce = 4;  // of one token, by one lane
+constexpr int kFeaturesAtOnce = 4;  // output features of one token that one lane writes
 
 // Floats between staged tokens: 4 modulo 16, so that the 32 words that a warp stages at once lie in 32 banks.
 template <int kFeatures>
 constexpr int kStride = kFeatures + 4;
 constexpr int kStagedStride = kStride<kTileFeatures>;
 
-// What the epilogue needs of the problem.
+// What the epilogue needs of a call.
 template <typename T>
 struct Output {
-  T* out;             // (rows, features)
-  const T* residual;  // (rows, features), or null
-  const void* bias;   // (features,), or null
-  const void* scale;  // (features,), or null
+  T* out;             // (tokens, out_features)
+  const T* residual;  // (tokens, out_features), or null
+  const void* bias;   // (out_features,), or null
+  const void* scale;  // (out_features,), or null
   std::int64_t out_stride, residual_stride;
-  const std::int32_t* total;  // rows from it on are zeros; null: there are none
-  int rows, features;
+  const std::int32_t* num_rows;  // rows from it on are zeros; null: every row is computed
+  int tokens, out_features;
   Activation activation;
   bool bias_is_float, scale_is_float;  // and not T
 
-  // Rows that are computed.
-  __device__ int real_rows() const {
-    if (total == nullptr) return rows;
-    const int most = *total;
-    return most < 0 ? 0 : most < rows ? most : rows;
+  // How many tokens are computed: what num_rows says, and never more than there are.
+  __device__ int valid_tokens() const {
+    if (num_rows == nullptr) return tokens;
+    const int valid = *num_rows;
+    return valid < 0 ? 0 : valid < tokens ? valid : tokens;
   }
 };
 
@@ -78,7 +78,8 @@ __device__ uint2 pack_four(const float (&values)[4]) {
   return words;
 }
 
-// Stages the sums of 16 features and 8 tokens, a fragment of d: those of slab `slab` and tokens 8 `group` on.
+// Stages the sums of 16 output features and 8 tokens, a fragment of d: those of slab `slab` and tokens 8
+// `group` on.
 template <int kFeatures = kTileFeatures>
 __device__ void stage(float* staged, int slab, int group, const float* d, int lane) {
   constexpr int kNext = kStride<kFeatures>;
@@ -89,7 +90,7 @@ __device__ void stage(float* staged, int slab, int group, const float* d, int la
   to[kNext + 8] = d[3];
 }
 
-// One lane of those that write the rows of a tile of kFeatures features from `first_feature` on.
+// One lane of those that write the rows of a tile of kFeatures output features from `first_feature` on.
 template <typename T, int kFeatures = kTileFeatures>
 class RowWriter {
  public:
@@ -98,19 +99,19 @@ class RowWriter {
         token_(lane / kLanesPerToken),
         place_(lane % kLanesPerToken * kFeaturesAtOnce),
         feature_(first_feature + place_) {
-    if (feature_ >= o_.features) return;
+    if (feature_ >= o_.out_features) return;
     load_vector(o_.bias, o_.bias_is_float, bias_);
     load_vector(o_.scale, o_.scale_is_float, scale_);
   }
 
-  // Writes `count` staged tokens, the first of them row `first_row`; rows from `real_rows` on are zeros.
+  // Writes `count` staged tokens from `first_token` on; those from `valid_tokens` on are zeros.
   // Called by kLanes lanes.
   template <int kLanes>
-  __device__ void write(const float* staged, int first_row, int count, int real_rows) const {
+  __device__ void write(const float* staged, int first_token, int count, int valid_tokens) const {
     constexpr int kStep = kLanes / kLanesPerToken;
-    if (feature_ >= o_.features) return;
-    if (count > o_.rows - first_row) count = o_.rows - first_row;
-    real_rows -= first_row;
+    if (feature_ >= o_.out_features) return;
+    if (count > o_.tokens - first_token) count = o_.tokens - first_token;
+    valid_tokens -= first_token;
 #pragma unroll 1
     for (int first = token_; first < count; first += kTokensAtOnce * kStep) {
       uint2 residuals[kTokensAtOnce] = {};
@@ -118,9 +119,9 @@ class RowWriter {
 #pragma unroll
         for (int k = 0; k < kTokensAtOnce; ++k) {
           const int i = first + k * kStep;
-          if (i < count && i < real_rows)
+          if (i < count && i < valid_tokens)
             residuals[k] = *reinterpret_cast<const uint2*>(o_.residual +
-                                                           (first_row + i) * o_.residual_stride + feature_);
+                                                           (first_token + i) * o_.residual_stride + feature_);
         }
       }
 #pragma unroll
@@ -128,23 +129,23 @@ class RowWriter {
         const int i = first + k * kStep;
         if (i >= count) continue;
         float y[4] = {};
-        if (i < real_rows) {
+        if (i < valid_tokens) {
           float sums[4];
           load_four(staged + i * kStride<kFeatures> + place_, sums);
           if (o_.residual != nullptr) unpack_four<T>(residuals[k], y);
           add(sums, y);
         }
-        store(first_row + i, y);
+        store(first_token + i, y);
       }
     }
   }
 
-  // Zeros in `count` rows from `first_row` on. Called by kLanes lanes.
+  // Zeros in `count` tokens from `first_token` on. Called by kLanes lanes.
   template <int kLanes>
-  __device__ void clear(int first_row, int count) const {
-    if (feature_ >= o_.features) return;
-    if (count > o_.rows - first_row) count = o_.rows - first_row;
-    for (int i = token_; i < count; i += kLanes / kLanesPerToken) store(first_row + i, {});
+  __device__ void clear(int first_token, int count) const {
+    if (feature_ >= o_.out_features) return;
+    if (count > o_.tokens - first_token) count = o_.tokens - first_token;
+    for (int i = token_; i < count; i += kLanes / kLanesPerToken) store(first_token + i, {});
   }
 
  private:
@@ -159,8 +160,8 @@ class RowWriter {
     }
   }
 
-  __device__ void store(int row, const float (&y)[4]) const {
-    *reinterpret_cast<uint2*>(o_.out + row * o_.out_stride + feature_) = pack_four<T>(y);
+  __device__ void store(int token, const float (&y)[4]) const {
+    *reinterpret_cast<uint2*>(o_.out + token * o_.out_stride + feature_) = pack_four<T>(y);
   }
 
   __device__ void load_vector(const void* vector, bool is_float, float (&values)[4]) const {

@@ -1,5 +1,7 @@
-// The public entry points: they check their arguments, then choose a kernel for the current device.
+// The public entry points: they check their arguments, then choose a kernel and its configuration for
+// the current device.
 
+#include "cuda/sparse24/architectures.h"
 #include "cuda/sparse24/kernels.h"
 #include "cuda/sparse24/layout.cuh"
 #include "madtp/sparse24.h"
@@ -7,76 +9,91 @@
 namespace madtp::cuda {
 namespace {
 
-constexpr std::int64_t kMost = 1 << 27;  // so that what is counted within a tile fits 32 bits
+constexpr std::int64_t kMaxSize = 1 << 27;  // so that what is counted within a tile fits 32 bits
 
-bool weight_shape(std::int64_t features, std::int64_t channels, DType dtype) {
-  return size_of(dtype) != 0 && features >= 0 && features % 8 == 0 && channels >= 0 && channels % 16 == 0 &&
-         features <= kMost && channels <= kMost;
+bool is_weight_shape(std::int64_t out_features, std::int64_t in_features, DType dtype) {
+  return size_of(dtype) != 0 && sparse24_supports_shape(out_features, in_features) &&
+         out_features <= kMaxSize && in_features <= kMaxSize;
 }
 
-bool aligned(const void* data, int bytes = 16) {
+bool is_aligned(const void* data, int bytes = 16) {
   return reinterpret_cast<std::uintptr_t>(data) % unsigned(bytes) == 0;
 }
-// Something to point to, or nothing, on a boundary of 16 bytes.
-bool present(const void* data, std::int64_t rows, std::int64_t columns) {
-  return aligned(data) && (data != nullptr || rows == 0 || columns == 0);
+
+// Data on a boundary of 16 bytes, or none where there is nothing to point to.
+bool is_present(const void* data, std::int64_t rows, std::int64_t columns) {
+  return is_aligned(data) && (data != nullptr || rows == 0 || columns == 0);
 }
 
-bool matrix(const void* data, std::int64_t stride, std::int64_t rows, std::int64_t columns) {
-  return present(data, rows, columns) && stride % 8 == 0;
+bool is_matrix(const void* data, std::int64_t stride, std::int64_t rows, std::int64_t columns) {
+  return is_present(data, rows, columns) && stride % 8 == 0;
 }
 
 // A vector of float32 or `dtype`, or none.
-bool affine(const void* data, DType data_dtype, DType dtype) {
-  return data == nullptr || (aligned(data) && (data_dtype == DType::float32 || data_dtype == dtype));
+bool is_affine(const void* data, DType data_dtype, DType dtype) {
+  return data == nullptr || (is_aligned(data) && (data_dtype == DType::float32 || data_dtype == dtype));
 }
 
-bool valid(const Sparse24Linear& a) {
-  return weight_shape(a.features, a.channels, a.weight_dtype) && a.weight_dtype == a.dtype && a.rows >= 0 &&
-         a.rows <= kMost && matrix(a.x, a.x_stride, a.rows, a.channels) &&
-         present(a.layout, a.features, a.channels) && affine(a.bias, a.bias_dtype, a.dtype) &&
-         affine(a.scale, a.scale_dtype, a.dtype) && a.activation >= Activation::none &&
+bool is_valid(const Sparse24Linear& a) {
+  return is_weight_shape(a.out_features, a.in_features, a.weight_dtype) && a.weight_dtype == a.dtype &&
+         a.tokens >= 0 && a.tokens <= kMaxSize && is_matrix(a.x, a.x_stride, a.tokens, a.in_features) &&
+         is_present(a.layout, a.out_features, a.in_features) && is_affine(a.bias, a.bias_dtype, a.dtype) &&
+         is_affine(a.scale, a.scale_dtype, a.dtype) && a.activation >= Activation::none &&
          a.activation <= Activation::relu &&
-         (a.residual == nullptr || matrix(a.residual, a.residual_stride, a.rows, a.features)) &&
-         aligned(a.total, 4);
+         (a.residual == nullptr || is_matrix(a.residual, a.residual_stride, a.tokens, a.out_features)) &&
+         is_aligned(a.num_rows, 4);
 }
 
-bool valid(const Sparse24Dense& a) {
-  const std::int64_t rows = a.transposed ? a.channels : a.features;
-  const std::int64_t columns = a.transposed ? a.features : a.channels;
-  return weight_shape(a.features, a.channels, a.dtype) && matrix(a.weight, a.weight_stride, rows, columns) &&
-         (a.score == nullptr || matrix(a.score, a.score_stride, rows, columns));
+bool is_valid(const Sparse24Dense& a) {
+  const std::int64_t rows = a.transposed ? a.in_features : a.out_features;
+  const std::int64_t columns = a.transposed ? a.out_features : a.in_features;
+  return is_weight_shape(a.out_features, a.in_features, a.dtype) &&
+         is_matrix(a.weight, a.weight_stride, rows, columns) &&
+         (a.score == nullptr || is_matrix(a.score, a.score_stride, rows, columns));
 }
 
 // use(config) for every configuration that can run the inputs, those of the newest architecture first.
 template <typename Use>
-void configs(const Sparse24Linear& inputs, const Device& device, Use&& use) {
-  configs_sm90(inputs, device, std::ref(use));  // a reference, for which std::function allocates nothing
-  configs_sm80(inputs, device, std::ref(use));
+void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& use) {
+  for (const LinearArchitecture* one : kLinearArchitectures)
+    one->configs(inputs, device, std::ref(use));  // a reference, for which std::function allocates nothing
 }
 
 bool is_same(const Sparse24Config& a, const Sparse24Config& b) {
   return a.architecture == b.architecture && a.tile_tokens == b.tile_tokens &&
-         a.tile_features == b.tile_features && a.split_k == b.split_k && a.cluster == b.cluster;
+         a.tile_out_features == b.tile_out_features && a.split_k == b.split_k && a.cluster == b.cluster;
 }
 
-// The configuration that a call runs. Status::invalid_argument where the one asked for cannot.
+// What a call runs.
+struct Choice {
+  const LinearArchitecture* architecture = nullptr;
+  Sparse24Config config{};
+};
+
+// Status::invalid_argument where the configuration asked for cannot run.
 Status choose(const Sparse24Linear& inputs, const Device& device, const Sparse24Config* asked,
-              Sparse24Config* config) {
-  if (asked == nullptr) {
-    *config = default_sm90(inputs, device);
-    if (config->architecture == 0) *config = default_sm80(inputs, device);
+              Choice* choice) {
+  for (const LinearArchitecture* one : kLinearArchitectures) {
+    if (asked == nullptr) {
+      choice->config = one->default_config(inputs, device);
+      if (choice->config.architecture == 0) continue;
+    } else {
+      if (one->architecture != asked->architecture) continue;
+      bool can_run = false;
+      const UseConfig find = [&](const Sparse24Config& config) { can_run |= is_same(config, *asked); };
+      one->configs(inputs, device, std::ref(find));
+      if (!can_run) continue;
+      choice->config = *asked;
+    }
+    choice->architecture = one;
     return Status::ok;
   }
-  *config = *asked;
-  bool can_run = false;
-  configs(inputs, device, [&](const Sparse24Config& one) { can_run |= is_same(one, *asked); });
-  return can_run ? Status::ok : Status::invalid_argument;
+  return Status::invalid_argument;
 }
 
 // What of a call does not depend on its output, and the device.
 Status check(const Sparse24Linear& inputs, Device* device) {
-  if (!valid(inputs)) return Status::invalid_argument;
+  if (!is_valid(inputs)) return Status::invalid_argument;
   if (inputs.dtype == DType::float32) return Status::unsupported;
   return current_device(device);
 }
@@ -85,31 +102,35 @@ Status check(const Sparse24Linear& inputs, Device* device) {
 
 Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* indices, std::int32_t* has_nan,
                       void* stream) {
-  if (!valid(dense) || !present(values, dense.features, dense.channels) ||
-      !present(indices, dense.features, dense.channels) || has_nan == nullptr || !aligned(has_nan, 4))
+  if (!is_valid(dense) || !is_present(values, dense.out_features, dense.in_features) ||
+      !is_present(indices, dense.out_features, dense.in_features) || has_nan == nullptr ||
+      !is_aligned(has_nan, 4))
     return Status::invalid_argument;
   Device device;
   const Status status = current_device(&device);
   return status != Status::ok ? status : prune_weight(dense, values, indices, has_nan, stream);
 }
 
-Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType weight_dtype,
+Status sparse24_layout_bytes(std::int64_t out_features, std::int64_t in_features, DType weight_dtype,
                              std::int64_t* bytes) {
-  if (!weight_shape(features, channels, weight_dtype) || bytes == nullptr) return Status::invalid_argument;
+  if (!is_weight_shape(out_features, in_features, weight_dtype) || bytes == nullptr)
+    return Status::invalid_argument;
   if (weight_dtype == DType::float32) return Status::unsupported;
-  *bytes = WeightLayout(features, channels).bytes();
+  *bytes = WeightLayout(out_features, in_features).bytes();
   return Status::ok;
 }
 
 Status sparse24_pack(const Sparse24Weight& weight, void* layout, void* stream) {
-  const std::int64_t features = weight.features, channels = weight.channels;
-  if (!weight_shape(features, channels, weight.dtype) || !present(weight.values, features, channels) ||
-      !present(weight.indices, features, channels) || !present(layout, features, channels))
+  const std::int64_t out_features = weight.out_features, in_features = weight.in_features;
+  if (!is_weight_shape(out_features, in_features, weight.dtype) ||
+      !is_present(weight.values, out_features, in_features) ||
+      !is_present(weight.indices, out_features, in_features) ||
+      !is_present(layout, out_features, in_features))
     return Status::invalid_argument;
   if (weight.dtype == DType::float32) return Status::unsupported;
   Device device;
   const Status status = current_device(&device);
-  if (status != Status::ok || features == 0 || channels == 0) return status;
+  if (status != Status::ok || out_features == 0 || in_features == 0) return status;
   return pack_weight(weight, layout, stream);
 }
 
@@ -119,7 +140,7 @@ Status sparse24_linear_configs(const Sparse24Linear& inputs, Sparse24Config* lis
   const Status status = check(inputs, &device);
   if (status != Status::ok) return status;
   *count = 0;
-  configs(inputs, device, [&](const Sparse24Config& config) {
+  for_each_config(inputs, device, [&](const Sparse24Config& config) {
     if (*count < capacity) list[*count] = config;
     ++*count;
   });
@@ -130,26 +151,27 @@ Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* byt
                                  const Sparse24Config* asked) {
   if (bytes == nullptr) return Status::invalid_argument;
   Device device;
-  Sparse24Config config;
+  Choice choice;
   Status status = check(inputs, &device);
-  if (status == Status::ok) status = choose(inputs, device, asked, &config);
-  if (status == Status::ok) *bytes = config.architecture == 90 ? workspace_sm90(inputs, config) : 0;
+  if (status == Status::ok) status = choose(inputs, device, asked, &choice);
+  if (status == Status::ok) *bytes = choice.architecture->workspace_bytes(inputs, choice.config);
   return status;
 }
 
 Status sparse24_linear(const Sparse24Linear& inputs, void* out, std::int64_t out_stride, void* workspace,
                        std::int64_t workspace_bytes, void* stream, const Sparse24Config* asked) {
-  if (!valid(inputs) || !matrix(out, out_stride, inputs.rows, inputs.features) || workspace_bytes < 0 ||
-      !present(workspace, workspace_bytes, 1))
+  if (!is_valid(inputs) || !is_matrix(out, out_stride, inputs.tokens, inputs.out_features) ||
+      workspace_bytes < 0 || !is_present(workspace, workspace_bytes, 1))
     return Status::invalid_argument;
   Device device;
-  Sparse24Config config;
+  Choice choice;
   Status status = check(inputs, &device);
-  if (status == Status::ok) status = choose(inputs, device, asked, &config);
-  if (status != Status::ok || inputs.rows == 0 || inputs.features == 0) return status;
-  if (config.architecture == 80) return linear_sm80(inputs, out, out_stride, config, stream);
-  if (workspace_bytes < workspace_sm90(inputs, config)) return Status::workspace_too_small;
-  return linear_sm90(inputs, out, out_stride, config, device, workspace, stream);
+  if (status == Status::ok) status = choose(inputs, device, asked, &choice);
+  if (status != Status::ok || inputs.tokens == 0 || inputs.out_features == 0) return status;
+  const LinearArchitecture& architecture = *choice.architecture;
+  if (workspace_bytes < architecture.workspace_bytes(inputs, choice.config))
+    return Status::workspace_too_small;
+  return architecture.run(inputs, out, out_stride, choice.config, device, workspace, stream);
 }
 
 }  // namespace madtp::cuda

@@ -1,13 +1,13 @@
 // sparse24_linear on sm_80 and newer: mma.sp, fed by cp.async.
 //
-// A block computes kFeatures x kTokens in steps of 64 channels, a warp 64 x 64 of it where the problem is
-// large. Both operands go through a ring of stages in shared memory: x as rows of 128 bytes, swizzled for
+// A block computes kFeatures x kTokens in steps of 64 input features, a warp 64 x 64 of it where the problem
+// is large. Both operands go through a ring of stages in shared memory: x as rows of 128 bytes, swizzled for
 // ldmatrix; the weight as it lies in its layout, whose fragments a lane reads with one 16-byte load. Fetching
 // fragments straight into registers instead would save nothing that binds: a line that misses is written to
 // the same memory at the same width, and read from there by the second warp, and a step ahead would cost 36
 // registers.
 //
-// What a step costs a multiprocessor, in clocks (F features, T tokens, w warps of a x b fragments):
+// What a step costs a multiprocessor, in clocks (F features by T tokens, w warps of a x b fragments):
 //   mma.sp          F T / 32            2048 multiply-adds a clock, of which half are skipped zeros
 //   shared memory   8 w (a + b) + w a   fragments and metadata read, 128 bytes a clock
 //                   + (72 F + 128 T) / 128         and what cp.async writes
@@ -21,41 +21,37 @@
 //    32 x  16    16     84    91    4352 x 8   four or more of 2
 //
 // So shared memory binds the large tiles, at 0.96 and 0.85 of the rate of mma.sp. What `clocks` makes of
-// that, before anything was measured, as a ratio to a dense product at 0.7 of its peak on an A100 (1.41 GHz):
-//
-//   rows    768->768  768->2304  768->3072  3072->768  1024->4096  4096->1024
-//    577        1.68       0.74       0.87       1.26        0.63        0.92
-//   4616        0.76       0.57       0.55       0.65        0.47        0.48
+// that, before anything was measured, is in docs/performance-notes.md ("sm_80: predictions").
 //
 // One image is a matter of too few blocks, on 108 multiprocessors, for too many steps. On an H100, should its
 // mma.sp have the rate of an A100's, the ratios to dense wgmma are 1.1 to 3.5 and 1.0 to 1.2: the fall-back
-// where no sm_90a code was built. HBM binds nothing from some hundred rows on: features come fastest in the
-// order of blocks, so that a wave reads the whole weight, which stays in L2, and few rows.
+// where no sm_90a code was built. HBM binds nothing from some hundred tokens on: output features come fastest
+// in the order of blocks, so that a wave reads the whole weight, which stays in L2, and few tokens.
 //
-// Every sum runs over the channels in ascending order, whatever the tile: a row has the same bits whatever
-// the other rows and the configuration are.
+// Every sum runs over the input features in ascending order, whatever the tile: a row has the same bits
+// whatever the other rows and the configuration are.
 
 #include <algorithm>
 
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/sparse24/architectures.h"
 #include "cuda/sparse24/epilogue.cuh"
-#include "cuda/sparse24/kernels.h"
 #include "cuda/sparse24/layout.cuh"
 
 namespace madtp::cuda {
 namespace {
 
-constexpr int kChunk = 16;  // bytes of a copy
+constexpr int kChunk = 16;  // bytes that one copy takes
 constexpr int kRowBytes = kBlockColumns * 2, kRowChunks = kRowBytes / kChunk;
-constexpr int kGroupTokens = 8;  // columns of a mma
+constexpr int kGroupTokens = 8;  // the columns of one mma
 
-// The shape of a block: warps along features and tokens, and fragments of each warp along both.
+// The shape of a block: warps along output features and tokens, and fragments of each warp along both.
 template <int kFeatureWarps_, int kTokenWarps, int kSlabs_, int kGroups_, int kStages_, int kBlocks_>
 struct Tile {
   static constexpr int kFeatureWarps = kFeatureWarps_, kSlabs = kSlabs_, kGroups = kGroups_;
   static constexpr int kStages = kStages_;
-  static constexpr int kBlocks = kBlocks_;  // of a multiprocessor, as registers allow
+  static constexpr int kBlocks = kBlocks_;  // on a multiprocessor, as registers allow
   static constexpr int kWarps = kFeatureWarps * kTokenWarps, kThreads = kWarps * kWarp;
   static constexpr int kFeatures = kFeatureWarps * kSlabs * kSlabRows;
   static constexpr int kTokens = kTokenWarps * kGroups * kGroupTokens;
@@ -66,44 +62,44 @@ struct Tile {
   };
   static constexpr int kSharedBytes = kStages * int(sizeof(Stage));
 
-  // The epilogue takes the memory of the stages: panels of as many features as a row writer has.
+  // The epilogue takes the memory of the stages: panels of as many output features as a row writer has.
   static constexpr int kPanel = kFeatures < kTileFeatures ? kFeatures : kTileFeatures;
   static constexpr int kPanelFloats = kTokens * kStride<kPanel>;
   static_assert(kFeatures / kPanel * kPanelFloats * int(sizeof(float)) <= kSharedBytes);
 };
 
 template <typename T>
-struct Problem {
-  const T* x;  // (rows, channels)
+struct Params {
+  const T* x;  // (tokens, in_features)
   std::int64_t x_stride;
   const void* layout;
-  int channels, blocks, slabs, feature_tiles;  // blocks of 64 channels
+  int in_features, blocks, slabs, feature_tiles;  // blocks of 64 input features
   Output<T> output;
 };
 
-// One thread of those that copy what a tile needs, 64 channels after 64 channels.
+// One thread of those that copy what a tile needs, in steps of 64 input features.
 template <typename Tile, typename T>
 class Loader {
  public:
-  __device__ Loader(const Problem<T>& p, int first_slab, int first_row, int real_rows)
+  __device__ Loader(const Params<T>& p, int first_slab, int first_token, int valid_tokens)
       : weight_(reinterpret_cast<const uint4*>(WeightLayout::slab(p.layout, p.blocks, first_slab))),
-        channels_left_(p.channels - int(threadIdx.x) % kRowChunks * kChunkSize) {
-    const int row = int(threadIdx.x) / kRowChunks, chunk = int(threadIdx.x) % kRowChunks;
-    rows_left_ = (real_rows - first_row - row + kRowStep - 1) / kRowStep;
-    x_ = p.x + (first_row + row) * p.x_stride + chunk * kChunkSize;
-    x_step_ = kRowStep * p.x_stride;
-    x_place_ = std::uint32_t((row * kRowChunks + (chunk ^ (row % kGroupTokens))) * kChunk);
+        in_features_left_(p.in_features - int(threadIdx.x) % kRowChunks * kChunkSize) {
+    const int token = int(threadIdx.x) / kRowChunks, chunk = int(threadIdx.x) % kRowChunks;
+    tokens_left_ = (valid_tokens - first_token - token + kTokenStep - 1) / kTokenStep;
+    x_ = p.x + (first_token + token) * p.x_stride + chunk * kChunkSize;
+    x_step_ = kTokenStep * p.x_stride;
+    x_offset_ = std::uint32_t((token * kRowChunks + (chunk ^ (token % kGroupTokens))) * kChunk);
 #pragma unroll
     for (int n = 0; n < kWeightCopies; ++n) {
       const int i = int(threadIdx.x) + n * kThreads;
-      // Past the last slab that one again: its metadata is valid.
+      // Past the last slab, that slab is read again: its metadata is valid.
       const int slab = min(i / kBlockChunks, p.slabs - 1 - first_slab);
       weight_chunks_[n] = unsigned(slab) * unsigned(p.blocks) * kBlockChunks + unsigned(i % kBlockChunks);
     }
   }
 
-  // Begins to copy the next channels into a stage. Zeros past the rows and the channels, where nothing is
-  // read.
+  // Begins to copy the next input features into a stage. Zeros past the tokens and the input features, where
+  // nothing is read.
   __device__ void load(const typename Tile::Stage& stage) {
     const std::uint32_t weight_to = ptx::shared_address(stage.weight) + threadIdx.x * kChunk;
 #pragma unroll
@@ -112,16 +108,16 @@ class Loader {
         ptx::cp_async_16(weight_to + std::uint32_t(n * kThreads * kChunk), weight_ + weight_chunks_[n]);
     weight_ += kBlockChunks;
 
-    const std::uint32_t x_to = ptx::shared_address(stage.x) + x_place_;
-    const int copies = channels_left_ > 0 ? rows_left_ : 0;
+    const std::uint32_t x_to = ptx::shared_address(stage.x) + x_offset_;
+    const int copies = in_features_left_ > 0 ? tokens_left_ : 0;
     const T* from = x_;
 #pragma unroll
     for (int n = 0; n < kCopies; ++n) {
-      ptx::cp_async_16(x_to + std::uint32_t(n * kRowStep * kRowBytes), from, n < copies ? kChunk : 0);
+      ptx::cp_async_16(x_to + std::uint32_t(n * kTokenStep * kRowBytes), from, n < copies ? kChunk : 0);
       from += x_step_;
     }
     x_ += kBlockColumns;
-    channels_left_ -= kBlockColumns;
+    in_features_left_ -= kBlockColumns;
   }
 
  private:
@@ -130,19 +126,19 @@ class Loader {
   static constexpr int kWeightChunks = Tile::kFeatures / kSlabRows * kBlockChunks;
   static constexpr int kWeightCopies = (kWeightChunks + kThreads - 1) / kThreads;
   static constexpr int kChunkSize = kChunk / int(sizeof(T));
-  static constexpr int kRowStep = kThreads / kRowChunks;  // rows that are copied at once
-  static constexpr int kCopies = Tile::kTokens / kRowStep;
-  static_assert(kRowStep % kGroupTokens == 0 && Tile::kTokens % kRowStep == 0);
+  static constexpr int kTokenStep = kThreads / kRowChunks;  // tokens that are copied at once
+  static constexpr int kCopies = Tile::kTokens / kTokenStep;
+  static_assert(kTokenStep % kGroupTokens == 0 && Tile::kTokens % kTokenStep == 0);
 
   const uint4* weight_;
   const T* x_;
   std::int64_t x_step_;
   unsigned weight_chunks_[kWeightCopies];
-  int rows_left_, channels_left_;  // of this thread
-  std::uint32_t x_place_;
+  int tokens_left_, in_features_left_;  // that this thread has still to copy
+  std::uint32_t x_offset_;
 };
 
-// Adds 32 channels, half kHalf of a stage, to the sums of a warp.
+// Adds 32 input features, half kHalf of a stage, to the sums of a warp.
 template <typename T, int kHalf, typename Tile>
 __device__ void multiply(float (&sums)[Tile::kSlabs][Tile::kGroups][4], const typename Tile::Stage& stage,
                          const std::uint32_t (&metadata)[Tile::kSlabs], int warp_slab, int warp_token,
@@ -153,7 +149,7 @@ __device__ void multiply(float (&sums)[Tile::kSlabs][Tile::kGroups][4], const ty
     const uint4 words = stage.weight[warp_slab + s].values[kHalf][lane];
     weight[s][0] = words.x, weight[s][1] = words.y, weight[s][2] = words.z, weight[s][3] = words.w;
   }
-  // Lane 8 m + r names row r of the m-th 8 channels.
+  // Lane 8 m + r names row r of the m-th 8 input features.
   const int chunk = (kHalf * (kRowChunks / 2) + lane / 8) ^ (lane % 8);
   const std::uint32_t from =
       ptx::shared_address(stage.x) + std::uint32_t(((warp_token + lane % 8) * kRowChunks + chunk) * kChunk);
@@ -169,7 +165,7 @@ __device__ void multiply(float (&sums)[Tile::kSlabs][Tile::kGroups][4], const ty
 
 template <typename Tile, typename T>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    sparse24_linear_sm80_kernel(const __grid_constant__ Problem<T> p) {
+    sparse24_linear_sm80_kernel(const __grid_constant__ Params<T> p) {
   using Stage = typename Tile::Stage;
   using Writer = RowWriter<T, Tile::kPanel>;
   constexpr int kStages = Tile::kStages, kPanels = Tile::kFeatures / Tile::kPanel;
@@ -179,18 +175,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int warp_slab = warp % Tile::kFeatureWarps * Tile::kSlabs;
   const int warp_token = warp / Tile::kFeatureWarps * Tile::kGroups * kGroupTokens;
   const int first_feature = int(blockIdx.x % unsigned(p.feature_tiles)) * Tile::kFeatures;
-  const int first_row = int(blockIdx.x / unsigned(p.feature_tiles)) * Tile::kTokens;
+  const int first_token = int(blockIdx.x / unsigned(p.feature_tiles)) * Tile::kTokens;
 
-  const int real_rows = p.output.real_rows();
-  if (first_row >= real_rows) {
+  const int valid_tokens = p.output.valid_tokens();
+  if (first_token >= valid_tokens) {
 #pragma unroll 1
     for (int panel = 0; panel < kPanels; ++panel)
       Writer(p.output, first_feature + panel * Tile::kPanel, thread)
-          .template clear<Tile::kThreads>(first_row, Tile::kTokens);
+          .template clear<Tile::kThreads>(first_token, Tile::kTokens);
     return;
   }
 
-  Loader<Tile, T> loader(p, first_feature / kSlabRows, first_row, real_rows);
+  Loader<Tile, T> loader(p, first_feature / kSlabRows, first_token, valid_tokens);
   const auto load = [&](int block, int stage) {
     if (block < p.blocks) loader.load(stages[stage]);
     ptx::cp_async_commit_group();  // an empty one too, so that they can be counted
@@ -199,7 +195,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   for (int block = 0; block < kStages - 1; ++block) load(block, block);
 
   float sums[Tile::kSlabs][Tile::kGroups][4] = {};
-  int now = 0, free = kStages - 1;  // stages
+  int now = 0, free = kStages - 1;  // numbers of stages
 #pragma unroll 1
   for (int block = 0; block < p.blocks; ++block) {
     ptx::cp_async_wait_group<kStages - 2>();
@@ -231,8 +227,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll 1
   for (int panel = 0; panel < kPanels; ++panel)
     Writer(p.output, first_feature + panel * Tile::kPanel, thread)
-        .template write<Tile::kThreads>(staged + panel * Tile::kPanelFloats, first_row, Tile::kTokens,
-                                        real_rows);
+        .template write<Tile::kThreads>(staged + panel * Tile::kPanelFloats, first_token, Tile::kTokens,
+                                        valid_tokens);
 }
 
 // body(Tile{}) for every tile there is, largest first.
@@ -262,43 +258,41 @@ double clocks(const Sparse24Linear& inputs, const Device& device) {
   constexpr double kStep =
       std::max({Tile::kFeatures * Tile::kTokens / 32.0, kFragments + kBytes / 128, kBytes / 48});
   const std::int64_t tiles =
-      quotient_up(inputs.rows, Tile::kTokens) * quotient_up(inputs.features, Tile::kFeatures);
+      quotient_up(inputs.tokens, Tile::kTokens) * quotient_up(inputs.out_features, Tile::kFeatures);
   const std::int64_t each = quotient_up(tiles, device.multiprocessors);
   const int resident = std::min(Tile::kBlocks, device.shared_bytes / Tile::kSharedBytes);
   const double rounds = double(quotient_up(each, std::max(resident, 1)));
-  const double steps = double(quotient_up(inputs.channels, kBlockColumns));
+  const double steps = double(quotient_up(inputs.in_features, kBlockColumns));
   return std::max(double(each) * steps * kStep, rounds * steps * kLatency / (Tile::kStages - 1)) +
          rounds * kEnds;
 }
 
 template <typename Tile, typename T>
 Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, void* stream) {
-  const WeightLayout layout(a.features, a.channels);
-  const std::int64_t feature_tiles = quotient_up(a.features, Tile::kFeatures);
-  const Problem<T> problem{static_cast<const T*>(a.x),
-                           a.x_stride,
-                           a.layout,
-                           int(a.channels),
-                           int(layout.blocks),
-                           int(layout.slabs),
-                           int(feature_tiles),
-                           {static_cast<T*>(out), static_cast<const T*>(a.residual), a.bias, a.scale,
-                            out_stride, a.residual_stride, a.total, int(a.rows), int(a.features),
-                            a.activation, a.bias_dtype == DType::float32, a.scale_dtype == DType::float32}};
-  const LaunchShape shape{feature_tiles * quotient_up(a.rows, Tile::kTokens), Tile::kThreads,
+  const WeightLayout layout(a.out_features, a.in_features);
+  const std::int64_t feature_tiles = quotient_up(a.out_features, Tile::kFeatures);
+  const Params<T> params{static_cast<const T*>(a.x),
+                         a.x_stride,
+                         a.layout,
+                         int(a.in_features),
+                         int(layout.blocks),
+                         int(layout.slabs),
+                         int(feature_tiles),
+                         {static_cast<T*>(out), static_cast<const T*>(a.residual), a.bias, a.scale,
+                          out_stride, a.residual_stride, a.num_rows, int(a.tokens), int(a.out_features),
+                          a.activation, a.bias_dtype == DType::float32, a.scale_dtype == DType::float32}};
+  const LaunchShape shape{feature_tiles * quotient_up(a.tokens, Tile::kTokens), Tile::kThreads,
                           Tile::kSharedBytes};
-  return launch(sparse24_linear_sm80_kernel<Tile, T>, shape, stream, problem);
+  return launch(sparse24_linear_sm80_kernel<Tile, T>, shape, stream, params);
 }
 
-}  // namespace
-
-void configs_sm80(const Sparse24Linear&, const Device& device, const UseConfig& use) {
+void configs(const Sparse24Linear&, const Device& device, const UseConfig& use) {
   for_each_tile([&](auto tile) {
     if (tile.kSharedBytes <= device.block_shared_bytes) use(config_of(tile));
   });
 }
 
-Sparse24Config default_sm80(const Sparse24Linear& inputs, const Device& device) {
+Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device) {
   Sparse24Config best{};
   double fewest = 0;
   for_each_tile([&](auto tile) {
@@ -312,16 +306,22 @@ Sparse24Config default_sm80(const Sparse24Linear& inputs, const Device& device) 
   return best;
 }
 
-Status linear_sm80(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
-                   const Sparse24Config& config, void* stream) {
+std::int64_t workspace_bytes(const Sparse24Linear&, const Sparse24Config&) { return 0; }
+
+Status run_config(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
+                  const Sparse24Config& config, const Device&, void*, void* stream) {
   Status status = Status::invalid_argument;
   for_each_tile([&](auto tile) {
     using Tile = decltype(tile);
-    if (config.tile_features != Tile::kFeatures || config.tile_tokens != Tile::kTokens) return;
+    if (config.tile_out_features != Tile::kFeatures || config.tile_tokens != Tile::kTokens) return;
     status = inputs.dtype == DType::bfloat16 ? run<Tile, BFloat16>(inputs, out, out_stride, stream)
                                              : run<Tile, Float16>(inputs, out, out_stride, stream);
   });
   return status;
 }
+
+}  // namespace
+
+const LinearArchitecture kLinearSm80{80, configs, default_config, workspace_bytes, run_config};
 
 }  // namespace madtp::cuda

@@ -1,10 +1,11 @@
 // sparse24_linear on sm_90a: wgmma.sp with the weight in registers and x, through TMA, in shared memory.
 //
-// A block computes 128 features x kTokens: two warpgroups of 64 features, and a warp that feeds them. Blocks
-// stay for as many tiles as there are, and 2 or 4 of a cluster share the tokens of a tile: each copies its
-// part of x into all of them. A lane reads its fragments of the weight from L2, in the order in which they
-// lie, some steps of 64 channels ahead: shared memory has no room for them, since reading x alone takes it as
-// long as the product takes the tensor cores. What a step costs a multiprocessor of an H100, in clocks:
+// A block computes 128 output features x kTokens: two consumer warpgroups of 64 output features, and a
+// producer warp that copies x for them. Blocks stay for as many work tiles as there are, and 2 or 4 of a
+// cluster share the tokens of a tile: each copies its part of x into all of them. A lane reads its fragments
+// of the weight from L2, in the order in which they lie, some steps of 64 input features ahead: shared memory
+// has no room for them, since reading x alone takes it as long as the product takes the tensor cores. What a
+// step costs a multiprocessor of an H100, in clocks:
 //
 //   wgmma.sp        2 N                     64 x N x 32 in N / 2, of two warpgroups, twice
 //   shared memory   3 N                     x read by both warpgroups, and written once, 128 bytes a clock
@@ -17,25 +18,19 @@
 //
 // So L2 binds, and next to it shared memory; a weight in shared memory would add 72 clocks of reads and as
 // many of writes. That, 2000 clocks for the ends of a tile, and what the last wave leaves idle is what
-// `clocks` counts. Expected of it before anything was measured, as a ratio to a dense kernel of the same kind
-// by the same model (4 N clocks of wgmma a step, 16384 bytes of weight):
+// `clocks` counts; it takes a dense kernel for 4 N clocks of wgmma a step and 16384 bytes of weight. What it
+// expected before anything was measured is in docs/performance-notes.md ("sm_90a: predictions").
 //
-//   rows    768->768  768->2304  768->3072  3072->768  1024->4096  4096->1024
-//      64       1.09       1.09       1.12       1.20        1.15        1.24
-//     577       1.26       1.38       1.38       1.22        1.29        1.34
-//    4616       1.23       1.27       1.27       1.27        1.29        1.50
-//   18464       1.23       1.23       1.27       1.27        1.29        1.32
-//
-// A sum runs over the channels in ascending order. With split_k > 1 (few rows) parts of it are added in
-// ascending order too, by the block that comes last: a row has the same bits whatever the others hold, but
-// they follow the configuration, which follows the number of rows.
+// A sum runs over the input features in ascending order. With split_k > 1 (few tokens) parts of it are added
+// in ascending order too, by the block that comes last: a row has the same bits whatever the others hold, but
+// they follow the configuration, which follows the number of tokens.
 
 #include <algorithm>
 
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/sparse24/architectures.h"
 #include "cuda/sparse24/epilogue.cuh"
-#include "cuda/sparse24/kernels.h"
 #include "cuda/sparse24/layout.cuh"
 #include "cuda/tensor_map.h"
 
@@ -43,45 +38,45 @@ namespace madtp::cuda {
 namespace {
 
 constexpr int kWarpgroup = 128;
-constexpr int kWarpgroups = 2;  // that multiply; one more feeds them
-constexpr int kThreads = (kWarpgroups + 1) * kWarpgroup;
-constexpr int kFeatures = kWarpgroups * kTileFeatures;
+constexpr int kConsumers = 2;  // warpgroups that multiply; one more has the producer
+constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+constexpr int kFeatures = kConsumers * kTileFeatures;
 constexpr int kRowBytes = kBlockColumns * 2;
-constexpr int kStagedTokens = 32;  // of the epilogue, at a time
+constexpr int kStagedTokens = 32;  // that the epilogue stages at a time
 
 template <int kTokens_, int kStages_, int kAhead_>
 struct Tile {
   static constexpr int kTokens = kTokens_, kStages = kStages_;
   static constexpr int kAhead = kAhead_;     // steps whose weight is in registers
-  static constexpr int kSums = kTokens / 2;  // of a thread
+  static constexpr int kSums = kTokens / 2;  // that a thread holds
   static constexpr int kStageBytes = kTokens * kRowBytes;
   static_assert(kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
 
   struct Shared {
     alignas(1024) unsigned char x[kStages][kStageBytes];
-    alignas(16) float staged[kWarpgroups][kStagedTokens * kStagedStride];
+    alignas(16) float staged[kConsumers][kStagedTokens * kStagedStride];
     std::uint64_t full[kStages], empty[kStages];
-    int is_last[kWarpgroups];
+    int is_last[kConsumers];
   };
 };
 
 template <typename T>
-struct Problem {
+struct Params {
   const void* layout;
-  int blocks, slabs;  // of 64 channels; of 16 features
+  int blocks, slabs;  // of 64 input features; of 16 output features
   int feature_groups, token_tiles, splits;
-  float* partial;      // (items, kSums, kThreads of the warpgroups), where splits > 1
-  unsigned* arrivals;  // (tiles, blocks of the cluster, kWarpgroups), zeros
+  float* partial;      // (work tiles, kSums, kThreads of the warpgroups), where splits > 1
+  unsigned* arrivals;  // (tiles, blocks of the cluster, kConsumers), zeros
   Output<T> output;
 };
 
-// What a cluster does at a time: a tile, or a part of its channels.
-struct Item {
-  int tile, first_row, feature_group, split, begin, end;  // steps of 64 channels
+// What a cluster computes at a time: a tile, or a part of its input features.
+struct WorkTile {
+  int tile, first_token, feature_group, split, begin, end;  // steps of 64 input features
 };
 
 template <typename T>
-__device__ Item item_of(const Problem<T>& p, int index, int tokens) {
+__device__ WorkTile work_tile_at(const Params<T>& p, int index, int tokens) {
   const int tile = index / p.splits, split = index % p.splits;
   return {tile,
           tile / p.feature_groups * tokens,
@@ -91,9 +86,9 @@ __device__ Item item_of(const Problem<T>& p, int index, int tokens) {
           int(std::int64_t(p.blocks) * (split + 1) / p.splits)};
 }
 
-// A place in the ring of stages, and how often it was passed.
+// Where a producer or a consumer is in the ring of stages, and the parity of its turn there.
 template <int kStages>
-struct Place {
+struct PipelineState {
   int stage = 0, parity = 0;
   __device__ void advance() {
     stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -112,7 +107,7 @@ __device__ inline void wait_for(std::uint32_t barrier, int parity) {
   }
 }
 
-// The fragments of a lane for 64 channels.
+// The fragments of a lane for 64 input features.
 struct Fragments {
   std::uint32_t values[2][4];
   std::uint32_t metadata;
@@ -128,81 +123,81 @@ struct Fragments {
   }
 };
 
-// The thread that copies x for the whole block.
+// The producer: one thread, which copies x for the whole block.
 template <typename Tile, int kCluster, typename T>
-__device__ void feed(const Problem<T>& p, const ptx::TensorMap& x, typename Tile::Shared& shared,
-                     int first_item, int items, int step, int real_rows) {
-  constexpr int kRows = Tile::kTokens / kCluster;  // that this block copies, for all of the cluster
+__device__ void produce(const Params<T>& p, const ptx::TensorMap& x, typename Tile::Shared& shared,
+                        int first_work_tile, int work_tiles, int step, int valid_tokens) {
+  constexpr int kBlockTokens = Tile::kTokens / kCluster;  // that this block copies, for all of the cluster
   const int rank = kCluster == 1 ? 0 : ptx::cluster_rank();
-  Place<Tile::kStages> place;
-  for (int index = first_item; index < items; index += step) {
-    const Item item = item_of(p, index, Tile::kTokens);
-    if (item.first_row >= real_rows) continue;
-    for (int block = item.begin; block < item.end; ++block) {
-      const std::uint32_t full = ptx::shared_address(&shared.full[place.stage]);
-      wait_for(ptx::shared_address(&shared.empty[place.stage]), place.parity ^ 1);
+  PipelineState<Tile::kStages> state;
+  for (int index = first_work_tile; index < work_tiles; index += step) {
+    const WorkTile work = work_tile_at(p, index, Tile::kTokens);
+    if (work.first_token >= valid_tokens) continue;
+    for (int block = work.begin; block < work.end; ++block) {
+      const std::uint32_t full = ptx::shared_address(&shared.full[state.stage]);
+      wait_for(ptx::shared_address(&shared.empty[state.stage]), state.parity ^ 1);
       ptx::mbarrier_arrive_expect_tx(full, Tile::kStageBytes);
-      const std::uint32_t to = ptx::shared_address(shared.x[place.stage]) + rank * kRows * kRowBytes;
-      const int column = block * kBlockColumns, row = item.first_row + rank * kRows;
+      const std::uint32_t to = ptx::shared_address(shared.x[state.stage]) + rank * kBlockTokens * kRowBytes;
+      const int column = block * kBlockColumns, token = work.first_token + rank * kBlockTokens;
       if constexpr (kCluster == 1) {
-        ptx::tma_load_2d(to, &x, column, row, full);
+        ptx::tma_load_2d(to, &x, column, token, full);
       } else {
-        ptx::tma_load_2d_multicast(to, &x, column, row, full, (1u << kCluster) - 1);
+        ptx::tma_load_2d_multicast(to, &x, column, token, full, (1u << kCluster) - 1);
       }
-      place.advance();
+      state.advance();
     }
   }
 }
 
-// A warpgroup that multiplies.
+// A consumer: a warpgroup that multiplies.
 template <typename Tile, int kCluster, typename T>
-class Multiplier {
+class Consumer {
  public:
-  __device__ Multiplier(const Problem<T>& p, typename Tile::Shared& shared, int warpgroup)
+  __device__ Consumer(const Params<T>& p, typename Tile::Shared& shared, int warpgroup)
       : p_(p),
         shared_(shared),
         warpgroup_(warpgroup),
         thread_(int(threadIdx.x) % kWarpgroup),
         rank_(kCluster == 1 ? 0 : ptx::cluster_rank()) {}
 
-  __device__ void run(int first_item, int items, int step, int real_rows) {
-    for (int index = first_item; index < items; index += step) {
-      const Item item = item_of(p_, index, Tile::kTokens);
-      first_feature_ = (item.feature_group * kCluster + rank_) * kFeatures + warpgroup_ * kTileFeatures;
-      if (item.first_row >= real_rows) {
-        if (item.split == 0)
+  __device__ void run(int first_work_tile, int work_tiles, int step, int valid_tokens) {
+    for (int index = first_work_tile; index < work_tiles; index += step) {
+      const WorkTile work = work_tile_at(p_, index, Tile::kTokens);
+      first_feature_ = (work.feature_group * kCluster + rank_) * kFeatures + warpgroup_ * kTileFeatures;
+      if (work.first_token >= valid_tokens) {
+        if (work.split == 0)
           RowWriter<T>(p_.output, first_feature_, thread_)
-              .template clear<kWarpgroup>(item.first_row, Tile::kTokens);
+              .template clear<kWarpgroup>(work.first_token, Tile::kTokens);
         continue;
       }
       float sums[Tile::kSums];
-      multiply(item, sums);
-      if (p_.splits > 1 && !reduce(item, sums)) continue;
-      write(item.first_row, real_rows, sums);
+      multiply(work, sums);
+      if (p_.splits > 1 && !reduce(work, sums)) continue;
+      write(work.first_token, valid_tokens, sums);
     }
   }
 
  private:
-  __device__ void multiply(const Item& item, float (&sums)[Tile::kSums]) {
+  __device__ void multiply(const WorkTile& work, float (&sums)[Tile::kSums]) {
     const int lane = thread_ % kWarp;
-    // Past the last slab that one again: what comes of it is not written.
+    // Past the last slab, that slab is read again: what comes of it is not written.
     const int slab = min(first_feature_ / kSlabRows + thread_ / kWarp, p_.slabs - 1);
     const WeightBlock* const weight = WeightLayout::slab(p_.layout, p_.blocks, slab);
     Fragments fragments[Tile::kAhead];
 #pragma unroll
     for (int i = 0; i < Tile::kAhead; ++i)
-      if (item.begin + i < item.end) fragments[i].load(weight[item.begin + i], lane);
+      if (work.begin + i < work.end) fragments[i].load(weight[work.begin + i], lane);
 #pragma unroll
     for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0;
 
     int before = 0;  // the stage of the step before
 #pragma unroll 1
-    for (int block = item.begin; block < item.end; block += Tile::kAhead) {
+    for (int block = work.begin; block < work.end; block += Tile::kAhead) {
 #pragma unroll
       for (int i = 0; i < Tile::kAhead; ++i) {
-        if (block + i >= item.end) break;
-        wait_for(ptx::shared_address(&shared_.full[place_.stage]), place_.parity);
-        const std::uint64_t x = ptx::wgmma_descriptor(ptx::shared_address(shared_.x[place_.stage]));
+        if (block + i >= work.end) break;
+        wait_for(ptx::shared_address(&shared_.full[state_.stage]), state_.parity);
+        const std::uint64_t x = ptx::wgmma_descriptor(ptx::shared_address(shared_.x[state_.stage]));
         const Fragments& now = fragments[i];
         ptx::wgmma_fence();
         ptx::wgmma_sp_m64k32<T, Tile::kTokens, 0>(sums, now.values[0], x, now.metadata, true);
@@ -210,17 +205,17 @@ class Multiplier {
         ptx::wgmma_commit_group();
         // The step before is over: its stage and its registers are free.
         ptx::wgmma_wait_group<1>();
-        if (block + i > item.begin) {
+        if (block + i > work.begin) {
           release(before);
           const int next = block + i - 1 + Tile::kAhead;
-          if (next < item.end) fragments[(i + Tile::kAhead - 1) % Tile::kAhead].load(weight[next], lane);
+          if (next < work.end) fragments[(i + Tile::kAhead - 1) % Tile::kAhead].load(weight[next], lane);
         }
-        before = place_.stage;
-        place_.advance();
+        before = state_.stage;
+        state_.advance();
       }
     }
     ptx::wgmma_wait_group<0>();
-    if (item.begin < item.end) release(before);
+    if (work.begin < work.end) release(before);
   }
 
   // Tells every block that copies into this stage that it may.
@@ -233,15 +228,15 @@ class Multiplier {
     }
   }
 
-  // Leaves the sums of a part where the one that comes last adds them all up, in order. Whether it is this
-  // one, which then has them.
-  __device__ bool reduce(const Item& item, float (&sums)[Tile::kSums]) {
-    const auto part = [&](int split) {
-      const std::int64_t place = (std::int64_t(item.tile) * p_.splits + split) * kCluster + rank_;
+  // Leaves the sums of a part where the block that comes last adds all parts up, in order. Returns whether it
+  // is this block, which then has the sums of the whole.
+  __device__ bool reduce(const WorkTile& work, float (&sums)[Tile::kSums]) {
+    const auto part_of = [&](int split) {
+      const std::int64_t part = (std::int64_t(work.tile) * p_.splits + split) * kCluster + rank_;
       return reinterpret_cast<float4*>(p_.partial) +
-             (place * kWarpgroups + warpgroup_) * (Tile::kSums / 4) * kWarpgroup + thread_;
+             (part * kConsumers + warpgroup_) * (Tile::kSums / 4) * kWarpgroup + thread_;
     };
-    float4* const mine = part(item.split);
+    float4* const mine = part_of(work.split);
 #pragma unroll
     for (int i = 0; i < Tile::kSums; i += 4)
       mine[i / 4 * kWarpgroup] = make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
@@ -249,7 +244,7 @@ class Multiplier {
     sync();
     if (thread_ == 0) {
       unsigned* const arrivals =
-          p_.arrivals + (std::int64_t(item.tile) * kCluster + rank_) * kWarpgroups + warpgroup_;
+          p_.arrivals + (std::int64_t(work.tile) * kCluster + rank_) * kConsumers + warpgroup_;
       const bool is_last = atomicAdd(arrivals, 1u) == unsigned(p_.splits) - 1;
       if (is_last) *arrivals = 0;
       __threadfence();
@@ -261,7 +256,7 @@ class Multiplier {
     for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0;
 #pragma unroll 1
     for (int split = 0; split < p_.splits; ++split) {
-      const float4* const from = part(split);
+      const float4* const from = part_of(split);
 #pragma unroll
       for (int i = 0; i < Tile::kSums; i += 4) {
         const float4 four = __ldcg(from + i / 4 * kWarpgroup);
@@ -271,12 +266,13 @@ class Multiplier {
     return true;
   }
 
-  __device__ void write(int first_row, int real_rows, const float (&sums)[Tile::kSums]) {
+  __device__ void write(int first_token, int valid_tokens, const float (&sums)[Tile::kSums]) {
     const RowWriter<T> writer(p_.output, first_feature_, thread_);
     float* const staged = shared_.staged[warpgroup_];
 #pragma unroll 1
-    for (int token = 0; token < Tile::kTokens && first_row + token < p_.output.rows; token += kStagedTokens) {
-      sync();  // the rows before were read
+    for (int token = 0; token < Tile::kTokens && first_token + token < p_.output.tokens;
+         token += kStagedTokens) {
+      sync();  // the tokens staged before were read
 #pragma unroll
       for (int first = 0; first < Tile::kTokens; first += kStagedTokens) {
         if (first != token) continue;  // sums are in registers, which have no index
@@ -285,23 +281,23 @@ class Multiplier {
           stage(staged, thread_ / kWarp, group, &sums[(first / 8 + group) * 4], thread_ % kWarp);
       }
       sync();
-      writer.template write<kWarpgroup>(staged, first_row + token, kStagedTokens, real_rows);
+      writer.template write<kWarpgroup>(staged, first_token + token, kStagedTokens, valid_tokens);
     }
   }
 
   __device__ void sync() const { ptx::barrier_sync(1 + warpgroup_, kWarpgroup); }
 
-  const Problem<T>& p_;
+  const Params<T>& p_;
   typename Tile::Shared& shared_;
   int warpgroup_, thread_, rank_, first_feature_ = 0;
-  Place<Tile::kStages> place_;
+  PipelineState<Tile::kStages> state_;
 };
 
 #endif  // MADTP_SM90
 
 template <typename Tile, int kCluster, typename T>
 __global__ void __launch_bounds__(kThreads, 1)
-    sparse24_linear_sm90_kernel(const __grid_constant__ Problem<T> p,
+    sparse24_linear_sm90_kernel(const __grid_constant__ Params<T> p,
                                 const __grid_constant__ ptx::TensorMap x) {
 #ifdef MADTP_SM90
   MADTP_DYNAMIC_SHARED(memory);
@@ -311,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::prefetch_tensor_map(&x);
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       ptx::mbarrier_init(ptx::shared_address(&shared.full[stage]), 1);
-      ptx::mbarrier_init(ptx::shared_address(&shared.empty[stage]), kCluster * kWarpgroups);
+      ptx::mbarrier_init(ptx::shared_address(&shared.empty[stage]), kCluster * kConsumers);
     }
     ptx::fence_mbarrier_init();
   }
@@ -321,17 +317,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_sync();
   }
 
-  const int real_rows = p.output.real_rows();
-  const int items = p.token_tiles * p.feature_groups * p.splits;
+  const int valid_tokens = p.output.valid_tokens();
+  const int work_tiles = p.token_tiles * p.feature_groups * p.splits;
   const int first = int(blockIdx.x) / kCluster, step = int(gridDim.x) / kCluster;
-  if (warpgroup == kWarpgroups) {
+  if (warpgroup == kConsumers) {
     ptx::setmaxnreg_dec<40>();
-    if (threadIdx.x == kWarpgroups * kWarpgroup)
-      feed<Tile, kCluster>(p, x, shared, first, items, step, real_rows);
+    if (threadIdx.x == kConsumers * kWarpgroup)
+      produce<Tile, kCluster>(p, x, shared, first, work_tiles, step, valid_tokens);
     __syncwarp();
   } else {
     ptx::setmaxnreg_inc<232>();
-    Multiplier<Tile, kCluster, T>(p, shared, warpgroup).run(first, items, step, real_rows);
+    Consumer<Tile, kCluster, T>(p, shared, warpgroup).run(first, work_tiles, step, valid_tokens);
   }
   if constexpr (kCluster > 1) ptx::cluster_sync();  // others may still copy into this block, and tell it so
 #endif
@@ -348,31 +344,41 @@ void for_each_tile(Body&& body) {
 std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 struct Counts {
-  std::int64_t token_tiles, feature_groups, items;
+  std::int64_t token_tiles, feature_groups, work_tiles;
   Counts(const Sparse24Linear& a, const Sparse24Config& config)
-      : token_tiles(quotient_up(a.rows, config.tile_tokens)),
-        feature_groups(quotient_up(a.features, std::int64_t(kFeatures) * config.cluster)),
-        items(token_tiles * feature_groups * config.split_k) {}
+      : token_tiles(quotient_up(a.tokens, config.tile_tokens)),
+        feature_groups(quotient_up(a.out_features, std::int64_t(kFeatures) * config.cluster)),
+        work_tiles(token_tiles * feature_groups * config.split_k) {}
 };
 
-// Clocks of a launch by the model above. A part of the channels also writes its sums and reads them again.
+// Clocks of a launch by the model above. A part of the input features also writes its sums and reads them
+// again.
 double clocks(const Sparse24Linear& a, const Sparse24Config& config, const Device& device) {
   const double n = config.tile_tokens;
   const double step = std::max(3 * n, (128 * n / config.cluster + 9216) / 32);
   const double ends = 2000 + (config.split_k > 1 ? 1500 + 16 * n : 0);
-  const std::int64_t steps = quotient_up(quotient_up(a.channels, kBlockColumns), config.split_k);
+  const std::int64_t steps = quotient_up(quotient_up(a.in_features, kBlockColumns), config.split_k);
   const std::int64_t clusters = std::max(device.multiprocessors / config.cluster, 1);
-  const std::int64_t rounds = quotient_up(Counts(a, config).items, clusters);
+  const std::int64_t rounds = quotient_up(Counts(a, config).work_tiles, clusters);
   return double(rounds) * (double(steps) * step + ends);
+}
+
+std::int64_t workspace_bytes(const Sparse24Linear& inputs, const Sparse24Config& config) {
+  if (config.split_k == 1) return 0;
+  const Counts counts(inputs, config);
+  const std::int64_t sums = std::int64_t(config.tile_tokens) / 2 * kConsumers * kWarpgroup * sizeof(float);
+  return counts.work_tiles * config.cluster * sums + counts.token_tiles * counts.feature_groups *
+                                                         config.cluster * kConsumers *
+                                                         std::int64_t(sizeof(unsigned));
 }
 
 template <typename Tile, int kCluster, typename T>
 Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sparse24Config& config,
            const Device& device, void* workspace, void* stream) {
-  const WeightLayout layout(a.features, a.channels);
+  const WeightLayout layout(a.out_features, a.in_features);
   const Counts counts(a, config);
-  const std::int64_t arrivals = counts.token_tiles * counts.feature_groups * kCluster * kWarpgroups;
-  const std::int64_t partial = workspace_sm90(a, config) - arrivals * std::int64_t(sizeof(unsigned));
+  const std::int64_t arrivals = counts.token_tiles * counts.feature_groups * kCluster * kConsumers;
+  const std::int64_t partial = workspace_bytes(a, config) - arrivals * std::int64_t(sizeof(unsigned));
   auto* const counters = reinterpret_cast<unsigned*>(static_cast<char*>(workspace) + partial);
   if (config.split_k > 1) {
     const Status cleared = to_status(cudaMemsetAsync(counters, 0, std::size_t(arrivals) * sizeof(unsigned),
@@ -381,53 +387,51 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sp
   }
   ptx::TensorMap x;
   const Status encoded =
-      encode_matrix(&x, a.x, a.dtype, a.rows, a.channels, a.x_stride, Tile::kTokens / kCluster);
+      encode_matrix(&x, a.x, a.dtype, a.tokens, a.in_features, a.x_stride, Tile::kTokens / kCluster);
   if (encoded != Status::ok) return encoded;
-  const Problem<T> problem{a.layout,
-                           int(layout.blocks),
-                           int(layout.slabs),
-                           int(counts.feature_groups),
-                           int(counts.token_tiles),
-                           config.split_k,
-                           static_cast<float*>(workspace),
-                           counters,
-                           {static_cast<T*>(out), static_cast<const T*>(a.residual), a.bias, a.scale,
-                            out_stride, a.residual_stride, a.total, int(a.rows), int(a.features),
-                            a.activation, a.bias_dtype == DType::float32, a.scale_dtype == DType::float32}};
+  const Params<T> params{a.layout,
+                         int(layout.blocks),
+                         int(layout.slabs),
+                         int(counts.feature_groups),
+                         int(counts.token_tiles),
+                         config.split_k,
+                         static_cast<float*>(workspace),
+                         counters,
+                         {static_cast<T*>(out), static_cast<const T*>(a.residual), a.bias, a.scale,
+                          out_stride, a.residual_stride, a.num_rows, int(a.tokens), int(a.out_features),
+                          a.activation, a.bias_dtype == DType::float32, a.scale_dtype == DType::float32}};
   const std::int64_t clusters =
-      std::min<std::int64_t>(counts.items, std::max(device.multiprocessors / kCluster, 1));
+      std::min<std::int64_t>(counts.work_tiles, std::max(device.multiprocessors / kCluster, 1));
   const LaunchShape shape{clusters * kCluster, kThreads, int(sizeof(typename Tile::Shared)), kCluster};
-  return launch(sparse24_linear_sm90_kernel<Tile, kCluster, T>, shape, stream, problem, x);
+  return launch(sparse24_linear_sm90_kernel<Tile, kCluster, T>, shape, stream, params, x);
 }
 
 // use(config) for every configuration that can run the inputs on the device.
 template <typename Use>
 void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& use) {
-  if (!device.has_sm90a || inputs.channels == 0) return;  // TMA knows no matrix without columns
+  if (!device.has_sm90a || inputs.in_features == 0) return;  // TMA knows no matrix without columns
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
       for (int splits : {1, 2, 3, 4, 6, 8}) {
         const Sparse24Config config{90, tokens, kFeatures, splits, cluster};
-        if (splits <= quotient_up(inputs.channels, kBlockColumns) &&
-            Counts(inputs, config).items <= INT32_MAX)
+        if (splits <= quotient_up(inputs.in_features, kBlockColumns) &&
+            Counts(inputs, config).work_tiles <= INT32_MAX)
           use(config);
       }
     }
   }
 }
 
-}  // namespace
-
-void configs_sm90(const Sparse24Linear& inputs, const Device& device, const UseConfig& use) {
+void configs(const Sparse24Linear& inputs, const Device& device, const UseConfig& use) {
   for_each_config(inputs, device, use);
 }
 
-Sparse24Config default_sm90(const Sparse24Linear& inputs, const Device& device) {
+Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device) {
   Sparse24Config best{};
   double fewest = 0;
   for_each_config(inputs, device, [&](const Sparse24Config& config) {
-    if (config.cluster > 1 && inputs.features <= std::int64_t(kFeatures) * (config.cluster / 2)) return;
-    if (config.split_k > 1 && inputs.rows > 2048) return;
+    if (config.cluster > 1 && inputs.out_features <= std::int64_t(kFeatures) * (config.cluster / 2)) return;
+    if (config.split_k > 1 && inputs.tokens > 2048) return;
     const double now = clocks(inputs, config, device);
     if (best.architecture != 0 && now >= fewest) return;
     best = config;
@@ -436,16 +440,8 @@ Sparse24Config default_sm90(const Sparse24Linear& inputs, const Device& device) 
   return best;
 }
 
-std::int64_t workspace_sm90(const Sparse24Linear& inputs, const Sparse24Config& config) {
-  if (config.split_k == 1) return 0;
-  const Counts counts(inputs, config);
-  const std::int64_t sums = std::int64_t(config.tile_tokens) / 2 * kWarpgroups * kWarpgroup * sizeof(float);
-  return counts.items * config.cluster * sums + counts.token_tiles * counts.feature_groups * config.cluster *
-                                                    kWarpgroups * std::int64_t(sizeof(unsigned));
-}
-
-Status linear_sm90(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
-                   const Sparse24Config& config, const Device& device, void* workspace, void* stream) {
+Status run_config(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
+                  const Sparse24Config& config, const Device& device, void* workspace, void* stream) {
   Status status = Status::invalid_argument;
   for_each_tile([&](auto tile) {
     using Tile = decltype(tile);
@@ -467,5 +463,9 @@ Status linear_sm90(const Sparse24Linear& inputs, void* out, std::int64_t out_str
   });
   return status;
 }
+
+}  // namespace
+
+const LinearArchitecture kLinearSm90{90, configs, default_config, workspace_bytes, run_config};
 
 }  // namespace madtp::cuda

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   if (index >= layout.slabs * layout.blocks) return;
   const std::int64_t first_row = index / layout.blocks * kSlabRows, block = index % layout.blocks;
 
-  const std::int64_t row_vectors = weight.channels / 16;  // 8 kept values, of 16 columns, each
+  const std::int64_t row_vectors = weight.in_features / 16;  // 8 kept values, of 16 columns, each
   const auto* const values = static_cast<const uint4*>(weight.values);
   auto& tile = tiles[warp];
 #pragma unroll
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const int row = i / kRowVectors, vector = i % kRowVectors;
     const std::int64_t from = block * kRowVectors + vector;
     uint4 words = make_uint4(0, 0, 0, 0);
-    if (first_row + row < weight.features && from < row_vectors)
+    if (first_row + row < weight.out_features && from < row_vectors)
       words = values[(first_row + row) * row_vectors + from];
     *reinterpret_cast<uint4*>(&tile[row][4 * vector]) = words;
   }
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 #pragma unroll
   for (int high = 0; high < 2; ++high) {
     const std::int64_t row = first_row + g + 8 * high;
-    const bool is_real = row < weight.features && columns < row_vectors;
+    const bool is_real = row < weight.out_features && columns < row_vectors;
     const std::uint32_t bits = is_real ? indices[row * row_vectors + columns] : kPaddingMetadata & 0xffff;
     metadata |= bits << (16 * high);
   }
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 }  // namespace
 
 Status pack_weight(const Sparse24Weight& weight, void* layout, void* stream) {
-  const WeightLayout shape(weight.features, weight.channels);
+  const WeightLayout shape(weight.out_features, weight.in_features);
   const std::int64_t blocks = (shape.slabs * shape.blocks + kWarps - 1) / kWarps;
   return launch(sparse24_pack_kernel, blocks, kWarps * kWarp, stream, weight, shape,
                 static_cast<WeightBlock*>(layout));

@@ -6,21 +6,21 @@
 
 #include "cuda/dtype.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/tokens/rows.cuh"
 #include "cuda/sparse24/kernels.h"
+#include "cuda/tokens/rows.cuh"
 
 namespace madtp::cuda {
 namespace {
 
-constexpr int kUnit = 16;  // columns of a lane
+constexpr int kUnit = 16;  // columns that a lane prunes at a time
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 
 template <typename T>
 struct Pruned {
-  T* values;              // (features, channels / 2)
-  std::uint8_t* indices;  // (features, channels / 8)
+  T* values;              // (out_features, in_features / 2)
+  std::uint8_t* indices;  // (out_features, in_features / 8)
   std::int32_t* has_nan;  // (1,)
-  std::int64_t channels;
+  std::int64_t in_features;
 };
 
 // Which two of four keys fewer than two others beat, earlier ones by being equal: a bit each.
@@ -69,7 +69,7 @@ __device__ bool prune_unit(const Pruned<T>& to, std::int64_t row, std::int64_t c
     }
     nibbles |= prune_group(group, score == nullptr ? nullptr : *score + i, kept[i / 2], kept[i / 2 + 1]) << i;
   }
-  T* const values = to.values + row * (to.channels / 2) + channel / 2;
+  T* const values = to.values + row * (to.in_features / 2) + channel / 2;
 #pragma unroll
   for (int i = 0; i < kUnit / 2; i += kSize) {
     float part[kSize];
@@ -77,7 +77,7 @@ __device__ bool prune_unit(const Pruned<T>& to, std::int64_t row, std::int64_t c
     for (int k = 0; k < kSize; ++k) part[k] = kept[i + k];
     store<true>(values, i, kUnit / 2, pack<T>(part));
   }
-  std::uint8_t* const indices = to.indices + row * (to.channels / 8) + channel / 8;
+  std::uint8_t* const indices = to.indices + row * (to.in_features / 8) + channel / 8;
   *reinterpret_cast<std::uint16_t*>(indices) = std::uint16_t(nibbles);
   return nan;
 }
@@ -97,14 +97,14 @@ __device__ void load_unit(const T* from, float (&values)[kUnit]) {
 
 template <typename T, bool kScored>
 __global__ void __launch_bounds__(kThreads)
-    sparse24_prune_kernel(Rows<const T> weight, Rows<const float> score, std::int64_t features,
+    sparse24_prune_kernel(Rows<const T> weight, Rows<const float> score, std::int64_t out_features,
                           const Pruned<T> to) {
   const int lane = threadIdx.x % kWarp;
   const std::int64_t row = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (row >= features) return;
+  if (row >= out_features) return;
   bool nan = false;
 #pragma unroll 1
-  for (std::int64_t channel = lane * kUnit; channel < to.channels; channel += kWarp * kUnit) {
+  for (std::int64_t channel = lane * kUnit; channel < to.in_features; channel += kWarp * kUnit) {
     float values[kUnit], scores[kUnit];
     load_unit(weight[row] + channel, values);
     if constexpr (kScored) load_unit(score[row] + channel, scores);
@@ -113,43 +113,44 @@ __global__ void __launch_bounds__(kThreads)
   if (nan) *to.has_nan = 1;
 }
 
-constexpr int kTile = 64;  // features and channels
+constexpr int kTile = 64;  // features along both sides
 constexpr int kTileUnits = kTile * kTile / kUnit;
 
-// A tile of (channels, features), rows of it 16 bytes further apart.
+// A tile of (in_features, out_features), rows of it 16 bytes further apart.
 template <typename T>
 using TransposedTile = T[kTile][kTile + Vector<T>::kSize];
 
-// Zeros past the channels and features.
+// Zeros past the features of either side.
 template <typename T>
 __device__ void load_tile(Rows<const T> from, std::int64_t first_channel, std::int64_t first_feature,
-                          std::int64_t channels, std::int64_t features, TransposedTile<T>& tile) {
+                          std::int64_t in_features, std::int64_t out_features, TransposedTile<T>& tile) {
   constexpr int kSize = Vector<T>::kSize, kRowVectors = kTile / kSize;
   for (int i = threadIdx.x; i < kTile * kRowVectors; i += kThreads) {
     const int row = i / kRowVectors, column = i % kRowVectors * kSize;
     Vector<T> vector{};
-    if (first_channel + row < channels)
-      vector = load<true>(from[first_channel + row], first_feature + column, features);
+    if (first_channel + row < in_features)
+      vector = load<true>(from[first_channel + row], first_feature + column, out_features);
     store<true>(tile[row], column, kTile, vector);
   }
 }
 
 template <typename T, bool kScored>
 __global__ void __launch_bounds__(kThreads)
-    sparse24_prune_transposed_kernel(Rows<const T> weight,     // (channels, features)
-                                     Rows<const float> score,  // (channels, features)
-                                     std::int64_t features, const Pruned<T> to, std::int64_t channel_tiles) {
+    sparse24_prune_transposed_kernel(Rows<const T> weight,     // (in_features, out_features)
+                                     Rows<const float> score,  // (in_features, out_features)
+                                     std::int64_t out_features, const Pruned<T> to,
+                                     std::int64_t channel_tiles) {
   alignas(16) __shared__ TransposedTile<T> values;
   alignas(16) __shared__ TransposedTile<std::conditional_t<kScored, float, T>> scores;
   const std::int64_t first_feature = std::int64_t(blockIdx.x) / channel_tiles * kTile;
   const std::int64_t first_channel = std::int64_t(blockIdx.x) % channel_tiles * kTile;
-  load_tile(weight, first_channel, first_feature, to.channels, features, values);
-  if constexpr (kScored) load_tile(score, first_channel, first_feature, to.channels, features, scores);
+  load_tile(weight, first_channel, first_feature, to.in_features, out_features, values);
+  if constexpr (kScored) load_tile(score, first_channel, first_feature, to.in_features, out_features, scores);
   __syncthreads();
   bool nan = false;
   for (int i = threadIdx.x; i < kTileUnits; i += kThreads) {
     const int feature = i % kTile, channel = i / kTile * kUnit;
-    if (first_feature + feature >= features || first_channel + channel >= to.channels) continue;
+    if (first_feature + feature >= out_features || first_channel + channel >= to.in_features) continue;
     float unit[kUnit], unit_score[kUnit];
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) {
@@ -167,12 +168,12 @@ Status run(const Sparse24Dense& dense, const Pruned<T>& to, void* stream) {
   const Rows<const T> weight{static_cast<const T*>(dense.weight), dense.weight_stride};
   const Rows<const float> score{dense.score, dense.score_stride};
   if (!dense.transposed)
-    return launch(sparse24_prune_kernel<T, kScored>, (dense.features + kWarps - 1) / kWarps, kThreads, stream,
-                  weight, score, dense.features, to);
-  const std::int64_t channel_tiles = (dense.channels + kTile - 1) / kTile;
+    return launch(sparse24_prune_kernel<T, kScored>, (dense.out_features + kWarps - 1) / kWarps, kThreads,
+                  stream, weight, score, dense.out_features, to);
+  const std::int64_t channel_tiles = (dense.in_features + kTile - 1) / kTile;
   return launch(sparse24_prune_transposed_kernel<T, kScored>,
-                (dense.features + kTile - 1) / kTile * channel_tiles, kThreads, stream, weight, score,
-                dense.features, to, channel_tiles);
+                (dense.out_features + kTile - 1) / kTile * channel_tiles, kThreads, stream, weight, score,
+                dense.out_features, to, channel_tiles);
 }
 
 }  // namespace
@@ -181,10 +182,10 @@ Status prune_weight(const Sparse24Dense& dense, void* values, std::uint8_t* indi
                     void* stream) {
   const Status cleared =
       to_status(cudaMemsetAsync(has_nan, 0, sizeof *has_nan, static_cast<cudaStream_t>(stream)));
-  if (cleared != Status::ok || dense.features == 0 || dense.channels == 0) return cleared;
+  if (cleared != Status::ok || dense.out_features == 0 || dense.in_features == 0) return cleared;
   return with_type(dense.dtype, [&](auto element) {
     using T = decltype(element);
-    const Pruned<T> to{static_cast<T*>(values), indices, has_nan, dense.channels};
+    const Pruned<T> to{static_cast<T*>(values), indices, has_nan, dense.in_features};
     return dense.score == nullptr ? run<T, false>(dense, to, stream) : run<T, true>(dense, to, stream);
   });
 }

@@ -15,43 +15,50 @@ namespace madtp {
 // x sigmoid(1.702 x).
 enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2, quick_gelu = 3, relu = 4 };
 
-// W (features, channels) as stored: the two kept values of every group and where they stand in it.
+// Whether a weight of this shape can be stored as a Sparse24Weight: whole groups, and rows that kernels can
+// pair.
+constexpr bool sparse24_supports_shape(std::int64_t out_features, std::int64_t in_features) {
+  return out_features >= 0 && out_features % 8 == 0 && in_features >= 0 && in_features % 16 == 0;
+}
+
+// W (out_features, in_features) as stored: the two kept values of every group and where they stand in it.
 struct Sparse24Weight {
   DType dtype;
-  const void* values;           // (features, channels / 2)
-  const std::uint8_t* indices;  // (features, channels / 8), two groups a byte, the first in the low nibble;
-                                // a nibble is i0 | i1 << 2, columns i0 < i1
-  std::int64_t features;        // a multiple of 8
-  std::int64_t channels;        // a multiple of 16
+  const void* values;           // (out_features, in_features / 2)
+  const std::uint8_t* indices;  // (out_features, in_features / 8), two groups a byte, the first in the low
+                                // nibble; a nibble is i0 | i1 << 2, columns i0 < i1
+  std::int64_t out_features;    // a multiple of 8
+  std::int64_t in_features;     // a multiple of 16
 };
 
 // A dense W, before it is 2:4.
 struct Sparse24Dense {
   DType dtype;
-  const void* weight;  // (features, channels)
+  const void* weight;  // (out_features, in_features)
   std::int64_t weight_stride;
-  const float* score;  // (features, channels): what ranks the columns of a group; null: their magnitudes
+  const float* score;  // (out_features, in_features): what ranks the columns; null: their magnitudes
   std::int64_t score_stride;
-  std::int64_t features;    // a multiple of 8
-  std::int64_t channels;    // a multiple of 16
-  bool transposed = false;  // weight and score are stored as (channels, features), on GPUs only
+  std::int64_t out_features;  // a multiple of 8
+  std::int64_t in_features;   // a multiple of 16
+  bool transposed = false;    // weight and score are stored as (in_features, out_features), on GPUs only
 };
 
+// A linear layer and what follows it.
 struct Sparse24Linear {
   DType dtype;    // of x, residual and the output
-  const void* x;  // (rows, channels)
-  std::int64_t x_stride, rows;
+  const void* x;  // (tokens, in_features)
+  std::int64_t x_stride, tokens;
   const void* layout;  // what sparse24_pack wrote
   DType weight_dtype;  // float32 or dtype
-  std::int64_t features, channels;
-  const void* bias;  // (features,), or null
+  std::int64_t out_features, in_features;
+  const void* bias;  // (out_features,), or null
   DType bias_dtype;  // float32 or dtype
   Activation activation;
-  const void* scale;     // (features,), or null
+  const void* scale;     // (out_features,), or null
   DType scale_dtype;     // float32 or dtype
-  const void* residual;  // (rows, features), or null
+  const void* residual;  // (tokens, out_features), or null
   std::int64_t residual_stride;
-  const std::int32_t* total;  // one number: rows from it on are written as zeros; null: there are none
+  const std::int32_t* num_rows;  // one number: rows from it on are written as zeros; null: none are
 };
 
 namespace cpu {
@@ -61,14 +68,14 @@ namespace cpu {
 // (never -0) at its lowest free columns. Status::invalid_argument for a NaN in weight or score; values and
 // indices are then of no use. Status::unsupported for a transposed weight.
 Status sparse24_prune(const Sparse24Dense& dense,
-                      void* values,           // (features, channels / 2), dtype of the weight
-                      std::uint8_t* indices,  // (features, channels / 8)
+                      void* values,           // (out_features, in_features / 2), dtype of the weight
+                      std::uint8_t* indices,  // (out_features, in_features / 8)
                       int threads);
 
 // Bytes of the layout of a weight, which the instruction set in use shapes: a layout belongs to the process
 // that packed it. About 0.64 of the bytes of the dense weight in float32, and in bfloat16 where the CPU has
 // dot products of it; else 0.78 in the 16-bit types.
-Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType weight_dtype,
+Status sparse24_layout_bytes(std::int64_t out_features, std::int64_t in_features, DType weight_dtype,
                              std::int64_t* bytes);
 
 // Writes the layout. Status::invalid_argument for indices that do not ascend.
@@ -77,7 +84,7 @@ Status sparse24_pack(const Sparse24Weight& weight, void* layout, int threads);
 // Accumulates in float32 and casts once. A row of the result has the same bits whatever the other rows, their
 // number and the number of threads are.
 Status sparse24_linear(const Sparse24Linear& inputs,
-                       void* out,  // (rows, features)
+                       void* out,  // (tokens, out_features)
                        std::int64_t out_stride, int threads);
 
 }  // namespace cpu
@@ -85,22 +92,22 @@ Status sparse24_linear(const Sparse24Linear& inputs,
 #if MADTP_HAS_CUDA
 // bfloat16 and float16 (float32 too where a weight is pruned), on GPUs of compute capability 8.0 and newer
 // for which the library has code; Status::unsupported elsewhere. Pointers are multiples of 16 bytes (of 4 to
-// `total` and `has_nan`), strides of 8 elements, and a weight has the dtype of x. At most 2^27 rows, features
-// and channels. Work is queued on `stream`, a cudaStream_t of the current device; of another device it is
-// Status::invalid_argument.
+// `num_rows` and `has_nan`), strides of 8 elements, and a weight has the dtype of x. At most 2^27 tokens and
+// features of either side. Work is queued on `stream`, a cudaStream_t of the current device; of another
+// device it is Status::invalid_argument.
 namespace cuda {
 
 // As madtp::cpu::sparse24_prune, of a transposed weight too, but that the device cannot answer at once:
 // `has_nan` becomes 1 where it would have returned Status::invalid_argument for a NaN, else 0.
 Status sparse24_prune(const Sparse24Dense& dense,
-                      void* values,           // (features, channels / 2), dtype of the weight
-                      std::uint8_t* indices,  // (features, channels / 8)
+                      void* values,           // (out_features, in_features / 2), dtype of the weight
+                      std::uint8_t* indices,  // (out_features, in_features / 8)
                       std::int32_t* has_nan,  // (1,)
                       void* stream);
 
-// Bytes of the layout, the same on every device: 0.5625 of the dense weight's, padded to 64 features and
-// channels.
-Status sparse24_layout_bytes(std::int64_t features, std::int64_t channels, DType weight_dtype,
+// Bytes of the layout, the same on every device: 0.5625 of the dense weight's, padded to 64 features
+// on either side.
+Status sparse24_layout_bytes(std::int64_t out_features, std::int64_t in_features, DType weight_dtype,
                              std::int64_t* bytes);
 
 // Writes the layout of a weight whose indices ascend.
@@ -108,11 +115,11 @@ Status sparse24_pack(const Sparse24Weight& weight, void* layout, void* stream);
 
 // How a linear layer is laid out on a device: what a tuner chooses from.
 struct Sparse24Config {
-  int architecture;   // of the kernel: 80 (mma.sp, on every device) or 90 (wgmma.sp, where that is sm_90a)
-  int tile_tokens;    // of a block
-  int tile_features;  // of a block
-  int split_k = 1;    // blocks that share the channels of a tile
-  int cluster = 1;    // blocks that share the tokens of a tile
+  int architecture;  // of the kernel: 80 (mma.sp, on every device) or 90 (wgmma.sp, where that is sm_90a)
+  int tile_tokens;   // of a block
+  int tile_out_features;  // of a block
+  int split_k = 1;        // blocks that share the input features of a tile
+  int cluster = 1;        // blocks that share the tokens of a tile
 };
 
 // Every configuration that can run these inputs on the current device: writes the first `capacity` of them to
@@ -126,13 +133,13 @@ Status sparse24_linear_configs(const Sparse24Linear& inputs,
 Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* bytes,
                                  const Sparse24Config* config = nullptr);
 
-// Accumulates in float32 and casts once. Rows from `total` on cost next to nothing. With one configuration a
-// row of the result has the same bits whatever the other rows and their number are; of configurations, those
-// of the same architecture and split_k agree. Null is the one that should be fastest by a model of the
+// Accumulates in float32 and casts once. Rows from `num_rows` on cost next to nothing. With one configuration
+// a row of the result has the same bits whatever the other rows and their number are; of configurations,
+// those of the same architecture and split_k agree. Null is the one that should be fastest by a model of the
 // device. Status::invalid_argument for one that cannot run the inputs, Status::workspace_too_small for fewer
 // bytes than sparse24_linear_workspace says.
 Status sparse24_linear(const Sparse24Linear& inputs,
-                       void* out,  // (rows, features)
+                       void* out,  // (tokens, out_features)
                        std::int64_t out_stride, void* workspace, std::int64_t workspace_bytes, void* stream,
                        const Sparse24Config* config = nullptr);
 

@@ -82,10 +82,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = o.capability % 10;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = int(madtp::simt::kMostShared) + 1024;
+      *value = int(madtp::simt::kMaxShared) + 1024;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = int(madtp::simt::kMostShared);
+      *value = int(madtp::simt::kMaxShared);
       return cudaSuccess;
   }
   return cudaErrorInvalidValue;

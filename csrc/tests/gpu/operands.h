@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "tests/gpu/instructions.h"
-#include "tests/simt/sparse24_problem.h"
+#include "tests/simt/sparse24_cases.h"
 
 namespace madtp::test {
 

@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "tests/simt/sparse24_problem.h"
+#include "tests/simt/sparse24_cases.h"
 
 using namespace madtp;
 using namespace madtp::test;
@@ -49,7 +49,7 @@ TEST(a_device_is_asked_once) {
 }
 
 TEST(devices_without_code_are_refused) {
-  const LinearProblem p(DType::bfloat16, 4, 16, 32);
+  const LinearCase p(DType::bfloat16, 4, 16, 32);
   const Guarded<std::uint16_t> out(4 * 16);
   const Sparse24Linear inputs = p.inputs(Activation::none);
   const auto refused = [&] {
@@ -87,7 +87,7 @@ TEST(a_stream_of_another_device_is_refused) {
   int device = -1;
   EXPECT(cudaGetDevice(&device) == cudaSuccess);
   CUstream_st here{device}, elsewhere{device + 1};
-  const LinearProblem p(DType::bfloat16, 4, 16, 32);
+  const LinearCase p(DType::bfloat16, 4, 16, 32);
   const Guarded<std::uint16_t> dense(16 * 32), values(16 * 16);
   const Guarded<std::uint8_t> layout(std::int64_t(p.layout.size())), indices(16 * 4);
   const Guarded<std::int32_t> has_nan(1);

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "tests/simt/sparse24_problem.h"
+#include "tests/simt/sparse24_cases.h"
 
 using namespace madtp;
 using namespace madtp::test;
@@ -29,7 +29,7 @@ Status run(const Sparse24Linear& inputs, const Config& config, std::uint16_t* ou
   std::int64_t bytes = 0;
   const Status status = cuda::sparse24_linear_workspace(inputs, &bytes, &config);
   const Guarded<unsigned char> workspace(bytes);
-  EXPECT(cuda::sparse24_linear(inputs, out, inputs.features, workspace.data(), bytes, nullptr, &config) ==
+  EXPECT(cuda::sparse24_linear(inputs, out, inputs.out_features, workspace.data(), bytes, nullptr, &config) ==
          status);
   return status;
 }
@@ -39,30 +39,30 @@ Status run(const Sparse24Linear& inputs, const Config& config, std::uint16_t* ou
 TEST(every_configuration_on_the_list_follows_the_equation) {
   for (int capability : {80, 90}) {
     const Capability pretended(capability);
-    const LinearProblem p(DType::bfloat16, 70, 136, 64 * 8);
+    const LinearCase p(DType::bfloat16, 70, 136, 64 * 8);
     const Sparse24Linear inputs = p.inputs(Activation::gelu);
     const std::vector<Config> configs = list(inputs);
     EXPECT(count(configs, 80) == 5);
     EXPECT(count(configs, 90) == (capability == 90 ? 54 : 0));  // of tokens, cluster and split_k: 3 3 6
     EXPECT(configs.size() == count(configs, 80) + count(configs, 90));
     for (const Config& config : configs) {
-      const Guarded<std::uint16_t> out(p.rows * p.features);
+      const Guarded<std::uint16_t> out(p.tokens * p.out_features);
       EXPECT(run(inputs, config, out.data()) == Status::ok);
-      EXPECT(within_twice(p, inputs, out.data(), p.features));
+      EXPECT(within_twice(p, inputs, out.data(), p.out_features));
     }
   }
 }
 
 TEST(the_list_is_of_what_can_run_here) {
-  const auto counts = [](int capability, const char* archs, std::int64_t channels) {
+  const auto counts = [](int capability, const char* archs, std::int64_t in_features) {
     const Capability pretended(capability, archs);
     const std::vector<Config> configs =
-        list(LinearProblem(DType::float16, 4, 16, channels).inputs(Activation::none));
+        list(LinearCase(DType::float16, 4, 16, in_features).inputs(Activation::none));
     return std::vector<std::size_t>{count(configs, 80), count(configs, 90)};
   };
   using Counts = std::vector<std::size_t>;
   EXPECT((counts(90, "80;90a", 512) == Counts{5, 54}));
-  EXPECT((counts(90, "80;90a", 64 + 16) == Counts{5, 18}));  // two steps of channels: two parts at most
+  EXPECT((counts(90, "80;90a", 64 + 16) == Counts{5, 18}));  // two steps of input features: two parts at most
   EXPECT((counts(90, "80;90a", 0) == Counts{5, 0}));
   EXPECT((counts(90, "90a", 64) == Counts{5, 9}));
   EXPECT((counts(90, "80", 512) == Counts{5, 0}));
@@ -70,7 +70,7 @@ TEST(the_list_is_of_what_can_run_here) {
 }
 
 TEST(a_short_list_is_the_beginning_of_the_long_one) {
-  const LinearProblem p(DType::bfloat16, 4, 16, 64);
+  const LinearCase p(DType::bfloat16, 4, 16, 64);
   const Sparse24Linear inputs = p.inputs(Activation::none);
   const std::vector<Config> all = list(inputs);
   Config two[3] = {{}, {}, {1, 2, 3}};
@@ -87,7 +87,7 @@ TEST(a_short_list_is_the_beginning_of_the_long_one) {
 }
 
 TEST(no_configuration_off_the_list_runs) {
-  const LinearProblem p(DType::bfloat16, 4, 16, 32);
+  const LinearCase p(DType::bfloat16, 4, 16, 32);
   const Sparse24Linear inputs = p.inputs(Activation::none);
   const Guarded<std::uint16_t> out(4 * 16);
   for (const Config& config : {Config{80, 32, 32}, Config{80, 64, 64, 2}, Config{80, 64, 64, 1, 2},

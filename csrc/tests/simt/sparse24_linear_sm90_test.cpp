@@ -1,8 +1,8 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/sparse24/kernels.h"
-#include "tests/simt/sparse24_problem.h"
+#include "cuda/sparse24/architectures.h"
+#include "tests/simt/sparse24_cases.h"
 
 using namespace madtp;
 using namespace madtp::test;
@@ -10,28 +10,29 @@ using namespace madtp::test;
 namespace {
 
 // Memory of exactly the size that is asked for.
-Guarded<std::uint16_t> run(const LinearProblem& p, const Sparse24Linear& inputs,
+Guarded<std::uint16_t> run(const LinearCase& p, const Sparse24Linear& inputs,
                            const cuda::Sparse24Config& config) {
-  const std::int64_t stride = p.features + p.gap;
-  Guarded<std::uint16_t> out(inputs.rows * stride);
+  const std::int64_t stride = p.out_features + p.gap;
+  Guarded<std::uint16_t> out(inputs.tokens * stride);
   std::int64_t bytes = -1;
   EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes, &config) == Status::ok);
   const Guarded<unsigned char> workspace(bytes);
-  const int multiprocessors = std::exchange(simt::options.multiprocessors, 5);  // fewer than items, and odd
+  const int multiprocessors =
+      std::exchange(simt::options.multiprocessors, 5);  // fewer than work tiles, and odd
   EXPECT(cuda::sparse24_linear(inputs, out.data(), stride, workspace.data(), bytes, nullptr, &config) ==
          Status::ok);
   simt::options.multiprocessors = multiprocessors;
-  for (std::int64_t r = 0; r < inputs.rows; ++r)
-    for (std::int64_t n = p.features; n < stride; ++n) EXPECT(out[r * stride + n] == 0xffff);
+  for (std::int64_t r = 0; r < inputs.tokens; ++r)
+    for (std::int64_t n = p.out_features; n < stride; ++n) EXPECT(out[r * stride + n] == 0xffff);
   return out;
 }
 
 template <typename Body>
-void for_each_config(std::int64_t channels, Body&& body) {
+void for_each_config(std::int64_t in_features, Body&& body) {
   for (int tokens : {64, 128, 256})
     for (int cluster : {1, 2, 4})
       for (int splits : {1, 2, 3})
-        if (splits <= (channels + 63) / 64) body(cuda::Sparse24Config{90, tokens, 128, splits, cluster});
+        if (splits <= (in_features + 63) / 64) body(cuda::Sparse24Config{90, tokens, 128, splits, cluster});
 }
 
 }  // namespace
@@ -40,110 +41,112 @@ TEST(every_configuration_follows_the_equation) {
   int turn = 0;
   constexpr std::int64_t weights[][2] = {{8, 16}, {136, 80}, {264, 208}};
   for (const auto& weight : weights) {
-    for (std::int64_t rows : {1, 63, 65, 130}) {
-      const LinearProblem p(turn % 2 ? DType::float16 : DType::bfloat16, rows, weight[0], weight[1]);
+    for (std::int64_t tokens : {1, 63, 65, 130}) {
+      const LinearCase p(turn % 2 ? DType::float16 : DType::bfloat16, tokens, weight[0], weight[1]);
       for_each_config(weight[1], [&](const cuda::Sparse24Config& config) {
         const Sparse24Linear inputs = p.inputs(kActivations[turn++ % 5]);
-        EXPECT(within_twice(p, inputs, run(p, inputs, config).data(), p.features));
+        EXPECT(within_twice(p, inputs, run(p, inputs, config).data(), p.out_features));
       });
     }
   }
 }
 
-TEST(more_steps_than_stages_and_more_items_than_clusters) {
-  const LinearProblem p(DType::bfloat16, 300, 264, 64 * 11 + 16);
-  for_each_config(p.channels, [&](const cuda::Sparse24Config& config) {
+TEST(more_steps_than_stages_and_more_work_tiles_than_clusters) {
+  const LinearCase p(DType::bfloat16, 300, 264, 64 * 11 + 16);
+  for_each_config(p.in_features, [&](const cuda::Sparse24Config& config) {
     if (config.cluster == 2 || config.tile_tokens == 64) {
       const Sparse24Linear inputs = p.inputs(Activation::gelu);
-      EXPECT(within_twice(p, inputs, run(p, inputs, config).data(), p.features));
+      EXPECT(within_twice(p, inputs, run(p, inputs, config).data(), p.out_features));
     }
   });
 }
 
-TEST(rows_past_the_total_are_zeros_whatever_they_hold) {
-  const LinearProblem p(DType::float16, 150, 136, 144);
-  for_each_config(p.channels, [&](const cuda::Sparse24Config& config) {
+TEST(rows_past_num_rows_are_zeros_whatever_they_hold) {
+  const LinearCase p(DType::float16, 150, 136, 144);
+  for_each_config(p.in_features, [&](const cuda::Sparse24Config& config) {
     const std::vector<std::uint16_t> all = run(p, p.inputs(Activation::relu), config).values();
-    for (std::int32_t total : {1000, 149, 64, 63, 1, 0, -5}) {
-      const std::int64_t real = std::min<std::int64_t>(std::max(total, 0), p.rows);
-      LinearProblem spoilt(DType::float16, 150, 136, 144);
-      for (std::int64_t i = real * p.channels; i < p.rows * p.channels; ++i)
+    for (std::int32_t num_rows : {1000, 149, 64, 63, 1, 0, -5}) {
+      const std::int64_t real = std::min<std::int64_t>(std::max(num_rows, 0), p.tokens);
+      LinearCase spoilt(DType::float16, 150, 136, 144);
+      for (std::int64_t i = real * p.in_features; i < p.tokens * p.in_features; ++i)
         spoilt.x[i] = encode(kNaN, p.dtype);
       Sparse24Linear inputs = spoilt.inputs(Activation::relu);
-      inputs.total = &total;
+      inputs.num_rows = &num_rows;
       const std::vector<std::uint16_t> got = run(spoilt, inputs, config).values();
-      EXPECT(std::equal(all.begin(), all.begin() + real * p.features, got.begin()));
-      EXPECT(std::all_of(got.begin() + real * p.features, got.end(), [](std::uint16_t x) { return x == 0; }));
+      EXPECT(std::equal(all.begin(), all.begin() + real * p.out_features, got.begin()));
+      EXPECT(std::all_of(got.begin() + real * p.out_features, got.end(),
+                         [](std::uint16_t x) { return x == 0; }));
     }
   });
 }
 
 TEST(no_bit_of_a_row_depends_on_the_other_rows_the_tile_or_the_cluster) {
-  const LinearProblem p(DType::bfloat16, 130, 72, 208);
+  const LinearCase p(DType::bfloat16, 130, 72, 208);
   const Sparse24Linear inputs = p.inputs(Activation::gelu);
   for (int splits : {1, 2}) {
     const std::vector<std::uint16_t> all = run(p, inputs, {90, 64, 128, splits, 1}).values();
-    for_each_config(p.channels, [&](const cuda::Sparse24Config& config) {
+    for_each_config(p.in_features, [&](const cuda::Sparse24Config& config) {
       if (config.split_k == splits) EXPECT(run(p, inputs, config).values() == all);
     });
     Sparse24Linear part = inputs;
-    part.rows = 17;
-    part.x = p.x.data() + 11 * p.channels;
-    part.residual = p.residual.data() + 11 * p.features;
+    part.tokens = 17;
+    part.x = p.x.data() + 11 * p.in_features;
+    part.residual = p.residual.data() + 11 * p.out_features;
     const std::vector<std::uint16_t> got = run(p, part, {90, 128, 128, splits, 2}).values();
-    EXPECT(std::equal(got.begin(), got.end(), all.begin() + 11 * p.features));
+    EXPECT(std::equal(got.begin(), got.end(), all.begin() + 11 * p.out_features));
   }
 }
 
 TEST(rows_may_lie_apart) {
-  const LinearProblem p(DType::bfloat16, 70, 40, 80, 24, false);
-  for_each_config(p.channels, [&](const cuda::Sparse24Config& config) {
+  const LinearCase p(DType::bfloat16, 70, 40, 80, 24, false);
+  for_each_config(p.in_features, [&](const cuda::Sparse24Config& config) {
     const Sparse24Linear inputs = p.inputs(Activation::quick_gelu);
-    EXPECT(within_twice(p, inputs, run(p, inputs, config).data(), p.features + p.gap));
+    EXPECT(within_twice(p, inputs, run(p, inputs, config).data(), p.out_features + p.gap));
   });
 }
 
 TEST(parts_of_the_epilogue_may_be_missing) {
-  const LinearProblem p(DType::bfloat16, 9, 40, 144);
+  const LinearCase p(DType::bfloat16, 9, 40, 144);
   for (int parts = 0; parts < 8; ++parts) {
     Sparse24Linear inputs = p.inputs(kActivations[parts % 5]);
     if (parts & 1) inputs.bias = nullptr;
     if (parts & 2) inputs.scale = nullptr;
     if (parts & 4) inputs.residual = nullptr;
     for (int splits : {1, 2})
-      EXPECT(within_twice(p, inputs, run(p, inputs, {90, 64, 128, splits, 1}).data(), p.features));
+      EXPECT(within_twice(p, inputs, run(p, inputs, {90, 64, 128, splits, 1}).data(), p.out_features));
   }
 }
 
 TEST(the_public_function_takes_the_workspace_it_asks_for) {
   const Capability pretended(90);
-  const LinearProblem p(DType::bfloat16, 5, 8, 64 * 24);
+  const LinearCase p(DType::bfloat16, 5, 8, 64 * 24);
   const Sparse24Linear inputs = p.inputs(Activation::gelu);
   std::int64_t bytes = -1;
-  EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes) == Status::ok && bytes > 0);  // few rows: split
+  EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes) == Status::ok && bytes > 0);  // few tokens: split
   const Guarded<unsigned char> workspace(bytes);
-  const Guarded<std::uint16_t> out(p.rows * p.features);
+  const Guarded<std::uint16_t> out(p.tokens * p.out_features);
   const auto run = [&](std::int64_t given) {
-    return cuda::sparse24_linear(inputs, out.data(), p.features, workspace.data(), given, nullptr);
+    return cuda::sparse24_linear(inputs, out.data(), p.out_features, workspace.data(), given, nullptr);
   };
   for (std::int64_t given : {std::int64_t{0}, bytes - 1}) EXPECT(run(given) == Status::workspace_too_small);
-  EXPECT(cuda::sparse24_linear(inputs, out.data(), p.features, workspace.data() + 8, bytes, nullptr) ==
+  EXPECT(cuda::sparse24_linear(inputs, out.data(), p.out_features, workspace.data() + 8, bytes, nullptr) ==
          Status::invalid_argument);
   for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
-  EXPECT(run(bytes) == Status::ok && within_twice(p, inputs, out.data(), p.features));
-  EXPECT(run(bytes) == Status::ok && within_twice(p, inputs, out.data(), p.features));  // it can serve again
+  EXPECT(run(bytes) == Status::ok && within_twice(p, inputs, out.data(), p.out_features));
+  EXPECT(run(bytes) == Status::ok &&
+         within_twice(p, inputs, out.data(), p.out_features));  // it can serve again
 }
 
 TEST(a_default_is_a_configuration_that_there_is) {
-  Sparse24Linear inputs = LinearProblem(DType::bfloat16, 8, 8, 16).inputs(Activation::none);
+  Sparse24Linear inputs = LinearCase(DType::bfloat16, 8, 8, 16).inputs(Activation::none);
   const cuda::Device h100{90, 132, 227 * 1024, 228 * 1024, true, true};
-  for (std::int64_t rows : {1, 64, 577, 4616, 18464}) {
-    for (std::int64_t features : {8, 768, 3072}) {
-      inputs.rows = rows, inputs.features = features, inputs.channels = 768;
-      const cuda::Sparse24Config chosen = cuda::default_sm90(inputs, h100);
-      EXPECT(chosen.tile_features == 128 && chosen.cluster <= 4 && chosen.split_k <= 12);
-      if (rows <= 64) EXPECT(chosen.tile_tokens == 64);
-      if (rows == 18464) EXPECT(chosen.tile_tokens == 256 && chosen.split_k == 1);
+  for (std::int64_t tokens : {1, 64, 577, 4616, 18464}) {
+    for (std::int64_t out_features : {8, 768, 3072}) {
+      inputs.tokens = tokens, inputs.out_features = out_features, inputs.in_features = 768;
+      const cuda::Sparse24Config chosen = cuda::kLinearSm90.default_config(inputs, h100);
+      EXPECT(chosen.tile_out_features == 128 && chosen.cluster <= 4 && chosen.split_k <= 12);
+      if (tokens <= 64) EXPECT(chosen.tile_tokens == 64);
+      if (tokens == 18464) EXPECT(chosen.tile_tokens == 256 && chosen.split_k == 1);
     }
   }
 }

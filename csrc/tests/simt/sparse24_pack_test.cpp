@@ -1,28 +1,28 @@
 #include <cstring>
 #include <vector>
 
-#include "tests/simt/sparse24_problem.h"
+#include "tests/simt/sparse24_cases.h"
 
 using namespace madtp;
 using namespace madtp::test;
 
 namespace {
 
-// The layout as sparse24_layout.cuh describes it, value by value.
-std::vector<std::uint8_t> expected(const LinearProblem& p) {
-  const std::int64_t slabs = (p.features + 63) / 64 * 4, blocks = (p.channels + 63) / 64;
+// The layout as sparse24/layout.cuh describes it, value by value.
+std::vector<std::uint8_t> expected(const LinearCase& p) {
+  const std::int64_t slabs = (p.out_features + 63) / 64 * 4, blocks = (p.in_features + 63) / 64;
   std::vector<std::uint8_t> bytes;
   const auto append = [&](auto value) {
     const auto* const from = reinterpret_cast<const std::uint8_t*>(&value);
     bytes.insert(bytes.end(), from, from + sizeof value);
   };
   const auto kept = [&](std::int64_t row, std::int64_t place) {
-    return row < p.features && place < p.channels / 2 ? p.values[row * p.channels / 2 + place]
-                                                      : std::uint16_t(0);
+    return row < p.out_features && place < p.in_features / 2 ? p.values[row * p.in_features / 2 + place]
+                                                             : std::uint16_t(0);
   };
   const auto nibble = [&](std::int64_t row, std::int64_t group) {
-    if (row >= p.features || group >= p.channels / 4) return 4;
-    return p.indices[row * p.channels / 8 + group / 2] >> (group % 2 * 4) & 15;
+    if (row >= p.out_features || group >= p.in_features / 4) return 4;
+    return p.indices[row * p.in_features / 8 + group / 2] >> (group % 2 * 4) & 15;
   };
   for (std::int64_t slab = 0; slab < slabs; ++slab) {
     for (std::int64_t block = 0; block < blocks; ++block) {
@@ -48,26 +48,26 @@ std::vector<std::uint8_t> expected(const LinearProblem& p) {
 }  // namespace
 
 TEST(a_layout_is_what_its_description_says) {
-  for (std::int64_t features : {8, 24, 64, 136})
-    for (std::int64_t channels : {16, 48, 64, 144}) {
-      const LinearProblem p(DType::bfloat16, 0, features, channels);
+  for (std::int64_t out_features : {8, 24, 64, 136})
+    for (std::int64_t in_features : {16, 48, 64, 144}) {
+      const LinearCase p(DType::bfloat16, 0, out_features, in_features);
       EXPECT(p.layout.values() == expected(p));
     }
-  EXPECT(LinearProblem(DType::float16, 0, 0, 16).layout.size() == 0);
-  EXPECT(LinearProblem(DType::float16, 0, 8, 0).layout.size() == 0);
+  EXPECT(LinearCase(DType::float16, 0, 0, 16).layout.size() == 0);
+  EXPECT(LinearCase(DType::float16, 0, 8, 0).layout.size() == 0);
 }
 
 TEST(bad_weights_are_not_packed) {
-  const LinearProblem p(DType::bfloat16, 0, 16, 32);
+  const LinearCase p(DType::bfloat16, 0, 16, 32);
   const Guarded<std::uint8_t> layout(std::int64_t(p.layout.size()));
   const auto refused = [&](auto change, Status expected = Status::invalid_argument) {
     Sparse24Weight weight = p.weight();
     change(weight);
     EXPECT(cuda::sparse24_pack(weight, layout.data(), nullptr) == expected);
   };
-  refused([](Sparse24Weight& w) { w.features = 12; });
-  refused([](Sparse24Weight& w) { w.channels = 24; });
-  refused([](Sparse24Weight& w) { w.channels = -16; });
+  refused([](Sparse24Weight& w) { w.out_features = 12; });
+  refused([](Sparse24Weight& w) { w.in_features = 24; });
+  refused([](Sparse24Weight& w) { w.in_features = -16; });
   refused([](Sparse24Weight& w) { w.values = nullptr; });
   refused([](Sparse24Weight& w) { w.indices = nullptr; });
   refused([](Sparse24Weight& w) { w.values = static_cast<const char*>(w.values) + 2; });

@@ -1,7 +1,7 @@
 #include <random>
 #include <vector>
 
-#include "tests/simt/sparse24_problem.h"
+#include "tests/simt/sparse24_cases.h"
 
 using namespace madtp;
 using namespace madtp::test;
@@ -12,35 +12,35 @@ constexpr DType kTypes[] = {DType::float32, DType::bfloat16, DType::float16};
 
 // Numbers with many ties, zeros of both signs, infinities and subnormal numbers among them, as bytes of a
 // dtype; rows of weight and score are `gap` elements further apart than they are long.
-struct Problem {
+struct PruneCase {
   DType dtype;
-  std::int64_t features, channels, gap;
+  std::int64_t out_features, in_features, gap;
   Guarded<std::uint8_t> weight;
   Guarded<float> score;
 
-  Problem(DType dtype, std::int64_t features, std::int64_t channels, std::int64_t gap)
+  PruneCase(DType dtype, std::int64_t out_features, std::int64_t in_features, std::int64_t gap)
       : dtype(dtype),
-        features(features),
-        channels(channels),
+        out_features(out_features),
+        in_features(in_features),
         gap(gap),
-        weight(features * (channels + gap) * std::int64_t(size_of(dtype))),
-        score(features * (channels + gap)) {
-    std::mt19937 generator(unsigned(features + channels));
+        weight(out_features * (in_features + gap) * std::int64_t(size_of(dtype))),
+        score(out_features * (in_features + gap)) {
+    std::mt19937 generator(unsigned(out_features + in_features));
     const auto draw = [&] {
       constexpr float magnitudes[] = {0, 0, 0.5f, 1, 1, 2, 1e-40f, std::numeric_limits<float>::infinity()};
       const float magnitude = magnitudes[generator() % 8];
       return generator() % 2 == 0 ? magnitude : -magnitude;
     };
-    for (std::int64_t row = 0; row < features; ++row) {
-      for (std::int64_t c = 0; c < channels; ++c) {
+    for (std::int64_t row = 0; row < out_features; ++row) {
+      for (std::int64_t c = 0; c < in_features; ++c) {
         put(row, c, draw());
-        score[row * (channels + gap) + c] = draw();
+        score[row * (in_features + gap) + c] = draw();
       }
     }
   }
 
   void put(std::int64_t row, std::int64_t column, float x) const {
-    const std::int64_t at = row * (channels + gap) + column;
+    const std::int64_t at = row * (in_features + gap) + column;
     if (dtype == DType::float32)
       reinterpret_cast<float*>(weight.data())[at] = x;
     else
@@ -48,8 +48,9 @@ struct Problem {
   }
 
   Sparse24Dense dense(bool scored) const {
-    return {dtype,          weight.data(), channels + gap, scored ? score.data() : nullptr,
-            channels + gap, features,      channels};
+    return {
+        dtype,        weight.data(), in_features + gap, scored ? score.data() : nullptr, in_features + gap,
+        out_features, in_features};
   }
 };
 
@@ -66,9 +67,9 @@ struct Pruned {
   Guarded<std::uint8_t> values, indices;
   Guarded<std::int32_t> has_nan{1};
 
-  explicit Pruned(const Problem& p)
-      : values(p.features * p.channels / 2 * std::int64_t(size_of(p.dtype))),
-        indices(p.features * p.channels / 8) {}
+  explicit Pruned(const PruneCase& p)
+      : values(p.out_features * p.in_features / 2 * std::int64_t(size_of(p.dtype))),
+        indices(p.out_features * p.in_features / 8) {}
 
   void run(const Sparse24Dense& dense) const {
     EXPECT(cuda::sparse24_prune(dense, values.data(), indices.data(), has_nan.data(), nullptr) == Status::ok);
@@ -77,17 +78,17 @@ struct Pruned {
 
 // What runs the weight as it lies, and then turned over.
 template <typename Check>
-void both_ways(const Problem& p, bool scored, Check&& check) {
+void both_ways(const PruneCase& p, bool scored, Check&& check) {
   Sparse24Dense dense = p.dense(scored);
   check(dense);
   const auto turn = [&](auto zero) {
     using T = decltype(zero);
-    const Guarded<T> weight =
-        turned(reinterpret_cast<const T*>(p.weight.data()), p.features, p.channels, p.channels + p.gap);
-    const Guarded<float> score = turned(p.score.data(), p.features, p.channels, p.channels + p.gap);
+    const Guarded<T> weight = turned(reinterpret_cast<const T*>(p.weight.data()), p.out_features,
+                                     p.in_features, p.in_features + p.gap);
+    const Guarded<float> score = turned(p.score.data(), p.out_features, p.in_features, p.in_features + p.gap);
     dense.weight = weight.data();
     dense.score = scored ? score.data() : nullptr;
-    dense.weight_stride = dense.score_stride = p.features + 8;
+    dense.weight_stride = dense.score_stride = p.out_features + 8;
     dense.transposed = true;
     check(dense);
   };
@@ -101,9 +102,9 @@ void both_ways(const Problem& p, bool scored, Check&& check) {
 
 TEST(pruning_gives_the_bits_of_the_cpu) {
   for (DType dtype : kTypes) {
-    for (std::int64_t features : {8, 72}) {
-      for (std::int64_t channels : {16, 48, 80, 528}) {
-        const Problem p(dtype, features, channels, 8);
+    for (std::int64_t out_features : {8, 72}) {
+      for (std::int64_t in_features : {16, 48, 80, 528}) {
+        const PruneCase p(dtype, out_features, in_features, 8);
         for (bool scored : {false, true}) {
           const Pruned expected(p);
           EXPECT(cpu::sparse24_prune(p.dense(scored), expected.values.data(), expected.indices.data(), 1) ==
@@ -119,7 +120,7 @@ TEST(pruning_gives_the_bits_of_the_cpu) {
       }
     }
   }
-  for (const auto& empty : {Problem(DType::float32, 0, 16, 0), Problem(DType::float32, 8, 0, 0)}) {
+  for (const auto& empty : {PruneCase(DType::float32, 0, 16, 0), PruneCase(DType::float32, 8, 0, 0)}) {
     const Pruned got(empty);
     got.run(empty.dense(false));
     EXPECT(got.has_nan[0] == 0);
@@ -129,7 +130,7 @@ TEST(pruning_gives_the_bits_of_the_cpu) {
 TEST(a_nan_anywhere_is_reported) {
   for (DType dtype : kTypes) {
     for (std::int64_t column : {0, 21, 47}) {
-      const Problem p(dtype, 72, 48, 0), q(dtype, 72, 48, 0);
+      const PruneCase p(dtype, 72, 48, 0), q(dtype, 72, 48, 0);
       p.put(67, column, kNaN);
       q.score[67 * 48 + column] = -kNaN;
       for (bool scored : {false, true}) {
@@ -149,7 +150,7 @@ TEST(a_nan_anywhere_is_reported) {
 }
 
 TEST(bad_dense_weights_are_not_pruned) {
-  const Problem p(DType::bfloat16, 16, 32, 0);
+  const PruneCase p(DType::bfloat16, 16, 32, 0);
   const Pruned out(p);
   const auto refused = [&](auto change) {
     Sparse24Dense dense = p.dense(true);
@@ -157,9 +158,9 @@ TEST(bad_dense_weights_are_not_pruned) {
     EXPECT(cuda::sparse24_prune(dense, out.values.data(), out.indices.data(), out.has_nan.data(), nullptr) ==
            Status::invalid_argument);
   };
-  refused([](Sparse24Dense& a) { a.channels = 24; });
-  refused([](Sparse24Dense& a) { a.features = 12; });
-  refused([](Sparse24Dense& a) { a.features = -8; });
+  refused([](Sparse24Dense& a) { a.in_features = 24; });
+  refused([](Sparse24Dense& a) { a.out_features = 12; });
+  refused([](Sparse24Dense& a) { a.out_features = -8; });
   refused([](Sparse24Dense& a) { a.weight = nullptr; });
   refused([](Sparse24Dense& a) { a.weight = static_cast<const char*>(a.weight) + 2; });
   refused([](Sparse24Dense& a) { a.weight_stride = 36; });

@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "tests/simt/sparse24_problem.h"
+#include "tests/simt/sparse24_cases.h"
 
 using namespace madtp;
 using namespace madtp::test;

@@ -6,26 +6,28 @@ Source: docs/method.md, cooperative optimisation, step 3.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
 from madtp.budgets.cost_model import CostModel
-from madtp.budgets.latency import measure_times
-from madtp.budgets.plan import ALLOCATIONS, Plan
-from madtp.budgets.sensitivity import Calibration, Sensitivities, measure_sensitivities
+from madtp.budgets.latency import time_parts
+from madtp.budgets.plan import Plan
+from madtp.budgets.records import Sensitivities
+from madtp.budgets.sensitivity import Calibration, find_sensitivities
+from madtp.budgets.strategies import STRATEGIES
+from madtp.choices import ALLOCATIONS, REDUCTIONS
 from madtp.config import CompressionConfig
 from madtp.measure.timing import TIMING_BATCH
 from madtp.patching.handle import patch
-from madtp.tasks.batches import pairs
+from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
 
 CALIBRATION_SAMPLES = 64
-REDUCTIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
 def allocate(
@@ -35,13 +37,13 @@ def allocate(
     config: CompressionConfig,
     *,
     allocation: str = "joint",
-    progress: Callable[[Sequence], Iterable] = iter,
+    progress: Progress = iter,
 ) -> Plan:
     """Chooses the budgets of a dense model for the targets of a config; nothing is trained, the model stays as it is.
 
     Every Linear and every branch is pruned by itself on `CALIBRATION_SAMPLES` samples of the data; what costs the
     answers least per MAC saved goes first; with a latency_reduction, per millisecond saved on the model's device
-    (`madtp.latency`).
+    (`madtp.budgets.latency`).
 
     Args:
         allocation: "joint", tokens and weights as they come; "tokens" or "weights", only those; "uniform", all Linears
@@ -56,7 +58,7 @@ def allocate(
     """
     if allocation not in ALLOCATIONS:
         raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
-    calibration, sensitivities = _measured(model, task, calibration_data, config, progress)
+    calibration, sensitivities = _look_into(model, task, calibration_data, config, progress)
     plan = choose(sensitivities, config, allocation)
     return replace(plan, compared=_compared(calibration, sensitivities, config))
 
@@ -68,7 +70,7 @@ def pareto(
     config: CompressionConfig,
     *,
     reductions: Sequence[float] = REDUCTIONS,
-    progress: Callable[[Sequence], Iterable] = iter,
+    progress: Progress = iter,
 ) -> list[Plan]:
     """The front of cost against harm from one measurement of the sensitivities: a joint plan for each reduction.
 
@@ -83,10 +85,13 @@ def pareto(
     Raises:
         ValueError: as `allocate`; or no reduction can be reached.
     """
-    target = "flops_reduction" if config.latency_reduction is None else "latency_reduction"
-    configs = [replace(config, **{target: reduction}) for reduction in sorted(set(reductions))]
-    calibration, sensitivities = _measured(model, task, calibration_data, config, progress)
-    plans, refusal = [], ValueError("reductions must be numbers in (0, 1), got none")
+    if config.latency_reduction is None:
+        configs = [replace(config, macs_reduction=reduction) for reduction in sorted(set(reductions))]
+    else:
+        configs = [replace(config, latency_reduction=reduction) for reduction in sorted(set(reductions))]
+    calibration, sensitivities = _look_into(model, task, calibration_data, config, progress)
+    plans: list[Plan] = []
+    refusal = ValueError("reductions must be numbers in (0, 1), got none")
     for target in configs:
         try:
             plan = choose(sensitivities, target)
@@ -99,16 +104,20 @@ def pareto(
     return plans
 
 
-def _measured(model, task, calibration_data, config, progress) -> tuple[Calibration, Sensitivities]:
-    if not len(calibration_data):
-        raise ValueError("calibration_data must hold samples, got none")
+def _look_into(
+    model: nn.Module, task: Task, calibration_data: Dataset, config: CompressionConfig, progress: Progress
+) -> tuple[Calibration, Sensitivities]:
+    """A patched copy of the model on calibration data, and what each of its parts does to its answers."""
+    require_samples(calibration_data=calibration_data)
     device, patched = next(model.parameters()).device, copy.deepcopy(model)
     patch(patched, config)
-    calibration = Calibration(patched, task, pairs(task, calibration_data, CALIBRATION_SAMPLES, device), config)
-    sensitivities = measure_sensitivities(calibration, progress=progress)
+    calibration = Calibration(
+        patched, task, sample_batches(task, calibration_data, CALIBRATION_SAMPLES, device), config
+    )
+    sensitivities = find_sensitivities(calibration, progress=progress)
     if config.latency_reduction is not None:
-        batch = pairs(task, calibration_data, TIMING_BATCH, device)[0]
-        sensitivities = replace(sensitivities, times=measure_times(model, patched, sensitivities, batch))
+        batch = sample_batches(task, calibration_data, TIMING_BATCH, device)[0]
+        sensitivities = replace(sensitivities, times=time_parts(model, patched, sensitivities, batch))
     return calibration, sensitivities
 
 
@@ -120,7 +129,7 @@ def _compared(calibration: Calibration, sensitivities: Sensitivities, config: Co
             plan = choose(sensitivities, config, allocation)
         except ValueError:
             continue
-        compared[allocation] = measured_rise(calibration, sensitivities, plan)
+        compared[allocation] = measured_distill_loss(calibration, sensitivities, plan)
     return compared
 
 
@@ -130,54 +139,79 @@ def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: 
     Raises:
         ValueError: a target cannot be reached.
     """
-    macs = ledger = CostModel(sensitivities)
-    goal, target = "flops_reduction", (1 - (config.flops_reduction or 0)) * macs.full
+    strategy, goal = STRATEGIES[allocation], _Goal.of(config, sensitivities)
+    required = _required_linears(sensitivities, config.params_reduction, allocation)
+    _require_feasible(goal, config, allocation)
+    shares, sparse = strategy.spend(goal.costs, goal.target, required)
+    units, branches = [sensitivities.weights[name] for name in sparse], shares.items()
+    predicted = {
+        "params_reduction": sum(unit.zeroed for unit in units) / sensitivities.profile.total.params,
+        "distill_loss": sum(goal.costs.distill_loss(branch, share) for branch, share in branches)
+        + sum(unit.distill_loss for unit in units),
+    }
     if config.latency_reduction is not None:
+        predicted |= {"dense_ms": goal.dense, "ms": goal.costs.cost(shares, sparse)}
+    macs = CostModel(sensitivities)
+    macs_reduction = 1 - macs.cost(shares, sparse) / macs.full
+    ordered = tuple(name for name in sensitivities.weights if name in set(sparse))
+    return Plan(macs_reduction, shares, ordered, allocation, config.latency_reduction, predicted)
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What a config asks for, and in what it is paid."""
+
+    name: str  # of the field of the config
+    reduction: float  # its value: of `dense`
+    costs: CostModel  # MACs, or milliseconds
+    dense: float  # what the dense model costs
+
+    @classmethod
+    def of(cls, config: CompressionConfig, sensitivities: Sensitivities) -> _Goal:
+        if config.latency_reduction is None:
+            costs = CostModel(sensitivities)
+            return cls("macs_reduction", config.macs_reduction or 0.0, costs, costs.full)
         times = sensitivities.times
         if times is None:
             raise ValueError("sensitivities must hold times with a latency_reduction, got None")
-        ledger = CostModel(sensitivities, times)
-        goal, target = "latency_reduction", (1 - config.latency_reduction) * times.dense
-    dense = ledger.full if ledger is macs else times.dense
-    everything = list(sensitivities.weights)
-    sparse = everything if allocation == "uniform" else []
-    if config.params_reduction is not None:
-        sparse = _enough_parameters(sensitivities, config.params_reduction, allocation)
-    shares = dict.fromkeys(sensitivities.tokens, 1.0)
-    fewest = shares if allocation == "weights" else {branch: ledger.least(branch) for branch in shares}
-    least = ledger.cost(fewest, sparse if allocation == "tokens" else everything)
-    if least > target:
-        if least >= dense:
-            raise ValueError(
-                f"{goal} must be None: no plan of allocation {allocation!r} is faster than the dense model on this "
-                f"device ({least:.4g} and {dense:.4g} ms a sample), got {getattr(config, goal)}"
-            )
-        where = "on this model" if goal == "flops_reduction" else "with this model on this device"
+        return cls("latency_reduction", config.latency_reduction, CostModel(sensitivities, times), times.dense)
+
+    @property
+    def target(self) -> float:
+        return (1 - self.reduction) * self.dense
+
+
+def _require_feasible(goal: _Goal, config: CompressionConfig, allocation: str) -> None:
+    """Raises ValueError where all that the allocation may prune does not come down to the target."""
+    least = goal.costs.cost(*STRATEGIES[allocation].bounds(goal.costs))
+    if least <= goal.target:
+        return
+    if least >= goal.dense:
         raise ValueError(
-            f"{goal} must be at most about {1 - least / dense:.3f}, which allocation {allocation!r} "
-            f"with temperature_max {config.temperature_max:g} reaches {where}, got {getattr(config, goal)}"
+            f"{goal.name} must be None: no plan of allocation {allocation!r} is faster than the dense model on this "
+            f"device ({least:.4g} and {goal.dense:.4g} ms a sample), got {goal.reduction}"
         )
-    if allocation != "uniform":
-        at_least = sparse
-        shares, sparse = ledger.greedy(shares, sparse, target, fewest, [] if allocation == "tokens" else everything)
-        past = ledger.cost(shares, sparse) < (1 - 1e-6) * target and len(sparse) > len(at_least)
-        if allocation == "joint" and past and min(shares.values()) == 1:
-            # A whole Linear goes past the target, tokens end on it.
-            if ledger.cost(fewest, sparse[:-1]) <= target:
-                shares, sparse = ledger.greedy(shares, sparse[:-1], target, fewest, [])
-    shares = ledger.exactly(shares, sparse, target, fewest, uniform=allocation == "uniform")
-    zeroed = sum(sensitivities.weights[name].zeroed for name in sparse)
-    rise = sum(ledger.rise(b, share) for b, share in shares.items())
-    rise += sum(sensitivities.weights[name].rise for name in sparse)
-    predicted = {"params_reduction": zeroed / sensitivities.profile.total.params, "rise": rise}
-    if config.latency_reduction is not None:
-        predicted |= {"dense_ms": dense, "ms": ledger.cost(shares, sparse)}
-    reduction = 1 - macs.cost(shares, sparse) / macs.full
-    ordered = tuple(name for name in everything if name in set(sparse))
-    return Plan(reduction, shares, ordered, allocation, config.latency_reduction, predicted)
+    where = "on this model" if goal.name == "macs_reduction" else "with this model on this device"
+    raise ValueError(
+        f"{goal.name} must be at most about {1 - least / goal.dense:.3f}, which allocation {allocation!r} "
+        f"with temperature_max {config.temperature_max:g} reaches {where}, got {goal.reduction}"
+    )
 
 
-def measured_rise(calibration: Calibration, sensitivities: Sensitivities, plan: Plan) -> float:
+def _required_linears(sensitivities: Sensitivities, params_reduction: float | None, allocation: str) -> list[str]:
+    """Linears that go N:M whatever the budget is; raises ValueError where their zeros are not enough."""
+    units, total = sensitivities.weights, sensitivities.profile.total.params
+    strategy, reduction = STRATEGIES[allocation], params_reduction or 0.0
+    reachable = sum(unit.zeroed for unit in units.values()) / total if strategy.prunes_weights else 0.0
+    if reduction > reachable:
+        raise ValueError(
+            f"params_reduction must be at most {reachable:.3f}, which allocation {allocation!r} reaches in "
+            f"{len(units)} modules, got {reduction}"
+        )
+    return strategy.required(units, reduction * total)
+
+
+def measured_distill_loss(calibration: Calibration, sensitivities: Sensitivities, plan: Plan) -> float:
     """The distillation loss of the calibration data with the whole plan carried out, before any training."""
     temperatures = {}
     for branch, share in plan.tokens.items():
@@ -186,21 +220,4 @@ def measured_rise(calibration: Calibration, sensitivities: Sensitivities, plan: 
         log = np.interp(share, [point.share for point in reversed(points)], logs[::-1])
         temperatures[branch] = float(np.exp(log)) if share < 1 else 0.0
     with calibration.masked(plan.sparse_modules), calibration.at(temperatures):
-        return calibration.rise()
-
-
-def _enough_parameters(sensitivities: Sensitivities, reduction: float, allocation: str) -> list[str]:
-    """Linears whose zeros are this share of the parameters, those first whose rise per zero is least."""
-    units, total = sensitivities.weights, sensitivities.profile.total.params
-    reachable = 0.0 if allocation == "tokens" else sum(unit.zeroed for unit in units.values()) / total
-    if reduction > reachable:
-        raise ValueError(
-            f"params_reduction must be at most {reachable:.3f}, which allocation {allocation!r} reaches in "
-            f"{len(units)} modules, got {reduction}"
-        )
-    if allocation == "uniform":
-        return list(units)
-    ranked = sorted(units, key=lambda name: units[name].rise / units[name].zeroed)
-    zeroed = list(itertools.accumulate(units[name].zeroed for name in ranked))
-    enough = next((i for i, count in enumerate(zeroed, 1) if count >= reduction * total), 0)
-    return ranked[:enough] if reduction else []
+        return calibration.distill_loss()

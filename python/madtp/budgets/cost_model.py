@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from madtp.budgets.latency import Times
-from madtp.budgets.sensitivity import Sensitivities, TokenPoint
+from madtp.budgets.records import Sensitivities, Times, TokenPoint
 
 TOKEN_STEP = 0.01  # of a branch's share, in which the tokens are given away
+Choice = tuple[dict[str, float], list[str]]  # the share of its MACs that each branch's tokens may spend, sparse Linears
 
 
 class CostModel:
@@ -36,40 +36,49 @@ class CostModel:
             branch: _lower_hull(points, by_tokens[branch]) for branch, points in sensitivities.tokens.items()
         }
 
-    def least(self, branch: str) -> float:
+    def min_share(self, branch: str) -> float:
+        """What the highest temperature leaves of the branch."""
         return self.curves[branch][0][0]
 
-    def rise(self, branch: str, share: float) -> float:
-        shares, _, rises = self.curves[branch]
-        return float(np.interp(share, shares, rises))
+    def distill_loss(self, branch: str, share: float) -> float:
+        """What this share of the branch's tokens does to the distillation loss by itself."""
+        shares, _, losses = self.curves[branch]
+        return float(np.interp(share, shares, losses))
 
     def cost(self, shares: Mapping[str, float], sparse: Iterable[str]) -> float:
+        """Of the model with these shares of tokens, by branch, and these Linears at 2:4."""
         by_tokens = sum(np.interp(share, *self.curves[branch][:2]) for branch, share in shares.items())
         by_weights = sum(self.saves[name] * shares.get(self.weights[name].branch, 1.0) for name in sparse)
         return float(self.full - by_tokens - by_weights)
 
     def greedy(
         self,
-        shares: Mapping[str, float],
-        sparse: Sequence[str],
+        shares: dict[str, float],
+        sparse: list[str],
         target: float,
         fewest: Mapping[str, float],
         allowed: Sequence[str],
-    ) -> tuple[dict[str, float], list[str]]:
-        """Takes what raises the loss least per cost saved, a Linear or a step of tokens, until the target is met."""
-        shares, sparse = dict(shares), list(sparse)
+    ) -> Choice:
+        """Takes what raises the loss least per cost saved, a Linear or a step of tokens, until the target is met.
+
+        Args:
+            shares, sparse: where it starts.
+            target: cost to come down to; all that is allowed together must reach it.
+            fewest: the least share of each branch.
+            allowed: Linears it may take.
+        """
         now = self.cost(shares, sparse)
         while now > target:
-            options = []  # rise of the loss, shares, sparse
+            options: list[tuple[float, Choice]] = []  # what it adds to the loss, and what there is then
             for branch, share in shares.items():
                 fewer = max(share - TOKEN_STEP, fewest[branch])
                 changed = shares | {branch: fewer}
-                options.append((self.rise(branch, fewer) - self.rise(branch, share), changed, sparse))
+                options.append((self.distill_loss(branch, fewer) - self.distill_loss(branch, share), (changed, sparse)))
             for name in allowed:
                 if name not in sparse:
-                    options.append((self.weights[name].rise, shares, [*sparse, name]))
-            rated = [(rise, now - self.cost(*choice), choice) for rise, *choice in options]
-            rated = [(rise / saved, choice) for rise, saved, choice in rated if saved > 1e-9 * self.full]
+                    options.append((self.weights[name].distill_loss, (shares, [*sparse, name])))
+            priced = [(harm, now - self.cost(*choice), choice) for harm, choice in options]
+            rated = [(harm / saved, choice) for harm, saved, choice in priced if saved > 1e-9 * self.full]
             _, (shares, sparse) = min(rated, key=lambda option: option[0])
             now = self.cost(shares, sparse)
         return shares, sparse
@@ -100,25 +109,25 @@ class CostModel:
 
 
 def _lower_hull(points: Sequence[TokenPoint], saved: Sequence[float]) -> tuple[list[float], list[float], list[float]]:
-    """The convex curve of rise against cost below the points: steps along it get dearer.
+    """The convex curve of loss against cost below the points: steps along it get dearer.
 
     Points from all tokens to the fewest, and what each saves; one that saves no more than one with more tokens is left
     out, as times are not exact.
 
     Returns:
-        (shares, saved, rises) from the fewest tokens on.
+        (shares, saved, losses) from the fewest tokens on.
     """
     ahead: list[tuple[float, float, float]] = []
     for point, saving in zip(points, saved, strict=True):
         if not ahead or saving > ahead[-1][1]:
-            ahead.append((point.share, saving, point.rise))
+            ahead.append((point.share, saving, point.distill_loss))
     hull: list[tuple[float, float, float]] = []
     for corner in reversed(ahead):
-        while len(hull) > 1 and _turns_up(*((-saving, rise) for _, saving, rise in (*hull[-2:], corner))):
+        while len(hull) > 1 and _turns_up(*((-saving, loss) for _, saving, loss in (*hull[-2:], corner))):
             hull.pop()
         hull.append(corner)
-    shares, savings, rises = (list(column) for column in zip(*hull, strict=True))
-    return shares, savings, rises
+    shares, savings, losses = (list(column) for column in zip(*hull, strict=True))
+    return shares, savings, losses
 
 
 def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:

@@ -1,41 +1,30 @@
-"""What pruning saves in time on this device: the costs by which budgets are chosen for a latency target."""
+"""What pruning saves in time on this device: the costs by which budgets are chosen for a latency target.
+
+Source: docs/method.md, cooperative optimisation, step 3 with a latency_reduction.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from madtp.budgets.sensitivity import Sensitivities
+from madtp.budgets.prunable import linear_of
+from madtp.budgets.records import Sensitivities, Times
+from madtp.handles import handle_of
 from madtp.hwp import Sparse24Linear
 from madtp.inference import evaluating, leading_size
 from madtp.measure.timing import medians
 from madtp_kernels import sparse24_prune
+from madtp_kernels.sparse24.weight import supports_shape
 
 ROUNDS = 7  # of the whole model at every temperature
 
 
-@dataclass(frozen=True)
-class Times:
-    """Milliseconds per sample, of forward passes of one batch.
-
-    Args:
-        dense: of the model as it was given.
-        patched: of the packed model with all its tokens and weights.
-        tokens: of the packed model with one branch at the temperature of each of its `Sensitivities.tokens`.
-        weights: by Linear, what it saves as a packed 2:4 layer with all tokens; never below 0.
-    """
-
-    dense: float
-    patched: float
-    tokens: dict[str, tuple[float, ...]]
-    weights: dict[str, float]
-
-
-def measure_times(
+def time_parts(
     dense: nn.Module, patched: nn.Module, sensitivities: Sensitivities, batch: Mapping[str, Tensor]
 ) -> Times:
     """Times the parts that `sensitivities` knows the harm of.
@@ -45,17 +34,17 @@ def measure_times(
         patched: a copy of it, patched, at temperature 0.
         batch: without shared images, where the models are.
     """
-    handle, device, samples = patched.madtp_handle, next(iter(batch.values())).device, leading_size(batch)
+    handle, device, samples = handle_of(patched), next(iter(batch.values())).device, leading_size(batch)
 
     def at(branch: str, temperature: float) -> None:
         handle.set_temperature({branch: temperature})
         patched(**batch)
         handle.set_temperature({branch: 0.0})
 
-    runs = {"dense": lambda: dense(**batch), "patched": lambda: patched(**batch)}
+    runs: dict[Hashable, Callable[[], object]] = {"dense": lambda: dense(**batch), "patched": lambda: patched(**batch)}
     for branch, points in sensitivities.tokens.items():
         for point in points[1:]:  # the first has all tokens
-            runs[branch, point.temperature] = lambda b=branch, t=point.temperature: at(b, t)
+            runs[branch, point.temperature] = partial(at, branch, point.temperature)
     with evaluating(dense), evaluating(patched), handle.inference():
         found = {name: 1e3 * value / samples for name, value in medians(runs, device, rounds=ROUNDS).items()}
         saved = _saved_by_packing(patched, sensitivities.weights, batch)
@@ -71,7 +60,7 @@ def _saved_by_packing(model: nn.Module, names: Iterable[str], batch: Mapping[str
 
     Layers of one shape at as many rows are timed once.
     """
-    modules = {name: model.get_submodule(name) for name in names}
+    modules = {name: linear_of(model, name) for name in names}
     rows: defaultdict[str, list[int]] = defaultdict(list)  # by module, of each of its calls
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: rows[name].append(inputs[0].shape[:-1].numel()))
@@ -89,7 +78,7 @@ def _saved_by_packing(model: nn.Module, names: Iterable[str], batch: Mapping[str
 
 def _gain(module: nn.Linear, rows: int) -> float:
     out_features, in_features = module.weight.shape
-    if not rows or out_features % 8 or in_features % 16:  # which `pack` leaves dense
+    if not rows or not supports_shape(out_features, in_features):  # which `pack` leaves dense
         return 0.0
     packed = Sparse24Linear(sparse24_prune(module.weight.detach()), module.bias)
     x = torch.randn(rows, in_features, dtype=module.weight.dtype, device=module.weight.device)

@@ -10,32 +10,34 @@ from typing import Any
 
 import yaml
 
-from madtp.files import write_whole
+from madtp.choices import ALLOCATIONS
+from madtp.files import atomic_write
+from madtp.migration import PLAN_NAMES, PLAN_VERSION, migrate_plan
+from madtp_kernels.renamed import renamed
 
-ALLOCATIONS = ("joint", "uniform", "tokens", "weights")
 
-
+@renamed(**PLAN_NAMES)
 @dataclass(frozen=True)
 class Plan:
     """What a compression run aims at; readable and editable as YAML.
 
     Args:
-        flops_reduction: share of the dense MACs to save, counted; with a latency_reduction, what that comes to.
+        macs_reduction: share of the dense MACs to save, counted; with a latency_reduction, what that comes to.
         tokens: for each branch that can prune, the share of its MACs that its tokens may spend: 1 keeps all tokens, and
             the branch is not pruned. What it counts in the end is this share of what it counts with all tokens and
             with its 2:4 Linears at half.
         sparse_modules: names of the Linears that go N:M.
         allocation: how it was chosen.
         latency_reduction: share of the dense model's time to save, on the device that it was chosen on; None: the
-            target is flops_reduction.
-        predicted: {"params_reduction", "rise"}: share of the parameters that go to zero, and the sum of what each part
-            does to the distillation loss by itself. With a latency_reduction also {"dense_ms", "ms"}: time per sample
-            of the dense model, as measured, and of what is planned.
+            target is macs_reduction.
+        predicted: {"params_reduction", "distill_loss"}: share of the parameters that go to zero, and the sum of what
+            each part does to the distillation loss by itself. With a latency_reduction also {"dense_ms", "ms"}: time
+            per sample of the dense model, as measured, and of what is planned.
         compared: what this plan and the others at the same budget did to the distillation loss on the calibration data
             before any training, by allocation; those that cannot reach the budget are not there.
     """
 
-    flops_reduction: float
+    macs_reduction: float
     tokens: dict[str, float]
     sparse_modules: tuple[str, ...]
     allocation: str = "joint"
@@ -43,9 +45,9 @@ class Plan:
     predicted: dict[str, float] = field(default_factory=dict)
     compared: dict[str, float] = field(default_factory=dict)
 
-    def __post_init__(self):
-        if not _is_share(self.flops_reduction) or self.flops_reduction == 1:
-            raise ValueError(f"flops_reduction must be a number in [0, 1), got {self.flops_reduction!r}")
+    def __post_init__(self) -> None:
+        if not _is_share(self.macs_reduction) or self.macs_reduction == 1:
+            raise ValueError(f"macs_reduction must be a number in [0, 1), got {self.macs_reduction!r}")
         if self.latency_reduction is not None and (
             not _is_share(self.latency_reduction) or self.latency_reduction == 1
         ):
@@ -64,18 +66,24 @@ class Plan:
         return asdict(self) | {"sparse_modules": list(self.sparse_modules)}
 
     def save(self, path: str | PathLike) -> None:
-        """Writes YAML, whole or not at all."""
-        write_whole(path, yaml.safe_dump(self.to_dict(), sort_keys=False, width=120))
+        """Writes YAML, whole or not at all; its "version" is that of the format."""
+        atomic_write(path, yaml.safe_dump({"version": PLAN_VERSION} | self.to_dict(), sort_keys=False, width=120))
 
     @classmethod
     def load(cls, path: str | PathLike) -> Plan:
-        """Raises ValueError where the file is no plan, naming what is wrong."""
+        """The plan of a file that `save` of this version or of 0.1 wrote, perhaps edited.
+
+        Raises:
+            ValueError: the file is no plan, or of a newer version; the message names what is wrong.
+        """
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ValueError(f"plan {path} must be YAML: {' '.join(str(error).split())}") from error
+        if isinstance(values, dict):
+            values = migrate_plan(values, f"plan {path}")
         known = {entry.name for entry in fields(cls)}
-        if not isinstance(values, dict) or not {"flops_reduction", "tokens", "sparse_modules"} <= set(values) <= known:
+        if not isinstance(values, dict) or not {"macs_reduction", "tokens", "sparse_modules"} <= set(values) <= known:
             got = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"plan {path} must have the fields {', '.join(sorted(known))}, got {got}")
         try:
@@ -94,5 +102,5 @@ class Plan:
             raise ValueError(f"plan must name Linears that may go N:M, got {unknown[0]!r}")
 
 
-def _is_share(value) -> bool:
+def _is_share(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

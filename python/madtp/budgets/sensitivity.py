@@ -9,58 +9,25 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from madtp.budgets.prunable import linear_of, prunable_linears
+from madtp.budgets.records import Sensitivities, TokenPoint, WeightUnit
 from madtp.config import CompressionConfig
-from madtp.hwp import InputStatistics, Pattern, collect_inputs, prune_one_shot, select_modules
+from madtp.handles import handle_of
+from madtp.hwp import InputStatistics, Pattern, prune_one_shot
 from madtp.inference import evaluating, leading_size
-from madtp.measure.macs import Profile, branch_of, counted_macs, profile_batches
+from madtp.measure.inputs import input_statistics
+from madtp.measure.macs import branch_of, counted_macs, profile_batches
 from madtp.tasks.task import Task
 from madtp.training.losses import JointLoss
 
-if TYPE_CHECKING:
-    from madtp.budgets.latency import Times
-
 TEMPERATURES = 9  # between the bounds of the config, at which a branch is looked at first
-WIDEST_STEP = 0.12  # between the shares of neighbouring points; a wider one is looked into
-MOST_POINTS = 20
+MAX_GAP = 0.12  # between the shares of neighbouring points; a wider one is looked into
+MAX_POINTS = 20  # of a branch, the one with all tokens not counted
 INPUTS_AT_A_TIME = 16  # Linears whose Gram matrices are in memory
-
-
-@dataclass(frozen=True)
-class TokenPoint:
-    """One branch at one temperature, everything else dense."""
-
-    share: float  # of the branch's dense MACs that is left
-    temperature: float
-    rise: float  # of the distillation loss
-
-
-@dataclass(frozen=True)
-class WeightUnit:
-    """One Linear gone N:M, corrected, everything else dense."""
-
-    branch: str
-    zeroed: int  # weights
-    macs: float  # counted per sample that it saves with all tokens; 0 where the hardware cannot run the pattern
-    rise: float  # of the distillation loss
-
-
-@dataclass(frozen=True)
-class Sensitivities:
-    """profile: of the dense model on the calibration data. tokens: per branch, from all tokens to the fewest.
-
-    times: of `madtp.latency.measure_times`, where budgets are for a latency target.
-    """
-
-    profile: Profile
-    tokens: dict[str, tuple[TokenPoint, ...]]
-    weights: dict[str, WeightUnit]
-    times: Times | None = None
 
 
 class Calibration:
@@ -77,10 +44,10 @@ class Calibration:
         self,
         model: nn.Module,
         task: Task,
-        batches: Sequence[Mapping[str, Tensor]],
+        batches: Sequence[dict[str, Tensor]],
         config: CompressionConfig,
     ):
-        self.model, self.handle, self.task, self.config = model, model.madtp_handle, task, config
+        self.model, self.handle, self.task, self.config = model, handle_of(model), task, config
         self.batches = batches
         self.sizes = [leading_size(batch) for batch in batches]
         weights = config.vision_weight, config.text_weight, config.kd_weight, config.kd_temperature
@@ -89,27 +56,21 @@ class Calibration:
         with evaluating(model), self.handle.inference():
             self.taught = [self._answers(batch) for batch in batches]
 
-    def rise(self) -> float:
+    def distill_loss(self) -> float:
         """The distillation loss of the model as it is now, mean over the samples; 0 for the dense one."""
         total = 0.0
         with evaluating(self.model), self.handle.inference():
             for batch, size, (taught, mask, before) in zip(self.batches, self.sizes, self.taught, strict=True):
                 logits, _, after = self._answers(batch)
-                summaries = {branch: (after[branch], before[branch]) for branch in after}
+                features = {branch: (after[branch], before[branch]) for branch in after}
                 nothing = logits.new_zeros((), dtype=torch.float32)
-                total += size * self.loss(nothing, summaries=summaries, logits=(logits, taught), mask=mask)[0].item()
+                loss, _ = self.loss(nothing, summary_features=features, logits=(logits, taught), mask=mask)
+                total += size * loss.item()
         return total / sum(self.sizes)
 
     def inputs(self, modules: Iterable[str]) -> dict[str, InputStatistics]:
         """What these Linears meet in the model as it is now, with Gram matrices."""
-        with (
-            evaluating(self.model),
-            self.handle.inference(),
-            collect_inputs(self.model, modules, gram=True) as statistics,
-        ):
-            for batch in self.batches:
-                self.model(**batch)
-        return statistics
+        return input_statistics(self.model, modules, self.batches, gram=True)
 
     @contextmanager
     def masked(self, modules: Iterable[str], inputs: Mapping[str, InputStatistics] | None = None) -> Iterator[None]:
@@ -122,19 +83,19 @@ class Calibration:
             inputs: of all of them; None collects them, some Linears at a time, the former ones N:M.
         """
         modules = list(modules)
-        before = {name: self.model.get_submodule(name).weight.detach().clone() for name in modules}
+        before = {name: linear_of(self.model, name).weight.detach().clone() for name in modules}
         try:
             for start in range(0, len(modules), INPUTS_AT_A_TIME):
                 names = modules[start : start + INPUTS_AT_A_TIME]
                 met = self.inputs(names) if inputs is None else inputs
-                reached = [name for name in names if met[name].rows > 0]
-                prune_one_shot(self.model, self.config.pattern, reached, met, correct=True)
-                prune_one_shot(self.model, self.config.pattern, [name for name in names if name not in reached])
+                fed = [name for name in names if met[name].weight_sum > 0]
+                prune_one_shot(self.model, self.config.pattern, fed, met, correct=True)
+                prune_one_shot(self.model, self.config.pattern, [name for name in names if name not in fed])
             yield
         finally:
             with torch.no_grad():
                 for name, weight in before.items():
-                    self.model.get_submodule(name).weight.copy_(weight)
+                    linear_of(self.model, name).weight.copy_(weight)
 
     @contextmanager
     def at(self, temperatures: Mapping[str, float]) -> Iterator[None]:
@@ -145,14 +106,14 @@ class Calibration:
         finally:
             self.handle.set_temperature(0)
 
-    def _answers(self, batch) -> tuple[Tensor, Tensor | None, dict[str, list[Tensor]]]:
+    def _answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, dict[str, list[Tensor]]]:
         """What is compared: logits, the rows of them that count, and the summary tokens by branch."""
         logits, mask = self.task.logits(self.model(**batch), batch)
-        return logits, mask, self.handle.summaries
+        return logits, mask, self.handle.summary_features
 
 
-def measure_sensitivities(
-    calibration: Calibration, *, progress: Callable[[Sequence], Iterable] = iter
+def find_sensitivities(
+    calibration: Calibration, *, progress: Callable[[Sequence[str]], Iterable[str]] = iter
 ) -> Sensitivities:
     """Prunes one part after the other and looks what it does to the answers.
 
@@ -160,25 +121,26 @@ def measure_sensitivities(
         progress: wraps the list of Linear modules and branches, for a bar.
     """
     model, handle, config = calibration.model, calibration.handle, calibration.config
-    exclude = (*config.sparse_exclude, *handle.family.dense_modules, "madtp_guide")
-    modules = select_modules(model, config.pattern, include=config.sparse_include, exclude=exclude).selected
+    modules = prunable_linears(model, config).selected
     found = profile_batches(model, calibration.batches)
-    tokens, weights, inputs = {}, {}, {}
+    tokens: dict[str, tuple[TokenPoint, ...]] = {}
+    weights: dict[str, WeightUnit] = {}
+    inputs: dict[str, InputStatistics] = {}
     n, m = Pattern.parse(config.pattern)
     for name in progress([*handle.pruning, *modules]):
         if name in handle.pruning:
             tokens[name] = _token_points(calibration, name, found.branches[name].dense_macs)
             continue
-        weight = model.get_submodule(name).weight
+        weight = linear_of(model, name).weight
         macs = found.modules[name].dense_macs
         if name not in inputs:
             first = modules.index(name)
             inputs = calibration.inputs(modules[first : first + INPUTS_AT_A_TIME])
         with calibration.masked([name], inputs):
-            rise = max(calibration.rise(), 0.0)
+            distill_loss = max(calibration.distill_loss(), 0.0)
         zeroed = weight.numel() - weight.numel() * n // m
         weights[name] = WeightUnit(
-            branch_of((name,), handle.branches), zeroed, 0.5 * macs if Pattern(n, m).sparse24 else 0.0, rise
+            branch_of((name,), handle.branches), zeroed, 0.5 * macs if Pattern(n, m).sparse24 else 0.0, distill_loss
         )
     return Sensitivities(found, tokens, weights)
 
@@ -190,15 +152,15 @@ def _token_points(calibration: Calibration, branch: str, dense_macs: float) -> t
     def look(temperature: float) -> TokenPoint:
         with calibration.at({branch: temperature}):
             macs = counted_macs(calibration.model, calibration.batches)[branch]
-            rise = max(calibration.rise(), 0.0)
-        return TokenPoint(macs / dense_macs, temperature, rise)
+            distill_loss = max(calibration.distill_loss(), 0.0)
+        return TokenPoint(macs / dense_macs, temperature, distill_loss)
 
     exponents = [i / (TEMPERATURES - 1) for i in range(TEMPERATURES)]
     points = [look(low * (high / low) ** exponent) for exponent in exponents]
-    while len(points) < MOST_POINTS:
+    while len(points) < MAX_POINTS:
         gaps = [left.share - right.share for left, right in itertools.pairwise(points)]
         widest = max(range(len(gaps)), key=gaps.__getitem__)
-        if gaps[widest] <= WIDEST_STEP:
+        if gaps[widest] <= MAX_GAP:
             break
         between = math.sqrt(points[widest].temperature * points[widest + 1].temperature)
         points.insert(widest + 1, look(between))

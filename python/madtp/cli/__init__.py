@@ -1,5 +1,8 @@
-"""The command madtp: options, tables and messages. What the commands do is in the rooms they call."""
+"""The command madtp: options, tables and messages, a file for each group of commands.
 
-from madtp.cli.app import main
+What the commands do is in the rooms they call, which are imported when a command runs, so that --help is quick.
+"""
+
+from madtp.cli.entry import main
 
 __all__ = ["main"]

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from madtp.data.errors import DataError
+
+MAX_LENGTH = 35  # tokens of a text, as BLIP has it
 
 
 class Annotations(Dataset):
@@ -34,9 +37,11 @@ class Annotations(Dataset):
             or, when an item is read, its image is missing or broken.
     """
 
-    fields: dict[str, Callable[[object], bool]]  # that every record must have -> whether a value fits
+    fields: dict[str, Callable[[Any], bool]]  # that every record must have -> whether a value fits
 
-    def __init__(self, file: Path | str, image_root: Path | str, tokenizer, image_processor, max_length=35, limit=None):
+    def __init__(
+        self, file: Path | str, image_root: Path | str, tokenizer, image_processor, max_length=MAX_LENGTH, limit=None
+    ):
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         self.file, self.image_root = Path(file), Path(image_root)
@@ -45,6 +50,16 @@ class Annotations(Dataset):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def mean(self) -> list[float]:
+        """Of the pixels, per channel."""
+        return self.image_processor.image_mean
+
+    @property
+    def std(self) -> list[float]:
+        """Of the pixels, per channel."""
+        return self.image_processor.image_std
 
     def _read(self) -> list[dict]:
         try:
@@ -67,8 +82,8 @@ class Annotations(Dataset):
         """(3, H, W), as the image processor makes it."""
         path = self.image_root / name
         try:
-            with Image.open(path) as picture:
-                picture = picture.convert("RGB")
+            with Image.open(path) as file:
+                picture = file.convert("RGB")
         except OSError as error:  # not there, or no picture
             raise DataError(f"image {path} cannot be read ({error.strerror or error}); image_root is wrong?") from error
         return torch.as_tensor(self.image_processor(picture, return_tensors="pt")["pixel_values"][0])
@@ -174,7 +189,8 @@ class VqaAnnotations(Annotations):
     most often, padded with the pad token, answers, a dict of answer -> the share of people who gave it, as BLIP weighs
     them.
 
-    Args: and answer_length: tokens of an answer, those around it included.
+    Args:
+        answer_length: tokens of an answer, those around it included; the others are those of `Annotations`.
     """
 
     fields = {"image": _is_text, "question": _is_text, "answer": _is_text_or_texts}
@@ -183,6 +199,11 @@ class VqaAnnotations(Annotations):
         super().__init__(*args, **options)
         self.answer_length = answer_length
         self.numbers = {name: i for i, name in enumerate(dict.fromkeys(record["image"] for record in self.records))}
+
+    @property
+    def answers(self) -> list[str]:
+        """All that were given to any question, in alphabetical order."""
+        return sorted({answer for record in self.records for answer in _listed(record["answer"])})
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from madtp.data.errors import DataError
+from madtp.files import file_sha256
 
 
 def cache_dir() -> Path:
@@ -71,8 +71,7 @@ class Package:
         return folder / self.file
 
     def _checked(self, path: Path, cache: Path) -> Path:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(path)
         if found != self.sha256:
             raise DataError(
                 f"{path} must have sha256 {self.sha256}, got {found} ({path.stat().st_size} bytes): "
@@ -104,4 +103,6 @@ class Tarball(Package):
     def json(self, member: str, cache: Path | None = None):
         """The content of one JSON file, by its path in the package."""
         with tarfile.open(self.prepare(cache)) as archive:
-            return json.load(archive.extractfile(f"package/{member}"))
+            file = archive.extractfile(f"package/{member}")
+            assert file is not None, "a JSON file is no directory"
+            return json.load(file)

@@ -1,5 +1,7 @@
 """easy-vqa 1.0: 5,000 images of one coloured shape, 48,248 questions about them, 13 answers (PyPI, MIT licence)."""
 
+from __future__ import annotations
+
 import io
 import itertools
 import json
@@ -11,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from madtp.data.downloads import Wheel
+from madtp.data.word_tokenizer import word_tokenizer
 
 PACKAGE = Wheel(
     "easy-vqa data",
@@ -21,7 +24,7 @@ PACKAGE = Wheel(
 IMAGE_SIZE = 64
 IMAGE_MEAN = IMAGE_STD = 0.5
 ANSWERS = tuple("circle green red gray yes teal black rectangle yellow triangle brown blue no".split())
-SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+QUESTIONS = 4  # of an image in a training batch; they share its encoding
 
 
 def _read(split: str, limit: int | None, cache: Path | None) -> tuple[torch.Tensor, list[tuple[str, str, int]]]:
@@ -53,6 +56,9 @@ class EasyVqa(Dataset):
     int64 padded to the longest question of the split, labels (3,) = [bos, answer, eos]. Batch items with `collate`.
     """
 
+    answers = ANSWERS
+    mean, std = IMAGE_MEAN, IMAGE_STD  # of the pixels
+
     def __init__(self, split: str, tokenizer, cache: Path | None = None, limit: int | None = None):
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
@@ -80,6 +86,25 @@ class EasyVqa(Dataset):
             "image": image,
         }
 
+    def examples(self, images: int) -> list[int]:
+        """The numbers of questions about as many images, spread over the data: open questions and yes-or-no ones in
+        turn where there are both.
+
+        Raises:
+            ValueError: there are fewer images.
+        """
+        by_image: dict[int, list[int]] = {}
+        for index, image in enumerate(self.image_of):
+            by_image.setdefault(image, []).append(index)
+        if not 1 <= images <= len(by_image):
+            raise ValueError(f"rows must be from 1 to the {len(by_image)} images in the data, got {images}")
+        chosen = []
+        for row in range(images):
+            questions = list(by_image.values())[row * len(by_image) // images]
+            wanted = [i for i in questions if (self.questions[i][1] in ("yes", "no")) == bool(row % 2)]
+            chosen.append((wanted or questions)[row % len(wanted or questions)])
+        return chosen
+
 
 class ImagesWithQuestions(Dataset):
     """The same data for training: an item is one image as a list of `questions` random triples of an `EasyVqa`.
@@ -89,7 +114,7 @@ class ImagesWithQuestions(Dataset):
     The image is moved by up to `shift` pixels and mirrored at random: no question is about where or which way round.
     """
 
-    def __init__(self, data: EasyVqa, questions: int = 4, shift: int = 4):
+    def __init__(self, data: EasyVqa, questions: int = QUESTIONS, shift: int = 4):
         self.data, self.questions, self.shift = data, questions, shift
         self.of_image: dict[int, tuple[list[int], list[int]]] = {}  # image -> (open, yes-or-no) question numbers
         for index, (_, answer, image) in enumerate(data.questions):
@@ -126,7 +151,7 @@ def collate(items: list) -> dict[str, torch.Tensor]:
     """
     triples = [triple for item in items for triple in (item if isinstance(item, list) else [item])]
     rows: dict[int, int] = {}
-    pixels = []
+    pixels: list[torch.Tensor] = []
     for triple in triples:
         if rows.setdefault(triple["image"], len(rows)) == len(pixels):
             pixels.append(triple["pixel_values"])
@@ -146,26 +171,6 @@ def answer_token(tokenizer, answer: str) -> int:
 
 def build_tokenizer(cache: Path | None = None):
     """A word-level tokenizer of the training questions and the answers: 32 tokens, lower case, [CLS] text [SEP]."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    split_words = pre_tokenizers.BertPreTokenizer()
-    words = set(ANSWERS)
     with zipfile.ZipFile(PACKAGE.prepare(cache)) as wheel:
-        for question, _, _ in json.loads(wheel.read("easy_vqa/data/train/questions.json")):
-            words.update(word for word, _ in split_words.pre_tokenize_str(question.lower()))
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL_TOKENS.values(), *sorted(words)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = split_words
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(t, vocabulary[t]) for t in ("[CLS]", "[SEP]")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        **SPECIAL_TOKENS,
-        bos_token="[CLS]",
-        eos_token="[SEP]",
-        model_max_length=32,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+        questions = [question for question, _, _ in json.loads(wheel.read("easy_vqa/data/train/questions.json"))]
+    return word_tokenizer([*questions, *ANSWERS], max_length=32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,14 @@ STATEMENTS = {
     "both or neither of the images show {}": {(False, False), (True, True)},
 }
 _PAIRS = tuple((left, right) for left in (False, True) for right in (False, True))
+
+
+class Group(NamedTuple):
+    """Numbers of the concepts that a noun names, of those that are close by, and of the rest."""
+
+    ones: list[int]
+    close: list[int]
+    rest: list[int]
 
 
 def build_tokenizer():
@@ -94,7 +103,7 @@ class EmojiRetrieval(_Pictures):
 
     Args:
         split: "train", "val" or "test".
-        tokenizer: of Hugging Face, such as that of `madtp.models.pretrained`.
+        tokenizer: of Hugging Face, such as that of `madtp.data.pretrained`.
         mean, std: of the pixels, one number or one per channel; those of ImageNet, as the pretrained tower wants.
         limit: keep the first `limit` items.
         source: `Emoji()`, if it has been read already.
@@ -189,15 +198,15 @@ class EmojiPairs(_Pictures):
             "labels": torch.tensor(index % 2),
         }
 
-    def _groups(self) -> dict[str, tuple[list[int], list[int], list[int]]]:
-        """noun -> numbers of what it names, of what is close by, and of the rest"""
-        kinds = {number: self.source.concepts[number].kind for number in self._of_kind()}
+    def _groups(self) -> dict[str, Group]:
+        """By noun."""
+        kinds = {n: kind for n in self.members if (kind := self.source.concepts[n].kind) is not None}
         groups = {}
         for noun in NOUNS:
             ones = [number for number, kind in kinds.items() if noun in (kind, BROAD[kind])]
             close = [n for n, kind in kinds.items() if n not in ones and noun in BROAD and BROAD[kind] == BROAD[noun]]
             if ones and len(ones) + len(close) < len(kinds):
-                groups[noun] = ones, close, [n for n in kinds if n not in ones and n not in close]
+                groups[noun] = Group(ones, close, [n for n in kinds if n not in ones and n not in close])
         if not groups:
             raise ValueError(
                 f"split must hold concepts of two kinds at least, got {len(kinds)} concepts in {self.split!r}"
@@ -213,12 +222,12 @@ class EmojiPairs(_Pictures):
         if self.groups is None:
             pictures = tuple(self._with_background(generator, subject, is_one) for is_one in shown)
             return statement.format(f"a {subject} background"), pictures
-        return statement.format(subject), tuple(self._of_noun(generator, subject, is_one) for is_one in shown)
+        group = self.groups[subject]
+        return statement.format(subject), tuple(self._of_group(generator, group, is_one) for is_one in shown)
 
-    def _of_noun(self, generator: np.random.Generator, noun: str, is_one: bool) -> tuple:
-        ones, close, rest = self.groups[noun]
-        others = close if close and generator.random() < 0.5 else rest
-        concept = _one(generator, ones if is_one else others)
+    def _of_group(self, generator: np.random.Generator, group: Group, is_one: bool) -> tuple:
+        others = group.close if group.close and generator.random() < 0.5 else group.rest
+        concept = _one(generator, group.ones if is_one else others)
         return concept, _one(generator, self.vendors), Scene.random(generator)
 
     def _with_background(self, generator: np.random.Generator, color: str, is_one: bool) -> tuple:
@@ -276,7 +285,7 @@ class EmojiCaptions(_Pictures):
 
 
 def _one(generator: np.random.Generator, choices: Sequence):
-    return choices[generator.integers(len(choices))]
+    return choices[int(generator.integers(len(choices)))]
 
 
 def _count(limit: int | None, most: int) -> int:

@@ -15,7 +15,7 @@ from PIL import Image
 from madtp.data.downloads import Tarball, cache_dir
 from madtp.data.emoji_kinds import KIND_OF
 from madtp.data.errors import DataError
-from madtp_kernels.atomic_file import whole_file
+from madtp_kernels.atomic_file import atomic_file
 
 ICONS = {
     "noto": Tarball(
@@ -143,7 +143,7 @@ class Emoji:
             pass
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as partial:
+            with atomic_file(path) as partial:
                 icons = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
                 for of_concept, concept in zip(icons, self.concepts, strict=True):
                     for icon, codes in zip(of_concept, self.drawings.values(), strict=True):
@@ -175,8 +175,8 @@ def render(svg: str, side: int) -> np.ndarray:
         picture = picture.convert("RGBA")
     if picture.size != (side, side):
         scale = side / max(picture.size)
-        picture = picture.resize([max(1, round(scale * length)) for length in picture.size])
+        picture = picture.resize((max(1, round(scale * picture.width)), max(1, round(scale * picture.height))))
         square = Image.new("RGBA", (side, side))
-        square.paste(picture, [(side - length) // 2 for length in picture.size])
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         picture = square
     return np.asarray(picture)

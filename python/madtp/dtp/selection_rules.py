@@ -1,10 +1,13 @@
-"""Rules for which tokens stay that are not the method's own: what it is compared with, by `config.selection`.
+"""Which tokens stay, by `CompressionConfig.selection`: the method's own rule and those it is compared with.
 
 A rule takes (stats, logits, cu_seqlens, temperature, summary_index) and returns the importance (T,) by which pruned
-tokens are merged, and the `Selection`. All but "batch_max" go without alignment: their logits are None.
+tokens are merged, and the `Selection`. To add one, write its function and its row in `RULES`; the configuration and
+the branches read the names from here.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -70,8 +73,15 @@ def random(
     return importance, _share(torch.rand_like(importance), importance, cu_seqlens, temperature, summary_index)
 
 
-RULES = {"batch_max": batch_max, "unguided": unguided, "static": static, "random": random}
-GUIDED = ("instance", "batch_max")  # those that need the alignment of MAG
+METHOD = "instance"  # each sample keeps its own number of tokens: `madtp_kernels.prune_tokens`, one call for all of it
+RULES: dict[str, Callable[..., tuple[Tensor, Selection]]] = {
+    "batch_max": batch_max,
+    "unguided": unguided,
+    "static": static,
+    "random": random,
+}
+GUIDED = (METHOD, "batch_max")  # those that need the alignment of MAG; the others get None for their logits
+SELECTIONS = (METHOD, *RULES)
 
 
 def _share(score, importance, cu_seqlens, temperature, summary_index) -> Selection:
@@ -83,15 +93,15 @@ def _share(score, importance, cu_seqlens, temperature, summary_index) -> Selecti
 def _best(score, importance, counts, cu_seqlens, summary_index) -> Selection:
     """Keeps the `counts` (B,) prunable tokens with the largest scores, of equal ones the first; all where fewer than 2
     would go."""
-    rows = score.shape[0]
-    is_summary = summary_rows(cu_seqlens, summary_index, rows)
-    sequence = sequence_ids(cu_seqlens, rows)
+    tokens = score.shape[0]
+    is_summary = summary_rows(cu_seqlens, summary_index, tokens)
+    sequence = sequence_ids(cu_seqlens, tokens)
     order = score.detach().masked_fill(is_summary, float("inf")).argsort(descending=True, stable=True)
     order = order[sequence[order].argsort(stable=True)]  # by sequence, the best first; row i is the (i - begin)th best
     few_would_go = _count(~is_summary, cu_seqlens) - counts < 2
-    limit = torch.where(few_would_go, rows, counts + _count(is_summary, cu_seqlens))
+    limit = torch.where(few_would_go, tokens, counts + _count(is_summary, cu_seqlens))
     keep = torch.empty_like(is_summary)
-    keep[order] = torch.arange(rows, device=score.device) - cu_seqlens[sequence] < limit[sequence]
+    keep[order] = torch.arange(tokens, device=score.device) - cu_seqlens[sequence] < limit[sequence]
     keep, cu_seqlens_out, source, merge_weight = layout(keep, importance, cu_seqlens)
     return Selection(keep, cu_seqlens, cu_seqlens_out, source[: int(cu_seqlens_out[-1])], merge_weight)
 

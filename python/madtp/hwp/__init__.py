@@ -1,21 +1,20 @@
-"""HWP, hardware-aware weight pruning: which weights of the Linear layers go, and when.
+"""HWP, hardware-aware weight pruning: scores of weights, N:M masks in one shot or grown in training, packed 2:4 layers.
 
-Scores from calibration data (`collect_inputs`), masks in one shot (`prune_one_shot`) or grown in training
-(`WeightPruner`), channels reordered first so that the masks take less (`permute_mlps`), and in the end layers that
-run on the sparse kernels (`pack`).
+The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go is decided in `budgets`, and when in
+`training`.
 """
 
 from madtp.hwp.calibration import InputStatistics, collect_inputs
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
 from madtp.hwp.one_shot import OneShotReport, prune_one_shot
-from madtp.hwp.packing import Follower, Sparse24Linear, explain_linears, linear, pack, residual_linear, unpack
+from madtp.hwp.packing import Epilogue, Sparse24Linear, explain_linears, linear, pack, residual_linear, unpack
 from madtp.hwp.permutation import Permutation, fold_permutation, mlp_pairs, permute_mlps, search_permutation
 from madtp.hwp.pruner import WeightPruner, bake
 from madtp.hwp.scores import activation_score, reconstruct
 from madtp_kernels.nm_patterns import Pattern, explain_pattern, is_pattern
 
 __all__ = [
-    "Follower",
+    "Epilogue",
     "InputStatistics",
     "LinearSparsity",
     "OneShotReport",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.dtp.branch import exact_capacity
+from madtp.handles import find_handle
 from madtp.hwp.modules import matches
 from madtp_kernels import Selection, gather_merge
 from madtp_kernels.ragged import sequence_ids
@@ -22,17 +23,17 @@ class InputStatistics:
 
     squares: Tensor  # (C,) float64: sum_t r_t x_t^2
     gram: Tensor | None = None  # (C, C) float64: sum_t r_t x_t x_t^T, if asked for
-    rows: float = 0.0  # sum_t r_t
+    weight_sum: float = 0.0  # sum_t r_t
 
     @property
     def norms(self) -> Tensor:
         """(C,) float32: the root mean square of every input channel."""
-        return (self.squares / max(self.rows, 1e-30)).sqrt().float()
+        return (self.squares / max(self.weight_sum, 1e-30)).sqrt().float()
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
         """x (..., C); weight (T,) for its T rows, None: each counts 1."""
         x = x.detach().flatten(0, -2).float()
-        self.rows += len(x) if weight is None else weight.sum().item()
+        self.weight_sum += len(x) if weight is None else weight.sum().item()
         weighted = x if weight is None else x * weight[:, None]
         self.squares += (weighted * x).sum(0, dtype=torch.float64)
         if self.gram is not None:
@@ -88,9 +89,9 @@ def _add_input(statistics: Mapping[str, InputStatistics], name: str, x: Tensor) 
 @contextmanager
 def _weighted(model: nn.Module, statistics: Mapping[str, InputStatistics]):
     """Yields add(name, x) of the token-weighted statistics."""
-    handle = getattr(model, "madtp_handle", None)
-    branches = {name: branch for name, branch in handle.pruning.items() if branch.prunes} if handle else {}
-    if not branches:
+    handle = find_handle(model)
+    branches = {} if handle is None else {name: branch for name, branch in handle.pruning.items() if branch.prunes}
+    if handle is None or not branches:
         raise ValueError("model must be patched and prune tokens (temperature above 0) for token_weighted")
     weights = _TokenWeights(statistics, {name: handle.branches[name] for name in branches})
     hooks = [

@@ -50,10 +50,13 @@ def prune_one_shot(
     pruned = {}
     for name, module in found.items():
         weight = module.weight.detach()
-        if statistics is not None and (name not in statistics or not statistics[name].rows > 0):
+        if statistics is not None and (name not in statistics or not statistics[name].weight_sum > 0):
             raise ValueError(f"statistics must hold inputs of every module, got none of {name!r}")
-        if correct:
-            pruned[name] = reconstruct(weight, statistics[name].gram, *pattern, damping=damping)
+        if correct and statistics is not None:
+            gram = statistics[name].gram
+            if gram is None:
+                raise ValueError(f"gram must be finite, got None for {name!r}: collect inputs with gram=True")
+            pruned[name] = reconstruct(weight, gram, *pattern, damping=damping)
             continue
         score = None
         if statistics is not None:

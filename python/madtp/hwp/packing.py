@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import activations
 
+from madtp.handles import find_handle
 from madtp_kernels import Sparse24Weight, explain, sparse24_compress, sparse24_linear
 from madtp_kernels.dispatch import Choice
 from madtp_kernels.nm_patterns import is_pattern
+from madtp_kernels.renamed import renamed
+from madtp_kernels.sparse24.weight import supports_shape
 
 ACTIVATIONS = {
     activations.GELUActivation: "gelu",
@@ -26,7 +29,8 @@ class Sparse24Linear(nn.Module):
     """A Linear with a 2:4 weight, and what follows it, in one kernel: residual + scale * activation(x W^T + bias).
 
     `values` (N, C/2) and `indices` (N, C/8) are buffers, in the canonical form of `Sparse24Weight`: saved, loaded and
-    moved as any other. Gradients pass through to x, residual, bias and scale; the weight has none.
+    moved as any other; N is out_features, C in_features. Gradients pass through to x, residual, bias and scale; the
+    weight has none.
 
     Args:
         weight: (N, C).
@@ -34,6 +38,11 @@ class Sparse24Linear(nn.Module):
         activation: of `sparse24_linear`.
         scale: (N,), or None: LayerScale.
     """
+
+    values: Tensor
+    indices: Tensor
+    bias: nn.Parameter | None
+    scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -75,9 +84,9 @@ class Sparse24Linear(nn.Module):
     @property
     def choice(self) -> Choice:
         """Which backend runs a call like the last one (before the first: of one row), and why."""
-        (rows, with_residual), weight = self._last, self.sparse_weight
-        x = self.values.new_empty(rows, self.in_features)
-        residual = self.values.new_empty(rows, self.out_features) if with_residual else None
+        (tokens, with_residual), weight = self._last, self.sparse_weight
+        x = self.values.new_empty(tokens, self.in_features)
+        residual = self.values.new_empty(tokens, self.out_features) if with_residual else None
         options = {"activation": self.activation, "residual": residual, "scale": self.scale}
         return explain("sparse24_linear", x, weight, self.bias, **options)
 
@@ -89,20 +98,21 @@ class Sparse24Linear(nn.Module):
     @property
     def fused(self) -> tuple[str, ...]:
         """What a call like the last one does in the same kernel, beside the product and the bias."""
-        parts = {self.activation: self.activation, "scale": self.scale is not None, "residual": self._last[1]}
-        return tuple(name for name, on in parts.items() if on)
+        scale = "scale" if self.scale is not None else None
+        residual = "residual" if self._last[1] else None
+        return tuple(part for part in (self.activation, scale, residual) if part is not None)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, total: Tensor | None = None) -> Tensor:
-        """x (..., C), residual (..., N) -> (..., N); zeros in the rows from `total` on, which cost nothing on a GPU."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, num_rows: Tensor | None = None) -> Tensor:
+        """x (..., C), residual (..., N) -> (..., N); zeros from row `num_rows` on, which cost nothing on a GPU."""
         leading = x.shape[:-1]
         last = (leading.numel(), residual is not None)
         if torch.compiler.is_compiling() or last != self._last:  # a module sets slowly; a compiler guards what is read
             self._last = last
         if residual is not None and residual.dtype != x.dtype:  # under autocast: the sum has the wider type
-            return self(x, total=total) + residual
+            return self(x, num_rows=num_rows) + residual
         if len(leading) != 1:
             x, residual = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
-        options = {"activation": self.activation, "residual": residual, "scale": self.scale, "total": total}
+        options = {"activation": self.activation, "residual": residual, "scale": self.scale, "num_rows": num_rows}
         y = sparse24_linear(x, self.sparse_weight, self.bias, **options)
         return y if len(leading) == 1 else y.view(*leading, y.shape[1])
 
@@ -110,49 +120,51 @@ class Sparse24Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
 
 
-def linear(module: nn.Module, x: Tensor, total: Tensor | None = None) -> Tensor:
-    """module(x), of rows (T, C); what `Sparse24Linear` makes of `total` where the module is packed."""
-    return module(x) if total is None or not isinstance(module, Sparse24Linear) else module(x, total=total)
+def linear(module: nn.Module, x: Tensor, num_rows: Tensor | None = None) -> Tensor:
+    """module(x), of rows (T, C); what `Sparse24Linear` makes of `num_rows` where the module is packed."""
+    return module(x) if num_rows is None or not isinstance(module, Sparse24Linear) else module(x, num_rows=num_rows)
 
 
-def residual_linear(module: nn.Module, x: Tensor, residual: Tensor, total: Tensor | None = None) -> Tensor:
-    """residual + module(x), as one kernel where the module is packed; `total` as in `linear`."""
-    return module(x, residual, total) if isinstance(module, Sparse24Linear) else module(x) + residual
+def residual_linear(module: nn.Module, x: Tensor, residual: Tensor, num_rows: Tensor | None = None) -> Tensor:
+    """residual + module(x), as one kernel where the module is packed; `num_rows` as in `linear`."""
+    return module(x, residual, num_rows) if isinstance(module, Sparse24Linear) else module(x) + residual
 
 
-class Follower(NamedTuple):
+class Epilogue(NamedTuple):
     """What a Linear can take over, by module name: the activation on what it returns, and the LayerScale."""
 
     activation: str | None = None
     scale: str | None = None
 
 
+@renamed(followers="epilogues")
 def pack(
-    model: nn.Module, names: Iterable[str] | None = None, *, followers: Mapping[str, Follower] | None = None
-) -> dict[str, Follower]:
+    model: nn.Module, names: Iterable[str] | None = None, *, epilogues: Mapping[str, Epilogue] | None = None
+) -> dict[str, Epilogue]:
     """Puts a `Sparse24Linear` in the place of every Linear whose weight is 2:4 and fits the kernels.
 
-    Weights are final from here on; `unpack` brings them back as plain Linears. Any pattern with at most 2 non-zeros in
-    every aligned 4 columns is 2:4: 1:4, 2:8, 1:8 and 2:16 too.
+    Weights are final from here on; `unpack` brings them back as plain Linears. Whatever pattern made them, weights are
+    2:4 when there are at most 2 non-zeros in every aligned 4 columns (`Pattern.sparse24`).
 
     Args:
         names: of the Linears to pack; None takes all that can be. Those that cannot stay as they are: `explain_linears`
             says why.
-        followers: name of a Linear -> what follows it, which is folded into the kernel where it is known. None takes
+        epilogues: name of a Linear -> what follows it, which is folded into the kernel where it is known. None takes
             what is known of a patched model.
 
     Returns:
         name -> what was folded into it, of every layer packed now.
     """
-    if followers is None:
-        followers = getattr(getattr(model, "madtp_handle", None), "followers", {})
+    if epilogues is None:
+        handle = find_handle(model)
+        epilogues = {} if handle is None else handle.epilogues
     chosen = None if names is None else set(names)
     packed = {}
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or (chosen is not None and name not in chosen):
             continue
         if (weight := _compressed(module)) is not None:
-            packed[name] = _known(model, followers.get(name, Follower()))
+            packed[name] = _known(model, epilogues.get(name, Epilogue()))
             replace_linear(model, name, weight, packed[name])
     return packed
 
@@ -168,21 +180,21 @@ def explain_linears(model: nn.Module) -> dict[str, str]:
     return report
 
 
-def replace_linear(model: nn.Module, name: str, weight: Sparse24Weight | None, follower: Follower) -> Sparse24Linear:
-    """Puts a packed module at `name`, and an Identity in the place of what it takes over; returns it.
+def replace_linear(model: nn.Module, name: str, weight: Sparse24Weight | None, epilogue: Epilogue) -> Sparse24Linear:
+    """Puts a packed layer at `name`, and an Identity in the place of what it takes over; returns it.
 
     weight: None is zeros, to load a state into.
     """
-    linear = model.get_submodule(name)
-    weight = sparse24_compress(torch.zeros_like(linear.weight)) if weight is None else weight
-    activation = None if follower.activation is None else ACTIVATIONS[type(model.get_submodule(follower.activation))]
-    scale = None if follower.scale is None else next(model.get_submodule(follower.scale).parameters())
-    packed = Sparse24Linear(weight, linear.bias, activation, scale).train(linear.training)
-    for path in filter(None, follower):
-        packed.folded.append((path, model.get_submodule(path)))
+    plain = cast(nn.Linear, model.get_submodule(name))
+    weight = sparse24_compress(torch.zeros_like(plain.weight)) if weight is None else weight
+    activation = None if epilogue.activation is None else ACTIVATIONS[type(model.get_submodule(epilogue.activation))]
+    scale = None if epilogue.scale is None else next(model.get_submodule(epilogue.scale).parameters())
+    layer = Sparse24Linear(weight, plain.bias, activation, scale).train(plain.training)
+    for path in filter(None, epilogue):
+        layer.folded.append((path, model.get_submodule(path)))
         _put(model, path, nn.Identity())
-    _put(model, name, packed)
-    return packed
+    _put(model, name, layer)
+    return layer
 
 
 def unpack(model: nn.Module) -> None:
@@ -192,7 +204,8 @@ def unpack(model: nn.Module) -> None:
             continue
         with torch.device("meta"):
             plain = nn.Linear(module.in_features, module.out_features, bias=False)
-        plain.weight, plain.bias = nn.Parameter(module.weight), module.bias
+        plain.weight = nn.Parameter(module.weight)
+        plain.register_parameter("bias", module.bias)
         _put(model, name, plain.train(module.training))
         for path, folded in module.folded:
             if module.scale is not None and list(folded.parameters()):
@@ -201,12 +214,15 @@ def unpack(model: nn.Module) -> None:
             _put(model, path, folded)
 
 
-def follower_of(model: nn.Module, name: str) -> Follower:
-    """What a packed layer has taken over."""
-    layer = model.get_submodule(name)
+def epilogues_of(model: nn.Module) -> dict[str, Epilogue]:
+    """For every packed layer, by name: what it has taken over."""
+    return {name: _taken_over(layer) for name, layer in model.named_modules() if isinstance(layer, Sparse24Linear)}
+
+
+def _taken_over(layer: Sparse24Linear) -> Epilogue:
     paths = [path for path, _ in layer.folded]
     activation = paths.pop(0) if layer.activation is not None else None
-    return Follower(activation, paths.pop() if layer.scale is not None else None)
+    return Epilogue(activation, paths.pop() if layer.scale is not None else None)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -215,15 +231,15 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _misfit(weight: Tensor) -> str | None:
-    rows, columns = weight.shape
-    if rows % 8 or columns % 16:
-        return f"dense: {rows} x {columns} must be multiples of 8 and 16"
+    out_features, in_features = weight.shape
+    if not supports_shape(out_features, in_features):
+        return f"dense: {out_features} x {in_features} must be multiples of 8 and 16"
     return None if is_pattern(weight, "2:4") else "dense: has more than 2 non-zeros in an aligned 4"
 
 
 def _compressed(module: nn.Linear) -> Sparse24Weight | None:
-    rows, columns = module.weight.shape
-    if rows % 8 or columns % 16:
+    out_features, in_features = module.weight.shape
+    if not supports_shape(out_features, in_features):
         return None
     try:
         return sparse24_compress(module.weight)
@@ -231,11 +247,11 @@ def _compressed(module: nn.Linear) -> Sparse24Weight | None:
         return None
 
 
-def _known(model: nn.Module, follower: Follower) -> Follower:
+def _known(model: nn.Module, epilogue: Epilogue) -> Epilogue:
     """The part of it that the kernel can take over."""
-    activation, scale = follower
+    activation, scale = epilogue
     if activation is not None and type(model.get_submodule(activation)) not in ACTIVATIONS:
         activation, scale = None, None  # a scale comes after the activation
     if scale is not None and isinstance(model.get_submodule(scale), nn.Identity):
         scale = None
-    return Follower(activation, scale)
+    return Epilogue(activation, scale)

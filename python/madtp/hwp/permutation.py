@@ -18,7 +18,7 @@ from madtp_kernels import Pattern, nm_mask
 from madtp_kernels.checks import require
 
 MLPS = (("fc1", "fc2"), ("intermediate.dense", "output.dense"))  # how Hugging Face names the two Linear of an MLP
-LEAST_GAIN = 1e-6  # of a pair's kept score, below which rounding could swap for ever
+MIN_GAIN = 1e-6  # of a pair's kept score, below which rounding could swap for ever
 
 
 class Permutation(NamedTuple):
@@ -94,8 +94,8 @@ def mlp_pairs(model: nn.Module) -> list[tuple[str, str]]:
     for parent in modules:
         for names in MLPS:
             first, second = (f"{parent}.{name}" if parent else name for name in names)
-            found = modules.get(first), modules.get(second)
-            if all(isinstance(module, nn.Linear) for module in found) and found[0].out_features == found[1].in_features:
+            one, other = modules.get(first), modules.get(second)
+            if isinstance(one, nn.Linear) and isinstance(other, nn.Linear) and one.out_features == other.in_features:
                 pairs.append((first, second))
     return pairs
 
@@ -159,9 +159,9 @@ def _swap(groups: Tensor, order: Tensor, first: Tensor, second: Tensor, n: int) 
         gain[:, i] += (b - rest_a[:, i, None]).clamp_min_(0).sum(-1)
         gain[:, :, i] += (a - rest_b[:, i, None]).clamp_min_(0).sum(-1)
     best, where = gain.flatten(1).max(1)
-    better = best > LEAST_GAIN * (kept_a + kept_b)
-    i, j = where // groups.shape[1], where % groups.shape[1]
-    into, out = (first[better], i[better]), (second[better], j[better])
+    better = best > MIN_GAIN * (kept_a + kept_b)
+    channel_a, channel_b = where // groups.shape[1], where % groups.shape[1]
+    into, out = (first[better], channel_a[better]), (second[better], channel_b[better])
     for channels in (groups, order):
         channels[into], channels[out] = channels[out], channels[into]
     return bool(better.any())

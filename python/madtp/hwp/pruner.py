@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class WeightPruner:
 
     def _mask(self, kept: Mapping[str, int]) -> None:
         for name, count in kept.items():
-            module = self.modules[name]
+            module: Any = self.modules[name]
             if _is_masked(module):
                 weight = module.parametrizations.weight.original
                 score = None if self.norms is None else activation_score(weight, self.norms[name])
@@ -141,7 +141,7 @@ def bake(model: nn.Module) -> float:
     return _bake(list(model.modules()))
 
 
-def _bake(modules: Iterable[nn.Module]) -> float:
+def _bake(modules: Iterable[Any]) -> float:
     kept = total = 0.0
     for module in filter(_is_masked, modules):
         kept += module.weight.detach().abs().sum(dtype=torch.float64).item()
@@ -183,9 +183,9 @@ class _Masked(nn.Module):
         return _StraightThrough.apply(weight, self.mask, self.decay)
 
 
-def _mask_of(module: nn.Module) -> Tensor:
+def _mask_of(module: Any) -> Tensor:
     return module.parametrizations.weight[0].mask
 
 
-def _is_masked(module: nn.Module) -> bool:
+def _is_masked(module: Any) -> bool:
     return parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], _Masked)

@@ -23,7 +23,7 @@ def norms_of(name: str, module: nn.Linear, norms: Mapping[str, Tensor]) -> Tenso
     found = norms.get(name)
     ok = isinstance(found, Tensor) and found.shape == (module.in_features,) and bool(found.isfinite().all())
     require(ok, f"norms[{name!r}]", f"finite of shape ({module.in_features},)", found)
-    return found
+    return norms[name]
 
 
 def reconstruct(weight: Tensor, gram: Tensor, n: int, m: int, *, damping: float = 0.01) -> Tensor:

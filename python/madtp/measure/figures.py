@@ -5,54 +5,61 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import stdev
+from typing import cast
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
+from madtp.handles import find_handle, handle_of
 from madtp.inference import leading_size
 from madtp.measure.macs import count_parameters, disk_bytes, mean_profile, profile
 from madtp.measure.timing import TIMING_BATCH, time_per_layer, time_per_sample
 from madtp.patching import patch
 from madtp.progress import Progress
-from madtp.tasks.batches import pairs
+from madtp.tasks.batches import require_samples, sample_batches, sample_count
 from madtp.tasks.task import Task
 
 ACCOUNT_SAMPLES = 1024  # of the evaluation data, for the reported MACs
 
 
 def measure(
-    model: nn.Module, task: Task, data: Dataset, *, path: Path | None = None, progress=iter
+    model: nn.Module,
+    task: Task,
+    data: Dataset,
+    *,
+    path: Path | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, float | dict]:
     """The figures of one model on all of `data`, but for the time, which only a comparison gives.
 
     GMACs are per sample, averaged over `ACCOUNT_SAMPLES` spread over the data; for a plain Hugging Face model they are
     those of the packed dense model, without padding. counted_gmacs_error is the standard error of that mean, from the
-    spread between batches of `PAIRS_BATCH`: samples keep different numbers of tokens. `bytes` is the size of the
-    weights file.
+    spread between the batches of `madtp.tasks.batches`: samples keep different numbers of tokens. `bytes` is the size
+    of the weights file.
 
     Args:
         path: the directory the model was loaded from; None saves it to a temporary one to weigh it.
         progress: wraps the batches of the evaluation, for a bar.
     """
-    if not len(data):
-        raise ValueError("data must hold samples, got none")
+    require_samples(data=data)
     watch = _TokenCount(model)
     metrics = task.evaluate(model, data, progress=lambda batches: watch(progress(batches)))
     counted = model
-    if not hasattr(model, "madtp_handle"):
+    if find_handle(model) is None:
         counted = copy.deepcopy(model)
         patch(counted)
-    batches = pairs(task, data, ACCOUNT_SAMPLES, _device(model))
+    batches = sample_batches(task, data, ACCOUNT_SAMPLES, _device(model))
     profiles = [profile(counted, batch) for batch in batches]
     total = mean_profile(profiles, [leading_size(batch) for batch in batches]).total
     params, nonzero_params = count_parameters(model)
     return {
-        "samples": len(data),
+        "samples": sample_count(data),
         "metrics": metrics,
         "dense_gmacs": total.dense_macs / 1e9,
         "counted_gmacs": total.counted_macs / 1e9,
@@ -61,7 +68,7 @@ def measure(
         "params": params,
         "nonzero_params": nonzero_params,
         "bytes": disk_bytes(path / "model.safetensors") if path else _saved_bytes(model),
-        "tokens_per_layer": watch.means() or counted.madtp_handle.tokens_per_layer,
+        "tokens_per_layer": watch.means() or handle_of(counted).tokens_per_layer,
     }
 
 
@@ -74,7 +81,7 @@ def compare(
         for name, model, where in (("dense", dense, None), ("compressed", compressed, path))
     }
     with bars.status("timing"):
-        batch = pairs(task, data, TIMING_BATCH, _device(dense))[0]
+        batch = sample_batches(task, data, TIMING_BATCH, _device(dense))[0]
         times = time_per_sample({"dense": dense, "compressed": compressed}, batch)
         layers = time_per_layer(dense, compressed, batch)
     for name, by_branch in zip(figures, layers, strict=True):
@@ -86,7 +93,7 @@ class _TokenCount:
     """Averages the tokens after each layer over the batches of an evaluation, of a patched model."""
 
     def __init__(self, model: nn.Module):
-        self.handle = getattr(model, "madtp_handle", None)
+        self.handle = find_handle(model)
         self.tokens: defaultdict[str, list] = defaultdict(list)  # branch -> per batch, (B,) x layers totals
         self.sequences: defaultdict[str, int] = defaultdict(int)
 
@@ -95,7 +102,7 @@ class _TokenCount:
             yield batch
             if self.handle is not None:
                 for name, branch in self.handle.pruning.items():
-                    self.sequences[name] += branch.layers[0].batch
+                    self.sequences[name] += branch.layers[0].num_sequences
                     self.tokens[name].append([layer.origin.numel() for layer in branch.layers])
 
     def means(self) -> dict[str, list[float]]:
@@ -116,5 +123,5 @@ def _device(model: nn.Module) -> torch.device:
 
 def _saved_bytes(model: nn.Module) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        cast(PreTrainedModel, model).save_pretrained(folder)
         return disk_bytes(Path(folder) / "model.safetensors")

@@ -20,6 +20,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from madtp.dtp.branch import exact_capacity
+from madtp.handles import find_handle, handle_of
 from madtp.hwp import Sparse24Linear, is_pattern, matches
 from madtp.inference import evaluating, leading_size
 from madtp.models.registry import family_of
@@ -79,19 +80,19 @@ def profile(
     if samples is None:
         samples = leading_size(inputs)
     if branches is None:
-        source = getattr(model, "madtp_handle", None) or family_of(model)
+        source = find_handle(model) or family_of(model)
         branches = source.branches if source else {}
     kept = _forward_macs(model, inputs)
     dense = kept
-    if hasattr(model, "madtp_handle"):
+    if find_handle(model) is not None:
         with dense_mode(model):
             dense = _forward_macs(model, inputs)
 
-    ledger: defaultdict[tuple, Counter] = defaultdict(Counter)  # scope -> column -> amount
+    amounts_of: defaultdict[tuple, Counter] = defaultdict(Counter)  # scope -> column -> amount
 
     def add(stack: tuple[str, ...], **amounts: float) -> None:
         for scope in _scopes(stack, branches):
-            ledger[scope].update(amounts)
+            amounts_of[scope].update(amounts)
 
     for owner, count, nonzero in _parameters(model):
         add((owner,), params=count, nonzero_params=nonzero)
@@ -104,7 +105,7 @@ def profile(
         add(stack, counted_macs=macs * counted / samples, executed_macs=macs * executed / samples)
 
     def account(*scope: str) -> Account:
-        columns = ledger[scope]
+        columns = amounts_of[scope]
         return Account(**{name: columns[name] for name in Account.__dataclass_fields__})
 
     return Profile(
@@ -141,18 +142,18 @@ def counted_macs(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], *, planned_sparse: Collection[str] = ()
 ) -> dict[str, float]:
     """The counted MACs per sample of each branch of a patched model, as `profile` has them, from one forward pass."""
-    branches, samples = model.madtp_handle.branches, sum(leading_size(batch) for batch in batches)
+    branches, samples = handle_of(model).branches, sum(leading_size(batch) for batch in batches)
     kept = sum((_forward_macs(model, batch) for batch in batches), Counter())
     sparse = _sparse_shares(model, kept, planned_sparse)
-    macs = Counter(dict.fromkeys((*branches, OTHER), 0.0))
+    macs = dict.fromkeys((*branches, OTHER), 0.0)
     for stack, amount in kept.items():
         macs[branch_of(stack, branches)] += amount * sparse[stack[-1]][0] / samples
-    return dict(macs)
+    return macs
 
 
 def dense_mode(model: nn.Module):
     """A context in which a patched model is the dense one (temperature 0, no alignment); any other stays as it is."""
-    handle = getattr(model, "madtp_handle", None)
+    handle = find_handle(model)
     return nullcontext() if handle is None else handle.dense()
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING, TypeVar
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
+from madtp.handles import handle_of
 from madtp.inference import evaluating, leading_size
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 ROUNDS = 15
 TIMING_BATCH = 32  # samples
 Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
+LayerSeconds = defaultdict[tuple[str, int], float]  # by branch and layer
 
 
 def now(device: torch.device) -> float:
@@ -37,17 +40,23 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return now(device) - start
 
 
+def take_turns(runs: Mapping[Name, Callable[[], Result]], rounds: int) -> dict[Name, list[Result]]:
+    """What each call returns in every round, by name: they take turns, and a first round does not count."""
+    found: dict[Name, list[Result]] = {name: [] for name in runs}
+    for round_number in range(rounds + 1):
+        for name, run in runs.items():
+            result = run()
+            if round_number:
+                found[name].append(result)
+    return found
+
+
 def medians(
     runs: Mapping[Name, Callable[[], object]], device: torch.device, *, rounds: int = ROUNDS
 ) -> dict[Name, float]:
-    """Seconds of each call, by name: medians of rounds in which they take turns, after one that does not count."""
-    taken = defaultdict(list)
-    for round_number in range(rounds + 1):
-        for name, run in runs.items():
-            spent = seconds(run, device)
-            if round_number:
-                taken[name].append(spent)
-    return {name: statistics.median(values) for name, values in taken.items()}
+    """Seconds of each call, by name: medians of the rounds of `take_turns`."""
+    timed = {name: lambda run=run: seconds(run, device) for name, run in runs.items()}
+    return {name: statistics.median(values) for name, values in take_turns(timed, rounds).items()}
 
 
 def time_per_sample(
@@ -68,34 +77,39 @@ def time_per_layer(
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Milliseconds per sample of every block of the towers that prune, by branch: of a plain and of a patched model.
 
-    Medians of rounds in which the two take turns, after one that does not count. On a GPU the clock waits for every
-    block, so that their sum is more than the forward takes without.
+    Medians of the rounds of `take_turns`. On a GPU the clock waits for every block, so that their sum is more than the
+    forward takes without.
     """
-    device, handle = next(iter(batch.values())).device, patched.madtp_handle
-    laps: defaultdict[tuple[str, str, int], list[float]] = defaultdict(list)  # model, branch, layer -> of each round
+    device, handle = next(iter(batch.values())).device, handle_of(patched)
+
+    def lap(model: nn.Module, timed: Callable) -> LayerSeconds:
+        spent: LayerSeconds = defaultdict(float)
+        with timed(model, handle, device, spent):
+            model(**batch)
+        return spent
+
+    runs = {"dense": lambda: lap(dense, _timed_blocks), "patched": lambda: lap(patched, _timed_branches)}
     with evaluating(dense), evaluating(patched):
-        for round_number in range(rounds + 1):
-            for name, model, timed in (("dense", dense, _timed_blocks), ("patched", patched, _timed_branches)):
-                spent: Counter[tuple[str, int]] = Counter()
-                with timed(model, handle, device, spent):
-                    model(**batch)
-                if round_number:
-                    for layer, value in spent.items():
-                        laps[(name, *layer)].append(value)
-    found: dict[str, dict[str, list[float]]] = {"dense": {}, "patched": {}}
-    for (name, branch, _), values in sorted(laps.items()):
-        found[name].setdefault(branch, []).append(1e3 * statistics.median(values) / leading_size(batch))
-    return found["dense"], found["patched"]
+        laps = take_turns(runs, rounds)
+    return _layer_medians(laps["dense"], leading_size(batch)), _layer_medians(laps["patched"], leading_size(batch))
+
+
+def _layer_medians(laps: Sequence[LayerSeconds], samples: int) -> dict[str, list[float]]:
+    """Milliseconds per sample by branch, of the seconds of each round."""
+    found: dict[str, list[float]] = {}
+    for branch, layer in sorted(laps[0]):
+        value = statistics.median(spent[branch, layer] for spent in laps)
+        found.setdefault(branch, []).append(1e3 * value / samples)
+    return found
 
 
 @contextmanager
-def _timed_blocks(model: nn.Module, handle: Handle, device: torch.device, spent: Counter) -> Iterator[None]:
+def _timed_blocks(model: nn.Module, handle: Handle, device: torch.device, spent: LayerSeconds) -> Iterator[None]:
     """A context in which the blocks of a plain model add their seconds to `spent`; the handle knows where they are."""
     hooks, started = [], {}
     for branch in handle.pruning:
-        path = handle.family.path(branch)
-        blocks = handle.model.get_submodule(path).madtp_spec.encoder.blocks
-        for number, block in enumerate(attrgetter(blocks)(model.get_submodule(path))):
+        blocks = attrgetter(handle.tower(branch).madtp_spec.encoder.blocks)
+        for number, block in enumerate(blocks(model.get_submodule(handle.family.path(branch)))):
 
             def start(*_, key=(branch, number)):
                 started[key] = now(device)
@@ -112,21 +126,21 @@ def _timed_blocks(model: nn.Module, handle: Handle, device: torch.device, spent:
 
 
 @contextmanager
-def _timed_branches(model: nn.Module, handle: Handle, device: torch.device, spent: Counter) -> Iterator[None]:
+def _timed_branches(model: nn.Module, handle: Handle, device: torch.device, spent: LayerSeconds) -> Iterator[None]:
     """The same for a patched model, whose blocks are not called as modules: their branch knows when one ends."""
     laps = {}
     for branch in handle.pruning.values():
 
-        def begin(packed, branch=branch):
-            type(branch).begin(branch, packed)
+        def begin(batch, branch=branch):
+            type(branch).begin(branch, batch)
             laps[branch] = now(device)
 
-        def end_block(packed, branch=branch):
+        def end_block(batch, branch=branch):
             spent[branch.name, len(branch.layers)] += now(device) - laps[branch]
-            type(branch).end_block(branch, packed)
+            type(branch).end_block(branch, batch)
             laps[branch] = now(device)
 
-        branch.begin, branch.end_block = begin, end_block
+        branch.begin, branch.end_block = begin, end_block  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""Packed attention for any transformers model: `model.set_attn_implementation("madtp")` after `import madtp`.
+"""Ragged attention for any transformers model: `model.set_attn_implementation("madtp")` after `import madtp`.
 
 Importing this module registers "madtp" with `transformers.AttentionInterface` and `AttentionMaskInterface`.
-Sequences are packed before `madtp_kernels.varlen_attention` runs, so padding costs nothing and takes no part.
+Padding leaves the batch before `madtp_kernels.varlen_attention` runs, so it costs nothing and takes no part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from madtp_kernels import varlen_attention
 
 NAME = "madtp"
 
-# What an attention may ask of its implementation that neither the packed op nor SDPA computes.
+# What an attention may ask of its implementation that neither the ragged op nor SDPA computes.
 _UNSUPPORTED = ("softcap", "s_aux", "sinks", "block_indices", "cache", "output_attentions")
 
 # A module whose forward takes no other sequence than `hidden_states` attends to itself.
@@ -30,30 +30,30 @@ _SELF_ATTENTION = {
 }
 
 
-class _Rows(NamedTuple):
-    """Where the rows of a padded (B, N) batch go when it is packed."""
+class _Sequences(NamedTuple):
+    """The sequences of a padded (B, N) batch, and the slots in it that their tokens have."""
 
     cu_seqlens: Tensor  # (B+1,) int32
     slots: Tensor | None  # (T,) int64 into the B*N slots; None keeps all of them
 
     @classmethod
-    def every(cls, batch: int, length: int, device: torch.device) -> _Rows:
+    def every(cls, batch: int, length: int, device: torch.device) -> _Sequences:
         return cls(torch.arange(batch + 1, dtype=torch.int32, device=device) * length, None)
 
     @classmethod
-    def where(cls, real: Tensor) -> _Rows:  # (B, N) bool
+    def where(cls, real: Tensor) -> _Sequences:  # (B, N) bool
         lengths = real.sum(dim=1, dtype=torch.int32)
         cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         return cls(cu_seqlens, real.flatten().nonzero().squeeze(1))
 
-    def pack(self, heads: Tensor) -> Tensor:  # (B, H, N, D) -> (T, H, D)
-        rows = heads.transpose(1, 2).flatten(0, 1)
-        return rows if self.slots is None else rows.index_select(0, self.slots)
+    def from_padded(self, heads: Tensor) -> Tensor:  # (B, H, N, D) -> (T, H, D)
+        tokens = heads.transpose(1, 2).flatten(0, 1)
+        return tokens if self.slots is None else tokens.index_select(0, self.slots)
 
-    def unpack(self, rows: Tensor, batch: int, length: int) -> Tensor:  # (T, H, D) -> (B, N, H, D)
+    def to_padded(self, tokens: Tensor, batch: int, length: int) -> Tensor:  # (T, H, D) -> (B, N, H, D)
         if self.slots is not None:
-            rows = rows.new_zeros(batch * length, *rows.shape[1:]).index_copy(0, self.slots, rows)
-        return rows.unflatten(0, (batch, length))
+            tokens = tokens.new_zeros(batch * length, *tokens.shape[1:]).index_copy(0, self.slots, tokens)
+        return tokens.unflatten(0, (batch, length))
 
 
 def attention_mask(
@@ -102,12 +102,12 @@ def attention_forward(
     position_bias: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of a transformers module on packed rows. H is a multiple of Hk: grouped heads share keys and values.
+    """Attention of a transformers module, ragged inside. H is a multiple of Hk: grouped heads share keys and values.
 
-    What the packed op does not have runs exactly on `torch.nn.functional.scaled_dot_product_attention`: dropout,
+    What the ragged op does not have runs exactly on `torch.nn.functional.scaled_dot_product_attention`: dropout,
     additive masks and position biases, masks that differ between queries other than causal self-attention, values of
-    another head dim, and padding under `torch.compile` (packing has a data-dependent size). So does a single query,
-    a generated token: packing would copy its whole cache.
+    another head dim, and padding under `torch.compile` (a size without it depends on the data). So does a single query,
+    a generated token: leaving padding out would copy its whole cache.
 
     Padding queries get zeros in causal self-attention, and in bidirectional one where the module can do nothing else
     (`hidden_states` is the only sequence its forward takes); elsewhere they attend like real queries. Sequences
@@ -127,12 +127,12 @@ def attention_forward(
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f'{name} must be unset with attn_implementation="{NAME}"; set "eager" for this model')
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    padding_of_causal = attention_mask is not None and attention_mask.ndim == 2
-    if padding_of_causal:
-        _check_real_tokens(attention_mask, query, key, causal)
-    if not _packable(query, key, value, attention_mask, dropout, position_bias):
-        if padding_of_causal:
-            attention_mask = attention_mask[:, None, None] & _lower_triangle(query)  # (B, 1, N, N)
+    real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None  # (B, M), of causal
+    if real is not None:
+        _check_real_tokens(real, query, key, causal)
+    if not _runs_ragged(query, key, value, attention_mask, dropout, position_bias):
+        if real is not None:
+            attention_mask = real[:, None, None] & _lower_triangle(query)  # (B, 1, N, N)
         return sdpa_attention_forward(
             module,
             query,
@@ -146,21 +146,21 @@ def attention_forward(
         )
 
     batch, _, queries, _ = query.shape
-    causal = causal and queries > 1 and (attention_mask is None or padding_of_causal)
+    causal = causal and queries > 1 and (attention_mask is None or real is not None)
     if causal and attention_mask is None:  # an empty static cache: its later slots are unseen
         key, value = key[:, :, :queries], value[:, :, :queries]
-    rows_q, rows_k = _rows(module, query, key, attention_mask)
+    queried, read = _sequences(module, query, key, attention_mask)
     out = varlen_attention(
-        rows_q.pack(query),
-        *_share_heads(rows_k.pack(key), rows_k.pack(value), query.shape[1]),
-        rows_q.cu_seqlens,
-        None if rows_q is rows_k else rows_k.cu_seqlens,
+        queried.from_padded(query),
+        *_share_heads(read.from_padded(key), read.from_padded(value), query.shape[1]),
+        queried.cu_seqlens,
+        None if queried is read else read.cu_seqlens,
         max_seqlen_q=queries,
         max_seqlen_k=key.shape[2],
         softmax_scale=scaling,
         causal=causal,
     )
-    return rows_q.unpack(out, batch, queries), None
+    return queried.to_padded(out, batch, queries), None
 
 
 def _check_real_tokens(mask: Tensor, query: Tensor, key: Tensor, causal: bool) -> None:
@@ -173,10 +173,10 @@ def _check_real_tokens(mask: Tensor, query: Tensor, key: Tensor, causal: bool) -
         )
 
 
-def _packable(query, key, value, mask, dropout, position_bias) -> bool:
+def _runs_ragged(query, key, value, mask, dropout, position_bias) -> bool:
     if dropout or position_bias is not None:
         return False
-    if query.shape[2] == 1 < key.shape[2]:  # packing would copy a whole cache for one row
+    if query.shape[2] == 1 < key.shape[2]:  # it would copy a whole cache for one token
         return False
     if value.shape[-1] != query.shape[-1] or key.shape[0] != query.shape[0]:  # SDPA repeats a batch of 1
         return False
@@ -191,21 +191,22 @@ def _lower_triangle(query: Tensor) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
 
 
-def _rows(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[_Rows, _Rows]:
-    """Which rows of queries and of keys take part; the same object when they are the same."""
+def _sequences(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[_Sequences, _Sequences]:
+    """Which queries and which keys take part; the same object when they are the same."""
     batch, _, queries, _ = query.shape
     keys = key.shape[2]
+    kind: type = type(module)  # mypy holds a type[nn.Module] to be unhashable
     if mask is None:
-        rows_q = _Rows.every(batch, queries, query.device)
-        return rows_q, rows_q if keys == queries else _Rows.every(batch, keys, query.device)
+        queried = _Sequences.every(batch, queries, query.device)
+        return queried, queried if keys == queries else _Sequences.every(batch, keys, query.device)
     real = mask if mask.ndim == 2 else mask[:, 0, 0].expand(batch, -1)  # (B, M)
-    rows_k = _Rows.where(real)
-    if mask.ndim == 2 or (queries == keys and _attends_to_itself(type(module))):
-        return rows_k, rows_k
+    read = _Sequences.where(real)
+    if mask.ndim == 2 or (queries == keys and _attends_to_itself(kind)):
+        return read, read
     has_key = real.any(dim=1)  # a sequence without keys has nothing to average: zeros
     if has_key.all():
-        return _Rows.every(batch, queries, query.device), rows_k
-    return _Rows.where(has_key[:, None].expand(-1, queries)), rows_k
+        return _Sequences.every(batch, queries, query.device), read
+    return _Sequences.where(has_key[:, None].expand(-1, queries)), read
 
 
 @functools.cache

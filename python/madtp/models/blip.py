@@ -1,8 +1,9 @@
-"""BLIP (Li et al., ICML 2022) on packed tokens: its text encoder and decoders read the image tokens that are left."""
+"""BLIP (Li et al., ICML 2022) on ragged batches: its text encoder and decoders read the image tokens that are left."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -14,30 +15,33 @@ from transformers.models.blip.modeling_blip import (
 )
 from transformers.utils import ModelOutput, can_return_tuple
 
-from madtp.dtp.ragged import Packed
+from madtp.dtp.ragged import RaggedBatch
 from madtp.models.family import CompressedModel
+from madtp.models.tower import RaggedTower, ragged
 
 
 def encode_text(
-    model: nn.Module,
+    model: RaggedTower,
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    images: Packed,
+    images: RaggedBatch,
     image_index: Tensor | None = None,
     names: tuple[str, str] = ("questions", "images"),
-) -> Packed:
-    """A patched BlipTextModel on (Q, L) token ids that reads packed images; image_index (Q,) says which of them."""
+) -> RaggedBatch:
+    """A patched BlipTextModel on (Q, L) token ids that reads ragged images; image_index (Q,) says which of them."""
     texts = input_ids.shape[0]
-    if image_index is None and texts != images.batch:
+    if image_index is None and texts != images.num_sequences:
         what, which = names
-        raise ValueError(f"image_index must say which of {images.batch} {which} each of {texts} {what} is about")
+        raise ValueError(
+            f"image_index must say which of {images.num_sequences} {which} each of {texts} {what} is about"
+        )
     if image_index is not None and image_index.shape != (texts,):
         raise ValueError(f"image_index must be of shape ({texts},), got {tuple(image_index.shape)}")
     keys = images.in_order() if image_index is None else images.repeated(image_index)
     return model.encode(input_ids, attention_mask, keys)
 
 
-class MaskedCrossAttention:
+class MaskedCrossAttention(nn.Module):
     """Mixed into the cross-attentions of a BLIP decoder: they see the mask that Hugging Face drops on the way.
 
     There BlipTextAttention gets it as `attention_mask`, but the module that attends reads `encoder_attention_mask`; so
@@ -95,7 +99,7 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
         return QuestionAnsweringOutput(loss=loss, logits=answer.logits)
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  # Hugging Face's own is none of GenerationMixin's either
         self,
         input_ids: Tensor,
         pixel_values: Tensor,
@@ -108,8 +112,9 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
         question, mask = self.encode_questions(
             input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index
         )
-        text = self.config.text_config
-        return self.text_decoder.generate(
+        text: Any = self.config.text_config
+        decoder: Any = self.text_decoder  # transformers declares its `generate` for models of another protocol
+        return decoder.generate(
             input_ids=torch.full((question.shape[0], 1), self.decoder_start_token_id, device=question.device),
             eos_token_id=text.sep_token_id,
             pad_token_id=text.pad_token_id,
@@ -129,9 +134,9 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
         """What the answer decoder reads: the tokens of every question that are left, (Q, L, C), and their mask."""
         return self._encode(input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index).to_padded()
 
-    def _encode(self, input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index) -> Packed:
-        images = self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return encode_text(self.text_encoder, input_ids, attention_mask, images, image_index)
+    def _encode(self, input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index) -> RaggedBatch:
+        images = ragged(self.vision_model).encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return encode_text(ragged(self.text_encoder), input_ids, attention_mask, images, image_index)
 
 
 class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditionalGeneration):
@@ -165,7 +170,7 @@ class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditio
         )
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  # Hugging Face's own is none of GenerationMixin's either
         self,
         pixel_values: Tensor,
         input_ids: Tensor | None = None,
@@ -174,14 +179,15 @@ class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditio
         **generate_kwargs,
     ) -> Tensor:
         """Token ids of the captions, (B, L); `input_ids` (B, L) is a prompt whose last token is dropped, as there."""
-        text = self.config.text_config
+        text: Any = self.config.text_config
+        decoder: Any = self.text_decoder  # transformers declares its `generate` for models of another protocol
         images, mask = self._encode(pixel_values, interpolate_pos_encoding)
         if input_ids is None:
             prompt = torch.full((images.shape[0], 1), text.bos_token_id, device=images.device)
         else:
             prompt = input_ids[:, :-1].clone()
             prompt[:, 0] = text.bos_token_id
-        return self.text_decoder.generate(
+        return decoder.generate(
             input_ids=prompt,
             eos_token_id=text.sep_token_id,
             pad_token_id=text.pad_token_id,
@@ -192,7 +198,8 @@ class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditio
         )
 
     def _encode(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, Tensor]:
-        return self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).to_padded()
+        vision = ragged(self.vision_model)
+        return vision.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).to_padded()
 
 
 class BlipForImageTextRetrieval(CompressedModel, transformers.BlipForImageTextRetrieval):
@@ -213,16 +220,17 @@ class BlipForImageTextRetrieval(CompressedModel, transformers.BlipForImageTextRe
 
         `image_index` (Q,) int64: the image each text is matched with (None: its own).
         """
-        images = self.vision_model.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        vision, encoder = ragged(self.vision_model), ragged(self.text_encoder)
+        images = vision.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         if use_itm_head:
-            text = encode_text(self.text_encoder, input_ids, attention_mask, images, image_index, ("texts", "images"))
-            score = self.itm_head(text.summary())
+            text = encode_text(encoder, input_ids, attention_mask, images, image_index, ("texts", "images"))
+            score = self.itm_head(text.summary_features())
         else:
-            text = self.text_encoder.encode(input_ids, attention_mask)
-            image_features = F.normalize(self.vision_proj(images.summary()), dim=-1)
-            score = image_features @ F.normalize(self.text_proj(text.summary()), dim=-1).T
+            text = encoder.encode(input_ids, attention_mask)
+            image_features = F.normalize(self.vision_proj(images.summary_features()), dim=-1)
+            score = image_features @ F.normalize(self.text_proj(text.summary_features()), dim=-1).T
         return BlipImageTextMatchingModelOutput(
             itm_score=score,
-            last_hidden_state=images.to_positions(self.vision_model.madtp_branch.entered.max_seqlen),
-            question_embeds=text.to_positions(input_ids.shape[1]),
+            last_hidden_state=images.to_positions(vision.madtp_branch.entered_length()),
+            question_embeds=text.to_positions(input_ids.shape[1]),  # type: ignore[arg-type]  # declared as a tuple
         )

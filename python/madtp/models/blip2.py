@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class PackedQFormer:
+class RaggedQFormer(nn.Module):
     """Mixed into the Q-Former: it reads the image tokens that are left, merged ones among them, under their mask.
 
     Hugging Face passes it the features of all positions and a mask of ones, from half a dozen places.
@@ -18,9 +18,9 @@ class PackedQFormer:
         encoder_attention_mask: Tensor | None = None,
         **kwargs,
     ):
-        packed = getattr(encoder_hidden_states, "madtp_packed", None)
-        if packed is not None:
-            encoder_hidden_states, encoder_attention_mask = packed.to_padded()
+        images = getattr(encoder_hidden_states, "madtp_ragged", None)
+        if images is not None:
+            encoder_hidden_states, encoder_attention_mask = images.to_padded()
         return super().forward(
             query_embeds=query_embeds,
             encoder_hidden_states=encoder_hidden_states,

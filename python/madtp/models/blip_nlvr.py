@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BlipConfig, BlipTextModel, BlipVisionModel
+from transformers import BlipConfig, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip import BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 from transformers.utils import ModelOutput
 
 from madtp.dtp.branch import Branch
-from madtp.dtp.ragged import Packed, Repeated
+from madtp.dtp.ragged import RaggedBatch, RepeatedSequences
 from madtp.models.encoder import attend
 from madtp.models.family import CompressedModel
-from madtp.models.towers import BERT_ENCODER, TOWERS
+from madtp.models.tower import ragged
+from madtp.models.towers import BERT_ENCODER, BLIP_TEXT
 
 
 @dataclass
@@ -74,11 +77,11 @@ class BlipForNLVR(BlipPreTrainedModel):
 
     def __init__(self, config: BlipConfig):
         super().__init__(config)
-        text, depth = config.text_config, config.text_config.num_hidden_layers
-        self.vision_model = BlipVisionModel(config.vision_config)
+        vision, text = cast(BlipVisionConfig, config.vision_config), cast(BlipTextConfig, config.text_config)
+        self.vision_model = BlipVisionModel(vision)
         self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
         for i, layer in enumerate(self.text_encoder.encoder.layer):
-            layer.crossattention = TwinCrossAttention(text, merge=i >= depth // 2)
+            layer.crossattention = TwinCrossAttention(text, merge=i >= text.num_hidden_layers // 2)
         self.classifier = nn.Sequential(
             nn.Linear(text.hidden_size, text.hidden_size), nn.ReLU(), nn.Linear(text.hidden_size, 2)
         )
@@ -104,10 +107,10 @@ class BlipForNLVR(BlipPreTrainedModel):
             expected = f"({input_ids.shape[0]}, 2, 3, H, W)"
             raise ValueError(f"pixel_values must be of shape {expected}, got {tuple(pixel_values.shape)}")
         images = pixel_values.transpose(0, 1).flatten(0, 1)  # first images, then second ones
-        logits = self.classifier(self._summary(images, input_ids, attention_mask, interpolate_pos_encoding))
+        logits = self.classifier(self._summary_features(images, input_ids, attention_mask, interpolate_pos_encoding))
         return NLVROutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
 
-    def _summary(self, images, input_ids, attention_mask, interpolate_pos_encoding) -> Tensor:
+    def _summary_features(self, images, input_ids, attention_mask, interpolate_pos_encoding) -> Tensor:
         """(B, C): the first token of each statement."""
         features = self.vision_model(images, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
         text = self.text_encoder(
@@ -116,27 +119,27 @@ class BlipForNLVR(BlipPreTrainedModel):
         return text.last_hidden_state[:, 0]
 
 
-class PackedBlipForNLVR(CompressedModel, BlipForNLVR):
+class RaggedBlipForNLVR(CompressedModel, BlipForNLVR):
     """BlipForNLVR with pruned encoders."""
 
-    def _summary(self, images, input_ids, attention_mask, interpolate_pos_encoding) -> Tensor:
-        features = self.vision_model.encode(images, interpolate_pos_encoding=interpolate_pos_encoding)
+    def _summary_features(self, images, input_ids, attention_mask, interpolate_pos_encoding) -> Tensor:
+        features = ragged(self.vision_model).encode(images, interpolate_pos_encoding=interpolate_pos_encoding)
         keys = tuple(half.in_order() for half in features.split(input_ids.shape[0]))
-        return self.text_encoder.encode(input_ids, attention_mask, keys).summary()
+        return ragged(self.text_encoder).encode(input_ids, attention_mask, keys).summary_features()
 
 
-PackedBlipForNLVR.__name__ = BlipForNLVR.__name__  # what a saved model says it is
+RaggedBlipForNLVR.__name__ = BlipForNLVR.__name__  # what a saved model says it is
 
 
 def _twin_cross_attention(
-    layer: nn.Module, packed: Packed, keys: tuple[Repeated, Repeated], branch: Branch, heads: int
+    layer: nn.Module, batch: RaggedBatch, keys: tuple[RepeatedSequences, RepeatedSequences], branch: Branch, heads: int
 ) -> Tensor:
     """(T, C)"""
-    attended = (
-        attend(layer, tuple(f"crossattention.{name}.{part}" for part in ("query", "key", "value")), *rest)
-        for name, *rest in (("self0", packed, keys[0], branch, heads), ("self1", packed, keys[1], branch, heads))
-    )
-    return layer.crossattention.output(*attended, packed.x)
+    attended = []
+    for path, image in zip(("crossattention.self0", "crossattention.self1"), keys, strict=True):
+        qkv = f"{path}.query", f"{path}.key", f"{path}.value"
+        attended.append(attend(layer, qkv, batch, image, branch, heads))
+    return attrgetter("crossattention.output")(layer)(*attended, batch.x)
 
 
-TEXT = replace(TOWERS[BlipTextModel], encoder=replace(BERT_ENCODER, cross=_twin_cross_attention))
+TEXT = replace(BLIP_TEXT, encoder=replace(BERT_ENCODER, cross=_twin_cross_attention))

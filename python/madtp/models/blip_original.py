@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from madtp.models.blip_nlvr import BlipForNLVR
 
-KINDS: dict[str, type[nn.Module]] = {
+KINDS: dict[str, type[hf.PreTrainedModel]] = {
     "vqa": hf.BlipForQuestionAnswering,
     "nlvr": BlipForNLVR,
     "caption": hf.BlipForConditionalGeneration,
@@ -78,7 +79,8 @@ def from_original(
         weights = _doubled(weights)
         fresh = {"merge_layer", "classifier"}
     model = KINDS[kind](config)
-    side = config.vision_config.image_size // config.vision_config.patch_size
+    vision: Any = config.vision_config
+    side = vision.image_size // vision.patch_size
     weights[POSITIONS] = interpolated(weights[POSITIONS], side)
     return _loaded(model, weights, fresh)
 
@@ -153,7 +155,7 @@ def _count(weights: dict[str, Tensor], pattern: str) -> int:
     return max(numbers) + 1
 
 
-def _loaded(model: nn.Module, weights: dict[str, Tensor], fresh: set[str]) -> nn.Module:
+def _loaded(model: hf.PreTrainedModel, weights: dict[str, Tensor], fresh: set[str]) -> nn.Module:
     """The model with the weights, all of them used; parameters with a name in `fresh` may keep their start."""
     expected = model.state_dict()
     for name, value in weights.items():

@@ -1,4 +1,4 @@
-"""Encoders made of attention and MLP, described by where their parts are, and run on packed tokens.
+"""Encoders made of attention and MLP, described by where their parts are, and run on ragged batches.
 
 Source of the pruning step in each block: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from madtp.dtp.branch import Branch
-from madtp.dtp.ragged import Packed, Repeated, split_heads
-from madtp.hwp import linear, residual_linear
+from madtp.dtp.ragged import RaggedBatch, RepeatedSequences, split_heads
+from madtp.hwp.packing import linear, residual_linear
 from madtp_kernels.ragged import sequence_ids
 
 
@@ -39,8 +40,8 @@ class Encoder:
     dropout1: str | None = None  # dropout at the same places; nn.Dropout, or one that drops the path of a sample
     dropout2: str | None = None
     causal: bool = False
-    # After the pruning step of a post_norm block, where keys are given: (block, tokens, keys, branch, heads) -> (T, C)
-    cross: Callable[[nn.Module, Packed, Any, Branch, int], Tensor] | None = None
+    # After the pruning step of a post_norm block, where keys are given: (block, batch, keys, branch, heads) -> (T, C)
+    cross: Callable[[nn.Module, RaggedBatch, Any, Branch, int], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,70 +55,73 @@ class CrossAttention:
     norm: str
     dropout: str | None = None
 
-    def __call__(self, layer: nn.Module, packed: Packed, keys: Repeated, branch: Branch, heads: int) -> Tensor:
+    def __call__(
+        self, layer: nn.Module, batch: RaggedBatch, keys: RepeatedSequences, branch: Branch, heads: int
+    ) -> Tensor:
         """-> (T, C)"""
-        attended = attend(layer, (self.query, self.key, self.value), packed, keys, branch, heads)
-        return attrgetter(self.norm)(layer)(add(layer, self.out, None, self.dropout, attended, packed.x, packed))
+        attended = attend(layer, (self.query, self.key, self.value), batch, keys, branch, heads)
+        return attrgetter(self.norm)(layer)(add(layer, self.out, None, self.dropout, attended, batch.x, batch))
 
 
 def attend(
-    layer: nn.Module, qkv: tuple[str, str, str], packed: Packed, keys: Repeated, branch: Branch, heads: int
+    layer: nn.Module, qkv: tuple[str, str, str], batch: RaggedBatch, keys: RepeatedSequences, branch: Branch, heads: int
 ) -> Tensor:
     """(T, H*D): attention from the tokens to the keys."""
-    sources = packed.x, keys.x, keys.x
+    sources = batch.x, keys.x, keys.x
     q, k, v = (split_heads(attrgetter(path)(layer)(x), heads) for path, x in zip(qkv, sources, strict=True))
-    return branch.attention(q, k, v, packed, keys)[0]
+    return branch.attention(q, k, v, batch, keys)[0]
 
 
 def encode(
-    tower: nn.Module,
+    tower: Any,
     spec: Encoder,
-    packed: Packed,
+    batch: RaggedBatch,
     branch: Branch,
     keys: Any = None,
-    record: list[Packed] | None = None,
-) -> Packed:
+    record: list[RaggedBatch] | None = None,
+) -> RaggedBatch:
     """Runs the blocks of a tower; each prunes its tokens where the branch's temperature is above 0.
 
     keys: what cross-attention reads, in towers that have it; without, it is left out.
     record: gets the tokens that enter the first block and those that leave each.
     """
-    branch.begin(packed)
+    branch.begin(batch)
     heads = tower.config.num_attention_heads
     if record is not None:
-        record.append(packed)
+        record.append(batch)
     for layer in attrgetter(spec.blocks)(tower):
-        packed = _checkpointed(layer, lambda p, layer=layer: block(layer, spec, p, branch, heads, keys), packed)
-        branch.end_block(packed)
+        run = partial(block, layer, spec, branch=branch, heads=heads, keys=keys)
+        batch = _checkpointed(layer, run, batch)
+        branch.end_block(batch)
         if record is not None:
-            record.append(packed)
-    return packed
+            record.append(batch)
+    return batch
 
 
-def block(layer: nn.Module, spec: Encoder, packed: Packed, branch: Branch, heads: int, keys: Any) -> Packed:
-    """One block on packed tokens. A pure function of `packed`, so that it can run again for its gradient."""
+def block(layer: nn.Module, spec: Encoder, batch: RaggedBatch, branch: Branch, heads: int, keys: Any) -> RaggedBatch:
+    """One block on a ragged batch. A pure function of `batch`, so that it can run again for its gradient."""
     part = lambda path: attrgetter(path)(layer)  # noqa: E731
-    normed = packed.x if spec.post_norm else part(spec.norm1)(packed.x)
-    q, k, v = _project(layer, spec, normed, heads, packed.total)
-    out, stats = branch.attention(q, k, v, packed, causal=spec.causal, statistics=branch.prunes)
-    x = add(layer, spec.out, spec.scale1, spec.dropout1, out, packed.x, packed)
+    normed = batch.x if spec.post_norm else part(spec.norm1)(batch.x)
+    q, k, v = _project(layer, spec, normed, heads, batch.num_rows)
+    out, stats = branch.attention(q, k, v, batch, causal=spec.causal, statistics=branch.prunes)
+    x = add(layer, spec.out, spec.scale1, spec.dropout1, out, batch.x, batch)
     if spec.post_norm:
-        packed = branch.prune(packed, part(spec.norm1)(x), stats)
+        batch = branch.prune(batch, part(spec.norm1)(x), stats)
         if keys is not None and spec.cross is not None:
-            packed = packed.with_x(spec.cross(layer, packed, keys, branch, heads))
-        normed = packed.x
+            batch = batch.with_x(spec.cross(layer, batch, keys, branch, heads))
+        normed = batch.x
     else:
-        packed, normed = branch.prune_norm(packed, x, stats, part(spec.norm2))
+        batch, normed = branch.prune_norm(batch, x, stats, part(spec.norm2))
     hidden = normed
     for path in spec.mlp[:-1]:
-        hidden = linear(part(path), hidden, packed.total)
-    x = add(layer, spec.mlp[-1], spec.scale2, spec.dropout2, hidden, packed.x, packed)
-    return packed.with_x(part(spec.norm2)(x) if spec.post_norm else x)
+        hidden = linear(part(path), hidden, batch.num_rows)
+    x = add(layer, spec.mlp[-1], spec.scale2, spec.dropout2, hidden, batch.x, batch)
+    return batch.with_x(part(spec.norm2)(x) if spec.post_norm else x)
 
 
-def _project(layer: nn.Module, spec: Encoder, x: Tensor, heads: int, total: Tensor | None) -> tuple[Tensor, ...]:
+def _project(layer: nn.Module, spec: Encoder, x: Tensor, heads: int, num_rows: Tensor | None) -> tuple[Tensor, ...]:
     """x (T, C) -> q, k, v, each (T, H, D)"""
-    projected = [linear(attrgetter(path)(layer), x, total) for path in spec.qkv]
+    projected = [linear(attrgetter(path)(layer), x, num_rows) for path in spec.qkv]
     if len(projected) == 1:
         return projected[0].unflatten(-1, (3, heads, -1)).unbind(1)
     return tuple(split_heads(y, heads) for y in projected)
@@ -130,7 +134,7 @@ def add(
     dropout: str | None,
     hidden: Tensor,
     residual: Tensor,
-    packed: Packed,
+    batch: RaggedBatch,
 ) -> Tensor:
     """residual + dropout(scale(module(hidden))), in one kernel where the module is packed 2:4."""
     module, after = attrgetter(path)(layer), []
@@ -140,30 +144,30 @@ def add(
         after.append(attrgetter(dropout)(layer))
     after = [step for step in after if not isinstance(step, nn.Identity)]
     if not after:
-        return residual_linear(module, hidden, residual, packed.total)
+        return residual_linear(module, hidden, residual, batch.num_rows)
     y = module(hidden)
     for step in after:
-        y = _drop_paths(step, y, packed) if hasattr(step, "drop_prob") else step(y)
+        y = _drop_paths(step, y, batch) if hasattr(step, "drop_prob") else step(y)
     return y + residual
 
 
-def _drop_paths(path: nn.Module, y: Tensor, packed: Packed) -> Tensor:
+def _drop_paths(path: Any, y: Tensor, batch: RaggedBatch) -> Tensor:
     """Stochastic depth: all the tokens of a sample, or none."""
     keep = 1 - path.drop_prob
-    kept = torch.empty(packed.batch, 1, device=y.device, dtype=y.dtype).bernoulli_(keep).div_(keep)
-    return y * kept[sequence_ids(packed.cu_seqlens, y.shape[0])]
+    kept = torch.empty(batch.num_sequences, 1, device=y.device, dtype=y.dtype).bernoulli_(keep).div_(keep)
+    return y * kept[sequence_ids(batch.cu_seqlens, y.shape[0])]
 
 
-def _checkpointed(layer: nn.Module, run: Callable[[Packed], Packed], packed: Packed) -> Packed:
-    """run(packed), whose activations are computed again in the backward pass where the model asks for it."""
+def _checkpointed(layer: Any, run: Callable[[RaggedBatch], RaggedBatch], batch: RaggedBatch) -> RaggedBatch:
+    """run(batch), whose activations are computed again in the backward pass where the model asks for it."""
     if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
-        return run(packed)
-    result: list[Packed] = []
+        return run(batch)
+    result: list[RaggedBatch] = []
 
     def tensors(x: Tensor) -> tuple[Tensor, ...]:
-        after = run(packed.with_x(x))
+        after = run(batch.with_x(x))
         result.append(after)
         return (after.x,) if after.aligned is None else (after.x, after.aligned)
 
-    x, *aligned = layer._gradient_checkpointing_func(tensors, packed.x)
+    x, *aligned = layer._gradient_checkpointing_func(tensors, batch.x)
     return replace(result[0], x=x, aligned=aligned[0] if aligned else None)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from madtp.hwp.packing import Follower
+from madtp.handles import handle_of
+from madtp.hwp.packing import Epilogue
 from madtp.models.encoder import Encoder
 from madtp.models.tower import Tower
 from madtp.models.towers import TOWERS, tower_of
@@ -62,26 +63,27 @@ class Family:
         return {branch: (self.path(branch) or "*",) for branch in self.towers} | dict(self.others)
 
 
-def followers(path: str, tower: nn.Module, encoder: Encoder) -> dict[str, Follower]:
+def find_epilogues(path: str, tower: nn.Module, encoder: Encoder) -> dict[str, Epilogue]:
     """Name of every Linear of a tower's blocks that an activation or a LayerScale follows -> the names of those."""
-    found = {}
+    found: dict[str, Epilogue] = {}
     for i in range(len(attrgetter(encoder.blocks)(tower))):
         block = ".".join(part for part in (path, encoder.blocks, str(i)) if part)
         if len(encoder.mlp) == 3:
             first, activation, last = (f"{block}.{name}" for name in encoder.mlp)
-            found[first] = Follower(activation)
+            found[first] = Epilogue(activation)
             if encoder.scale2 is not None:
-                found[last] = Follower(None, f"{block}.{encoder.scale2}")
+                found[last] = Epilogue(None, f"{block}.{encoder.scale2}")
         if encoder.scale1 is not None:
-            found[f"{block}.{encoder.out}"] = Follower(None, f"{block}.{encoder.scale1}")
+            found[f"{block}.{encoder.out}"] = Epilogue(None, f"{block}.{encoder.scale1}")
     return found
 
 
-class CompressedModel:
+class CompressedModel(nn.Module):
     """Mixed into the classes of patched models: saves what `madtp.from_pretrained` needs beside the weights."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         # Hugging Face would give weights the names they had in the files the model came from; our loader, as its own,
         # knows those of the modules.
-        super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
-        self.madtp_handle.save(Path(save_directory))
+        options = {"save_original_format": False} | kwargs
+        super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]  # that of Hugging Face
+        handle_of(self).save(Path(save_directory))

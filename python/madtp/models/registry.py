@@ -5,10 +5,7 @@ from torch import nn
 
 from madtp.models import blip, blip2, blip_nlvr
 from madtp.models.blip_nlvr import BlipForNLVR
-from madtp.models.blip_original import from_original
-from madtp.models.encoder import CrossAttention, Encoder
 from madtp.models.family import Family
-from madtp.models.tower import Tower
 
 DUAL = {"vision": "vision_model", "text": "text_model"}
 DECODER = {"decoder": ("text_decoder",)}
@@ -41,7 +38,7 @@ FAMILIES = (
         {"vision": "vision_model", "text": ("text_encoder", blip_nlvr.TEXT)},
         BlipForNLVR,
         dense_modules=("classifier",),
-        compressed=blip_nlvr.PackedBlipForNLVR,
+        compressed=blip_nlvr.RaggedBlipForNLVR,
         images_per_text=2,
     ),
     *(
@@ -55,7 +52,7 @@ FAMILIES = (
             source,
             others={"qformer": ("qformer",), "language": ("language_model",)},
             dense_modules=("qformer", "language_model", "language_projection"),
-            mixins={"qformer": blip2.PackedQFormer},
+            mixins={"qformer": blip2.RaggedQFormer},
         )
         for source in (hf.Blip2Model, hf.Blip2ForConditionalGeneration)
     ),
@@ -64,7 +61,7 @@ FAMILIES = (
         hf.Blip2ForImageTextRetrieval,
         others={"qformer": ("qformer",)},
         dense_modules=("qformer", "vision_projection", "text_projection", "itm_head"),
-        mixins={"qformer": blip2.PackedQFormer},
+        mixins={"qformer": blip2.RaggedQFormer},
     ),
     Family({"vision": "vit"}, hf.ViTForImageClassification, dense_modules=("classifier",)),
     Family({"vision": "dinov2"}, hf.Dinov2ForImageClassification, dense_modules=("classifier",)),
@@ -79,7 +76,4 @@ FAMILIES = (
 
 def family_of(model: nn.Module) -> Family | None:
     """The row of `FAMILIES` for a model; of a patched one too."""
-    return next((family for family in FAMILIES if isinstance(model, family.source)), None)
-
-
-__all__ = ["FAMILIES", "BlipForNLVR", "CrossAttention", "Encoder", "Family", "Tower", "family_of", "from_original"]
+    return next((family for family in FAMILIES if family.source and isinstance(model, family.source)), None)

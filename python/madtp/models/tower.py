@@ -1,4 +1,4 @@
-"""Towers: whole Hugging Face encoders, from pixels or token ids to features, that run on packed tokens."""
+"""Towers: whole Hugging Face encoders, from pixels or token ids to features, that run on ragged batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from madtp.dtp.branch import Branch
-from madtp.dtp.ragged import Packed
+from madtp.dtp.ragged import RaggedBatch
 from madtp.models.encoder import Encoder, encode
 
 
@@ -29,15 +29,15 @@ class Tower:
 
     encoder: Encoder
     inputs: str  # the argument it encodes: "pixel_values" or "input_ids"
-    pool: Callable[[nn.Module, Packed], Tensor | None]  # (tower, its last features) -> (B, C)
+    pool: Callable[[nn.Module, RaggedBatch], Tensor | None]  # (tower, its last features) -> (B, C)
     embeddings: str = "embeddings"
     pre_norm: str | None = None  # the LayerNorm between embeddings and blocks
     final_norm: str | None = None  # the LayerNorm of the features that leave
     # (tower, inputs, attention_mask) -> (B,) the position of each summary token, -1: none; None: all are the first
-    summary: Callable[[nn.Module, Tensor, Tensor | None], Tensor] | None = None
+    summary_position: Callable[[nn.Module, Tensor, Tensor | None], Tensor] | None = None
 
 
-class PackedTower:
+class RaggedTower(nn.Module):
     """Mixed into the class of a tower that `madtp.patch` takes over; `madtp_spec` and `madtp_branch` come with it.
 
     What leaves is padded as Hugging Face expects it: every token that is left stands where it was, and zeros where one
@@ -46,16 +46,17 @@ class PackedTower:
 
     madtp_spec: Tower
     madtp_branch: Branch
+    config: Any  # of Hugging Face
 
     def encode(
         self,
         inputs: Tensor,
         attention_mask: Tensor | None = None,
         keys: Any = None,
-        record: list[Packed] | None = None,
+        record: list[RaggedBatch] | None = None,
         **options,
-    ) -> Packed:
-        """pixel_values (B, 3, H, W) or input_ids (B, N) -> the packed features that leave, final LayerNorm included.
+    ) -> RaggedBatch:
+        """pixel_values (B, 3, H, W) or input_ids (B, N) -> the ragged batch that leaves, final LayerNorm included.
 
         Args:
             attention_mask: (B, N) with non-zero at real tokens.
@@ -73,14 +74,16 @@ class PackedTower:
         hidden = attrgetter(spec.embeddings)(self)(inputs, **given)
         if spec.pre_norm is not None:
             hidden = attrgetter(spec.pre_norm)(self)(hidden)
-        summary = None if spec.summary is None else spec.summary(self, inputs, attention_mask)
+        position = None
+        if spec.summary_position is not None:
+            position = spec.summary_position(self, inputs, attention_mask)
         # Rows of no meaning must not reach gradients, nor the random numbers of dropout.
         fixed = self.madtp_branch.capacity == "upper_bound" and not (self.training or torch.is_grad_enabled())
-        packed = Packed.from_padded(hidden, attention_mask, summary, fixed)
-        packed = encode(self, spec.encoder, packed, self.madtp_branch, keys, record)
+        batch = RaggedBatch.from_padded(hidden, attention_mask, position, fixed)
+        batch = encode(self, spec.encoder, batch, self.madtp_branch, keys, record)
         if spec.final_norm is None:
-            return packed
-        return packed.with_x(attrgetter(spec.final_norm)(self)(packed.x))
+            return batch
+        return batch.with_x(attrgetter(spec.final_norm)(self)(batch.x))
 
     def _run(self, inputs, output_hidden_states, kwargs, attention_mask=None, **options) -> BaseModelOutputWithPooling:
         for name, value in kwargs.items():
@@ -88,14 +91,14 @@ class PackedTower:
                 raise ValueError(f"{name} must be unset: a patched {type(self).__name__} has no such thing")
         if output_hidden_states is None:
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
-        record = [] if output_hidden_states else None
-        packed = self.encode(inputs, attention_mask, record=record, **options)
-        length = self.madtp_branch.entered.max_seqlen
-        last_hidden_state = packed.to_positions(length)
-        last_hidden_state.madtp_packed = packed  # for those who can read it
+        record: list[RaggedBatch] | None = [] if output_hidden_states else None
+        batch = self.encode(inputs, attention_mask, record=record, **options)
+        length = self.madtp_branch.entered_length()
+        last_hidden_state = batch.to_positions(length)
+        last_hidden_state.madtp_ragged = batch  # type: ignore[attr-defined]  # for those who can read it
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
-            pooler_output=self.madtp_spec.pool(self, packed),
+            pooler_output=self.madtp_spec.pool(self, batch),
             hidden_states=None if record is None else tuple(state.to_positions(length) for state in record),
         )
 
@@ -103,7 +106,7 @@ class PackedTower:
 _IGNORED = ("is_causal", "use_cache")  # what Hugging Face passes on whatever the encoder
 
 
-class PackedVisionTower(PackedTower):
+class RaggedVisionTower(RaggedTower):
     @can_return_tuple
     def forward(
         self,
@@ -119,7 +122,7 @@ class PackedVisionTower(PackedTower):
         return self._run(pixel_values, output_hidden_states, kwargs, **options)
 
 
-class PackedTextTower(PackedTower):
+class RaggedTextTower(RaggedTower):
     @can_return_tuple
     def forward(
         self,
@@ -136,7 +139,12 @@ class PackedTextTower(PackedTower):
         return self._run(input_ids, output_hidden_states, kwargs, attention_mask, **options)
 
 
-FORWARDS = {"pixel_values": PackedVisionTower, "input_ids": PackedTextTower}  # by what a tower encodes
+FORWARDS = {"pixel_values": RaggedVisionTower, "input_ids": RaggedTextTower}  # by what a tower encodes
+
+
+def ragged(tower: nn.Module) -> RaggedTower:
+    """A tower that `mix_in` made one, as what it is: Hugging Face declares its class, which lacks `encode`."""
+    return cast(RaggedTower, tower)
 
 
 @functools.cache
@@ -147,12 +155,12 @@ def mixed(source: type[nn.Module], mixin: type) -> type[nn.Module]:
 
 def mix_in(model: nn.Module, mixins: Mapping[str, type]) -> dict[str, type]:
     """Mixes classes into those of the modules whose names match; returns module name -> the class it had."""
-    before = {}
+    before: dict[str, type] = {}
     for pattern, mixin in mixins.items():
         for name in [name for name, _ in model.named_modules() if fnmatchcase(name, pattern)]:
             module = model.get_submodule(name)
             before[name] = type(module)
-            module.__class__ = mixed(type(module), mixin)
+            module.__class__ = mixed(before[name], mixin)
     return before
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from madtp.dtp.ragged import Packed, split_heads
+from madtp.dtp.ragged import RaggedBatch, split_heads
 from madtp.models.encoder import CrossAttention, Encoder
 from madtp.models.tower import Tower
 from madtp_kernels import varlen_attention
@@ -43,74 +45,74 @@ BERT_ENCODER = Encoder(
 )
 
 
-def first(tower: nn.Module, packed: Packed) -> Tensor:
-    return packed.summary()
+def first(tower: Any, batch: RaggedBatch) -> Tensor:
+    return batch.summary_features()
 
 
-def pooler(tower: nn.Module, packed: Packed) -> Tensor | None:
+def pooler(tower: Any, batch: RaggedBatch) -> Tensor | None:
     """Of ViT and BERT: a Linear and an activation on the first token, where the model has them."""
-    return None if tower.pooler is None else tower.pooler(packed.summary()[:, None])
+    return None if tower.pooler is None else tower.pooler(batch.summary_features()[:, None])
 
 
-def post_layernorm(tower: nn.Module, packed: Packed) -> Tensor:
-    return tower.post_layernorm(packed.summary())
+def post_layernorm(tower: Any, batch: RaggedBatch) -> Tensor:
+    return tower.post_layernorm(batch.summary_features())
 
 
-def end_of_text(tower: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+def end_of_text(tower: Any, input_ids: Tensor, mask: Tensor | None) -> Tensor:
     """(B,): where CLIP pools. A vocabulary whose end-of-text id the configuration does not know has it last."""
     if tower.eos_token_id == 2:
         return input_ids.int().argmax(dim=-1)
     return (input_ids == tower.eos_token_id).int().argmax(dim=-1)
 
 
-def last_position(tower: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+def last_position(tower: Any, input_ids: Tensor, mask: Tensor | None) -> Tensor:
     """(B,): SigLIP pools the last position of the text, whatever is there."""
     if mask is not None and not mask[:, -1].all():
         raise ValueError("attention_mask must have real tokens last: SigLIP pools there, and pads without a mask")
     return input_ids.new_full((input_ids.shape[0],), input_ids.shape[1] - 1)
 
 
-def head_of_last(tower: nn.Module, packed: Packed) -> Tensor:
-    return tower.head(packed.summary())
+def head_of_last(tower: Any, batch: RaggedBatch) -> Tensor:
+    return tower.head(batch.summary_features())
 
 
-def no_summary(tower: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
+def no_summary(tower: Any, inputs: Tensor, mask: Tensor | None) -> Tensor:
     return torch.full((inputs.shape[0],), -1, device=inputs.device)
 
 
-def attention_pooling(tower: nn.Module, packed: Packed) -> Tensor | None:
+def attention_pooling(tower: Any, batch: RaggedBatch) -> Tensor | None:
     """SigLIP's head: a learned query attends to the tokens that are left, merged ones among them; then an MLP."""
     if not tower.use_head:
         return None
-    head, batch = tower.head, packed.batch
-    attention = head.attention
+    head, attention = tower.head, tower.head.attention
     channels, heads = attention.embed_dim, attention.num_heads
     weight_q, weight_kv = attention.in_proj_weight.split((channels, 2 * channels))
     bias_q, bias_kv = attention.in_proj_bias.split((channels, 2 * channels))
-    query = split_heads(F.linear(head.probe[0], weight_q, bias_q), heads).expand(batch, -1, -1)
-    features = packed.for_op(packed.x)
+    query = split_heads(F.linear(head.probe[0], weight_q, bias_q), heads).expand(batch.num_sequences, -1, -1)
+    features = batch.for_op(batch.x)
     key, value = F.linear(features, weight_kv, bias_kv).unflatten(-1, (2, heads, -1)).unbind(1)
     out = varlen_attention(
         query,
         key,
         value,
-        torch.arange(batch + 1, dtype=torch.int32, device=packed.x.device),
-        packed.cu_seqlens,
+        torch.arange(batch.num_sequences + 1, dtype=torch.int32, device=batch.x.device),
+        batch.cu_seqlens,
         max_seqlen_q=1,
-        max_seqlen_k=packed.max_seqlen,
+        max_seqlen_k=batch.max_seqlen,
     )
     pooled = attention.out_proj(out.flatten(1))  # (B, C)
     return pooled + head.mlp(head.layernorm(pooled))
 
 
-def _dinov2(mlp: tuple[str, ...]) -> Tower:
+def dinov2(tower: Any) -> Tower:
+    """The MLP of its giant model is one module, SwiGLU."""
     encoder = Encoder(
         blocks="encoder.layer",
         qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
         out="attention.o_proj",
         norm1="norm1",
         norm2="norm2",
-        mlp=mlp,
+        mlp=("mlp",) if tower.config.use_swiglu_ffn else ("mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
         scale1="layer_scale1",
         scale2="layer_scale2",
         dropout1="drop_path",
@@ -139,22 +141,28 @@ BLIP_CROSS = CrossAttention(
 )
 BLIP_VISION = Tower(BLIP_VISION_ENCODER, "pixel_values", post_layernorm, final_norm="post_layernorm")
 BERT = Tower(BERT_ENCODER, "input_ids", pooler)
+BLIP_TEXT = replace(BERT, encoder=replace(BERT_ENCODER, cross=BLIP_CROSS))
 
-TOWERS: dict[type[nn.Module], Tower] = {
+# A function where the description depends on the configuration of the tower.
+TOWERS: dict[type[nn.Module], Tower | Callable[[Any], Tower]] = {
     hf.BlipVisionModel: BLIP_VISION,
     hf.Blip2VisionModel: BLIP_VISION,
     hf.CLIPVisionModel: Tower(CLIP_ENCODER, "pixel_values", post_layernorm, pre_norm="pre_layrnorm"),
     hf.SiglipVisionModel: Tower(
-        CLIP_ENCODER, "pixel_values", attention_pooling, final_norm="post_layernorm", summary=no_summary
+        CLIP_ENCODER, "pixel_values", attention_pooling, final_norm="post_layernorm", summary_position=no_summary
     ),
     hf.ViTModel: Tower(VIT_ENCODER, "pixel_values", pooler, final_norm="layernorm"),
-    hf.Dinov2Model: _dinov2(("mlp.fc1", "mlp.activation_fn", "mlp.fc2")),
-    hf.BlipTextModel: replace(BERT, encoder=replace(BERT_ENCODER, cross=BLIP_CROSS)),
+    hf.Dinov2Model: dinov2,
+    hf.BlipTextModel: BLIP_TEXT,
     hf.CLIPTextModel: Tower(
-        replace(CLIP_ENCODER, causal=True), "input_ids", first, final_norm="final_layer_norm", summary=end_of_text
+        replace(CLIP_ENCODER, causal=True),
+        "input_ids",
+        first,
+        final_norm="final_layer_norm",
+        summary_position=end_of_text,
     ),
     hf.SiglipTextModel: Tower(
-        CLIP_ENCODER, "input_ids", head_of_last, final_norm="final_layer_norm", summary=last_position
+        CLIP_ENCODER, "input_ids", head_of_last, final_norm="final_layer_norm", summary_position=last_position
     ),
     hf.BertModel: BERT,
 }
@@ -163,6 +171,4 @@ TOWERS: dict[type[nn.Module], Tower] = {
 def tower_of(module: nn.Module) -> Tower | None:
     """What is known of a Hugging Face encoder; None for any other module."""
     tower = next((tower for kind, tower in TOWERS.items() if isinstance(module, kind)), None)
-    if isinstance(module, hf.Dinov2Model) and module.config.use_swiglu_ffn:
-        return _dinov2(("mlp",))
-    return tower
+    return tower if tower is None or isinstance(tower, Tower) else tower(module)

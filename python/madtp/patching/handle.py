@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from madtp.config import CompressionConfig
 from madtp.dtp.branch import Branch
 from madtp.dtp.ragged import RaggedAttention
-from madtp.files import write_whole
-from madtp.hwp.packing import Follower, Sparse24Linear, follower_of, unpack
+from madtp.dtp.selection_rules import METHOD
+from madtp.handles import find_handle
+from madtp.hwp.packing import Epilogue, epilogues_of, unpack
 from madtp.mag import AlignmentGuide
-from madtp.models.family import CompressedModel, Family, followers
+from madtp.models.family import CompressedModel, Family, find_epilogues
 from madtp.models.registry import FAMILIES, family_of
-from madtp.models.tower import FORWARDS, mix_in, mixed
+from madtp.models.tower import FORWARDS, RaggedTower, mix_in, mixed, ragged
 from madtp.models.versions import check_transformers
 from madtp.patching import explain
 from madtp.patching.keep_rate import check_calibration, check_rates, find_temperatures
-from madtp.patching.state import STATE_FILE, STATE_VERSION, WEIGHTS_FILE, weights_sha256
+from madtp.patching.state import write_state
 
 
 class Handle:
@@ -32,15 +32,13 @@ class Handle:
         _check_capacity(capacity, config)
         self.model, self.family, self.config = model, family, config
         specs = {branch: family.tower(model, branch) for branch in family.towers}  # raises before anything is touched
-        towers = {branch: model.get_submodule(family.path(branch)) for branch in specs}
+        towers: dict[str, Any] = {branch: model.get_submodule(family.path(branch)) for branch in specs}
         widths = {branch: tower.config.hidden_size for branch, tower in towers.items()}
         guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths)
+        attention = {branch: RaggedAttention() for branch in widths}
         model.madtp_guide = guide.to(next(model.parameters()))
-        model.madtp_attention = nn.ModuleDict({branch: RaggedAttention() for branch in widths})
-        self.pruning = {
-            branch: Branch(branch, model.madtp_guide, attention, config.selection)
-            for branch, attention in model.madtp_attention.items()
-        }
+        model.madtp_attention = nn.ModuleDict(attention)
+        self.pruning = {branch: Branch(branch, guide, attention[branch], config.selection) for branch in widths}
         if "vision" in self.pruning:
             self.pruning["vision"].samples_per_feature = family.images_per_text
         self.capacity = capacity
@@ -50,13 +48,19 @@ class Handle:
             self.sources |= mix_in(model, {family.path(branch): FORWARDS[specs[branch].inputs]})
         self.sources |= mix_in(model, family.mixins)
         self.sources.setdefault("", type(model))
-        model.__class__ = family.compressed or mixed(type(model), CompressedModel)
-        model.madtp_handle = self
+        kind: type = type(model)  # mypy holds a type[nn.Module] to be unhashable
+        model.__class__ = family.compressed or mixed(kind, CompressedModel)
+        model.madtp_handle = self  # type: ignore[assignment]  # torch declares tensors and modules alone
+
+    @property
+    def guide(self) -> AlignmentGuide:
+        """MAG, with the alignment tokens and each branch's map."""
+        return cast(AlignmentGuide, self.model.madtp_guide)
 
     @property
     def alignment_tokens(self) -> nn.Parameter:
         """(K, d), shared by the branches."""
-        return self.model.madtp_guide.alignment_tokens
+        return self.guide.alignment_tokens
 
     @property
     def branches(self) -> dict[str, tuple[str, ...]]:
@@ -68,14 +72,17 @@ class Handle:
         }
 
     @property
-    def followers(self) -> dict[str, Follower]:
+    def epilogues(self) -> dict[str, Epilogue]:
         """Of `madtp.hwp.pack`: what follows which Linear."""
-        found = {}
+        found: dict[str, Epilogue] = {}
         for branch in self.family.towers:
-            path = self.family.path(branch)
-            tower = self.model.get_submodule(path)
-            found |= followers(path, tower, tower.madtp_spec.encoder)
+            tower = self.tower(branch)
+            found |= find_epilogues(self.family.path(branch), tower, tower.madtp_spec.encoder)
         return found
+
+    def tower(self, branch: str) -> RaggedTower:
+        """The encoder of a branch."""
+        return ragged(self.model.get_submodule(self.family.path(branch)))
 
     @property
     def capacity(self) -> str:
@@ -132,9 +139,9 @@ class Handle:
         return {name: branch.aligned() for name, branch in self.pruning.items()}
 
     @property
-    def summaries(self) -> dict[str, list[Tensor]]:
+    def summary_features(self) -> dict[str, list[Tensor]]:
         """Per branch, the (B, C) summary tokens after each layer of the last forward."""
-        return {name: branch.summaries for name, branch in self.pruning.items()}
+        return {name: branch.summary_features for name, branch in self.pruning.items()}
 
     @property
     def selections(self) -> dict[str, list[list[Tensor]]]:
@@ -145,7 +152,7 @@ class Handle:
     def tokens_per_layer(self) -> dict[str, list[float]]:
         """Of the last forward: per branch, the mean number of tokens after each layer, merged ones included."""
         return {
-            name: [layer.tokens() / max(layer.batch, 1) for layer in branch.layers]
+            name: [layer.count_rows() / max(layer.num_sequences, 1) for layer in branch.layers]
             for name, branch in self.pruning.items()
         }
 
@@ -156,7 +163,7 @@ class Handle:
         and there are lines with the mean number of tokens entering and leaving each layer. Nothing runs, but where a
         2:4 Linear has a choice that was not measured yet.
         """
-        return explain.table(self.model)
+        return explain.table(self)
 
     @contextmanager
     def inference(self):
@@ -187,7 +194,7 @@ class Handle:
 
     def _detach(self) -> nn.Module:
         for branch in self.family.towers:
-            tower = self.model.get_submodule(self.family.path(branch))
+            tower = self.tower(branch)
             del tower.madtp_spec, tower.madtp_branch
         for path, source in self.sources.items():
             self.model.get_submodule(path).__class__ = source
@@ -195,19 +202,8 @@ class Handle:
         return self.model
 
     def save(self, directory: Path) -> None:
-        """Writes madtp.json, whole or not at all, beside the weights, which must be there."""
-        state = {
-            "version": STATE_VERSION,
-            "config": self.config.to_dict(),
-            "temperatures": self.temperatures,
-            "sparse24": {
-                name: follower_of(self.model, name)._asdict()
-                for name, module in self.model.named_modules()
-                if isinstance(module, Sparse24Linear)
-            },
-            "weights_sha256": weights_sha256(directory / WEIGHTS_FILE),
-        }
-        write_whole(directory / STATE_FILE, json.dumps(state, indent=2) + "\n")
+        """Writes madtp.json beside the weights, which must be there."""
+        write_state(directory, self.config, self.temperatures, epilogues_of(self.model))
 
 
 def patch(
@@ -238,11 +234,11 @@ def patch(
             transformers is too old. The model is as it was.
     """
     check_transformers()
-    if hasattr(model, "madtp_handle"):
+    if find_handle(model) is not None:
         raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
     family = family or family_of(model)
     if family is None:
-        known = ", ".join(family.source.__name__ for family in FAMILIES)
+        known = ", ".join(family.source.__name__ for family in FAMILIES if family.source is not None)
         raise TypeError(f"model must be one of {known}, or come with a family=, got {type(model).__name__}")
     if keep_rate is None:
         if calibration is not None:
@@ -261,5 +257,5 @@ def patch(
 def _check_capacity(capacity: str, config: CompressionConfig) -> None:
     if capacity not in ("exact", "upper_bound"):
         raise ValueError(f'capacity must be "exact" or "upper_bound", got {capacity!r}')
-    if capacity != "exact" and config.selection != "instance":
+    if capacity != "exact" and config.selection != METHOD:
         raise ValueError(f'capacity must be "exact" with selection {config.selection!r}, got {capacity!r}')

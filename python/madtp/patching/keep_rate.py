@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from madtp.dtp.ragged import Packed
+from madtp.dtp.ragged import RaggedBatch
 from madtp.inference import evaluating
 from madtp.search import find_root
 
@@ -48,7 +48,8 @@ def kept_shares(handle: Handle, batches: Sequence[Mapping[str, Any]]) -> dict[st
     Of all samples together; neither summary tokens nor merged ones count. What the blocks cost falls with it, where the
     share after the last block alone says little of that. In eval mode, without gradients.
     """
-    entered, left = Counter(), Counter()
+    entered: Counter[str] = Counter()
+    left: defaultdict[str, float] = defaultdict(float)
     with evaluating(handle.model), handle.inference():
         for batch in batches:
             for branch in handle.pruning.values():
@@ -56,10 +57,10 @@ def kept_shares(handle: Handle, batches: Sequence[Mapping[str, Any]]) -> dict[st
             handle.model(**batch)
             for name, branch in handle.pruning.items():
                 if branch.entered is not None:
-                    summaries = _summaries(branch.entered)
-                    entered[name] += branch.entered.tokens() - summaries
+                    summary_tokens = _count_summary_tokens(branch.entered)
+                    entered[name] += branch.entered.count_rows() - summary_tokens
                     kept = [sum(part.numel() for part in layer.kept_positions()) for layer in branch.layers]
-                    left[name] += sum(kept) / len(kept) - summaries
+                    left[name] += sum(kept) / len(kept) - summary_tokens
     for name in handle.pruning:
         if not entered[name]:
             raise ValueError(f"calibration must have tokens to prune in branch {name}, got none")
@@ -112,7 +113,7 @@ def find_temperatures(
         raise
 
 
-def _summaries(packed: Packed) -> int:
-    """How many summary tokens a batch has."""
-    lengths, index = packed.cu_seqlens.diff(), packed.summary_index
+def _count_summary_tokens(batch: RaggedBatch) -> int:
+    """Over all sequences of a batch."""
+    lengths, index = batch.cu_seqlens.diff(), batch.summary_index
     return int(((lengths > 0) if index is None else (lengths > 0) & (index >= 0)).sum())

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from madtp.config import CompressionConfig
-from madtp.hwp.packing import Follower, replace_linear
-from madtp.models.family import Family
+from madtp.files import file_sha256
+from madtp.hwp.packing import replace_linear
 from madtp.models.registry import FAMILIES
 from madtp.models.versions import check_transformers
 from madtp.patching.handle import patch
-from madtp.patching.state import STATE_FILE, STATE_VERSION, WEIGHTS_FILE, ModelError, weights_sha256
+from madtp.patching.state import (
+    STATE_FILE,
+    WEIGHTS_FILE,
+    ModelError,
+    State,
+    not_a_model,
+    read_json,
+    read_state,
+    unreadable,
+)
 
 
 def from_pretrained(directory: str | os.PathLike) -> nn.Module:
@@ -29,41 +37,37 @@ def from_pretrained(directory: str | os.PathLike) -> nn.Module:
     """
     check_transformers()
     directory = Path(directory)
+    state = read_state(directory)
+    return _load(directory, _model_class(directory), state)
+
+
+def _model_class(directory: Path) -> Any:
     try:
-        state = json.loads((directory / STATE_FILE).read_text())
-        kind = json.loads((directory / "config.json").read_text())["architectures"][0]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ModelError(f"{directory} is not a compressed model ({error}); make one with: madtp demo") from error
-    version = state.get("version") if isinstance(state, dict) else None
-    if version != STATE_VERSION:
-        newer = isinstance(version, int) and version > STATE_VERSION
-        remedy = "install a newer madtp" if newer else "save the model again"
-        raise ModelError(f"{directory / STATE_FILE} must be of version {STATE_VERSION}, got {version}: {remedy}")
-    family = next((family for family in FAMILIES if family.source.__name__ == kind), None)
-    if family is None:
-        raise ModelError(f"{directory} must hold one of {[f.source.__name__ for f in FAMILIES]}, got {kind}")
-    return _load(directory, family, state)
+        kind = read_json(directory, "config.json")["architectures"][0]
+    except (KeyError, TypeError, IndexError) as error:
+        raise not_a_model(directory, error) from error
+    by_name = {family.source.__name__: family.source for family in FAMILIES if family.source is not None}
+    if kind not in by_name:
+        raise ModelError(f"{directory} must hold one of {list(by_name)}, got {kind}")
+    return by_name[kind]
 
 
-def _load(directory: Path, family: Family, state: dict) -> nn.Module:
+def _load(directory: Path, kind: Any, state: State) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        model = family.source(family.source.config_class.from_pretrained(directory))
-        handle = patch(model, CompressionConfig.from_dict(state["config"]))
-        handle.set_temperature(state["temperatures"])
-        if weights_sha256(directory / WEIGHTS_FILE) != state["weights_sha256"]:
+        model = kind(kind.config_class.from_pretrained(directory))
+        patch(model, state.config).set_temperature(state.temperatures)
+        if file_sha256(directory / WEIGHTS_FILE) != state.weights_sha256:
             raise ValueError(f"{WEIGHTS_FILE} is not as it was written: its checksum does not match {STATE_FILE}")
         weights = load_file(directory / WEIGHTS_FILE)
-        for name, follower in state["sparse24"].items():
-            replace_linear(model, name, None, Follower(**follower))
+        layers = {name: replace_linear(model, name, None, epilogue) for name, epilogue in state.sparse24.items()}
         missing, unexpected = model.load_state_dict(weights, strict=False)
-        for name in state["sparse24"]:
-            model.get_submodule(name).sparse_weight.check_indices(f"{name}.indices")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{directory} cannot be read ({reason}); save the model again") from error
+        for name, layer in layers.items():
+            layer.sparse_weight.check_indices(f"{name}.indices")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise unreadable(directory, error) from error
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     wrong = sorted({*missing, *unexpected} - tied)
     if wrong:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
-from madtp.files import write_whole
+from madtp.files import atomic_write
 from madtp.reporting.page import page
 from madtp.reporting.rows import COLUMNS, layer_times, percent, rows
+from madtp.reporting.tables import number_table
 
 
 def table(report: dict) -> Table:
     """The table for a rich console."""
-    result = Table(*COLUMNS)
-    for column in result.columns[1:]:
-        column.justify = "right"
-    for section in rows(report):
-        for row in section:
-            result.add_row(*row)
-        result.add_section()
-    return result
+    return number_table(COLUMNS, rows(report))
 
 
 def markdown(report: dict, *, command: str, picture: str | None = None) -> str:
@@ -31,31 +26,17 @@ def markdown(report: dict, *, command: str, picture: str | None = None) -> str:
         command: that made the report.
         picture: path of the picture of the kept tokens, relative to the text.
     """
-    plan, config = report["plan"], report["config"]
-    asked = f"{percent(plan['flops_reduction'])} fewer counted GMACs"
-    if plan["latency_reduction"] is not None:
-        asked = f"{percent(plan['latency_reduction'])} less time per sample, planned as {asked}"
-    lines = [_line(COLUMNS), "|---|---:|---:|---:|"]
-    lines += [_line(row) for section in rows(report) for row in section]
-    temperatures = ", ".join(f"{branch} {tau:.3g}" for branch, tau in plan["temperatures"].items())
-    versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
-    text = ["# Dense against compressed", "\n".join(lines)]
+    compared = _markdown_table(COLUMNS, [row for section in rows(report) for row in section])
+    text = ["# Dense against compressed", compared]
     text.append(
         "GMACs and tokens are per sample. Dense GMACs: all tokens, all weights. Counted: tokens as kept, 2:4 linears "
         "at half. Executed: half only where a sparse kernel ran. Tokens are those after each layer, merged ones "
         "included."
     )
-    times = [_line(("ms per sample", *COLUMNS[1:])), "|---|---:|---:|---:|", *map(_line, layer_times(report))]
-    text.append("## Time of each layer\n\n" + "\n".join(times))
+    text.append("## Time of each layer\n\n" + _markdown_table(("ms per sample", *COLUMNS[1:]), layer_times(report)))
     if picture:
         text.append(f"![Tokens kept at each depth]({picture})")
-    text.append(
-        f"- command: `{command}`\n- seed: {config['seed']}\n"
-        f"- asked for: {asked}\n"
-        f"- pattern: {config['pattern']} in {len(plan['sparse_modules'])} linears, "
-        f"which keeps {percent(plan['magnitude_kept'])} of their magnitude\n"
-        f"- temperatures: {temperatures}\n- versions: {versions}"
-    )
+    text.append(_how(report, command))
     return "\n\n".join(text) + "\n"
 
 
@@ -63,10 +44,32 @@ def write(report: dict, directory: str | Path, *, command: str, picture: str | N
     """Writes report.json, report.md and report.html, the last with the picture in it."""
     directory = Path(directory)
     drawn = page(report, command=command, picture=None if picture is None else directory / picture)
-    write_whole(directory / "report.json", json.dumps(report, indent=2) + "\n")
-    write_whole(directory / "report.md", markdown(report, command=command, picture=picture))
-    write_whole(directory / "report.html", drawn)
+    atomic_write(directory / "report.json", json.dumps(report, indent=2) + "\n")
+    atomic_write(directory / "report.md", markdown(report, command=command, picture=picture))
+    atomic_write(directory / "report.html", drawn)
 
 
-def _line(cells: tuple[str, ...]) -> str:
+def _how(report: dict, command: str) -> str:
+    """A list of what was asked for and what was done."""
+    plan, config = report["plan"], report["config"]
+    asked = f"{percent(plan['macs_reduction'])} fewer counted GMACs"
+    if plan["latency_reduction"] is not None:
+        asked = f"{percent(plan['latency_reduction'])} less time per sample, planned as {asked}"
+    temperatures = ", ".join(f"{branch} {tau:.3g}" for branch, tau in plan["temperatures"].items())
+    versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
+    return (
+        f"- command: `{command}`\n- seed: {config['seed']}\n"
+        f"- asked for: {asked}\n"
+        f"- pattern: {config['pattern']} in {len(plan['sparse_modules'])} linears, "
+        f"which keeps {percent(plan['magnitude_kept'])} of their magnitude\n"
+        f"- temperatures: {temperatures}\n- versions: {versions}"
+    )
+
+
+def _markdown_table(columns: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [_line(columns), f"|---{'|---:' * (len(columns) - 1)}|", *map(_line, body)]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"

@@ -1,74 +1,86 @@
-"""A picture of the tokens a compressed model keeps: images in rows, depth in columns, pruned patches dark."""
+"""Pictures of the tokens a compressed model keeps: depth in columns, pruned patches dark, pruned words grey."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from madtp.data.easy_vqa import EasyVqa
+from madtp.data.model_inputs import forward_inputs, reads_text, tower_config
+from madtp.handles import find_handle, handle_of
 from madtp.inference import evaluating
-from madtp.tasks.vqa import VqaTask
 
 CELL = 1.15  # inches of one image
 CAPTION = 2.6  # inches
 SHADE = torch.tensor([38, 42, 51])  # what pruned patches fade to
-LINE_LETTERS = 26  # of the question, at most, on one line
+LINE_LETTERS = 26  # of a text, at most, on one line
 KEPT, GONE, RIGHT, WRONG = "#1b1f27", "#b9bec9", "#1a7f37", "#c62828"
 
+Words = list[tuple[str, bool]]  # each with whether the text tower still has it after its last layer
 
-def picture(model: nn.Module, task: VqaTask, data: EasyVqa, path: str | Path, *, images: int = 8) -> Path:
-    """Draws `images` images spread over the data, each with one question, and writes a PNG to `path`.
 
-    Words grey in a question are those its encoder pruned by its last layer.
+class View(NamedTuple):
+    """What a forward of one sample left.
+
+    patches: per image, at the input and after each layer, the numbers of the patches, row by row. alignment: of the
+    first image, per layer, (side * side,) how well each patch that enters fits the alignment token it fits best, NaN
+    where none enters. words: of the text, empty for models that prune none. patch_size: in pixels.
+    """
+
+    patches: list[list[Tensor]]
+    alignment: list[Tensor]
+    words: Words
+    patch_size: int
+
+
+def picture(model: PreTrainedModel, task, data, path: str | Path, *, rows: int = 8) -> Path:
+    """Draws the images of `rows` samples spread over the data, each with what the model says, and writes a PNG.
 
     Args:
         model: compressed, as `madtp.from_pretrained` gives it.
+        task, data: of `madtp.tasks` and `madtp.data`, those of the model.
+        path: of the PNG.
 
     Raises:
-        TypeError: the model is not compressed. ValueError: `images` is not a number of images in the data.
+        TypeError: the model is not compressed. ValueError: `rows` is not a number of images in the data.
     """
-    if not hasattr(model, "madtp_handle"):
+    if find_handle(model) is None:
         raise TypeError(f"model must be a compressed one, got a plain {type(model).__name__}")
-    chosen = _spread(data, images)
-    batch = task.collate([data[i] for i in chosen])
+    items = [data[i] for i in _examples(data, rows)]
     with evaluating(model):
-        answers = [task.answers[i] for i in task.predict(model, batch).tolist()]
-    selections = model.madtp_handle.selections
-    vision = model.config.vision_config
-
-    depths = len(selections["vision"])
-    figure = Figure(figsize=(CAPTION + CELL * (depths + 1), CELL * (images + 0.4)), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(
-        images, depths + 2, width_ratios=[CAPTION / CELL, *[1] * (depths + 1)],
-        left=0.01, right=0.99, bottom=0.03, top=1 - 0.3 / (images + 0.4), wspace=0.08, hspace=0.22,
-    )  # fmt: skip
-    for row, index in enumerate(chosen):
-        _, truth, image = data.questions[index]
-        _caption(
-            figure.add_subplot(grid[row, 0]), _words(task, batch, selections["text"][-1][row], row), answers[row], truth
-        )
-        kept = [torch.arange(1 + (vision.image_size // vision.patch_size) ** 2)]
-        kept += [layer[batch["image_index"][row]] for layer in selections["vision"]]
-        for depth, positions in enumerate(kept):
-            axes = _bare(figure.add_subplot(grid[row, depth + 1]), f"{int((positions > 0).sum())} patches")
-            axes.imshow(_dimmed(data.images[image], positions - 1, vision.patch_size).numpy())
-            if row == 0:
-                axes.set_title(f"after layer {depth}" if depth else "input", fontsize=9, color=KEPT)
-    figure.savefig(path, format="png")
-    return Path(path)
+        predictions = task.predictions(model, items)
+    views = [look(model, _inputs(task, item), task.tokenizer) for item in items]
+    depths = len(views[0].patches[0])
+    images = sum(len(view.patches) for view in views)
+    figure, grid = _sheet(images, depths, caption=CAPTION)
+    row = 0
+    for item, view, (said, wanted) in zip(items, views, predictions, strict=True):
+        _caption(figure.add_subplot(grid[row, 0]), view.words, said, wanted)
+        pixels = _unnormalised(item["pixel_values"], data.mean, data.std)
+        for image, patches in zip(pixels.view(-1, *pixels.shape[-3:]), view.patches, strict=True):
+            _draw_depths(figure, grid, row, 1, image, patches, view.patch_size)
+            row += 1
+    return _saved(figure, path)
 
 
 def depths(
-    model: nn.Module, image: Image.Image, path: str | Path, *, image_processor, tokenizer=None, text: str | None = None
+    model: PreTrainedModel,
+    image: Image.Image,
+    path: str | Path,
+    *,
+    image_processor,
+    tokenizer=None,
+    text: str | None = None,
 ) -> Path:
     """Draws one image of the user with the patches left after each layer and, below, how well the patches that enter a
     layer fit the alignment token they fit best; writes a PNG to `path`.
@@ -81,57 +93,165 @@ def depths(
     Raises:
         TypeError: the model is not patched, or has no vision tower. ValueError: it reads text, and none is given.
     """
-    handle = getattr(model, "madtp_handle", None)
+    handle = find_handle(model)
     if handle is None or "vision" not in handle.pruning:
         raise TypeError(f"model must be a compressed one with a vision tower, got {type(model).__name__}")
-    inputs = {"pixel_values": image_processor(image, return_tensors="pt")["pixel_values"]}
-    reads = "input_ids" in inspect.signature(model.forward).parameters
-    if reads and (text is None or tokenizer is None):
+    if reads_text(model) and (text is None or tokenizer is None):
         raise ValueError(f"text must be given for a {type(model).__name__}, got none")
-    if reads:
-        inputs |= {
-            name: value for name, value in tokenizer(text, return_tensors="pt").items() if name != "token_type_ids"
-        }
-    if reads and "labels" in inspect.signature(model.forward).parameters and not hasattr(model, "classifier"):
-        inputs["labels"] = inputs["input_ids"]  # what a decoder is asked to say does not matter here
-    if handle.family.images_per_text > 1:
-        inputs["pixel_values"] = inputs["pixel_values"][:, None].repeat(1, handle.family.images_per_text, 1, 1, 1)
-    fits: list[Tensor] = []  # per layer, (T,)
-    logits = model.madtp_guide.logits["vision"].register_forward_hook(lambda *a: fits.append(a[-1].amax(dim=1).relu()))
-    try:
-        with evaluating(model):
-            model(**inputs)
-    finally:
-        logits.remove()
-
-    branch, vision = handle.pruning["vision"], model.get_submodule(handle.family.path("vision")).config
-    side, size = vision.image_size // vision.patch_size, vision.patch_size
-    first = branch.entered.max_seqlen - side * side  # position of the first patch: after the class token, if any
-    states = [branch.entered, *branch.layers]
-    pixels = _pixels(image, side * size)
-    figure = Figure(figsize=(CELL * len(states), CELL * 2.6), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, len(states), left=0.01, right=0.99, bottom=0.05, top=0.8, wspace=0.06, hspace=0.2)
-    for depth, state in enumerate(states):
-        kept = state.kept_positions()[0] - first
-        axes = _bare(figure.add_subplot(grid[0, depth]), f"{int((kept >= 0).sum())} patches")
-        axes.imshow(_dimmed(pixels, kept, size).numpy())
-        axes.set_title(f"after layer {depth}" if depth else "input", fontsize=9, color=KEPT)
-        if depth < len(fits):
-            positions, own = state.origin[: state.cu_seqlens[1]] - first, fits[depth][: state.cu_seqlens[1]]
-            patches = (positions >= 0) & (state.origin[: state.cu_seqlens[1]] >= 0)
-            alignment = torch.full((side * side,), float("nan")).index_copy(0, positions[patches], own[patches].float())
-            axes = _bare(figure.add_subplot(grid[1, depth]), f"alignment, layer {depth + 1}")
-            axes.imshow(alignment.view(side, side).numpy(), cmap="viridis")
-    if reads and "text" in handle.pruning:
-        left = handle.selections["text"][-1][0].tolist()
-        tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
-        line = [_word(word, place in left) for place, word in enumerate(tokens)]
+    pixels = image_processor(image, return_tensors="pt")["pixel_values"]
+    words = tokenizer(text, return_tensors="pt") if reads_text(model) else None
+    view = look(model, forward_inputs(model, pixels, words), tokenizer)
+    side = pixels.shape[-1] // view.patch_size
+    figure, grid = _sheet(2, len(view.patches[0]), top=0.8)
+    _draw_depths(figure, grid, 0, 0, _resized(image, side * view.patch_size), view.patches[0], view.patch_size)
+    for layer, alignment in enumerate(view.alignment):
+        axes = _bare(figure.add_subplot(grid[1, layer]), f"alignment, layer {layer + 1}")
+        axes.imshow(alignment.view(side, side).numpy(), cmap="viridis")
+    if view.words:
         axes = figure.add_axes((0.01, 0.88, 0.98, 0.1))
         axes.axis("off")
-        axes.add_artist(_anchored(HPacker(children=line, pad=0, sep=3.5, align="baseline"), "center left"))
-    figure.savefig(path, format="png")
-    return Path(path)
+        axes.add_artist(_anchored(_line(view.words)))
+    return _saved(figure, path)
+
+
+def look(model: PreTrainedModel, inputs: Mapping[str, Tensor], tokenizer=None) -> View:
+    """Runs one sample through a patched model and reads what is left where.
+
+    Args:
+        inputs: keyword arguments of a forward, of one sample.
+        tokenizer: that turns its ids back into words; only for models that prune text.
+    """
+    handle = handle_of(model)
+    fits: list[Tensor] = []  # per layer, (T,)
+    hook = handle.guide.logits["vision"].register_forward_hook(lambda *a: fits.append(a[-1].amax(dim=1).relu()))
+    try:
+        with evaluating(model):
+            model(**{name: value.to(model.device) for name, value in inputs.items()})
+    finally:
+        hook.remove()
+    branch, size = handle.pruning["vision"], tower_config(model, "vision").patch_size
+    assert branch.entered is not None, "a forward has run"
+    patches = (inputs["pixel_values"].shape[-1] // size) ** 2
+    first = branch.entered.max_seqlen - patches  # position of the first patch: after the class token, if any
+    states = [branch.entered, *branch.layers]
+    kept = [[positions.cpu() - first for positions in state.kept_positions()] for state in states]
+    return View(
+        patches=[list(of_image) for of_image in zip(*kept, strict=True)],
+        alignment=[_alignment(state, fit, first, patches) for state, fit in zip(states, fits, strict=False)],
+        words=_words(tokenizer, inputs["input_ids"][0], handle.selections["text"][-1][0])
+        if "text" in handle.pruning and "input_ids" in inputs
+        else [],
+        patch_size=size,
+    )
+
+
+def _alignment(state, fit: Tensor, first: int, patches: int) -> Tensor:
+    """(patches,): what `fit` (T,) says of the patches of the first sequence that enters a layer, NaN elsewhere."""
+    end = int(state.cu_seqlens[1])
+    origin = state.origin[:end].cpu()
+    positions = origin - first
+    real = (positions >= 0) & (origin >= 0)
+    return torch.full((patches,), float("nan")).index_copy(0, positions[real].long(), fit[:end].cpu()[real].float())
+
+
+def _examples(data, rows: int) -> list[int]:
+    """The numbers of samples spread over the data, of different images where the data know how to choose them."""
+    if hasattr(data, "examples"):
+        return data.examples(rows)
+    if not 1 <= rows <= len(data):
+        raise ValueError(f"rows must be from 1 to the {len(data)} samples in the data, got {rows}")
+    return [i * len(data) // rows for i in range(rows)]
+
+
+def _inputs(task, item: dict) -> dict[str, Tensor]:
+    batch = task.collate([item])
+    batch.pop("image_index", None)  # there is one image
+    return batch
+
+
+def _unnormalised(pixels: Tensor, mean, std) -> Tensor:
+    """(..., 3, H, W) float -> uint8."""
+    mean, std = (torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1) for value in (mean, std))
+    return (255 * (pixels.float() * std + mean)).round().clamp(0, 255).to(torch.uint8)
+
+
+def _resized(image: Image.Image, side: int) -> Tensor:
+    """(3, side, side) uint8"""
+    resized = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def _dimmed(image: Tensor, patches: Tensor, size: int) -> Tensor:
+    """(3, H, W) uint8 -> (H, W, 3) uint8 with every patch that is not in `patches` (numbers, row by row) shaded."""
+    height, width = (side // size for side in image.shape[-2:])
+    kept = torch.zeros(height * width)
+    kept[patches[patches >= 0]] = 1
+    weight = kept.view(height, width).repeat_interleave(size, 0).repeat_interleave(size, 1)[..., None]
+    weight = 0.18 + 0.82 * weight
+    shown = image[:, : height * size, : width * size].permute(1, 2, 0)
+    return (shown * weight + SHADE * (1 - weight)).round().to(torch.uint8)
+
+
+def _words(tokenizer, ids: Tensor, left: Tensor) -> Words:
+    """The words of a text (L,) and whether their positions are among those left."""
+    places, tokens = left.tolist(), tokenizer.convert_ids_to_tokens(ids.tolist())
+    special = set(tokenizer.all_special_ids)
+    return [(word, place in places) for place, word in enumerate(tokens) if int(ids[place]) not in special]
+
+
+def _sheet(rows: int, depths: int, *, caption: float = 0.0, top: float | None = None) -> tuple[Figure, Any]:
+    """A figure, and its grid: a column for each depth, after a wider one where there are captions (inches)."""
+    height = rows + (0.6 if top is not None else 0.4)
+    figure = Figure(figsize=(caption + CELL * depths, CELL * height), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    widths = [caption / CELL] * bool(caption) + [1] * depths
+    grid = figure.add_gridspec(
+        rows, len(widths), width_ratios=widths,
+        left=0.01, right=0.99, bottom=0.22 / height, top=top or 1 - 0.3 / height, wspace=0.08, hspace=0.22,
+    )  # fmt: skip
+    return figure, grid
+
+
+def _draw_depths(figure: Figure, grid, row: int, column: int, image: Tensor, kept: Sequence[Tensor], size: int) -> None:
+    """One row: the image (3, H, W) uint8 with the patches left at the input and after each layer."""
+    for depth, patches in enumerate(kept):
+        axes = _bare(figure.add_subplot(grid[row, column + depth]), f"{int((patches >= 0).sum())} patches")
+        axes.imshow(_dimmed(image, patches, size).numpy())
+        if row == 0:
+            axes.set_title(f"after layer {depth}" if depth else "input", fontsize=9, color=KEPT)
+
+
+def _caption(axes, words: Words, said: str, wanted: str) -> None:
+    """The text, and below it what the model said, green where that is right."""
+    axes.axis("off")
+    verdict = said if said == wanted else f"{said}, should be {wanted}"
+    color = RIGHT if said == wanted else WRONG
+    lines: list[Any] = [_line(line) for line in _wrapped(words)]
+    for line in _wrapped([(word, True) for word in verdict.split()]):
+        text = " ".join(word for word, _ in line)
+        lines.append(TextArea(text, textprops={"fontsize": 9, "weight": "bold", "color": color}))
+    if lines:  # a text of unknown words has none
+        axes.add_artist(_anchored(VPacker(children=lines, pad=0, sep=4, align="left")))
+
+
+def _wrapped(words: Words) -> list[Words]:
+    """Lines of `LINE_LETTERS` letters at most, but for longer words."""
+    lines: list[Words] = []
+    letters = LINE_LETTERS
+    for word, kept in words:
+        letters += len(word) + 1
+        if letters > LINE_LETTERS:
+            lines.append([])
+            letters = len(word) + 1
+        lines[-1].append((word, kept))
+    return lines
+
+
+def _line(words: Words) -> HPacker:
+    texts: list[Artist] = [
+        TextArea(word, textprops={"fontsize": 9, "color": KEPT if kept else GONE}) for word, kept in words
+    ]
+    return HPacker(children=texts, pad=0, sep=3.5, align="baseline")
 
 
 def _bare(axes, label: str):
@@ -143,65 +263,10 @@ def _bare(axes, label: str):
     return axes
 
 
-def _pixels(image: Image.Image, side: int) -> Tensor:
-    """(3, side, side) uint8"""
-    resized = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+def _anchored(box) -> AnchoredOffsetbox:
+    return AnchoredOffsetbox("center left", child=box, frameon=False, pad=0, borderpad=0.2)
 
 
-def _spread(data: EasyVqa, images: int) -> list[int]:
-    """The numbers of questions about as many images, open questions and yes-or-no ones in turn where there are both."""
-    by_image: dict[int, list[int]] = {}
-    for index, (_, _, image) in enumerate(data.questions):
-        by_image.setdefault(image, []).append(index)
-    if not 1 <= images <= len(by_image):
-        raise ValueError(f"images must be from 1 to the {len(by_image)} in the data, got {images}")
-    chosen = []
-    for row in range(images):
-        questions = list(by_image.values())[row * len(by_image) // images]
-        wanted = [i for i in questions if (data.questions[i][1] in ("yes", "no")) == bool(row % 2)]
-        chosen.append((wanted or questions)[row % len(wanted or questions)])
-    return chosen
-
-
-def _dimmed(image: Tensor, patches: Tensor, size: int) -> Tensor:
-    """(3, H, W) uint8 -> (H, W, 3) uint8 with every patch that is not in `patches` (numbers, row by row) shaded."""
-    height, width = (side // size for side in image.shape[-2:])
-    kept = torch.zeros(height * width)
-    kept[patches[patches >= 0]] = 1
-    weight = kept.view(height, width).repeat_interleave(size, 0).repeat_interleave(size, 1)[..., None]
-    weight = 0.18 + 0.82 * weight
-    return (image.permute(1, 2, 0) * weight + SHADE * (1 - weight)).round().to(torch.uint8)
-
-
-def _words(task: VqaTask, batch: dict[str, Tensor], kept: Tensor, row: int) -> list[tuple[str, bool]]:
-    """The words of a question and whether the text encoder still has them."""
-    tokenizer = task.tokenizer
-    ids = batch["input_ids"][row].tolist()
-    words = zip(range(len(ids)), ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
-    return [(word, place in kept.tolist()) for place, token, word in words if token not in tokenizer.all_special_ids]
-
-
-def _caption(axes, words: list[tuple[str, bool]], answer: str, truth: str) -> None:
-    axes.axis("off")
-    lines, letters = [[]], 0
-    for word, kept in words:
-        letters += len(word) + 1
-        if letters > LINE_LETTERS and lines[-1]:
-            lines.append([])
-            letters = len(word) + 1
-        lines[-1].append(_word(word, kept))
-    packed = [HPacker(children=line, pad=0, sep=3.5, align="baseline") for line in lines]
-    right = answer == truth
-    verdict = answer if right else f"{answer}, should be {truth}"
-    packed.append(TextArea(verdict, textprops={"fontsize": 9, "weight": "bold", "color": RIGHT if right else WRONG}))
-    box = VPacker(children=packed, pad=0, sep=4, align="left")
-    axes.add_artist(_anchored(box, "center left"))
-
-
-def _word(word: str, kept: bool) -> TextArea:
-    return TextArea(word, textprops={"fontsize": 9, "color": KEPT if kept else GONE})
-
-
-def _anchored(box, place: str) -> AnchoredOffsetbox:
-    return AnchoredOffsetbox(place, child=box, frameon=False, pad=0, borderpad=0.2)
+def _saved(figure: Figure, path: str | Path) -> Path:
+    figure.savefig(path, format="png")
+    return Path(path)

@@ -8,15 +8,30 @@ from torch.utils.data import Dataset
 
 from madtp.tasks.task import Task
 
-PAIRS_BATCH = 64  # samples that run at a time
+BATCH_SIZE = 64  # samples that run at a time
 
 
-def pairs(task: Task, data: Dataset, count: int, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:
+def sample_count(data: Dataset) -> int:
+    """Of a data set with a length, which torch does not declare."""
+    return len(data)  # type: ignore[arg-type]
+
+
+def require_samples(**data: Dataset | None) -> None:
+    """Raises ValueError, with its name, for a data set that is given and empty."""
+    for name, samples in data.items():
+        if samples is not None and not sample_count(samples):
+            raise ValueError(f"{name} must hold samples, got none")
+
+
+def sample_batches(
+    task: Task, data: Dataset, count: int, device: torch.device | str = "cpu"
+) -> list[dict[str, Tensor]]:
     """Batches of `count` items spread over the data (all, if fewer), every sample with its own copy of its image."""
-    chosen = [int(i * max(1.0, len(data) / count)) for i in range(min(count, len(data)))]
+    total = sample_count(data)
+    chosen = [int(i * max(1.0, total / count)) for i in range(min(count, total))]
     batches = []
-    for start in range(0, len(chosen), PAIRS_BATCH):
-        batch = task.collate([data[i] for i in chosen[start : start + PAIRS_BATCH]])
+    for start in range(0, len(chosen), BATCH_SIZE):
+        batch = task.collate([data[i] for i in chosen[start : start + BATCH_SIZE]])
         index = batch.pop("image_index", None)
         if index is not None:
             batch["pixel_values"] = batch["pixel_values"][index]

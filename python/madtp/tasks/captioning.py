@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -53,17 +55,25 @@ class CaptioningTask(Processed):
         progress wraps the batches, for a bar.
         """
         _scorers()  # refuses before the work, not after
-        device = next(model.parameters()).device
         said, references = [], []
         with evaluating(model):
             for items in progress(DataLoader(data, batch_size=batch_size, collate_fn=list)):
-                pixels = default_collate([item["pixel_values"] for item in items]).to(device)
-                tokens = model.generate(
-                    pixel_values=pixels, num_beams=self.beams, do_sample=False, max_new_tokens=self.max_new_tokens
-                )
-                said += self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                said += self._captions(model, items)
                 references += [item["references"] for item in items]
         return caption_scores(said, references)
+
+    def predictions(self, model: nn.Module, items: list[dict]) -> list[tuple[str, str]]:
+        """For each item the caption of a model in eval mode, and the first reference."""
+        captions = self._captions(model, items)
+        return [(said, item["references"][0]) for said, item in zip(captions, items, strict=True)]
+
+    @torch.no_grad()
+    def _captions(self, model: Any, items: list[dict]) -> list[str]:
+        pixels = default_collate([item["pixel_values"] for item in items]).to(next(model.parameters()).device)
+        tokens = model.generate(
+            pixel_values=pixels, num_beams=self.beams, do_sample=False, max_new_tokens=self.max_new_tokens
+        )
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def caption_scores(said: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from madtp.inference import evaluating
+from madtp.tasks.batches import sample_count
 from madtp.tasks.processors import Processed
 
 
@@ -47,4 +49,13 @@ class NlvrTask(Processed):
             for batch in progress(DataLoader(data, batch_size=batch_size, collate_fn=self.collate)):
                 batch = {name: value.to(device) for name, value in batch.items()}
                 correct += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
-        return {"accuracy": correct / max(1, len(data))}
+        return {"accuracy": correct / max(1, sample_count(data))}
+
+    @torch.no_grad()
+    def predictions(self, model: nn.Module, items: list[dict]) -> list[tuple[str, str]]:
+        """For each item "true" or "false" as a model in eval mode says it, and as it is."""
+        device = next(model.parameters()).device
+        batch = {name: value.to(device) for name, value in self.collate(items).items()}
+        said = model(**batch).logits.argmax(-1)
+        names = ("false", "true")
+        return [(names[a], names[b]) for a, b in zip(said.tolist(), batch["labels"].tolist(), strict=True)]

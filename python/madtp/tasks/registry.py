@@ -1,47 +1,101 @@
-"""The tasks by name, with the models, data sets and annotation files that belong to each: what a command line needs."""
+"""The tasks by name, with the models, data sets and annotation files that belong to each: what a command line needs.
+
+A new task is a row of `TASKS`.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import transformers as hf
-from torch import nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
-from madtp.data.annotations import CaptionAnnotations, NlvrAnnotations, RetrievalAnnotations, VqaAnnotations
+from madtp.data.annotations import (
+    MAX_LENGTH,
+    Annotations,
+    CaptionAnnotations,
+    NlvrAnnotations,
+    RetrievalAnnotations,
+    VqaAnnotations,
+)
 from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
 from madtp.data.emoji import EmojiCaptions, EmojiPairs, EmojiRetrieval
 from madtp.data.errors import DataError
-from madtp.models import BlipForNLVR
+from madtp.models.blip_nlvr import BlipForNLVR
 from madtp.tasks.captioning import CaptioningTask
+from madtp.tasks.loading import (
+    architecture,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+    names_of,
+    no_image_processor,
+)
 from madtp.tasks.nlvr import NlvrTask
 from madtp.tasks.retrieval import RetrievalTask
 from madtp.tasks.task import Task
 from madtp.tasks.vqa import VqaTask
 
-QUESTIONS = 4  # of an easy-vqa image in a training batch; they share its encoding
+
+class NamedData(NamedTuple):
+    """A data set that is fetched or drawn.
+
+    read: (split, tokenizer, size of the images in pixels, limit) -> single samples. train: what the samples of the
+    training split are trained on as.
+    """
+
+    read: Callable[[str, Any, int, int | None], Dataset]
+    train: Callable[[Any], Dataset] = lambda samples: samples
 
 
-class Known(NamedTuple):
-    models: tuple[type[nn.Module], ...]
-    task: type
-    data: dict[str, type]  # what --data can name -> data set
-    annotations: type
+def _easy_vqa(split: str, tokenizer, size: int, limit: int | None) -> EasyVqa:
+    return EasyVqa(split, tokenizer, limit=limit)  # its images have one size
+
+
+def _emoji(kind: type) -> NamedData:
+    return NamedData(lambda split, tokenizer, size, limit: kind(split, tokenizer, size, limit=limit))
+
+
+class TaskEntry(NamedTuple):
+    """What belongs to a task.
+
+    models: the Hugging Face classes it is for. make: (tokenizer, image processor or None, the data it is judged on) ->
+    the task. data: by name; the first is the default. annotations: the reader of the user's files.
+    """
+
+    models: tuple[type[PreTrainedModel], ...]
+    make: Callable[[Any, Any, Any], Task]
+    data: dict[str, NamedData]
+    annotations: type[Annotations]
 
 
 TASKS = {
-    "vqa": Known((hf.BlipForQuestionAnswering,), VqaTask, {"easy-vqa": EasyVqa}, VqaAnnotations),
-    "retrieval": Known(
-        (hf.VisionTextDualEncoderModel, hf.CLIPModel, hf.SiglipModel),
-        RetrievalTask,
-        {"emoji": EmojiRetrieval},
-        RetrievalAnnotations,
+    "vqa": TaskEntry(
+        models=(hf.BlipForQuestionAnswering,),
+        make=lambda tokenizer, images, data: VqaTask(tokenizer, data.answers, image_processor=images),
+        data={"easy-vqa": NamedData(_easy_vqa, ImagesWithQuestions)},
+        annotations=VqaAnnotations,
     ),
-    "nlvr": Known((BlipForNLVR,), NlvrTask, {"emoji": EmojiPairs}, NlvrAnnotations),
-    "captioning": Known(
-        (hf.BlipForConditionalGeneration,), CaptioningTask, {"emoji": EmojiCaptions}, CaptionAnnotations
+    "retrieval": TaskEntry(
+        models=(hf.VisionTextDualEncoderModel, hf.CLIPModel, hf.SiglipModel),
+        make=lambda tokenizer, images, data: RetrievalTask(tokenizer, images),
+        data={"emoji": _emoji(EmojiRetrieval)},
+        annotations=RetrievalAnnotations,
+    ),
+    "nlvr": TaskEntry(
+        models=(BlipForNLVR,),
+        make=lambda tokenizer, images, data: NlvrTask(tokenizer, images),
+        data={"emoji": _emoji(EmojiPairs)},
+        annotations=NlvrAnnotations,
+    ),
+    "captioning": TaskEntry(
+        models=(hf.BlipForConditionalGeneration,),
+        make=lambda tokenizer, images, data: CaptioningTask(tokenizer, images),
+        data={"emoji": _emoji(EmojiCaptions)},
+        annotations=CaptionAnnotations,
     ),
 }
 
@@ -49,11 +103,19 @@ TASKS = {
 class Loaded(NamedTuple):
     """train: what is trained on; calibration: single samples of it; test: what a model is judged on."""
 
-    model: nn.Module
+    model: PreTrainedModel
     task: Task
     train: Dataset
     calibration: Dataset
     test: Dataset
+
+
+class Judged(NamedTuple):
+    """A model, dense or compressed, and what it is judged on."""
+
+    model: PreTrainedModel
+    task: Task
+    data: Dataset
 
 
 def load(
@@ -65,7 +127,7 @@ def load(
     images: Path | None = None,
     limit: int | None = None,
 ) -> Loaded:
-    """The model of a task, from a Hugging Face folder with its tokenizer and image processor, and its data.
+    """The dense model of a task, from a Hugging Face folder with its tokenizer and image processor, and its data.
 
     Args:
         name: one of `TASKS`.
@@ -76,55 +138,105 @@ def load(
     Raises:
         DataError, ValueError: what is missing or wrong, in one line.
     """
-    known = TASKS.get(name)
-    if known is None:
+    entry = _entry(name)
+    named = _named(entry, data, test, images)
+    if named is None and (test is None or images is None):
+        raise ValueError(f"data must be {_choices(entry)} with test= and images=, got {data!r}")
+    dense = load_model(model, entry.models, dense=True)
+    tokenizer, processor = load_tokenizer(model), load_image_processor(model)
+    if named is not None:
+        size = _image_size(dense, processor)
+        samples, judged = (named.read(split, tokenizer, size, limit) for split in ("train", "test"))
+        train = named.train(samples)
+    else:
+        samples, judged = (_annotated(entry, model, file, images, tokenizer, processor, limit) for file in (data, test))
+        train = samples
+    return Loaded(dense, entry.make(tokenizer, processor, judged), train, samples, judged)
+
+
+def load_judged(
+    model: Path,
+    name: str | None = None,
+    data: str | None = None,
+    *,
+    test: Path | None = None,
+    images: Path | None = None,
+    limit: int | None = None,
+) -> Judged:
+    """A model, dense or compressed, from a folder, and the data that its task is judged on.
+
+    Args:
+        name: one of `TASKS`; None finds it by the class of the model.
+        data: a data set of the task by name, or an annotation file; None takes the first by name.
+        test, images, limit: as of `load`; `test` may be left out, `data` is then judged on.
+
+    Raises:
+        DataError, ModelError, ValueError: what is missing or wrong, in one line.
+    """
+    entry = _entry(name or _task_of(model))
+    data = data or next(iter(entry.data))
+    named = _named(entry, data, test, images)
+    if named is None and images is None:
+        raise ValueError(f"data must be {_choices(entry)} with images=, got {data!r}")
+    loaded = load_model(model, entry.models)
+    tokenizer, processor = load_tokenizer(model), load_image_processor(model)
+    if named is not None:
+        judged = named.read("test", tokenizer, _image_size(loaded, processor), limit)
+    else:
+        judged = _annotated(entry, model, test or data, images, tokenizer, processor, limit)
+    return Judged(loaded, entry.make(tokenizer, processor, judged), judged)
+
+
+def tasks_of(kind: str) -> list[str]:
+    """The names of the tasks that are for a class of models."""
+    return [name for name, entry in TASKS.items() if any(kind == model.__name__ for model in entry.models)]
+
+
+def _task_of(directory: Path | str) -> str:
+    """The one task that is for the class of a folder's model."""
+    kind = architecture(directory)
+    names = tasks_of(kind)
+    if len(names) > 1:
+        raise ValueError(f"task must be given for a {kind}, one of {', '.join(names)}")
+    if not names:
+        known = names_of([model for entry in TASKS.values() for model in entry.models])
+        raise DataError(f"model directory {directory} must hold a model with a task ({known}), got {kind}")
+    return names[0]
+
+
+def _entry(name: str) -> TaskEntry:
+    if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
-    dense, kind = _model(known, Path(model)), None
-    try:
-        tokenizer = hf.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise DataError(f"model directory {model} has no tokenizer ({str(error).splitlines()[0]})") from error
-    try:
-        kind = hf.AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError):  # data sets by name make their own pixels
-        pass
-    if data in known.data:
-        if test is not None or images is not None:
-            raise ValueError(f"test and images must come with an annotation file, got them with {data!r}")
-        train, judged = (_named(known.data[data], split, tokenizer, dense, limit) for split in ("train", "test"))
-        batched = ImagesWithQuestions(train, QUESTIONS) if known.task is VqaTask else train
-        task = known.task(tokenizer) if known.task is VqaTask else known.task(tokenizer, kind)
-        return Loaded(dense, task, batched, train, judged)
-    if test is None or images is None:
-        raise ValueError(
-            f"data must be {' or '.join(known.data)}, or an annotation file with test= and images=, got {data!r}"
-        )
-    if kind is None:
-        raise DataError(f"model directory {model} has no image processor (preprocessor_config.json)")
-    train, judged = (known.annotations(file, images, tokenizer, kind, limit=limit) for file in (data, test))
-    if known.task is VqaTask:
-        given = (record["answer"] for record in judged.records)
-        answers = sorted({answer for each in given for answer in ([each] if isinstance(each, str) else each)})
-        return Loaded(dense, VqaTask(tokenizer, answers), train, train, judged)
-    return Loaded(dense, known.task(tokenizer, kind), train, train, judged)
+    return TASKS[name]
 
 
-def _named(kind: type, split: str, tokenizer, model: nn.Module, limit: int | None) -> Dataset:
-    if kind is EasyVqa:
-        return EasyVqa(split, tokenizer, limit=limit)
-    return kind(split, tokenizer, model.config.vision_config.image_size, limit=limit)
+def _choices(entry: TaskEntry) -> str:
+    return f"{' or '.join(entry.data)}, or an annotation file"
 
 
-def _model(known: Known, directory: Path) -> nn.Module:
-    try:
-        names = json.loads((directory / "config.json").read_text()).get("architectures") or ["nothing known"]
-    except (OSError, ValueError) as error:
-        raise DataError(f"model directory {directory} cannot be read ({error})") from error
-    found = next((model for model in known.models if model.__name__ == names[0]), None)
-    if found is None:
-        wanted = " or ".join(model.__name__ for model in known.models)
-        raise DataError(f"model directory {directory} must hold a {wanted}, got {names[0]}")
-    try:
-        return found.from_pretrained(directory).eval()
-    except Exception as error:  # whatever a cut or foreign file makes of the loader
-        raise DataError(f"model directory {directory} cannot be read ({str(error).splitlines()[0]})") from error
+def _named(entry: TaskEntry, data: str, test: Path | None, images: Path | None) -> NamedData | None:
+    """The data set of that name, None for an annotation file."""
+    named = entry.data.get(data)
+    if named is not None and (test is not None or images is not None):
+        raise ValueError(f"test and images must come with an annotation file, got them with {data!r}")
+    return named
+
+
+def _annotated(entry: TaskEntry, model, file, images, tokenizer, processor, limit: int | None) -> Annotations:
+    if processor is None:
+        raise no_image_processor(model)
+    length = min(MAX_LENGTH, tokenizer.model_max_length)
+    return entry.annotations(file, images, tokenizer, processor, max_length=length, limit=limit)
+
+
+def _image_size(model: PreTrainedModel, processor) -> int:
+    """Pixels of a side: what the image processor makes, else what the configuration says.
+
+    The two differ where a tower was trained on larger images than the model is used with.
+    """
+    for sizes in (getattr(processor, "crop_size", None), getattr(processor, "size", None)):
+        side = (sizes or {}).get("height") or (sizes or {}).get("shortest_edge")
+        if side:
+            return side
+    config: Any = model.config
+    return config.vision_config.image_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,15 @@ from madtp.tasks.processors import Processed
 
 RANKS = (1, 5, 10)
 CHUNK = 1024  # queries whose similarities are held at a time
+
+
+@runtime_checkable
+class DualEncoder(Protocol):
+    """A model with features of images and of texts, each by itself."""
+
+    def get_image_features(self, pixel_values: Tensor) -> Any: ...
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Any: ...
 
 
 class RetrievalTask(Processed):
@@ -33,7 +43,7 @@ class RetrievalTask(Processed):
 
         Returns input_ids, attention_mask (B, L), pixel_values (B, 3, H, W).
         """
-        first = {}
+        first: dict[int, dict] = {}
         for item in items:
             first.setdefault(item["concept"], item)
         names = ("input_ids", "attention_mask", "pixel_values")
@@ -59,7 +69,7 @@ class RetrievalTask(Processed):
         Raises:
             TypeError: the model has no separate features of images and texts.
         """
-        if not hasattr(model, "get_image_features"):
+        if not isinstance(model, DualEncoder):
             raise TypeError(f"model must be a dual encoder such as CLIPModel, got {type(model).__name__}")
         device = next(model.parameters()).device
         images: dict[int, tuple[Tensor, int]] = {}  # number -> embedding, concept
@@ -81,6 +91,22 @@ class RetrievalTask(Processed):
             torch.tensor([concept for _, concept in images.values()], device=device),
             torch.tensor(concepts, device=device),
         )
+
+    @torch.no_grad()
+    def predictions(self, model: nn.Module, items: list[dict]) -> list[tuple[str, str]]:
+        """For each item the text among theirs that a model in eval mode finds for its image, and its own text.
+
+        A text of the same concept counts as its own.
+        """
+        names = ("input_ids", "attention_mask", "pixel_values")
+        batch = default_collate([{name: item[name] for name in names} for item in items])
+        found = model(**{name: value.to(model.device) for name, value in batch.items()}).logits_per_image.argmax(-1)
+        texts = self.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        pairs = []
+        for number, best in enumerate(found.tolist()):
+            right = items[best]["concept"] == items[number]["concept"]
+            pairs.append((texts[number if right else best], texts[number]))
+        return pairs
 
 
 def recalls(images: Tensor, texts: Tensor, image_concepts: Tensor, text_concepts: Tensor) -> dict[str, float]:

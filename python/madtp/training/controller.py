@@ -1,4 +1,7 @@
-"""Moves the temperature of every branch until the multiply-adds it observes are the ones asked for."""
+"""Moves the temperature of every branch until the multiply-adds it observes are the ones asked for.
+
+Source: docs/method.md, cooperative optimisation, step 5.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import math
 from collections.abc import Collection, Mapping
 
 from madtp.measure.macs import Profile
+from madtp_kernels.renamed import renamed
 
 GAIN_RANGE = (1 / 8, 4.0)  # how far damping may take a gain from the one asked for
-GROW, SHRINK = 1.2, 0.5
+GROW, SHRINK = 1.2, 0.5  # of a gain, while the error keeps its sign and when it changes
 
 
 class TemperatureController:
@@ -124,10 +128,11 @@ class TemperatureController:
         return min(max(log_tau, self.low), self.high)
 
 
-def branch_targets(profile: Profile, flops_reduction: float, prunable: Collection[str]) -> dict[str, float]:
+@renamed(flops_reduction="macs_reduction")
+def branch_targets(profile: Profile, macs_reduction: float, prunable: Collection[str]) -> dict[str, float]:
     """Counted MACs per sample each prunable branch may spend so that the whole model meets the target.
 
-    The budget is (1 - flops_reduction) of the dense MACs. What the fixed branches count comes off first; the prunable
+    The budget is (1 - macs_reduction) of the dense MACs. What the fixed branches count comes off first; the prunable
     ones scale what they count now (with 2:4 linears at half) by one factor, at most 1.
 
     Args:
@@ -140,16 +145,16 @@ def branch_targets(profile: Profile, flops_reduction: float, prunable: Collectio
     missing = [branch for branch in prunable if branch not in profile.branches]
     if missing or not prunable:
         raise ValueError(f"prunable must name branches of {list(profile.branches)}, got {list(prunable)}")
-    if not 0 <= flops_reduction < 1:
-        raise ValueError(f"flops_reduction must be a number in [0, 1), got {flops_reduction}")
-    budget = (1 - flops_reduction) * profile.total.dense_macs
+    if not 0 <= macs_reduction < 1:
+        raise ValueError(f"macs_reduction must be a number in [0, 1), got {macs_reduction}")
+    budget = (1 - macs_reduction) * profile.total.dense_macs
     counted = {branch: profile.branches[branch].counted_macs for branch in prunable}
     fixed = profile.total.counted_macs - sum(counted.values())
     if budget <= fixed:
         reachable = 1 - fixed / profile.total.dense_macs
         raise ValueError(
-            f"flops_reduction must be below {reachable:.3f}, the share the fixed parts leave "
-            f"({fixed:.4g} of {profile.total.dense_macs:.4g} MACs), got {flops_reduction}"
+            f"macs_reduction must be below {reachable:.3f}, the share the fixed parts leave "
+            f"({fixed:.4g} of {profile.total.dense_macs:.4g} MACs), got {macs_reduction}"
         )
     factor = min((budget - fixed) / sum(counted.values()), 1.0)
     return {branch: factor * macs for branch, macs in counted.items()}

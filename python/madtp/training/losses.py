@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madtp_kernels.renamed import renamed
+
 
 def align_loss(aligned_vision: Tensor, aligned_text: Tensor) -> Tensor:
     """Mean over (B, K) of 1 - cos of the aligned features, each (B, K, d) (MADTP, arXiv 2403.02991, MAG)."""
@@ -60,12 +62,13 @@ class JointLoss:
     kd_weight: float = 1.0
     kd_temperature: float = 4.0
 
+    @renamed(summaries="summary_features")
     def __call__(
         self,
         task: Tensor,
         *,
         aligned: tuple[Tensor, Tensor] | None = None,
-        summaries: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None,
+        summary_features: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]] | None = None,
         logits: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,27 +76,27 @@ class JointLoss:
         Args:
             task: scalar loss of the task.
             aligned: (vision, text), for `align_loss`.
-            summaries: {"vision": (student, teacher), "text": (student, teacher)}, for `summary_loss`.
+            summary_features: {"vision": (student, teacher), "text": (student, teacher)}, for `summary_loss`.
             logits, mask: (student, teacher) and the rows that count, for `kd_loss`.
 
         Returns:
             the loss, and its parts before weighting, detached: "task", and "align", "vision", "text", "kd" as given.
         """
-        summaries = summaries or {}
-        unknown = set(summaries) - {"vision", "text"}
+        features = summary_features or {}
+        unknown = set(features) - {"vision", "text"}
         if unknown:
-            raise ValueError(f'summaries must be of "vision" and "text", got {sorted(unknown)}')
+            raise ValueError(f'summary_features must be of "vision" and "text", got {sorted(unknown)}')
         parts = {"task": (1.0, task)}
         if aligned is not None:
             parts["align"] = (self.align_weight, align_loss(*aligned))
-        if "vision" in summaries:
-            parts["vision"] = (self.vision_weight, summary_loss(*summaries["vision"]))
-        if "text" in summaries:
-            parts["text"] = (self.text_weight, summary_loss(*summaries["text"]))
+        if "vision" in features:
+            parts["vision"] = (self.vision_weight, summary_loss(*features["vision"]))
+        if "text" in features:
+            parts["text"] = (self.text_weight, summary_loss(*features["text"]))
         if logits is not None:
             parts["kd"] = (self.kd_weight, kd_loss(*logits, self.kd_temperature, mask))
-        total = sum(weight * part for weight, part in parts.values())
-        return total, {name: part.detach() for name, (_, part) in parts.items()}
+        first, *others = (weight * part for weight, part in parts.values())
+        return sum(others, start=first), {name: part.detach() for name, (_, part) in parts.items()}
 
 
 def _same_shape(left_name: str, left: Tensor, right_name: str, right: Tensor) -> None:

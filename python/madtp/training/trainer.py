@@ -1,4 +1,7 @@
-"""Joint training: task, alignment and distillation losses, while masks go N:M and temperatures move to their target."""
+"""Joint training: task, alignment and distillation losses, while masks go N:M and temperatures move to their target.
+
+Source: docs/method.md, joint training, and cooperative optimisation, steps 4, 5 and 7.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import ModelOutput
 
 from madtp.config import CompressionConfig
-from madtp.files import write_whole
+from madtp.files import atomic_write
+from madtp.handles import handle_of
 from madtp.hwp import Pattern, WeightPruner
 from madtp.inference import evaluating
 from madtp.measure.macs import counted_macs
+from madtp.migration import CHECKPOINT_VERSION, migrate_checkpoint, migrate_log
 from madtp.search import find_root
+from madtp.tasks.batches import sample_count
 from madtp.tasks.task import Task
 from madtp.training.controller import TemperatureController
 from madtp.training.guard import Guard
@@ -27,6 +34,7 @@ from madtp.training.losses import JointLoss
 CONTROLLER_FILE = "madtp_controller.json"
 START_ROUNDS = 30
 START_TOLERANCE = 0.02  # of the MACs of a branch
+MAC_TOLERANCE = 0.002  # of the MACs asked for, within which the temperatures are calibrated after training
 
 
 class DivergedError(RuntimeError):
@@ -61,6 +69,8 @@ class MadtpTrainer(Trainer):
         ValueError: args shard the weights (fsdp, deepspeed).
     """
 
+    model: nn.Module
+
     def __init__(
         self,
         model: nn.Module,
@@ -85,7 +95,7 @@ class MadtpTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         # The model takes **kwargs, but its loss is a mean whatever they say: accumulated steps are to be averaged.
         self.model_accepts_loss_kwargs = False
-        self.task, self.config, self.handle = task, config, model.madtp_handle
+        self.task, self.config, self.handle = task, config, handle_of(model)
         self.teacher = teacher.to(args.device).eval().requires_grad_(False)
         self.probe = probe
         self.joint_loss = JointLoss(
@@ -103,13 +113,13 @@ class MadtpTrainer(Trainer):
             norms=norms,
         )
         # Until the masks have their final pattern, MACs are counted as they will be then.
-        self.planned_sparse = set(sparse_modules) if Pattern.parse(config.pattern).sparse24 else set()
+        self.planned_sparse: set[str] = set(sparse_modules) if Pattern.parse(config.pattern).sparse24 else set()
         self.controller = self._controller(targets, config.temperature)
         self.handle.set_temperature(self.controller.temperatures)
         self.handle.collect_alignment(config.align_weight > 0)
         self.observed: dict[str, float] = {}
         self.guarded = probe if guarded is None else guarded
-        self._guarded_teaching: list[tuple] = []  # what the teacher says of these batches
+        self._guarded_teaching: list[tuple[Tensor, dict[str, list[Tensor]]]] = []  # what the teacher says of them
         tolerance = config.guard_tolerance
         self.guard = None if tolerance is None else Guard(self.guarded_loss, tolerance)
         self._parts: dict[str, list[Tensor]] = {}
@@ -122,7 +132,7 @@ class MadtpTrainer(Trainer):
             output, _ = output
         with torch.no_grad(), self.accelerator.autocast():
             taught = self.teacher(**inputs)
-        teaching = self.task.logits(taught, inputs)[0], self.teacher.madtp_handle.summaries
+        teaching = self.task.logits(taught, inputs)[0], handle_of(self.teacher).summary_features
         loss, parts = self._joint(output, inputs, *teaching, aligned=self._aligned(inputs.get("image_index")))
         if not torch.isfinite(loss):
             wrong = [f"{name} is {part.item()}" for name, part in parts.items() if not torch.isfinite(part)]
@@ -138,21 +148,29 @@ class MadtpTrainer(Trainer):
             with torch.no_grad(), self.accelerator.autocast():
                 for batch in self.guarded:
                     logits = self.task.logits(self.teacher(**batch), batch)[0]
-                    self._guarded_teaching.append((logits, self.teacher.madtp_handle.summaries))
+                    self._guarded_teaching.append((logits, handle_of(self.teacher).summary_features))
         losses = []
         with evaluating(self.model), self.handle.inference():
             for batch, teaching in zip(self.guarded, self._guarded_teaching, strict=True):
                 losses.append(self._joint(self.model(**batch), batch, *teaching)[0])
         return torch.stack(losses).mean().item()
 
-    def _joint(self, output, inputs, logits: Tensor, summaries: dict[str, list[Tensor]], aligned=None):
-        """The loss and its parts of what the model has just said; logits and summaries are the teacher's."""
-        ours, mask = self.task.logits(output, inputs)
+    def _joint(
+        self,
+        output: ModelOutput,
+        inputs: dict[str, Tensor],
+        taught_logits: Tensor,
+        taught_features: dict[str, list[Tensor]],
+        aligned: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts of what the model has just said, beside what the teacher said."""
+        logits, mask = self.task.logits(output, inputs)
+        features = self.handle.summary_features
         return self.joint_loss(
             self.task.loss(output, inputs),
             aligned=aligned,
-            summaries={branch: (summary, summaries[branch]) for branch, summary in self.handle.summaries.items()},
-            logits=(ours, logits),
+            summary_features={branch: (feature, taught_features[branch]) for branch, feature in features.items()},
+            logits=(logits, taught_logits),
             mask=mask,
         )
 
@@ -163,7 +181,7 @@ class MadtpTrainer(Trainer):
             logs |= {f"tau_{branch}": tau for branch, tau in self.handle.temperatures.items()}
             logs |= {f"macs_{branch}": macs for branch, macs in self.observed.items()}
             if self.guard is not None:
-                logs |= {"guard_rise": self.guard.rise, "guard_undone": self.guard.undone}
+                logs |= {"guard_loss_increase": self.guard.loss_increase, "guard_undone": self.guard.undone}
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
@@ -225,7 +243,9 @@ class MadtpTrainer(Trainer):
     def _move(self, make: Callable[[], None], halve: Callable[[], None]) -> None:
         make() if self.guard is None else self.guard.move(make, halve)
 
-    def settle(self, budget: float, tolerance: float = 0.002, cost: Callable[[], float] | None = None) -> float:
+    def calibrate(
+        self, budget: float, tolerance: float = MAC_TOLERANCE, cost: Callable[[], float] | None = None
+    ) -> float:
         """After training: moves all temperatures by one factor until the model costs `budget`.
 
         Args:
@@ -247,6 +267,7 @@ class MadtpTrainer(Trainer):
     def pruning_state(self) -> dict:
         """What a checkpoint holds beside weights and masks; plain values, ready for JSON."""
         return {
+            "version": CHECKPOINT_VERSION,
             "config": self.config.to_dict(),
             "controller": self.controller.state_dict(),
             "masks_keep": self.pruner.kept,
@@ -260,7 +281,7 @@ class MadtpTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _diverged(self, what: str) -> DivergedError:
-        good = last_checkpoint(self.args.output_dir)
+        good = last_checkpoint(str(self.args.output_dir))
         kept = f"{good} is the last good checkpoint" if good else "there is no checkpoint yet"
         return DivergedError(f"training stopped at step {self.state.global_step}, not finite is the {what}; {kept}")
 
@@ -274,7 +295,7 @@ class MadtpTrainer(Trainer):
 
         def with_features(module, arguments, output):
             aligned = [feature for feature in self.handle.aligned.values() if feature is not None]
-            return output, (*aligned, *itertools.chain(*self.handle.summaries.values()))
+            return output, (*aligned, *itertools.chain(*self.handle.summary_features.values()))
 
         hook = self.handle.model.register_forward_hook(with_features)
         try:
@@ -285,15 +306,17 @@ class MadtpTrainer(Trainer):
     def _aligned(self, image_index: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The aligned features of vision and text, a row of each per sample; None where they are not collected."""
         aligned = self.handle.aligned
-        if not {"vision", "text"} <= aligned.keys() or aligned["vision"] is None:
+        vision, text = aligned.get("vision"), aligned.get("text")
+        if vision is None or text is None:
             return None
-        vision = aligned["vision"] if image_index is None else aligned["vision"][image_index]
-        return vision, aligned["text"]
+        return vision if image_index is None else vision[image_index], text
 
     def _total_steps(self) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps
-        batches = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
+        if self.train_dataset is None:
+            raise ValueError("train_dataset must be given where args say no max_steps, got None")
+        batches = math.ceil(sample_count(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
         return math.ceil(self.args.num_train_epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -302,14 +325,15 @@ class MadtpTrainer(Trainer):
 
     def _load_best_model(self):
         super()._load_best_model()
-        self._load_pruning(self.state.best_model_checkpoint)
+        self._load_pruning(str(self.state.best_model_checkpoint))
 
     def _determine_best_metric(self, metrics, trial):
         """While masks are still to grow no evaluation is the best: less pruned is better, and not what is asked for."""
         return self.pruner.current == self.pruner.pattern and super()._determine_best_metric(metrics, trial)
 
     def _load_pruning(self, checkpoint: str) -> None:
-        saved = json.loads((Path(checkpoint) / CONTROLLER_FILE).read_text())
+        file = Path(checkpoint) / CONTROLLER_FILE
+        saved = migrate_checkpoint(json.loads(file.read_text()), str(file))
         ours = self.config.to_dict()
         changed = sorted(name for name in ours if saved["config"].get(name) != ours[name])
         if changed:
@@ -330,6 +354,7 @@ class _Cooperation(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
             self.trainer.find_start()
+        state.log_history = migrate_log(state.log_history)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.sparsify(state.global_step)
@@ -340,7 +365,7 @@ class _Cooperation(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_whole(folder / CONTROLLER_FILE, json.dumps(self.trainer.pruning_state()))
+        atomic_write(folder / CONTROLLER_FILE, json.dumps(self.trainer.pruning_state()))
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

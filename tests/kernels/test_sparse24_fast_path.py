@@ -10,7 +10,7 @@ import madtp_kernels as mk
 from madtp_kernels import dispatch, sparse24_compress
 from madtp_kernels.ops import sparse24
 
-pytestmark = pytest.mark.skipif(dispatch.extension_obstacle() is not None, reason="no C++ extension")
+pytestmark = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def weight():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "dense"])
-def test_the_second_of_a_kind_is_direct_and_has_the_same_bits(backend, weight, checked):
+def test_the_second_of_a_class_is_direct_and_has_the_same_bits(backend, weight, checked):
     rest = {"residual": torch.randn(6, 24), "scale": torch.randn(24), "activation": "gelu", "backend": backend}
     calls = [{"backend": backend}, {"bias": torch.randn(24), "backend": backend}, rest]
     x = torch.randn(6, 32)
@@ -86,7 +86,7 @@ def test_a_call_that_others_see_goes_the_long_way(weight, checked):
     assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), expected)
 
 
-def test_gradients_flow_through_a_known_kind(weight, checked):
+def test_gradients_flow_through_a_known_class(weight, checked):
     x, bias = torch.randn(6, 32), torch.nn.Parameter(torch.randn(24))
     with torch.no_grad():
         for _ in range(2):

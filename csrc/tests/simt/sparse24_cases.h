@@ -1,7 +1,8 @@
 #pragma once
 
-// 2:4 linear layers for the tests of CUDA kernels: random problems in bfloat16 or float16 between guards,
-// their value in float64, and the error that float32 accumulation in the same dtype makes.
+// What the tests of CUDA kernels share: memory between guards, a device to pretend, and random 2:4 linear
+// layers in bfloat16 or float16, their value in float64, and the error of float32 accumulation in the same
+// dtype.
 
 #include <algorithm>
 #include <cmath>
@@ -99,67 +100,67 @@ class Capability {
 };
 
 // A weight with random columns in every group, and everything that a linear layer may have. Matrices have
-// rows `gap` elements apart.
-struct LinearProblem {
+// rows `gap` elements further apart than they are long.
+struct LinearCase {
   DType dtype;
-  std::int64_t rows, features, channels, gap;
+  std::int64_t tokens, out_features, in_features, gap;
   bool affine_is_float;
   Guarded<std::uint16_t> values, x, residual;
   Guarded<std::uint8_t> indices, layout;
   Guarded<float> bias, scale;
   Guarded<std::uint16_t> narrow_bias, narrow_scale;
 
-  LinearProblem(DType dtype, std::int64_t rows, std::int64_t features, std::int64_t channels,
-                std::int64_t gap = 0, bool affine_is_float = true)
+  LinearCase(DType dtype, std::int64_t tokens, std::int64_t out_features, std::int64_t in_features,
+             std::int64_t gap = 0, bool affine_is_float = true)
       : dtype(dtype),
-        rows(rows),
-        features(features),
-        channels(channels),
+        tokens(tokens),
+        out_features(out_features),
+        in_features(in_features),
         gap(gap),
         affine_is_float(affine_is_float),
-        values(features * channels / 2),
-        x(rows * (channels + gap)),
-        residual(rows * (features + gap)),
-        indices(features * channels / 8),
-        bias(features),
-        scale(features),
-        narrow_bias(features),
-        narrow_scale(features) {
+        values(out_features * in_features / 2),
+        x(tokens * (in_features + gap)),
+        residual(tokens * (out_features + gap)),
+        indices(out_features * in_features / 8),
+        bias(out_features),
+        scale(out_features),
+        narrow_bias(out_features),
+        narrow_scale(out_features) {
     constexpr unsigned nibbles[] = {4, 8, 12, 9, 13, 14};
-    std::mt19937 generator(unsigned(rows * 31 + features * 7 + channels));
+    std::mt19937 generator(unsigned(tokens * 31 + out_features * 7 + in_features));
     std::normal_distribution<float> normal(0, 1);
     for (std::size_t i = 0; i < indices.size(); ++i)
       indices[std::int64_t(i)] = std::uint8_t(nibbles[generator() % 6] | nibbles[generator() % 6] << 4);
     const auto draw = [&] { return encode(normal(generator), dtype); };
     for (std::size_t i = 0; i < values.size(); ++i) values[std::int64_t(i)] = draw();
-    for (std::int64_t r = 0; r < rows; ++r) {
-      for (std::int64_t c = 0; c < channels; ++c) x[r * (channels + gap) + c] = draw();
-      for (std::int64_t n = 0; n < features; ++n) residual[r * (features + gap) + n] = draw();
+    for (std::int64_t r = 0; r < tokens; ++r) {
+      for (std::int64_t c = 0; c < in_features; ++c) x[r * (in_features + gap) + c] = draw();
+      for (std::int64_t n = 0; n < out_features; ++n) residual[r * (out_features + gap) + n] = draw();
     }
-    for (std::int64_t n = 0; n < features; ++n) {
+    for (std::int64_t n = 0; n < out_features; ++n) {
       narrow_bias[n] = draw();
       narrow_scale[n] = draw();
       bias[n] = affine_is_float ? normal(generator) : decode(narrow_bias[n], dtype);
       scale[n] = affine_is_float ? normal(generator) : decode(narrow_scale[n], dtype);
     }
     std::int64_t bytes = -1;
-    EXPECT(cuda::sparse24_layout_bytes(features, channels, dtype, &bytes) == Status::ok);
+    EXPECT(cuda::sparse24_layout_bytes(out_features, in_features, dtype, &bytes) == Status::ok);
     layout = Guarded<std::uint8_t>(bytes);
     EXPECT(cuda::sparse24_pack(weight(), layout.data(), nullptr) == Status::ok);
   }
 
-  Sparse24Weight weight() const { return {dtype, values.data(), indices.data(), features, channels}; }
+  Sparse24Weight weight() const { return {dtype, values.data(), indices.data(), out_features, in_features}; }
 
   Sparse24Linear inputs(Activation activation) const {
     const DType affine = affine_is_float ? DType::float32 : dtype;
     const auto choose = [&](const Guarded<float>& wide, const Guarded<std::uint16_t>& narrow) {
       return affine_is_float ? static_cast<const void*>(wide.data()) : narrow.data();
     };
-    return {dtype,    x.data(),        channels + gap,
-            rows,     layout.data(),   dtype,
-            features, channels,        choose(bias, narrow_bias),
-            affine,   activation,      choose(scale, narrow_scale),
-            affine,   residual.data(), features + gap,
+    return {dtype,        x.data(),        in_features + gap,
+            tokens,       layout.data(),   dtype,
+            out_features, in_features,     choose(bias, narrow_bias),
+            affine,       activation,      choose(scale, narrow_scale),
+            affine,       residual.data(), out_features + gap,
             nullptr};
   }
 };
@@ -180,23 +181,23 @@ Real activate(Activation activation, Real x) {
   }
 }
 
-// (rows, features), with all of the epilogue that `inputs` has.
+// (tokens, out_features), with all of the epilogue that `inputs` has.
 template <typename Real>
-std::vector<Real> evaluate(const LinearProblem& p, const Sparse24Linear& inputs) {
+std::vector<Real> evaluate(const LinearCase& p, const Sparse24Linear& inputs) {
   std::vector<Real> result;
-  for (std::int64_t m = 0; m < p.rows; ++m) {
-    for (std::int64_t n = 0; n < p.features; ++n) {
+  for (std::int64_t m = 0; m < p.tokens; ++m) {
+    for (std::int64_t n = 0; n < p.out_features; ++n) {
       Real sum = 0;
-      for (std::int64_t g = 0; g < p.channels / 4; ++g) {
-        const unsigned nibble = p.indices[n * p.channels / 8 + g / 2] >> (g % 2 * 4) & 15;
+      for (std::int64_t g = 0; g < p.in_features / 4; ++g) {
+        const unsigned nibble = p.indices[n * p.in_features / 8 + g / 2] >> (g % 2 * 4) & 15;
         for (int k = 0; k < 2; ++k)
-          sum += Real(decode(p.values[n * p.channels / 2 + 2 * g + k], p.dtype)) *
-                 Real(decode(p.x[m * (p.channels + p.gap) + 4 * g + (nibble >> 2 * k & 3)], p.dtype));
+          sum += Real(decode(p.values[n * p.in_features / 2 + 2 * g + k], p.dtype)) *
+                 Real(decode(p.x[m * (p.in_features + p.gap) + 4 * g + (nibble >> 2 * k & 3)], p.dtype));
       }
       if (inputs.bias != nullptr) sum += p.bias[n];
       Real y = activate(inputs.activation, sum);
       if (inputs.scale != nullptr) y *= p.scale[n];
-      if (inputs.residual != nullptr) y += decode(p.residual[m * (p.features + p.gap) + n], p.dtype);
+      if (inputs.residual != nullptr) y += decode(p.residual[m * (p.out_features + p.gap) + n], p.dtype);
       result.push_back(y);
     }
   }
@@ -204,13 +205,13 @@ std::vector<Real> evaluate(const LinearProblem& p, const Sparse24Linear& inputs)
 }
 
 // Whether the errors of `got`, rows `stride` apart, are at most twice those of the same dtype.
-inline bool within_twice(const LinearProblem& p, const Sparse24Linear& inputs, const std::uint16_t* got,
+inline bool within_twice(const LinearCase& p, const Sparse24Linear& inputs, const std::uint16_t* got,
                          std::int64_t stride) {
   const std::vector<double> exact = evaluate<double>(p, inputs);
   const std::vector<float> same = evaluate<float>(p, inputs);
   double error = 0, bound = 0, largest = 0;
   for (std::size_t i = 0; i < exact.size(); ++i) {
-    const std::int64_t m = std::int64_t(i) / p.features, n = std::int64_t(i) % p.features;
+    const std::int64_t m = std::int64_t(i) / p.out_features, n = std::int64_t(i) % p.out_features;
     const double difference = std::abs(double(decode(got[m * stride + n], p.dtype)) - exact[i]);
     if (!(difference <= error)) error = difference;  // NaN stays
     bound = std::max(bound, std::abs(double(decode(encode(same[i], p.dtype), p.dtype)) - exact[i]));

@@ -1,0 +1,52 @@
+"""Tuning tables on disk: JSON with a format version. Those of 0.1, which state none, are read as version 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+VERSION = 2
+
+_NAMES_OF_2 = {"features": "out_features", "channels": "in_features"}  # in the rows of a GPU table
+
+
+class NewerTableError(ValueError):
+    """A table of a later madtp_kernels: not to be read, nor written over."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a table holds, in the form of `VERSION`.
+
+    Raises:
+        NewerTableError: its version is a later one; the message names the file and both versions.
+        OSError, ValueError: it cannot be read, or is no table.
+    """
+    found = json.loads(path.read_text())
+    version = found.get("version", 1) if isinstance(found, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{path} is no tuning table")
+    if version > VERSION:
+        raise NewerTableError(
+            f"{path} is a tuning table of version {version}, and this madtp_kernels reads versions up to {VERSION}"
+        )
+    return found if version == VERSION else _from_version_1(found)
+
+
+def newer_reason(path: Path) -> str | None:
+    """Why `path` must not be written over, None where it may."""
+    try:
+        read(path)
+    except NewerTableError as error:
+        return str(error)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _from_version_1(found: dict[str, Any]) -> dict[str, Any]:
+    timings = [
+        {_NAMES_OF_2.get(name, name): value for name, value in row.items()} if isinstance(row, dict) else row
+        for row in found["timings"]
+    ]
+    return {**found, "version": VERSION, "timings": timings}

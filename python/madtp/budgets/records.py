@@ -1,0 +1,56 @@
+"""What budgets are chosen by: what each part of a model does to its answers when it is pruned, and what that saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from madtp.measure.macs import Profile
+
+
+@dataclass(frozen=True)
+class TokenPoint:
+    """One branch at one temperature, everything else dense."""
+
+    share: float  # of the branch's dense MACs that is left
+    temperature: float
+    distill_loss: float
+
+
+@dataclass(frozen=True)
+class WeightUnit:
+    """One Linear gone N:M, corrected, everything else dense."""
+
+    branch: str
+    zeroed: int  # weights
+    macs: float  # counted per sample that it saves with all tokens; 0 where the hardware cannot run the pattern
+    distill_loss: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds per sample, of forward passes of one batch.
+
+    Args:
+        dense: of the model as it was given.
+        patched: of the packed model with all its tokens and weights.
+        tokens: of the packed model with one branch at the temperature of each of its `Sensitivities.tokens`.
+        weights: by Linear, what it saves as a packed 2:4 layer with all tokens; never below 0.
+    """
+
+    dense: float
+    patched: float
+    tokens: dict[str, tuple[float, ...]]
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """profile: of the dense model on the calibration data. tokens: per branch, from all tokens to the fewest.
+
+    times: of `madtp.budgets.latency.time_parts`, where budgets are for a latency target.
+    """
+
+    profile: Profile
+    tokens: dict[str, tuple[TokenPoint, ...]]
+    weights: dict[str, WeightUnit]
+    times: Times | None = None

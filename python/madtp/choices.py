@@ -1,0 +1,9 @@
+"""What options can be and are by default, for those who must not wait for torch: `madtp --help` reads only this."""
+
+ALLOCATIONS = ("joint", "uniform", "tokens", "weights")  # of a budget, see `madtp.budgets.allocate`
+REDUCTIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of MACs, for which `pareto` makes plans
+TASKS = ("vqa", "retrieval", "nlvr", "captioning")  # the rows of `madtp.tasks.registry`
+DATA = ("easy-vqa", "emoji")  # the data sets with a name there
+DEMO_STEPS = 300
+DEMO_REDUCTION = 0.6
+DEMO_PICTURE = "tokens.png"

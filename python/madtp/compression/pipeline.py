@@ -1,0 +1,246 @@
+"""compress(): one run from a dense model to a compressed one, step by step."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+
+from madtp.budgets.plan import Plan
+from madtp.compression.report import report_data
+from madtp.compression.targets import Targets, choose_targets, latency_plan
+from madtp.config import CompressionConfig
+from madtp.files import atomic_directory, require_writable
+from madtp.handles import handle_of
+from madtp.hwp import Permutation, mlp_pairs, pack, permute_mlps, prune_one_shot
+from madtp.measure.figures import compare
+from madtp.measure.inputs import input_statistics
+from madtp.measure.macs import profile_batches
+from madtp.measure.timing import TIMING_BATCH, time_per_sample
+from madtp.patching.handle import patch
+from madtp.patching.pretrained import from_pretrained
+from madtp.progress import Progress
+from madtp.tasks.batches import require_samples, sample_batches
+from madtp.tasks.task import Task
+from madtp.training.trainer import MadtpTrainer, last_checkpoint
+
+GUARD_SAMPLES = 16  # of the calibration data, on which a move of masks or temperatures must not raise the loss
+TEMPERATURE_SAMPLES = 2048  # of the calibration data, on which the temperatures are calibrated for a MAC target
+TIME_TOLERANCE = 0.01  # of a latency target, within which they are calibrated
+
+
+@dataclass(frozen=True)
+class Result:
+    """model: the compressed model as loaded from `path`. report: plain values, see `compress`."""
+
+    model: nn.Module
+    report: dict
+    path: Path
+
+
+def compress(
+    model: nn.Module,
+    task: Task,
+    train_data: Dataset,
+    eval_data: Dataset | None,
+    config: CompressionConfig,
+    *,
+    output_dir: str | Path,
+    calibration_data: Dataset | None = None,
+    plan: Plan | None = None,
+    teacher: nn.Module | None = None,
+    training: Mapping | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Compresses a dense model: tokens and weights pruned in one training with distillation.
+
+    eval_data is for the report only: temperatures are steered on calibration_data.
+
+    Args:
+        model: a supported Hugging Face model, not patched; it is left as it is.
+        task: such as `madtp.tasks.vqa.VqaTask`.
+        train_data, eval_data: datasets whose items `task.collate` batches. Without eval_data nothing is measured: the
+            report has no "dense" and no "compressed".
+        config: targets and knobs.
+        output_dir: checkpoints go to output_dir/checkpoints, the model to output_dir/model, which keeps what it holds
+            until the new model is whole.
+        calibration_data: samples as the model will meet them, on which MACs are observed; None takes train_data.
+        plan: of `madtp.allocate`, perhaps edited; its target and choices take the place of those of the config. None
+            gives all branches one share of their MACs, and all Linears that can the pattern; with a latency_reduction
+            it is chosen here, and kept in output_dir/plan.yaml for `resume`.
+        teacher: the dense model whose answers are distilled, of the class of `model`; None: `model`.
+        training: `transformers.TrainingArguments` fields, over the defaults here.
+        callbacks: of the training, such as `transformers.EarlyStoppingCallback`, for which `training` sets
+            eval_strategy and metric_for_best_model; what is evaluated is the loss on all of calibration_data.
+        resume: go on from the last checkpoint in output_dir, or start when there is none; otherwise the checkpoints
+            there are removed.
+        progress: shows training and evaluations; None leaves the training to the Trainer's own bar.
+
+    Returns:
+        `Result`; its report compares dense and compressed, both measured here, the latter from the saved files:
+        {"metric": `task.metric`, "dense": figures, "compressed": figures, "plan": what was aimed at and chosen,
+        "training": what was logged, "config": `config.to_dict()`, "versions": by package}, where figures are those of
+        `measure`, ms_per_sample and ms_per_layer.
+
+    Raises:
+        ValueError: a target cannot be reached, output_dir cannot be written to, data are empty, or the checkpoint is of
+            another config.
+        TypeError: the model's class is not supported.
+    """
+    require_samples(train_data=train_data, eval_data=eval_data)
+    output_dir = require_writable("output_dir", output_dir)
+    args = _training_arguments(output_dir, config, training)
+    bars = progress or Progress(Console(quiet=True))
+    calibration_data = train_data if calibration_data is None else calibration_data
+
+    set_seed(config.seed)
+    student, teacher = _prepare(model, model if teacher is None else teacher, config, args.device)
+    if plan is None and config.latency_reduction is not None:
+        plan = latency_plan(model, task, calibration_data, config, output_dir / "plan.yaml", resume)
+    targets = choose_targets(student, task, calibration_data, config, plan, args.device)
+    permutations = _permute(student, targets.chosen, config)
+    trainer = MadtpTrainer(
+        student,
+        teacher,
+        task,
+        config,
+        targets=targets.branch_macs,
+        probe=targets.probe,
+        sparse_modules=targets.chosen,
+        norms=_score_norms(student, targets, config),
+        guarded=sample_batches(task, calibration_data, GUARD_SAMPLES, args.device),
+        args=args,
+        train_dataset=train_data,
+        eval_dataset=calibration_data,
+        data_collator=task.collate,
+        callbacks=list(callbacks),
+    )
+    _train(trainer, output_dir / "checkpoints", resume, progress)
+    magnitude_kept = _finish_training(trainer)
+    with bars.status("calibrating the temperatures"):
+        packed, miss = _pack_and_calibrate(trainer, model, calibration_data, targets)
+    _save(student, task, output_dir / "model")
+
+    compressed = from_pretrained(output_dir / "model").to(next(model.parameters()).device)
+    figures = {} if eval_data is None else compare(model, compressed, task, eval_data, output_dir / "model", bars)
+    report = report_data(
+        trainer,
+        targets,
+        plan,
+        figures,
+        calibration_miss=miss,
+        packed=packed,
+        magnitude_kept=magnitude_kept,
+        permutations=permutations,
+    )
+    return Result(compressed, report, output_dir / "model")
+
+
+def _prepare(
+    model: nn.Module, teacher: nn.Module, config: CompressionConfig, device: torch.device
+) -> tuple[nn.Module, nn.Module]:
+    """Patched copies of the two; the student's is where it trains."""
+    student, teacher = copy.deepcopy(model), copy.deepcopy(teacher)
+    patch(student, config)
+    patch(teacher, config)
+    return student.to(device), teacher
+
+
+def _permute(student: nn.Module, selected: list[str], config: CompressionConfig) -> dict[str, Permutation]:
+    """If asked to, reorders the hidden channels of the MLPs whose second Linear goes N:M; what they compute stays."""
+    if not config.hwp_permute:
+        return {}
+    return permute_mlps(student, config.pattern, [pair for pair in mlp_pairs(student) if pair[1] in selected])
+
+
+def _score_norms(student: nn.Module, targets: Targets, config: CompressionConfig) -> dict[str, Tensor] | None:
+    """What `WeightPruner` scores by; None: magnitude. With "second_order" weights are pruned and corrected here."""
+    if config.hwp_score == "magnitude":
+        return None
+    handle, second_order = handle_of(student), config.hwp_score == "second_order"
+    weighted = config.hwp_score == "token_weighted"
+    before = handle.temperatures
+    if weighted:
+        handle.set_temperature(config.temperature)
+    inputs = input_statistics(student, targets.chosen, targets.probe, gram=second_order, token_weighted=weighted)
+    handle.set_temperature(before)
+    if second_order:
+        prune_one_shot(student, config.pattern, targets.chosen, inputs, correct=True)
+        return None
+    return {name: statistics.norms for name, statistics in inputs.items()}
+
+
+def _train(trainer: MadtpTrainer, checkpoints: Path, resume: bool, progress: Progress | None) -> None:
+    checkpoint = last_checkpoint(checkpoints) if resume else None
+    if checkpoint is None:  # what an earlier run left would pass for this one's when it is interrupted
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    with progress.training(trainer) if progress else nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _finish_training(trainer: MadtpTrainer) -> float:
+    """Bakes the masks in and leaves no autocast; returns the share of the magnitude that the masks keep."""
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    magnitude_kept = trainer.pruner.finalize()
+    trainer.handle.collect_alignment(False)
+    return magnitude_kept
+
+
+def _pack_and_calibrate(
+    trainer: MadtpTrainer, dense: nn.Module, calibration_data: Dataset, targets: Targets
+) -> tuple[list[str], float]:
+    """Moves the temperatures until the model costs what it is to cost: MACs before it is packed, time after.
+
+    Returns:
+        the Linears that were packed, and the share by which the target is missed.
+    """
+    student, task, device = trainer.model, trainer.task, trainer.args.device
+    if targets.latency_reduction is None:
+        trainer.probe = sample_batches(task, calibration_data, TEMPERATURE_SAMPLES, device)
+        dense_macs = profile_batches(student, trainer.probe).total.dense_macs
+        miss = trainer.calibrate((1 - targets.macs_reduction) * dense_macs)
+        return list(pack(student, targets.chosen)), miss
+    packed = list(pack(student, targets.chosen))
+    both = {"dense": copy.deepcopy(dense).to(device), "compressed": student}
+    batch = sample_batches(task, calibration_data, TIMING_BATCH, device)[0]
+
+    def share_of_time() -> float:
+        times = time_per_sample(both, batch)
+        return times["compressed"] / times["dense"]
+
+    return packed, trainer.calibrate(1 - targets.latency_reduction, TIME_TOLERANCE, share_of_time)
+
+
+def _save(student: nn.Module, task: Task, path: Path) -> None:
+    with atomic_directory(path) as directory:
+        cast(PreTrainedModel, student).save_pretrained(directory)
+        task.save_processor(directory)
+
+
+def _training_arguments(output_dir: Path, config: CompressionConfig, training: Mapping | None) -> TrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(output_dir / "checkpoints"),
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": 0.01,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "report_to": [],
+        "seed": config.seed,
+    }
+    return TrainingArguments(**defaults | dict(training or {}))

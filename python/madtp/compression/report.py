@@ -1,0 +1,67 @@
+"""The report of a run as plain values; `madtp.reporting` makes it readable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+
+import madtp_kernels
+from madtp.budgets.plan import Plan
+from madtp.compression.targets import Targets
+from madtp.hwp import Permutation
+from madtp.training.trainer import MadtpTrainer
+
+
+def report_data(
+    trainer: MadtpTrainer,
+    targets: Targets,
+    plan: Plan | None,
+    figures: Mapping[str, dict],
+    *,
+    calibration_miss: float,
+    packed: list[str],
+    magnitude_kept: float,
+    permutations: Mapping[str, Permutation],
+) -> dict[str, Any]:
+    """What `compress` returns as its report.
+
+    Args:
+        figures: of `madtp.measure.figures.compare`; {} where nothing was evaluated.
+        calibration_miss: share by which the calibrated model misses its target.
+        packed: names of the Linears that became 2:4 layers.
+        magnitude_kept: share of the sparse Linears' |W| that their masks keep.
+        permutations: by MLP, of its hidden channels.
+    """
+    came_to = {
+        "allocation": None if plan is None else plan.to_dict(),
+        "macs_reduction": targets.macs_reduction,
+        "latency_reduction": targets.latency_reduction,
+        "targets_gmacs": {branch: macs / 1e9 for branch, macs in targets.branch_macs.items()},
+        "temperatures": trainer.handle.temperatures,
+        "calibration_miss": calibration_miss,
+        "sparse_modules": targets.chosen,
+        "packed_modules": sorted(packed),
+        "dense_modules": targets.dense,
+        "magnitude_kept": magnitude_kept,
+        "permutations": {name: {"before": p.before, "after": p.after} for name, p in permutations.items()},
+    }
+    return {
+        "metric": trainer.task.metric,
+        **figures,
+        "plan": came_to,
+        "training": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "config": trainer.config.to_dict(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what comes out."""
+    return {
+        "madtp_kernels": madtp_kernels.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,150 @@
+"""What a compression run is to come to: MACs by branch, Linears that go N:M; refused where the model cannot do it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import set_seed
+
+from madtp.budgets.allocate import allocate
+from madtp.budgets.plan import Plan
+from madtp.budgets.prunable import linear_of, prunable_linears
+from madtp.config import CompressionConfig
+from madtp.handles import handle_of
+from madtp.hwp import Pattern
+from madtp.measure.macs import Profile, counted_macs, profile_batches
+from madtp.patching.handle import patch
+from madtp.tasks.batches import require_samples, sample_batches
+from madtp.tasks.task import Task
+from madtp.training.controller import branch_targets
+
+PROBE_SAMPLES = 64  # of the calibration data, on which MACs are observed while training
+FEASIBLE_MARGIN = 1.15  # over the MACs asked for, which the highest temperature may need before training
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a run is to do. MACs are per sample, of the calibration data."""
+
+    macs_reduction: float  # of the dense MACs
+    latency_reduction: float | None  # of the dense model's time, where that is what is asked for
+    chosen: list[str]  # Linears that go N:M
+    dense: dict[str, str]  # Linears that do not, and why
+    branch_macs: dict[str, float]  # counted, of the branches that prune
+    before: Profile  # with all tokens, the chosen Linears counted as N:M
+    probe: list[dict[str, Tensor]]  # the samples MACs are observed on
+
+    @property
+    def counted_macs(self) -> dict[str, float]:
+        """By branch, as they are to be in the end."""
+        return {b: self.branch_macs.get(b, account.counted_macs) for b, account in self.before.branches.items()}
+
+
+def predict_targets(
+    model: nn.Module,
+    task: Task,
+    calibration_data: Dataset,
+    config: CompressionConfig,
+    *,
+    plan: Plan | None = None,
+) -> Targets:
+    """What `compress` would aim at with these arguments; nothing is trained, and the model stays as it is.
+
+    With a latency_reduction and no plan, one is chosen for it.
+
+    Raises:
+        as `compress`.
+    """
+    set_seed(config.seed)
+    student = copy.deepcopy(model)
+    patch(student, config)
+    if plan is None and config.latency_reduction is not None:
+        plan = latency_plan(model, task, calibration_data, config)
+    return choose_targets(student, task, calibration_data, config, plan, next(model.parameters()).device)
+
+
+def latency_plan(
+    model: nn.Module,
+    task: Task,
+    data: Dataset,
+    config: CompressionConfig,
+    path: Path | None = None,
+    resume: bool = False,
+) -> Plan:
+    """The plan for a latency target, which a second measurement would make another: the one at `path` goes on."""
+    if resume and path is not None and path.exists():
+        return Plan.load(path)
+    plan = allocate(model, task, data, config)
+    if path is not None:
+        plan.save(path)
+    return plan
+
+
+def choose_targets(
+    student: nn.Module,
+    task: Task,
+    calibration_data: Dataset,
+    config: CompressionConfig,
+    plan: Plan | None,
+    device: torch.device,
+) -> Targets:
+    """The targets of a plan, or without one those of the config; `student` is the patched model."""
+    require_samples(calibration_data=calibration_data)
+    pruning, linears = handle_of(student).pruning, prunable_linears(student, config)
+    latency_reduction: float | None = None
+    if plan is None:
+        assert config.macs_reduction is not None  # a config without one asks for time, and comes with a plan
+        chosen, reduction = linears.selected, config.macs_reduction
+        _require_params_reduction(student, chosen, config)
+    else:
+        plan.require_fit(pruning, linears.selected)
+        chosen = list(plan.sparse_modules)
+        reduction, latency_reduction = plan.macs_reduction, plan.latency_reduction
+    planned = chosen if Pattern.parse(config.pattern).sparse24 else []
+    probe = sample_batches(task, calibration_data, PROBE_SAMPLES, device)
+    before = profile_batches(student, probe, planned_sparse=planned)
+    if plan is None:
+        macs = branch_targets(before, reduction, tuple(pruning))
+    else:
+        macs = {b: share * before.branches[b].counted_macs for b, share in plan.tokens.items() if share < 1}
+    _require_feasible(student, probe, planned, before.total.dense_macs, reduction, macs, config)
+    return Targets(reduction, latency_reduction, chosen, linears.dense, macs, before, probe)
+
+
+def _require_params_reduction(model: nn.Module, selected: list[str], config: CompressionConfig) -> None:
+    if config.params_reduction is None:
+        return
+    n, m = Pattern.parse(config.pattern)
+    weights = sum(linear_of(model, name).weight.numel() for name in selected)
+    reachable = weights * (1 - n / m) / sum(p.numel() for p in model.parameters())
+    if config.params_reduction > reachable:
+        raise ValueError(
+            f"params_reduction must be at most {reachable:.3f}, the share {config.pattern} zeroes in the "
+            f"{len(selected)} modules it may prune, got {config.params_reduction}"
+        )
+
+
+def _require_feasible(
+    student: nn.Module,
+    probe: list[dict[str, Tensor]],
+    planned: list[str],
+    dense_macs: float,
+    reduction: float,
+    branches: Iterable[str],
+    config: CompressionConfig,
+) -> None:
+    """Refuses a target far from what the highest temperature reaches: training moves this bound, but not by much."""
+    handle_of(student).set_temperature(dict.fromkeys(branches, config.temperature_max))
+    least = sum(counted_macs(student, probe, planned_sparse=planned).values()) / dense_macs
+    handle_of(student).set_temperature(0)
+    if least > FEASIBLE_MARGIN * (1 - reduction):
+        raise ValueError(
+            f"macs_reduction must be at most about {1 - least:.2f}, which temperature_max {config.temperature_max:g} "
+            f"reaches on this model, got {reduction}"
+        )

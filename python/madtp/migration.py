@@ -1,0 +1,91 @@
+"""Files of earlier versions under the names of today. Version 0.1 wrote no version into plans and checkpoints.
+
+Old names are taken from files only: what is written by hand (a YAML of config fields, a plan that says it is of today's
+version) is refused with the new name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PLAN_VERSION = 2
+CHECKPOINT_VERSION = 2
+
+CONFIG_NAMES = {"flops_reduction": "macs_reduction"}  # old -> new
+PLAN_NAMES = CONFIG_NAMES
+PREDICTED_NAMES = {"rise": "distill_loss"}
+GUARD_NAMES = {"rise": "loss_increase"}
+LOG_NAMES = {"guard_rise": "guard_loss_increase"}
+
+
+def migrate_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `CompressionConfig` that version 0.1 or a later one wrote."""
+    return _rename(values, CONFIG_NAMES)
+
+
+def migrate_plan(values: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """The fields of a `Plan`, of what its YAML holds.
+
+    Args:
+        values: of the file; without a "version" they are of 0.1.
+        file: its name, for messages.
+
+    Raises:
+        ValueError: the version is not known, or a file of today's version has an old name.
+    """
+    values = dict(values)
+    version = _version(values, file, PLAN_VERSION)
+    predicted = values.get("predicted")
+    if version == PLAN_VERSION:
+        refuse_old_names(values, PLAN_NAMES, file)
+        if isinstance(predicted, Mapping):
+            refuse_old_names(predicted, PREDICTED_NAMES, f"{file}: predicted")
+        return values
+    values = _rename(values, PLAN_NAMES)
+    if isinstance(predicted, Mapping):
+        values["predicted"] = _rename(predicted, PREDICTED_NAMES)
+    return values
+
+
+def migrate_checkpoint(values: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """What the pruning of a training checkpoint holds, as `MadtpTrainer.pruning_state` writes it today.
+
+    Args:
+        values: of the file; without a "version" they are of 0.1.
+        file: its name, for messages.
+
+    Raises:
+        ValueError: the version is not known.
+    """
+    values = dict(values)
+    if _version(values, file, CHECKPOINT_VERSION) < CHECKPOINT_VERSION:
+        values["config"] = migrate_config(values["config"])
+        if values["guard"] is not None:
+            values["guard"] = _rename(values["guard"], GUARD_NAMES)
+    return values
+
+
+def migrate_log(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a training logged before the checkpoint it goes on from."""
+    return [_rename(entry, LOG_NAMES) for entry in entries]
+
+
+def refuse_old_names(values: Mapping[str, Any], names: Mapping[str, str], what: str) -> None:
+    """Raises ValueError where `values`, which `what` names, have an old name; it says the new one."""
+    for old in names.keys() & values.keys():
+        raise ValueError(f"{what}: {old} is now called {names[old]}")
+
+
+def _rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def _version(values: dict[str, Any], file: str, current: int) -> int:
+    """Takes the version out of the values; 1 is that of files without one."""
+    version = values.pop("version", 1)
+    if type(version) is not int or not 1 <= version <= current:
+        newer = type(version) is int and version > current
+        remedy = ": install a newer madtp" if newer else ""
+        raise ValueError(f"{file} must be of version {current}, got {version!r}{remedy}")
+    return version
