@@ -3,6 +3,8 @@
 
 #include "madtp/tokens.h"
 
+#include <array>
+
 #include "python/common.h"
 
 namespace madtp::python {
@@ -12,89 +14,92 @@ using Address = std::uintptr_t;
 
 DType dtype(int value) { return static_cast<DType>(value); }
 
-TokenSelection token_selection(Address keep, Address cu_seqlens_in, Address cu_seqlens_out, Address source,
-                               Address merge_weight, std::int64_t tokens, std::int64_t capacity,
-                               std::int64_t batch) {
-  return {pointer<const std::uint8_t>(keep),
-          pointer<const std::int32_t>(cu_seqlens_in),
-          pointer<const std::int32_t>(cu_seqlens_out),
-          pointer<const std::int32_t>(source),
-          pointer<const float>(merge_weight),
-          tokens,
-          capacity,
-          batch};
+// The fields of a struct of madtp/tokens.h in their order, as Python passes them: a tuple, since making an
+// object would cost a small call more than the rest of it.
+template <std::size_t kFields>
+using Record = std::array<std::uintptr_t, kFields>;
+
+std::int64_t size(std::uintptr_t value) { return static_cast<std::int64_t>(value); }
+
+TokenSelection token_selection(const Record<8>& r) {
+  return {pointer<const std::uint8_t>(r[0]),
+          pointer<const std::int32_t>(r[1]),
+          pointer<const std::int32_t>(r[2]),
+          pointer<const std::int32_t>(r[3]),
+          pointer<const float>(r[4]),
+          size(r[5]),
+          size(r[6]),
+          size(r[7])};
 }
 
-SelectionOutputs selection_outputs(Address keep, Address cu_seqlens_out, Address source,
-                                   Address merge_weight) {
-  return {pointer<std::uint8_t>(keep), pointer<std::int32_t>(cu_seqlens_out), pointer<std::int32_t>(source),
-          pointer<float>(merge_weight)};
+SelectionOutputs selection_outputs(const Record<4>& r) {
+  return {pointer<std::uint8_t>(r[0]), pointer<std::int32_t>(r[1]), pointer<std::int32_t>(r[2]),
+          pointer<float>(r[3])};
 }
 
-ScoreInputs score_inputs(Address mag_logits, int logits_dtype, std::int64_t logits_stride,
-                         std::int64_t alignment_tokens, Address cu_seqlens, std::int64_t tokens,
-                         std::int64_t batch, Address summary_index) {
-  return {pointer<const void>(mag_logits),
-          dtype(logits_dtype),
-          logits_stride,
-          alignment_tokens,
-          pointer<const std::int32_t>(cu_seqlens),
-          tokens,
-          batch,
-          pointer<const std::int32_t>(summary_index)};
+ScoreInputs score_inputs(const Record<8>& r) {
+  return {pointer<const void>(r[0]),
+          dtype(static_cast<int>(r[1])),
+          size(r[2]),
+          size(r[3]),
+          pointer<const std::int32_t>(r[4]),
+          size(r[5]),
+          size(r[6]),
+          pointer<const std::int32_t>(r[7])};
 }
 
-void token_importance(Address summary_attention, Address received_attention, const ScoreInputs& inputs,
+void token_importance(Address summary_attention, Address received_attention, const Record<8>& inputs,
                       Address importance, int threads) {
   check(
       cpu::token_importance(pointer<const float>(summary_attention), pointer<const float>(received_attention),
-                            inputs, pointer<float>(importance), threads),
+                            score_inputs(inputs), pointer<float>(importance), threads),
       "madtp::cpu::token_importance");
 }
 
-void select_tokens(Address importance, const ScoreInputs& inputs, double temperature,
-                   const SelectionOutputs& selection, int threads) {
-  check(cpu::select_tokens(pointer<const float>(importance), inputs, temperature, selection, threads),
+void select_tokens(Address importance, const Record<8>& inputs, double temperature,
+                   const Record<4>& selection, int threads) {
+  check(cpu::select_tokens(pointer<const float>(importance), score_inputs(inputs), temperature,
+                           selection_outputs(selection), threads),
         "madtp::cpu::select_tokens");
 }
 
-void score_and_select(Address summary_attention, Address received_attention, const ScoreInputs& inputs,
-                      double temperature, Address importance, const SelectionOutputs& selection,
-                      int threads) {
-  check(
-      cpu::score_and_select(pointer<const float>(summary_attention), pointer<const float>(received_attention),
-                            inputs, temperature, pointer<float>(importance), selection, threads),
-      "madtp::cpu::score_and_select");
+void score_and_select(Address summary_attention, Address received_attention, const Record<8>& inputs,
+                      double temperature, Address importance, const Record<4>& selection, int threads) {
+  check(cpu::score_and_select(pointer<const float>(summary_attention),
+                              pointer<const float>(received_attention), score_inputs(inputs), temperature,
+                              pointer<float>(importance), selection_outputs(selection), threads),
+        "madtp::cpu::score_and_select");
 }
 
 // The gathers are the same on both devices but for how they run.
 template <typename Run, typename Function>
 auto gather_merge(Function function, const char* name) {
-  return [=](Address x, int x_dtype, std::int64_t x_stride, std::int64_t channels,
-             const TokenSelection& selection, Address out, Run run) {
-    check(function(pointer<const void>(x), dtype(x_dtype), x_stride, channels, selection, pointer<void>(out),
-                   how(run)),
+  return [=](Address x, int x_dtype, std::int64_t x_stride, std::int64_t channels, const Record<8>& selection,
+             Address out, Run run) {
+    check(function(pointer<const void>(x), dtype(x_dtype), x_stride, channels, token_selection(selection),
+                   pointer<void>(out), how(run)),
           name);
   };
 }
 
 template <typename Run, typename Function>
 auto gather_merge_backward(Function function, const char* name) {
-  return [=](Address grad, std::int64_t grad_stride, Address x, int x_dtype, std::int64_t x_stride,
-             std::int64_t channels, const TokenSelection& selection, Address grad_x, Address grad_weight,
-             Run run) {
-    check(function(pointer<const void>(grad), grad_stride, pointer<const void>(x), dtype(x_dtype), x_stride,
-                   channels, selection, pointer<void>(grad_x), pointer<float>(grad_weight), how(run)),
-          name);
-  };
+  return
+      [=](Address grad, std::int64_t grad_stride, Address x, int x_dtype, std::int64_t x_stride,
+          std::int64_t channels, const Record<8>& selection, Address grad_x, Address grad_weight, Run run) {
+        check(function(pointer<const void>(grad), grad_stride, pointer<const void>(x), dtype(x_dtype),
+                       x_stride, channels, token_selection(selection), pointer<void>(grad_x),
+                       pointer<float>(grad_weight), how(run)),
+              name);
+      };
 }
 
 template <typename Run, typename Function>
 auto gather_merge_layernorm(Function function, const char* name) {
-  return [=](Address x, int x_dtype, std::int64_t x_stride, std::int64_t channels,
-             const TokenSelection& selection, Address weight, Address bias, int affine_dtype, double eps,
-             Address x_out, Address normed, Address mean, Address rstd, Run run) {
-    check(function(pointer<const void>(x), dtype(x_dtype), x_stride, channels, selection,
+  return [=](Address x, int x_dtype, std::int64_t x_stride, std::int64_t channels, const Record<8>& selection,
+             Address weight, Address bias, int affine_dtype, double eps, Address x_out, Address normed,
+             Address mean, Address rstd, Run run) {
+    check(function(pointer<const void>(x), dtype(x_dtype), x_stride, channels, token_selection(selection),
                    pointer<const void>(weight), pointer<const void>(bias), dtype(affine_dtype), eps,
                    pointer<void>(x_out), pointer<void>(normed), pointer<float>(mean), pointer<float>(rstd),
                    how(run)),
@@ -106,10 +111,6 @@ auto gather_merge_layernorm(Function function, const char* name) {
 
 void bind_tokens(py::module_& cpu_module, [[maybe_unused]] py::module_* cuda_module) {
   const py::call_guard<py::gil_scoped_release> unlocked{};
-  // The records serve the functions of both devices.
-  py::class_<TokenSelection>(cpu_module, "TokenSelection").def(py::init(&token_selection));
-  py::class_<SelectionOutputs>(cpu_module, "SelectionOutputs").def(py::init(&selection_outputs));
-  py::class_<ScoreInputs>(cpu_module, "ScoreInputs").def(py::init(&score_inputs));
   cpu_module.def("token_importance", &token_importance, unlocked);
   cpu_module.def("select_tokens", &select_tokens, unlocked);
   cpu_module.def("score_and_select", &score_and_select, unlocked);

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from madtp_kernels import dispatch
 from madtp_kernels.native.common import DTYPES, address, call, contiguous, matrix, row_contiguous
 
 
@@ -69,11 +66,11 @@ def score_and_select(
 
 def _score_inputs(
     mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
-) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """madtp::ScoreInputs, and the tensors it points to, which must outlive it."""
+) -> tuple[tuple[int, ...], tuple[Tensor | None, ...]]:
+    """The fields of madtp::ScoreInputs, and the tensors it points to, which must outlive it."""
     mag_logits, cu_seqlens = row_contiguous(mag_logits), cu_seqlens.contiguous()
     summary_index = contiguous(summary_index)
-    inputs = dispatch.extension().cpu.ScoreInputs(
+    inputs = (
         *matrix(mag_logits),
         mag_logits.shape[1],
         address(cu_seqlens),
@@ -84,12 +81,13 @@ def _score_inputs(
     return inputs, (mag_logits, cu_seqlens, summary_index)
 
 
-def _empty_selection(importance: Tensor, cu_seqlens: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Any]:
-    """keep, cu_seqlens_out, source and merge_weight, to be written, and the madtp::SelectionOutputs that says where."""
+def _empty_selection(
+    importance: Tensor, cu_seqlens: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[int, ...]]:
+    """keep, cu_seqlens_out, source and merge_weight, to be written, and the fields of madtp::SelectionOutputs."""
     keep, source = (torch.empty_like(importance, dtype=dtype) for dtype in (torch.bool, torch.int32))
-    cu_seqlens_out = torch.empty(cu_seqlens.shape, dtype=torch.int32, device=cu_seqlens.device)
-    selection = keep, cu_seqlens_out, source, torch.empty_like(importance)
-    return selection, dispatch.extension().cpu.SelectionOutputs(*(t.data_ptr() for t in selection))
+    selection = keep, torch.empty_like(cu_seqlens), source, torch.empty_like(importance)
+    return selection, tuple(t.data_ptr() for t in selection)
 
 
 def gather_merge(x: Tensor, *selection: Tensor) -> Tensor:
@@ -147,10 +145,9 @@ def gather_merge_layernorm(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tenso
 
 def _token_selection(
     keep: Tensor, cu_seqlens_in: Tensor, cu_seqlens_out: Tensor, source: Tensor, merge_weight: Tensor
-) -> tuple[Any, int, list[Tensor]]:
-    """madtp::TokenSelection, its capacity, and the tensors it points to, which must outlive it."""
+) -> tuple[tuple[int, ...], int, list[Tensor]]:
+    """The fields of madtp::TokenSelection, its capacity, and the tensors it points to, which must outlive it."""
     tensors = [t.contiguous() for t in (keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight)]
     capacity = source.shape[0]
     sizes = (keep.shape[0], capacity, cu_seqlens_in.numel() - 1)
-    record = dispatch.extension().cpu.TokenSelection(*(t.data_ptr() for t in tensors), *sizes)
-    return record, capacity, tensors
+    return (*(t.data_ptr() for t in tensors), *sizes), capacity, tensors

@@ -39,9 +39,9 @@ def sequence_bounds(p_cu_seqlens, i_b, T):
 
 
 @triton.jit
-def load_summary_row(p_summary_index, i_b, n):
-    """The summary token's row inside sequence i_b of n rows; -1 if there is none."""
+def load_summary_row(p_summary_index, i_b):
+    """The summary token's row inside sequence i_b; there is none at a row that the sequence does not have."""
     row = tl.full((), 0, tl.int32)
     if p_summary_index is not None:
         row = tl.load(p_summary_index + i_b)
-    return tl.where((row >= 0) & (row < n), row, -1)
+    return row

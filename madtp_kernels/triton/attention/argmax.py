@@ -19,8 +19,9 @@ from madtp_kernels.triton.attention.tiles import (
     sequence_rows,
     statistic,
     strides,
+    summary_row_or_none,
 )
-from madtp_kernels.triton.common import OPTIONS, load_summary_row
+from madtp_kernels.triton.common import OPTIONS
 
 ROWS = 128  # of a program of the delta kernel
 NO_HEAD = tl.constexpr(255)  # pairs whose query is not counted; heads are numbered up to 254
@@ -78,7 +79,7 @@ def head_argmax_kernel(
         p_k += k_head
         p_lse += T
 
-    m_counted = m_m & (o_m != load_summary_row(p_summary_index, i_b, n))
+    m_counted = m_m & (o_m != summary_row_or_none(p_summary_index, i_b, n))
     b_head = tl.where(m_counted[:, None], b_head, NO_HEAD)
     p_tile = tl.trans(head_tile(p_head, begin + i_n * BLOCK_N, i_m * BLOCK_M, slab, BLOCK_N, BLOCK_M))
     tl.store(p_tile, b_head.to(tl.uint8), mask=m_m[:, None] & m_n[None, :])
@@ -136,7 +137,7 @@ def delta_kernel(
         b_delta += tl.load(p_partial + o_slab, mask=m_part, other=0.0)
         p_partial += H.to(tl.int64) * slab
 
-    summary_row = load_summary_row(p_summary_index, i_b, n)
+    summary_row = summary_row_or_none(p_summary_index, i_b, n)
     inside = (summary_row >= slab_begin + i_m * BLOCK) & (summary_row < slab_begin + (i_m + 1) * BLOCK)
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, tl.where(inside, n, 0), BLOCK):

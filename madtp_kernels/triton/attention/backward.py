@@ -26,8 +26,9 @@ from madtp_kernels.triton.attention.tiles import (
     statistic,
     store_tile,
     strides,
+    summary_row_or_none,
 )
-from madtp_kernels.triton.common import OPTIONS, load_summary_row, on_device
+from madtp_kernels.triton.common import OPTIONS, on_device
 
 ROWS = 64  # of a program of the preparing kernel
 SLAB = 1024  # queries of a sequence whose arg-max heads are held at a time
@@ -90,7 +91,7 @@ def prepare_kernel(
         b_grad = b_grad.to(tl.float32)
         tl.store(p_through + o_head, b_d_summary * b_norm / b_norms, mask=m_m)
         if i_h == 0:
-            b_observers = observers(o_m, n, load_summary_row(p_summary_index, i_b, n), CAUSAL)
+            b_observers = observers(o_m, n, summary_row_or_none(p_summary_index, i_b, n), CAUSAL)
             b_d_received = tl.load(p_grad_received + begin + o_m, mask=m_m, other=0.0)
             tl.store(p_d_maximum + begin + o_m, b_d_received / b_observers, mask=m_m)
     tl.store(p_delta + o_head, tl.sum(b_grad * b_out, 1), mask=m_m)

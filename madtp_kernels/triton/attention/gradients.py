@@ -22,9 +22,10 @@ from madtp_kernels.triton.attention.tiles import (
     program_of,
     sequence_rows,
     store_tile,
+    summary_row_or_none,
     zero_tail,
 )
-from madtp_kernels.triton.common import OPTIONS, load_summary_row
+from madtp_kernels.triton.common import OPTIONS
 
 # --- groups of arguments: tensors for the launcher, pointers in the kernels
 
@@ -119,7 +120,7 @@ def key_gradient_kernel(
     o_head = i_h.to(tl.int64) * Tq + begin
     if statistics is not None:
         p_summary_index, p_head, p_through, p_d_maximum = statistics
-        summary_row = load_summary_row(p_summary_index, i_b, n_q)
+        summary_row = summary_row_or_none(p_summary_index, i_b, n_q)
         b_through = tl.load(p_through + o_head + o_n, mask=m_n, other=0.0)
         b_d_maximum = tl.load(p_d_maximum + first + o_n, mask=m_n, other=0.0)
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -232,7 +233,7 @@ def query_gradient_kernel(
     heads = None
     if statistics is not None:
         p_summary_index, p_head, p_through, p_d_maximum = statistics
-        summary_row = load_summary_row(p_summary_index, i_b, n_q)
+        summary_row = summary_row_or_none(p_summary_index, i_b, n_q)
         heads = (p_head, p_through + o_head, p_d_maximum, i_h, summary_row, i_m * BLOCK_M, slab)
     b_q = load_tile(p_q, begin + top, strides.q_row, m_m, BLOCK_M, D, BLOCK_D)
     b_d_out = load_tile(p_d_out, begin + top, strides.d_out_row, m_m, BLOCK_M, D, BLOCK_D)

@@ -20,9 +20,10 @@ from madtp_kernels.triton.attention.tiles import (
     sequence_rows,
     statistic,
     strides,
+    summary_row_or_none,
     zero_tail,
 )
-from madtp_kernels.triton.common import OPTIONS, load_summary_row
+from madtp_kernels.triton.common import OPTIONS
 
 KEYS = 128  # keys of a program of the small kernels
 
@@ -71,7 +72,7 @@ def head_maximum_kernel(
         p_k += k_head
         p_lse += T
 
-    m_counted = (m_m & (o_m != load_summary_row(p_summary_index, i_b, n)))[:, None] & m_n[None, :]
+    m_counted = (m_m & (o_m != summary_row_or_none(p_summary_index, i_b, n)))[:, None] & m_n[None, :]
     if CAUSAL:
         m_counted = m_counted & (o_n[None, :] <= o_m[:, None])
     b_received = tl.sum(tl.where(m_counted, tl.exp2(b_best), 0.0), 0)
@@ -106,7 +107,7 @@ def from_summary_kernel(
     begin, n = sequence_rows(p_cu_seqlens, i_b, T, max_seqlen)
     if i_n * BLOCK >= n:
         return
-    summary_row = load_summary_row(p_summary_index, i_b, n)
+    summary_row = summary_row_or_none(p_summary_index, i_b, n)
     o_n = i_n * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < n
     m_seen = o_n < tl.where(summary_row < 0, 0, tl.minimum(n, summary_row + 1) if CAUSAL else n)
@@ -169,7 +170,7 @@ def finish_kernel(
         m_part = m_n & (o_n < (i_m + 1) * BLOCK_M) if CAUSAL else m_n
         b_received += tl.load(p_partial + o_n, mask=m_part, other=0.0)
         p_partial += T
-    b_received /= observers(o_n, n, load_summary_row(p_summary_index, i_b, n), CAUSAL)
+    b_received /= observers(o_n, n, summary_row_or_none(p_summary_index, i_b, n), CAUSAL)
     tl.store(p_received_attention + begin + o_n, b_received, mask=m_n)
     b_norms, b_weighted = head_sums(p_from_summary, p_norms, begin + o_n, m_n, T, H)
     tl.store(p_summary_attention + begin + o_n, b_weighted / tl.where(b_norms == 0, 1.0, b_norms), mask=m_n)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from madtp_kernels.triton.common import sequence_bounds
+from madtp_kernels.triton.common import load_summary_row, sequence_bounds
 
 LOG2_E = 1.4426950408889634
 MAX_STRIDE = 2**24  # elements from row to row
@@ -30,6 +30,13 @@ def sequence_rows(p_cu_seqlens, i_b, T, max_seqlen):
     """First row (int64) and length (int32) of sequence i_b, never longer than the grid and buffers were made for."""
     begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
     return begin, tl.minimum(end - begin, max_seqlen).to(tl.int32)
+
+
+@triton.jit
+def summary_row_or_none(p_summary_index, i_b, n):
+    """The summary token's row inside sequence i_b of n rows; -1 if there is none."""
+    row = load_summary_row(p_summary_index, i_b)
+    return tl.where((row >= 0) & (row < n), row, -1)
 
 
 @triton.jit

@@ -36,7 +36,7 @@ def importance_kernel(
 ):
     i_b = tl.program_id(0).to(tl.int64)
     begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
-    summary_row = load_summary_row(p_summary_index, i_b, end - begin)
+    summary_row = load_summary_row(p_summary_index, i_b)
     sequence_importance(
         p_summary_attention, p_received_attention, p_logits, p_importance, begin, end, summary_row,
         K, STRIDE, BLOCK_T, BLOCK_K,
@@ -61,7 +61,7 @@ def select_kernel(
 ):
     i_b = tl.program_id(0).to(tl.int64)
     begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
-    summary_row = load_summary_row(p_summary_index, i_b, end - begin)
+    summary_row = load_summary_row(p_summary_index, i_b)
     sequence_keep(
         p_importance, p_logits, p_keep, p_count, p_pruned_importance, scale, i_b, begin, end, summary_row,
         K, STRIDE, BLOCK_T, BLOCK_K,
@@ -88,7 +88,7 @@ def score_and_select_kernel(
 ):
     i_b = tl.program_id(0).to(tl.int64)
     begin, end = sequence_bounds(p_cu_seqlens, i_b, T)
-    summary_row = load_summary_row(p_summary_index, i_b, end - begin)
+    summary_row = load_summary_row(p_summary_index, i_b)
     sequence_importance(
         p_summary_attention, p_received_attention, p_logits, p_importance, begin, end, summary_row,
         K, STRIDE, BLOCK_T, BLOCK_K,

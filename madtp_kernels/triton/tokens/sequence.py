@@ -25,7 +25,7 @@ def sequence_importance(
     p_importance,
     begin,
     end,
-    summary_row,  # inside the sequence, -1: none
+    summary_row,  # inside the sequence
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
