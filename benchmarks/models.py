@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import madtp
 from benchmarks.registry import Case, Entry, Thunk, Unavailable
 from madtp import hwp
-from madtp.measure.macs import counted_macs
 from madtp.models import BlipForNLVR
 from madtp.models.registry import family_of
+from madtp.profiling.macs import counted_macs
 from madtp.search import find_root
 
 EAGER, SDPA = "Hugging Face eager", "Hugging Face SDPA"

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", default="1,2", help="thread counts to run with on a CPU (default 1,2)")
     parser.add_argument("--rounds", type=int, default=15, help="turns each provider takes (default 15)")
     parser.add_argument("--cases", type=int, help="only the first so many cases of each entry")
-    parser.add_argument("--output", type=Path, help="results folder; benchmarks/results/DEVICE by default")
+    parser.add_argument("--out", type=Path, help="results folder; benchmarks/results/DEVICE by default")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.entries) - set(known))
     if unknown:
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     counts = options.threads.split(",")
     if not all(count.isdecimal() and int(count) > 0 for count in counts):
         parser.error(f"--threads must be positive numbers like 1,2, got {options.threads!r}")
-    output = options.output or results_dir(device)
+    output = options.out or results_dir(device)
     output.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
 
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
             "blocks": blocks,
         }
         (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    if options.output is None and not options.cases:
+    if options.out is None and not options.cases:
         write_document(RESULTS)
     if wrong:
         sys.exit("wrong results, not timed:\n" + "\n".join(wrong))

@@ -24,8 +24,8 @@ from transformers.utils import logging
 from madtp import CompressionConfig
 from madtp.compression import versions
 from madtp.data.errors import DataError
-from madtp.measure.figures import measure
-from madtp.measure.macs import counted_macs
+from madtp.profiling.figures import measure
+from madtp.profiling.macs import counted_macs
 from madtp.tasks.batches import sample_batches
 
 from .results import FOLDER, Results

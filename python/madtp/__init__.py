@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from madtp.compression import Result as Result
     from madtp.compression import compress as compress
     from madtp.config import CompressionConfig as CompressionConfig
-    from madtp.measure.figures import measure as measure
-    from madtp.measure.macs import profile as profile
     from madtp.patching.handle import patch as patch
     from madtp.patching.pretrained import from_pretrained as from_pretrained
     from madtp.patching.state import ModelError as ModelError
+    from madtp.profiling.figures import measure as measure
+    from madtp.profiling.macs import profile as profile
     from madtp.training.trainer import MadtpTrainer as MadtpTrainer
     from madtp_kernels import __version__ as __version__
 
@@ -36,21 +36,17 @@ _API = {
     "allocate": "madtp.budgets.allocate",
     "compress": "madtp.compression",
     "from_pretrained": "madtp.patching.pretrained",
-    "measure": "madtp.measure.figures",
+    "measure": "madtp.profiling.figures",
     "pareto": "madtp.budgets.allocate",
     "patch": "madtp.patching.handle",
-    "profile": "madtp.measure.macs",
+    "profile": "madtp.profiling.macs",
 }
-_ROOMS = ("budgets", "data", "dtp", "hwp", "models", "patching", "reporting", "tasks", "training")
+_ROOMS = ("budgets", "data", "dtp", "hwp", "models", "patching", "profiling", "reporting", "tasks", "training")
 
 __all__ = list(_API)
 __getattr__, __dir__ = attach(
     __name__, _API | {"__version__": "madtp_kernels"} | {room: f"madtp.{room}" for room in _ROOMS}
 )
-
-# The room `measure` has the name of a function. Imported here, and it is empty, it will not take that name later.
-import_module("madtp.measure")
-del globals()["measure"]
 
 
 def _register_attention() -> None:

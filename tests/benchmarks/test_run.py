@@ -69,7 +69,7 @@ def test_peak_memory_counts_temporaries_and_the_result():
 
 def test_a_wrong_result_is_not_timed_and_fails_the_run(double, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run.main(["double", "--rounds", "3", "--threads", "1", "--output", str(tmp_path)])
+        run.main(["double", "--rounds", "3", "--threads", "1", "--out", str(tmp_path)])
     assert "double: wrong: not the double" in str(stopped.value)
     result = json.loads((tmp_path / "double.json").read_text())
     assert result["baseline"] == "torch" and result["machine"]["torch"] == torch.__version__
@@ -86,7 +86,7 @@ def test_a_wrong_result_is_not_timed_and_fails_the_run(double, tmp_path, capsys)
 
 def test_the_document_shows_ratios_and_no_absolute_times_of_a_cpu(double, tmp_path):
     with pytest.raises(SystemExit):
-        run.main(["--rounds", "3", "--threads", "1", "--output", str(tmp_path / "cpu")])
+        run.main(["--rounds", "3", "--threads", "1", "--out", str(tmp_path / "cpu")])
     write_document(tmp_path, tmp_path / "benchmarks.md")
     text = (tmp_path / "benchmarks.md").read_text()
     assert "## double (CPU, " in text and "| torch (baseline) | 1.00x | 1.00-1.00 |" in text
@@ -97,7 +97,7 @@ def test_the_document_shows_ratios_and_no_absolute_times_of_a_cpu(double, tmp_pa
 def test_cases_that_differ_in_one_number_are_plotted(double, monkeypatch, tmp_path):
     entry = dataclasses.replace(ENTRY, against="size", providers={"torch": ENTRY.providers["torch"], "absent": missing})
     monkeypatch.setattr(run, "entries", lambda: {"double": entry})
-    run.main(["--rounds", "3", "--threads", "1,2", "--output", str(tmp_path / "cpu")])
+    run.main(["--rounds", "3", "--threads", "1,2", "--out", str(tmp_path / "cpu")])
     write_document(tmp_path, tmp_path / "benchmarks.md")
     assert "![time and memory against size](benchmark-cpu-double.png)" in (tmp_path / "benchmarks.md").read_text()
     assert (tmp_path / "benchmark-cpu-double.png").stat().st_size > 10_000

@@ -29,7 +29,7 @@ LAYERS = {
         ("models",),
         ("patching", "data"),
         ("tasks",),
-        ("measure",),
+        ("profiling",),
         ("training",),
         ("budgets",),
         ("compression",),

@@ -11,8 +11,8 @@ from transformers import BlipConfig
 
 import madtp
 from madtp.hwp import Epilogue, WeightPruner, pack, select_modules
-from madtp.measure.macs import count_macs, disk_bytes, profile, profile_batches
 from madtp.models import BlipForNLVR
+from madtp.profiling.macs import count_macs, disk_bytes, profile, profile_batches
 from madtp_kernels import dispatch
 
 

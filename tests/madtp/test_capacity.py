@@ -6,7 +6,7 @@ from families import CASES, CONFIG, pixels, randomised
 
 import madtp
 from madtp import hwp
-from madtp.measure import macs as accounting
+from madtp.profiling import macs as accounting
 
 GRAPH = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 import madtp
-from madtp.measure.macs import counted_macs
-from madtp.measure.timing import time_per_sample
+from madtp.profiling.macs import counted_macs
+from madtp.profiling.timing import time_per_sample
 from madtp.tasks.batches import sample_batches
 from madtp.training.trainer import CONTROLLER_FILE, MadtpTrainer, last_checkpoint
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from madtp.measure.macs import Account, Profile
+from madtp.profiling.macs import Account, Profile
 from madtp.search import find_root
 from madtp.training.controller import TemperatureController, branch_targets
 

@@ -62,9 +62,9 @@ def test_the_names_are_where_the_table_says():
 
 
 def test_a_room_does_not_take_the_name_of_a_function():
-    import madtp.measure.macs
+    import madtp.profiling.macs
 
-    assert madtp.measure is importlib.import_module("madtp.measure.figures").measure
+    assert madtp.measure is importlib.import_module("madtp.profiling.figures").measure
 
 
 def test_choices_are_those_of_the_registry():

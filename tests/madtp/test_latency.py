@@ -13,8 +13,8 @@ from madtp.budgets import latency
 from madtp.budgets.allocate import choose
 from madtp.budgets.plan import Plan
 from madtp.budgets.records import Sensitivities, Times, TokenPoint, WeightUnit
-from madtp.measure import macs as accounting
-from madtp.measure import timing
+from madtp.profiling import macs as accounting
+from madtp.profiling import timing
 
 LATENCY = dataclasses.replace(CONFIG, macs_reduction=None, latency_reduction=0.35)
 TRAINING = {"max_steps": 12, "per_device_train_batch_size": 16, "disable_tqdm": True}

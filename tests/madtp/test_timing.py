@@ -6,7 +6,7 @@ from tiny_models import tiny_batch, tiny_blip
 
 import madtp
 from madtp import hwp
-from madtp.measure import timing
+from madtp.profiling import timing
 
 
 class Clock:

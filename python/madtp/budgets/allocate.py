@@ -21,8 +21,8 @@ from madtp.budgets.sensitivity import Calibration, find_sensitivities
 from madtp.budgets.strategies import STRATEGIES
 from madtp.choices import ALLOCATIONS, REDUCTIONS
 from madtp.config import CompressionConfig
-from madtp.measure.timing import TIMING_BATCH
 from madtp.patching.handle import patch
+from madtp.profiling.timing import TIMING_BATCH
 from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
 

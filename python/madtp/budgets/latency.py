@@ -17,7 +17,7 @@ from madtp.budgets.records import Sensitivities, Times
 from madtp.handles import handle_of
 from madtp.hwp import Sparse24Linear
 from madtp.inference import evaluating, leading_size
-from madtp.measure.timing import medians
+from madtp.profiling.timing import medians
 from madtp_kernels import sparse24_prune
 from madtp_kernels.sparse24.weight import supports_shape
 

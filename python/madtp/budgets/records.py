@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from madtp.measure.macs import Profile
+from madtp.profiling.macs import Profile
 
 
 @dataclass(frozen=True)

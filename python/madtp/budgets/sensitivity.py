@@ -19,8 +19,8 @@ from madtp.config import CompressionConfig
 from madtp.handles import handle_of
 from madtp.hwp import InputStatistics, Pattern, prune_one_shot
 from madtp.inference import evaluating, leading_size
-from madtp.measure.inputs import input_statistics
-from madtp.measure.macs import branch_of, counted_macs, profile_batches
+from madtp.profiling.inputs import input_statistics
+from madtp.profiling.macs import branch_of, counted_macs, profile_batches
 from madtp.tasks.task import Task
 from madtp.training.losses import JointLoss
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from madtp.measure.macs import Profile
+    from madtp.profiling.macs import Profile
 
 RANDOM_SAMPLES = 8  # on which a model without data is counted
 
@@ -73,9 +73,9 @@ def profile(
 
     from madtp.data.model_inputs import random_inputs
     from madtp.handles import find_handle
-    from madtp.measure.figures import ACCOUNT_SAMPLES
-    from madtp.measure.macs import profile_batches
     from madtp.patching.handle import patch
+    from madtp.profiling.figures import ACCOUNT_SAMPLES
+    from madtp.profiling.macs import profile_batches
     from madtp.tasks.batches import sample_batches, sample_count
     from madtp.tasks.loading import architecture, load_model
     from madtp.tasks.registry import load_judged, tasks_of

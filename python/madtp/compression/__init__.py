@@ -1,6 +1,6 @@
 """`compress`: targets, joint training, calibration on the targets, saving, and the report of it.
 
-The parts are elsewhere: plans in `madtp.budgets`, the trainer in `madtp.training`, figures in `madtp.measure`.
+The parts are elsewhere: plans in `madtp.budgets`, the trainer in `madtp.training`, figures in `madtp.profiling`.
 """
 
 from madtp.compression.pipeline import Result, compress

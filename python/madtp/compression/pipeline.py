@@ -23,12 +23,12 @@ from madtp.config import CompressionConfig
 from madtp.files import atomic_directory, require_writable
 from madtp.handles import handle_of
 from madtp.hwp import Permutation, mlp_pairs, pack, permute_mlps, prune_one_shot
-from madtp.measure.figures import compare
-from madtp.measure.inputs import input_statistics
-from madtp.measure.macs import profile_batches
-from madtp.measure.timing import TIMING_BATCH, time_per_sample
 from madtp.patching.handle import patch
 from madtp.patching.pretrained import from_pretrained
+from madtp.profiling.figures import compare
+from madtp.profiling.inputs import input_statistics
+from madtp.profiling.macs import profile_batches
+from madtp.profiling.timing import TIMING_BATCH, time_per_sample
 from madtp.progress import Progress
 from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task

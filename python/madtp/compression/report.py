@@ -29,7 +29,7 @@ def report_data(
     """What `compress` returns as its report.
 
     Args:
-        figures: of `madtp.measure.figures.compare`; {} where nothing was evaluated.
+        figures: of `madtp.profiling.figures.compare`; {} where nothing was evaluated.
         calibration_miss: share by which the calibrated model misses its target.
         packed: names of the Linears that became 2:4 layers.
         magnitude_kept: share of the sparse Linears' |W| that their masks keep.

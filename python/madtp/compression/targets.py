@@ -18,8 +18,8 @@ from madtp.budgets.prunable import linear_of, prunable_linears
 from madtp.config import CompressionConfig
 from madtp.handles import handle_of
 from madtp.hwp import Pattern
-from madtp.measure.macs import Profile, counted_macs, profile_batches
 from madtp.patching.handle import patch
+from madtp.profiling.macs import Profile, counted_macs, profile_batches
 from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
 from madtp.training.controller import branch_targets

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
-from madtp.measure.macs import Profile
+from madtp.profiling.macs import Profile
 from madtp_kernels.renamed import renamed
 
 GAIN_RANGE = (1 / 8, 4.0)  # how far damping may take a gain from the one asked for

@@ -22,8 +22,8 @@ from madtp.files import atomic_write
 from madtp.handles import handle_of
 from madtp.hwp import Pattern, WeightPruner
 from madtp.inference import evaluating
-from madtp.measure.macs import counted_macs
 from madtp.migration import CHECKPOINT_VERSION, migrate_checkpoint, migrate_log
+from madtp.profiling.macs import counted_macs
 from madtp.search import find_root
 from madtp.tasks.batches import sample_count
 from madtp.tasks.task import Task

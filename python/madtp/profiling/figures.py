@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from madtp.handles import find_handle, handle_of
 from madtp.inference import leading_size
-from madtp.measure.macs import count_parameters, disk_bytes, mean_profile, profile
-from madtp.measure.timing import TIMING_BATCH, time_per_layer, time_per_sample
 from madtp.patching import patch
+from madtp.profiling.macs import count_parameters, disk_bytes, mean_profile, profile
+from madtp.profiling.timing import TIMING_BATCH, time_per_layer, time_per_sample
 from madtp.progress import Progress
 from madtp.tasks.batches import require_samples, sample_batches, sample_count
 from madtp.tasks.task import Task
