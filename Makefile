@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Each target prepares what it needs, given make, Python (3.11 or newer, as the pins of requirements.txt ask for) and a C++17 compiler;
 # nvcc is used when it is there. The package itself installs on Python 3.10 too.
 #   make demo                       creates .venv from requirements.txt, builds the kernels into it, runs the demo

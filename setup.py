@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drives CMake. Everything is decided in CMakeLists.txt; the environment passes through:
 
 MADTP_CUDA=AUTO|ON|OFF, MADTP_CUDA_ARCHS, MADTP_BUILD_TESTS, MADTP_WERROR, CMAKE_ARGS, CMAKE_BUILD_PARALLEL_LEVEL, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peers side by side in one run: python -m benchmarks.run."""
 
 import os

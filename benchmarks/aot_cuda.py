@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles the CUDA kernels for sm_80 and sm_90a, without a GPU, and reports what they take.
 
     python -m benchmarks.aot_cuda [--build build/make]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention that also returns the importance statistics of every token, beside attention that returns none."""
 
 from __future__ import annotations

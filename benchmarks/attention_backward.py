@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backward of attention: gradients of queries, keys and values, with those of the statistics where it says so."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times and memory of functions that take turns in one process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole models, end to end: Hugging Face's, and ours with dense weights, 2:4 weights, fewer tokens, and both.
 
 Weights and images are random. What is pruned is then arbitrary, but not how much: each case looks for the temperature

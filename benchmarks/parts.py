@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the time of a call goes: its operations, by kind."""
 
 from __future__ import annotations

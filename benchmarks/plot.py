@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks as pictures: time and memory against the one number cases differ in, or a heat map of the speed-up."""
 
 from __future__ import annotations

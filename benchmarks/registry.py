@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a benchmark is: inputs, providers that do the same work, a gate that checks they do, and what the work costs."""
 
 from __future__ import annotations

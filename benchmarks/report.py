@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results as tables: on the terminal while they come, and as docs/benchmarks.md from the committed files.
 
 Times of a CPU are shown as ratios only: its absolute times say more of the machine than of the code.

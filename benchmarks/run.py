@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks.run [ENTRY ...]: every provider of every entry in one run; results to benchmarks/results/.
 
 A provider whose result is wrong is not timed and makes the exit code 1: no speed without correctness.

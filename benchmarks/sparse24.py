@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """2:4 linear layers with their epilogue: ours, the dense product with its epilogue in torch, and NVIDIA's libraries."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a dense weight to its 2:4 form, and from there to the layout of the kernels, beside a copy of the weight."""
 
 from __future__ import annotations

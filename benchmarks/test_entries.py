@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same entries for pytest-benchmark: python -m pytest benchmarks [-k ENTRY] [--benchmark-autosave]."""
 
 import pytest

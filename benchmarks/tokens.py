@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The prune step: statistics of attention -> importance, threshold, selection -> gather and merge (-> LayerNorm)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cmake -DNM=... -DISA=avx2 -DOBJECTS=a.o;b.o -P CheckIsa.cmake
 # An inline function of a shared header (std::vector, std::sort) that is compiled into a wide object as a weak symbol may be the
 # copy the linker keeps for the whole program: an illegal instruction on a CPU without that set. So every weak symbol of such an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # MADTP_CUDA=AUTO|ON|OFF -> MADTP_HAS_CUDA, or MADTP_CUDA_MISSING: the reason why not. No GPU is needed to build.
 set(MADTP_HAS_CUDA OFF)
 set(MADTP_CUDA_MISSING "")

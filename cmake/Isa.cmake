@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # csrc/cpu/kernels is compiled once per instruction set, with MADTP_ISA naming its namespace; for avx512_bf16, AVX-512 with
 # dot products of bfloat16, only the files of the one op that uses these. Off x86-64 only the portable baseline is left.
 # -> MADTP_HAS_AVX2, MADTP_HAS_AVX512, MADTP_HAS_AVX512_BF16

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images described, with beams, from fewer tokens: BlipForConditionalGeneration on emoji, pruned without training.
 
     python examples/train_emoji.py --task captioning --out runs/emoji-captioning

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compresses the dense model of an emoji task: tokens and weights pruned in one training with distillation.
 
     python examples/train_emoji.py --task captioning --out runs/emoji-captioning

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statements about two images, judged with fewer tokens: BlipForNLVR on emoji, pruned without training.
 
     python examples/train_emoji.py --task nlvr --out runs/emoji-nlvr

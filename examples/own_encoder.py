@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An encoder that nobody described: say where its parts are, and its tokens are pruned.
 
 python examples/own_encoder.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """2:4 weights on any model, in four steps: prune in one shot, pack, run, save.
 
 python examples/pack_weights.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images found by text, and texts by image, with fewer tokens: a pretrained ViT and MiniLM on emoji, without training.
 
     python examples/retrieval.py --keep-rate 0.6

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the small dense BLIP of the demo on easy-vqa: the checkpoint in python/madtp/assets/easy-vqa-blip.
 
     python examples/train_easy_vqa.py --out runs/easy-vqa-blip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the dense model of an emoji task: a small BLIP for captions or statements, real towers for retrieval.
 
     python examples/train_emoji.py --task captioning --out runs/emoji-captioning

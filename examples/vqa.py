@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions about images, answered with fewer tokens: the shipped BLIP on easy-vqa, pruned without training.
 
 python examples/vqa.py --keep-rate 0.7

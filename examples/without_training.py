@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prunes the tokens of a model without training, and says what that saves and costs: what the four scripts share."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of measurements in one JSON file per task: a run that was cut off goes on where it was."""
 
 from __future__ import annotations

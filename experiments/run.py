@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures one task: its dense model, compressions of it to several budgets, and what they are compared with.
 
     python -m experiments.run vqa

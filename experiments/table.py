@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/experiments.md with its plot, and the tables of the README, from the results: `python -m experiments.table`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The four tasks: a dense model, its data, and how it is compressed, in two sizes.
 
 Preset "cpu" is for two cores and some tens of minutes a task, "gpu" for one GPU.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is compared, each at the counted MACs that are asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels that compress vision-language transformers: ragged token pruning, attention with statistics, 2:4 sparsity.
 
 Importing never fails for a missing capability: a call that needs one raises and says what is missing (see `explain`).

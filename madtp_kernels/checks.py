@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Argument checks: each failure names the argument, the rule and what came, before anything runs.
 
 Metadata (dtype, shape, device) is checked by the public functions. Values are checked inside the op, on CPU tensors

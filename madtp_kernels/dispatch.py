@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend runs an op, and why.
 
 Every op has a `reference`; `cpu` (C++), `triton` and `cuda` (C++) are faster where they can run. `auto` takes the first

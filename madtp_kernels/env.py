@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this installation has and, for what it lacks, why: python -m madtp_kernels.env [--json] [--cmake-dir].
 
 A diagnosis must work on a broken machine: each probe is guarded, and what fails is part of the answer.

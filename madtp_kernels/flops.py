@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FLOP formulas of ops for torch.utils.flop_counter, registered when that is imported.
 
 Importing it here would bring triton, a tenth of what torch takes to import, to everyone who counts nothing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """N:M masks: which n of every m consecutive weights stay."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """N:M patterns, and which hardware runs which."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Helpers on ragged batches: B sequences in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1].
 
 Rows past the last sequence belong to none: they are written nowhere, and come out as zeros.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Old names of arguments: a call with one fails with a line that names the new one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every backend of the selection agrees on: its constants, and how a keep mask is laid out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m madtp_kernels.tune: measures the 2:4 linear layers of common models on this GPU, for `tuning_cuda`.
 
 Every configuration of ours is held to the dense product, then timed beside it and cuSPARSELt: in turns, with nothing of

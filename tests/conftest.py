@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Set before anything imports triton: without a GPU its kernels run in the interpreter."""
 
 import os

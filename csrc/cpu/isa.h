@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // The CPU kernels in csrc/cpu/kernels are compiled once per instruction set, each into its own namespace

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // Declares the kernels of every instruction set this library is compiled for. A new op adds its header to the

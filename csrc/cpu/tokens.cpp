@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The public entry points: they check their arguments, then run the kernels of the chosen instruction set.
 
 #include "madtp/tokens.h"

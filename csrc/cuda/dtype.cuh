@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // Element types on the device. Data moves as it is stored, 16 bytes at a time; arithmetic is float32.

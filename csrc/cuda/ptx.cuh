@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // The instructions that C++ has no name for, each under its PTX name. This is the only file with inline PTX;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // madtp/attention.h for Python: a tensor is (address, row stride, head stride).
 
 #include "madtp/attention.h"

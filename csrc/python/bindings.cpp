@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The module madtp_kernels._C. It knows nothing of torch: tensors arrive as addresses, sizes and strides.
 
 #include <sstream>

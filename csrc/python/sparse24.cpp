@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // madtp/sparse24.h for Python.
 
 #include "madtp/sparse24.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // madtp/tokens.h for Python. A matrix is (address, dtype, row stride); the last argument is the number of
 // threads on a CPU and the stream on a GPU.
 

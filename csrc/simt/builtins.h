@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // What a kernel has without including anything: where it is, barriers, votes and shuffles of whole warps,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // cp.async and its groups; TMA copies of boxes, swizzled, into one block or several of a cluster. What a copy

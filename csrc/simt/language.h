@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // What nvcc adds to C++, for a compiler that has none of it.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // The machine that runs kernels: blocks one after another, or a cluster of them at a time, each thread a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // ldmatrix, mma.sp and wgmma.sp, element by element, by the fragment tables of the PTX manual.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // mbarrier objects, in their own 8 bytes of shared memory, and clusters.

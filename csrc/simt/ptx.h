@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // The functions of cuda/ptx.cuh, by the PTX manual, on the simulated machine.

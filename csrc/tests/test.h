@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // TEST(name) { ... EXPECT(condition); EXPECT_NEAR(a, b, tolerance); }: a failed expectation is printed and

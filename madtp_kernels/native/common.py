@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a tensor becomes an address, sizes and strides, as the torch-free binding takes it."""
 
 from collections.abc import Callable

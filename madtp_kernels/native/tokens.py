@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ kernels of `madtp/tokens.h` as functions of tensors, with the arguments of the reference."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over ragged sequences that also returns the importance statistics of every token."""
 
 from __future__ import annotations

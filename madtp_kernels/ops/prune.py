@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The prune step as one call: `score_and_select`, then a gather. It is what follows attention in a pruned block."""
 
 from __future__ import annotations

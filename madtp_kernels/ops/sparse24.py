@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear layers with a 2:4 sparse weight: at most 2 non-zeros in every aligned group of 4 columns."""
 
 from __future__ import annotations

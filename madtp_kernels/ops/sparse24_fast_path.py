@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of `sparse24_linear` that only their caller sees: no gradient, compiler, mode, transform or profiler.
 
 torch.library and the full checks cost more than a small layer does. Both run at the first call of a class; another call

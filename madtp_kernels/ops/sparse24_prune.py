@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Magnitude or score pruning of a dense weight straight into the 2:4 form: in C++ in one read."""
 
 from __future__ import annotations

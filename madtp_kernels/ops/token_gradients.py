@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gradients of importance and selection as functions of tensors, without a host read."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The token ops as torch sees them: schema, backends, fake and autograd."""
 
 import torch

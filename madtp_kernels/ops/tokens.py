@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token pruning ops: `token_importance` -> `select_tokens` -> `gather_merge` or `gather_merge_layernorm`.
 
 All take a ragged batch: B sequences one after another in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1]. Each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear layers with a 2:4 weight, in plain PyTorch: at most 2 non-zeros in every aligned group of 4 columns.
 
 The canonical form keeps two values of every group and their columns inside it: `values` (N, C/2), and `indices` uint8

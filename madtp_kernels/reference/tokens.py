@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dynamic token pruning (DTP), sequence by sequence: importance, threshold, selection, gather and merge.
 
 Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3, with the deviations listed in docs/method.md.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """2:4 weights and what runs their linear layers.
 
 `weight` is the form that no hardware owns, `files` keeps it on disk, `formats` converts it from and to those of others.

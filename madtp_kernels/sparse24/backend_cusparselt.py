@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backend `cusparselt` of 2:4 linear layers: NVIDIA's library, as torch calls it, then the epilogue in torch.
 
 Its sparse operand comes first, so the product is (W x^T)^T, written as rows. It takes features by 16 and rows by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backend `dense` of 2:4 linear layers: torch's dense product on the decompressed weight, then its epilogue."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """2:4 weights on disk: safetensors with a versioned header and a checksum; no pickle.
 
 A `Sparse24Weight` "name" is two tensors, "name.values" and "name.indices", in the form of the class, which no hardware

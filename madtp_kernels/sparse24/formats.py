@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """2:4 weights from and to the formats of others: torch's semi-structured tensors, compressed-tensors' bitmask."""
 
 from __future__ import annotations

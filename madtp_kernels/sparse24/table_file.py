@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tuning tables on disk: JSON with a format version. Those of 0.1, which state none, are read as version 1."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend of a 2:4 linear layer is faster on this machine: ours or dense, measured at the first use and kept.
 
 `MADTP_CACHE` (default ~/.cache/madtp) holds one file per CPU, instruction set and versions. A file that cannot be read

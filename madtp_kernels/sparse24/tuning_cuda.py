@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend of a 2:4 linear layer is faster on a GPU, and how ours is laid out there: a table per kind of GPU.
 
 `python -m madtp_kernels.tune` measures and writes madtp_kernels/sparse24/tables/<GPU>.json. Calls only look up: without

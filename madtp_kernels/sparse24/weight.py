@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A 2:4 weight in its canonical form: the two kept values of every four columns, and where they stand."""
 
 from __future__ import annotations

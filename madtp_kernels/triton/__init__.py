@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels, a package per op family, and `aot`, which compiles all of them without a GPU.
 
 A launcher takes the arguments of the reference and reads nothing on the host; checks, autograd and the choice of a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles every Triton kernel as it ships, without a GPU, and reports registers, shared memory and spills.
 
     python -m madtp_kernels.triton.aot [--all] [--out PATH]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the launchers and kernels of every op share."""
 
 import contextlib

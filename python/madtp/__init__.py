@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MADTP++ for Hugging Face vision-language models: tokens pruned by alignment and 2:4 weights, trained jointly.
 
 Here are the public names, each loaded from its room when it is first used; how anything works is in the rooms.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m madtp: the command madtp."""
 
 from madtp.cli import main

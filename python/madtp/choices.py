@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What options can be and are by default, for those who must not wait for torch: `madtp --help` reads only this."""
 
 ALLOCATIONS = ("joint", "uniform", "tokens", "weights")  # of a budget, see `madtp.budgets.allocate`

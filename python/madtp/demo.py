@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo: the shipped dense BLIP compressed on easy-vqa, then measured, pictured and compared with its dense self."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files and directories that are whole or not there: a crash while writing leaves what was there before."""
 
 from __future__ import annotations

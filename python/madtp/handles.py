@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The controls of a patched model, found from any layer: what `madtp.patch` keeps as `model.madtp_handle`.
 
 `torch.nn.Module` says of an attribute only that it is a tensor or a module; these say which type it has. `Handle`

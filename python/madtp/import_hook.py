@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Something to do when a module is imported, by whoever imports it: nothing is loaded to wait for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a model is run to be looked at: in eval mode, without gradients; and how many samples a batch holds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MAG, multi-modality alignment guidance: learnable tokens that every branch is compared with.
 
 Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.2.

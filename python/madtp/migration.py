@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of earlier versions under the names of today. Version 0.1 wrote no version into plans and checkpoints.
 
 Old names are taken from files only: what is written by hand (a YAML of config fields, a plan that says it is of today's

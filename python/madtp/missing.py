@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packages that are not installed: who needs them, and the command that brings them."""
 
 from __future__ import annotations

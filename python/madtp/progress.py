@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bars for what takes long."""
 
 from __future__ import annotations

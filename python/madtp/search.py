@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finding where a measured quantity meets its target."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """madtp_kernels.env answers on a broken machine too."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What importing madtp_kernels brings along, and what it leaves for later."""
 
 import json

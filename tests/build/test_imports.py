@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports run one way: models -> method -> ops -> backends. Read off the sources, so nothing is imported here."""
 
 import ast

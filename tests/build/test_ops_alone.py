@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ops run where nothing but torch is installed: no transformers, matplotlib, rich, triton, and the rest."""
 
 import subprocess

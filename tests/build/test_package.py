@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What leaves the repository works elsewhere: sdist, wheel, and the C++ package inside the wheel."""
 
 import os

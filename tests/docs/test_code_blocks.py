@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the documentation shows runs: every Python block and its output, every command line.
 
 The blocks of a page run in order, in one namespace and in an empty folder. A `text` block right after a Python block is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the documentation points to exists: linked files, headings, paths in backticks; and no variable is left out."""
 
 from __future__ import annotations

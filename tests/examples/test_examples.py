@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every example runs, at a small size, and says what it promises."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random ragged batches for the kernel tests."""
 
 import torch

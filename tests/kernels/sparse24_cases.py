@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random 2:4 weights for the kernel tests."""
 
 import torch

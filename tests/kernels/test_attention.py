@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`varlen_attention`: the reference against dense equations, its gradients in float64, fake and bad input."""
 
 import pytest

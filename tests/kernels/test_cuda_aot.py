@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the CUDA kernels compile to: the committed report, and, where nvcc is, the kernels of today against it."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The token ops on a GPU: both GPU backends against the reference, without host reads, and in one CUDA graph."""
 
 import pytest

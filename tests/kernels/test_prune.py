@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The prune step as one call: bit-equal to the ops it is made of, with their gradients, on every backend."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sparse24_linear`: against dense torch, C++ against the reference, autograd, torch.compile, refusals."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backend a 2:4 layer on a GPU gets: decided here without one."""
 
 import types

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backend `cusparselt` of `sparse24_linear`: what torch is handed, with its part faked; a GPU runs it for real."""
 
 import copy

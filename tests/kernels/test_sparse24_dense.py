@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backend `dense` of `sparse24_linear`: torch's product on the decompressed weight."""
 
 import pytest

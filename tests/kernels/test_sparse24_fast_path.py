@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which calls of `sparse24_linear` go straight to their backend: those that nothing but the caller sees."""
 
 import pytest

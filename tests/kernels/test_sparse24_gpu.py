@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """2:4 on Sparse Tensor Cores: the linear layer and the pruner against the reference, in graphs and on streams."""
 
 import itertools

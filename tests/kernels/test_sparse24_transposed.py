@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gradient of x through W^T in its 2:4 form."""
 
 import copy

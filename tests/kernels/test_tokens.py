@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token pruning ops: the reference against its equations, C++ against the reference, autograd, torch.compile."""
 
 import math

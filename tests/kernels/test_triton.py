@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels against the reference: in the interpreter without a GPU, on the GPU where there is one."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `varlen_attention` against the reference: in the interpreter without a GPU."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of what is fastest on a GPU, and the command that measures them: a made-up GPU, extension and clock."""
 
 import functools

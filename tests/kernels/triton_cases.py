@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of the Triton kernels share: where they run and the error rule."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny model of every family, with random weights, and inputs for it: what the family tests run on."""
 
 from __future__ import annotations

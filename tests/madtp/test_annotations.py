@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Annotation files of the BLIP project: what their records become, and what is said of broken ones."""
 
 import json

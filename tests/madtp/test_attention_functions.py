@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attention and the mask function behind `attn_implementation="madtp"`, called directly."""
 
 import pytest

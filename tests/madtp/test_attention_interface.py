@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`attn_implementation="madtp"` against "eager" on tiny models with random weights."""
 
 from unittest.mock import patch as mocked

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training in bfloat16 (autocast): products are rounded, weights, losses and the statistics of pruning are not."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of the BLIP project, written here in its layout from tiny models, come back as they were."""
 
 import pytest

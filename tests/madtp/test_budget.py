@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Budgets: sensitivities leave the model as it was, plans meet their targets, are files, and are what is trained."""
 
 import dataclasses

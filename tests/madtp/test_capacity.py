@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`capacity="upper_bound"`: what "exact" computes, in shapes that no value decides, with nothing read on the host."""
 
 import pytest

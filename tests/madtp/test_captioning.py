@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captions: what is generated is what is scored, by plain and patched models alike."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command madtp as a user meets it, above all when something is wrong."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """compress() on the tasks that are not VQA: each trains, reaches its target and reports its own metric."""
 
 import pytest

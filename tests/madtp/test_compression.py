@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Joint training end to end on a tiny model: reaches its MAC target, saves, resumes, keeps what an interrupt left."""
 
 import copy

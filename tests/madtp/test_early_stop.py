@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An early stop waits for the masks, then ends the training; the best checkpoint comes back with its temperatures."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """easy-vqa: the real data, the shipped dense model, and what is said when either is missing or broken."""
 
 import shutil

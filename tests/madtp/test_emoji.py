@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Emoji as data: families stay on one side of the split, items are the same every time and say what is true."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The experiments at toy size, and that the documents say what the committed results say."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`handle.explain()` tells what runs in a patched model."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every family of models has every property; the table of docs/models.md says so, and is made from what runs here."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guard: what makes the loss jump is undone and made smaller; a run without jumps is as one without a guard."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics of inputs, collected from a plain model and, token-weighted, from a pruned one."""
 
 import pytest

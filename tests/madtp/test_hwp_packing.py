@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed 2:4 layers: what they compute, that they come out again, save, load, copy and move."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One-shot masks: scores, second-order reconstruction, what is written and what is refused."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`import madtp` and `madtp --help` load next to nothing, and what they do not find they name."""
 
 import importlib

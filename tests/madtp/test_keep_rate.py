@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`keep_rate`: temperatures found without training, by what calibration inputs keep."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A latency target, on a machine whose time is the multiply-adds that run: what is planned and calibrated on."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that version 0.1 wrote, and old names in what is written by hand."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NLVR: accuracy of plain and patched models, and that a small one learns what a statement is about."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patched BLIP: dense at temperature 0, ragged and batch-invariant above it, saved and loaded whole."""
 
 import copy

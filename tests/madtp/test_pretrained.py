@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pretrained towers load and mean what they should. They are read where they are cached, and else not fetched."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Retrieval: recall against counting by hand, the loss against Hugging Face's, plain and patched models alike."""
 
 import pytest

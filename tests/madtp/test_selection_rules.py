@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules the method is compared with, each against its definition written out sequence by sequence."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times of layers, on a clock that only certain layers move."""
 
 import pytest

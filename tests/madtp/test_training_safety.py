@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training that goes wrong: what is not finite, a full disk, SIGKILL; and two processes that are as good as one."""
 
 import multiprocessing

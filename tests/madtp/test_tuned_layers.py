@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m madtp_kernels.tune` measures the layers that models of packed 2:4 layers run."""
 
 import pytest

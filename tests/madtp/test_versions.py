@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`madtp.patch` refuses a transformers that pyproject.toml does not ask for."""
 
 import re

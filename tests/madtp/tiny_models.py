@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny transformers models with random weights, their inputs, and the ragged calls they make."""
 
 import torch

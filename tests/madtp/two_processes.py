@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a function on two processes that train together, and never waits for them for ever."""
 
 import faulthandler

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention with statistics in one pass. A task is a run of query rows of one sequence: for each head it
 // packs keys and values into panels, then runs row blocks (attention_block.h) whose head-maximum stays in
 // cache; at the end it sums the columns of that maximum, chunk by chunk. Chunks depend on the sequence alone

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The attention kernels of one instruction set: included once per set, with MADTP_ISA naming it, so there is
 // no include guard. The contract is that of madtp/attention.h; arguments have been checked.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The backward of attention. Per head, a sequence's queries go through in chunks of a few blocks
 // (attention_backward_block.h): a chunk's probabilities and gradients of scores stay in cache until its keys
 // and values have taken their part. With statistics, a pass over all heads finds first, for a slab of query

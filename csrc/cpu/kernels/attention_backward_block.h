@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // The backward of a block of R query rows of one head: probabilities again from the log-sum-exp, gradients of

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // A block of R query rows of one head against all keys of its sequence, in registers and L1: scores, softmax,

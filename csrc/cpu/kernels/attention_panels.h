@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // What the forward and the backward of attention share: how rows are cut into blocks, how keys and values are

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Output rows are independent: a kept row is a copy, a merged row is a sum over the pruned rows of its
 // sequence in row order. So x is read once, the output written once, and no result depends on threads or
 // batch.

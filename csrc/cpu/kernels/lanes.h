@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // Two vectors seen as one row of 2 kWidth lanes: its even and its odd lanes, and their way back.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // How a 2:4 weight lies in memory for the kernels of one instruction set.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A task is a tile of tokens times a span of output features: block by block of the input features it
 // transposes x into a panel that stays in L1 and runs the units over it; the sums stay in L2, and when they
 // are complete each row gets its bias, activation, scale and residual. A few tokens are not worth vectors of

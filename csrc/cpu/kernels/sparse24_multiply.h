@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // One unit of a 2:4 weight times a block of input features: `sums` of its rows grow by the products, each

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The layout of a 2:4 weight. Groups and blocks are packed independently; what is written depends on the
 // weight alone.
 

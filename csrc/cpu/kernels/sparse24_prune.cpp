@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From a dense weight to 2:4 in one read: a lane holds a group of 4 columns, so that ranks are comparisons of
 // vectors. Rows are independent; what is written depends on the row alone.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // The two kinds of steps a row of a 2:4 weight is made of, and the panel of tokens that each multiplies.

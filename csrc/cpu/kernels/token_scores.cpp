@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Importance and selection, one sequence at a time; every sum runs in row order from the start of the
 // sequence, so a sequence has the same result in every batch.
 

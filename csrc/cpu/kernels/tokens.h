@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The token kernels of one instruction set: included once per set, with MADTP_ISA naming it, so there is no
 // include guard. The contracts are those of madtp/tokens.h; arguments have been checked.
 

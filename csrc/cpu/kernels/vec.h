@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // A vector of floats as wide as the instruction set this file is compiled for, and the three element types

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // The kernels of sparse24_linear, one for each architecture of GPUs. A new one is a file that defines its

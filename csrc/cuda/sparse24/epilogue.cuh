@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // From accumulators to rows of the output: y = residual + scale * activation(sum + bias), in float32, cast

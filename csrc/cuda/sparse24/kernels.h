@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // What runs behind the entry points of madtp/sparse24.h, which have checked the arguments; the linear layer

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // The layout of a 2:4 weight on the device: the fragments of mma.sp and wgmma.sp in the order in which lanes

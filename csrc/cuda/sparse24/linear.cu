@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The public entry points: they check their arguments, then choose a kernel and its configuration for
 // the current device.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // sparse24_linear on sm_80 and newer: mma.sp, fed by cp.async.
 //
 // A block computes kFeatures x kTokens in steps of 64 input features, a warp 64 x 64 of it where the problem

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // sparse24_linear on sm_90a: wgmma.sp with the weight in registers and x, through TMA, in shared memory.
 //
 // A block computes 128 output features x kTokens: two consumer warpgroups of 64 output features, and a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From the canonical form of a 2:4 weight to its layout: a warp makes a block of 16 rows and 64 columns.
 //
 // Bound by memory, once per weight: 1.125 bytes a dense element read, and as many written. A lane reads 16

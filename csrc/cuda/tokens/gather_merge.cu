@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // gather_merge: a warp copies a kept row, a block sums a slice of a merged row.
 //
 // Bound by memory. At B = 32, N = 577, C = 768, bfloat16, half of the rows kept, it reads 28.4 MB and writes

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // gather_merge_backward: a warp takes an input row. A kept one takes the gradient of its output row, a pruned
 // one its share of the gradient of the merged row, and its weight the inner product of that gradient with the
 // row.

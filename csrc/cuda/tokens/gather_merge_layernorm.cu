@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // gather_merge_layernorm: a block sums a merged row, a warp takes up rows, copies and normalises them.
 //
 // Bound by memory. At B = 32, N = 577, C = 768, bfloat16, half of the rows kept, it reads 28.4 MB and writes

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // The merged row of a sequence: its pruned rows, summed with their weights by one block.

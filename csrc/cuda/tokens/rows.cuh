@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // Rows of a matrix, read and written by the lanes of a warp in vectors of 16 bytes. kAligned says that every

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // TokenSelection: what its host side must obey, and what its device side means. Nothing on the device is

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // Softmax attention inside ragged sequences that also returns how important every token is to the others

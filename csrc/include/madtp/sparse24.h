@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // y = residual + scale * activation(x W^T + bias) with a 2:4 sparse W: at most 2 non-zeros in every aligned

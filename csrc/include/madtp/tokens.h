@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // Dynamic token pruning of a ragged batch: B sequences one after another in T tokens, sequence b in rows

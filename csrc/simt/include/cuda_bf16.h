@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // __nv_bfloat16: the high half of a float, rounded to the nearest, ties to even.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // __half, by the compiler's _Float16, which rounds to the nearest, ties to even.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prunes two of four tokens, merges them, and checks the numbers.
 #include <madtp/tokens.h>
 #include <madtp/version.h>

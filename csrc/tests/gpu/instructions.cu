@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // By nvcc, into a library that shows nothing else: the simulated machine has the same names.
 
 #include "tests/gpu/instructions.cuh"

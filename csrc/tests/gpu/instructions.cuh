@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // The kernels behind instructions.h, by the wrappers of ptx.cuh.

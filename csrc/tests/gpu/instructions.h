@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // Single instructions, as functions of operands in host memory. instructions.cuh is compiled twice, by nvcc

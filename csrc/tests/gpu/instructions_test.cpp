@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every instruction that the simulated machine models, on a GPU and on that machine: the same operands, the
 // same result. Copies and integers agree to the last bit; of other numbers either sum is within the rounding
 // of float32 of the true one, since a tensor core adds in an order of its own.

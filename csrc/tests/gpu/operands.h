@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // Random operands for instructions.h, and the results by the fragment tables of the PTX manual, in float64.

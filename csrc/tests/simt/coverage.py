@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which lines of csrc/cuda the simulated tests ran, from the build folder of `make coverage-cuda`.
 
     python csrc/tests/simt/coverage.py build/coverage

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The device that a call is for, and what the library has for it.
 
 #include "cuda/device.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The instructions of the simulated machine against the tables of the PTX manual, written out here again.
 // That hardware agrees with the machine is for tests/gpu/instructions_test.cpp to say, on the same operands.
 

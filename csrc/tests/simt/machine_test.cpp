@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The simulated machine itself: bugs planted in small kernels, each of which it must report.
 
 #include <cuda_bf16.h>

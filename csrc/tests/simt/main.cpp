@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Runs the tests on the simulated machine; MADTP_SIMT_SEED seeds its scheduler.
 
 #include <cstdlib>

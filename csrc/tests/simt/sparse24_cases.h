@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 // What the tests of CUDA kernels share: memory between guards, a device to pretend, and random 2:4 linear

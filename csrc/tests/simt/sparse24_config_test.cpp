@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which configurations of a linear layer there are on which device; each of them is right, no other runs.
 
 #include <vector>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // gather_merge, its backward and gather_merge_layernorm of csrc/cuda beside those of the CPU.
 
 #include "madtp/tokens.h"

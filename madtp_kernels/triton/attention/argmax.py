@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of the backward of `received_attention`: which head has each pair's maximum, what it adds to delta.
 
 The gradient of max_h P[h,i,j] goes to one head. It is found once per pair from the scores of all heads, as in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton launcher of the backward of `varlen_attention`, through the output and both statistics.
 
 delta_hi = sum_j P dP is known before dP is: grad_out O, plus a little for each statistic. What comes through the norms

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernel of `varlen_attention`: a flash forward that keeps the log-sum-exp, and the norms for the statistics.
 
 Bound: at head dimension 64 the exponentials (one per score, 16 a clock and SM) and the matrix products take about the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of dQ, dK and dV of `varlen_attention`.
 
 P is recomputed from the log-sum-exp, dS = P (dP - delta). One kernel per block of keys sums dK and dV over the queries,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of the statistics of `varlen_attention`, from q, k and the log-sum-exp of every query and head.
 
 The exponential is monotonic: max_h P[h,i,j] = exp2(max_h(s_hij - lse_hi)). So the scores are formed a second time, for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the attention kernels share: how a program finds its tile, and how tiles are read.
 
 Sequences are cut into blocks of rows counted from their own start, and block sizes depend on the head dimension and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token pruning in Triton: `scores` has the kernels of importance and selection, made of the device functions of
 `sequence`, `layout` lays a selection out, and `gather_merge` has the gathers and their backward.
 

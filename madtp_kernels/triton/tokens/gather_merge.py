@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `gather_merge`, its backward and `gather_merge_layernorm`.
 
 All are bound by memory: at B = 32, N = 577, C = 768, bfloat16, half of the rows kept, `gather_merge` reads 28 MB and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of a selection from its keep mask: one program per sequence, whatever its length."""
 
 import torch

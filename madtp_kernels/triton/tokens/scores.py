@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `token_importance`, `select_tokens` and `score_and_select`: one program per sequence.
 
 Rows are read in blocks counted from the start of the sequence, so a result does not depend on the batch. Block sizes

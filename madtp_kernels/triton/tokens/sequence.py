@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Importance and keep of one sequence, by one program: what the kernels of `scores` are made of."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Budgets before pruning: which Linears go N:M, and how many of its tokens each branch may spend.
 
 Source: docs/method.md, cooperative optimisation, step 3.

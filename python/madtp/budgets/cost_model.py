@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a choice of tokens and 2:4 Linears costs, and what it does to the loss."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What pruning saves in time on this device: the costs by which budgets are chosen for a latency target.
 
 Source: docs/method.md, cooperative optimisation, step 3 with a latency_reduction.

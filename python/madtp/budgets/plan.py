@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plan: what a compression run aims at, as a file that can be read and edited."""
 
 from __future__ import annotations

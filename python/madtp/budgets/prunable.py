@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which Linears of a model a config lets go N:M."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What budgets are chosen by: what each part of a model does to its answers when it is pruned, and what that saves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much a model's answers change when one part of it is pruned: what the budgets of the branches are chosen by.
 
 Source: docs/method.md, cooperative optimisation, steps 1 and 2.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How each allocation spends a budget: what it may prune, and in which order it does.
 
 Source: docs/method.md, cooperative optimisation, step 3.

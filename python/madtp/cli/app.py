@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of madtp, in the order in which they are shown."""
 
 import typer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """madtp allocate and madtp pareto: budgets before training."""
 
 from __future__ import annotations

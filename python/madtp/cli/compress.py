@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """madtp compress."""
 
 from __future__ import annotations

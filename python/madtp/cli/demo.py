@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """madtp demo."""
 
 from __future__ import annotations

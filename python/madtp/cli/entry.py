@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`main`: runs the command line. What is wrong is one line on stderr and exit code 2; an interrupt is 130."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """madtp evaluate, profile, visualize and env: what a model, dense or compressed, and an installation are like."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options and arguments that several commands have, and what all of them print. Nothing heavy is imported here."""
 
 from __future__ import annotations

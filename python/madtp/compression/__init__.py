@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`compress`: targets, joint training, calibration on the targets, saving, and the report of it.
 
 The parts are elsewhere: plans in `madtp.budgets`, the trainer in `madtp.training`, figures in `madtp.profiling`.

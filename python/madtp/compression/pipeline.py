@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """compress(): one run from a dense model to a compressed one, step by step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of a run as plain values; `madtp.reporting` makes it readable."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a compression run is to come to: MACs by branch, Linears that go N:M; refused where the model cannot do it."""
 
 from __future__ import annotations

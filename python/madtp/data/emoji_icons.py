@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Emoji as concepts that several vendors have drawn: names, tags and kinds, a split of them, and their icons."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What kind of thing an emoji shows: a noun, and a broader one that takes in several."""
 
 # broad noun -> narrower nouns -> subgroups of Unicode

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the forward of any supported model takes: around images and texts of the user, or drawn at random."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real pretrained towers that Python packages ship, as a dual encoder: a ViT-S/14 and all-MiniLM-L6-v2."""
 
 from __future__ import annotations

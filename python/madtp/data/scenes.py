@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of one icon on a background: what is around the icon is what there is to prune."""
 
 from __future__ import annotations

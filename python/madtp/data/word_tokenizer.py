@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizers of a closed vocabulary."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DTP, dynamic token pruning: the step between self-attention and what follows it, in every block of a branch.
 
 Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3; docs/method.md lists where we differ and why.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A ragged batch of token sequences on its way through an encoder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tokens stay, by `CompressionConfig.selection`: the method's own rule and those it is compared with.
 
 A rule takes (stats, logits, cu_seqlens, temperature, summary_index) and returns the importance (T,) by which pruned

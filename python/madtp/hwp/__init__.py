@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HWP, hardware-aware weight pruning: scores of weights, N:M masks in one shot or grown in training, packed 2:4 layers.
 
 The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go is decided in `budgets`, and when in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Linear layers of a model get to see: statistics of their inputs, collected while calibration data runs."""
 
 from __future__ import annotations

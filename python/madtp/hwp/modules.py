@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which Linear modules of a model go N:M, and what their weights hold."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """N:M masks in one shot, without training."""
 
 from __future__ import annotations

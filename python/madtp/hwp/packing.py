@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear layers that run 2:4: `pack` puts them in place of masked ones, `unpack` takes them out again."""
 
 from __future__ import annotations

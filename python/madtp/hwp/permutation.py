@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Input channels in an order in which an N:M mask takes less magnitude away.
 
 The idea is that of Pool and Yu (NeurIPS 2021): which weights share a group is free to choose, as long as the layer

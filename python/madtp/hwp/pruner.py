@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """N:M masks grown during training.
 
 The optimiser keeps the dense weight and the forward pass sees the masked one, so a weight pruned early can come back.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a weight is worth beyond its magnitude: |W| ||x||, and the second-order cost of taking it away."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which models are known, and how any of them runs on ragged batches: `registry` has a row for each class.
 
 What a branch does to its tokens is in `dtp`; the controls of a model are in `patching`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ragged attention for any transformers model: `model.set_attn_implementation("madtp")` after `import madtp`.
 
 Importing this module registers "madtp" with `transformers.AttentionInterface` and `AttentionMaskInterface`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BLIP (Li et al., ICML 2022) on ragged batches: its text encoder and decoders read the image tokens that are left."""
 
 from __future__ import annotations

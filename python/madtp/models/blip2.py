@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BLIP-2 (Li et al., ICML 2023): its vision tower prunes; the Q-Former keeps its queries and reads what is left."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BLIP for NLVR2 (Li et al., ICML 2022): is a statement about two images true? Hugging Face has no such model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkpoints of the BLIP project (Li et al., ICML 2022) as Hugging Face models: VQA, NLVR, captions, retrieval."""
 
 from __future__ import annotations

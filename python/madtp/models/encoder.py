@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encoders made of attention and MLP, described by where their parts are, and run on ragged batches.
 
 Source of the pruning step in each block: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the package needs to know of a model class, and what every compressed model can do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which models are known: `FAMILIES` has a row for each class, `towers.TOWERS` one for each encoder inside of them."""
 
 import transformers as hf

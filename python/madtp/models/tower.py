@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Towers: whole Hugging Face encoders, from pixels or token ids to features, that run on ragged batches."""
 
 from __future__ import annotations

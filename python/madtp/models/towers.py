@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the parts of the Hugging Face encoders are: a row for each class that can be a branch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which transformers the package is for: as its installed metadata, and so pyproject.toml, say."""
 
 import functools

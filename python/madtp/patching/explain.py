@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs in a patched model: a table with the backend of every op and Linear of its towers, and why."""
 
 from __future__ import annotations

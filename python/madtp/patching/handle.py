@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """patch(): turns a Hugging Face model into one that prunes its tokens, and back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pruning without training: the temperatures at which each branch keeps a given share of its tokens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """from_pretrained(): a saved compressed model, ready to prune."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """madtp.json, written and read: what a saved model holds beside its weights and the config.json of Hugging Face."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """measure(): the figures of one model; compare(): those of two, side by side."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Linears of a model meet on given batches."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multiply-adds, parameters and bytes of a model, measured on a forward pass.
 
 MACs are what published tables count: linear layers, attention matmuls and convolutions, one multiply-add = 1.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times, compared: medians of rounds in which what is compared takes turns, so that all meet the same machine."""
 
 from __future__ import annotations

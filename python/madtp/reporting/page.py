@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A report as one HTML page that needs nothing else: pictures and curves are inside of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A report of `madtp.compress` for people: one table of dense against compressed, for the terminal and in Markdown."""
 
 from __future__ import annotations

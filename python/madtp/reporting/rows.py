@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of a report: what was measured of the dense and of the compressed model, and the change."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of the tokens a compressed model keeps: depth in columns, pruned patches dark, pruned words grey."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples of a data set as batches on which a model is looked at."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captions: token cross-entropy in training; BLEU and CIDEr of what is generated."""
 
 from __future__ import annotations

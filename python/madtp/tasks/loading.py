@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models and what makes their inputs, from Hugging Face folders: dense models and compressed ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statements about two images, true or false (NLVR2, Suhr et al., ACL 2019)."""
 
 from __future__ import annotations

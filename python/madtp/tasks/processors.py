@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tasks keep to make inputs with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tasks by name, with the models, data sets and annotation files that belong to each: what a command line needs.
 
 A new task is a row of `TASKS`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image-text retrieval with dual encoders: contrastive loss, recall in both directions."""
 
 from __future__ import annotations

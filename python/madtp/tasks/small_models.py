@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense models of the emoji tasks, before and after training."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What compress() and MadtpTrainer need to know of a task."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Visual question answering: questions that share images, and rank classification over a list of answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Moves the temperature of every branch until the multiply-adds it observes are the ones asked for.
 
 Source: docs/method.md, cooperative optimisation, step 5.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guard of joint training: a move of masks or temperatures that makes the loss jump is undone and made smaller.
 
 Source: docs/method.md, cooperative optimisation, step 6.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The losses of joint training: alignment of the branches, and distillation from the dense model."""
 
 from __future__ import annotations

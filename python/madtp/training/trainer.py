@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Joint training: task, alignment and distillation losses, while masks go N:M and temperatures move to their target.
 
 Source: docs/method.md, joint training, and cooperative optimisation, steps 4, 5 and 7.
