@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary sibling to write. It takes the place of `path` when the block ends well, else it goes."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")

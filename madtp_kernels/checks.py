@@ -13,18 +13,18 @@ from torch import Tensor
 MAX_ROWS = 2**31 - 1  # rows are addressed by int32
 
 
-def describe(value) -> str:
+def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"
 
 
-def require(condition: bool, name: str, rule: str, got) -> None:
+def require(condition: bool, name: str, rule: str, got: object) -> None:
     if not condition:
         raise ValueError(f"{name} must be {rule}, got {got if isinstance(got, str) else describe(got)}")
 
 
-def check_tensor(name: str, value, ndim: int, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_tensor(name: str, value: object, ndim: int, dtypes: tuple[torch.dtype, ...]) -> None:
     if not (isinstance(value, Tensor) and value.ndim == ndim and value.dtype in dtypes):
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         require(False, name, f"a {ndim}-dimensional tensor of {allowed}", value)
@@ -40,7 +40,7 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
             require(value.device == device, name, f"on {device}", value)
 
 
-def check_cu_seqlens(name: str, value) -> None:
+def check_cu_seqlens(name: str, value: object) -> None:
     ok = isinstance(value, Tensor) and value.ndim == 1 and value.dtype == torch.int32 and value.numel() >= 1
     require(ok, name, "int32 of shape (B+1,)", value)
 

@@ -15,14 +15,19 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from madtp_kernels import _C
+
 BACKENDS = ("reference", "dense", "cpu", "triton", "cuda", "cusparselt")
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "dense", "reference")}
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -88,16 +93,16 @@ def register(
     entry.limits, entry.dtype, entry.tuned = limits, dtype, tuned
 
 
-def triton_launcher(module: str, name: str) -> Callable:
+def triton_launcher(module: str, name: str) -> Callable[..., Any]:
     """Function `name` of madtp_kernels.triton.`module`, which is imported, and triton with it, when it is called."""
 
-    def launch(*args):
+    def launch(*args: Any) -> Any:
         return getattr(importlib.import_module(f"madtp_kernels.triton.{module}"), name)(*args)
 
     return launch
 
 
-def public(function: Callable) -> Callable:
+def public(function: Function) -> Function:
     """Marks the user-facing function of an op, so that `explain` can bind its arguments."""
     record(function.__name__).public = function
     return function
@@ -105,7 +110,7 @@ def public(function: Callable) -> Callable:
 
 def implementation(
     op: str, backend: str | None, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
-) -> Callable:
+) -> Callable[..., Any]:
     """The function that runs `op` on tensors of this dtype and device; raises when the requested backend cannot."""
     name = backend_name(op, backend, dtype, device, shape)
     run = _records[op].implementations[name]
@@ -114,7 +119,7 @@ def implementation(
     return run
 
 
-def _without_autocast(device_type: str, run: Callable, *args):
+def _without_autocast(device_type: str, run: Callable[..., Any], *args: Any) -> Any:
     """run(*args), whose float32 products autocast would round."""
     with torch.autocast(device_type, enabled=False):
         return run(*args)
@@ -155,7 +160,7 @@ def choose(
     return Choice(op, requested, f"asked for by {origin}", {n: w for n, w in reasons.items() if n != requested})
 
 
-def explain(op: str, *args, **kwargs) -> Choice:
+def explain(op: str, *args: Any, **kwargs: Any) -> Choice:
     """Says which backend `op(*args, **kwargs)` would run on and why, without running it.
 
     >>> print(madtp_kernels.explain("gather_merge", x, selection))
@@ -274,16 +279,25 @@ def _missing_triton() -> str | None:
     return None
 
 
+class Extension(Protocol):
+    """The module madtp_kernels._C, whose stub says more. `cuda` is there where it was built with CUDA."""
+
+    cpu: type[_C.cpu]
+    cuda: type[_C.cuda]
+
+    def build_info(self) -> _C.BuildInfo: ...
+
+
 @functools.cache
-def _load_extension() -> tuple[object | None, str | None]:
+def _load_extension() -> tuple[Extension | None, str | None]:
     # torch is imported above, so the C++ kernels share its OpenMP runtime.
     try:
-        return importlib.import_module("madtp_kernels._C"), None
+        return cast(Extension, importlib.import_module("madtp_kernels._C")), None
     except ImportError as error:
         return None, f"the C++ extension madtp_kernels._C cannot be loaded ({error}); build it with: pip install -e ."
 
 
-def extension():
+def extension() -> Extension:
     """The compiled module madtp_kernels._C; raises RuntimeError with the reason when it cannot be loaded."""
     module, why = _load_extension()
     if module is None:

@@ -6,6 +6,7 @@ A diagnosis must work on a broken machine: each probe is guarded, and what fails
 
 import argparse
 import ctypes
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -15,11 +16,15 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from madtp_kernels.dispatch import Extension
 
 PACKAGES = ("torch", "triton", "transformers")
 
 
-def environment() -> dict:
+def environment() -> dict[str, object]:
     """Everything that `python -m madtp_kernels.env --json` prints, JSON-serialisable. Never raises.
 
     A value of the form {"missing": reason} stands for what is not there.
@@ -27,7 +32,7 @@ def environment() -> dict:
     return {
         "madtp_kernels": _guarded(_version),
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
-        **{name: _guarded(lambda name=name: importlib.metadata.version(name)) for name in PACKAGES},
+        **{name: _guarded(functools.partial(importlib.metadata.version, name)) for name in PACKAGES},
         "extension": _guarded(_extension),
         "cuda_build": _guarded(_cuda_build),
         "nvcc": shutil.which("nvcc") or _missing("no nvcc on PATH (needed only to build the CUDA kernels)"),
@@ -61,13 +66,13 @@ def _guarded(probe: Callable[[], object]) -> object:
 
 
 def _version() -> str:
-    return importlib.import_module("madtp_kernels").__version__
+    return str(importlib.import_module("madtp_kernels").__version__)
 
 
-def _native():
+def _native() -> "Extension":
     importlib.import_module("torch")  # first, so that one OpenMP runtime serves both
     try:
-        return importlib.import_module("madtp_kernels._C")
+        return cast("Extension", importlib.import_module("madtp_kernels._C"))
     except ImportError as error:
         raise Missing(f"madtp_kernels._C cannot be loaded ({error}); build it: pip install -e .") from None
 
@@ -78,7 +83,7 @@ def _extension() -> str:
     return f"{info['version']}, {info['compiler']}, {', '.join(info['cpu_isas'])}, {openmp}"
 
 
-def _cuda_build() -> dict:
+def _cuda_build() -> dict[str, object]:
     info = _native().build_info()
     if info["cuda"] is None:
         raise Missing(info["cuda_missing"])

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, TypeVar
 
 COUNTER = "torch.utils.flop_counter"
@@ -41,7 +43,9 @@ def _register() -> None:
 class _CounterImport(importlib.abc.MetaPathFinder):
     """Registers what is waiting right after the counter is imported, by whomever."""
 
-    def find_spec(self, fullname, path, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != COUNTER:
             return None
         sys.meta_path.remove(self)
@@ -50,7 +54,7 @@ class _CounterImport(importlib.abc.MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def exec_module(module) -> None:
+        def exec_module(module: ModuleType) -> None:
             execute(module)
             _register()
 

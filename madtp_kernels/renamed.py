@@ -6,9 +6,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-Called = TypeVar("Called", bound=Callable)
+Called = TypeVar("Called", bound=Callable[..., Any])
 
 
 def renamed(**new_names: str) -> Callable[[Called], Called]:
@@ -24,7 +24,7 @@ def renamed(**new_names: str) -> Callable[[Called], Called]:
         function = getattr(called, constructor) if isinstance(called, type) else called
 
         @functools.wraps(function)
-        def checked(*args, **kwargs):
+        def checked(*args: Any, **kwargs: Any) -> Any:
             for old in new_names.keys() & kwargs.keys():
                 raise TypeError(f"{called.__qualname__}: {old} is now called {new_names[old]}")
             return function(*args, **kwargs)

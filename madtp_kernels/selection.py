@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,6 @@ def layout(
             weights.append(torch.zeros_like(importance[begin:end]))
         ends.append(len(source))
     source += [PADDING] * (keep.numel() - len(source))
-    as_int32 = {"dtype": torch.int32, "device": keep.device}
+    as_int32 = functools.partial(torch.tensor, dtype=torch.int32, device=keep.device)
     merge_weight = torch.cat(weights) if weights else torch.zeros_like(importance)
-    return keep, torch.tensor(ends, **as_int32), torch.tensor(source, **as_int32), merge_weight
+    return keep, as_int32(ends), as_int32(source), merge_weight

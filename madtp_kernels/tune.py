@@ -66,16 +66,16 @@ def time_backends(case: LinearCall, device: torch.device, clock: Clock, rounds: 
     x, values, indices, *epilogue = (t.to(device) if isinstance(t, torch.Tensor) else t for t in drawn)
     weight = Sparse24Weight(values, indices)
 
-    def call(backend: str) -> tuple[Any, ...]:
-        return x, values, indices, weight.layout(backend), *epilogue
+    def call(backend: str, *more: object) -> tuple[Any, ...]:
+        return x, values, indices, weight.layout(backend), *epilogue, *more
 
     theirs = {"dense": functools.partial(dense.sparse24_linear, *call("dense"))}
     algorithm = None
     if dispatch.unsupported_reason("sparse24_linear", "cusparselt", x.dtype, device) is None:
         algorithm = cusparselt.search(x, weight.layout("cusparselt"), epilogue[0])
-        theirs["cusparselt"] = functools.partial(cusparselt.sparse24_linear, *call("cusparselt"), algorithm)
+        theirs["cusparselt"] = functools.partial(cusparselt.sparse24_linear, *call("cusparselt", algorithm))
     ours = {
-        config: functools.partial(native.sparse24_linear_cuda, *call("cuda"), config)
+        config: functools.partial(native.sparse24_linear_cuda, *call("cuda", config))
         for config in native.sparse24_linear_configs(*call("cuda"))
         if config.split_k == 1 or case.rows <= MAX_ROWS_TO_SPLIT
     }

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
 from madtp_kernels.native.common import DTYPES, address, call, contiguous
+
+if TYPE_CHECKING:
+    from madtp_kernels import _C
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -15,22 +20,40 @@ def _heads(x: Tensor) -> Tensor:
     return x if x.shape[2] <= 1 or x.stride(2) == 1 else x.contiguous()
 
 
+def _strided(x: Tensor) -> tuple[int, int, int]:
+    """Address, row stride and head stride."""
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
 def _attention_inputs(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, summary_index, return_stats
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    summary_index: Tensor | None,
+    return_stats: bool,
+) -> tuple[_C.cpu.AttentionInputs, tuple[Tensor | None, ...]]:
     """madtp::AttentionInputs, and the tensors it points to, which must outlive it."""
     q, k, v = (_heads(x) for x in (q, k, v))
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     summary_index = contiguous(summary_index)
     inputs = dispatch.extension().cpu.AttentionInputs(
         DTYPES[q.dtype],
-        *((x.data_ptr(), x.stride(0), x.stride(1)) for x in (q, k, v)),
+        _strided(q),
+        _strided(k),
+        _strided(v),
         address(cu_seqlens_q),
         address(cu_seqlens_k),
         q.shape[0],
         k.shape[0],
         cu_seqlens_q.numel() - 1,
-        *q.shape[1:],
+        q.shape[1],
+        q.shape[2],
         softmax_scale,
         causal,
         address(summary_index),
@@ -38,13 +61,15 @@ def _attention_inputs(
     return inputs, (q, k, v, cu_seqlens_q, cu_seqlens_k, summary_index)
 
 
-def _workspace(op: str, inputs, return_stats: bool) -> Tensor:
+def _workspace(op: str, inputs: _C.cpu.AttentionInputs, return_stats: bool) -> Tensor:
     """The scratch memory of one call, from torch's allocator, so that its profiler sees it."""
     size = getattr(dispatch.extension().cpu, f"{op}_workspace")(inputs, return_stats, torch.get_num_threads())
     return torch.empty(size, dtype=torch.uint8)
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options):
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of `reference.attention.varlen_attention`."""
     return_stats = options[-1]
     inputs, _alive = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
@@ -69,13 +94,13 @@ def varlen_attention_backward(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    *options,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results of `reference.attention.varlen_attention_backward`."""
     return_stats = options[-1]
     inputs, _alive = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     given = [t.contiguous() for t in (out, lse, grad_out, grad_summary_attention, grad_received_attention)]
-    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     workspace = _workspace("varlen_attention_backward", inputs, return_stats)
-    call("varlen_attention_backward", q.device, inputs, *(address(t) for t in (*given, *gradients, workspace)))
-    return tuple(gradients)
+    call("varlen_attention_backward", q.device, inputs, *(address(t) for t in (*given, dq, dk, dv, workspace)))
+    return dq, dk, dv

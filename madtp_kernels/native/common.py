@@ -2,6 +2,7 @@
 """How a tensor becomes an address, sizes and strides, as the torch-free binding takes it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from madtp_kernels import dispatch
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # madtp::DType
 
 
-def call(op: str, device: torch.device, *args) -> None:
+def call(op: str, device: torch.device, *args: Any) -> None:
     """Runs one entry point on the caller's threads or on the current stream of the tensors' device."""
     if device.type == "cpu":
         getattr(dispatch.extension().cpu, op)(*args, torch.get_num_threads())
@@ -42,8 +43,8 @@ def aligned_rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def map_given(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else function(tensor) for tensor in tensors)
+def map_given(function: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else function(tensor)
 
 
 def matrix(x: Tensor) -> tuple[int, int, int]:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
 from madtp_kernels.native.common import DTYPES, address, aligned, aligned_rows, call, map_given, matrix, row_contiguous
+
+if TYPE_CHECKING:
+    from madtp_kernels import _C
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3, "relu": 4}  # madtp::Activation
 
@@ -46,13 +49,13 @@ def sparse24_prune(weight: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor
     indices = weight.new_empty(out_features, in_features // 8, dtype=torch.uint8)
     sizes, outputs = weight.shape, (address(values), address(indices))
     if weight.device.type == "cpu":
-        weight, score = map_given(row_contiguous, weight, score)
+        weight, score = row_contiguous(weight), map_given(row_contiguous, score)
         call("sparse24_prune", weight.device, *matrix(weight), *_optional_matrix(score), *sizes, *outputs)
         return values, indices
     transposed = weight.stride(0) == 1 and weight.stride(1) != 1
     if transposed:  # as it lies: the kernel turns it over
-        weight, score = map_given(Tensor.t, weight, score)
-    weight, score = map_given(aligned_rows, weight, score)
+        weight, score = weight.t(), map_given(Tensor.t, score)
+    weight, score = aligned_rows(weight), map_given(aligned_rows, score)
     has_nan = torch.empty(1, dtype=torch.int32, device=weight.device)
     call(
         "sparse24_prune",
@@ -158,7 +161,7 @@ def sparse24_linear_cuda(
     return out
 
 
-def sparse24_linear_configs(x: Tensor, *arguments) -> list[Sparse24Config]:
+def sparse24_linear_configs(x: Tensor, *arguments: Any) -> list[Sparse24Config]:
     """Every configuration that can run `sparse24_linear_cuda` of these arguments on the device of x."""
     inputs, _alive = _sparse24_inputs(x, *arguments)
     with torch.cuda.device(x.device):
@@ -175,11 +178,11 @@ def _sparse24_inputs(
     residual: Tensor | None,
     scale: Tensor | None,
     num_rows: Tensor | None,
-):
+) -> tuple[_C.cuda.Sparse24Linear, tuple[Tensor | None, ...]]:
     """madtp::Sparse24Linear, and the tensors it points to, which must outlive it."""
     layout = sparse24_pack(values, indices) if layout is None else layout
-    x, residual = map_given(aligned_rows, x, residual)
-    bias, scale = map_given(aligned, bias, scale)
+    x, residual = aligned_rows(x), map_given(aligned_rows, residual)
+    bias, scale = map_given(aligned, bias), map_given(aligned, scale)
     inputs = dispatch.extension().cuda.Sparse24Linear(
         address(x),
         DTYPES[x.dtype],

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -118,7 +120,7 @@ def gather_merge_backward(grad: Tensor, x: Tensor, *selection: Tensor) -> tuple[
     return grad_x, grad_weight
 
 
-def gather_merge_layernorm(x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gather_merge_layernorm(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *selection, weight, bias, eps = arguments
     x, weight, bias = row_contiguous(x), weight.contiguous(), bias.contiguous()
     record, capacity, _alive = _token_selection(*selection)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from madtp_kernels.reference import attention as reference
 from madtp_kernels.renamed import renamed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Run = Callable[..., tuple[Tensor, ...]]
 
 
 @renamed(summary="summary_attention", received="received_attention")
@@ -28,6 +30,54 @@ class AttentionStats(NamedTuple):
     received_attention: Tensor
 
 
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    summary_index: Tensor | None = None,
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    summary_index: Tensor | None = None,
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, AttentionStats]: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    summary_index: Tensor | None = None,
+    return_stats: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, AttentionStats]: ...
 @dispatch.public
 def varlen_attention(
     q: Tensor,
@@ -74,7 +124,7 @@ def varlen_attention(
         require(value.shape[1:] == q.shape[1:], name, f"of {q.shape[1]} heads of {q.shape[2]} like q", value)
     check_rows("v", v, k.shape[0], "k")
     checks.check_ragged(q.shape[0], cu_seqlens_q, summary_index, "q")
-    if cross:
+    if cu_seqlens_k is not None:
         checks.check_ragged(k.shape[0], cu_seqlens_k, None, "k")
         check_rows("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.numel(), "cu_seqlens_q")
         require(max_seqlen_k is not None, "max_seqlen_k", "given with cu_seqlens_k", max_seqlen_k)
@@ -136,7 +186,15 @@ dispatch.register(
 )
 
 
-def _check_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, summary_index):
+def _check_values(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    summary_index: Tensor | None,
+) -> None:
     if q.device.type != "cpu":
         return
     queries = _check_lengths("q", q.shape[0], cu_seqlens_q, max_seqlen_q)
@@ -155,21 +213,55 @@ def _check_lengths(side: str, rows: int, cu_seqlens: Tensor, max_seqlen: int) ->
 
 
 @torch.library.impl("madtp::varlen_attention", "CompositeExplicitAutograd")
-def _varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats, backend):
+def _varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    causal: bool,
+    summary_index: Tensor | None,
+    return_stats: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     _check_values(q, k, cu_q, cu_k, max_q, max_k, summary_index)
-    run = dispatch.implementation("varlen_attention", backend, q.dtype, q.device, tuple(q.shape))
+    run: Run = dispatch.implementation("varlen_attention", backend, q.dtype, q.device, tuple(q.shape))
     return run(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats)
 
 
 @torch.library.impl("madtp::varlen_attention_backward", "CompositeExplicitAutograd")
-def _varlen_attention_backward(grad_out, grad_summary_attention, grad_received_attention, out, lse, q, *arguments):
-    *arguments, backend = arguments
-    run = dispatch.implementation("varlen_attention_backward", backend, q.dtype, q.device, tuple(q.shape))
-    return run(grad_out, grad_summary_attention, grad_received_attention, out, lse, q, *arguments)
+def _varlen_attention_backward(
+    grad_out: Tensor,
+    grad_summary_attention: Tensor,
+    grad_received_attention: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    *rest, backend = arguments
+    run: Run = dispatch.implementation("varlen_attention_backward", backend, q.dtype, q.device, tuple(q.shape))
+    return run(grad_out, grad_summary_attention, grad_received_attention, out, lse, q, *rest)
 
 
 @torch.library.register_fake("madtp::varlen_attention")
-def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats, backend):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    causal: bool,
+    summary_index: Tensor | None,
+    return_stats: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     wide = torch.promote_types(q.dtype, torch.float32)
     statistic = q.new_empty(k.shape[0] if return_stats else 0, dtype=wide)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
@@ -177,17 +269,29 @@ def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_st
 
 
 @torch.library.register_fake("madtp::varlen_attention_backward")
-def _(grad_out, grad_summary_attention, grad_received_attention, out, lse, q, k, v, *arguments):
+def _(
+    grad_out: Tensor,
+    grad_summary_attention: Tensor,
+    grad_received_attention: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (out, _, _, lse), tensors, ctx.arguments = output, inputs[:5], inputs[5:]
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(out, lse, *tensors)
 
 
-def _backward(ctx, grad_out, grad_summary_attention, grad_received_attention, _):
+def _backward(
+    ctx: Any, grad_out: Tensor, grad_summary_attention: Tensor, grad_received_attention: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
     grads = torch.ops.madtp.varlen_attention_backward(
         grad_out, grad_summary_attention, grad_received_attention, *ctx.saved_tensors, *ctx.arguments
     )
@@ -198,8 +302,22 @@ torch.library.register_autograd("madtp::varlen_attention", _backward, setup_cont
 
 
 @flop_formula(torch.ops.madtp.varlen_attention)
-def _flops(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, *_, out_val=None, **__) -> int:
+def _flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    causal: bool,
+    *_: object,
+    out_val: object = None,
+    **__: object,
+) -> int:
     """Two matrix products over the real query-key pairs of each sequence, 2 FLOP per multiply-add."""
     queries, keys = cu_q.diff().long(), cu_k.diff().long()
     pairs = queries * (queries + 1) // 2 if causal else queries * keys
-    return 4 * int(pairs.sum()) * q.shape[1] * q.shape[2]
+    heads, head_dim = q.shape[1:]
+    return 4 * int(pairs.sum()) * heads * head_dim

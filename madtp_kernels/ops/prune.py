@@ -110,7 +110,15 @@ def prune_tokens(
     return Pruned(out, normed, selection, importance)
 
 
-def _score_and_select(stats, mag_logits, cu_seqlens, temperature, summary_index, capacity, backend):
+def _score_and_select(
+    stats: AttentionStats,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float,
+    summary_index: Tensor | None,
+    capacity: str,
+    backend: str | None,
+) -> tuple[Tensor, Selection]:
     importance, keep, cu_seqlens_out, source, merge_weight = torch.ops.madtp.score_and_select(
         *stats, mag_logits, cu_seqlens, float(temperature), summary_index, backend or "auto"
     )

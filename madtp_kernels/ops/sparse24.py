@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -87,7 +90,7 @@ def sparse24_linear(
         else:
             runs = tuning_cuda.fastest(tuning_cuda.linear_call(x, weight.values, *epilogue), x.device)
     layout = None if runs == "reference" else weight.layout(runs)
-    y = torch.ops.madtp.sparse24_linear(
+    y: Tensor = torch.ops.madtp.sparse24_linear(
         x,
         weight.values,
         weight.indices,
@@ -122,7 +125,7 @@ def _backend(backend: str | None, dtype: torch.dtype, device: torch.device) -> s
 _backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _dtype(x: Tensor, weight: Sparse24Weight | Tensor, *_, **__) -> torch.dtype:
+def _dtype(x: Tensor, weight: Sparse24Weight | Tensor, *_: object, **__: object) -> torch.dtype:
     """What backends are chosen by: float32 for a float32 weight, whatever x is."""
     return torch.promote_types(x.dtype, weight.dtype)
 
@@ -133,7 +136,17 @@ def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | N
     return None
 
 
-def _tuned(choice, x, weight, bias=None, *, activation=None, residual=None, scale=None, **__) -> dispatch.Choice:
+def _tuned(
+    choice: dispatch.Choice,
+    x: Tensor,
+    weight: Sparse24Weight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    **__: object,
+) -> dispatch.Choice:
     """For `explain`: the choice with what was measured of the call."""
     if choice.backend == "cuda":
         call = tuning_cuda.linear_call(x, weight.values, activation, residual, scale)
@@ -160,7 +173,8 @@ def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
         ValueError: an argument breaks a rule; the indices are read on the host. RuntimeError: the C++ extension cannot
             be loaded or run there.
     """
-    return torch.ops.madtp.sparse24_pack(values, indices)
+    layout: Tensor = torch.ops.madtp.sparse24_pack(values, indices)
+    return layout
 
 
 _ARGUMENTS = (
@@ -187,7 +201,17 @@ def check_weight(values: Tensor, indices: Tensor) -> None:
     check_device(values.device, indices=indices)
 
 
-def _check(x, values, indices, layout, bias, activation, residual, scale, num_rows):
+def _check(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+) -> None:
     # torch.ops can be called without the public function, and kernels trust these.
     check_tensor("x", x, 2, FLOATS)
     check_weight(values, indices)
@@ -257,12 +281,24 @@ dispatch.register(
 )
 
 
-def _linear(x, values, indices, layout, bias, activation, residual, scale, num_rows, backend, *transposed):
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+    backend: str,
+    *transposed: Tensor | None,
+) -> Tensor:
     _check(x, values, indices, layout, bias, activation, residual, scale, num_rows)
     name = _backend(backend, _dtype(x, values), x.device)
     check_layout = dispatch.record("sparse24_linear").layout_checks.get(name)
     layout = layout if check_layout is None else check_layout(layout, values, indices)
-    run = dispatch.implementation("sparse24_linear", name, _dtype(x, values), x.device)
+    run: Callable[..., Tensor] = dispatch.implementation("sparse24_linear", name, _dtype(x, values), x.device)
     return run(x, values, indices, layout, bias, activation, residual, scale, num_rows)
 
 
@@ -271,21 +307,21 @@ torch.library.impl("madtp::sparse24_linear", "CompositeExplicitAutograd", _linea
 
 @torch.library.impl("madtp::sparse24_linear_backward", "CompositeExplicitAutograd")
 def _linear_backward(
-    grad,
-    x,
-    values,
-    indices,
-    layout,
-    bias,
-    activation,
-    residual,
-    scale,
-    num_rows,
-    backend,
-    values_t=None,
-    indices_t=None,
-    layout_t=None,
-):
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+    backend: str,
+    values_t: Tensor | None = None,
+    indices_t: Tensor | None = None,
+    layout_t: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     _check(x, values, indices, layout, bias, activation, residual, scale, num_rows)
     # Weights that train stay dense and masked: their gradient is not here.
     if values_t is None or indices_t is None:
@@ -307,29 +343,41 @@ def _linear_backward(
 
 
 @torch.library.register_fake("madtp::sparse24_pack")
-def _(values, indices):
+def _(values: Tensor, indices: Tensor) -> Tensor:
     size = native.sparse24_layout_bytes(values.shape[0], 2 * values.shape[1], values.dtype, values.device)
     return values.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.register_fake("madtp::sparse24_linear")
-def _(x, values, *_, **__):
+def _(x: Tensor, values: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape[0], values.shape[0])
 
 
 @torch.library.register_fake("madtp::sparse24_linear_backward")
-def _(grad, x, values, indices, layout, bias, activation, residual, scale, *_, **__):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    *_: object,
+    **__: object,
+) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), *(
         x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, residual, scale)
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, indices, layout, bias, ctx.activation, residual, scale, num_rows, ctx.backend, *transposed = inputs
     ctx.save_for_backward(x, values, indices, layout, bias, residual, scale, num_rows, *transposed)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, indices, layout, bias, residual, scale, num_rows, *transposed = ctx.saved_tensors
     arguments = x, values, indices, layout, bias, ctx.activation, residual, scale, num_rows, ctx.backend, *transposed
     grad_x, *grads = torch.ops.madtp.sparse24_linear_backward(grad, *arguments)
@@ -342,6 +390,19 @@ torch.library.register_autograd("madtp::sparse24_linear", _backward, setup_conte
 
 
 @flop_formula(torch.ops.madtp.sparse24_linear)
-def _flops(x, values, indices, layout, bias, activation, residual, scale, num_rows, backend, *_, **__) -> int:
+def _flops(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+    backend: str,
+    *_: object,
+    **__: object,
+) -> int:
     """What is executed: 2 FLOP per kept weight and row, half of the dense product; all of it on dense."""
     return 2 * x.shape[0] * values.numel() * (2 if backend == "dense" else 1)

@@ -23,7 +23,7 @@ _BACKENDS = (None, "auto", "cpu", "dense")
 _ACTIVATIONS = (None, *ACTIVATIONS)
 
 
-def _probe_of_process() -> Callable[[], tuple | None]:
+def _probe_of_process() -> Callable[[], tuple[object, ...] | None]:
     """A function that says what of the process a call depends on; it returns None where others would see the call.
 
     All of torch and os that is private here, since what is public does not answer or takes longer than a small layer:
@@ -40,7 +40,7 @@ def _probe_of_process() -> Callable[[], tuple | None]:
     variable = environment._data.get
     backend, tune, cache = map(environment.encodekey, ("MADTP_BACKEND", "MADTP_TUNE", "MADTP_CACHE"))
 
-    def state() -> tuple | None:
+    def state() -> tuple[object, ...] | None:
         if (
             is_compiling()
             or dispatch_modes()
@@ -66,7 +66,7 @@ def fast_path_key(
     residual: Tensor | None,
     scale: Tensor | None,
     backend: str | None,
-) -> tuple | None:
+) -> tuple[object, ...] | None:
     """What calls share that pass the same checks and run on the same backend; None where the call is seen by others.
 
     Calls of one key may differ in what their tensors hold, in strides and, within a class of `tuning_cpu`, in rows.

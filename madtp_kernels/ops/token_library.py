@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The token ops as torch sees them: schema, backends, fake and autograd."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,7 +66,13 @@ def _score_dtype(scores: Tensor, mag_logits: Tensor) -> torch.dtype:
     return torch.promote_types(scores.dtype, mag_logits.dtype)
 
 
-def _check_scores(scores, mag_logits, cu_seqlens, summary_index, received_attention=None):
+def _check_scores(
+    scores: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    summary_index: Tensor | None,
+    received_attention: Tensor | None = None,
+) -> None:
     # torch.ops can be called without the public function, and kernels trust these sizes.
     for name, value in (("mag_logits", mag_logits), ("stats.received_attention", received_attention)):
         if value is not None:
@@ -72,15 +81,29 @@ def _check_scores(scores, mag_logits, cu_seqlens, summary_index, received_attent
 
 
 @torch.library.impl("madtp::token_importance", "CompositeExplicitAutograd")
-def _token_importance(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index, backend):
+def _token_importance(
+    summary_attention: Tensor,
+    received_attention: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    summary_index: Tensor | None,
+    backend: str,
+) -> Tensor:
     _check_scores(summary_attention, mag_logits, cu_seqlens, summary_index, received_attention)
     dtype = _score_dtype(summary_attention, mag_logits)
-    run = dispatch.implementation("token_importance", backend, dtype, summary_attention.device)
+    run: Callable[..., Tensor] = dispatch.implementation("token_importance", backend, dtype, summary_attention.device)
     return run(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
 
 
 @torch.library.impl("madtp::select_tokens", "CompositeExplicitAutograd")
-def _select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index, backend):
+def _select_tokens(
+    importance: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float,
+    summary_index: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
     _check_scores(importance, mag_logits, cu_seqlens, summary_index)
     dtype = _score_dtype(importance, mag_logits)
     run = dispatch.implementation("select_tokens", backend, dtype, importance.device)
@@ -90,16 +113,22 @@ def _select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_inde
 
 @torch.library.impl("madtp::score_and_select", "CompositeExplicitAutograd")
 def _score_and_select(
-    summary_attention, received_attention, mag_logits, cu_seqlens, temperature, summary_index, backend
-):
+    summary_attention: Tensor,
+    received_attention: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float,
+    summary_index: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
     _check_scores(summary_attention, mag_logits, cu_seqlens, summary_index, received_attention)
-    run = dispatch.implementation(
+    run: Callable[..., tuple[Tensor, ...]] = dispatch.implementation(
         "score_and_select", backend, _score_dtype(summary_attention, mag_logits), summary_attention.device
     )
     return run(summary_attention, received_attention, mag_logits, cu_seqlens, temperature, summary_index)
 
 
-def _run_gather(op, lead, selection, rest, backend):
+def _run_gather(op: str, lead: Sequence[Tensor], selection: Sequence[Tensor], rest: Sequence[Any], backend: str) -> Any:
     x = lead[-1]
     keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight = selection
     # torch.ops can be called without the public function, and kernels trust these sizes.
@@ -114,36 +143,53 @@ def _run_gather(op, lead, selection, rest, backend):
 
 
 @torch.library.impl("madtp::gather_merge", "CompositeExplicitAutograd")
-def _gather_merge(x, *selection_and_backend):
+def _gather_merge(x: Tensor, *selection_and_backend: Any) -> Tensor:
     *selection, backend = selection_and_backend
-    return _run_gather("gather_merge", (x,), selection, (), backend)
+    out: Tensor = _run_gather("gather_merge", (x,), selection, (), backend)
+    return out
 
 
 @torch.library.impl("madtp::gather_merge_backward", "CompositeExplicitAutograd")
-def _gather_merge_backward(grad, x, *selection_and_backend):
+def _gather_merge_backward(grad: Tensor, x: Tensor, *selection_and_backend: Any) -> tuple[Tensor, ...]:
     *selection, backend = selection_and_backend
-    return _run_gather("gather_merge_backward", (grad, x), selection, (), backend)
+    gradients: tuple[Tensor, ...] = _run_gather("gather_merge_backward", (grad, x), selection, (), backend)
+    return gradients
 
 
 @torch.library.impl("madtp::gather_merge_layernorm", "CompositeExplicitAutograd")
-def _gather_merge_layernorm(x, *arguments):
+def _gather_merge_layernorm(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *selection, weight, bias, eps, backend = arguments
     require(weight.dtype == bias.dtype, "bias", f"{weight.dtype} like weight", bias)
     for name, value in (("weight", weight), ("bias", bias)):
         check_rows(name, value, x.shape[1], "x has channels")
-    return _run_gather("gather_merge_layernorm", (x,), selection, (weight, bias, eps), backend)
+    results: tuple[Tensor, ...] = _run_gather("gather_merge_layernorm", (x,), selection, (weight, bias, eps), backend)
+    return results
 
 
 # --- fake
 
 
 @torch.library.register_fake("madtp::token_importance")
-def _(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index, backend):
+def _(
+    summary_attention: Tensor,
+    received_attention: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    summary_index: Tensor | None,
+    backend: str,
+) -> Tensor:
     return torch.empty_like(summary_attention)
 
 
 @torch.library.register_fake("madtp::select_tokens")
-def _fake_select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index, backend):
+def _fake_select_tokens(
+    importance: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float,
+    summary_index: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
     rows = importance.shape[0]
     return (
         torch.empty_like(importance),
@@ -154,7 +200,15 @@ def _fake_select_tokens(importance, mag_logits, cu_seqlens, temperature, summary
 
 
 @torch.library.register_fake("madtp::score_and_select")
-def _(summary_attention, received_attention, mag_logits, cu_seqlens, temperature, summary_index, backend):
+def _(
+    summary_attention: Tensor,
+    received_attention: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float,
+    summary_index: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
     importance = torch.empty_like(summary_attention)
     merge_weight, *selection = _fake_select_tokens(
         importance, mag_logits, cu_seqlens, temperature, summary_index, backend
@@ -163,17 +217,45 @@ def _(summary_attention, received_attention, mag_logits, cu_seqlens, temperature
 
 
 @torch.library.register_fake("madtp::gather_merge")
-def _(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, backend):
+def _(
+    x: Tensor,
+    keep: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    source: Tensor,
+    merge_weight: Tensor,
+    backend: str,
+) -> Tensor:
     return x.new_empty(source.shape[0], x.shape[1])
 
 
 @torch.library.register_fake("madtp::gather_merge_backward")
-def _(grad, x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, backend):
+def _(
+    grad: Tensor,
+    x: Tensor,
+    keep: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    source: Tensor,
+    merge_weight: Tensor,
+    backend: str,
+) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), torch.empty_like(merge_weight)
 
 
 @torch.library.register_fake("madtp::gather_merge_layernorm")
-def _(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, weight, bias, eps, backend):
+def _(
+    x: Tensor,
+    keep: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    source: Tensor,
+    merge_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, ...]:
     out = x.new_empty(source.shape[0], x.shape[1])
     statistic = x.new_empty(source.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     return out, torch.empty_like(out), statistic, torch.empty_like(statistic)
@@ -182,40 +264,49 @@ def _(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, weight, bias
 # --- autograd
 
 
-def _importance_setup(ctx, inputs, output):
+def _importance_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, received_attention, mag_logits, cu_seqlens, summary_index, _ = inputs
     ctx.save_for_backward(received_attention, mag_logits, cu_seqlens, summary_index)
 
 
-def _importance_backward(ctx, grad):
+def _importance_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *importance_gradient(grad, *ctx.saved_tensors), None, None, None
 
 
 torch.library.register_autograd("madtp::token_importance", _importance_backward, setup_context=_importance_setup)
 
 
-def _selection_setup(ctx, inputs, output):
+def _selection_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     importance, _, cu_seqlens, *_ = inputs
     merge_weight, keep, _, _ = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(importance, cu_seqlens, keep, merge_weight)
 
 
-def _selection_backward(ctx, grad_merge_weight, grad_keep, grad_cu_seqlens_out, grad_source):
+def _selection_backward(
+    ctx: Any, grad_merge_weight: Tensor, grad_keep: Tensor, grad_cu_seqlens_out: Tensor, grad_source: Tensor
+) -> tuple[Tensor | None, ...]:
     return selection_gradient(grad_merge_weight, *ctx.saved_tensors), None, None, None, None, None
 
 
 torch.library.register_autograd("madtp::select_tokens", _selection_backward, setup_context=_selection_setup)
 
 
-def _score_and_select_setup(ctx, inputs, output):
+def _score_and_select_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, received_attention, mag_logits, cu_seqlens, _, summary_index, _ = inputs
     importance, keep, _, _, merge_weight = output
     ctx.mark_non_differentiable(*output[1:4])
     ctx.save_for_backward(received_attention, mag_logits, cu_seqlens, summary_index, importance, keep, merge_weight)
 
 
-def _score_and_select_backward(ctx, grad_importance, grad_keep, grad_cu_seqlens_out, grad_source, grad_merge_weight):
+def _score_and_select_backward(
+    ctx: Any,
+    grad_importance: Tensor,
+    grad_keep: Tensor,
+    grad_cu_seqlens_out: Tensor,
+    grad_source: Tensor,
+    grad_merge_weight: Tensor,
+) -> tuple[Tensor | None, ...]:
     # mag_logits reach the loss through importance alone: which tokens they select is a constant.
     *inputs, importance, keep, merge_weight = ctx.saved_tensors
     cu_seqlens = inputs[2]
@@ -228,12 +319,12 @@ torch.library.register_autograd(
 )
 
 
-def _gather_setup(ctx, inputs, output):
+def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _gather_backward(ctx, grad):
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, *selection = ctx.saved_tensors
     grad_x, grad_weight = torch.ops.madtp.gather_merge_backward(grad, x, *selection, ctx.backend)
     return grad_x, None, None, None, None, grad_weight, None
@@ -242,14 +333,16 @@ def _gather_backward(ctx, grad):
 torch.library.register_autograd("madtp::gather_merge", _gather_backward, setup_context=_gather_setup)
 
 
-def _layernorm_setup(ctx, inputs, output):
+def _layernorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.eps, ctx.backend = inputs
     x_out, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(*tensors, x_out, mean, rstd)
 
 
-def _layernorm_backward(ctx, grad_out, grad_normed, grad_mean, grad_rstd):
+def _layernorm_backward(
+    ctx: Any, grad_out: Tensor, grad_normed: Tensor, grad_mean: Tensor, grad_rstd: Tensor
+) -> tuple[Tensor | None, ...]:
     x, *selection, weight, bias, x_out, mean, rstd = ctx.saved_tensors
     source = selection[3]
     wide = mean.dtype

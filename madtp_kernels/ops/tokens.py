@@ -65,7 +65,10 @@ def token_importance(
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
     check_statistics(stats, mag_logits, cu_seqlens, summary_index)
-    return torch.ops.madtp.token_importance(*stats, mag_logits, cu_seqlens, summary_index, backend or "auto")
+    importance: Tensor = torch.ops.madtp.token_importance(
+        *stats, mag_logits, cu_seqlens, summary_index, backend or "auto"
+    )
+    return importance
 
 
 @dispatch.public
@@ -126,7 +129,8 @@ def gather_merge(x: Tensor, selection: Selection, *, backend: str | None = None)
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
     _check_gather(x, selection)
-    return torch.ops.madtp.gather_merge(x, *selection, backend or "auto")
+    out: Tensor = torch.ops.madtp.gather_merge(x, *selection, backend or "auto")
+    return out
 
 
 @dispatch.public

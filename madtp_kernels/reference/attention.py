@@ -91,8 +91,9 @@ def varlen_attention(
     sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], causal)
     summary_attention = (sharing.from_summary * sharing.head_share).sum(dim=-1)  # (B, N)
     received_attention = (maps.probabilities.amax(dim=1) * sharing.counted).sum(dim=1) / sharing.observers  # (B, N)
-    statistics = (unpad(x, cu_seqlens_q, q.shape[0]) for x in (summary_attention, received_attention))
-    return out, *statistics, lse
+    summary_attention = unpad(summary_attention, cu_seqlens_q, q.shape[0])
+    received_attention = unpad(received_attention, cu_seqlens_q, q.shape[0])
+    return out, summary_attention, received_attention, lse
 
 
 def varlen_attention_backward(

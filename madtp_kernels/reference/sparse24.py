@@ -92,8 +92,11 @@ def sparse24_linear_backward(
     if needs_product(activation, scale):
         # Rows past num_rows may hold anything, and take no part.
         before = F.linear(torch.where(valid, x, 0).to(wide), dense, None if bias is None else bias.to(wide))  # (T, N)
-    grad_before, *grads = epilogue_backward(torch.where(valid, grad, 0), before, bias, activation, residual, scale)
-    return (grad_before @ dense).to(x.dtype), *grads
+    grad = torch.where(valid, grad, 0)
+    grad_before, grad_bias, grad_residual, grad_scale = epilogue_backward(
+        grad, before, bias, activation, residual, scale
+    )
+    return (grad_before @ dense).to(x.dtype), grad_bias, grad_residual, grad_scale
 
 
 def needs_product(activation: str, scale: Tensor | None) -> bool:
@@ -114,6 +117,7 @@ def epilogue_backward(
     grad_out = grad.to(wide)
     grad_scale = grad.new_empty(0)
     if scale is not None:
+        assert before is not None  # `needs_product`
         grad_scale = (grad_out * ACTIVATIONS[activation](before)).sum(0).to(scale.dtype)
         grad_out = grad_out * scale.to(wide)
     grad_before = _BACKWARDS[activation](grad_out, before)

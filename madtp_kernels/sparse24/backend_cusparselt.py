@@ -7,7 +7,7 @@ Its sparse operand comes first, so the product is (W x^T)^T, written as rows. It
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,7 +90,8 @@ def search(x: Tensor, layout: Tensor, bias: Tensor | None) -> Algorithm:
     """The algorithm that the library finds fastest for x (T, C) on a GPU, by trying them: milliseconds."""
     with torch.cuda.device(x.device):
         x_t, vector = _padded_rows(x).t(), _padded_bias(bias)
-        found = torch._C._cusparselt.mm_search(layout, x_t, vector, None, None, True)
+        library: Any = torch._C._cusparselt  # whose functions torch does not declare
+        found = library.mm_search(layout, x_t, vector, None, None, True)
     return Algorithm(*found[:3])
 
 

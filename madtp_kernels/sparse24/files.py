@@ -26,7 +26,7 @@ FORMAT, VERSION = "madtp-sparse24", "1"
 PARTS = ("values", "indices")
 
 
-def save_sparse24(path: str | os.PathLike, weights: Mapping[str, Sparse24Weight | Tensor]) -> None:
+def save_sparse24(path: str | os.PathLike[str], weights: Mapping[str, Sparse24Weight | Tensor]) -> None:
     """Writes 2:4 weights and dense tensors to one file, whole or not at all.
 
     A 2:4 weight takes 0.53 of its dense bytes in float32, 0.56 in 16 bits. Tensors that share memory are written each.
@@ -59,7 +59,7 @@ def save_sparse24(path: str | os.PathLike, weights: Mapping[str, Sparse24Weight 
         raise OSError(f"{os.fspath(path)} cannot be written ({error})") from error
 
 
-def load_sparse24(path: str | os.PathLike) -> dict[str, Sparse24Weight | Tensor]:
+def load_sparse24(path: str | os.PathLike[str]) -> dict[str, Sparse24Weight | Tensor]:
     """Reads what `save_sparse24` wrote, onto the CPU.
 
     Raises:
@@ -82,7 +82,7 @@ def load_sparse24(path: str | os.PathLike) -> dict[str, Sparse24Weight | Tensor]
     return weights | tensors
 
 
-def _require_header(path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+def _require_header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     found = metadata.get("format"), metadata.get("version")
     got = f"{os.fspath(path)} of format {found[0]}, version {found[1]}"
     require(found == (FORMAT, VERSION), "path", f"a file of format {FORMAT}, version {VERSION}", got)
@@ -93,5 +93,5 @@ def _checksum(sparse: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -23,9 +23,9 @@ def to_torch_semi_structured(weight: Sparse24Weight) -> SparseSemiStructuredTens
         ValueError: torch has no such tensor: N must be a multiple of 32, C of 64 (32 in float32), the dtype float32,
             bfloat16 or float16, and a float32 weight 1:2, because TF32 Sparse Tensor Cores run nothing else.
     """
-    limits = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS.get(weight.dtype)
-    require(limits is not None, "weight", "float32, bfloat16 or float16 for torch", repr(weight))
-    rows, columns = limits.sparse_min_rows, limits.sparse_min_cols
+    limits = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS
+    require(weight.dtype in limits, "weight", "float32, bfloat16 or float16 for torch", repr(weight))
+    rows, columns = limits[weight.dtype].sparse_min_rows, limits[weight.dtype].sparse_min_cols
     ok = weight.shape[0] % rows == 0 and weight.shape[1] % columns == 0 and weight.values.numel() > 0
     require(ok, "weight", f"(N, C) with N a multiple of {rows} and C of {columns} for torch", repr(weight))
     dense = weight.to_dense()
@@ -44,6 +44,7 @@ def from_torch_semi_structured(tensor: SparseSemiStructuredTensor) -> Sparse24We
     ok = isinstance(tensor, SparseSemiStructuredTensorCUTLASS) and tensor.packed is not None and tensor.dtype in DTYPES
     rule = "a floating-point SparseSemiStructuredTensorCUTLASS (for cuSPARSELt compress its to_dense())"
     require(ok, "tensor", rule, f"a {type(tensor).__name__} of {getattr(tensor, 'dtype', None)}")
+    assert tensor.packed is not None  # as was required
     # As integers: torch moves the halves of a float32 as float16, and those that are signalling NaN would change.
     dense = sparse_semi_structured_to_dense_cutlass(tensor.packed.view(torch.int16), tensor.meta)
     return sparse24_compress(dense.view(tensor.dtype))

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,7 +152,9 @@ def time_backends(case: LinearCall) -> Timing:
     return Timing(ours, others, time.strftime("%Y-%m-%d"))
 
 
-def random_call(rows: int, out_features: int, in_features: int, dtype: str, weight_dtype: str, epilogue: str) -> tuple:
+def random_call(
+    rows: int, out_features: int, in_features: int, dtype: str, weight_dtype: str, epilogue: str
+) -> tuple[Any, ...]:
     """x, values, indices, bias, activation, residual, scale and num_rows (None), drawn by a generator of its own."""
     generator = torch.Generator().manual_seed(0)
     x_dtype, values_dtype = getattr(torch, dtype), getattr(torch, weight_dtype)

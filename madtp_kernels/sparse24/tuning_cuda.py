@@ -12,7 +12,7 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,7 +109,17 @@ def known(case: LinearCall, device: torch.device) -> Timing | None:
     return table(_name(device)).get(case)
 
 
-def sparse24_linear_cuda(x, values, indices, layout, bias, activation, residual, scale, num_rows) -> Tensor:
+def sparse24_linear_cuda(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+) -> Tensor:
     """`native.sparse24_linear_cuda` in the configuration of the table."""
     arguments = x, values, indices, layout, bias, activation, residual, scale, num_rows
     case = linear_call(x, values, activation, residual, scale)
@@ -120,7 +130,17 @@ def sparse24_linear_cuda(x, values, indices, layout, bias, activation, residual,
     return native.sparse24_linear_cuda(*arguments, config)
 
 
-def sparse24_linear_cusparselt(x, values, indices, layout, bias, activation, residual, scale, num_rows) -> Tensor:
+def sparse24_linear_cusparselt(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+) -> Tensor:
     """`cusparselt.sparse24_linear` with the algorithm of the table."""
     arguments = x, values, indices, layout, bias, activation, residual, scale, num_rows
     timing = known(linear_call(x, values, activation, residual, scale), x.device)
@@ -131,7 +151,7 @@ def sparse24_linear_cusparselt(x, values, indices, layout, bias, activation, res
 _checked: dict[tuple[LinearCall, torch.device], bool] = {}
 
 
-def _exists(case: LinearCall, device: torch.device, config: Sparse24Config, arguments: tuple) -> bool:
+def _exists(case: LinearCall, device: torch.device, config: Sparse24Config, arguments: tuple[Any, ...]) -> bool:
     if (case, device) not in _checked:
         _checked[case, device] = config in native.sparse24_linear_configs(*arguments)
     return _checked[case, device]
@@ -152,7 +172,7 @@ def table(name: str) -> dict[LinearCall, Timing]:
     return read(path_of(name), name)
 
 
-def head(name: str) -> dict:
+def head(name: str) -> dict[str, object]:
     """What a table holds for. An algorithm of cuSPARSELt means something in its version alone."""
     versions = {"madtp_kernels": __version__, "torch": torch.__version__}
     return {"gpu": name, **versions, "cusparselt": torch.backends.cusparselt.version()}

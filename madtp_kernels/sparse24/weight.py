@@ -45,7 +45,7 @@ class Sparse24Weight:
         ValueError: a dtype, shape or device breaks its rule. What the indices hold is not read; `check_indices` does.
     """
 
-    def __init__(self, values: Tensor, indices: Tensor):
+    def __init__(self, values: Tensor, indices: Tensor) -> None:
         check_tensor("values", values, 2, DTYPES)
         check_tensor("indices", indices, 2, (torch.uint8,))
         rows, half = values.shape
@@ -54,7 +54,8 @@ class Sparse24Weight:
         ok = indices.shape == (rows, half // 4) and indices.device == values.device
         require(ok, "indices", f"(N, C/8) = {(rows, half // 4)} on {values.device} like values", indices)
         self.values, self.indices = values, indices
-        self.fast_paths: dict[tuple, Any] = {}  # what an op keeps of the classes of calls it has checked
+        # What an op keeps of the classes of calls it has checked: their backend, its function and the activation.
+        self.fast_paths: dict[tuple[object, ...], tuple[str, Callable[..., Tensor], str]] = {}
         self._packed: dict[str, tuple[tuple[int, int] | None, Any]] = {}  # backend -> (versions, layout)
         self._transposed: tuple[tuple[int, int] | None, Sparse24Weight] | None = None  # versions, W^T
 
@@ -85,7 +86,7 @@ class Sparse24Weight:
         shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=self.device)
         return ((self.indices[..., None] >> shifts) & 3).long().view(self.shape[0], self.shape[1] // 4, 2)
 
-    def to(self, *args, **kwargs) -> Sparse24Weight:
+    def to(self, *args: Any, **kwargs: Any) -> Sparse24Weight:
         """As `torch.Tensor.to`: a device, a dtype, or both; itself when nothing changes."""
         values = self.values.to(*args, **kwargs)
         if values is self.values:
@@ -93,8 +94,8 @@ class Sparse24Weight:
         if values.dtype != self.dtype:
             values = values.masked_fill(values == 0, 0)  # an underflow can leave -0.0
         moved = Sparse24Weight(values, self.indices.to(values.device))
-        if self._transposed is not None:
-            moved.__setstate__(self.transposed.to(*args, **kwargs))
+        if (transposed := self.transposed) is not None:
+            moved.__setstate__(transposed.to(*args, **kwargs))
         return moved
 
     def keep_transposed(self) -> Sparse24Weight:
@@ -154,7 +155,7 @@ class Sparse24Weight:
     def _versions(self) -> tuple[int, int] | None:
         return None if torch.compiler.is_compiling() else (_version(self.values), _version(self.indices))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Sparse24Weight, (self.values, self.indices), self.transposed  # a copy packs its own layouts
 
     def __setstate__(self, transposed: Sparse24Weight) -> None:

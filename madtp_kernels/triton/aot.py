@@ -73,9 +73,14 @@ def _summary_index(given: bool) -> Tensor | None:
     return _meta(BATCH, dtype=torch.int32) if given else None
 
 
-def _selection() -> tuple[Tensor, ...]:
+def _selection() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     keep, source = _meta(ROWS, dtype=torch.bool), _meta(OUT_ROWS, dtype=torch.int32)
     return keep, _cu_seqlens(), _cu_seqlens(), source, _meta(ROWS)
+
+
+def _affine(dtype: torch.dtype, sizes: Sizes) -> Tensor:
+    """The weight or the bias of a LayerNorm."""
+    return _meta(sizes.channels, dtype=torch.float32 if sizes.optional else dtype)
 
 
 def _attention(dtype: torch.dtype, sizes: Sizes, statistics: bool) -> tuple:
@@ -110,7 +115,8 @@ LAUNCHES: dict[str, Callable] = {
         _summary_index(sizes.optional),
     ),
     "score_and_select": lambda dtype, sizes: token_scores.score_and_select(
-        *(_meta(ROWS) for _ in range(2)),
+        _meta(ROWS),
+        _meta(ROWS),
         _meta(ROWS, sizes.alignment_tokens, dtype=dtype),
         _cu_seqlens(),
         1.0,
@@ -122,7 +128,8 @@ LAUNCHES: dict[str, Callable] = {
     "gather_merge_layernorm": lambda dtype, sizes: gather_merge.gather_merge_layernorm(
         _meta(ROWS, sizes.channels, dtype=dtype),
         *_selection(),
-        *(_meta(sizes.channels, dtype=torch.float32 if sizes.optional else dtype) for _ in range(2)),
+        _affine(dtype, sizes),
+        _affine(dtype, sizes),
         1e-5,
     ),
     "gather_merge_backward": lambda dtype, sizes: gather_merge.gather_merge_backward(

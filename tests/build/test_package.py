@@ -73,6 +73,7 @@ def test_wheel_holds_both_packages_the_library_and_the_assets(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("madtp_kernels/_C.") for name in names)
     for name in (
+        "madtp_kernels/_C.pyi",
         "madtp_kernels/include/madtp/tokens.h",
         "madtp_kernels/include/madtp/version.h",
         "madtp_kernels/lib/libmadtp_kernels.a",

@@ -126,15 +126,29 @@ def varlen_attention_backward(
     (rows, head_count, head_dim), batch = q.shape, cu_seqlens_q.numel() - 1
     if return_stats and head_count > MAX_HEADS:
         raise ValueError(f"q must have at most {MAX_HEADS} heads when return_stats is True, got {head_count}")
-    grad_stats = (grad_summary_attention, grad_received_attention)
     if softmax_scale < 0:
-        flipped = (-q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, -softmax_scale)
         dq, dk, dv = varlen_attention_backward(
-            grad_out, *grad_stats, out, lse, *flipped, causal, summary_index, return_stats
+            grad_out,
+            grad_summary_attention,
+            grad_received_attention,
+            out,
+            lse,
+            -q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            -softmax_scale,
+            causal,
+            summary_index,
+            return_stats,
         )
         return dq.neg_(), dk, dv
     if min(max_seqlen_q, max_seqlen_k, rows, head_count, batch) == 0:
-        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        return dq, dk, dv
 
     q, k, v, grad_out, out, lse = heads(q), heads(k), heads(v), heads(grad_out), out.contiguous(), lse.contiguous()
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
@@ -150,8 +164,16 @@ def varlen_attention_backward(
             )
             d_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             through, d_maximum = statistic(q, head_count, rows), statistic(q, rows)
-            grad_stats = (t.contiguous() for t in grad_stats)
-            prepared = PreparedStatistics(*grad_stats, from_summary, norms, d_out, through, d_maximum)
+            assert norms is not None  # as out is given
+            prepared = PreparedStatistics(
+                grad_summary_attention.contiguous(),
+                grad_received_attention.contiguous(),
+                from_summary,
+                norms,
+                d_out,
+                through,
+                d_maximum,
+            )
             argmax = HeadArgmax(q, k, lse, cu_seqlens_q, max_seqlen_q, slab)
         prepare_kernel[(triton.cdiv(max_seqlen_q, ROWS) * head_count * batch,)](
             grad_out,

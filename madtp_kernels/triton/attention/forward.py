@@ -58,7 +58,7 @@ def _attend(
     b_k = load_tile(p_k, first + start, k_row, m_n, BLOCK_N, D, BLOCK_D)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if MASKED:
-        m_visible = m_n[None, :]
+        m_visible = m_n[None, :]  # type: ignore[index]  # MASKED: it is not None
         if CAUSAL:
             m_visible = m_visible & (o_n[None, :] <= o_m[:, None])
         b_s = tl.where(m_visible, b_s, float("-inf"))
@@ -202,7 +202,7 @@ def varlen_attention(
             CAUSAL=causal,
             **OPTIONS | blocks,
         )
-        if not return_stats:
+        if norms is None:
             return out, statistic(q, 0), statistic(q, 0), lse
         summary_attention, received_attention = attention_statistics(
             q, k, lse, norms, cu_seqlens_q, max_seqlen_q, scale, causal, summary_index

@@ -179,7 +179,7 @@ def _add_keys(
     b_v = load_tile(p_v, first + start, v_row, m_n, BLOCK_N, D, BLOCK_D)
     b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None])
     if MASKED:
-        m_visible = m_n[None, :]
+        m_visible = m_n[None, :]  # type: ignore[index]  # MASKED: it is not None
         if CAUSAL:
             m_visible = m_visible & (o_n[None, :] <= o_m[:, None])
         b_p = tl.where(m_visible, b_p, 0.0)

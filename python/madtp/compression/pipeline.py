@@ -44,7 +44,7 @@ TIME_TOLERANCE = 0.01  # of a latency target, within which they are calibrated
 class Result:
     """model: the compressed model as loaded from `path`. report: plain values, see `compress`."""
 
-    model: nn.Module
+    model: PreTrainedModel
     report: dict
     path: Path
 
@@ -134,7 +134,8 @@ def compress(
         packed, miss = _pack_and_calibrate(trainer, model, calibration_data, targets)
     _save(student, task, output_dir / "model")
 
-    compressed = from_pretrained(output_dir / "model").to(next(model.parameters()).device)
+    compressed = from_pretrained(output_dir / "model")
+    compressed.to(next(model.parameters()).device)  # type: ignore[arg-type]  # transformers types it as unbound
     figures = {} if eval_data is None else compare(model, compressed, task, eval_data, output_dir / "model", bars)
     report = report_data(
         trainer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +204,7 @@ class RaggedAttention(nn.Module):
         """
         given = q.shape[0]
         q = batch.for_op(q)
-        ragged = {"cu_seqlens_q": batch.cu_seqlens, "max_seqlen_q": batch.max_seqlen, "causal": causal}
+        ragged: dict[str, Any] = {"cu_seqlens_q": batch.cu_seqlens, "max_seqlen_q": batch.max_seqlen, "causal": causal}
         if keys is not None:
             k, v = keys.read(k), keys.read(v)
             ragged |= {"cu_seqlens_k": keys.cu_seqlens, "max_seqlen_k": keys.max_seqlen}

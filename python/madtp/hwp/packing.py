@@ -113,8 +113,15 @@ class Sparse24Linear(nn.Module):
             return self(x, num_rows=num_rows) + residual
         if len(leading) != 1:
             x, residual = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
-        options = {"activation": self.activation, "residual": residual, "scale": self.scale, "num_rows": num_rows}
-        y = sparse24_linear(x, self.sparse_weight, self.bias, **options)
+        y = sparse24_linear(
+            x,
+            self.sparse_weight,
+            self.bias,
+            activation=self.activation,
+            residual=residual,
+            scale=self.scale,
+            num_rows=num_rows,
+        )
         return y if len(leading) == 1 else y.view(*leading, y.shape[1])
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from madtp.handles import handle_of
 from madtp.hwp.packing import Epilogue
@@ -33,10 +34,10 @@ class Family:
     """
 
     towers: Mapping[str, str | tuple[str, Tower]]
-    source: type[nn.Module] | None = None
+    source: type[PreTrainedModel] | None = None
     others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dense_modules: tuple[str, ...] = ()
-    compressed: type[nn.Module] | None = None
+    compressed: type[PreTrainedModel] | None = None
     images_per_text: int = 1
     mixins: Mapping[str, type] = field(default_factory=dict)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from madtp.files import file_sha256
 from madtp.hwp.packing import replace_linear
@@ -25,8 +23,11 @@ from madtp.patching.state import (
     unreadable,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def from_pretrained(directory: str | os.PathLike) -> nn.Module:
+
+def from_pretrained(directory: str | os.PathLike) -> PreTrainedModel:
     """Loads a compressed model that `save_pretrained` wrote: weights, alignment tokens, temperatures.
 
     Returns:
@@ -53,12 +54,12 @@ def _model_class(directory: Path) -> Any:
     return by_name[kind]
 
 
-def _load(directory: Path, kind: Any, state: State) -> nn.Module:
+def _load(directory: Path, kind: Any, state: State) -> PreTrainedModel:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        model = kind(kind.config_class.from_pretrained(directory))
+        model: PreTrainedModel = kind(kind.config_class.from_pretrained(directory))
         patch(model, state.config).set_temperature(state.temperatures)
         if file_sha256(directory / WEIGHTS_FILE) != state.weights_sha256:
             raise ValueError(f"{WEIGHTS_FILE} is not as it was written: its checksum does not match {STATE_FILE}")
