@@ -90,5 +90,5 @@ build: $(READY)
 	$(INSTALL)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks madtp_kernels/include madtp_kernels/lib madtp_kernels/_C.*
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks madtp_kernels/include madtp_kernels/lib madtp_kernels/_C.*.so
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

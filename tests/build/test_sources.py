@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every source file says of itself."""
 
 import subprocess
