@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from madtp_kernels._version import __version__
+
 if TYPE_CHECKING:
     from madtp_kernels import _C
 
@@ -292,13 +294,20 @@ class Extension(Protocol):
 def _load_extension() -> tuple[Extension | None, str | None]:
     # torch is imported above, so the C++ kernels share its OpenMP runtime.
     try:
-        return cast(Extension, importlib.import_module("madtp_kernels._C")), None
+        module = cast(Extension, importlib.import_module("madtp_kernels._C"))
     except ImportError as error:
         return None, f"the C++ extension madtp_kernels._C cannot be loaded ({error}); build it with: pip install -e ."
+    built = module.build_info()["version"]
+    if built != __version__:
+        return (
+            None,
+            f"madtp_kernels._C is of version {built}, not {__version__}; rebuild it with: pip install -e .",
+        )
+    return module, None
 
 
 def extension() -> Extension:
-    """The compiled module madtp_kernels._C; raises RuntimeError with the reason when it cannot be loaded."""
+    """The compiled module madtp_kernels._C; raises RuntimeError with the reason when it cannot be used."""
     module, why = _load_extension()
     if module is None:
         raise RuntimeError(why)
@@ -306,5 +315,5 @@ def extension() -> Extension:
 
 
 def extension_unsupported_reason() -> str | None:
-    """Why the C++ extension cannot be loaded, or None when it can."""
+    """Why the C++ extension cannot be used, or None when it can."""
     return _load_extension()[1]

@@ -29,3 +29,12 @@ def test_what_takes_long_to_import_comes_when_it_is_used():
 
 def test_the_library_is_of_the_same_version():
     assert pytest.importorskip("madtp_kernels._C").build_info()["version"] == madtp_kernels.__version__
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    pytest.importorskip("madtp_kernels._C")
+    from madtp_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "__version__", "0.0.1")
+    module, why = dispatch._load_extension.__wrapped__()  # what it remembers of the process stays
+    assert module is None and f"is of version {madtp_kernels.__version__}, not 0.0.1; rebuild it" in why
