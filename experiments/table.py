@@ -83,11 +83,12 @@ def budgets(results: list[dict]) -> str:
 
 
 def comparison(results: list[dict]) -> str:
-    """A row for each variant at one budget, a column for each task."""
+    """A row for each variant that was tried at one budget, a column for each task."""
     lines = []
     for name, variant in VARIANTS.items():
         cells = [cell(result, name, COMPARED_AT) for result in results]
-        lines.append([variant.title, *cells])
+        if any(cells):
+            lines.append([variant.title, *cells])
     heads = [f"{result['task']}, {METRICS[result['metric']]}" for result in results]
     return table([f"-{100 * COMPARED_AT:.0f} % counted MACs", *heads], lines)
 

@@ -61,7 +61,17 @@ UNITS = (
     Unit("AMD Matrix Cores, CDNA 3 and newer", "float16, bfloat16, int8, fp8", Pattern(2, 4)),
     Unit("any CPU, by the kernels of madtp_kernels", "float32; bfloat16 and float16 too, rarely faster", Pattern(2, 4)),
 )
-COMMON = tuple(Pattern(n, m) for n, m in ((1, 2), (1, 4), (2, 4), (1, 8), (2, 8), (4, 8), (2, 16), (4, 16), (8, 16)))
+COMMON = (
+    Pattern(1, 2),
+    Pattern(1, 4),
+    Pattern(2, 4),
+    Pattern(1, 8),
+    Pattern(2, 8),
+    Pattern(4, 8),
+    Pattern(2, 16),
+    Pattern(4, 16),
+    Pattern(8, 16),
+)
 
 
 class PatternReport(NamedTuple):

@@ -207,7 +207,7 @@ def test_what_a_run_would_aim_at_needs_no_training(madtp, drawn, tmp_path):
 def test_compress_says_what_is_wrong(refused, drawn, tmp_path):
     out = ("--out", tmp_path / "run")
     message = refused("compress", VQA[0], "--task", "speech", "--data", "easy-vqa", *out)
-    assert "task must be one of vqa, retrieval, nlvr, captioning, got 'speech'" in message
+    assert f"task must be one of {', '.join(TASKS)}, got 'speech'" in message
     assert "data must be easy-vqa, or an annotation file" in refused("compress", *VQA[:3], "--data", "coco.json", *out)
     assert "annotation file" in refused("compress", *VQA, "--images", tmp_path, *out)
     message = refused("compress", VQA[0], "--task", "nlvr", "--data", "emoji", *out)

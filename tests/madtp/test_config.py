@@ -5,6 +5,7 @@ import json
 import pytest
 
 from madtp.config import CompressionConfig
+from madtp.dtp.selection_rules import SELECTIONS
 
 
 def test_round_trip_through_json():
@@ -31,7 +32,7 @@ def test_round_trip_through_json():
         ("hwp_schedule", "sudden", '"gradual" or "one_shot", got \'sudden\''),
         ("guard_tolerance", 0, "a positive number or None, got 0"),
         ("hwp_ramp", 1.5, r"a number in \[0, 1\]"),
-        ("selection", "all", "one of instance, batch_max, unguided, static, random, got 'all'"),
+        ("selection", "all", f"one of {', '.join(SELECTIONS)}, got 'all'"),
         ("pattern", "4:2", '"n:m" with 1 <= n <= m'),
         ("sparse_exclude", "text_decoder", "a tuple of module name patterns, got 'text_decoder'"),
         ("controller_interval", True, "an integer of at least 1, got True"),
