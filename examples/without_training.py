@@ -25,7 +25,7 @@ def compare(model: nn.Module, task: Task, data: Dataset, keep_rate: float, show:
     """
     batch = task.collate([data[i] for i in range(min(16, len(data)))])
     # Small models: alignment of the default size would cost more than it saves.
-    config = madtp.CompressionConfig(alignment_dim=model.config.vision_config.hidden_size)
+    config = madtp.CompressionConfig(alignment_dim=getattr(model.config, "vision_config", model.config).hidden_size)
     handle = madtp.patch(model.eval(), config, keep_rate=keep_rate, calibration=[batch])
     temperatures = handle.temperatures
     for name, chosen in (("dense", 0), ("pruned", temperatures)):

@@ -72,7 +72,7 @@ class Experiment:
     def config(self, preset: Preset, model: nn.Module, **changes) -> CompressionConfig:
         return CompressionConfig(
             alignment_tokens=preset.alignment_tokens,
-            alignment_dim=model.config.vision_config.hidden_size,
+            alignment_dim=getattr(model.config, "vision_config", model.config).hidden_size,
             hwp_score="second_order",  # masks that grow in training need more of it than there is here
             hwp_schedule="one_shot",
             **changes,

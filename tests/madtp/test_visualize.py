@@ -36,6 +36,8 @@ def test_picture(scene, tmp_path):
     for rows in (0, 25):
         with pytest.raises(ValueError, match=f"rows must be from 1 to the 24 images in the data, got {rows}"):
             picture(model, task, data, tmp_path / "none.png", rows=rows)
+    with pytest.raises(ValueError, match="data must have the mean of their pixels to be drawn, list has none"):
+        picture(model, task, [data[0]], tmp_path / "none.png", rows=1)
 
 
 def test_questions_of_both_kinds_about_different_images(scene):

@@ -29,7 +29,7 @@ class Annotations(Dataset):
     Args:
         file: the JSON file.
         image_root: the folder that image paths start from.
-        tokenizer, image_processor: of Hugging Face.
+        tokenizer, image_processor: of Hugging Face; a reader of records without text needs no tokenizer, and gets None.
         max_length: tokens of a text.
         limit: keep the first `limit` records.
 
@@ -101,16 +101,16 @@ def cleaned(text: str, gap: str = " ") -> str:
     return re.sub(r"\s+", " ", re.sub(r"[.!\"()*#:;~]", gap, text.lower())).strip()
 
 
-def _is_text(value) -> bool:
+def is_text(value) -> bool:
     return isinstance(value, str)
 
 
 def _are_texts(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+    return isinstance(value, list) and bool(value) and all(map(is_text, value))
 
 
 def _is_text_or_texts(value) -> bool:
-    return _is_text(value) or _are_texts(value)
+    return is_text(value) or _are_texts(value)
 
 
 def _listed(value: str | list[str]) -> list[str]:
@@ -125,7 +125,7 @@ class NlvrAnnotations(Annotations):
 
     fields = {
         "images": lambda value: _are_texts(value) and len(value) == 2,
-        "sentence": _is_text,
+        "sentence": is_text,
         "label": lambda value: str(value) in ("True", "False"),
     }
 
@@ -144,7 +144,7 @@ class RetrievalAnnotations(Annotations):
     both the number of the image. `limit` counts images in files with several captions to one.
     """
 
-    fields = {"image": _is_text, "caption": _is_text_or_texts}
+    fields = {"image": is_text, "caption": _is_text_or_texts}
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -170,7 +170,7 @@ class CaptionAnnotations(Annotations):
     caption, references, a tuple of all.
     """
 
-    fields = {"image": _is_text, "caption": _is_text_or_texts}
+    fields = {"image": is_text, "caption": _is_text_or_texts}
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
@@ -194,7 +194,7 @@ class VqaAnnotations(Annotations):
         answer_length: tokens of an answer, those around it included; the others are those of `Annotations`.
     """
 
-    fields = {"image": _is_text, "question": _is_text, "answer": _is_text_or_texts}
+    fields = {"image": is_text, "question": is_text, "answer": _is_text_or_texts}
 
     def __init__(self, *args, answer_length: int = 10, **options):
         super().__init__(*args, **options)

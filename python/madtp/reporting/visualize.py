@@ -53,10 +53,14 @@ def picture(model: PreTrainedModel, task, data, path: str | Path, *, rows: int =
         path: of the PNG.
 
     Raises:
-        TypeError: the model is not compressed. ValueError: `rows` is not a number of images in the data.
+        TypeError: the model is not compressed. ValueError: `rows` is not a number of images in the data, or the data do
+            not say the `mean` and `std` of their pixels, per channel.
     """
     if find_handle(model) is None:
         raise TypeError(f"model must be a compressed one, got a plain {type(model).__name__}")
+    for name in ("mean", "std"):
+        if not hasattr(data, name):
+            raise ValueError(f"data must have the {name} of their pixels to be drawn, {type(data).__name__} has none")
     items = [data[i] for i in _examples(data, rows)]
     with evaluating(model):
         predictions = task.predictions(model, items)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 class Processed:
-    """Part of a task: the tokenizer and the image processor that its model needs; the latter may be None."""
+    """Part of a task: the tokenizer and the image processor that its model needs; either may be None."""
 
     def __init__(self, tokenizer, image_processor=None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
 
     def save_processor(self, directory: Path | str) -> None:
-        """Writes both beside a saved model."""
-        self.tokenizer.save_pretrained(directory)
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(directory)
+        """Writes what there is of both beside a saved model."""
+        for processor in (self.tokenizer, self.image_processor):
+            if processor is not None:
+                processor.save_pretrained(directory)

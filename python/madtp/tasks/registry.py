@@ -64,13 +64,15 @@ class TaskEntry(NamedTuple):
     """What belongs to a task.
 
     models: the Hugging Face classes it is for. make: (tokenizer, image processor or None, the data it is judged on) ->
-    the task. data: by name; the first is the default. annotations: the reader of the user's files.
+    the task. data: by name; the first is the default. annotations: the reader of the user's files. reads_text: whether
+    the models do; without, the tokenizer is None everywhere.
     """
 
     models: tuple[type[PreTrainedModel], ...]
     make: Callable[[Any, Any, Any], Task]
     data: dict[str, NamedData]
     annotations: type[Annotations]
+    reads_text: bool = True
 
 
 TASKS = {
@@ -144,7 +146,7 @@ def load(
     if named is None and (test is None or images is None):
         raise ValueError(f"data must be {_choices(entry)} with test= and images=, got {data!r}")
     dense = load_model(model, entry.models, dense=True)
-    tokenizer, processor = load_tokenizer(model), load_image_processor(model)
+    tokenizer, processor = _processors(entry, model)
     if named is not None:
         size = _image_size(dense, processor)
         samples, judged = (named.read(split, tokenizer, size, limit) for split in ("train", "test"))
@@ -180,7 +182,7 @@ def load_judged(
     if named is None and images is None:
         raise ValueError(f"data must be {_choices(entry)} with images=, got {data!r}")
     loaded = load_model(model, entry.models)
-    tokenizer, processor = load_tokenizer(model), load_image_processor(model)
+    tokenizer, processor = _processors(entry, model)
     if named is not None:
         judged = named.read("test", tokenizer, _image_size(loaded, processor), limit)
     else:
@@ -223,10 +225,15 @@ def _named(entry: TaskEntry, data: str, test: Path | None, images: Path | None) 
     return named
 
 
+def _processors(entry: TaskEntry, model: Path) -> tuple[Any, Any]:
+    """The tokenizer, None for models without text, and the image processor, None where there is none."""
+    return load_tokenizer(model) if entry.reads_text else None, load_image_processor(model)
+
+
 def _annotated(entry: TaskEntry, model, file, images, tokenizer, processor, limit: int | None) -> Annotations:
     if processor is None:
         raise no_image_processor(model)
-    length = min(MAX_LENGTH, tokenizer.model_max_length)
+    length = MAX_LENGTH if tokenizer is None else min(MAX_LENGTH, tokenizer.model_max_length)
     return entry.annotations(file, images, tokenizer, processor, max_length=length, limit=limit)
 
 
@@ -240,4 +247,4 @@ def _image_size(model: PreTrainedModel, processor) -> int:
         if side:
             return side
     config: Any = model.config
-    return config.vision_config.image_size
+    return getattr(config, "vision_config", config).image_size  # a vision tower alone is its own

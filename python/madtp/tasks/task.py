@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compress() and MadtpTrainer need to know of a task."""
+"""What compress(), MadtpTrainer and the pictures of tokens need to know of a task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -20,6 +20,7 @@ class Task(Protocol):
     """
 
     metric: str  # the one of `evaluate` that a model is judged by; in [0, 1], larger is better
+    tokenizer: Any  # of Hugging Face, which turns ids back into words in pictures; None where the model reads no text
 
     def collate(self, items: list) -> dict[str, Tensor]:
         """Items of a data set -> a batch."""
@@ -34,6 +35,9 @@ class Task(Protocol):
         self, model: nn.Module, data: Dataset, *, progress: Callable[[Iterable], Iterable] = iter
     ) -> dict[str, float]:
         """The metrics of a model in eval mode on all of `data`; `progress` wraps the batches, for a bar."""
+
+    def predictions(self, model: nn.Module, items: list) -> list[tuple[str, str]]:
+        """For each item what a model in eval mode says and what is right, as the captions of a picture."""
 
     def save_processor(self, directory: Path | str) -> None:
         """Writes what makes inputs, such as the tokenizer, beside a saved model."""
