@@ -12,10 +12,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from types import ModuleType
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from madtp_kernels.atomic_file import atomic_file
@@ -33,8 +32,9 @@ def save_sparse24(path: str | os.PathLike[str], weights: Mapping[str, Sparse24We
 
     Raises:
         ValueError: a value is neither, a 2:4 weight's indices do not ascend, or two names collide.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written. ImportError: safetensors is not installed.
     """
+    safetensors = _safetensors()
     tensors: dict[str, Tensor] = {}
     sparse = [name for name, weight in weights.items() if isinstance(weight, Sparse24Weight)]
     for name, weight in weights.items():
@@ -54,8 +54,8 @@ def save_sparse24(path: str | os.PathLike[str], weights: Mapping[str, Sparse24We
     metadata["sha256"] = _checksum(metadata["sparse24"], tensors)
     try:
         with atomic_file(path) as partial:
-            save_file(tensors, partial, metadata)
-    except SafetensorError as error:
+            safetensors.torch.save_file(tensors, partial, metadata)
+    except safetensors.SafetensorError as error:
         raise OSError(f"{os.fspath(path)} cannot be written ({error})") from error
 
 
@@ -63,16 +63,17 @@ def load_sparse24(path: str | os.PathLike[str]) -> dict[str, Sparse24Weight | Te
     """Reads what `save_sparse24` wrote, onto the CPU.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened. ImportError: safetensors is not installed.
         ValueError: it is cut short, changed, of another format or version, or its indices do not ascend.
     """
+    safetensors = _safetensors()
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _require_header(path, metadata)
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             sparse = json.loads(metadata["sparse24"])
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"path must be a whole {FORMAT} file, got {os.fspath(path)} ({error})") from error
     intact = _checksum(metadata["sparse24"], tensors) == metadata.get("sha256")
     require(intact, "path", "a file as it was written (its checksum does not match)", os.fspath(path))
@@ -80,6 +81,15 @@ def load_sparse24(path: str | os.PathLike[str]) -> dict[str, Sparse24Weight | Te
     for name, weight in weights.items():
         weight.check_indices(f"{os.fspath(path)}: indices of {name!r}")
     return weights | tensors
+
+
+def _safetensors() -> ModuleType:
+    """The package, which the ops themselves do without."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ImportError("safetensors is needed for files of 2:4 weights: pip install safetensors") from error
+    return safetensors
 
 
 def _require_header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:

@@ -131,7 +131,7 @@ def test_a_failed_write_leaves_what_was_there(saved, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "save_file", interrupted)
+    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_sparse24(saved, {"a": compressed()})
     assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == ["w.safetensors"]
