@@ -13,6 +13,11 @@
 
 namespace madtp::python {
 
+// One function per op family, defined in the file of that name. cuda is null in a build without CUDA.
+void bind_attention(py::module_& cpu);
+void bind_sparse24(py::module_& cpu, py::module_* cuda);
+void bind_tokens(py::module_& cpu, py::module_* cuda);
+
 void check(Status status, const char* function) {
   if (status == Status::ok) return;
   if (status == Status::unsupported && !cpu::isa_choice().error.empty())

@@ -26,9 +26,4 @@ inline void* how(std::uintptr_t stream) { return pointer<void>(stream); }
 // ValueError when the cause is a MADTP_CPU_ISA that this build or this CPU lacks. Safe with the GIL released.
 void check(Status status, const char* function);
 
-// One function per op family, defined in the file of that name. cuda is null in a build without CUDA.
-void bind_attention(py::module_& cpu);
-void bind_sparse24(py::module_& cpu, py::module_* cuda);
-void bind_tokens(py::module_& cpu, py::module_* cuda);
-
 }  // namespace madtp::python

@@ -79,6 +79,9 @@ def refuse_old_names(values: Mapping[str, Any], names: Mapping[str, str], what: 
 
 
 def _rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    for old, new in names.items():
+        if old in values and new in values:
+            raise ValueError(f"{old} and {new} are the same, and both are given")
     return {names.get(name, name): value for name, value in values.items()}
 
 

@@ -35,6 +35,9 @@ extern const LinearArchitecture kLinearSm80;  // linear_sm80.cu
 extern const LinearArchitecture kLinearSm90;  // linear_sm90.cu
 
 // The first that has a default for a call runs it: the newest comes first.
-inline constexpr const LinearArchitecture* kLinearArchitectures[] = {&kLinearSm90, &kLinearSm80};
+inline constexpr const LinearArchitecture* kLinearArchitectures[] = {
+    &kLinearSm90,
+    &kLinearSm80,
+};
 
 }  // namespace madtp::cuda
