@@ -22,7 +22,7 @@ LOG_NAMES = {"guard_rise": "guard_loss_increase"}
 
 def migrate_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `CompressionConfig` that version 0.1 or a later one wrote."""
-    return _rename(values, CONFIG_NAMES)
+    return _rename(values, CONFIG_NAMES, "config")
 
 
 def migrate_plan(values: Mapping[str, Any], file: str) -> dict[str, Any]:
@@ -43,9 +43,9 @@ def migrate_plan(values: Mapping[str, Any], file: str) -> dict[str, Any]:
         if isinstance(predicted, Mapping):
             refuse_old_names(predicted, PREDICTED_NAMES, f"{file}: predicted")
         return values
-    values = _rename(values, PLAN_NAMES)
+    values = _rename(values, PLAN_NAMES, file)
     if isinstance(predicted, Mapping):
-        values["predicted"] = _rename(predicted, PREDICTED_NAMES)
+        values["predicted"] = _rename(predicted, PREDICTED_NAMES, f"{file}: predicted")
     return values
 
 
@@ -63,13 +63,13 @@ def migrate_checkpoint(values: Mapping[str, Any], file: str) -> dict[str, Any]:
     if _version(values, file, CHECKPOINT_VERSION) < CHECKPOINT_VERSION:
         values["config"] = migrate_config(values["config"])
         if values["guard"] is not None:
-            values["guard"] = _rename(values["guard"], GUARD_NAMES)
+            values["guard"] = _rename(values["guard"], GUARD_NAMES, f"{file}: guard")
     return values
 
 
 def migrate_log(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a training logged before the checkpoint it goes on from."""
-    return [_rename(entry, LOG_NAMES) for entry in entries]
+    return [_rename(entry, LOG_NAMES, "log") for entry in entries]
 
 
 def refuse_old_names(values: Mapping[str, Any], names: Mapping[str, str], what: str) -> None:
@@ -78,10 +78,10 @@ def refuse_old_names(values: Mapping[str, Any], names: Mapping[str, str], what: 
         raise ValueError(f"{what}: {old} is now called {names[old]}")
 
 
-def _rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _rename(values: Mapping[str, Any], names: Mapping[str, str], what: str) -> dict[str, Any]:
     for old, new in names.items():
         if old in values and new in values:
-            raise ValueError(f"{old} and {new} are the same, and both are given")
+            raise ValueError(f"{what}: {old} and {new} are the same, and both are given")
     return {names.get(name, name): value for name, value in values.items()}
 
 
