@@ -173,7 +173,7 @@ class Patched(nn.Module):
         self.tower, self.head, self.maps = nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 2), nn.Linear(8, 4)
         self.tower[0].register_forward_hook(lambda module, args, out: self.align(out))
         self.keep, self.madtp_handle = 0.5, self
-        self.branches = {"vision": ("tower", "maps")}
+        self.branches, self.pruning = {"vision": ("tower", "maps")}, {}
 
     def __setattr__(self, name, value):
         object.__setattr__(self, name, value) if name == "madtp_handle" else super().__setattr__(name, value)
