@@ -231,7 +231,7 @@ def test_a_front_of_plans(madtp, refused, drawn, tmp_path):
     assert code == 0 and "joint" in out and {path.name for path in tmp_path.iterdir()} == {"30.yaml", "60.yaml"}
     assert Plan.load(tmp_path / "60.yaml").macs_reduction == pytest.approx(0.6, abs=0.01)
     code, out, err = madtp("pareto", *VQA, "--reductions", "half", "--out", tmp_path)
-    assert (code, out) == (2, "") and "'half' is not a valid float" in err
+    assert (code, out) == (2, "") and "'half'" in err
 
 
 @pytest.mark.parametrize(
