@@ -80,8 +80,11 @@ def pareto(
     data: Data,
     out: Annotated[Path, typer.Option(help="The folder that gets a plan for each reduction.")],
     reductions: Annotated[
-        list[float], typer.Option(help="A share of the MACs to save; give one option for each.")
-    ] = list(REDUCTIONS),  # noqa: B006 (Typer reads it, nobody writes it)
+        list[str] | None,
+        typer.Option(
+            help=f"A share of the MACs to save, an option for each; by default {', '.join(map(str, REDUCTIONS))}."
+        ),
+    ] = None,
     config: Config = None,
     test: Test = None,
     images: Images = None,
@@ -101,6 +104,7 @@ def pareto(
     from madtp.tasks.registry import load
 
     asked, _ = settings(config)
+    shares = REDUCTIONS if reductions is None else [_share(text) for text in reductions]
     require_writable("out", out)
     progress = Progress(stderr())
     with progress.status("reading the data"):
@@ -110,7 +114,7 @@ def pareto(
         loaded.task,
         loaded.calibration,
         asked,
-        reductions=reductions,
+        reductions=shares,
         progress=lambda units: progress(units, "measuring sensitivities"),
     )
     rows = []
@@ -121,3 +125,10 @@ def pareto(
         rows.append((f"{100 * plan.macs_reduction:.1f} %", *losses, path.name))
     columns = ("MACs saved", *ALLOCATIONS, "plan")
     Console().print(number_table(columns, [rows], title="distillation loss before training"))
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"reductions must be numbers, got {text!r}") from None
