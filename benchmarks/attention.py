@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import madtp_kernels as mk
-from benchmarks.registry import Entry, require
+from benchmarks.entry import Entry, require
 
 SHAPE = {"heads": 12, "head_dim": 64}
 CASES = [

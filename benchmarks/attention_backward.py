@@ -12,7 +12,7 @@ from torch import Tensor
 import madtp_kernels as mk
 from benchmarks import attention
 from benchmarks.attention import SHAPE, AttentionInputs, attention_inputs
-from benchmarks.registry import Entry, require
+from benchmarks.entry import Entry, require
 
 CASES = [{"batch": 4, "tokens": tokens, **SHAPE, "dtype": "float32"} for tokens in (577, 197, 65)]
 

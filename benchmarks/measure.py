@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.registry import Thunk
+from benchmarks.entry import Thunk
 
 L2_FLUSH_BYTES = 256 << 20
 

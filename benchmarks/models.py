@@ -17,7 +17,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import madtp
-from benchmarks.registry import Case, Entry, Thunk, Unavailable
+from benchmarks.entry import Case, Entry, Thunk, Unavailable
 from madtp import hwp
 from madtp.models import BlipForNLVR
 from madtp.models.registry import family_of

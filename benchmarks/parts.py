@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.registry import Thunk
+from benchmarks.entry import Thunk
 
 KINDS = {  # of the names of operations, the first that fits
     "linear layers": ("addmm", "::mm", "sparse24_linear", "::linear", "convolution"),

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.entry import Case, Entry, Unavailable, runnable
 from benchmarks.measure import Spread, keep_freed_memory, peak_bytes, take_turns
 from benchmarks.parts import shares
-from benchmarks.registry import Case, Entry, Unavailable, entries, runnable
+from benchmarks.registry import entries
 from benchmarks.report import print_table, write_document
 from madtp_kernels.env import environment
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import madtp_kernels as mk
-from benchmarks.registry import Entry, Unavailable, require
+from benchmarks.entry import Entry, Unavailable, require
 from madtp_kernels import Sparse24Weight, sparse24_compress
 from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
 

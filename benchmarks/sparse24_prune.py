@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
 
 import madtp_kernels as mk
-from benchmarks.registry import Entry, Unavailable, require
+from benchmarks.entry import Entry, Unavailable, require
 from madtp_kernels import Sparse24Weight
 from madtp_kernels.dispatch import extension_unsupported_reason
 from madtp_kernels.native import sparse24 as native

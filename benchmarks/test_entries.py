@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from benchmarks.registry import Unavailable, entries
+from benchmarks.entry import Unavailable
+from benchmarks.registry import entries
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RUNS = [

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import madtp_kernels as mk
-from benchmarks.registry import Entry, Unavailable, require
+from benchmarks.entry import Entry, Unavailable, require
 
 EPS = 1e-5
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import registry, run
+from benchmarks.entry import Entry, Unavailable
 from benchmarks.measure import Spread, peak_bytes, take_turns
-from benchmarks.registry import Entry, Unavailable
 from benchmarks.report import write_document
 
 CPU = torch.device("cpu")

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark is: inputs, providers that do the same work, a gate that checks they do, and what the work costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import madtp_kernels as mk
+
+Case = Mapping[str, Any]  # shape and knobs of one row of the table, JSON-serialisable
+Thunk = Callable[[], Any]
+
+
+class Unavailable(Exception):
+    """A provider that cannot run here; the message says why and goes into the results."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One benchmark.
+
+    Args:
+        name: of the results file.
+        summary: what is compared, for the table.
+        cases: the rows.
+        inputs: (case, device, seed) -> the inputs of one call. Several sets are drawn, so that no cache answers.
+        providers: name -> (inputs) -> a function without arguments that does the work and returns its result; raises
+            `Unavailable` where it cannot. Ours are named after their backend, "madtp cpu".
+        baseline: the provider ratios are against: what a user would otherwise run.
+        gate: (inputs, result of a provider, its name); raises AssertionError when the result is wrong.
+        bytes: (case, inputs) -> bytes that must be read and written at least.
+        flops: (case, inputs) -> floating-point operations, 0 where none matter.
+        against: the key of the cases to plot time and memory against, if they differ in one number.
+        grid: the provider whose speed-up is shown as a heat map, the first key of the cases across and the others down.
+        parts: show also what share of its time each provider spends on which kind of operation.
+    """
+
+    name: str
+    summary: str
+    cases: Sequence[Case]
+    inputs: Callable[[Case, torch.device, int], Any]
+    providers: Mapping[str, Callable[[Any], Thunk]]
+    baseline: str
+    gate: Callable[[Any, Any, str], None]
+    bytes: Callable[[Case, Any], int]
+    flops: Callable[[Case, Any], int] = lambda case, inputs: 0
+    against: str | None = None
+    grid: str | None = None
+    parts: bool = False
+
+    def __post_init__(self):
+        if self.baseline not in self.providers:
+            raise ValueError(f"baseline must be one of {list(self.providers)}, got {self.baseline!r}")
+
+
+def require(op: str, *args, **kwargs) -> None:
+    """Raises `Unavailable` where the backend asked for cannot run this call of an op of ours."""
+    try:
+        choice = mk.explain(op, *args, **kwargs)
+    except RuntimeError as error:
+        raise Unavailable(str(error)) from None
+    if choice.backend == "triton" and args[0].device.type == "cpu" and args[0].dtype == torch.bfloat16:
+        raise Unavailable("triton's interpreter computes bfloat16 wrongly")
+
+
+def runnable(entry: Entry, inputs: Any) -> Iterator[tuple[str, Thunk | Unavailable]]:
+    """Each provider's name with its function, or with the reason why it has none here."""
+    for name, prepare in entry.providers.items():
+        try:
+            yield name, prepare(inputs)
+        except Unavailable as reason:
+            yield name, reason
