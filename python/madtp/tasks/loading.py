@@ -16,8 +16,6 @@ from madtp.models.registry import FAMILIES
 from madtp.patching.pretrained import from_pretrained
 from madtp.patching.state import STATE_FILE
 
-WEIGHTS = "model.safetensors"
-
 
 def architecture(directory: Path | str) -> str:
     """The name of the class that a folder says it holds.
