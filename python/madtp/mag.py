@@ -6,6 +6,8 @@ Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,11 @@ class AlignmentGuide(nn.Module):
             {branch: nn.Identity() if width == dim else nn.Linear(width, dim) for branch, width in widths.items()}
         )
         self.logits = nn.ModuleDict({branch: AlignmentLogits() for branch in widths})
+
+    def parameters_of(self, branch: str) -> Iterator[nn.Parameter]:
+        """Those that take part in a branch."""
+        yield self.alignment_tokens
+        yield from self.maps[branch].parameters()
 
     def forward(self, branch: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features entering a block (T, C) -> q (T, d) and the unscaled logits A = q E^T (T, K)."""

@@ -41,7 +41,7 @@ def patched(family, capacity="upper_bound"):
 def rows(handle):
     """Per branch, the rows entering the first block and leaving each."""
     return {
-        name: [branch.entered.origin.numel(), *(layer.origin.numel() for layer in branch.layers)]
+        name: [branch.last.entered.origin.numel(), *(layer.origin.numel() for layer in branch.last.layers)]
         for name, branch in handle.pruning.items()
     }
 
@@ -148,7 +148,7 @@ def test_gradients_and_training_are_exact():
         with torch.set_grad_enabled(gradients):
             model(**inputs)
         first, *_, last = rows(handle)["vision"]
-        assert last == handle.pruning["vision"].layers[-1].count_rows() < first
+        assert last == handle.pruning["vision"].last.layers[-1].count_rows() < first
 
 
 def test_what_counts_rows_counts_tokens():

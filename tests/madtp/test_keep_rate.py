@@ -35,7 +35,7 @@ def build(family):
 def by_hand(handle, branch):
     """The share of a branch, from what the handle reports of the last forward: no summary token is ever pruned."""
     samples = len(handle.selections[branch][0])
-    before = handle.pruning[branch].entered.count_rows() - samples
+    before = handle.pruning[branch].last.entered.count_rows() - samples
     return [(sum(map(len, layer)) - samples) / before for layer in handle.selections[branch]]
 
 

@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DTP, dynamic token pruning: the step between self-attention and what follows it, in every block of a branch.
-
-Source: MADTP (Cao et al., CVPR 2024, arXiv 2403.02991), section 3.3; docs/method.md lists where we differ and why.
-"""
+"""A branch of a patched model: its settings, which all threads share, and what each thread knows of its forwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from madtp.dtp.ragged import RaggedAttention, RaggedBatch
-from madtp.dtp.selection_rules import GUIDED, METHOD, RULES
+from madtp.dtp.record import ForwardRecord
+from madtp.dtp.selection_rules import METHOD
+from madtp.dtp.step import PruningStep
 from madtp.handles import find_handle
-from madtp.mag import AlignmentGuide, aligned_feature, normalised
-from madtp_kernels import AttentionStats, Selection, gather_merge, gather_merge_layernorm, prune_tokens
+from madtp.mag import AlignmentGuide
+from madtp_kernels import Selection
 
 
 class Branch:
-    """What one branch does and remembers: its temperature, and the selections of the last forward.
+    """One branch of a patched model: its settings, and the records of the last forward of each thread.
+
+    A forward reads the settings once, as its `PruningStep`: threads share a model, and a block that runs again for its
+    gradient does what it did at first, whatever was set in between.
 
     Args:
         name: such as "vision".
@@ -36,119 +40,99 @@ class Branch:
         self.samples_per_feature = 1  # consecutive parts of the batch whose aligned features are averaged
         self.align = False  # collect the aligned features of MAG, for its loss
         self.observer: Callable[[Tensor, Selection], None] | None = None  # told of every importance (T,) and selection
-        self.entered: RaggedBatch | None = None  # what the last forward began with, without the features
-        self.begin(None)
+        self._threads = _Threads()
 
-    def begin(self, batch: RaggedBatch | None) -> None:
-        """Forgets the last forward; the next one is of `batch`."""
-        self.entered = None if batch is None else batch.with_x(batch.x.new_empty(0))
-        self.layers: list[RaggedBatch] = []  # what is left after each block, without the features
-        self.summary_features: list[Tensor] = []  # (B, C): the summary tokens after each block
-        self._aligned: list[Tensor] = []
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have the settings; what a forward left belongs to the thread that ran it."""
+        return {name: value for name, value in vars(self).items() if name != "_threads"}
 
-    def entered_length(self) -> int:
-        """How long the padded sequences were that the last forward began with."""
-        if self.entered is None:
-            raise RuntimeError(f"branch {self.name} must have run, and has not yet")
-        return self.entered.max_seqlen
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._threads = _Threads()
 
     @property
     def prunes(self) -> bool:
-        return self.temperature > 0
+        return self.temperature > 0 and not self._threads.here.dense
 
     @property
-    def guided(self) -> bool:
-        """Whether the alignment of MAG takes part."""
-        return self.selection in GUIDED
+    def here(self) -> ThreadState:
+        """What holds in this thread alone."""
+        return self._threads.here
 
-    def aligned(self) -> Tensor | None:
-        """(B, K, d) aligned features of the last forward, normalised; None if none were collected."""
-        parts = self.samples_per_feature
-        features = [f.unflatten(0, (parts, -1)).mean(0) if parts > 1 else f for f in self._aligned]
-        return normalised(features) if features else None
+    @property
+    def last(self) -> ForwardRecord:
+        """Of the last forward of this thread; an empty one before the first."""
+        return self._threads.here.record
 
-    def prune(self, batch: RaggedBatch, x: Tensor, stats: AttentionStats | None) -> RaggedBatch:
-        """Features after self-attention and its residual x (T, C) -> the tokens that stay.
+    def fixed(self, tower: nn.Module) -> bool:
+        """Whether a forward works on as many rows as there were tokens at first.
 
-        batch: as it entered the block; its features give the alignment logits.
+        Rows of no meaning must not reach gradients, nor the random numbers of dropout.
         """
-        logits, aligned = self._alignment(batch)
-        after = self._pruned(batch, x, stats, logits)[0] if self.prunes else batch.with_x(x)
-        return replace(after, aligned=aligned)
+        if self.capacity != "upper_bound" or self._threads.here.exact:
+            return False
+        return not (tower.training or torch.is_grad_enabled())
 
-    def prune_norm(
-        self, batch: RaggedBatch, x: Tensor, stats: AttentionStats | None, norm: nn.LayerNorm
-    ) -> tuple[RaggedBatch, Tensor]:
-        """`prune` and the LayerNorm that follows, in one pass: the tokens that stay, and their normed features."""
-        logits, aligned = self._alignment(batch)
-        if self.prunes:
-            after, normed = self._pruned(batch, x, stats, logits, (norm.weight, norm.bias, norm.eps))
-            assert normed is not None, "a norm was given"
-        else:
-            after, normed = batch.with_x(x), norm(x)
-        return replace(after, aligned=aligned), normed
+    def begin(self, batch: RaggedBatch) -> tuple[PruningStep, ForwardRecord]:
+        """A forward of `batch`: what its blocks do, and where it writes what it leaves."""
+        here = self._threads.here
+        here.record = record = ForwardRecord(batch.with_x(batch.x.new_empty(0)), self.samples_per_feature)
+        return self.step(), record
 
-    def end_block(self, batch: RaggedBatch) -> None:
-        """Remembers what a block leaves."""
-        self.layers.append(replace(batch, x=batch.x.new_empty(0), aligned=None))
-        self.summary_features.append(batch.summary_features())
-        if batch.aligned is not None:
-            self._aligned.append(batch.aligned)
+    def step(self) -> PruningStep:
+        """With the settings of now."""
+        here = self._threads.here
+        return PruningStep(
+            self.name,
+            self.guide,
+            self.attention,
+            self.selection,
+            0.0 if here.dense else self.temperature,
+            self.align and not here.inference,
+            self.observer,
+        )
 
-    def _alignment(self, batch: RaggedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """The logits (T, K) and the aligned feature (B, K, d) of the tokens entering a block, where they are needed."""
-        if not self.guided or not (self.prunes or self.align):
-            return None, None
-        q, logits = self.guide(self.name, batch.x)
-        if not self.align:
-            return logits, None
-        return logits, aligned_feature(q, logits, batch.cu_seqlens, batch.max_seqlen, batch.summary_index)
+    def forget(self) -> None:
+        """Forgets the last forward of this thread."""
+        self._threads.here.record = ForwardRecord()
 
-    def _pruned(
-        self,
-        batch: RaggedBatch,
-        x: Tensor,
-        stats: AttentionStats | None,
-        logits: Tensor | None,
-        norm: tuple[Tensor, Tensor, float] | None = None,
-    ) -> tuple[RaggedBatch, Tensor | None]:
-        assert stats is not None, "attention gives statistics where a branch prunes"
-        x = batch.for_op(x)
-        logits = None if logits is None else batch.for_op(logits)
-        normed: Tensor | None = None
-        if self.selection == METHOD:
-            assert logits is not None, "the method is guided"
-            x, normed, selection, importance = prune_tokens(
-                x,
-                stats,
-                logits,
-                batch.cu_seqlens,
-                self.temperature,
-                norm=norm,
-                summary_index=batch.summary_index,
-                capacity="upper_bound" if batch.fixed else "exact",
-            )
-        else:
-            rule = RULES[self.selection]
-            importance, selection = rule(stats, logits, batch.cu_seqlens, self.temperature, batch.summary_index)
-            if norm is None:
-                x = gather_merge(x, selection)
-            else:
-                x, normed = gather_merge_layernorm(x, selection, *norm)
-        if self.observer is not None:
-            self.observer(importance, selection)
-        return batch.selected(x, selection), normed
+
+class ThreadState:
+    """What one thread knows of a branch: its last forward, and the contexts that it has entered."""
+
+    def __init__(self) -> None:
+        self.record = ForwardRecord()
+        self.dense = False  # temperature 0, whatever is set
+        self.inference = False  # aligned features are not collected, whatever is set
+        self.exact = False  # exact capacity, whatever is set
+
+
+class _Threads(threading.local):
+    # An object of its own for each thread: torch.compile follows what is set on it, and not what is set on a local.
+    def __init__(self) -> None:
+        self.here = ThreadState()
 
 
 @contextmanager
 def exact_capacity(model: nn.Module) -> Iterator[None]:
-    """A context in which a patched model has no rows but those of its tokens; any other model stays as it is."""
+    """A context in which a patched model has no rows but those of its tokens; any other model stays as it is.
+
+    For the thread that enters it.
+    """
     handle = find_handle(model)
-    before = {} if handle is None else {branch: branch.capacity for branch in handle.pruning.values()}
+    with in_this_thread([] if handle is None else handle.pruning.values(), exact=True):
+        yield
+
+
+@contextmanager
+def in_this_thread(branches: Iterable[Branch], **flags: bool) -> Iterator[None]:
+    """A context in which these flags of `ThreadState` hold, for the thread that enters it."""
+    states = [branch.here for branch in branches]
+    before = [{name: getattr(state, name) for name in flags} for state in states]
     try:
-        for branch in before:
-            branch.capacity = "exact"
+        for state in states:
+            vars(state).update(flags)
         yield
     finally:
-        for branch, capacity in before.items():
-            branch.capacity = capacity
+        for state, values in zip(states, before, strict=True):
+            vars(state).update(values)

@@ -23,6 +23,7 @@ class RaggedBatch:
     x: Tensor  # (T, C)
     cu_seqlens: Tensor  # (B+1,) int32
     max_seqlen: int  # at least the longest sequence
+    positions: int  # how many each sequence had at first, padding among them
     origin: Tensor  # (T,) int64: the position each token had in its sequence at first, or MERGED
     summary_index: Tensor | None = None  # (B,) int32: the row of each sequence's summary token, -1: none; None: row 0
     aligned: Tensor | None = None  # (B, K, d): MAG's feature of the block the tokens come from, where it is collected
@@ -45,7 +46,7 @@ class RaggedBatch:
         if mask is None:
             ends = torch.arange(0, batch * length + 1, length, device=hidden.device, dtype=torch.int32)
             index = None if summary_position is None else summary_position.int()
-            return cls(hidden.reshape(-1, channels), ends, length, position.reshape(-1), index, fixed=fixed)
+            return cls(hidden.reshape(-1, channels), ends, length, length, position.reshape(-1), index, fixed=fixed)
         real = mask.bool()
         ends = torch.nn.functional.pad(real.sum(dim=1).cumsum(0, dtype=torch.int32), (1, 0))
         index = None
@@ -53,17 +54,18 @@ class RaggedBatch:
             before = real & (position < summary_position[:, None])
             index = before.sum(dim=1, dtype=torch.int32).where(summary_position >= 0, -1)
         if not fixed:
-            return cls(hidden[real], ends, length, position[real], index)
+            return cls(hidden[real], ends, length, length, position[real], index)
         order = (~real).flatten().byte().argsort(stable=True)  # padding goes last
-        return cls(hidden.flatten(0, 1)[order], ends, length, position.flatten()[order], index, fixed=True)
+        return cls(hidden.flatten(0, 1)[order], ends, length, length, position.flatten()[order], index, fixed=True)
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
         """(B, N, C) with zeros in the padding, and the (B, N) int64 mask of real tokens."""
         hidden, real = pad(self.x, self.cu_seqlens, self.max_seqlen)
         return hidden, real.long()
 
-    def to_positions(self, length: int) -> Tensor:
-        """(B, length, C): every token where it was at first; zeros where none is left. Merged tokens have no place."""
+    def to_positions(self) -> Tensor:
+        """(B, N, C): every token where it was at first; zeros where none is left. Merged tokens have no place."""
+        length = self.positions
         ids = sequence_ids(self.cu_seqlens, self.x.shape[0])
         nowhere = self.num_sequences * length
         lost = (self.origin == MERGED) | (ids == self.num_sequences)
@@ -112,7 +114,7 @@ class RaggedBatch:
         # On a CPU reading the longest sequence is free; elsewhere the bound does.
         if x.device.type == "cpu" and self.num_sequences and not self.fixed:
             longest = int(selection.cu_seqlens_out.diff().max())
-        return RaggedBatch(x, selection.cu_seqlens_out, longest, origin, index, fixed=self.fixed)
+        return RaggedBatch(x, selection.cu_seqlens_out, longest, self.positions, origin, index, fixed=self.fixed)
 
     def kept_positions(self) -> list[Tensor]:
         """Per sequence, the original positions of the tokens that are still there (merged tokens have none)."""
@@ -128,8 +130,10 @@ class RaggedBatch:
         index, other_index = (None, None) if self.summary_index is None else self.summary_index.tensor_split([count])
         (x, other_x), (origin, other_origin) = self.x.tensor_split([row]), self.origin.tensor_split([row])
         return (
-            RaggedBatch(x, self.cu_seqlens[: count + 1], self.max_seqlen, origin, index),
-            RaggedBatch(other_x, self.cu_seqlens[count:] - row, self.max_seqlen, other_origin, other_index),
+            RaggedBatch(x, self.cu_seqlens[: count + 1], self.max_seqlen, self.positions, origin, index),
+            RaggedBatch(
+                other_x, self.cu_seqlens[count:] - row, self.max_seqlen, self.positions, other_origin, other_index
+            ),
         )
 
     def repeated(self, index: Tensor) -> RepeatedSequences:
@@ -155,7 +159,8 @@ class RaggedBatch:
         """A copy of the sequences `index` (Q,) names."""
         source, ends = self._rows_of(index)
         summary_index = None if self.summary_index is None else self.summary_index[index]
-        return RaggedBatch(self.x[source], ends, self.max_seqlen, self.origin[source], summary_index, fixed=self.fixed)
+        x, origin = self.x[source], self.origin[source]
+        return RaggedBatch(x, ends, self.max_seqlen, self.positions, origin, summary_index, fixed=self.fixed)
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,6 @@ class BlipForImageTextRetrieval(CompressedModel, transformers.BlipForImageTextRe
             score = image_features @ F.normalize(self.text_proj(text.summary_features()), dim=-1).T
         return BlipImageTextMatchingModelOutput(
             itm_score=score,
-            last_hidden_state=images.to_positions(vision.madtp_branch.entered_length()),
-            question_embeds=text.to_positions(input_ids.shape[1]),  # type: ignore[arg-type]  # declared as a tuple
+            last_hidden_state=images.to_positions(),
+            question_embeds=text.to_positions(),  # type: ignore[arg-type]  # declared as a tuple
         )

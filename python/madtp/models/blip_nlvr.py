@@ -15,8 +15,8 @@ from transformers.models.blip.modeling_blip import BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 from transformers.utils import ModelOutput
 
-from madtp.dtp.branch import Branch
 from madtp.dtp.ragged import RaggedBatch, RepeatedSequences
+from madtp.dtp.step import PruningStep
 from madtp.models.encoder import attend
 from madtp.models.family import CompressedModel
 from madtp.models.tower import ragged
@@ -133,13 +133,17 @@ RaggedBlipForNLVR.__name__ = BlipForNLVR.__name__  # what a saved model says it 
 
 
 def _twin_cross_attention(
-    layer: nn.Module, batch: RaggedBatch, keys: tuple[RepeatedSequences, RepeatedSequences], branch: Branch, heads: int
+    layer: nn.Module,
+    batch: RaggedBatch,
+    keys: tuple[RepeatedSequences, RepeatedSequences],
+    step: PruningStep,
+    heads: int,
 ) -> Tensor:
     """(T, C)"""
     attended = []
     for path, image in zip(("crossattention.self0", "crossattention.self1"), keys, strict=True):
         qkv = f"{path}.query", f"{path}.key", f"{path}.value"
-        attended.append(attend(layer, qkv, batch, image, branch, heads))
+        attended.append(attend(layer, qkv, batch, image, step, heads))
     return attrgetter("crossattention.output")(layer)(*attended, batch.x)
 
 

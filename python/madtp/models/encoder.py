@@ -6,7 +6,7 @@ Source of the pruning step in each block: MADTP (Cao et al., CVPR 2024, arXiv 24
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from madtp.dtp.branch import Branch
 from madtp.dtp.ragged import RaggedBatch, RepeatedSequences, split_heads
+from madtp.dtp.step import PruningStep
 from madtp.hwp.packing import linear, residual_linear
 from madtp_kernels.ragged import sequence_ids
 
@@ -41,8 +42,8 @@ class Encoder:
     dropout1: str | None = None  # dropout at the same places; nn.Dropout, or one that drops the path of a sample
     dropout2: str | None = None
     causal: bool = False
-    # After the pruning step of a post_norm block, where keys are given: (block, batch, keys, branch, heads) -> (T, C)
-    cross: Callable[[nn.Module, RaggedBatch, Any, Branch, int], Tensor] | None = None
+    # After the pruning step of a post_norm block, where keys are given: (block, batch, keys, step, heads) -> (T, C)
+    cross: Callable[[nn.Module, RaggedBatch, Any, PruningStep, int], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,25 @@ class CrossAttention:
     dropout: str | None = None
 
     def __call__(
-        self, layer: nn.Module, batch: RaggedBatch, keys: RepeatedSequences, branch: Branch, heads: int
+        self, layer: nn.Module, batch: RaggedBatch, keys: RepeatedSequences, step: PruningStep, heads: int
     ) -> Tensor:
         """-> (T, C)"""
-        attended = attend(layer, (self.query, self.key, self.value), batch, keys, branch, heads)
+        attended = attend(layer, (self.query, self.key, self.value), batch, keys, step, heads)
         return attrgetter(self.norm)(layer)(add(layer, self.out, None, self.dropout, attended, batch.x, batch))
 
 
 def attend(
-    layer: nn.Module, qkv: tuple[str, str, str], batch: RaggedBatch, keys: RepeatedSequences, branch: Branch, heads: int
+    layer: nn.Module,
+    qkv: tuple[str, str, str],
+    batch: RaggedBatch,
+    keys: RepeatedSequences,
+    step: PruningStep,
+    heads: int,
 ) -> Tensor:
     """(T, H*D): attention from the tokens to the keys."""
     sources = batch.x, keys.x, keys.x
     q, k, v = (split_heads(attrgetter(path)(layer)(x), heads) for path, x in zip(qkv, sources, strict=True))
-    return branch.attention(q, k, v, batch, keys)[0]
+    return step.attention(q, k, v, batch, keys)[0]
 
 
 def encode(
@@ -86,33 +92,44 @@ def encode(
     keys: what cross-attention reads, in towers that have it; without, it is left out.
     record: gets the tokens that enter the first block and those that leave each.
     """
-    branch.begin(batch)
+    step, left = branch.begin(batch)
     heads = tower.config.num_attention_heads
     if record is not None:
         record.append(batch)
     for layer in attrgetter(spec.blocks)(tower):
-        run = partial(block, layer, spec, branch=branch, heads=heads, keys=keys)
-        batch = _checkpointed(layer, run, batch)
-        branch.end_block(batch)
+        batch = layer(batch, spec, step, heads, keys)
+        left.end_block(batch)
         if record is not None:
             record.append(batch)
-    return batch
+    return batch.with_x(connected(batch.x, branch.guide.parameters_of(branch.name)))
 
 
-def block(layer: nn.Module, spec: Encoder, batch: RaggedBatch, branch: Branch, heads: int, keys: Any) -> RaggedBatch:
-    """One block on a ragged batch. A pure function of `batch`, so that it can run again for its gradient."""
+class RaggedBlock(nn.Module):
+    """Mixed into the class of a block while its tower is patched: `encode` calls it as the module it is, with whatever
+    others have hooked onto it."""
+
+    def forward(self, batch, *args, **kwargs):
+        """A ragged batch -> the tokens that are left; what is no ragged batch is for the block of Hugging Face."""
+        if not isinstance(batch, RaggedBatch):
+            return super().forward(batch, *args, **kwargs)
+        spec, step, heads, keys = args
+        return _checkpointed(self, partial(block, self, spec, step=step, heads=heads, keys=keys), batch)
+
+
+def block(layer: nn.Module, spec: Encoder, batch: RaggedBatch, step: PruningStep, heads: int, keys: Any) -> RaggedBatch:
+    """One block on a ragged batch. A function of nothing that changes, so that it can run again for its gradient."""
     part = lambda path: attrgetter(path)(layer)  # noqa: E731
     normed = batch.x if spec.post_norm else part(spec.norm1)(batch.x)
     q, k, v = _project(layer, spec, normed, heads, batch.num_rows)
-    out, stats = branch.attention(q, k, v, batch, causal=spec.causal, statistics=branch.prunes)
+    out, stats = step.attention(q, k, v, batch, causal=spec.causal, statistics=step.prunes)
     x = add(layer, spec.out, spec.scale1, spec.dropout1, out, batch.x, batch)
     if spec.post_norm:
-        batch = branch.prune(batch, part(spec.norm1)(x), stats)
+        batch = step.prune(batch, part(spec.norm1)(x), stats)
         if keys is not None and spec.cross is not None:
-            batch = batch.with_x(spec.cross(layer, batch, keys, branch, heads))
+            batch = batch.with_x(spec.cross(layer, batch, keys, step, heads))
         normed = batch.x
     else:
-        batch, normed = branch.prune_norm(batch, x, stats, part(spec.norm2))
+        batch, normed = step.prune_norm(batch, x, stats, part(spec.norm2))
     hidden = normed
     for path in spec.mlp[:-1]:
         hidden = linear(part(path), hidden, batch.num_rows)
@@ -157,6 +174,33 @@ def _drop_paths(path: Any, y: Tensor, batch: RaggedBatch) -> Tensor:
     keep = 1 - path.drop_prob
     kept = torch.empty(batch.num_sequences, 1, device=y.device, dtype=y.dtype).bernoulli_(keep).div_(keep)
     return y * kept[sequence_ids(batch.cu_seqlens, y.shape[0])]
+
+
+def connected(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """x, whose gradient reaches the parameters as well, as none at all: DistributedDataParallel waits for that of each,
+    whether a forward has used it or not."""
+    wanted = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
+    return _Connected.apply(x, *wanted) if wanted else x
+
+
+class _Connected(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *parameters: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.count = len(inputs) - 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (*gradients, *([None] * ctx.count))
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
 
 
 def _checkpointed(layer: Any, run: Callable[[RaggedBatch], RaggedBatch], batch: RaggedBatch) -> RaggedBatch:

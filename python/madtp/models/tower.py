@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import attrgetter
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -78,9 +80,7 @@ class RaggedTower(nn.Module):
         position = None
         if spec.summary_position is not None:
             position = spec.summary_position(self, inputs, attention_mask)
-        # Rows of no meaning must not reach gradients, nor the random numbers of dropout.
-        fixed = self.madtp_branch.capacity == "upper_bound" and not (self.training or torch.is_grad_enabled())
-        batch = RaggedBatch.from_padded(hidden, attention_mask, position, fixed)
+        batch = RaggedBatch.from_padded(hidden, attention_mask, position, self.madtp_branch.fixed(self))
         batch = encode(self, spec.encoder, batch, self.madtp_branch, keys, record)
         if spec.final_norm is None:
             return batch
@@ -94,13 +94,12 @@ class RaggedTower(nn.Module):
             output_hidden_states = getattr(self.config, "output_hidden_states", False)
         record: list[RaggedBatch] | None = [] if output_hidden_states else None
         batch = self.encode(inputs, attention_mask, record=record, **options)
-        length = self.madtp_branch.entered_length()
-        last_hidden_state = batch.to_positions(length)
+        last_hidden_state = batch.to_positions()
         last_hidden_state.madtp_ragged = batch  # type: ignore[attr-defined]  # for those who can read it
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=self.madtp_spec.pool(self, batch),
-            hidden_states=None if record is None else tuple(state.to_positions(length) for state in record),
+            hidden_states=None if record is None else tuple(state.to_positions() for state in record),
         )
 
 
@@ -148,29 +147,75 @@ def ragged(tower: nn.Module) -> RaggedTower:
     return cast(RaggedTower, tower)
 
 
+class _MixedType(type):
+    """The type of mixed classes: it says what they were mixed of, so that they can be pickled, and their objects."""
+
+    madtp_parts: tuple[type, type]
+
+
+copyreg.pickle(_MixedType, lambda kind: (mixed, kind.madtp_parts))
+
+
+@functools.cache
+def _type_of_mixed(source: type) -> type:
+    """For classes with a type of their own, one that is of that type as well."""
+    kind = type(source)
+    if issubclass(_MixedType, kind):
+        return _MixedType
+    if issubclass(kind, _MixedType):
+        return kind
+    found = type(kind.__name__, (_MixedType, kind), {})
+    copyreg.pickle(found, lambda kind: (mixed, kind.madtp_parts))
+    return found
+
+
 @functools.cache
 def mixed(source: type[nn.Module], mixin: type) -> type[nn.Module]:
     """`source` with `mixin` ahead of it. It keeps its name, which a saved model gives as that of its class."""
-    return type(source.__name__, (mixin, source), {"__doc__": source.__doc__, "__module__": __name__})
+    names = {"__doc__": source.__doc__, "__module__": __name__, "madtp_parts": (source, mixin)}
+    kind = _type_of_mixed(source)(source.__name__, (mixin, source), names)
+    if "forward" in vars(kind):  # Hugging Face wraps that of a block's subclasses in a checkpoint of its own
+        del kind.forward
+    return kind
 
 
-def mix_in(model: nn.Module, mixins: Mapping[str, type]) -> dict[str, type]:
-    """Mixes classes into those of the modules whose names match; returns module name -> the class it had."""
-    before: dict[str, type] = {}
-    for pattern, mixin in mixins.items():
-        for name in [name for name, _ in model.named_modules() if fnmatchcase(name, pattern)]:
-            module = model.get_submodule(name)
-            before[name] = type(module)
-            module.__class__ = mixed(before[name], mixin)
-    return before
+def names_of(model: nn.Module, pattern: str) -> list[str]:
+    """The modules whose names match a shell-style pattern."""
+    return [name for name, _ in model.named_modules() if fnmatchcase(name, pattern)]
+
+
+def check_forward(module: nn.Module, name: str) -> None:
+    """Raises ValueError where a module's forward is none that `change_class` can take along."""
+    own = vars(module).get("_old_forward", vars(module).get("forward"))  # accelerate keeps the one it wraps
+    if own is not None and not _is_of_class(own, module):
+        raise ValueError(
+            f"{name or 'model'}.forward must be that of its class, got one set on the object: patch first, then wrap"
+        )
+
+
+def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Makes a module one of another class; what has bound its forward to the object, as accelerate does, gets the new
+    one."""
+    for name in ("forward", "_old_forward"):
+        if name in vars(module) and _is_of_class(vars(module)[name], module):
+            vars(module)[name] = MethodType(kind.forward, module)
+    module.__class__ = kind
+
+
+def _is_of_class(method: Any, module: nn.Module) -> bool:
+    return getattr(method, "__self__", None) is module and method.__func__ is type(module).forward
 
 
 @contextmanager
 def mixed_in(model: nn.Module, mixins: Mapping[str, type]) -> Iterator[None]:
-    """A context in which `mix_in` holds."""
-    before = mix_in(model, mixins)
+    """A context in which classes are mixed into those of the modules whose names match the patterns."""
+    before: dict[nn.Module, type[nn.Module]] = {}
     try:
+        for pattern, mixin in mixins.items():
+            for module in map(model.get_submodule, names_of(model, pattern)):
+                kind = before[module] = type(module)
+                change_class(module, mixed(kind, mixin))
         yield
     finally:
-        for name, source in before.items():
-            model.get_submodule(name).__class__ = source
+        for module, kind in before.items():
+            change_class(module, kind)

@@ -41,8 +41,9 @@ def table(handle: Handle) -> str:
         layers = [ops + list(_linears(block, f"{prefix}.{i}", verdicts)) for i, block in enumerate(blocks)]
         lines += [Line(name, *part) for part in _grouped(layers)]
         after = handle.tokens_per_layer[name]
-        if after and branch.entered is not None:
-            before = [branch.entered.count_rows() / max(branch.entered.num_sequences, 1), *after[:-1]]
+        entered = branch.last.entered
+        if after and entered is not None:
+            before = [entered.count_rows() / max(entered.num_sequences, 1), *after[:-1]]
             counts = enumerate(zip(before, after, strict=True))
             lines += [Line(name, str(i), "tokens", f"{first:.1f} -> {last:.1f}", "") for i, (first, last) in counts]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -52,7 +53,8 @@ def table(handle: Handle) -> str:
 def _ops(tower: RaggedTower, spec: Encoder, branch: Branch) -> Iterator[tuple[str, str, str]]:
     """(part, runs, why) of what every block runs beside its Linears. Nothing is computed: shapes and dtypes decide."""
     weight, config = next(tower.parameters()), tower.config
-    tokens = 1 if branch.entered is None else branch.entered.origin.numel()
+    entered = branch.last.entered
+    tokens = 1 if entered is None else entered.origin.numel()
     x = weight.new_empty(1).expand(tokens, config.hidden_size)
     q = x.unflatten(1, (config.num_attention_heads, -1))
     number = torch.empty(1, device=x.device).expand(tokens)

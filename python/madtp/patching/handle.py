@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -11,15 +11,16 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from madtp.config import CompressionConfig
-from madtp.dtp.branch import Branch
+from madtp.dtp.branch import Branch, in_this_thread
 from madtp.dtp.ragged import RaggedAttention
 from madtp.dtp.selection_rules import METHOD
 from madtp.handles import find_handle
 from madtp.hwp.packing import Epilogue, epilogues_of, unpack
 from madtp.mag import AlignmentGuide
+from madtp.models.encoder import RaggedBlock
 from madtp.models.family import CompressedModel, Family, find_epilogues
 from madtp.models.registry import FAMILIES, family_of
-from madtp.models.tower import FORWARDS, RaggedTower, mix_in, mixed, ragged
+from madtp.models.tower import FORWARDS, RaggedTower, change_class, check_forward, mixed, names_of, ragged
 from madtp.models.versions import check_transformers
 from madtp.patching import explain
 from madtp.patching.keep_rate import check_calibration, check_rates, find_temperatures
@@ -31,27 +32,44 @@ class Handle:
 
     def __init__(self, model: nn.Module, family: Family, config: CompressionConfig, capacity: str = "exact"):
         _check_capacity(capacity, config)
+        _check_whole(model)
         self.model, self.family, self.config = model, family, config
         specs = {branch: family.tower(model, branch) for branch in family.towers}  # raises before anything is touched
         towers: dict[str, Any] = {branch: model.get_submodule(family.path(branch)) for branch in specs}
         widths = {branch: tower.config.hidden_size for branch, tower in towers.items()}
-        guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths)
+        guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths).to(next(model.parameters()))
         attention = {branch: RaggedAttention() for branch in widths}
-        model.madtp_guide = guide.to(next(model.parameters()))
-        model.madtp_attention = nn.ModuleDict(attention)
         self.pruning = {branch: Branch(branch, guide, attention[branch], config.selection) for branch in widths}
         if "vision" in self.pruning:
             self.pruning["vision"].samples_per_feature = family.images_per_text
         self.capacity = capacity
+        mixins = [(family.path(branch), FORWARDS[spec.inputs]) for branch, spec in specs.items()]
+        for branch, spec in specs.items():
+            path = ".".join(filter(None, (family.path(branch), spec.encoder.blocks)))
+            mixins += [(f"{path}.{number}", RaggedBlock) for number in range(len(model.get_submodule(path)))]
+        mixins += [(name, mixin) for pattern, mixin in family.mixins.items() for name in names_of(model, pattern)]
         self.sources: dict[str, type] = {}  # module name -> the class to go back to
-        for branch, tower in towers.items():
-            tower.madtp_spec, tower.madtp_branch = specs[branch], self.pruning[branch]
-            self.sources |= mix_in(model, {family.path(branch): FORWARDS[specs[branch].inputs]})
-        self.sources |= mix_in(model, family.mixins)
-        self.sources.setdefault("", type(model))
-        kind: type = type(model)  # mypy holds a type[nn.Module] to be unhashable
-        model.__class__ = family.compressed or mixed(kind, CompressedModel)
-        model.madtp_handle = self  # type: ignore[assignment]  # torch declares tensors and modules alone
+        for name, _ in (("", None), *mixins):
+            check_forward(model.get_submodule(name), name)
+        try:
+            model.madtp_guide = guide
+            model.madtp_attention = nn.ModuleDict(attention)
+            for branch, tower in towers.items():
+                tower.madtp_spec, tower.madtp_branch = specs[branch], self.pruning[branch]
+            for name, mixin in mixins:
+                self._mix_in(name, mixin)
+            self._mix_in("", CompressedModel, family.compressed)
+            model.madtp_handle = self  # type: ignore[assignment]  # torch declares tensors and modules alone
+        except BaseException:
+            self._detach()
+            raise
+
+    def _mix_in(self, name: str, mixin: type, into: type | None = None) -> None:
+        module = self.model.get_submodule(name)
+        kind: type = type(module)  # mypy holds a type[nn.Module] to be unhashable
+        if not issubclass(kind, mixin):  # as a block that the model has in several places
+            self.sources.setdefault(name, kind)
+            change_class(module, into or mixed(kind, mixin))
 
     @property
     def guide(self) -> AlignmentGuide:
@@ -136,24 +154,31 @@ class Handle:
 
     @property
     def aligned(self) -> dict[str, Tensor | None]:
-        """Per branch, the (B, K, d) aligned features of the last forward."""
-        return {name: branch.aligned() for name, branch in self.pruning.items()}
+        """Per branch, the (B, K, d) aligned features of the last forward of this thread.
+
+        Their gradients go once a backward has passed: the model keeps no graph.
+        """
+        return {name: branch.last.aligned() for name, branch in self.pruning.items()}
 
     @property
     def summary_features(self) -> dict[str, list[Tensor]]:
-        """Per branch, the (B, C) summary tokens after each layer of the last forward."""
-        return {name: branch.summary_features for name, branch in self.pruning.items()}
+        """Per branch, the (B, C) summary tokens after each layer of the last forward of this thread.
+
+        Their gradients go once a backward has passed: the model keeps no graph.
+        """
+        return {name: branch.last.summary_features for name, branch in self.pruning.items()}
 
     @property
     def selections(self) -> dict[str, list[list[Tensor]]]:
-        """Of the last forward: per branch, per layer, per sample, the original positions of the tokens left."""
-        return {name: [layer.kept_positions() for layer in branch.layers] for name, branch in self.pruning.items()}
+        """Of the last forward of this thread: the original positions of the tokens left, by branch, layer and sample."""
+        return {name: [layer.kept_positions() for layer in branch.last.layers] for name, branch in self.pruning.items()}
 
     @property
     def tokens_per_layer(self) -> dict[str, list[float]]:
-        """Of the last forward: per branch, the mean number of tokens after each layer, merged ones included."""
+        """Of the last forward of this thread: the mean number of tokens after each layer, merged ones included, by
+        branch."""
         return {
-            name: [layer.count_rows() / max(layer.num_sequences, 1) for layer in branch.layers]
+            name: [layer.count_rows() / max(layer.num_sequences, 1) for layer in branch.last.layers]
             for name, branch in self.pruning.items()
         }
 
@@ -167,26 +192,18 @@ class Handle:
         return explain.table(self)
 
     @contextmanager
-    def inference(self):
-        """A context in which the model is as after training: aligned features are not collected."""
-        before = {branch: branch.align for branch in self.pruning.values()}
-        try:
-            self.collect_alignment(False)
+    def inference(self) -> Iterator[None]:
+        """A context in which the model is as after training, for the thread that enters it: aligned features are not
+        collected."""
+        with in_this_thread(self.pruning.values(), inference=True):
             yield
-        finally:
-            for branch, align in before.items():
-                branch.align = align
 
     @contextmanager
-    def dense(self):
-        """A context in which the model is the dense one: nothing pruned, no alignment computed."""
-        before = self.temperatures
-        try:
-            with self.inference():
-                self.set_temperature(0)
-                yield
-        finally:
-            self.set_temperature(before)
+    def dense(self) -> Iterator[None]:
+        """A context in which the model is the dense one, for the thread that enters it: nothing pruned, no alignment
+        computed."""
+        with in_this_thread(self.pruning.values(), inference=True, dense=True):
+            yield
 
     def remove(self) -> nn.Module:
         """Undoes everything: the model is of its Hugging Face class again, its Linears plain, no alignment tokens."""
@@ -194,12 +211,15 @@ class Handle:
         return self._detach()
 
     def _detach(self) -> nn.Module:
+        """Leaves nothing of `__init__`, however far it came."""
         for branch in self.family.towers:
-            tower = self.tower(branch)
-            del tower.madtp_spec, tower.madtp_branch
-        for path, source in self.sources.items():
-            self.model.get_submodule(path).__class__ = source
-        del self.model.madtp_guide, self.model.madtp_attention, self.model.madtp_handle
+            for name in ("madtp_spec", "madtp_branch"):
+                vars(self.tower(branch)).pop(name, None)
+        for path, source in reversed(self.sources.items()):
+            change_class(self.model.get_submodule(path), source)
+        for name in ("madtp_guide", "madtp_attention", "madtp_handle"):
+            if hasattr(self.model, name):
+                delattr(self.model, name)
         return self.model
 
     def save(self, directory: Path) -> None:
@@ -230,8 +250,9 @@ def patch(
             gradients or in training mode it is as "exact".
 
     Raises:
-        TypeError: the class is not known. ValueError: the model is patched already, the capacity is unknown or the
-            config's selection has none but "exact", or what `Handle.set_keep_rate` says of its arguments. RuntimeError:
+        TypeError: the class is not known. ValueError: the model, a part of it or what it is a part of is patched
+            already; a module that would get another forward has one set on the object; the capacity is unknown or the
+            config's selection has none but "exact"; or what `Handle.set_keep_rate` says of its arguments. RuntimeError:
             transformers is too old. The model is as it was.
     """
     check_transformers()
@@ -260,3 +281,10 @@ def _check_capacity(capacity: str, config: CompressionConfig) -> None:
         raise ValueError(f'capacity must be "exact" or "upper_bound", got {capacity!r}')
     if capacity != "exact" and config.selection != METHOD:
         raise ValueError(f'capacity must be "exact" with selection {config.selection!r}, got {capacity!r}')
+
+
+def _check_whole(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, RaggedTower | RaggedBlock):
+            what = f"{name} is" if name else "it belongs to one that is"
+            raise ValueError(f"model must have no part that is patched already, got one of which {what}")

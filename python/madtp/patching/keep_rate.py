@@ -54,13 +54,14 @@ def kept_shares(handle: Handle, batches: Sequence[Mapping[str, Any]]) -> dict[st
     with evaluating(handle.model), handle.inference():
         for batch in batches:
             for branch in handle.pruning.values():
-                branch.begin(None)
+                branch.forget()
             handle.model(**batch)
             for name, branch in handle.pruning.items():
-                if branch.entered is not None:
-                    summary_tokens = _count_summary_tokens(branch.entered)
-                    entered[name] += branch.entered.count_rows() - summary_tokens
-                    kept = [sum(part.numel() for part in layer.kept_positions()) for layer in branch.layers]
+                record = branch.last
+                if record.entered is not None:
+                    summary_tokens = _count_summary_tokens(record.entered)
+                    entered[name] += record.entered.count_rows() - summary_tokens
+                    kept = [sum(part.numel() for part in layer.kept_positions()) for layer in record.layers]
                     left[name] += sum(kept) / len(kept) - summary_tokens
     for name in handle.pruning:
         if not entered[name]:

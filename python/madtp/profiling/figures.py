@@ -103,8 +103,9 @@ class _TokenCount:
             yield batch
             if self.handle is not None:
                 for name, branch in self.handle.pruning.items():
-                    self.sequences[name] += branch.layers[0].num_sequences
-                    self.tokens[name].append([layer.origin.numel() for layer in branch.layers])
+                    layers = branch.last.layers
+                    self.sequences[name] += layers[0].num_sequences
+                    self.tokens[name].append([layer.origin.numel() for layer in layers])
 
     def means(self) -> dict[str, list[float]]:
         return {

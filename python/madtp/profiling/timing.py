@@ -83,13 +83,13 @@ def time_per_layer(
     """
     device, handle = next(iter(batch.values())).device, handle_of(patched)
 
-    def lap(model: nn.Module, timed: Callable) -> LayerSeconds:
+    def lap(model: nn.Module) -> LayerSeconds:
         spent: LayerSeconds = defaultdict(float)
-        with timed(model, handle, device, spent):
+        with _timed_blocks(model, handle, device, spent):
             model(**batch)
         return spent
 
-    runs = {"dense": lambda: lap(dense, _timed_blocks), "patched": lambda: lap(patched, _timed_branches)}
+    runs = {"dense": lambda: lap(dense), "patched": lambda: lap(patched)}
     with evaluating(dense), evaluating(patched):
         laps = take_turns(runs, rounds)
     return _layer_medians(laps["dense"], leading_size(batch)), _layer_medians(laps["patched"], leading_size(batch))
@@ -106,7 +106,7 @@ def _layer_medians(laps: Sequence[LayerSeconds], samples: int) -> dict[str, list
 
 @contextmanager
 def _timed_blocks(model: nn.Module, handle: Handle, device: torch.device, spent: LayerSeconds) -> Iterator[None]:
-    """A context in which the blocks of a plain model add their seconds to `spent`; the handle knows where they are."""
+    """A context in which the blocks of a model add their seconds to `spent`; the handle knows where they are."""
     hooks, started = [], {}
     for branch in handle.pruning:
         blocks = attrgetter(handle.tower(branch).madtp_spec.encoder.blocks)
@@ -124,26 +124,3 @@ def _timed_blocks(model: nn.Module, handle: Handle, device: torch.device, spent:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _timed_branches(model: nn.Module, handle: Handle, device: torch.device, spent: LayerSeconds) -> Iterator[None]:
-    """The same for a patched model, whose blocks are not called as modules: their branch knows when one ends."""
-    laps = {}
-    for branch in handle.pruning.values():
-
-        def begin(batch, branch=branch):
-            type(branch).begin(branch, batch)
-            laps[branch] = now(device)
-
-        def end_block(batch, branch=branch):
-            spent[branch.name, len(branch.layers)] += now(device) - laps[branch]
-            type(branch).end_block(branch, batch)
-            laps[branch] = now(device)
-
-        branch.begin, branch.end_block = begin, end_block  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for branch in handle.pruning.values():
-            del branch.begin, branch.end_block

@@ -135,10 +135,11 @@ def look(model: PreTrainedModel, inputs: Mapping[str, Tensor], tokenizer=None) -
     finally:
         hook.remove()
     branch, size = handle.pruning["vision"], tower_config(model, "vision").patch_size
-    assert branch.entered is not None, "a forward has run"
+    entered = branch.last.entered
+    assert entered is not None, "a forward has run"
     patches = (inputs["pixel_values"].shape[-1] // size) ** 2
-    first = branch.entered.max_seqlen - patches  # position of the first patch: after the class token, if any
-    states = [branch.entered, *branch.layers]
+    first = entered.max_seqlen - patches  # position of the first patch: after the class token, if any
+    states = [entered, *branch.last.layers]
     kept = [[positions.cpu() - first for positions in state.kept_positions()] for state in states]
     return View(
         patches=[list(of_image) for of_image in zip(*kept, strict=True)],
