@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -153,3 +155,40 @@ CASES = {
     "BertModel": Case(lambda: hf.BertModel(hf.BertConfig(**BERT)), text, TOWER),
 }
 CONFIG = madtp.CompressionConfig(alignment_tokens=8, alignment_dim=24)
+
+
+@functools.cache
+def _built(family):
+    torch.manual_seed(0)
+    return randomised(CASES[family].build())
+
+
+def build(family):
+    return copy.deepcopy(_built(family))
+
+
+def patched(family, temperature=2.0):
+    model = build(family)
+    torch.manual_seed(0)  # of the alignment tokens
+    madtp.patch(model, CONFIG).set_temperature(temperature)
+    return model
+
+
+def outputs(family, model, inputs=None):
+    case = CASES[family]
+    with torch.no_grad():
+        result = model(**(case.inputs() if inputs is None else inputs))
+    return {name: result[name] for name in case.outputs}
+
+
+def total(family, model, inputs=None):
+    """A scalar that every output has a part in."""
+    result = model(**(CASES[family].inputs() if inputs is None else inputs))
+    return sum(result[name].float().sin().sum() for name in CASES[family].outputs)
+
+
+def unpadded(family):
+    """The samples without padding: with it, Hugging Face computes rows that mean nothing."""
+    inputs = CASES[family].inputs()
+    mask = inputs.get("attention_mask")
+    return inputs if mask is None else {name: value[mask.all(dim=1)] for name, value in inputs.items()}

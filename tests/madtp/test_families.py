@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every family of models has every property; the table of docs/models.md says so, and is made from what runs here."""
 
-import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
-from families import CASES, CONFIG, randomised
+from families import CASES, CONFIG, build, outputs, patched, randomised, total, unpadded
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -20,43 +19,6 @@ from madtp.models import FAMILIES, Encoder, Family, Tower
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
-
-
-@functools.cache
-def _built(family):
-    torch.manual_seed(0)
-    return randomised(CASES[family].build())
-
-
-def build(family):
-    return copy.deepcopy(_built(family))
-
-
-def patched(family, temperature=2.0):
-    model = build(family)
-    torch.manual_seed(0)  # of the alignment tokens
-    madtp.patch(model, CONFIG).set_temperature(temperature)
-    return model
-
-
-def outputs(family, model, inputs=None):
-    case = CASES[family]
-    with torch.no_grad():
-        result = model(**(case.inputs() if inputs is None else inputs))
-    return {name: result[name] for name in case.outputs}
-
-
-def total(family, model, inputs=None):
-    """A scalar that every output has a part in."""
-    result = model(**(CASES[family].inputs() if inputs is None else inputs))
-    return sum(result[name].float().sin().sum() for name in CASES[family].outputs)
-
-
-def unpadded(family):
-    """The samples without padding: with it, Hugging Face computes rows that mean nothing."""
-    inputs = CASES[family].inputs()
-    mask = inputs.get("attention_mask")
-    return inputs if mask is None else {name: value[mask.all(dim=1)] for name, value in inputs.items()}
 
 
 def is_dense_at_temperature_0(family):
@@ -220,6 +182,27 @@ def _half(rank):
             if expected.grad is not None:
                 message = functools.partial("{}, {}: {}".format, family, name)
                 torch.testing.assert_close(parameter.grad, expected.grad, **CLOSE, msg=message)
+        _train_from_temperature_0(family, inputs)
+
+
+def _train_from_temperature_0(family, inputs):
+    """Steps of a plain DistributedDataParallel, which waits for the gradient of every parameter, used or not."""
+    model = patched(family, 0.0)
+    total(family, model).backward()
+    left_out = [n for n, p in model.named_parameters() if p.grad is None and not n.startswith("madtp_")]
+    model.zero_grad()
+    # What the loss does not reach in Hugging Face's model either is no matter of ours.
+    replica = DistributedDataParallel(model, find_unused_parameters=bool(left_out))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for temperature in (0.0, 0.0, 2.0):
+        model.madtp_handle.set_temperature(temperature)
+        total(family, replica, inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().clone()
+        torch.distributed.broadcast(first, 0)
+        assert torch.equal(parameter, first), (family, name)
 
 
 @functools.cache

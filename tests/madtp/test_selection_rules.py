@@ -80,7 +80,10 @@ def test_a_model_trains_with_every_rule(rule):
     handle.set_temperature(HALF)
     handle.collect_alignment(True)
     model(**batch).loss.backward()
-    before, after = handle.pruning["vision"].last.entered.count_rows(), handle.pruning["vision"].last.layers[0].count_rows()
+    before, after = (
+        handle.pruning["vision"].last.entered.count_rows(),
+        handle.pruning["vision"].last.layers[0].count_rows(),
+    )
     assert after < before
     guided = rule in GUIDED
     assert (handle.alignment_tokens.grad is not None) == guided

@@ -51,12 +51,12 @@ class PruningStep:
         self, batch: RaggedBatch, x: Tensor, stats: AttentionStats | None, norm: nn.LayerNorm
     ) -> tuple[RaggedBatch, Tensor]:
         """`prune` and the LayerNorm that follows, in one pass: the tokens that stay, and their normed features."""
+        if not self.prunes or not _only_computes(norm):
+            after = self.prune(batch, x, stats)
+            return after, norm(after.x)
         logits, aligned = self._alignment(batch)
-        if self.prunes:
-            after, normed = self._pruned(batch, x, stats, logits, (norm.weight, norm.bias, norm.eps))
-            assert normed is not None, "a norm was given"
-        else:
-            after, normed = batch.with_x(x), norm(x)
+        after, normed = self._pruned(batch, x, stats, logits, (norm.weight, norm.bias, norm.eps))
+        assert normed is not None, "a norm was given"
         return replace(after, aligned=aligned), normed
 
     def _alignment(self, batch: RaggedBatch) -> tuple[Tensor | None, Tensor | None]:
@@ -102,3 +102,9 @@ class PruningStep:
         if self.observer is not None:
             self.observer(importance, selection)
         return batch.selected(x, selection), normed
+
+
+def _only_computes(norm: nn.LayerNorm) -> bool:
+    """Whether nothing is lost where the norm is computed and not called: nobody has hooked onto it."""
+    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return not hooked and "forward" not in vars(norm) and type(norm).forward is nn.LayerNorm.forward

@@ -113,10 +113,10 @@ class RaggedBlock(nn.Module):
         if not isinstance(batch, RaggedBatch):
             return super().forward(batch, *args, **kwargs)
         spec, step, heads, keys = args
-        return _checkpointed(self, partial(block, self, spec, step=step, heads=heads, keys=keys), batch)
+        return _checkpointed(self, partial(block, self, spec, step=step, heads=heads), batch, keys)
 
 
-def block(layer: nn.Module, spec: Encoder, batch: RaggedBatch, step: PruningStep, heads: int, keys: Any) -> RaggedBatch:
+def block(layer: nn.Module, spec: Encoder, batch: RaggedBatch, keys: Any, step: PruningStep, heads: int) -> RaggedBatch:
     """One block on a ragged batch. A function of nothing that changes, so that it can run again for its gradient."""
     part = lambda path: attrgetter(path)(layer)  # noqa: E731
     normed = batch.x if spec.post_norm else part(spec.norm1)(batch.x)
@@ -203,16 +203,23 @@ class _Connected(torch.autograd.Function):
         return tangent.view_as(tangent)
 
 
-def _checkpointed(layer: Any, run: Callable[[RaggedBatch], RaggedBatch], batch: RaggedBatch) -> RaggedBatch:
-    """run(batch), whose activations are computed again in the backward pass where the model asks for it."""
+def _checkpointed(
+    layer: Any, run: Callable[[RaggedBatch, Any], RaggedBatch], batch: RaggedBatch, keys: Any
+) -> RaggedBatch:
+    """run(batch, keys), whose activations are computed again in the backward pass where the model asks for it.
+
+    All that has a gradient is an argument of what runs again: a reentrant checkpoint follows nothing else.
+    """
     if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
-        return run(batch)
+        return run(batch, keys)
+    read = keys if isinstance(keys, tuple) else () if keys is None else (keys,)
     result: list[RaggedBatch] = []
 
-    def tensors(x: Tensor) -> tuple[Tensor, ...]:
-        after = run(batch.with_x(x))
+    def tensors(x: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+        given = tuple(replace(key, x=feature) for key, feature in zip(read, features, strict=True))
+        after = run(batch.with_x(x), given if isinstance(keys, tuple) else next(iter(given), None))
         result.append(after)
         return (after.x,) if after.aligned is None else (after.x, after.aligned)
 
-    x, *aligned = layer._gradient_checkpointing_func(tensors, batch.x)
+    x, *aligned = layer._gradient_checkpointing_func(tensors, batch.x, *(key.x for key in read))
     return replace(result[0], x=x, aligned=aligned[0] if aligned else None)

@@ -13,7 +13,6 @@ from operator import attrgetter
 from types import MethodType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple

@@ -170,7 +170,7 @@ class Handle:
 
     @property
     def selections(self) -> dict[str, list[list[Tensor]]]:
-        """Of the last forward of this thread: the original positions of the tokens left, by branch, layer and sample."""
+        """Of the last forward of this thread: the original positions of the tokens left, by branch, layer, sample."""
         return {name: [layer.kept_positions() for layer in branch.last.layers] for name, branch in self.pruning.items()}
 
     @property

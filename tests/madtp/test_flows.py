@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A patched model goes wherever its Hugging Face class goes: every family through every flow.
+
+The table of docs/models.md says so, and is made from what runs here.
+"""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from families import CASES, CONFIG, build, outputs, patched, total
+from torch import multiprocessing
+from torch.optim.swa_utils import AveragedModel
+
+import madtp
+
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def same(family, one, other):
+    expected, result = outputs(family, one), outputs(family, other)
+    assert all(torch.equal(result[name], value) for name, value in expected.items())
+    assert one.madtp_handle.selections.keys() == other.madtp_handle.selections.keys()
+    assert one.madtp_handle.tokens_per_layer == other.madtp_handle.tokens_per_layer
+    assert one.madtp_handle.temperatures == other.madtp_handle.temperatures
+    assert type(one) is type(other)
+
+
+def step(family, model):
+    """One step of training, alignment and all."""
+    model.train()
+    model.madtp_handle.collect_alignment(True)
+    loss = total(family, model) + sum(f.sin().sum() for f in model.madtp_handle.aligned.values())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model.eval()
+
+
+def is_copied(family):
+    model = patched(family)
+    same(family, model, copy.deepcopy(model))
+    twin = copy.deepcopy(step(family, model))
+    same(family, model, twin)
+    assert twin.madtp_handle.model is twin
+    assert all(branch.guide is twin.madtp_guide for branch in twin.madtp_handle.pruning.values())
+    handle = model.madtp_handle
+    handle.remove()
+    assert twin.madtp_handle.temperatures and not hasattr(model, "madtp_handle")
+
+
+def is_pickled(family):
+    model = step(family, patched(family))
+    same(family, model, pickle.loads(pickle.dumps(model)))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    same(family, model, torch.load(file, weights_only=False))
+    assert pickle.loads(pickle.dumps(type(model))) is type(model)
+
+
+def _answer(family, model, queue):
+    queue.put({name: value.numpy() for name, value in outputs(family, model).items()})
+
+
+def goes_to_a_spawned_process(family):
+    model, context = patched(family), multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_answer, args=(family, model, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    for name, value in outputs(family, model).items():
+        torch.testing.assert_close(torch.from_numpy(result[name]), value, **CLOSE)
+
+
+def is_averaged(family):
+    model = patched(family)
+    average = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.0))
+    step(family, model)
+    average.update_parameters(model)
+    average.update_parameters(model)
+    same(family, model, average.module)
+
+
+def runs_as_a_function(family):
+    model = patched(family)
+    weights = {name: value.detach() * 0.9 for name, value in model.named_parameters()}
+    with torch.no_grad():
+        result = torch.func.functional_call(model, weights, kwargs=CASES[family].inputs())
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    expected = outputs(family, model)
+    assert all(torch.equal(result[name], value) for name, value in expected.items())
+
+
+def takes_turns_with_itself(family):
+    """Threads share the model; each sees the last forward of its own."""
+    model, inputs = patched(family), CASES[family].inputs()
+    samples = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(4)] + [inputs]
+
+    def answer(number):
+        with torch.no_grad():
+            result = outputs(family, model, samples[number % 5])
+        return result, model.madtp_handle.selections
+
+    expected = [answer(number) for number in range(5)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(answer, range(40)))
+    for number, (result, selections) in enumerate(found):
+        before, kept = expected[number % 5]
+        assert all(torch.equal(result[name], value) for name, value in before.items())
+        for branch, layers in kept.items():
+            assert [[s.tolist() for s in layer] for layer in selections[branch]] == [
+                [s.tolist() for s in layer] for layer in layers
+            ]
+
+
+def keeps_no_graph(family):
+    """After a backward, and where none came, as soon as the outputs are gone and the next forward has begun."""
+    for backward in (True, False):
+        model = patched(family).train()
+        model.madtp_handle.collect_alignment(True)
+        loss = total(family, model) + sum(f.sin().sum() for f in model.madtp_handle.aligned.values())
+        node = weakref.ref(loss)
+        features = model.madtp_handle.summary_features
+        assert any(feature.requires_grad for layers in features.values() for feature in layers)
+        del features
+        if backward:
+            loss.backward()
+            held = [*model.madtp_handle.aligned.values()]
+            held += [feature for layers in model.madtp_handle.summary_features.values() for feature in layers]
+            assert held and not any(feature.requires_grad for feature in held)
+        del loss
+        gc.collect()
+        assert node() is None
+
+
+def is_checkpointed_in_every_mode(family):
+    """What a block does again for its gradient is what it did, whatever was set in between."""
+    gradients = []
+    for options in (None, {"use_reentrant": True}, {"use_reentrant": False}):
+        model = patched(family).train()
+        if options is not None:
+            model.gradient_checkpointing_enable(options)
+        loss = total(family, model)
+        model.madtp_handle.set_temperature(5.0)
+        outputs(family, model)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def fires_the_hooks_of_others(family):
+    """Of the towers' blocks and of all that is a Linear or a norm in them, put on before or after the patch."""
+    model, seen = build(family), []
+
+    def watch(when):
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm) or name.rpartition(".")[2].isdigit():
+                module.register_forward_hook(lambda *_, name=name: seen.append((when, name)))
+
+    watch("before")
+    with torch.no_grad():
+        model(**CASES[family].inputs())
+    plain = {name for _, name in seen}
+    madtp.patch(model, CONFIG)
+    watch("after")
+    for temperature in (0.0, 2.0):
+        seen.clear()
+        model.madtp_handle.set_temperature(temperature)
+        outputs(family, model)
+        for put_on in ("before", "after"):
+            assert plain <= {name for when, name in seen if when == put_on}
+
+
+def _checkpoints(family):
+    return "not in Hugging Face" if family.startswith("VisionTextDualEncoder") else None
+
+
+# What the table calls it: the test, why a family has no such flow, and whether all families but a few are slow tests.
+FLOWS = {
+    "deepcopy": (is_copied, None, False),
+    "pickle, torch.save": (is_pickled, None, False),
+    "spawn": (goes_to_a_spawned_process, None, True),
+    "AveragedModel": (is_averaged, None, False),
+    "functional_call": (runs_as_a_function, None, False),
+    "threads": (takes_turns_with_itself, None, False),
+    "no graph kept": (keeps_no_graph, None, False),
+    "checkpointing, both modes": (is_checkpointed_in_every_mode, _checkpoints, False),
+    "hooks": (fires_the_hooks_of_others, None, False),
+}
+
+
+def why_not(words, family):
+    rule = FLOWS[words][1]
+    return None if rule is None else rule(family)
+
+
+def _cases():
+    for family in CASES:
+        for words, (_, _, slow) in FLOWS.items():
+            quick = not slow or family == "CLIPModel"
+            yield pytest.param(family, words, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "words"), list(_cases()))
+def test_flow(family, words, tmp_path):
+    reason = why_not(words, family)
+    if reason:
+        pytest.skip(reason)
+    check = FLOWS[words][0]
+    check(family, tmp_path) if check.__code__.co_argcount == 2 else check(family)
