@@ -125,7 +125,12 @@ def test_a_baseline_must_be_a_provider():
         dataclasses.replace(ENTRY, baseline="numpy")
 
 
-@pytest.mark.parametrize("name", registry.entries())
+SLOW = {"attention_backward"}  # takes a minute where the others take seconds
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in registry.entries()]
+)
 def test_every_entry_is_right_on_a_small_case(name):
     entry = registry.entries()[name]
     small = {"batch": 3, "tokens": 40, "channels": 24, "alignment_tokens": 9, "heads": 2, "head_dim": 32}

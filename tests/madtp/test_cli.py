@@ -108,6 +108,7 @@ def test_dense_model(madtp, refused, drawn):
     assert "is not a compressed model" in refused("visualize", DENSE_EASY_VQA)
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_says_how_to_go_on_and_does(madtp, drawn, short, monkeypatch, tmp_path):
     step, done = MadtpTrainer.training_step, []
 
@@ -177,6 +178,7 @@ def test_data_that_cannot_be_had(refused, monkeypatch, tmp_path):
 VQA = (DENSE_EASY_VQA, "--task", "vqa", "--data", "easy-vqa")
 
 
+@pytest.mark.slow
 def test_a_plan_is_chosen_and_compress_follows_it(madtp, refused, drawn, tmp_path):
     plan, run = tmp_path / "plan.yaml", tmp_path / "run"
     code, out, _ = madtp("allocate", *VQA, "--macs", 0.6, "--limit", 16, "--out", plan)
@@ -226,6 +228,7 @@ def test_compress_says_what_is_wrong(refused, drawn, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_front_of_plans(madtp, refused, drawn, tmp_path):
     code, out, _ = madtp("pareto", *VQA, "--reductions", 0.3, "--reductions", 0.6, "--limit", 8, "--out", tmp_path)
     assert code == 0 and "joint" in out and {path.name for path in tmp_path.iterdir()} == {"30.yaml", "60.yaml"}

@@ -28,6 +28,7 @@ def start(drawn, monkeypatch, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_rows_are_measured_once(start, capsys):
     arguments = ("--variants", "joint", "staged", "weights", "random", "--reductions", "0.5")
     results = start(*arguments)

@@ -127,6 +127,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_what_the_guard_held_back_is_resumed(tmp_path, data):
     names = [f"vision_model.encoder.layers.{layer}.mlp.fc{number}" for layer in (0, 1) for number in (1, 2)]
     whole = with_tolerance(1e-6, tmp_path / "whole", data, sparse_modules=names)

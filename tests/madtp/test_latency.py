@@ -53,6 +53,7 @@ def data():
     return Questions(48)
 
 
+@pytest.mark.slow
 def test_a_plan_for_time_predicts_it_and_says_so(machine, data, tmp_path):
     plan = madtp.allocate(tiny_blip(), Task(), data, LATENCY)
     assert plan.latency_reduction == 0.35 and 0 < plan.predicted["ms"] < plan.predicted["dense_ms"]
@@ -111,6 +112,7 @@ def test_what_saves_no_time_is_left_alone():
         choose(sensitivities(times), dataclasses.replace(config, latency_reduction=0.4))
 
 
+@pytest.mark.slow
 def test_compress_calibrates_on_the_time_it_measures(machine, data, tmp_path):
     result = madtp.compress(tiny_blip(), Task(), data, data, LATENCY, output_dir=tmp_path, training=TRAINING)
     figures, plan = result.report, result.report["plan"]
@@ -121,6 +123,7 @@ def test_compress_calibrates_on_the_time_it_measures(machine, data, tmp_path):
     assert plan["allocation"] == chosen.to_dict() and plan["packed_modules"] == sorted(chosen.sparse_modules)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_plan(machine, data, tmp_path, monkeypatch):
     training = TRAINING | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     run = lambda **options: madtp.compress(  # noqa: E731

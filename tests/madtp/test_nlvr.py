@@ -63,6 +63,7 @@ def test_a_captioning_model_lends_its_vision_encoder(tokenizer):
     assert 0.9e6 < sum(p.numel() for p in model.parameters()) < 2.5e6
 
 
+@pytest.mark.slow
 def test_compress(few_emoji, tokenizer, tmp_path):
     data = EmojiPairs("train", tokenizer, 32, pairs=48, source=few_emoji)
     config = madtp.CompressionConfig(macs_reduction=0.3, alignment_tokens=8, alignment_dim=32, controller_interval=2)

@@ -89,6 +89,7 @@ def _train(folder, steps):
     torch.save([trainer.model.state_dict(), trainer.controller.state_dict()], folder / "end.pt")
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_as_if_nobody_had(tmp_path):
     context, steps = multiprocessing.get_context("spawn"), 40
     whole, killed = tmp_path / "whole", tmp_path / "killed"
