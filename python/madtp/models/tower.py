@@ -87,8 +87,15 @@ class RaggedTower(nn.Module):
         states = given.pop("output_hidden_states", getattr(self.config, "output_hidden_states", False))
         maps = given.pop("output_attentions", getattr(self.config, "output_attentions", False))
         nothing: dict[str, Any] = self._no_maps() if maps else {}
+        self._refuse(given)
+        if torch.jit.is_tracing() and self.madtp_branch.prunes:
+            raise RuntimeError(
+                f"temperature must be 0 under torch.jit.trace, which fixes how many tokens are left, "
+                f"got {self.madtp_branch.temperature:g}; torch.export.export does not"
+            )
         mask = given.pop("attention_mask", None)
-        self._refuse(given, mask)
+        if self.madtp_arguments.takes_any and "attention_mask" not in self.madtp_arguments.names:
+            mask = None  # ignored
         keys = self._keys(given)
         source, hidden = self._embedded(given)
         mask = real_tokens(mask, *hidden.shape[:2], self.madtp_spec.encoder.causal)
@@ -104,7 +111,7 @@ class RaggedTower(nn.Module):
             **nothing,
         )
 
-    def _refuse(self, given: dict[str, Any], mask: Any) -> None:
+    def _refuse(self, given: dict[str, Any]) -> None:
         """Raises ValueError for what Hugging Face would use and a patched tower cannot."""
         kind, causal = type(self).__name__, self.madtp_spec.encoder.causal
         if given.get("is_causal", causal) not in (None, causal):
@@ -114,8 +121,6 @@ class RaggedTower(nn.Module):
             if name in self.madtp_arguments.names and value is not None and value is not False:
                 raise ValueError(f"{name} must be unset: a patched {kind} is an encoder, got {described(value)}")
         unnamed = [name for name in given if name not in self.madtp_arguments.names and given[name] is not None]
-        if mask is not None and "attention_mask" not in self.madtp_arguments.names:
-            unnamed.append("attention_mask")
         if unnamed and self.madtp_arguments.takes_any:
             path = self.madtp_spec.encoder.blocks.rpartition(".")[0]
             inside = _names_of(type(attrgetter(path)(self))) if path else ()
