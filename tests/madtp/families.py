@@ -144,6 +144,10 @@ CASES = {
     "BertForSequenceClassification": Case(
         lambda: hf.BertForSequenceClassification(hf.BertConfig(**BERT, num_labels=3)), text, ("logits",)
     ),
+    "BertForTokenClassification": Case(
+        lambda: hf.BertForTokenClassification(hf.BertConfig(**BERT, num_labels=3)), text, ("logits",)
+    ),
+    "BertForMaskedLM": Case(lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT)), text, ("logits",)),
     "CLIPVisionModel": Case(lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**IMAGE)), IMAGES, TOWER),
     "CLIPTextModel": Case(lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**CLIP_TEXT)), clip_text, TOWER),
     "SiglipVisionModel": Case(lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**IMAGE)), IMAGES, TOWER),

@@ -41,6 +41,8 @@ class RaggedBatch:
 
         summary_position: (B,) the position of each summary token, a real one; -1: none; None: the first real token.
         """
+        if hidden.device.type == "cpu" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+            fixed = False  # as ops on a CPU check that sequences end with the rows, which these cannot read
         batch, length, channels = hidden.shape
         position = torch.arange(length, device=hidden.device).expand(batch, length)
         if mask is None:
@@ -112,7 +114,8 @@ class RaggedBatch:
             index = index - (before[first + index.clamp_min(0)] - before[first])
         longest = self.max_seqlen
         # On a CPU reading the longest sequence is free; elsewhere the bound does.
-        if x.device.type == "cpu" and self.num_sequences and not self.fixed:
+        free = x.device.type == "cpu" and not torch.compiler.is_exporting()
+        if free and self.num_sequences and not self.fixed:
             longest = int(selection.cu_seqlens_out.diff().max())
         return RaggedBatch(x, selection.cu_seqlens_out, longest, self.positions, origin, index, fixed=self.fixed)
 

@@ -13,24 +13,23 @@ from torch.nn import functional as F
 from transformers.models.blip.modeling_blip import (
     BlipForConditionalGenerationModelOutput,
     BlipImageTextMatchingModelOutput,
+    BlipTextVisionModelOutput,
 )
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
-from madtp.dtp.ragged import RaggedBatch
+from madtp.dtp.ragged import RaggedBatch, RepeatedSequences
+from madtp.models.arguments import described
 from madtp.models.family import CompressedModel
-from madtp.models.tower import RaggedTower, ragged
+from madtp.models.tower import tokens_left
 
 
-def encode_text(
-    model: RaggedTower,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
+def image_keys(
     images: RaggedBatch,
+    texts: int,
     image_index: Tensor | None = None,
     names: tuple[str, str] = ("questions", "images"),
-) -> RaggedBatch:
-    """A patched BlipTextModel on (Q, L) token ids that reads ragged images; image_index (Q,) says which of them."""
-    texts = input_ids.shape[0]
+) -> RepeatedSequences:
+    """What each of some texts reads of ragged images; image_index (Q,) says which of them."""
     if image_index is None and texts != images.num_sequences:
         what, which = names
         raise ValueError(
@@ -38,8 +37,17 @@ def encode_text(
         )
     if image_index is not None and image_index.shape != (texts,):
         raise ValueError(f"image_index must be of shape ({texts},), got {tuple(image_index.shape)}")
-    keys = images.in_order() if image_index is None else images.repeated(image_index)
-    return model.encode(input_ids, attention_mask, keys)
+    return images.in_order() if image_index is None else images.repeated(image_index)
+
+
+def token_ids(ids: Any, device: torch.device) -> Tensor:
+    """(Q, L) token ids, which `generate` takes as lists too, as in Hugging Face."""
+    if not isinstance(ids, list):
+        return ids
+    try:
+        return torch.tensor(ids, dtype=torch.long, device=device)
+    except (TypeError, ValueError):
+        raise ValueError(f"input_ids must be token ids of shape (Q, L), got {described(ids)} of another form") from None
 
 
 class MaskedCrossAttention(nn.Module):
@@ -54,11 +62,13 @@ class MaskedCrossAttention(nn.Module):
 
 
 @dataclass
-class QuestionAnsweringOutput(ModelOutput):
-    """loss: scalar, with labels. logits: (Q, L, V) of the answer decoder."""
+class QuestionAnsweringOutput(BlipTextVisionModelOutput):
+    """As in Hugging Face, and logits (Q, L, V) of the answer decoder, which the tuple of `return_dict=False` lacks."""
 
-    loss: Tensor | None = None
     logits: Tensor | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value for name, value in self.items() if name != "logits")
 
 
 class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnswering):
@@ -67,6 +77,7 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
     Keeps its class name, so a saved model says which Hugging Face class reads it.
     """
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
@@ -81,13 +92,13 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
     ) -> QuestionAnsweringOutput:
         """As in Hugging Face, and `image_index` (Q,) int64: the image each question is about (None: its own).
 
-        Images are (I, 3, H, W); questions that share one share its encoding. Returns loss and logits.
+        Images are (I, 3, H, W); questions that share one share its encoding.
         """
         if labels is None and decoder_input_ids is None:
             raise ValueError("labels or decoder_input_ids must be given; to answer without either, call generate")
-        question, mask = self.encode_questions(
-            input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index
-        )
+        kwargs["return_dict"] = True  # what the parts return
+        vision: Any = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        question, mask = self._read(input_ids, attention_mask, vision, image_index, **kwargs).to_padded()
         answer = self.text_decoder(
             input_ids=labels if decoder_input_ids is None else decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -95,9 +106,16 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
             encoder_attention_mask=mask,
             labels=labels,
             reduction="mean",
+            **kwargs,
         )
-        loss = None if labels is None else answer.loss.mean()
-        return QuestionAnsweringOutput(loss=loss, logits=answer.logits)
+        return QuestionAnsweringOutput(
+            loss=None if labels is None else answer.loss.mean(),
+            image_embeds=vision.last_hidden_state,
+            last_hidden_state=vision.last_hidden_state,
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
+            logits=answer.logits,
+        )
 
     @torch.no_grad()
     def generate(  # type: ignore[override]  # Hugging Face's own is none of GenerationMixin's either
@@ -133,11 +151,15 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
         image_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the answer decoder reads: the tokens of every question that are left, (Q, L, C), and their mask."""
-        return self._encode(input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index).to_padded()
+        vision = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
+        return self._read(input_ids, attention_mask, vision, image_index, return_dict=True).to_padded()
 
-    def _encode(self, input_ids, pixel_values, attention_mask, interpolate_pos_encoding, image_index) -> RaggedBatch:
-        images = ragged(self.vision_model).encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        return encode_text(ragged(self.text_encoder), input_ids, attention_mask, images, image_index)
+    def _read(self, input_ids, attention_mask, vision, image_index, **kwargs) -> RaggedBatch:
+        """The tokens of questions that read their images."""
+        texts = token_ids(input_ids, vision.last_hidden_state.device)
+        keys = image_keys(tokens_left(vision.last_hidden_state), len(texts), image_index)
+        text = self.text_encoder(texts, attention_mask, encoder_hidden_states=keys, **kwargs)
+        return tokens_left(text.last_hidden_state)
 
 
 class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditionalGeneration):
@@ -154,8 +176,10 @@ class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditio
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> BlipForConditionalGenerationModelOutput:
-        """As in Hugging Face; image_embeds and last_hidden_state have the tokens that are left first, then zeros."""
-        images, mask = self._encode(pixel_values, interpolate_pos_encoding)
+        """As in Hugging Face."""
+        kwargs["return_dict"] = True  # what the parts return
+        vision: Any = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        images, mask = tokens_left(vision.last_hidden_state).to_padded()
         outputs = self.text_decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -167,7 +191,12 @@ class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditio
             **kwargs,
         )
         return BlipForConditionalGenerationModelOutput(
-            loss=outputs.loss, logits=outputs.logits, image_embeds=images, last_hidden_state=images
+            loss=outputs.loss,
+            logits=outputs.logits,
+            image_embeds=vision.last_hidden_state,
+            last_hidden_state=vision.last_hidden_state,
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
         )
 
     @torch.no_grad()
@@ -182,11 +211,12 @@ class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditio
         """Token ids of the captions, (B, L); `input_ids` (B, L) is a prompt whose last token is dropped, as there."""
         text: Any = self.config.text_config
         decoder: Any = self.text_decoder  # transformers declares its `generate` for models of another protocol
-        images, mask = self._encode(pixel_values, interpolate_pos_encoding)
+        vision = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
+        images, mask = tokens_left(vision.last_hidden_state).to_padded()
         if input_ids is None:
             prompt = torch.full((images.shape[0], 1), text.bos_token_id, device=images.device)
         else:
-            prompt = input_ids[:, :-1].clone()
+            prompt = token_ids(input_ids, images.device)[:, :-1].clone()
             prompt[:, 0] = text.bos_token_id
         return decoder.generate(
             input_ids=prompt,
@@ -197,10 +227,6 @@ class BlipForConditionalGeneration(CompressedModel, transformers.BlipForConditio
             encoder_attention_mask=mask,
             **generate_kwargs,
         )
-
-    def _encode(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, Tensor]:
-        vision = ragged(self.vision_model)
-        return vision.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).to_padded()
 
 
 class BlipForImageTextRetrieval(CompressedModel, transformers.BlipForImageTextRetrieval):
@@ -221,17 +247,22 @@ class BlipForImageTextRetrieval(CompressedModel, transformers.BlipForImageTextRe
 
         `image_index` (Q,) int64: the image each text is matched with (None: its own).
         """
-        vision, encoder = ragged(self.vision_model), ragged(self.text_encoder)
-        images = vision.encode(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        kwargs["return_dict"] = True  # what the parts return
+        vision: Any = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        images = tokens_left(vision.last_hidden_state)
         if use_itm_head:
-            text = encode_text(encoder, input_ids, attention_mask, images, image_index, ("texts", "images"))
-            score = self.itm_head(text.summary_features())
+            keys = image_keys(images, len(input_ids), image_index, ("texts", "images"))
+            text = self.text_encoder(input_ids, attention_mask, encoder_hidden_states=keys, **kwargs)
+            score = self.itm_head(tokens_left(text.last_hidden_state).summary_features())
         else:
-            text = encoder.encode(input_ids, attention_mask)
+            text = self.text_encoder(input_ids, attention_mask, **kwargs)
             image_features = F.normalize(self.vision_proj(images.summary_features()), dim=-1)
-            score = image_features @ F.normalize(self.text_proj(text.summary_features()), dim=-1).T
+            text_features = tokens_left(text.last_hidden_state).summary_features()
+            score = image_features @ F.normalize(self.text_proj(text_features), dim=-1).T
         return BlipImageTextMatchingModelOutput(
             itm_score=score,
-            last_hidden_state=images.to_positions(),
-            question_embeds=text.to_positions(),  # type: ignore[arg-type]  # declared as a tuple
+            last_hidden_state=vision.last_hidden_state,
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
+            question_embeds=text.last_hidden_state,
         )

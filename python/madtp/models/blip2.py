@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 
 class RaggedQFormer(nn.Module):
@@ -12,19 +13,13 @@ class RaggedQFormer(nn.Module):
     Hugging Face passes it the features of all positions and a mask of ones, from half a dozen places.
     """
 
-    def forward(
-        self,
-        query_embeds: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        **kwargs,
-    ):
-        images = getattr(encoder_hidden_states, "madtp_ragged", None)
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # By the name of a class, Hugging Face knows of which modules `output_hidden_states` is made.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), getattr(cls, "_can_record_outputs", None))
+
+    def forward(self, *args, **kwargs):
+        images = getattr(kwargs.get("encoder_hidden_states"), "madtp_ragged", None)
         if images is not None:
-            encoder_hidden_states, encoder_attention_mask = images.to_padded()
-        return super().forward(
-            query_embeds=query_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            **kwargs,
-        )
+            kwargs["encoder_hidden_states"], kwargs["encoder_attention_mask"] = images.to_padded()
+        return super().forward(*args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +13,27 @@ from torch.nn import functional as F
 from transformers import BlipConfig, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip import BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from madtp.dtp.ragged import RaggedBatch, RepeatedSequences
 from madtp.dtp.step import PruningStep
 from madtp.models.encoder import attend
 from madtp.models.family import CompressedModel
-from madtp.models.tower import ragged
+from madtp.models.tower import tokens_left
 from madtp.models.towers import BERT_ENCODER, BLIP_TEXT
 
 
 @dataclass
 class NLVROutput(ModelOutput):
-    """loss: scalar, with labels. logits: (B, 2), of false and true."""
+    """loss: scalar, with labels. logits: (B, 2), of false and true.
+
+    hidden_states and attentions, if asked for, are of the vision encoder: of the first images, then of the second ones.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class TwinOutput(nn.Module):
@@ -94,6 +99,7 @@ class BlipForNLVR(BlipPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_encoder.set_input_embeddings(value)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -104,29 +110,39 @@ class BlipForNLVR(BlipPreTrainedModel):
         **kwargs,
     ) -> NLVROutput:
         """pixel_values (B, 2, 3, H, W), input_ids and attention_mask (B, L), labels (B,) 0 or 1."""
-        if pixel_values.ndim != 5 or pixel_values.shape[:2] != (input_ids.shape[0], 2):
-            expected = f"({input_ids.shape[0]}, 2, 3, H, W)"
-            raise ValueError(f"pixel_values must be of shape {expected}, got {tuple(pixel_values.shape)}")
+        batch = len(input_ids)
+        if pixel_values.ndim != 5 or pixel_values.shape[:2] != (batch, 2):
+            raise ValueError(f"pixel_values must be of shape ({batch}, 2, 3, H, W), got {tuple(pixel_values.shape)}")
         images = pixel_values.transpose(0, 1).flatten(0, 1)  # first images, then second ones
-        logits = self.classifier(self._summary_features(images, input_ids, attention_mask, interpolate_pos_encoding))
-        return NLVROutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
-
-    def _summary_features(self, images, input_ids, attention_mask, interpolate_pos_encoding) -> Tensor:
-        """(B, C): the first token of each statement."""
-        features = self.vision_model(images, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
-        text = self.text_encoder(
-            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=features.chunk(2)
+        kwargs["return_dict"] = True  # what the parts return
+        vision = self.vision_model(images, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        both = self._halves(vision.last_hidden_state, batch)
+        text = self.text_encoder(input_ids, attention_mask, encoder_hidden_states=both, **kwargs)
+        logits = self.classifier(self._summary_features(text.last_hidden_state))
+        return NLVROutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
         )
-        return text.last_hidden_state[:, 0]
+
+    def _halves(self, features: Tensor, batch: int) -> tuple[Any, ...]:
+        """What the text reads of the first images and of the second ones."""
+        return features.chunk(2)
+
+    def _summary_features(self, features: Tensor) -> Tensor:
+        """(B, C): the first token of each statement."""
+        return features[:, 0]
 
 
 class RaggedBlipForNLVR(CompressedModel, BlipForNLVR):
     """BlipForNLVR with pruned encoders."""
 
-    def _summary_features(self, images, input_ids, attention_mask, interpolate_pos_encoding) -> Tensor:
-        features = ragged(self.vision_model).encode(images, interpolate_pos_encoding=interpolate_pos_encoding)
-        keys = tuple(half.in_order() for half in features.split(input_ids.shape[0]))
-        return ragged(self.text_encoder).encode(input_ids, attention_mask, keys).summary_features()
+    def _halves(self, features: Tensor, batch: int) -> tuple[Any, ...]:
+        return tuple(half.in_order() for half in tokens_left(features).split(batch))
+
+    def _summary_features(self, features: Tensor) -> Tensor:
+        return tokens_left(features).summary_features()
 
 
 RaggedBlipForNLVR.__name__ = BlipForNLVR.__name__  # what a saved model says it is

@@ -108,6 +108,11 @@ class RaggedBlock(nn.Module):
     """Mixed into the class of a block while its tower is patched: `encode` calls it as the module it is, with whatever
     others have hooked onto it."""
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):  # Hugging Face has wrapped it in a checkpoint of its own, which is none of batches
+            del cls.forward
+
     def forward(self, batch, *args, **kwargs):
         """A ragged batch -> the tokens that are left; what is no ragged batch is for the block of Hugging Face."""
         if not isinstance(batch, RaggedBatch):

@@ -66,7 +66,11 @@ FAMILIES = (
     ),
     Family({"vision": "vit"}, hf.ViTForImageClassification, dense_modules=("classifier",)),
     Family({"vision": "dinov2"}, hf.Dinov2ForImageClassification, dense_modules=("classifier",)),
-    Family({"text": "bert"}, hf.BertForSequenceClassification, dense_modules=("classifier",)),
+    *(
+        Family({"text": "bert"}, source, dense_modules=("classifier",))
+        for source in (hf.BertForSequenceClassification, hf.BertForTokenClassification)
+    ),
+    Family({"text": "bert"}, hf.BertForMaskedLM, dense_modules=("cls",)),
     *(
         Family({"vision": ""}, source)
         for source in (hf.CLIPVisionModel, hf.SiglipVisionModel, hf.ViTModel, hf.Dinov2Model, hf.BlipVisionModel)

@@ -144,6 +144,14 @@ BLIP_VISION = Tower(BLIP_VISION_ENCODER, "pixel_values", post_layernorm, final_n
 BERT = Tower(BERT_ENCODER, "input_ids", pooler)
 BLIP_TEXT = replace(BERT, encoder=replace(BERT_ENCODER, cross=BLIP_CROSS))
 
+
+def bert(tower: Any) -> Tower:
+    """An encoder. Raises ValueError for a decoder, whose tokens see none after them and whose keys a cache holds."""
+    if tower.config.is_decoder:
+        raise ValueError("config.is_decoder of a BertModel must be False: its encoder prunes, got True")
+    return BERT
+
+
 # A function where the description depends on the configuration of the tower.
 TOWERS: dict[type[nn.Module], Tower | Callable[[Any], Tower]] = {
     hf.BlipVisionModel: BLIP_VISION,
@@ -165,7 +173,7 @@ TOWERS: dict[type[nn.Module], Tower | Callable[[Any], Tower]] = {
     hf.SiglipTextModel: Tower(
         CLIP_ENCODER, "input_ids", head_of_last, final_norm="final_layer_norm", summary_position=last_position
     ),
-    hf.BertModel: BERT,
+    hf.BertModel: bert,
 }
 
 
