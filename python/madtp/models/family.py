@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from madtp.dtp.settings import BranchSettings
 from madtp.handles import handle_of
 from madtp.hwp.packing import Epilogue
 from madtp.models.encoder import Encoder
@@ -81,11 +81,29 @@ def find_epilogues(path: str, tower: nn.Module, encoder: Encoder) -> dict[str, E
 
 
 class CompressedModel(nn.Module):
-    """Mixed into the classes of patched models: saves what `madtp.from_pretrained` needs beside the weights."""
+    """Mixed into the classes of patched models: saves what loading needs beside the weights, as `patching.saving` says.
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        # Hugging Face would give weights the names they had in the files the model came from; our loader, as its own,
-        # knows those of the modules.
-        options = {"save_original_format": False} | kwargs
-        super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]  # that of Hugging Face
-        handle_of(self).save(Path(save_directory))
+    A state dict with damaged settings of its branches is refused before any weight is touched.
+    """
+
+    madtp_settings: BranchSettings
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process=True,
+        state_dict=None,
+        push_to_hub=False,
+        max_shard_size="50GB",
+        variant=None,
+        **options,
+    ):
+        options |= {"push_to_hub": push_to_hub, "max_shard_size": max_shard_size, "variant": variant}
+        write = super().save_pretrained  # type: ignore[misc]  # that of Hugging Face
+        handle_of(self).save(write, save_directory, is_main_process, state_dict, options)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        key = f"{prefix}madtp_settings._extra_state"
+        if key in state_dict:
+            self.madtp_settings.parse(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -14,8 +13,9 @@ from madtp.config import CompressionConfig
 from madtp.dtp.branch import Branch
 from madtp.dtp.ragged import RaggedAttention
 from madtp.dtp.selection_rules import METHOD
+from madtp.dtp.settings import BranchSettings
 from madtp.handles import find_handle
-from madtp.hwp.packing import Epilogue, epilogues_of, unpack
+from madtp.hwp.packing import Epilogue, unpack
 from madtp.mag import AlignmentGuide
 from madtp.models.family import CompressedModel, Family, find_epilogues
 from madtp.models.registry import FAMILIES, family_of
@@ -23,7 +23,7 @@ from madtp.models.tower import FORWARDS, RaggedTower, mix_in, mixed, ragged
 from madtp.models.versions import check_transformers
 from madtp.patching import explain
 from madtp.patching.keep_rate import check_calibration, check_rates, find_temperatures
-from madtp.patching.state import write_state
+from madtp.patching.saving import save
 
 
 class Handle:
@@ -42,6 +42,7 @@ class Handle:
         self.pruning = {branch: Branch(branch, guide, attention[branch], config.selection) for branch in widths}
         if "vision" in self.pruning:
             self.pruning["vision"].samples_per_feature = family.images_per_text
+        model.madtp_settings = BranchSettings(self.pruning)
         self.capacity = capacity
         self.sources: dict[str, type] = {}  # module name -> the class to go back to
         for branch, tower in towers.items():
@@ -199,12 +200,12 @@ class Handle:
             del tower.madtp_spec, tower.madtp_branch
         for path, source in self.sources.items():
             self.model.get_submodule(path).__class__ = source
-        del self.model.madtp_guide, self.model.madtp_attention, self.model.madtp_handle
+        del self.model.madtp_guide, self.model.madtp_attention, self.model.madtp_settings, self.model.madtp_handle
         return self.model
 
-    def save(self, directory: Path) -> None:
-        """Writes madtp.json beside the weights, which must be there."""
-        write_state(directory, self.config, self.temperatures, epilogues_of(self.model))
+    def save(self, write: Callable[..., None], directory: Any, main: bool, state_dict: Any, options: Any) -> None:
+        """`save_pretrained` of the model, of which `write` is the one of Hugging Face."""
+        save(self, write, directory, main, state_dict, options)
 
 
 def patch(
