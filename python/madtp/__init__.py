@@ -51,7 +51,7 @@ __getattr__, __dir__ = attach(
 
 
 def _register() -> None:
-    """Makes "madtp" an attention of transformers, and a quantization method: its classes load what we saved, patched."""
+    """Tells transformers of the attention "madtp", and of the method "madtp" that loads what we saved, patched."""
     parts = {'the attention "madtp"': "madtp.models.attention_interface", "its loader": "madtp.patching.quantizer"}
     for what, module in parts.items():
         try:

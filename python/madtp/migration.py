@@ -43,9 +43,7 @@ def migrate_model(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 def packed_key_mapping(packed: Iterable[str]) -> dict[str, str]:
     """The `key_mapping` of Hugging Face's `from_pretrained` for packed layers, by name, of version 3 or 4."""
-    return {
-        rf"^{re.escape(layer)}\.{old}$": f"{layer}.{new}" for layer in packed for old, new in PACKED_NAMES.items()
-    }
+    return {rf"^{re.escape(layer)}\.{old}$": f"{layer}.{new}" for layer in packed for old, new in PACKED_NAMES.items()}
 
 
 def migrate_plan(values: Mapping[str, Any], file: str) -> dict[str, Any]:

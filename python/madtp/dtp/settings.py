@@ -26,9 +26,9 @@ Values = dict[str, dict[str, Any]]  # branch -> name of a setting -> its value
 class BranchSettings(nn.Module):
     """The settings of the branches: temperature, capacity, selection, samples_per_feature. No parameters, no forward.
 
-    In a state dict they are the extra state of this module: JSON as a uint8 tensor, for safetensors and accelerate write
-    nothing but tensors, filled up with spaces so that it is of one size whatever the numbers. A state dict without it,
-    of an earlier version, loads too: what is set stays.
+    In a state dict they are the extra state of this module: JSON as a uint8 tensor, for safetensors and accelerate
+    write nothing but tensors, filled up with spaces so that it is of one size whatever the numbers. A state dict
+    without it, of an earlier version, loads too: what is set stays.
     """
 
     def __init__(self, branches: Mapping[str, Branch]):

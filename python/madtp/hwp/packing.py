@@ -271,9 +271,7 @@ def _compressed(module: nn.Linear) -> Sparse24Weight | None:
 
 def _empty(weight: Tensor) -> Sparse24Weight:
     rows, columns = weight.shape
-    return Sparse24Weight(
-        weight.new_empty(rows, columns // 2), weight.new_empty(rows, columns // 8, dtype=torch.uint8)
-    )
+    return Sparse24Weight(weight.new_empty(rows, columns // 2), weight.new_empty(rows, columns // 8, dtype=torch.uint8))
 
 
 def _known(model: nn.Module, epilogue: Epilogue) -> Epilogue:

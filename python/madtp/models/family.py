@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -88,19 +89,10 @@ class CompressedModel(nn.Module):
 
     madtp_settings: BranchSettings
 
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process=True,
-        state_dict=None,
-        push_to_hub=False,
-        max_shard_size="50GB",
-        variant=None,
-        **options,
-    ):
-        options |= {"push_to_hub": push_to_hub, "max_shard_size": max_shard_size, "variant": variant}
+    def save_pretrained(self, save_directory, *args, **kwargs):
         write = super().save_pretrained  # type: ignore[misc]  # that of Hugging Face
-        handle_of(self).save(write, save_directory, is_main_process, state_dict, options)
+        options = inspect.signature(write).bind(save_directory, *args, **kwargs).arguments
+        handle_of(self).save(write, {**options, **options.pop("kwargs", {})})
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         key = f"{prefix}madtp_settings._extra_state"

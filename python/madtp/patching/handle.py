@@ -60,6 +60,11 @@ class Handle:
         return cast(AlignmentGuide, self.model.madtp_guide)
 
     @property
+    def settings(self) -> BranchSettings:
+        """What the branches are set to, as it travels with a state dict."""
+        return cast(BranchSettings, self.model.madtp_settings)
+
+    @property
     def alignment_tokens(self) -> nn.Parameter:
         """(K, d), shared by the branches."""
         return self.guide.alignment_tokens
@@ -203,9 +208,9 @@ class Handle:
         del self.model.madtp_guide, self.model.madtp_attention, self.model.madtp_settings, self.model.madtp_handle
         return self.model
 
-    def save(self, write: Callable[..., None], directory: Any, main: bool, state_dict: Any, options: Any) -> None:
+    def save(self, write: Callable[..., None], options: dict[str, Any]) -> None:
         """`save_pretrained` of the model, of which `write` is the one of Hugging Face."""
-        save(self, write, directory, main, state_dict, options)
+        save(self, write, **options)
 
 
 def patch(

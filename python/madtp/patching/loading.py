@@ -42,16 +42,18 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
     saved = ", ".join(getattr(model.config, "architectures", None) or ()) or "the class it was saved as"
     if family is None:
         if settings.sparse24:
-            raise ModelError(f"{kind} must be a class that madtp.patch knows, for its packed layers: load it as {saved}")
+            raise ModelError(
+                f"{kind} must be a class that madtp.patch knows, for its packed layers: load it as {saved}"
+            )
         logger.warning(f"madtp.patch knows no {kind}, which is loaded as it is; it was saved as {saved}")
         return
     if family.towers.keys() != settings.branches.keys():
         raise ModelError(f"{kind} must have branches {', '.join(settings.branches)}: load it as {saved}")
     try:
-        patch(model, settings.config)
-        model.madtp_settings.set(settings.branches)
+        patch(model, settings.config).settings.set(settings.branches)
         for name, epilogue in settings.sparse24.items():
-            replace_linear(model, _find(model, name), None, Epilogue(*(part and _find(model, part) for part in epilogue)))
+            found = Epilogue(*(None if part is None else _find(model, part) for part in epilogue))
+            replace_linear(model, _find(model, name), None, found)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise unreadable(WHERE, error) from error
     # Weights of an earlier version have no settings, and those of config.json are what counts.
@@ -60,20 +62,22 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
 
 def finish(model: PreTrainedModel, values: Any) -> None:
     """Raises ModelError where a packed layer or the alignment guide got no weights, or such as cannot be."""
-    if find_handle(model) is None:
+    if (handle := find_handle(model)) is None:
         return
     del model._keys_to_ignore_on_load_missing
-    vars(model.madtp_settings).pop("_extra_state", None)  # where transformers puts what it holds to be missing
+    vars(handle.settings).pop("_extra_state", None)  # where transformers puts what it holds to be missing
     for name, tensor in _ours(model):
         if not getattr(tensor, "_is_hf_initialized", False):
-            raise ModelError(f"weights must hold {name} as {CONFIG_FILE} describes it; for the dense model remove {WHERE}")
+            raise ModelError(
+                f"weights must hold {name} as {CONFIG_FILE} describes it; for the dense model remove {WHERE}"
+            )
     try:
         for name, module in model.named_modules():
             if isinstance(module, Sparse24Linear):
                 module.sparse_weight.check_indices(f"{name}.indices")
     except ValueError as error:
         raise unreadable("weights", error) from error
-    model.madtp_settings.set(Settings.from_dict(values, WHERE).branches)
+    handle.settings.set(Settings.from_dict(values, WHERE).branches)
 
 
 def _find(model: PreTrainedModel, name: str) -> str:

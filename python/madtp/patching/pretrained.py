@@ -119,7 +119,7 @@ def _folder(directory: str | os.PathLike, hub: dict[str, Any]) -> Path:
 
     try:
         cached_file(directory, CONFIG_FILE, **hub)
-        return Path(cached_file(directory, STATE_FILE, **hub)).parent
+        return Path(str(cached_file(directory, STATE_FILE, **hub))).parent
     except OSError as error:
         raise not_a_model(directory, ValueError(str(error).splitlines()[0])) from error
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from madtp.patching.names import QUANT_METHOD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SPLITS = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that could split a model
 
@@ -54,13 +56,13 @@ class MadtpQuantizer(HfQuantizer):
         return device_map
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         from madtp.patching import loading
 
         loading.prepare(model, self.quantization_config.to_dict(), checkpoint_files)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from madtp.patching import loading
 
         self.remove_quantization_config(model)

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 def save(
     handle: Handle,
     write: Callable[..., None],
-    directory: str | os.PathLike,
-    is_main_process: bool,
-    state_dict: Mapping[str, Tensor] | None,
-    options: Mapping[str, Any],
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **options: Any,
 ) -> None:
     """Saves a patched model, or refuses before anything is written.
 
@@ -37,29 +37,29 @@ def save(
     Args:
         write: `save_pretrained` of Hugging Face, bound to the model.
         state_dict: None takes that of the model. Settings that it carries are saved, else those of the model.
-        options: of `save_pretrained`, by name.
+        options: the others of `save_pretrained`, by name.
 
     Raises:
         ValueError: an argument cannot be followed: names it.
     """
     model: Any = handle.model
     if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are written then
-        write(directory, is_main_process, state_dict, **options)
+        write(save_directory, is_main_process, state_dict, **options)
         return
-    _check_options(directory, options)
+    _check_options(save_directory, options)
     # Names are those of the modules, and not those of the files that the model once came from.
     options = {**options, "save_original_format": False}
     if not is_main_process:  # which has a part in gathering at most
-        write(directory, is_main_process, state_dict, **options)
+        write(save_directory, is_main_process, state_dict, **options)
         return
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("model must not be quantized by another method, which config.json has no place for")
-    values = model.madtp_settings.values()
+    values = handle.settings.values()
     if state_dict is not None:
-        state_dict = _complete(model, state_dict)
-        values = model.madtp_settings.parse(state_dict[EXTRA_STATE])
+        state_dict = _complete(handle, state_dict)
+        values = handle.settings.parse(state_dict[EXTRA_STATE])
     settings = Settings(handle.config, values, epilogues_of(model))
-    directory = Path(directory)
+    directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
         model.config.quantization_config = settings.to_dict()
@@ -95,10 +95,10 @@ def _check_options(directory: str | os.PathLike, options: Mapping[str, Any]) -> 
         raise ValueError(f'max_shard_size must be a number of bytes or such as "5GB", got {size!r}')
 
 
-def _complete(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _complete(handle: Handle, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A copy with the settings in it. Raises ValueError where it is not a state dict of the model."""
-    complete = dict(state_dict)
-    complete.setdefault(EXTRA_STATE, model.madtp_settings.get_extra_state())
+    model, complete = handle.model, dict(state_dict)
+    complete.setdefault(EXTRA_STATE, handle.settings.get_extra_state())
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     expected = set(model.state_dict())
     wrong = sorted((expected - complete.keys() - tied) | (complete.keys() - expected))
