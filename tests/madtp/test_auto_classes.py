@@ -66,6 +66,7 @@ def folder(clip, tmp_path_factory):
 def test_the_classes_of_transformers_load_a_patched_model(name, kind, packed, tmp_path):
     model = compressed(name, packed)
     model.save_pretrained(tmp_path)
+    assert type(type(model).from_pretrained(tmp_path)) is type(model)  # whose class is patched itself
     loaded, report = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())  # nothing missing, nothing unexpected
     assert type(loaded) is type(model) and not loaded.training
@@ -144,6 +145,9 @@ def test_another_head_is_the_choice_of_the_user(tmp_path):
 
 
 def test_another_class_is_refused_by_the_one_that_will_do(tmp_path, caplog):
+    compressed("BlipForQuestionAnswering", packed=False).save_pretrained(tmp_path / "patched")
+    assert type(hf.AutoModel.from_pretrained(tmp_path / "patched")) is hf.BlipModel
+    assert "madtp.patch knows no BlipModel, which is loaded as it is; it was saved as BlipForQuestion" in caplog.text
     compressed("BlipForQuestionAnswering").save_pretrained(tmp_path / "packed")
     with pytest.raises(madtp.ModelError, match="BlipModel must be a class .*: load it as BlipForQuestionAnswering"):
         hf.AutoModel.from_pretrained(tmp_path / "packed")

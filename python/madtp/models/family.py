@@ -15,7 +15,7 @@ from madtp.dtp.settings import BranchSettings
 from madtp.handles import handle_of
 from madtp.hwp.packing import Epilogue
 from madtp.models.encoder import Encoder
-from madtp.models.tower import Tower
+from madtp.models.tower import RaggedTower, Tower
 from madtp.models.towers import TOWERS, tower_of
 
 
@@ -88,6 +88,13 @@ class CompressedModel(nn.Module):
     """
 
     madtp_settings: BranchSettings
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """That of the Hugging Face class, which makes a plain model or patches it, as the files say."""
+        kinds = (kind for kind in cls.__mro__ if issubclass(kind, PreTrainedModel))
+        source = next(kind for kind in kinds if not issubclass(kind, (CompressedModel, RaggedTower)))
+        return source.from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         write = super().save_pretrained  # type: ignore[misc]  # that of Hugging Face
