@@ -50,12 +50,14 @@ __getattr__, __dir__ = attach(
 )
 
 
-def _register_attention() -> None:
-    """Makes "madtp" an attention of transformers: `AutoModel.from_pretrained(name, attn_implementation="madtp")`."""
-    try:
-        import_module("madtp.models.attention_interface")
-    except ImportError as error:  # of the import of transformers that called this, which is none of our business
-        warnings.warn(f'transformers does not get the attention "madtp": {error}', stacklevel=2)
+def _register() -> None:
+    """Tells transformers of the attention "madtp", and of the method "madtp" that loads what we saved, patched."""
+    parts = {'the attention "madtp"': "madtp.models.attention_interface", "its loader": "madtp.patching.quantizer"}
+    for what, module in parts.items():
+        try:
+            import_module(module)
+        except ImportError as error:  # of the import of transformers that called this, which is none of our business
+            warnings.warn(f"transformers does not get {what}: {error}", stacklevel=2)
 
 
-when_imported("transformers.modeling_utils", _register_attention)
+when_imported("transformers.modeling_utils", _register)

@@ -7,7 +7,8 @@ version) is refused with the new name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 PLAN_VERSION = 2
@@ -18,11 +19,31 @@ PLAN_NAMES = CONFIG_NAMES
 PREDICTED_NAMES = {"rise": "distill_loss"}
 GUARD_NAMES = {"rise": "loss_increase"}
 LOG_NAMES = {"guard_rise": "guard_loss_increase"}
+PACKED_NAMES = {"values": "weight"}  # of a packed layer's tensors
 
 
 def migrate_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `CompressionConfig` that version 0.1 or a later one wrote."""
     return _rename(values, CONFIG_NAMES, "config")
+
+
+def migrate_model(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """madtp.json of version 3 (0.1) or 4, which held everything -> settings as config.json has them now, checksums.
+
+    Raises:
+        KeyError, AttributeError, TypeError: it does not hold what it should.
+    """
+    settings = {
+        "config": migrate_config(values["config"]),
+        "branches": {branch: {"temperature": value} for branch, value in values["temperatures"].items()},
+        "sparse24": values["sparse24"],
+    }
+    return settings, {"model.safetensors": values["weights_sha256"]}
+
+
+def packed_key_mapping(packed: Iterable[str]) -> dict[str, str]:
+    """The `key_mapping` of Hugging Face's `from_pretrained` for packed layers, by name, of version 3 or 4."""
+    return {rf"^{re.escape(layer)}\.{old}$": f"{layer}.{new}" for layer in packed for old, new in PACKED_NAMES.items()}
 
 
 def migrate_plan(values: Mapping[str, Any], file: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import activations
 
 from madtp.handles import find_handle
+from madtp.migration import PACKED_NAMES
 from madtp_kernels import Sparse24Weight, explain, sparse24_compress, sparse24_linear
 from madtp_kernels.dispatch import Choice
 from madtp_kernels.nm_patterns import is_pattern
@@ -29,9 +30,10 @@ ACTIVATIONS = {
 class Sparse24Linear(nn.Module):
     """A Linear with a 2:4 weight, and what follows it, in one kernel: residual + scale * activation(x W^T + bias).
 
-    `values` (N, C/2) and `indices` (N, C/8) are buffers, in the canonical form of `Sparse24Weight`: saved, loaded and
-    moved as any other; N is out_features, C in_features. Gradients pass through to x, residual, bias and scale; the
-    weight has none.
+    `weight` (N, C/2), the kept values, and `indices` (N, C/8) are buffers, in the canonical form of `Sparse24Weight`:
+    saved, loaded and moved as any other; N is out_features, C in_features. The values have the name of a Linear's
+    weight, so that whoever takes a file for one of plain Linears stops at their shape. Gradients pass through to x,
+    residual, bias and scale; the weight has none.
 
     Args:
         weight: (N, C).
@@ -40,7 +42,7 @@ class Sparse24Linear(nn.Module):
         scale: (N,), or None: LayerScale.
     """
 
-    values: Tensor
+    weight: Tensor
     indices: Tensor
     bias: nn.Parameter | None
     scale: nn.Parameter | None
@@ -53,7 +55,7 @@ class Sparse24Linear(nn.Module):
         scale: nn.Parameter | None = None,
     ):
         super().__init__()
-        self.register_buffer("values", weight.values)
+        self.register_buffer("weight", weight.values)
         self.register_buffer("indices", weight.indices)
         self.register_parameter("bias", bias)
         self.register_parameter("scale", scale)
@@ -65,29 +67,24 @@ class Sparse24Linear(nn.Module):
     @property
     def sparse_weight(self) -> Sparse24Weight:
         weight, buffers = self._weight, self._buffers
-        if weight.values is not buffers["values"] or weight.indices is not buffers["indices"]:  # moved, or cast
-            weight = self._weight = Sparse24Weight(self.values, self.indices)
+        if weight.values is not buffers["weight"] or weight.indices is not buffers["indices"]:  # moved, or cast
+            weight = self._weight = Sparse24Weight(self.weight, self.indices)
         return weight
 
     @property
-    def weight(self) -> Tensor:
-        """(N, C): the dense weight, made anew at every read."""
-        return self.sparse_weight.to_dense()
-
-    @property
     def in_features(self) -> int:
-        return 2 * self.values.shape[1]
+        return 2 * self.weight.shape[1]
 
     @property
     def out_features(self) -> int:
-        return self.values.shape[0]
+        return self.weight.shape[0]
 
     @property
     def choice(self) -> Choice:
         """Which backend runs a call like the last one (before the first: of one row), and why."""
         (tokens, with_residual), weight = self._last, self.sparse_weight
-        x = self.values.new_empty(tokens, self.in_features)
-        residual = self.values.new_empty(tokens, self.out_features) if with_residual else None
+        x = self.weight.new_empty(tokens, self.in_features)
+        residual = self.weight.new_empty(tokens, self.out_features) if with_residual else None
         options = {"activation": self.activation, "residual": residual, "scale": self.scale}
         return explain("sparse24_linear", x, weight, self.bias, **options)
 
@@ -123,6 +120,23 @@ class Sparse24Linear(nn.Module):
             num_rows=num_rows,
         )
         return y if len(leading) == 1 else y.view(*leading, y.shape[1])
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        for old, new in PACKED_NAMES.items():
+            if prefix + old in state_dict and prefix + new not in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        values, indices = (state_dict.get(prefix + name) for name in ("weight", "indices"))
+        if isinstance(indices, Tensor) and not indices.is_meta and getattr(values, "shape", None) == self.weight.shape:
+            try:
+                Sparse24Weight(values, indices).check_indices(f"{prefix}indices")
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
@@ -191,10 +205,10 @@ def explain_linears(model: nn.Module) -> dict[str, str]:
 def replace_linear(model: nn.Module, name: str, weight: Sparse24Weight | None, epilogue: Epilogue) -> Sparse24Linear:
     """Puts a packed layer at `name`, and an Identity in the place of what it takes over; returns it.
 
-    weight: None is zeros, to load a state into.
+    weight: None is left empty, to load a state into.
     """
     plain = cast(nn.Linear, model.get_submodule(name))
-    weight = sparse24_compress(torch.zeros_like(plain.weight)) if weight is None else weight
+    weight = _empty(plain.weight.detach()) if weight is None else weight
     activation = None if epilogue.activation is None else ACTIVATIONS[type(model.get_submodule(epilogue.activation))]
     scale = None if epilogue.scale is None else next(model.get_submodule(epilogue.scale).parameters())
     layer = Sparse24Linear(weight, plain.bias, activation, scale).train(plain.training)
@@ -212,7 +226,7 @@ def unpack(model: nn.Module) -> None:
             continue
         with torch.device("meta"):
             plain = nn.Linear(module.in_features, module.out_features, bias=False)
-        plain.weight = nn.Parameter(module.weight)
+        plain.weight = nn.Parameter(module.sparse_weight.to_dense())
         plain.register_parameter("bias", module.bias)
         _put(model, name, plain.train(module.training))
         for path, folded in module.folded:
@@ -253,6 +267,11 @@ def _compressed(module: nn.Linear) -> Sparse24Weight | None:
         return sparse24_compress(module.weight)
     except ValueError:  # not 2:4
         return None
+
+
+def _empty(weight: Tensor) -> Sparse24Weight:
+    rows, columns = weight.shape
+    return Sparse24Weight(weight.new_empty(rows, columns // 2), weight.new_empty(rows, columns // 8, dtype=torch.uint8))
 
 
 def _known(model: nn.Module, epilogue: Epilogue) -> Epilogue:

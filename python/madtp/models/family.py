@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from madtp.dtp.settings import BranchSettings
 from madtp.handles import handle_of
 from madtp.hwp.packing import Epilogue
 from madtp.models.encoder import Encoder
-from madtp.models.tower import Tower
+from madtp.models.tower import RaggedTower, Tower
 from madtp.models.towers import TOWERS, tower_of
 
 
@@ -81,11 +82,27 @@ def find_epilogues(path: str, tower: nn.Module, encoder: Encoder) -> dict[str, E
 
 
 class CompressedModel(nn.Module):
-    """Mixed into the classes of patched models: saves what `madtp.from_pretrained` needs beside the weights."""
+    """Mixed into the classes of patched models: saves what loading needs beside the weights, as `patching.saving` says.
+
+    A state dict with damaged settings of its branches is refused before any weight is touched.
+    """
+
+    madtp_settings: BranchSettings
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """That of the Hugging Face class, which makes a plain model or patches it, as the files say."""
+        kinds = (kind for kind in cls.__mro__ if issubclass(kind, PreTrainedModel))
+        source = next(kind for kind in kinds if not issubclass(kind, (CompressedModel, RaggedTower)))
+        return source.from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        # Hugging Face would give weights the names they had in the files the model came from; our loader, as its own,
-        # knows those of the modules.
-        options = {"save_original_format": False} | kwargs
-        super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]  # that of Hugging Face
-        handle_of(self).save(Path(save_directory))
+        write = super().save_pretrained  # type: ignore[misc]  # that of Hugging Face
+        options = inspect.signature(write).bind(save_directory, *args, **kwargs).arguments
+        handle_of(self).save(write, {**options, **options.pop("kwargs", {})})
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        key = f"{prefix}madtp_settings._extra_state"
+        if key in state_dict:
+            self.madtp_settings.parse(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -228,7 +228,9 @@ class RaggedTextTower(RaggedTower):
             raise ValueError(f"encoder_hidden_states must be a tensor of shape (B, M, C), got {described(keys)}")
         left = getattr(keys, "madtp_ragged", None)
         if left is None:
-            left = RaggedBatch.from_padded(keys, real_tokens(mask, *keys.shape[:2], False), None, self.madtp_branch.fixed(self))
+            left = RaggedBatch.from_padded(
+                keys, real_tokens(mask, *keys.shape[:2], False), None, self.madtp_branch.fixed(self)
+            )
         return left.in_order()
 
     def _embedded(self, given: dict[str, Any]) -> tuple[Tensor | None, Tensor]:

@@ -4,8 +4,25 @@
 What the controls do is in `mag`, `dtp` and `hwp`; what is known of model classes is in `models`.
 """
 
-from madtp.patching.handle import Handle, patch
-from madtp.patching.pretrained import from_pretrained
-from madtp.patching.state import ModelError
+from __future__ import annotations
 
-__all__ = ["Handle", "ModelError", "from_pretrained", "patch"]
+from typing import TYPE_CHECKING
+
+from madtp.lazy import attach
+
+if TYPE_CHECKING:
+    from madtp.patching.handle import Handle as Handle
+    from madtp.patching.handle import patch as patch
+    from madtp.patching.pretrained import from_pretrained as from_pretrained
+    from madtp.patching.state import ModelError as ModelError
+
+_API = {
+    "Handle": "madtp.patching.handle",
+    "ModelError": "madtp.patching.state",
+    "from_pretrained": "madtp.patching.pretrained",
+    "patch": "madtp.patching.handle",
+}
+
+__all__ = list(_API)
+# Lazy because transformers registers `quantizer` in the midst of its own import.
+__getattr__, __dir__ = attach(__name__, _API)

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -14,8 +13,9 @@ from madtp.config import CompressionConfig
 from madtp.dtp.branch import Branch, in_this_thread
 from madtp.dtp.ragged import RaggedAttention
 from madtp.dtp.selection_rules import METHOD
+from madtp.dtp.settings import BranchSettings
 from madtp.handles import find_handle
-from madtp.hwp.packing import Epilogue, epilogues_of, unpack
+from madtp.hwp.packing import Epilogue, unpack
 from madtp.mag import AlignmentGuide
 from madtp.models.encoder import RaggedBlock
 from madtp.models.family import CompressedModel, Family, find_epilogues
@@ -24,7 +24,7 @@ from madtp.models.tower import FORWARDS, RaggedTower, change_class, check_forwar
 from madtp.models.versions import check_transformers
 from madtp.patching import explain
 from madtp.patching.keep_rate import check_calibration, check_rates, find_temperatures
-from madtp.patching.state import write_state
+from madtp.patching.saving import save
 
 
 class Handle:
@@ -54,6 +54,7 @@ class Handle:
         try:
             model.madtp_guide = guide
             model.madtp_attention = nn.ModuleDict(attention)
+            model.madtp_settings = BranchSettings(self.pruning)
             for branch, tower in towers.items():
                 tower.madtp_spec, tower.madtp_branch = specs[branch], self.pruning[branch]
             for name, mixin in mixins:
@@ -75,6 +76,11 @@ class Handle:
     def guide(self) -> AlignmentGuide:
         """MAG, with the alignment tokens and each branch's map."""
         return cast(AlignmentGuide, self.model.madtp_guide)
+
+    @property
+    def settings(self) -> BranchSettings:
+        """What the branches are set to, as it travels with a state dict."""
+        return cast(BranchSettings, self.model.madtp_settings)
 
     @property
     def alignment_tokens(self) -> nn.Parameter:
@@ -217,14 +223,14 @@ class Handle:
                 vars(self.tower(branch)).pop(name, None)
         for path, source in reversed(self.sources.items()):
             change_class(self.model.get_submodule(path), source)
-        for name in ("madtp_guide", "madtp_attention", "madtp_handle"):
+        for name in ("madtp_guide", "madtp_attention", "madtp_settings", "madtp_handle"):
             if hasattr(self.model, name):
                 delattr(self.model, name)
         return self.model
 
-    def save(self, directory: Path) -> None:
-        """Writes madtp.json beside the weights, which must be there."""
-        write_state(directory, self.config, self.temperatures, epilogues_of(self.model))
+    def save(self, write: Callable[..., None], options: dict[str, Any]) -> None:
+        """`save_pretrained` of the model, of which `write` is the one of Hugging Face."""
+        save(self, write, **options)
 
 
 def patch(

@@ -4,75 +4,132 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from madtp.files import file_sha256
-from madtp.hwp.packing import replace_linear
+import torch
+
+from madtp.migration import packed_key_mapping
 from madtp.models.registry import FAMILIES
 from madtp.models.versions import check_transformers
-from madtp.patching.handle import patch
-from madtp.patching.state import (
-    STATE_FILE,
-    WEIGHTS_FILE,
-    ModelError,
-    State,
-    not_a_model,
-    read_json,
-    read_state,
-    unreadable,
-)
+from madtp.patching.names import CONFIG_FILE, STATE_FILE
+from madtp.patching.quantizer import check_device_map
+from madtp.patching.state import ModelError, not_a_model, read_json, read_settings, unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def from_pretrained(directory: str | os.PathLike) -> PreTrainedModel:
-    """Loads a compressed model that `save_pretrained` wrote: weights, alignment tokens, temperatures.
+def from_pretrained(
+    directory: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    attn_implementation: Any = None,
+    variant: str | None = None,
+    subfolder: str = "",
+    use_safetensors: bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    revision: str = "main",
+) -> PreTrainedModel:
+    """Loads a compressed model that `save_pretrained` wrote: weights, alignment tokens, settings of the branches.
+
+    The classes of transformers load it too, with the arguments of theirs. This function also finds the class, refuses
+    what is not complete and as it was written, and reads the directories of earlier versions.
+
+    Args:
+        directory: a folder, or the id of a model on the Hugging Face Hub.
+        dtype: None or "auto" is the one it was saved in. torch_dtype: its older name.
+        device_map: a device, or what names one: a patched model is not split.
+        attn_implementation: of the parts that are not pruned.
+        variant: of `save_pretrained`.
+        subfolder: where in the directory the model is.
+        use_safetensors: there is no other format.
+        cache_dir, force_download, local_files_only, token, revision: of a model on the Hub.
 
     Returns:
         the patched model, in eval mode, ready to prune.
 
     Raises:
-        ModelError: the directory lacks something, or is of another version or class; says what to do. RuntimeError:
-            transformers is too old.
+        ModelError: the directory lacks something, is not as it was written, or of another version or class; says what
+            to do. ValueError: an argument breaks its rule. RuntimeError: transformers is too old.
     """
     check_transformers()
-    directory = Path(directory)
-    state = read_state(directory)
-    return _load(directory, _model_class(directory), state)
+    dtype = _dtype(torch_dtype if dtype is None else dtype)
+    check_device_map(device_map)
+    if use_safetensors not in (None, True):
+        raise ValueError(f"use_safetensors must be None or True, got {use_safetensors!r}")
+    hub = {
+        "cache_dir": cache_dir,
+        "force_download": force_download,
+        "local_files_only": local_files_only,
+        "token": token,
+        "revision": revision,
+        "subfolder": subfolder,
+    }
+    folder = _folder(directory, hub)
+    settings, old = read_settings(folder)
+    kind = _model_class(folder)
+    options = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
+    try:
+        config = kind.config_class.from_pretrained(folder)
+        config.quantization_config = settings.to_dict()
+        model, loaded = kind.from_pretrained(
+            os.fspath(directory),
+            config=config,
+            dtype=dtype,
+            device_map=device_map,
+            variant=variant,
+            key_mapping=packed_key_mapping(settings.sparse24) if old else None,
+            ignore_mismatched_sizes=True,  # which the line below names
+            output_loading_info=True,
+            **hub,
+            **options,
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # every reader (json, safetensors, transformers) has its own kind
+        raise unreadable(directory, error) from error
+    mismatched = {name for name, *_ in loaded["mismatched_keys"]}
+    wrong = sorted({*loaded["missing_keys"], *loaded["unexpected_keys"], *mismatched})
+    if wrong:
+        raise ModelError(f"{directory}: weights must match {CONFIG_FILE}, {len(wrong)} do not (first: {wrong[0]})")
+    return model
+
+
+def _dtype(dtype: Any) -> Any:
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f'dtype must be one of torch, its name, or "auto", got {dtype!r}')
+    return getattr(torch, dtype)
+
+
+def _folder(directory: str | os.PathLike, hub: dict[str, Any]) -> Path:
+    """Where the files are that say what the model is, fetched where `directory` is a model on the Hub."""
+    local = Path(directory)
+    if not isinstance(directory, str) or local.is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", directory):
+        return local / hub["subfolder"]
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(directory, CONFIG_FILE, **hub)
+        return Path(str(cached_file(directory, STATE_FILE, **hub))).parent
+    except OSError as error:
+        raise not_a_model(directory, ValueError(str(error).splitlines()[0])) from error
 
 
 def _model_class(directory: Path) -> Any:
     try:
-        kind = read_json(directory, "config.json")["architectures"][0]
+        kind = read_json(directory, CONFIG_FILE)["architectures"][0]
     except (KeyError, TypeError, IndexError) as error:
         raise not_a_model(directory, error) from error
     by_name = {family.source.__name__: family.source for family in FAMILIES if family.source is not None}
     if kind not in by_name:
         raise ModelError(f"{directory} must hold one of {list(by_name)}, got {kind}")
     return by_name[kind]
-
-
-def _load(directory: Path, kind: Any, state: State) -> PreTrainedModel:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        model: PreTrainedModel = kind(kind.config_class.from_pretrained(directory))
-        patch(model, state.config).set_temperature(state.temperatures)
-        if file_sha256(directory / WEIGHTS_FILE) != state.weights_sha256:
-            raise ValueError(f"{WEIGHTS_FILE} is not as it was written: its checksum does not match {STATE_FILE}")
-        weights = load_file(directory / WEIGHTS_FILE)
-        layers = {name: replace_linear(model, name, None, epilogue) for name, epilogue in state.sparse24.items()}
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        for name, layer in layers.items():
-            layer.sparse_weight.check_indices(f"{name}.indices")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise unreadable(directory, error) from error
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    wrong = sorted({*missing, *unexpected} - tied)
-    if wrong:
-        raise ModelError(f"{directory}: weights must match config.json, {len(wrong)} do not (first: {wrong[0]})")
-    model.tie_weights()
-    return model.eval()

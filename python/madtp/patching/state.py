@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""madtp.json, written and read: what a saved model holds beside its weights and the config.json of Hugging Face."""
+"""What a saved model says of itself: settings in config.json, which Hugging Face reads, and checksums in madtp.json."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 from madtp.config import CompressionConfig
 from madtp.files import atomic_write, file_sha256
 from madtp.hwp.packing import Epilogue
-from madtp.migration import migrate_config
+from madtp.migration import migrate_model
+from madtp.patching.names import CONFIG_FILE, QUANT_METHOD, STATE_FILE
 
-STATE_FILE, WEIGHTS_FILE = "madtp.json", "model.safetensors"
-STATE_VERSION = 4
+STATE_VERSION = 5  # of madtp.json, and of the settings
+OLD_VERSIONS = (3, 4)  # of madtp.json, which held all of it
 
 
 class ModelError(RuntimeError):
@@ -23,66 +24,111 @@ class ModelError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class State:
-    """What madtp.json says, version aside."""
+class Settings:
+    """The `quantization_config` of config.json."""
 
     config: CompressionConfig
-    temperatures: dict[str, float]  # by branch
+    branches: dict[str, dict[str, Any]]  # as `BranchSettings.values`
     sparse24: dict[str, Epilogue]  # the packed 2:4 layers by name, and what each has taken over
-    weights_sha256: str  # of the weights it was written beside
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": STATE_VERSION,
+            "config": self.config.to_dict(),
+            "branches": self.branches,
+            "sparse24": {name: epilogue._asdict() for name, epilogue in self.sparse24.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> Settings:
+        """Raises ModelError for values of another version, or that lack something; `where` they stand is in it."""
+        _check_version(values, where)
+        try:
+            return cls(
+                CompressionConfig.from_dict(values["config"]),
+                {branch: dict(settings) for branch, settings in values["branches"].items()},
+                {name: Epilogue(**epilogue) for name, epilogue in values["sparse24"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise unreadable(where, error) from error
 
 
-def write_state(
-    directory: Path, config: CompressionConfig, temperatures: Mapping[str, float], sparse24: Mapping[str, Epilogue]
-) -> None:
-    """Writes madtp.json, whole or not at all, beside the weights, which must be there."""
-    values = {
-        "version": STATE_VERSION,
-        "config": config.to_dict(),
-        "temperatures": dict(temperatures),
-        "sparse24": {name: epilogue._asdict() for name, epilogue in sparse24.items()},
-        "weights_sha256": file_sha256(directory / WEIGHTS_FILE),
-    }
+def write_checksums(directory: Path, names: Iterable[str], others: Mapping[str, str]) -> None:
+    """Writes madtp.json beside the files it is about; `others` are checksums of files that lie where it goes."""
+    checksums = {**others, **{name: file_sha256(directory / name) for name in names}}
+    values = {"version": STATE_VERSION, "sha256": dict(sorted(checksums.items()))}
     atomic_write(directory / STATE_FILE, json.dumps(values, indent=2) + "\n")
 
 
-def read_state(directory: Path) -> State:
-    """Reads madtp.json, of this version or of one that can be brought up to it.
+def read_checksums(directory: Path) -> dict[str, str]:
+    """File name -> SHA-256, of madtp.json. Raises ModelError where it cannot be read."""
+    return _read_state(directory)[1]
+
+
+def read_settings(directory: Path) -> tuple[Settings, bool]:
+    """The settings of a directory, and whether they are of an old version, with old names in the weights.
 
     Raises:
-        ModelError: it is not there, of another version, or does not hold what it should.
+        ModelError: madtp.json is not there, is of another version, or does not hold what it should; config.json is not
+            as it was written.
     """
-    path, values = directory / STATE_FILE, read_json(directory, STATE_FILE)
-    version = values.get("version") if isinstance(values, dict) else None
-    try:
-        if version == 3:
-            values, version = values | {"config": migrate_config(values["config"])}, STATE_VERSION
-        if version != STATE_VERSION:
-            newer = isinstance(version, int) and version > STATE_VERSION
-            remedy = "install a newer madtp" if newer else "save the model again"
-            raise ModelError(f"{path} must be of version {STATE_VERSION}, got {version}: {remedy}")
-        return State(
-            CompressionConfig.from_dict(values["config"]),
-            {branch: float(temperature) for branch, temperature in values["temperatures"].items()},
-            {name: Epilogue(**epilogue) for name, epilogue in values["sparse24"].items()},
-            values["weights_sha256"],
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise unreadable(directory, error) from error
+    old, checksums = _read_state(directory)
+    if old is not None:
+        return Settings.from_dict(old, str(directory / STATE_FILE)), True
+    check_files(directory, [CONFIG_FILE], checksums)
+    config = read_json(directory, CONFIG_FILE)
+    values = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
+        raise not_a_model(directory, ValueError(f"{CONFIG_FILE} has no quantization_config of {QUANT_METHOD}"))
+    return Settings.from_dict(values, str(directory / CONFIG_FILE)), False
+
+
+def check_files(directory: Path, names: Iterable[str], checksums: Mapping[str, str]) -> None:
+    """Raises ModelError for a file that is missing, no regular file, or not as it was written."""
+    for name in names:
+        if not (directory / name).is_file():
+            raise unreadable(directory, ValueError(f"{name} is not there"))
+        if checksums.get(name) != file_sha256(directory / name):
+            reason = f"{name} is not as it was written: its checksum does not match {STATE_FILE}"
+            raise unreadable(directory, ValueError(reason))
 
 
 def read_json(directory: Path, name: str) -> Any:
     """The values of a file of a saved model. Raises ModelError where there is none."""
     try:
+        if not (directory / name).is_file():
+            raise ValueError(f"it has no file {name}")
         return json.loads((directory / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise not_a_model(directory, error) from error
 
 
-def not_a_model(directory: Path, error: Exception) -> ModelError:
+def not_a_model(directory: object, error: Exception) -> ModelError:
     return ModelError(f"{directory} is not a compressed model ({error}); `madtp compress --out NEW_FOLDER` makes one")
 
 
-def unreadable(directory: Path, error: Exception) -> ModelError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+def unreadable(directory: object, error: Exception) -> ModelError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ModelError(f"{directory} cannot be read ({reason}); save the model again")
+
+
+def _read_state(directory: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """Settings that madtp.json of an old version held, and the checksums."""
+    values = read_json(directory, STATE_FILE)
+    try:
+        if isinstance(values, dict) and values.get("version") in OLD_VERSIONS:
+            settings, checksums = migrate_model(values)
+            return {"version": STATE_VERSION} | settings, checksums
+        _check_version(values, str(directory / STATE_FILE))
+        return None, dict(values["sha256"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise unreadable(directory, error) from error
+
+
+def _check_version(values: Any, where: str) -> None:
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != STATE_VERSION:
+        newer = isinstance(version, int) and version > STATE_VERSION
+        remedy = "install a newer madtp" if newer else "save the model again"
+        raise ModelError(f"{where} must be of version {STATE_VERSION}, got {version}: {remedy}")

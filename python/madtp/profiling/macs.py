@@ -247,7 +247,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, int, int]]:
     seen = set()
     for name, module in model.named_modules():
         if isinstance(module, Sparse24Linear):
-            yield name, module.sparse_weight.shape.numel(), int(module.values.count_nonzero())
+            yield name, module.sparse_weight.shape.numel(), int(module.weight.count_nonzero())
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the branches of a model are set to, as plain values and as a tensor that travels with its state dict."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from madtp.dtp.selection_rules import METHOD, SELECTIONS
+
+if TYPE_CHECKING:
+    from madtp.dtp.branch import Branch
+
+CAPACITIES = ("exact", "upper_bound")
+VERSION = 1  # of the extra state
+SIZE_MULTIPLE = 512  # bytes
+
+Values = dict[str, dict[str, Any]]  # branch -> name of a setting -> its value
+
+
+class BranchSettings(nn.Module):
+    """The settings of the branches: temperature, capacity, selection, samples_per_feature. No parameters, no forward.
+
+    In a state dict they are the extra state of this module: JSON as a uint8 tensor, for safetensors and accelerate
+    write nothing but tensors, filled up with spaces so that it is of one size whatever the numbers. A state dict
+    without it, of an earlier version, loads too: what is set stays.
+    """
+
+    def __init__(self, branches: Mapping[str, Branch]):
+        super().__init__()
+        self.branches = branches
+
+    def values(self) -> Values:
+        return {name: {key: getattr(branch, key) for key in _RULES} for name, branch in self.branches.items()}
+
+    def set(self, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """Sets what is given. Raises ValueError as `check` does; nothing is changed then."""
+        self.check(values)
+        for name, given in values.items():
+            for key, value in given.items():
+                setattr(self.branches[name], key, float(value) if key == "temperature" else value)
+
+    def check(self, values: Any) -> None:
+        """Raises ValueError for values that are not of these branches, or break the rule of a setting."""
+        branches = list(self.branches)
+        if not isinstance(values, Mapping) or sorted(values) != sorted(branches):
+            got = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+            raise ValueError(f"settings must be for branches {', '.join(branches)}, got {got}")
+        for name, given in values.items():
+            if not isinstance(given, Mapping):
+                raise ValueError(f"settings of {name} must be a mapping, got {type(given).__name__}")
+            for key, value in given.items():
+                if key not in _RULES:
+                    raise ValueError(f"settings of {name} must be some of {', '.join(_RULES)}, got {key!r}")
+                rule, holds = _RULES[key]
+                if not holds(value):
+                    raise ValueError(f"{key} of {name} must be {rule}, got {value!r}")
+            selection = given.get("selection", self.branches[name].selection)
+            if given.get("capacity", "exact") != "exact" and selection != METHOD:
+                raise ValueError(f'capacity of {name} must be "exact" with selection {selection!r}')
+
+    def get_extra_state(self) -> Tensor:
+        text = json.dumps({"version": VERSION, "branches": self.values()}).encode()
+        text = text.ljust(-(-len(text) // SIZE_MULTIPLE) * SIZE_MULTIPLE)
+        return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        self.set(self.parse(state))
+
+    def parse(self, state: Any) -> Values:
+        """The values of an extra state. Raises ValueError where it is damaged, or of other branches."""
+        if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
+            got = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(f"extra state of the branches must be uint8 of one dimension, got {got}")
+        try:
+            saved = json.loads(bytes(state.tolist()))
+            version, values = saved["version"], saved["branches"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"extra state of the branches must be JSON of their settings, got {reason}") from error
+        if version != VERSION:
+            raise ValueError(f"extra state of the branches must be of version {VERSION}, got {version!r}")
+        self.check(values)
+        return values
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if f"{prefix}_extra_state" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_RULES = {  # setting -> its rule in words, and as a function
+    "temperature": ("a finite number >= 0", lambda value: _is_number(value) and 0 <= value and math.isfinite(value)),
+    "capacity": (f"one of {', '.join(CAPACITIES)}", lambda value: value in CAPACITIES),
+    "selection": (f"one of {', '.join(SELECTIONS)}", lambda value: value in SELECTIONS),
+    "samples_per_feature": (
+        "an integer of at least 1",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+    ),
+}

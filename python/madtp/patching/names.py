@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the files of a saved model are called, and the method that config.json says it was made by."""
+
+CONFIG_FILE, STATE_FILE = "config.json", "madtp.json"
+QUANT_METHOD = "madtp"  # of `quantization_config` in config.json, by which transformers finds who loads it
+EXTRA_STATE = "madtp_settings._extra_state"  # the key of `BranchSettings` in a state dict

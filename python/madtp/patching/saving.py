@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""save_pretrained() of a patched model: what Hugging Face writes, settings in its config.json, and madtp.json."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from madtp.hwp.packing import epilogues_of
+from madtp.patching.names import CONFIG_FILE, EXTRA_STATE, STATE_FILE
+from madtp.patching.state import ModelError, Settings, read_checksums, write_checksums
+
+if TYPE_CHECKING:
+    from madtp.patching.handle import Handle
+
+
+def save(
+    handle: Handle,
+    write: Callable[..., None],
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> None:
+    """Saves a patched model, or refuses before anything is written.
+
+    The files come into being in a folder of their own inside the directory, and change their place when all are there,
+    madtp.json last. What is left of an earlier save of the same variant goes then.
+
+    Args:
+        write: `save_pretrained` of Hugging Face, bound to the model.
+        state_dict: None takes that of the model. Settings that it carries are saved, else those of the model.
+        options: the others of `save_pretrained`, by name.
+
+    Raises:
+        ValueError: an argument cannot be followed: names it.
+    """
+    model: Any = handle.model
+    if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are written then
+        write(save_directory, is_main_process, state_dict, **options)
+        return
+    _check_options(save_directory, options)
+    # Names are those of the modules, and not those of the files that the model once came from.
+    options = {**options, "save_original_format": False}
+    if not is_main_process:  # which has a part in gathering at most
+        write(save_directory, is_main_process, state_dict, **options)
+        return
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("model must not be quantized by another method, which config.json has no place for")
+    values = handle.settings.values()
+    if state_dict is not None:
+        state_dict = _complete(handle, state_dict)
+        values = handle.settings.parse(state_dict[EXTRA_STATE])
+    settings = Settings(handle.config, values, epilogues_of(model))
+    directory = Path(save_directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
+        model.config.quantization_config = settings.to_dict()
+        try:
+            write(folder, is_main_process, state_dict, **options)
+        finally:
+            del model.config.quantization_config
+        _move(Path(folder), directory, options.get("variant"))
+
+
+def _check_options(directory: str | os.PathLike, options: Mapping[str, Any]) -> None:
+    if os.path.isfile(directory):
+        raise ValueError(f"save_directory must be a directory, got the file {os.fspath(directory)}")
+    remedies = {
+        "push_to_hub": (False, "call model.push_to_hub(repo_id), which saves and uploads"),
+        "distributed_checkpoint": (False, "torch.distributed.checkpoint saves a state dict, settings included"),
+        "save_original_format": (False, "weights have the names of their modules"),
+        "safe_serialization": (True, "weights are written as safetensors"),
+    }
+    for name, (only, remedy) in remedies.items():
+        if options.get(name) not in (None, only):
+            raise ValueError(f"{name} must be {only} for a patched model, got {options[name]!r}: {remedy}")
+    variant = options.get("variant")
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w.-]+", variant)):
+        raise ValueError(f"variant must be a part of a file name, such as fp16, got {variant!r}")
+    size = options.get("max_shard_size", "50GB")
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+        ok = isinstance(size, str) or (isinstance(size, int) and size > 0)
+    except ValueError:
+        ok = False
+    if not ok:
+        raise ValueError(f'max_shard_size must be a number of bytes or such as "5GB", got {size!r}')
+
+
+def _complete(handle: Handle, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy with the settings in it. Raises ValueError where it is not a state dict of the model."""
+    model, complete = handle.model, dict(state_dict)
+    complete.setdefault(EXTRA_STATE, handle.settings.get_extra_state())
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    expected = set(model.state_dict())
+    wrong = sorted((expected - complete.keys() - tied) | (complete.keys() - expected))
+    if wrong:
+        raise ValueError(f"state_dict must be one of the model, {len(wrong)} keys are not (first: {wrong[0]})")
+    return complete
+
+
+def _move(folder: Path, directory: Path, variant: str | None) -> None:
+    """Brings what was written to its place, and removes what an earlier save of the variant left."""
+    written = set(os.listdir(folder))
+    part = "" if variant is None else re.escape(f".{variant}")
+    of_variant = re.compile(rf"model{part}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{part}\.json")
+    left = {name for name in os.listdir(directory) if of_variant.fullmatch(name)} - written
+    weights = [name for name in written if name.endswith(".safetensors")]
+    try:
+        before = read_checksums(directory)
+    except ModelError:
+        before = {}
+    others = {name: digest for name, digest in before.items() if name not in left and (directory / name).is_file()}
+    write_checksums(folder, [CONFIG_FILE, *weights], others)
+    last = [CONFIG_FILE, STATE_FILE]
+    for name in (*sorted(written - set(last)), *last):
+        os.replace(folder / name, directory / name)
+    for name in left:
+        os.remove(directory / name)
