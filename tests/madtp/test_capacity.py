@@ -15,15 +15,15 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 def blip_questions(model, inputs):
     index = torch.tensor([1, 0, 1, 3], device=model.device)  # two questions share an image
-    return model._encode(
-        inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], False, index
-    ).to_padded()
+    return model.encode_questions(
+        inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], image_index=index
+    )
 
 
 # Decoders and the Q-Former, which are transformers' own, read on the host whether a mask hides anything. What they get:
 BEFORE_DECODERS = {
     "BlipForQuestionAnswering": blip_questions,
-    "BlipForConditionalGeneration": lambda model, inputs: model._encode(inputs["pixel_values"], False),
+    "BlipForConditionalGeneration": lambda model, inputs: model.vision_model(inputs["pixel_values"]),
 } | dict.fromkeys(
     ("Blip2ForConditionalGeneration", "Blip2Model", "Blip2ForImageTextRetrieval"),
     lambda model, inputs: model.vision_model(inputs["pixel_values"]),

@@ -57,7 +57,7 @@ def test_export_with_a_batch_of_any_size(temperature):
     torch.testing.assert_close(program(**more).pooler_output, model(**more).pooler_output, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 @torch.no_grad()
 def test_trace_has_the_dense_model_alone():
     for capacity in ("exact", "upper_bound"):

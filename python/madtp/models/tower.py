@@ -57,7 +57,7 @@ class RaggedTower(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        source: type = cls.__mro__[cls.__mro__.index(RaggedTower) + 1]
+        source: Any = cls.__mro__[cls.__mro__.index(RaggedTower) + 1]
         if source is nn.Module:  # a tower of no Hugging Face class yet
             return
         cls.madtp_arguments = Arguments.of(source.forward)
@@ -100,7 +100,7 @@ class RaggedTower(nn.Module):
             mask = None  # ignored
         keys = self._keys(given)
         source, hidden = self._embedded(given)
-        mask = real_tokens(mask, *hidden.shape[:2], self.madtp_spec.encoder.causal)
+        mask = real_tokens(mask, hidden.shape[0], hidden.shape[1], self.madtp_spec.encoder.causal)
         record: list[RaggedBatch] | None = [] if states else None
         batch = self._encode(source, hidden, mask, keys, record)
         last_hidden_state = batch.to_positions()
@@ -180,12 +180,10 @@ class RaggedTower(nn.Module):
 
     def _padded(self, record: list[RaggedBatch], chosen: Any, last: Tensor) -> tuple[Tensor | None, ...]:
         """The hidden states as Hugging Face has them: all, or those of some indices, and None for the others."""
-        numbers = range(len(record))
-        if chosen is not True:
-            numbers = {
-                numbers[i] for i in ([chosen] if isinstance(chosen, int) else chosen) if abs(i + 0.5) < len(record)
-            }
-        states = [state.to_positions() if i in numbers else None for i, state in enumerate(record)]
+        count = len(record)
+        indices: Any = range(count) if chosen is True else [chosen] if isinstance(chosen, int) else chosen
+        wanted = {i % count for i in indices if -count <= i < count}
+        states = [state.to_positions() if i in wanted else None for i, state in enumerate(record)]
         if getattr(self.config, "tie_last_hidden_states", False) and states[-1] is not None:
             states[-1] = last
         return tuple(states)
@@ -229,7 +227,7 @@ class RaggedTextTower(RaggedTower):
         left = getattr(keys, "madtp_ragged", None)
         if left is None:
             left = RaggedBatch.from_padded(
-                keys, real_tokens(mask, *keys.shape[:2], False), None, self.madtp_branch.fixed(self)
+                keys, real_tokens(mask, keys.shape[0], keys.shape[1], causal=False), None, self.madtp_branch.fixed(self)
             )
         return left.in_order()
 
