@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CAPACITIES = ("exact", "upper_bound")
 VERSION = 1  # of the extra state
+EXTRA_STATE = "madtp_settings._extra_state"  # its key in the state dict of a patched model
 SIZE_MULTIPLE = 512  # bytes
 
 Values = dict[str, dict[str, Any]]  # branch -> name of a setting -> its value

@@ -11,7 +11,7 @@ from operator import attrgetter
 from torch import nn
 from transformers import PreTrainedModel
 
-from madtp.dtp.settings import BranchSettings
+from madtp.dtp.settings import EXTRA_STATE, BranchSettings
 from madtp.handles import handle_of
 from madtp.hwp.packing import Epilogue
 from madtp.models.encoder import Encoder
@@ -102,7 +102,7 @@ class CompressedModel(nn.Module):
         handle_of(self).save(write, {**options, **options.pop("kwargs", {})})
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        key = f"{prefix}madtp_settings._extra_state"
+        key = prefix + EXTRA_STATE
         if key in state_dict:
             self.madtp_settings.parse(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args)

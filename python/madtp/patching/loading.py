@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from madtp.dtp.settings import EXTRA_STATE
 from madtp.handles import find_handle
 from madtp.hwp.packing import Epilogue, Sparse24Linear, replace_linear
 from madtp.models.registry import family_of
 from madtp.patching.handle import patch
-from madtp.patching.names import CONFIG_FILE, EXTRA_STATE, STATE_FILE
+from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.state import ModelError, Settings, check_files, read_checksums, unreadable
 
 WHERE = f"quantization_config of {CONFIG_FILE}"

@@ -3,4 +3,3 @@
 
 CONFIG_FILE, STATE_FILE = "config.json", "madtp.json"
 QUANT_METHOD = "madtp"  # of `quantization_config` in config.json, by which transformers finds who loads it
-EXTRA_STATE = "madtp_settings._extra_state"  # the key of `BranchSettings` in a state dict

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
+from madtp.dtp.settings import EXTRA_STATE
 from madtp.hwp.packing import epilogues_of
-from madtp.patching.names import CONFIG_FILE, EXTRA_STATE, STATE_FILE
+from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.state import ModelError, Settings, read_checksums, write_checksums
 
 if TYPE_CHECKING:
