@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from madtp.hwp.dense_weight import DenseWeight
 from madtp.hwp.folding import ACTIVATIONS, Epilogue, Folded, check_epilogues, find_foldings, known_epilogues, scale_of
 from madtp.hwp.modules import ModuleTree, Place, require_linears, shared_reason, write_unsupported_reason
 from madtp.hwp.takeover import (
@@ -74,8 +75,8 @@ class Sparse24Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(N, C): the dense weight, made anew at every read, so that writing to it is an error."""
-        return self.sparse_weight.to_dense().as_subclass(_MadeAnew)
+        """(N, C): the dense weight, made anew at every read; so writing to it is an error, but not to a copy of it."""
+        return self.sparse_weight.to_dense().as_subclass(DenseWeight)
 
     @property
     def in_features(self) -> int:
@@ -150,28 +151,6 @@ class Sparse24Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
-
-
-class _MadeAnew(Tensor):
-    """The dense weight of a packed layer: writing to it would be lost, and is refused."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        name = func.__name__
-        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        written = in_place or name in ("__set__", "__setitem__") or name in _IN_PLACE
-        if written and args and isinstance(args[0], cls):
-            raise RuntimeError(
-                "weight of a packed 2:4 layer must not be written to, it is made anew at every read: unpack the model "
-                "first (madtp.hwp.unpack), and for LoRA do not merge"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        return result.as_subclass(cls) if func == _GET_DATA else result  # or `weight.data.add_` were lost
-
-
-_GET_DATA: Any = vars(torch._C.TensorBase)["data"].__get__
-_IN_PLACE = tuple(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"))
 
 
 def linear(module: nn.Module, x: Tensor, num_rows: Tensor | None = None) -> Tensor:
