@@ -108,6 +108,7 @@ def test_adapters_are_saved_and_loaded(tmp_path):
     torch.testing.assert_close(loaded(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_lora_around_a_patched_model(blip, batch):
     import madtp
     from madtp.hwp.lora import support_packed

@@ -136,6 +136,8 @@ def require_linears(
     what: str, names: Iterable[str], tree: ModuleTree, others: type[nn.Module] = nn.Linear
 ) -> dict[str, Any]:
     """The named modules; raises ValueError for the first that is no Linear of the model, nor of the other kind."""
+    if isinstance(names, str):
+        raise ValueError(f"{what} must be a list of names, got str {names!r}")
     found = {name: tree.modules.get(name) for name in names}
     for name, module in found.items():
         if not isinstance(module, nn.Linear | others):

@@ -134,9 +134,12 @@ def permute_mlps(
     pairs, tree = mlp_pairs(model) if pairs is None else list(pairs), ModuleTree(model)
     linears(model, [second for _, second in pairs], pattern)
     linears(model, [first for first, _ in pairs], Pattern(1, 1))
-    for name in dict.fromkeys(name for pair in pairs for name in pair):
-        reason = _permutation_unsupported_reason(tree[name], tree)
-        require(reason is None, f"modules[{name!r}]", "a Linear of one MLP alone", reason)
+    for first, second in pairs:
+        reason = write_unsupported_reason(tree[first], "bias") or shared_reason(tree[first], "bias", tree)
+        for name in (first, second):
+            places = [names[0] for names in tree.places(tree[name]).values()]
+            reason = reason or (f"{name!r} that is {' and '.join(places)}" if len(places) > 1 else None)
+        require(reason is None, "pairs", f"of Linears that no other MLP uses, as ({first!r}, {second!r})", reason)
     found: dict[str, Permutation] = {}
     values: dict[Tensor, Tensor] = {}
     for first, second in pairs:
@@ -146,14 +149,6 @@ def permute_mlps(
         values |= _folded(one, other, found[second].order, values)
     write_parameters(values)
     return found
-
-
-def _permutation_unsupported_reason(module: nn.Module, tree: ModuleTree) -> str | None:
-    """Why another order of the channels of a Linear would reach more than the other Linear of its MLP."""
-    places = tree.places(module)
-    if len(places) > 1:
-        return f"it is registered as {', '.join(names[0] for names in places.values())}"
-    return write_unsupported_reason(module, "bias") or shared_reason(module, "bias", tree)
 
 
 def _share_kept(weight: Tensor, n: int, m: int, score: Tensor | None) -> float:
