@@ -118,24 +118,17 @@ class Sparse24Linear(nn.Module):
         last = (leading.numel(), residual is not None)
         if torch.compiler.is_compiling() or last != self._last:  # a module sets slowly; a compiler guards what is read
             self._last = last
-        if len(leading) != 1:
-            in_features, shape = self.in_features, (*leading, self.out_features)
-            ok = input.ndim > 0 and input.shape[-1] == in_features
-            require(ok, "input", f"(..., {in_features}) like the weight", input)
-            if residual is not None:
-                require(residual.shape == shape, "residual", f"of shape {shape} like the output", residual)
+        if residual is not None:
+            if residual.dtype != input.dtype:  # under autocast: the sum has the wider type
+                y = Sparse24Linear.forward(self, input, None, num_rows, epilogue=epilogue)
+                require(residual.shape == y.shape, "residual", f"of shape {tuple(y.shape)} like the output", residual)
+                return y + residual
+            if len(leading) != 1:
+                rule = f"of shape {(*leading, self.out_features)} like the output"
+                require(residual.shape[:-1] == leading, "residual", rule, residual)
                 residual = residual.flatten(0, -2) if leading else residual[None]
-            rows = input.flatten(0, -2) if leading else input[None]
-            return self._rows(rows, residual, num_rows, epilogue).view(shape)
-        return self._rows(input, residual, num_rows, epilogue)
-
-    def _rows(self, x: Tensor, residual: Tensor | None, num_rows: Tensor | None, epilogue: bool) -> Tensor:
-        if residual is not None and residual.dtype != x.dtype:  # under autocast: the sum has the wider type
-            shape = (x.shape[0], self.out_features)
-            require(residual.shape == shape, "residual", f"of shape {shape} like the output", residual)
-            return self._rows(x, None, num_rows, epilogue) + residual
-        return sparse24_linear(
-            x,
+        y = sparse24_linear(
+            input if len(leading) == 1 else input.flatten(0, -2) if leading else input[None],
             self.sparse_weight,
             self.bias,
             activation=self.activation if epilogue else None,
@@ -143,6 +136,7 @@ class Sparse24Linear(nn.Module):
             scale=self.scale if epilogue else None,
             num_rows=num_rows,
         )
+        return y if len(leading) == 1 else y.view(*leading, y.shape[1])
 
     def finish(self, y: Tensor) -> Tensor:
         """The activation and the scale, of what `forward` returns without its epilogue."""
