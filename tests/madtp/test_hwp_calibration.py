@@ -116,7 +116,9 @@ def test_a_branch_that_keeps_all_weighs_evenly(blip, batch):
 
 
 def test_bad_input(blip):
-    with pytest.raises(ValueError, match="modules must name Linear modules of the model, got 'vision_model'"):
+    with pytest.raises(
+        ValueError, match="modules must name Linear modules, got 'vision_model', which is a BlipVisionModel"
+    ):
         with collect_inputs(blip, ["vision_model"]):
             pass
     for dense in (blip, madtp.patch(blip, CONFIG).model):

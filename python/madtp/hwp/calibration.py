@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from madtp.dtp.branch import exact_capacity
 from madtp.handles import find_handle
-from madtp.hwp.modules import matches
+from madtp.hwp.modules import ModuleTree, matches, require_linears
 from madtp_kernels import Selection, gather_merge
 from madtp_kernels.ragged import sequence_ids
 
@@ -65,20 +65,20 @@ def collect_inputs(
     Raises:
         ValueError: a module is no Linear of the model; token_weighted and the model prunes no tokens.
     """
-    linears = dict(model.named_modules())
+    linears = require_linears("modules", modules, ModuleTree(model))
     statistics = {}
-    for name in modules:
-        module = linears.get(name)
-        if not isinstance(module, nn.Linear):
-            raise ValueError(f"modules must name Linear modules of the model, got {name!r}")
-        weight = module.weight
-        squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for name, module in linears.items():
+        squares = torch.zeros(module.in_features, dtype=torch.float64, device=module.weight.device)
         statistics[name] = InputStatistics(squares, torch.diag(squares) if gram else None)
     with ExitStack() as stack:
         stack.enter_context(exact_capacity(model))
         add = stack.enter_context(_weighted(model, statistics)) if token_weighted else partial(_add_input, statistics)
         for name in statistics:
-            hook = linears[name].register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+
+            def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str = name) -> None:
+                add(name, args[0] if args else kwargs["input"])
+
+            hook = linears[name].register_forward_pre_hook(see, with_kwargs=True)
             stack.callback(hook.remove)
         yield statistics
 

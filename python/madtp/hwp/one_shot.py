@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from madtp.hwp.calibration import InputStatistics
-from madtp.hwp.modules import linears
+from madtp.hwp.modules import linears, write_parameters
 from madtp.hwp.scores import activation_score, norms_of, reconstruct
 from madtp_kernels import Pattern, explain_pattern, nm_mask
 from madtp_kernels.nm_patterns import PatternReport
@@ -64,9 +63,8 @@ def prune_one_shot(
             score = activation_score(weight, norms_of(name, module, {name: statistics[name].norms}))
         pruned[name] = weight.masked_fill(~nm_mask(weight, *pattern, score=score), 0.0)
     kept = {}
-    with torch.no_grad():
-        for name, weight in pruned.items():
-            before = found[name].weight.abs().double()
-            kept[name] = (before * (weight != 0)).sum().item() / max(before.sum().item(), 1e-300)
-            found[name].weight.copy_(weight)
+    for name, weight in pruned.items():
+        before = found[name].weight.detach().abs().double()
+        kept[name] = (before * (weight != 0)).sum().item() / max(before.sum().item(), 1e-300)
+    write_parameters({found[name].weight: weight for name, weight in pruned.items()})
     return OneShotReport(explain_pattern(pattern), kept)

@@ -3,28 +3,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import activations
+from torch.nn.modules.module import _has_any_global_hook
 
-from madtp.handles import find_handle
+from madtp.hwp.folding import ACTIVATIONS, Epilogue, Folded, check_epilogues, find_foldings, known_epilogues, scale_of
+from madtp.hwp.modules import ModuleTree, Place, require_linears, shared_reason, write_unsupported_reason
+from madtp.hwp.takeover import (
+    own_names,
+    replaced_forward_reason,
+    swap,
+    take_over,
+)
 from madtp.migration import PACKED_NAMES
 from madtp_kernels import Sparse24Weight, explain, sparse24_compress, sparse24_linear
+from madtp_kernels.checks import require
 from madtp_kernels.dispatch import Choice
 from madtp_kernels.nm_patterns import is_pattern
+from madtp_kernels.reference.sparse24 import ACTIVATIONS as REFERENCES
 from madtp_kernels.renamed import renamed
-from madtp_kernels.sparse24.weight import supports_shape
-
-ACTIVATIONS = {
-    activations.GELUActivation: "gelu",
-    activations.NewGELUActivation: "gelu_tanh",
-    activations.GELUTanh: "gelu_tanh",
-    activations.QuickGELUActivation: "quick_gelu",
-    nn.ReLU: "relu",
-}
+from madtp_kernels.sparse24.weight import DTYPES, supports_shape
 
 
 class Sparse24Linear(nn.Module):
@@ -60,7 +62,8 @@ class Sparse24Linear(nn.Module):
         self.register_parameter("bias", bias)
         self.register_parameter("scale", scale)
         self.activation = activation
-        self.folded: list[tuple[str, nn.Module]] = []  # where in the model, and what, is a part of this now
+        self.folded: list[Folded] = []  # what stands where something was that is a part of this now
+        self.weight_attributes: tuple[bool, dict[str, Any]] = True, {}  # requires_grad and the like of the dense weight
         self._weight = weight
         self._last = (1, False)  # rows of the last call, and whether it had a residual
 
@@ -100,23 +103,33 @@ class Sparse24Linear(nn.Module):
         residual = "residual" if self._last[1] else None
         return tuple(part for part in (self.activation, scale, residual) if part is not None)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, num_rows: Tensor | None = None) -> Tensor:
-        """x (..., C), residual (..., N) -> (..., N); zeros from row `num_rows` on, which cost nothing on a GPU."""
-        leading = x.shape[:-1]
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, num_rows: Tensor | None = None, *, epilogue: bool = True
+    ) -> Tensor:
+        """input (..., C), residual (..., N) -> (..., N); zeros from row `num_rows` on, which cost nothing on a GPU.
+
+        epilogue: without, it is the product and the bias alone; `finish` does the rest.
+        """
+        leading = input.shape[:-1]
         last = (leading.numel(), residual is not None)
         if torch.compiler.is_compiling() or last != self._last:  # a module sets slowly; a compiler guards what is read
             self._last = last
-        if residual is not None and residual.dtype != x.dtype:  # under autocast: the sum has the wider type
-            return self(x, num_rows=num_rows) + residual
-        if len(leading) != 1:
-            x, residual = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
+        if residual is not None:
+            if residual.dtype != input.dtype:  # under autocast: the sum has the wider type
+                y = Sparse24Linear.forward(self, input, None, num_rows, epilogue=epilogue)
+                require(residual.shape == y.shape, "residual", f"of shape {tuple(y.shape)} like the output", residual)
+                return y + residual
+            if len(leading) != 1:
+                rule = f"of shape {(*leading, self.out_features)} like the output"
+                require(residual.shape[:-1] == leading, "residual", rule, residual)
+                residual = residual.flatten(0, -2) if leading else residual[None]
         y = sparse24_linear(
-            x,
+            input if len(leading) == 1 else input.flatten(0, -2) if leading else input[None],
             self.sparse_weight,
             self.bias,
-            activation=self.activation,
+            activation=self.activation if epilogue else None,
             residual=residual,
-            scale=self.scale,
+            scale=self.scale if epilogue else None,
             num_rows=num_rows,
         )
         return y if len(leading) == 1 else y.view(*leading, y.shape[1])
@@ -138,25 +151,38 @@ class Sparse24Linear(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def finish(self, y: Tensor) -> Tensor:
+        """The activation and the scale, of what `forward` returns without its epilogue."""
+        y = y if self.activation is None else REFERENCES[self.activation](y)
+        return y if self.scale is None else y * self.scale
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
 
 
 def linear(module: nn.Module, x: Tensor, num_rows: Tensor | None = None) -> Tensor:
     """module(x), of rows (T, C); what `Sparse24Linear` makes of `num_rows` where the module is packed."""
-    return module(x) if num_rows is None or not isinstance(module, Sparse24Linear) else module(x, num_rows=num_rows)
+    return module(x) if num_rows is None or not _is_ours_alone(module) else module(x, num_rows=num_rows)
 
 
 def residual_linear(module: nn.Module, x: Tensor, residual: Tensor, num_rows: Tensor | None = None) -> Tensor:
-    """residual + module(x), as one kernel where the module is packed; `num_rows` as in `linear`."""
-    return module(x, residual, num_rows) if isinstance(module, Sparse24Linear) else module(x) + residual
+    """residual + module(x), as one kernel where the module is packed; `num_rows` as in `linear`.
+
+    Hooks on the module see a call of it alone, as they did when it was plain: the sum is apart then.
+    """
+    return module(x, residual, num_rows) if _is_ours_alone(module) else module(x) + residual
 
 
-class Epilogue(NamedTuple):
-    """What a Linear can take over, by module name: the activation on what it returns, and the LayerScale."""
-
-    activation: str | None = None
-    scale: str | None = None
+def _is_ours_alone(module: nn.Module) -> bool:
+    """Whether it is packed, and nobody else sees its calls."""
+    return isinstance(module, Sparse24Linear) and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
 
 
 @renamed(followers="epilogues")
@@ -168,105 +194,198 @@ def pack(
     Weights are final from here on; `unpack` brings them back as plain Linears. Whatever pattern made them, weights are
     2:4 when there are at most 2 non-zeros in every aligned 4 columns (`Pattern.sparse24`).
 
+    Hooks with their handles, attributes, flags, more parameters and buffers, and the hooks of `accelerate` move to the
+    packed layer, and back. A Linear that has several names is packed at all of them, as one layer. Other models that
+    hold the same Linear keep it as it is; but where they hold the module around it, it is packed for them as well.
+
     Args:
         names: of the Linears to pack; None takes all that can be. Those that cannot stay as they are: `explain_linears`
             says why.
-        epilogues: name of a Linear -> what follows it, which is folded into the kernel where it is known. None takes
-            what is known of a patched model.
+        epilogues: name of a Linear -> what follows it, which is folded into the kernel where it is known, and where
+            nothing else sees it: no forward or backward hook on the Linear, none at all on what follows, and no Linear
+            in front of it that is not packed. None takes what is known of a patched model.
 
     Returns:
         name -> what was folded into it, of every layer packed now.
+
+    Raises:
+        ValueError: names has one that is no Linear, or epilogues one that is no module. After this and any other error
+            the model is as it was.
     """
+    tree = ModuleTree(model)
     if epilogues is None:
-        handle = find_handle(model)
-        epilogues = {} if handle is None else handle.epilogues
-    chosen = None if names is None else set(names)
-    packed = {}
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or (chosen is not None and name not in chosen):
-            continue
-        if (weight := _compressed(module)) is not None:
-            packed[name] = _known(model, epilogues.get(name, Epilogue()))
-            replace_linear(model, name, weight, packed[name])
-    return packed
+        epilogues = known_epilogues(model, tree)
+    else:
+        check_epilogues(epilogues, tree)
+    named = tree.linears() if names is None else require_linears("names", names, tree, Sparse24Linear)
+    weights = {
+        module: sparse24_compress(module.weight)
+        for module in named.values()
+        if isinstance(module, nn.Linear) and _dense_reason(module, tree) is None
+    }
+    stand_ins: dict[Place, Folded] = {}
+    modules: list[tuple[Place, nn.Module]] = []
+    for plain, (activation, scale, paths) in find_foldings(weights, epilogues, tree).items():
+        layer = _packed(plain, weights[plain], activation, scale)
+        for path in paths:
+            place = tree.place(path)
+            folded = stand_ins.setdefault(place, Folded(tree[path]))
+            layer.folded.append(folded)
+            modules.append((place, folded))
+        modules += [(place, layer) for place in tree.places(plain)]
+    swap(modules)
+    new = {id(module) for _, module in modules}
+    return {name: epilogue for name, epilogue in epilogues_of(model).items() if id(model.get_submodule(name)) in new}
 
 
 def explain_linears(model: nn.Module) -> dict[str, str]:
     """For every Linear of the model, by name: whether it is packed 2:4, could be, or why it cannot."""
-    report = {}
-    for name, module in model.named_modules():
+    tree, verdicts = ModuleTree(model), dict[int, str]()
+    for module in tree.modules.values():
+        if id(module) in verdicts:
+            continue
         if isinstance(module, Sparse24Linear):
-            report[name] = "2:4, runs sparse" if module.executes_sparse else "2:4, runs dense: faster, or all there is"
+            runs = "2:4, runs sparse" if module.executes_sparse else "2:4, runs dense: faster, or all there is"
+            verdicts[id(module)] = runs
         elif isinstance(module, nn.Linear):
-            report[name] = _misfit(module.weight) or "dense, but 2:4: pack makes it run sparse"
-    return report
+            verdicts[id(module)] = _dense_reason(module, tree) or "dense, but 2:4: pack makes it run sparse"
+    return {name: verdicts[id(module)] for name, module in tree.modules.items() if id(module) in verdicts}
 
 
 def replace_linear(model: nn.Module, name: str, weight: Sparse24Weight | None, epilogue: Epilogue) -> Sparse24Linear:
-    """Puts a packed layer at `name`, and an Identity in the place of what it takes over; returns it.
+    """Puts a packed layer at `name` and all other names of that Linear, with what it is to take over; returns it.
+
+    Where that is done already, under another of its names, what is at the epilogue of this name goes as well.
 
     weight: None is left empty, to load a state into.
+
+    Raises:
+        ValueError: the epilogue is nothing that a kernel knows. KeyError: a name is none of the model.
     """
-    plain = cast(nn.Linear, model.get_submodule(name))
-    weight = _empty(plain.weight.detach()) if weight is None else weight
-    activation = None if epilogue.activation is None else ACTIVATIONS[type(model.get_submodule(epilogue.activation))]
-    scale = None if epilogue.scale is None else next(model.get_submodule(epilogue.scale).parameters())
-    layer = Sparse24Linear(weight, plain.bias, activation, scale).train(plain.training)
-    for path in filter(None, epilogue):
-        layer.folded.append((path, model.get_submodule(path)))
-        _put(model, path, nn.Identity())
-    _put(model, name, layer)
+    tree = ModuleTree(model)
+    layer, modules = tree[name], list[tuple[Place, nn.Module]]()
+    if not isinstance(layer, Sparse24Linear):
+        plain: Any = layer
+        activation, scale = (None if path is None else tree[path] for path in epilogue)
+        kernel = None if activation is None else ACTIVATIONS.get(type(activation))
+        require(activation is None or kernel is not None, f"activation of {name}", "one that folds", repr(activation))
+        vector = None if scale is None else scale_of(scale, plain)
+        require(scale is None or vector is not None, f"scale of {name}", "a LayerScale of its outputs", repr(scale))
+        weight = _empty(plain.weight.detach()) if weight is None else weight
+        layer = _packed(plain, weight, kernel, vector)
+        modules += [(place, layer) for place in tree.places(plain)]
+    folded = [(tree.place(path), Folded(tree[path])) for path in epilogue if path and type(tree[path]) is not Folded]
+    swap([*modules, *folded])
+    layer.folded += [stand_in for _, stand_in in folded]
     return layer
 
 
 def unpack(model: nn.Module) -> None:
-    """Puts plain Linears, and what was folded into them, back where `pack` took them from."""
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, Sparse24Linear):
-            continue
-        with torch.device("meta"):
-            plain = nn.Linear(module.in_features, module.out_features, bias=False)
-        plain.weight = nn.Parameter(module.sparse_weight.to_dense())
-        plain.register_parameter("bias", module.bias)
-        _put(model, name, plain.train(module.training))
-        for path, folded in module.folded:
-            if module.scale is not None and list(folded.parameters()):
-                (parameter,) = [n for n, _ in folded.named_parameters()]
-                setattr(folded, parameter, module.scale)  # which may have been moved, or trained, since
-            _put(model, path, folded)
+    """Puts plain Linears, and what was folded into them, back where `pack` took them from.
+
+    Raises:
+        ValueError: something that was folded is not in this model, but in one around it. After this and any other error
+            the model is as it was.
+    """
+    tree = ModuleTree(model)
+    layers = {id(m): (name, m) for name, m in reversed(tree.modules.items()) if isinstance(m, Sparse24Linear)}
+    modules: list[tuple[Place, nn.Module]] = []
+    for name, layer in layers.values():
+        require(layer is not model, "model", "what holds the packed layers", "one of them")
+        for folded in layer.folded:
+            rule = f"the one that was packed, with the {folded.extra_repr()} that {name} has taken over"
+            require(bool(tree.names(folded)), "model", rule, "a part of it")
+            modules += [(place, _unfolded(folded, layer)) for place in tree.places(folded)]
+        plain = _plain(layer)
+        modules += [(place, plain) for place in tree.places(layer)]
+    swap(modules)
 
 
 def epilogues_of(model: nn.Module) -> dict[str, Epilogue]:
     """For every packed layer, by name: what it has taken over."""
-    return {name: _taken_over(layer) for name, layer in model.named_modules() if isinstance(layer, Sparse24Linear)}
+    tree = ModuleTree(model)
+    found = {}
+    for name, layer in tree.modules.items():
+        if isinstance(layer, Sparse24Linear):
+            scales = [folded for folded in layer.folded if any(True for _ in folded.kept[0].parameters())]
+            others = [folded for folded in layer.folded if folded not in scales]
+            found[name] = Epilogue(_nearest(name, others, tree), _nearest(name, scales, tree))
+    return found
 
 
-def _taken_over(layer: Sparse24Linear) -> Epilogue:
-    paths = [path for path, _ in layer.folded]
-    activation = paths.pop(0) if layer.activation is not None else None
-    return Epilogue(activation, paths.pop() if layer.scale is not None else None)
+def _nearest(name: str, modules: Iterable[nn.Module], tree: ModuleTree) -> str | None:
+    """Of the names of the modules, that with most in common with `name`: a layer of several names has several."""
+    names = [path for module in modules for path in tree.names(module)]
+    return max(names, key=lambda path: len(os.path.commonprefix((path, name))), default=None)
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+_OF_LINEAR = own_names(nn.Linear(1, 1))
+
+
+def _packed(
+    plain: nn.Linear, weight: Sparse24Weight, activation: str | None, scale: nn.Parameter | None
+) -> Sparse24Linear:
+    bias: Any = plain.bias
+    layer = Sparse24Linear(weight, bias, activation, scale)
+    layer.weight_attributes = plain.weight.requires_grad, dict(vars(plain.weight))
+    take_over(plain, layer, _OF_LINEAR)
+    return layer
+
+
+def _plain(layer: Sparse24Linear) -> nn.Linear:
+    with torch.device("meta"):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    requires_grad, attributes = layer.weight_attributes
+    plain.weight = nn.Parameter(layer.sparse_weight.to_dense(), requires_grad)
+    vars(plain.weight).update(attributes)
+    plain.register_parameter("bias", layer.bias)
+    take_over(layer, plain, own_names(Sparse24Linear(layer.sparse_weight)))
+    return plain
+
+
+def _unfolded(folded: Folded, layer: Sparse24Linear) -> nn.Module:
+    (kept,) = folded.kept
+    for name, _ in list(kept.named_parameters()):
+        setattr(kept, name, layer.scale)  # which may have been moved, or trained, since
+    take_over(folded, kept, own_names(folded))
+    return kept
+
+
+def _dense_reason(module: nn.Linear, tree: ModuleTree) -> str | None:
+    """Why a Linear stays dense, or None."""
+    reason = _unsupported_reason(module, tree) or _misfit(module.weight)
+    return None if reason is None else f"dense: {reason}"
+
+
+def _unsupported_reason(module: nn.Linear, tree: ModuleTree) -> str | None:
+    """Why another module could not take the place of this one and be all that it was."""
+    for parameter in ("weight", "bias"):
+        if reason := write_unsupported_reason(module, parameter):
+            return reason
+    if type(module) is not nn.Linear:
+        return f"a {type(module).__name__} is more than a Linear"
+    if any(not attribute for _, attribute in tree.places(module)):
+        return "it is the whole model, nothing holds it"
+    if any(attribute == "_orig_mod" for _, attribute in tree.places(module)):
+        return "it is compiled"
+    weight: Any = module.weight
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        return "weight has hooks on its gradient"
+    taken = sorted((own_names(module) - _OF_LINEAR) & _RESERVED)
+    if taken:
+        return f"{taken[0]} is an attribute of it that a packed layer has too"
+    return replaced_forward_reason(module) or shared_reason(module, "weight", tree)
 
 
 def _misfit(weight: Tensor) -> str | None:
     out_features, in_features = weight.shape
     if not supports_shape(out_features, in_features):
-        return f"dense: {out_features} x {in_features} must be multiples of 8 and 16"
-    return None if is_pattern(weight, "2:4") else "dense: has more than 2 non-zeros in an aligned 4"
-
-
-def _compressed(module: nn.Linear) -> Sparse24Weight | None:
-    out_features, in_features = module.weight.shape
-    if not supports_shape(out_features, in_features):
-        return None
-    try:
-        return sparse24_compress(module.weight)
-    except ValueError:  # not 2:4
-        return None
+        return f"{out_features} x {in_features} must be multiples of 8 and 16"
+    if weight.is_meta or weight.dtype not in DTYPES:
+        return f"weight is {'on the meta device' if weight.is_meta else weight.dtype}"
+    if not is_pattern(weight, "2:4"):
+        return "has more than 2 non-zeros in an aligned 4"
+    return "weight has NaN" if weight.isnan().any() else None
 
 
 def _empty(weight: Tensor) -> Sparse24Weight:
@@ -274,11 +393,9 @@ def _empty(weight: Tensor) -> Sparse24Weight:
     return Sparse24Weight(weight.new_empty(rows, columns // 2), weight.new_empty(rows, columns // 8, dtype=torch.uint8))
 
 
-def _known(model: nn.Module, epilogue: Epilogue) -> Epilogue:
-    """The part of it that the kernel can take over."""
-    activation, scale = epilogue
-    if activation is not None and type(model.get_submodule(activation)) not in ACTIVATIONS:
-        activation, scale = None, None  # a scale comes after the activation
-    if scale is not None and isinstance(model.get_submodule(scale), nn.Identity):
-        scale = None
-    return Epilogue(activation, scale)
+_RESERVED = frozenset(dir(Sparse24Linear)) - frozenset(dir(nn.Linear)) | {
+    "activation",
+    "folded",
+    "scale",
+    "indices",
+}

@@ -8,13 +8,13 @@ same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from madtp.hwp.modules import linears
+from madtp.hwp.modules import ModuleTree, linears, shared_reason, write_parameters, write_unsupported_reason
 from madtp_kernels import Pattern, nm_mask
 from madtp_kernels.checks import require
 
@@ -75,17 +75,26 @@ def fold_permutation(first: nn.Linear, second: nn.Linear, order: Tensor) -> None
     `second` returns stays the same.
 
     Raises:
-        ValueError: the modules do not fit each other, or order is no permutation of the channels.
+        ValueError: the modules do not fit each other, a weight or bias is no parameter of its own (parametrized, pruned
+            by torch), or order is no permutation of the channels.
     """
     channels = first.out_features
     require(second.in_features == channels, "second", f"of {channels} in_features like first's outputs", repr(second))
     ok = order.shape == (channels,) and torch.equal(order.sort().values.cpu(), torch.arange(channels))
     require(ok, "order", f"a permutation of {channels} channels", order)
-    with torch.no_grad():
-        first.weight.copy_(first.weight[order])
-        if first.bias is not None:
-            first.bias.copy_(first.bias[order])
-        second.weight.copy_(second.weight[:, order])
+    for what, module, name in (("first", first, "weight"), ("first", first, "bias"), ("second", second, "weight")):
+        reason = write_unsupported_reason(module, name)
+        require(reason is None, what, "a Linear whose parameters can be written", reason)
+    write_parameters(_folded(first, second, order, {}))
+
+
+def _folded(
+    first: nn.Linear, second: nn.Linear, order: Tensor, values: Mapping[Tensor, Tensor]
+) -> dict[Tensor, Tensor]:
+    """What the parameters become, of the values that they have: those given, or their own."""
+    rows = [parameter for parameter in (first.weight, first.bias) if parameter is not None]
+    changed = {parameter: values.get(parameter, parameter.detach())[order] for parameter in rows}
+    return changed | {second.weight: values.get(second.weight, second.weight.detach())[:, order]}
 
 
 def mlp_pairs(model: nn.Module) -> list[tuple[str, str]]:
@@ -118,16 +127,27 @@ def permute_mlps(
         by the name of the second, its `Permutation`.
 
     Raises:
-        ValueError: a module does not exist, does not fit the pattern, or shares its weight with another module.
+        ValueError: a module does not exist, does not fit the pattern, shares its weight with another module, or is
+            registered at two places. Weights are written when all permutations are known.
     """
     pattern = Pattern.parse(pattern)
-    pairs = mlp_pairs(model) if pairs is None else list(pairs)
-    seconds = linears(model, [second for _, second in pairs], pattern)
-    firsts = linears(model, [first for first, _ in pairs], Pattern(1, 1))
-    found = {}
+    pairs, tree = mlp_pairs(model) if pairs is None else list(pairs), ModuleTree(model)
+    linears(model, [second for _, second in pairs], pattern)
+    linears(model, [first for first, _ in pairs], Pattern(1, 1))
     for first, second in pairs:
-        found[second] = search_permutation(seconds[second].weight, pattern, rounds=rounds)
-        fold_permutation(firsts[first], seconds[second], found[second].order)
+        reason = write_unsupported_reason(tree[first], "bias") or shared_reason(tree[first], "bias", tree)
+        for name in (first, second):
+            places = [names[0] for names in tree.places(tree[name]).values()]
+            reason = reason or (f"{name!r} that is {' and '.join(places)}" if len(places) > 1 else None)
+        require(reason is None, "pairs", f"of Linears that no other MLP uses, as ({first!r}, {second!r})", reason)
+    found: dict[str, Permutation] = {}
+    values: dict[Tensor, Tensor] = {}
+    for first, second in pairs:
+        one, other = cast(nn.Linear, tree[first]), cast(nn.Linear, tree[second])
+        weight = values.get(other.weight, other.weight)
+        found[second] = search_permutation(weight, pattern, rounds=rounds)
+        values |= _folded(one, other, found[second].order, values)
+    write_parameters(values)
     return found
 
 

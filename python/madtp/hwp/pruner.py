@@ -39,8 +39,9 @@ class WeightPruner:
             keep the largest |W| ||x||. None keeps the largest |W|.
 
     Raises:
-        ValueError: a module does not exist, does not fit the pattern, shares its weight with another module, or has no
-            norms among those given.
+        ValueError: a module does not exist, does not fit the pattern, shares its weight with another module, has a
+            weight that is computed from others (parametrized, or pruned by torch) or not finite, or has no norms among
+            those given. The model is as it was.
     """
 
     def __init__(
@@ -69,10 +70,14 @@ class WeightPruner:
         self.norms = None
         if norms is not None:
             self.norms = {name: norms_of(name, module, norms) for name, module in self.modules.items()}
-        for module in self.modules.values():
-            parametrize.register_parametrization(module, "weight", _Masked(module.weight, decay))
         self.kept = dict.fromkeys(self.modules, self.pattern.m)  # of every m weights, by module
-        self.step(0)
+        try:
+            for module in self.modules.values():
+                parametrize.register_parametrization(module, "weight", _Masked(module.weight, decay))
+            self.step(0)
+        except BaseException:
+            self.remove()
+            raise
 
     def step(self, step: int) -> None:
         """Bring masks up to date before optimiser step `step` (from 0): `refresh`, then `advance` those behind."""
@@ -124,13 +129,16 @@ class WeightPruner:
         return m - math.floor((m - n) * progress)
 
     def _mask(self, kept: Mapping[str, int]) -> None:
+        masks = {}
         for name, count in kept.items():
             module: Any = self.modules[name]
             if _is_masked(module):
                 weight = module.parametrizations.weight.original
                 score = None if self.norms is None else activation_score(weight, self.norms[name])
-                _mask_of(module).copy_(nm_mask(weight, count, self.pattern.m, score=score))
-            self.kept[name] = count
+                masks[name] = nm_mask(weight, count, self.pattern.m, score=score)
+        for name, mask in masks.items():  # all are known to be well
+            _mask_of(self.modules[name]).copy_(mask)
+        self.kept |= kept
 
 
 def bake(model: nn.Module) -> float:
@@ -157,6 +165,8 @@ def _unmask(module: nn.Module, *, keep_mask: bool) -> None:
     members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, members)
     parametrize.remove_parametrizations(module, "weight", leave_parametrized=keep_mask)
+    for name in [name for name in module._parameters if name != "weight"]:  # a Linear has its weight first
+        module._parameters[name] = module._parameters.pop(name)
 
 
 class _StraightThrough(torch.autograd.Function):
