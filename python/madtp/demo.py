@@ -72,6 +72,7 @@ def run(
         resume=resume,
         progress=progress,
     )
-    visualize.picture(result.model, task, test, out / DEMO_PICTURE)
+    rows = min(visualize.ROWS, len(set(test.image_of)))  # a limit can leave fewer images
+    visualize.picture(result.model, task, test, out / DEMO_PICTURE, rows=rows)
     report.write(result.report, out, command=command, picture=DEMO_PICTURE)
     return result

@@ -50,6 +50,15 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def require_writable_file(name: str, path: str | os.PathLike) -> Path:
+    """Makes the directory of a file and tries it. Raises ValueError when no such file can be written there."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{name} must be a file to write, got the directory {path}")
+    require_writable(name, path.parent)
+    return path
+
+
 def require_writable(name: str, directory: str | os.PathLike) -> Path:
     """Makes the directory and tries it. Raises ValueError when nothing can be written there."""
     directory = Path(directory)

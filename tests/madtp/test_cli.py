@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command madtp as a user meets it, above all when something is wrong."""
 
+import importlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import families
 import pytest
@@ -14,6 +16,7 @@ from transformers import BlipImageProcessor
 
 from madtp import cli, demo
 from madtp.budgets.plan import Plan
+from madtp.compression import Result
 from madtp.data.easy_vqa import PACKAGE
 from madtp.data.emoji import build_tokenizer
 from madtp.patching.handle import patch
@@ -149,6 +152,32 @@ def test_output_that_cannot_be_written(refused, drawn, tmp_path):
     assert "out must be a directory to write to" in refused("demo", "--out", tmp_path / "file" / "run")
 
 
+def test_files_that_cannot_be_written_are_said_first(refused, drawn, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "madtp.json").touch()
+    (tmp_path / "config.json").write_text('{"architectures": ["BlipForQuestionAnswering"]}')  # and no weights
+    for command in (("allocate", *VQA), ("visualize", tmp_path)):
+        assert f"out must be a file to write, got the directory {tmp_path}" in refused(*command, "--out", tmp_path)
+        message = refused(*command, "--out", tmp_path / "file" / "it")
+        assert f"out must be a directory to write to, got {tmp_path / 'file'}" in message
+    image = ("--image", tmp_path / "none.png", "--text", "what is it")
+    assert "image" in (message := refused("visualize", tmp_path, *image, "--out", tmp_path / "one.png"))
+    assert "cannot be read (No such file or directory)" in message
+
+
+def test_a_demo_of_few_images_draws_those(drawn, monkeypatch, tmp_path):
+    def picture(model, task, data, path, *, rows):
+        images.append(len(data.examples(rows)))  # which says so where there are fewer
+
+    images = []
+    monkeypatch.setattr(demo, "compress", lambda model, *_, **__: Result(model, report={}, path=tmp_path))
+    monkeypatch.setattr(demo.visualize, "picture", picture)
+    monkeypatch.setattr(demo.report, "write", lambda *_, **__: None)
+    for limit in (1, 14, None):
+        demo.run(tmp_path, limit=limit)
+    assert images == [1, 3, 8]
+
+
 def test_model_directories_that_are_none(refused, drawn, tmp_path):
     assert "model directory must exist" in refused("evaluate", tmp_path / "none")
     assert "lacks config.json" in refused("profile", tmp_path)
@@ -229,10 +258,16 @@ def test_compress_says_what_is_wrong(refused, drawn, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_front_of_plans(madtp, refused, drawn, tmp_path):
+def test_a_front_of_plans(madtp, refused, drawn, monkeypatch, tmp_path):
     code, out, _ = madtp("pareto", *VQA, "--reductions", 0.3, "--reductions", 0.6, "--limit", 8, "--out", tmp_path)
     assert code == 0 and "joint" in out and {path.name for path in tmp_path.iterdir()} == {"30.yaml", "60.yaml"}
     assert Plan.load(tmp_path / "60.yaml").macs_reduction == pytest.approx(0.6, abs=0.01)
+    plan, close = Plan.load(tmp_path / "60.yaml"), tmp_path / "close"
+    plans = [replace(plan, macs_reduction=share) for share in (0.597, 0.603)]
+    allocate = importlib.import_module("madtp.budgets.allocate")  # not the function of that name
+    monkeypatch.setattr(allocate, "pareto", lambda *_, **__: plans)
+    code, out, _ = madtp("pareto", *VQA, "--out", close)
+    assert code == 0 and {path.name for path in close.iterdir()} == {"59.70.yaml", "60.30.yaml"}
     message = refused("pareto", *VQA, "--reductions", "half", "--out", tmp_path)
     assert "reductions must be numbers, got 'half'" in message
 

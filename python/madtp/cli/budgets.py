@@ -46,12 +46,12 @@ def allocate(
     """
     quiet_transformers()
     from madtp.budgets.allocate import allocate
-    from madtp.files import require_writable
+    from madtp.files import require_writable_file
     from madtp.progress import Progress
     from madtp.tasks.registry import load
 
     asked, _ = settings(config, macs=macs, latency=latency, params=params)
-    require_writable("out", out.parent)
+    require_writable_file("out", out)
     progress = Progress(stderr())
     with progress.status("reading the data"):
         loaded = load(task, model, data, test=test, images=images, limit=limit)
@@ -118,8 +118,11 @@ def pareto(
         progress=lambda units: progress(units, "measuring sensitivities"),
     )
     rows = []
-    for plan in plans:
-        path = out / f"{100 * plan.macs_reduction:.0f}.yaml"
+    percents = [f"{100 * plan.macs_reduction:.0f}" for plan in plans]
+    if len(set(percents)) < len(plans):  # or one would be written over the other
+        percents = [f"{100 * plan.macs_reduction:.2f}" for plan in plans]
+    for plan, percent in zip(plans, percents, strict=True):
+        path = out / f"{percent}.yaml"
         plan.save(path)
         losses = (f"{plan.compared[name]:.4g}" if name in plan.compared else "" for name in ALLOCATIONS)
         rows.append((f"{100 * plan.macs_reduction:.1f} %", *losses, path.name))

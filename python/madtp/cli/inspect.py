@@ -117,6 +117,7 @@ def visualize(
         raise ValueError(f"--images is now the folder of an annotation file's images; for rows: --rows {images}")
     quiet_transformers()
     from madtp.data.errors import DataError
+    from madtp.files import require_writable_file
     from madtp.patching.state import STATE_FILE
     from madtp.reporting import visualize
     from madtp.tasks.loading import architecture
@@ -125,6 +126,7 @@ def visualize(
     kind = architecture(model)
     if not (model / STATE_FILE).exists():
         raise DataError(f"{model} is not a compressed model; `madtp compress --out NEW_FOLDER` makes one of it")
+    require_writable_file("out", out)
     if image is not None:
         print(_picture_of(model, image, text, out))
         return
@@ -175,15 +177,15 @@ def _picture_of(directory: Path, image: Path, text: str | None, out: Path) -> Pa
     from madtp.reporting import visualize
     from madtp.tasks.loading import load_image_processor, load_model, load_tokenizer, no_image_processor
 
+    try:
+        picture = Image.open(image).convert("RGB")
+    except OSError as error:
+        raise DataError(f"image {image} cannot be read ({error.strerror or error})") from error
     model = load_model(directory)
     if not sees_images(model):
         raise ValueError(f"model must have a vision tower, got a {type(model).__name__}")
     processor = load_image_processor(directory)
     if processor is None:
         raise no_image_processor(directory)
-    try:
-        picture = Image.open(image).convert("RGB")
-    except OSError as error:
-        raise DataError(f"image {image} cannot be read ({error.strerror or error})") from error
     tokenizer = load_tokenizer(directory) if reads_text(model) and text is not None else None
     return visualize.depths(model, picture, out, image_processor=processor, tokenizer=tokenizer, text=text)

@@ -21,6 +21,7 @@ from madtp.data.model_inputs import forward_inputs, reads_text, tower_config
 from madtp.handles import find_handle, handle_of
 from madtp.inference import evaluating
 
+ROWS = 8  # samples in a picture, where not said
 CELL = 1.15  # inches of one image
 CAPTION = 2.6  # inches
 SHADE = torch.tensor([38, 42, 51])  # what pruned patches fade to
@@ -44,7 +45,7 @@ class View(NamedTuple):
     patch_size: int
 
 
-def picture(model: PreTrainedModel, task, data, path: str | Path, *, rows: int = 8) -> Path:
+def picture(model: PreTrainedModel, task, data, path: str | Path, *, rows: int = ROWS) -> Path:
     """Draws the images of `rows` samples spread over the data, each with what the model says, and writes a PNG.
 
     Args:
