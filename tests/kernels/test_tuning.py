@@ -42,7 +42,7 @@ def measured(monkeypatch, tmp_path):
 
 def forget():
     """As a new process."""
-    tuning._table.cache_clear()
+    tuning._read_table.cache_clear()
 
 
 def case_of(rows=16, **changes):
