@@ -28,9 +28,13 @@ def register_autograd(name: str, backward: Callable[..., Any], setup_context: Ca
     defaults = [argument.default_value for argument in op._schema.arguments]
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-        # A Function runs its forward without gradients; the levels of torch.func below this one may want theirs.
-        with _below_autograd(), torch.set_grad_enabled(_transforms_active()):
-            output = op.redispatch(keyset & _after_autograd, *args)
+        if _transforms_active():
+            # A Function hides gradients of both modes from its forward; levels of torch.func below may want theirs.
+            with _below_autograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = op.redispatch(keyset & _after_autograd, *args)
+        else:
+            with _below_autograd():
+                output = op.redispatch(keyset & _after_autograd, *args)
         setup_context(ctx, args, output)
         return output
 
@@ -88,7 +92,7 @@ def register_second_order(name: str, reference: Callable[..., Any], inputs: Sequ
                 given[position] = tensor
             return reference(*given[:backend])
 
-        _, pull = torch.func.vjp(gradients, *(args[position] for position in at))
+        pull: Callable[..., Any] = torch.func.vjp(gradients, *(args[position] for position in at))[1]
         results: list[Tensor | None] = [None] * len(args)
         for position, grad in zip(at, pull(grads), strict=True):
             results[position] = grad

@@ -93,10 +93,10 @@ def sparse24_linear(
     backend = dispatch.as_argument(backend)
     if x.ndim != 2:
         return _of_any_shape(x, weight, bias, activation, residual, scale, num_rows, backend)
-    # The op checks again: it can be called by itself, and calls of a known class come past neither.
-    _check(x, weight.values, weight.indices, None, bias, activation or "none", residual, scale, num_rows)
     runs = _backend_of(backend, x, weight.values)
     if runs in ("cpu", "cuda") and not torch.compiler.is_compiling() and dispatch.is_auto(backend):
+        # The op checks too, but after a measurement of this.
+        _check(x, weight.values, weight.indices, None, bias, activation or "none", residual, scale, num_rows)
         epilogue = activation, residual, scale
         if runs == "cpu":
             runs = tuning.fastest(tuning.linear_call(x, weight, *epilogue))

@@ -216,7 +216,9 @@ def _read(path: Path) -> dict[LinearCall, Timing]:
 def _read_folder(folder: Path | None) -> dict[LinearCall, Timing]:
     """What is known of this machine in a folder; a measurement of this version takes the place of an older one."""
     found: dict[LinearCall, Timing] = {}
-    for version in (*SAME_KERNELS, None) if folder is not None else ():
+    if folder is None:
+        return found
+    for version in (*SAME_KERNELS, None):
         found |= _read(folder / _file_name(version))
     return found
 

@@ -172,7 +172,12 @@ class Sparse24Weight:
             require(False, name, "two ascending columns for every group", got)
 
     def _versions(self) -> tuple[int, int] | None:
-        return None if torch.compiler.is_compiling() else (_version(self.values), _version(self.indices))
+        if torch.compiler.is_compiling():
+            return None
+        try:
+            return self.values._version, self.indices._version
+        except RuntimeError:  # an inference tensor counts none; to ask first would cost every call of a small layer
+            return _version(self.values), _version(self.indices)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_pickle, (self.values, self.indices, self.transposed)  # a copy packs its own layouts

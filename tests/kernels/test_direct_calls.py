@@ -33,7 +33,7 @@ def arguments(op, *, lengths=(5, 7), heads=2, head_dim=16, channels=8, features=
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     rows, cu, (out_features, in_features) = sum(lengths), cu_seqlens_of(lengths), features
-    weight = sparse24_compress(dense24(out_features, in_features))
+    weight = sparse24_compress(dense24(out_features, in_features) if out_features else torch.zeros(features))
     selection = select_tokens(random(rows), 9 * random(rows, 3), cu, 5.0, backend="reference")
     good = {
         **{name: random(rows, heads, head_dim) for name in ("q", "k", "v", "grad_out", "out")},
