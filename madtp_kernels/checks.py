@@ -1,22 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks: each failure names the argument, the rule and what came, before anything runs.
 
-Metadata (dtype, shape, device) is checked by the public functions. Values are checked inside the op, on CPU tensors
-only: reading them from a GPU would stall it, and kernels are safe whatever the values are.
+A public function checks of what type its arguments are, which the schema of its op would say less clearly. The op
+itself checks the rest, so that a call of torch.ops.madtp is as safe: metadata (dtype, shape, device) and numbers, which
+its fake checks too, and values of CPU tensors: reading them from a GPU would stall it, and kernels are safe whatever
+the values are.
 """
 
 import itertools
+import math
+import numbers
+import reprlib
 
 import torch
 from torch import Tensor
 
 MAX_ROWS = 2**31 - 1  # rows are addressed by int32
+MAX_FLOAT32 = torch.finfo(torch.float32).max
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
 
 
 def describe(value: object) -> str:
+    """One line on what came, however large it is."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+        layout = "" if value.layout is torch.strided else f" of layout {str(value.layout).removeprefix('torch.')}"
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}{layout}"
+    return f"{type(value).__name__} {' '.join(_short.repr(value).split())}"
 
 
 def require(condition: bool, name: str, rule: str, got: object) -> None:
@@ -25,9 +36,53 @@ def require(condition: bool, name: str, rule: str, got: object) -> None:
 
 
 def check_tensor(name: str, value: object, ndim: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not (isinstance(value, Tensor) and value.ndim == ndim and value.dtype in dtypes):
+    if not (
+        isinstance(value, Tensor) and value.ndim == ndim and value.dtype in dtypes and value.layout is torch.strided
+    ):
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         require(False, name, f"a {ndim}-dimensional tensor of {allowed}", value)
+
+
+def check_types(**values: object) -> None:
+    """Tensors, all of them."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            require(False, name, "a tensor", value)
+
+
+def check_optional_types(**values: object) -> None:
+    """Tensors or None."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            require(False, name, "a tensor or None", value)
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], of: str) -> None:
+    require(tuple(value.shape) == shape, name, f"of shape {shape} like {of}", value)
+
+
+def check_flag(name: str, value: object) -> None:
+    require(isinstance(value, bool), name, "True or False", value)
+
+
+def check_count(name: str, value: object) -> None:
+    """A number of rows, of any integer type."""
+    ok = isinstance(value, int | torch.SymInt) or isinstance(value, numbers.Integral)
+    require(ok and not isinstance(value, bool), name, "an integer", value)
+
+
+def check_number(name: str, value: object) -> None:
+    """What float() takes, but no text and no tensor."""
+    ok = isinstance(value, int | float | torch.SymFloat | torch.SymInt) or isinstance(value, numbers.Real)
+    require(ok and not isinstance(value, bool), name, "a number", value)
+
+
+def check_finite(name: str, value: float) -> None:
+    require(-MAX_FLOAT32 <= value <= MAX_FLOAT32, name, "a finite number of float32", value)
+
+
+def check_temperature(temperature: float) -> None:
+    require(0 <= temperature < math.inf, "temperature", "a finite number >= 0", temperature)
 
 
 def check_rows(name: str, value: Tensor, rows: int, of: str) -> None:

@@ -179,6 +179,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Choice:
     return entry.tuned(choice, **bound) if entry.tuned is not None and is_auto(bound.get("backend")) else choice
 
 
+def as_argument(backend: str | None) -> str:
+    """`backend` as the ops take it. Raises ValueError for what is no text."""
+    if backend is not None and not isinstance(backend, str):
+        raise ValueError(f"backend= must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    return backend or "auto"
+
+
 def is_auto(backend: str | None) -> bool:
     """Whether neither the call nor the process asks for a backend."""
     return _request(backend)[0] == "auto"

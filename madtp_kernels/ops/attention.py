@@ -13,6 +13,7 @@ from madtp_kernels import checks, dispatch
 from madtp_kernels.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.flops import flop_formula
 from madtp_kernels.native import attention as native
+from madtp_kernels.ops.autograd import register_autograd, register_second_order
 from madtp_kernels.reference import attention as reference
 from madtp_kernels.renamed import renamed
 
@@ -117,35 +118,37 @@ def varlen_attention(
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
-    cross = cu_seqlens_k is not None
-    check_tensor("q", q, 3, FLOATS)
-    for name, value in (("k", k), ("v", v)):
-        check_tensor(name, value, 3, (q.dtype,))
-        require(value.shape[1:] == q.shape[1:], name, f"of {q.shape[1]} heads of {q.shape[2]} like q", value)
-    check_rows("v", v, k.shape[0], "k")
-    checks.check_ragged(q.shape[0], cu_seqlens_q, summary_index, "q")
-    if cu_seqlens_k is not None:
-        checks.check_ragged(k.shape[0], cu_seqlens_k, None, "k")
-        check_rows("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.numel(), "cu_seqlens_q")
+    checks.check_types(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q)
+    checks.check_optional_types(cu_seqlens_k=cu_seqlens_k, summary_index=summary_index)
+    checks.check_count("max_seqlen_q", max_seqlen_q)
+    checks.check_flag("causal", causal)
+    checks.check_flag("return_stats", return_stats)
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5 if q.numel() else 1.0
+    else:
+        checks.check_number("softmax_scale", softmax_scale)
+    if cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
+        check_tensor("k", k, 3, FLOATS)
+        check_rows("k", k, q.shape[0], "q (self-attention)")
+    else:
         require(max_seqlen_k is not None, "max_seqlen_k", "given with cu_seqlens_k", max_seqlen_k)
+        checks.check_count("max_seqlen_k", max_seqlen_k)
         require(not causal, "causal", "False in cross-attention", causal)
         require(not return_stats, "return_stats", "False in cross-attention", return_stats)
-    else:
-        check_rows("k", k, q.shape[0], "q (self-attention)")
-    check_device(q.device, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, summary_index=summary_index)
     out, *stats, _ = torch.ops.madtp.varlen_attention(
         q,
         k,
         v,
         cu_seqlens_q,
-        cu_seqlens_k if cross else cu_seqlens_q,
+        cu_seqlens_k,
         max_seqlen_q,
-        max_seqlen_k if cross else max_seqlen_q,
-        q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        max_seqlen_k,
+        float(softmax_scale),
         causal,
         summary_index,
         return_stats,
-        backend or "auto",
+        dispatch.as_argument(backend),
     )
     return (out, AttentionStats(*stats)) if return_stats else out
 
@@ -186,6 +189,62 @@ dispatch.register(
 )
 
 
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    summary_index: Tensor | None,
+    return_stats: bool,
+) -> None:
+    """All that can be told without reading a tensor."""
+    check_tensor("q", q, 3, FLOATS)
+    require(q.shape[1] > 0 and q.shape[2] > 0, "q", "(Tq, H, D) of at least one head and one channel", q)
+    for name, value in (("k", k), ("v", v)):
+        check_tensor(name, value, 3, (q.dtype,))
+        require(value.shape[1:] == q.shape[1:], name, f"of {q.shape[1]} heads of {q.shape[2]} like q", value)
+    check_rows("v", v, k.shape[0], "k")
+    checks.check_ragged(q.shape[0], cu_seqlens_q, summary_index, "q")
+    if cu_seqlens_k is not cu_seqlens_q:
+        checks.check_ragged(k.shape[0], cu_seqlens_k, None, "k")
+        check_rows("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.numel(), "cu_seqlens_q")
+    if causal or return_stats:
+        check_rows("k", k, q.shape[0], "q (causal, or with statistics)")
+    require(max_seqlen_q >= 0, "max_seqlen_q", "at least 0", max_seqlen_q)
+    require(max_seqlen_k >= 0, "max_seqlen_k", "at least 0", max_seqlen_k)
+    checks.check_finite("softmax_scale", softmax_scale)
+    check_device(q.device, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, summary_index=summary_index)
+
+
+def _check_gradients(
+    grad_out: Tensor,
+    grad_summary_attention: Tensor,
+    grad_received_attention: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    return_stats: bool,
+) -> None:
+    """What the forward gave, and the gradients of it."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    statistics = (q.shape[0] if return_stats else 0,)
+    for name, value, shape, dtype in (
+        ("grad_out", grad_out, tuple(q.shape), q.dtype),
+        ("grad_summary_attention", grad_summary_attention, statistics, wide),
+        ("grad_received_attention", grad_received_attention, statistics, wide),
+        ("out", out, tuple(q.shape), q.dtype),
+        ("lse", lse, (q.shape[1], q.shape[0]), wide),
+    ):
+        check_tensor(name, value, len(shape), (dtype,))
+        checks.check_shape(name, value, shape, "what the forward of q gives")
+        check_device(q.device, **{name: value})
+
+
 def _check_values(
     q: Tensor,
     k: Tensor,
@@ -193,6 +252,7 @@ def _check_values(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    self_attention: bool,
     summary_index: Tensor | None,
 ) -> None:
     if q.device.type != "cpu":
@@ -203,13 +263,27 @@ def _check_values(
         keys = _check_lengths("k", k.shape[0], cu_seqlens_k, max_seqlen_k)
         starved = any(queries and not keys for queries, keys in zip(queries, keys, strict=True))
         require(not starved, "cu_seqlens_k", "of at least one key where a sequence has queries", cu_seqlens_k)
+        same = not self_attention or queries == keys
+        require(same, "cu_seqlens_k", "cu_seqlens_q, causal or with statistics", cu_seqlens_k)
+    else:
+        _check_longest("k", queries, max_seqlen_k)
 
 
 def _check_lengths(side: str, rows: int, cu_seqlens: Tensor, max_seqlen: int) -> list[int]:
     lengths = checks.check_cu_seqlens_values(f"cu_seqlens_{side}", cu_seqlens, rows)
+    _check_longest(side, lengths, max_seqlen)
+    return lengths
+
+
+def _check_longest(side: str, lengths: list[int], max_seqlen: int) -> None:
     longest = max(lengths, default=0)
     require(max_seqlen >= longest, f"max_seqlen_{side}", f"at least the longest sequence ({longest})", max_seqlen)
-    return lengths
+
+
+def _bounds(q: Tensor, k: Tensor, max_seqlen_q: int, max_seqlen_k: int, self_attention: bool) -> tuple[int, int]:
+    """max_seqlen_q and max_seqlen_k, so that nothing is allocated for rows that are not there."""
+    max_seqlen_q, max_seqlen_k = min(max_seqlen_q, q.shape[0]), min(max_seqlen_k, k.shape[0])
+    return (min(max_seqlen_q, max_seqlen_k),) * 2 if self_attention else (max_seqlen_q, max_seqlen_k)
 
 
 @torch.library.impl("madtp::varlen_attention", "CompositeExplicitAutograd")
@@ -227,9 +301,11 @@ def _varlen_attention(
     return_stats: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    _check_values(q, k, cu_q, cu_k, max_q, max_k, summary_index)
+    _check(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats)
+    _check_values(q, k, cu_q, cu_k, max_q, max_k, causal or return_stats, summary_index)
     run: Run = dispatch.implementation("varlen_attention", backend, q.dtype, q.device, tuple(q.shape))
-    return run(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats)
+    bounds = _bounds(q, k, max_q, max_k, causal or return_stats)
+    return run(q, k, v, cu_q, cu_k, *bounds, scale, causal, summary_index, return_stats)
 
 
 @torch.library.impl("madtp::varlen_attention_backward", "CompositeExplicitAutograd")
@@ -240,11 +316,25 @@ def _varlen_attention_backward(
     out: Tensor,
     lse: Tensor,
     q: Tensor,
-    *arguments: Any,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    causal: bool,
+    summary_index: Tensor | None,
+    return_stats: bool,
+    backend: str,
 ) -> tuple[Tensor, ...]:
-    *rest, backend = arguments
+    _check(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats)
+    given = grad_out, grad_summary_attention, grad_received_attention, out, lse
+    _check_gradients(*given, q, return_stats)
+    _check_values(q, k, cu_q, cu_k, max_q, max_k, causal or return_stats, summary_index)
     run: Run = dispatch.implementation("varlen_attention_backward", backend, q.dtype, q.device, tuple(q.shape))
-    return run(grad_out, grad_summary_attention, grad_received_attention, out, lse, q, *rest)
+    bounds = _bounds(q, k, max_q, max_k, causal or return_stats)
+    return run(*given, q, k, v, cu_q, cu_k, *bounds, scale, causal, summary_index, return_stats)
 
 
 @torch.library.register_fake("madtp::varlen_attention")
@@ -262,6 +352,7 @@ def _(
     return_stats: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    _check(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats)
     wide = torch.promote_types(q.dtype, torch.float32)
     statistic = q.new_empty(k.shape[0] if return_stats else 0, dtype=wide)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
@@ -280,6 +371,8 @@ def _(
     v: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
+    _check(q, k, v, *arguments[:-1])
+    _check_gradients(grad_out, grad_summary_attention, grad_received_attention, out, lse, q, arguments[-2])
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
@@ -298,7 +391,9 @@ def _backward(
     return *grads, *(None,) * 9
 
 
-torch.library.register_autograd("madtp::varlen_attention", _backward, setup_context=_setup_context)
+register_autograd("madtp::varlen_attention", _backward, _setup_context)
+# `out` and `lse` come from q, k and v, which the reference starts from, and so does its derivative.
+register_second_order("madtp::varlen_attention_backward", reference.varlen_attention_backward, (0, 1, 2, 5, 6, 7))
 
 
 @flop_formula(torch.ops.madtp.varlen_attention)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
-from madtp_kernels.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels.checks import check_device, check_number, check_rows, check_tensor, check_types, require
 from madtp_kernels.ops.attention import AttentionStats
-from madtp_kernels.ops.tokens import FLOATS, Selection, check_choice, check_norm, check_statistics, sized
+from madtp_kernels.ops.token_library import FLOATS, STATISTICS, check_norm
+from madtp_kernels.ops.tokens import Selection, check_choice, check_statistics_types, sized
 
 
 class Pruned(NamedTuple):
@@ -48,7 +49,7 @@ def score_and_select(
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
-    check_statistics(stats, mag_logits, cu_seqlens, summary_index)
+    check_statistics_types(stats, mag_logits, cu_seqlens, summary_index)
     check_choice(temperature, capacity)
     return _score_and_select(stats, mag_logits, cu_seqlens, temperature, summary_index, capacity, backend)
 
@@ -87,22 +88,25 @@ def prune_tokens(
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
+    # The ops check the rest; this is what the second would say after the first has run.
     check_tensor("x", x, 2, FLOATS)
-    check_statistics(stats, mag_logits, cu_seqlens, summary_index)
-    check_rows("x", x, stats.summary_attention.shape[0], "stats.summary_attention")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    summary_attention = stats.summary_attention
-    rule = f"{wide} for x of {x.dtype}"
-    require(summary_attention.dtype == wide, "stats.summary_attention", rule, summary_attention)
-    check_device(summary_attention.device, x=x)
+    check_statistics_types(stats, mag_logits, cu_seqlens, summary_index)
     check_choice(temperature, capacity)
+    summary_attention = stats[0]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_tensor("stats.summary_attention", summary_attention, 1, STATISTICS)
+    require(summary_attention.dtype == wide, "stats.summary_attention", f"{wide} for x of {x.dtype}", summary_attention)
+    check_rows("x", x, summary_attention.shape[0], "stats.summary_attention")
+    check_device(summary_attention.device, x=x)
     if norm is not None:
         require(isinstance(norm, tuple) and len(norm) == 3, "norm", "(weight, bias, eps) or None", norm)
+        check_types(**{"norm.weight": norm[0], "norm.bias": norm[1]})
+        check_number("norm.eps", norm[2])
         check_norm(x, *norm, of="norm.")
     importance, selection = _score_and_select(
         stats, mag_logits, cu_seqlens, temperature, summary_index, capacity, backend
     )
-    backend = backend or "auto"
+    backend = dispatch.as_argument(backend)
     if norm is None:
         return Pruned(torch.ops.madtp.gather_merge(x, *selection, backend), None, selection, importance)
     weight, bias, eps = norm
@@ -120,7 +124,7 @@ def _score_and_select(
     backend: str | None,
 ) -> tuple[Tensor, Selection]:
     importance, keep, cu_seqlens_out, source, merge_weight = torch.ops.madtp.score_and_select(
-        *stats, mag_logits, cu_seqlens, float(temperature), summary_index, backend or "auto"
+        *stats, mag_logits, cu_seqlens, float(temperature), summary_index, dispatch.as_argument(backend)
     )
     source = sized(source, cu_seqlens_out, capacity)
     return importance, Selection(keep, cu_seqlens, cu_seqlens_out, source, merge_weight)

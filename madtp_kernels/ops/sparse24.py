@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
-from madtp_kernels.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels.checks import (
+    check_device,
+    check_optional_types,
+    check_rows,
+    check_shape,
+    check_tensor,
+    check_types,
+    require,
+)
 from madtp_kernels.flops import flop_formula
 from madtp_kernels.native import sparse24 as native
+from madtp_kernels.ops.autograd import register_autograd, register_second_order
 from madtp_kernels.ops.sparse24_fast_path import fast_path_key
 from madtp_kernels.reference import sparse24 as reference
 from madtp_kernels.renamed import refuse_old, takes_old
@@ -24,6 +33,7 @@ from madtp_kernels.sparse24.weight import IN_MULTIPLE, OUT_MULTIPLE, Sparse24Wei
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
+_NAMES = f"one of {', '.join(ACTIVATIONS)}"
 
 
 @dispatch.public
@@ -43,13 +53,13 @@ def sparse24_linear(
     """A linear layer with its epilogue: y = residual + scale * activation(x W^T + bias).
 
     Args:
-        x: (T, C) float32, bfloat16 or float16; any row stride. C is a multiple of 16.
+        x: (T, C) float32, bfloat16 or float16; any row stride. C is a multiple of 16. Or (..., C), as for a Linear.
         weight: a `Sparse24Weight` of shape (N, C) in float32 or the dtype of x. N is a multiple of 8.
         bias: (N,) float32 or the dtype of x.
         activation: gelu, gelu_tanh, quick_gelu (x sigmoid(1.702 x)), relu, or None.
-        residual: (T, N) dtype of x; any row stride.
+        residual: (T, N) dtype of x; any row stride. Or (..., N).
         scale: (N,) float32 or the dtype of x.
-        num_rows: int32, one element: rows from it on are zeros. None: all rows are computed.
+        num_rows: int32, one element: rows from it on are zeros. None: all rows are computed. With x (T, C) only.
         backend: auto, reference, cpu, cuda (Sparse Tensor Cores of sm_80 and newer; x and weight are both bfloat16 or
             both float16), cusparselt (as cuda, but NVIDIA's library through torch) or dense: torch's product on the
             dense weight, which is then kept as well. On a CPU auto measures, at the first use of a shape, whether cpu
@@ -57,10 +67,10 @@ def sparse24_linear(
             runs, or what a table of this GPU says is faster (`sparse24.tuning_cuda`), else dense.
 
     Returns:
-        (T, N) dtype of x, accumulated in float32; cast once, on dense and cusparselt twice. On cpu and, before compute
-        capability 9.0, on cuda a row has the same bits whatever the other rows are and however many; on cuda of 9.0,
-        dense and cusparselt the last bits may follow their number, and so they may on auto, which chooses by it:
-        backend="cpu" pins them.
+        (T, N) dtype of x, or (..., N); accumulated in float32, cast once, on dense and cusparselt twice. On cpu and,
+        before compute capability 9.0, on cuda a row has the same bits whatever the other rows are and however many; on
+        cuda of 9.0, dense and cusparselt the last bits may follow their number, and so they may on auto, which chooses
+        by it: backend="cpu" pins them.
         Differentiable in x, bias, residual and scale; the weight gets no gradient. That of x goes through the dense
         weight, or through W^T in its 2:4 form on the backend of the call (but dense) where the weight has one:
         `Sparse24Weight.keep_transposed`. There what the activation was given and its gradient are rounded to the dtype
@@ -75,15 +85,18 @@ def sparse24_linear(
     if key is not None and (known := weight.fast_paths.get(key)) is not None:
         runs, run, activation = known
         return run(x, weight.values, weight.indices, weight.layout(runs), bias, activation, residual, scale, None)
-    check_tensor("x", x, 2, FLOATS)
+    check_types(x=x)
     require(isinstance(weight, Sparse24Weight), "weight", "a Sparse24Weight", type(weight).__name__)
-    in_features = weight.shape[1]
-    require(x.shape[1] == in_features, "x", f"of {in_features} channels like weight", x)
-    if num_rows is not None:
-        require(isinstance(num_rows, Tensor) and num_rows.numel() == 1, "num_rows", "a tensor of one int32", num_rows)
-    check_device(x.device, weight=weight.values, bias=bias, residual=residual, scale=scale, num_rows=num_rows)
-    runs = _backend(backend, _dtype(x, weight), x.device)
+    check_optional_types(bias=bias, residual=residual, scale=scale)
+    require(num_rows is None or isinstance(num_rows, Tensor), "num_rows", "a tensor of one int32", num_rows)
+    require(activation is None or isinstance(activation, str), "activation", f"{_NAMES} or None", activation)
+    backend = dispatch.as_argument(backend)
+    if x.ndim != 2:
+        return _of_any_shape(x, weight, bias, activation, residual, scale, num_rows, backend)
+    runs = _backend_of(backend, x, weight.values)
     if runs in ("cpu", "cuda") and not torch.compiler.is_compiling() and dispatch.is_auto(backend):
+        # The op checks too, but after a measurement of this.
+        _check(x, weight.values, weight.indices, None, bias, activation or "none", residual, scale, num_rows)
         epilogue = activation, residual, scale
         if runs == "cpu":
             runs = tuning.fastest(tuning.linear_call(x, weight, *epilogue))
@@ -109,6 +122,30 @@ def sparse24_linear(
     return y
 
 
+def _of_any_shape(
+    x: Tensor,
+    weight: Sparse24Weight,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """x (..., C), residual (..., N) -> (..., N), as torch's linear layers take them."""
+    out_features, in_features = weight.shape
+    rule = f"of shape (..., {in_features}) like weight"
+    require(x.ndim > 0 and x.shape[-1] == in_features, "x", rule, x)
+    require(num_rows is None, "num_rows", "None unless x is (T, C)", num_rows)
+    shape = (*x.shape[:-1], out_features)
+    if residual is not None:
+        require(tuple(residual.shape) == shape, "residual", f"of shape {shape}, (..., N)", residual)
+        residual = residual.reshape(-1, out_features) if out_features else residual.new_empty(x.shape[:-1].numel(), 0)
+    rows = x.reshape(-1, in_features) if in_features else x.new_empty(x.shape[:-1].numel(), 0)
+    y = sparse24_linear(rows, weight, bias, activation=activation, residual=residual, scale=scale, backend=backend)
+    return y.reshape(shape)
+
+
 def _transposed(weight: Sparse24Weight, backend: str) -> tuple[Tensor | None, ...]:
     """values, indices and layout of W^T, where a gradient may go through them."""
     if backend == "dense" or not torch.is_grad_enabled() or (transposed := weight.transposed) is None:
@@ -123,6 +160,12 @@ def _backend(backend: str | None, dtype: torch.dtype, device: torch.device) -> s
 
 # As torch.compiler.assume_constant_result does, which imports torch._dynamo: as much again as torch itself.
 _backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _backend_of(backend: str, x: Tensor, values: Tensor) -> str:
+    """The backend of a call; a weight without elements has no product to run on one, and is left to the reference."""
+    name = _backend(backend, _dtype(x, values), x.device)
+    return name if values.numel() else "reference"
 
 
 def _dtype(x: Tensor, weight: Sparse24Weight | Tensor, *_: object, **__: object) -> torch.dtype:
@@ -228,16 +271,28 @@ def _check(
         expected = (x.shape[0], out_features)
         require(tuple(residual.shape) == expected, "residual", f"of shape {expected}, (T, N)", residual)
     if num_rows is not None:
-        require(num_rows.numel() == 1 and num_rows.dtype == torch.int32, "num_rows", "a tensor of one int32", num_rows)
-    require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
+        ok = num_rows.numel() == 1 and num_rows.dtype == torch.int32 and num_rows.layout is torch.strided
+        require(ok, "num_rows", "a tensor of one int32", num_rows)
+    require(activation in ACTIVATIONS, "activation", _NAMES, activation)
     check_device(x.device, values=values, layout=layout, bias=bias, residual=residual, scale=scale, num_rows=num_rows)
 
 
-def _pack(values: Tensor, indices: Tensor) -> Tensor:
+def _check_gradient(grad: Tensor, x: Tensor, values: Tensor) -> None:
+    check_tensor("grad", grad, 2, (x.dtype,))
+    check_shape("grad", grad, (x.shape[0], values.shape[0]), "the output for x")
+    check_device(x.device, grad=grad)
+
+
+def _check_packable(values: Tensor, indices: Tensor) -> None:
+    require(values.device.type in ("cpu", "cuda"), "values", "on cpu or cuda", values)
     on_gpu = values.device.type == "cuda"
     check_tensor("values", values, 2, dispatch.FAST_DTYPES[1:] if on_gpu else dispatch.FAST_DTYPES)
     check_weight(values, indices)
-    require(values.device.type in ("cpu", "cuda"), "values", "on cpu or cuda", values)
+
+
+def _pack(values: Tensor, indices: Tensor) -> Tensor:
+    _check_packable(values, indices)
+    on_gpu = values.device.type == "cuda"
     why = dispatch.cuda_unsupported_reason(values.device) if on_gpu else dispatch.extension_unsupported_reason()
     if why is not None:
         raise RuntimeError(f"sparse24_pack cannot run on {values.device}: {why}")
@@ -295,7 +350,7 @@ def _linear(
     *transposed: Tensor | None,
 ) -> Tensor:
     _check(x, values, indices, layout, bias, activation, residual, scale, num_rows)
-    name = _backend(backend, _dtype(x, values), x.device)
+    name = _backend_of(backend, x, values)
     check_layout = dispatch.record("sparse24_linear").layout_checks.get(name)
     layout = layout if check_layout is None else check_layout(layout, values, indices)
     run: Callable[..., Tensor] = dispatch.implementation("sparse24_linear", name, _dtype(x, values), x.device)
@@ -323,6 +378,7 @@ def _linear_backward(
     layout_t: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     _check(x, values, indices, layout, bias, activation, residual, scale, num_rows)
+    _check_gradient(grad, x, values)
     # Weights that train stay dense and masked: their gradient is not here.
     if values_t is None or indices_t is None:
         return reference.sparse24_linear_backward(
@@ -344,29 +400,22 @@ def _linear_backward(
 
 @torch.library.register_fake("madtp::sparse24_pack")
 def _(values: Tensor, indices: Tensor) -> Tensor:
+    _check_packable(values, indices)
     size = native.sparse24_layout_bytes(values.shape[0], 2 * values.shape[1], values.dtype, values.device)
     return values.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.register_fake("madtp::sparse24_linear")
-def _(x: Tensor, values: Tensor, *_: object, **__: object) -> Tensor:
+def _(x: Tensor, values: Tensor, *arguments: Any) -> Tensor:
+    _check(x, values, *arguments[:7])
     return x.new_empty(x.shape[0], values.shape[0])
 
 
 @torch.library.register_fake("madtp::sparse24_linear_backward")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    layout: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    *_: object,
-    **__: object,
-) -> tuple[Tensor, ...]:
+def _(grad: Tensor, x: Tensor, values: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _check(x, values, *arguments[:7])
+    _check_gradient(grad, x, values)
+    _, _, bias, _, residual, scale, *_ = arguments
     return x.new_empty(x.shape), *(
         x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, residual, scale)
     )
@@ -386,7 +435,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, None, grad_residual, grad_scale, *(None,) * 5
 
 
-torch.library.register_autograd("madtp::sparse24_linear", _backward, setup_context=_setup_context)
+register_autograd("madtp::sparse24_linear", _backward, _setup_context)
+register_second_order("madtp::sparse24_linear_backward", reference.sparse24_linear_backward, (0, 1, 5, 7, 8))
 
 
 @flop_formula(torch.ops.madtp.sparse24_linear)

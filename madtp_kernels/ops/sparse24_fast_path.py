@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of `sparse24_linear` that only their caller sees: no gradient, compiler, mode, transform or profiler.
+"""Calls of `sparse24_linear` that only their caller sees: no gradient of any mode, compiler, transform or profiler.
 
 torch.library and the full checks cost more than a small layer does. Both run at the first call of a class; another call
 of that class needs no more than is looked at here, and goes straight to the backend.
@@ -31,6 +31,7 @@ def _probe_of_process() -> Callable[[], tuple[object, ...] | None]:
     variable is not set.
     """
     from torch import _C as c
+    from torch.autograd import forward_ad
 
     is_compiling, threads = torch.compiler.is_compiling, torch.get_num_threads
     dispatch_modes, function_modes = c._len_torch_dispatch_stack, c._len_torch_function_stack
@@ -48,6 +49,7 @@ def _probe_of_process() -> Callable[[], tuple[object, ...] | None]:
             or transform() is not None
             or profiles()
             or tracing() is not None
+            or forward_ad._current_level >= 0
         ):
             return None
         return threads(), variable(backend), variable(tune), variable(cache)
@@ -99,6 +101,9 @@ def fast_path_key(
             return None
         residual_dtype = residual.dtype
     return (
+        out_features,  # which a write through `.data` can change, as it can the dtype
+        half,
+        values.dtype,
         (rows * rows).bit_length(),  # two and two of these are a class of `tuning_cpu`
         x.dtype,
         bias_dtype,

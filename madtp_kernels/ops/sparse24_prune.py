@@ -36,8 +36,9 @@ def sparse24_prune(weight: Tensor, *, score: Tensor | None = None, backend: str 
         require(score.shape == weight.shape, "score", f"of shape {tuple(weight.shape)} like weight", score)
         check_device(weight.device, score=score)
         score = score.detach()
-    run = dispatch.implementation("sparse24_prune", backend, weight.dtype, weight.device)
-    return Sparse24Weight(*run(weight.detach(), score))
+    run = dispatch.implementation("sparse24_prune", dispatch.as_argument(backend), weight.dtype, weight.device)
+    with torch.inference_mode(False):  # whose tensors do not count what is written to them
+        return Sparse24Weight(*run(weight.detach(), score))
 
 
 def _reference(weight: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ def importance_gradient(
     best, alignment_token = mag_logits.max(dim=1)
     guidance = best.to(received_attention.dtype).relu() * prunable
     grad_guidance = _share_backward(grad, guidance, cu_seqlens) * (prunable & (best > 0))
-    grad_logits = torch.zeros_like(mag_logits).scatter_(
+    grad_logits = torch.zeros_like(mag_logits).scatter(
         1, alignment_token[:, None], grad_guidance.to(mag_logits.dtype)[:, None]
     )
     grad_received_attention = _share_backward(grad, received_attention * prunable, cu_seqlens) * prunable

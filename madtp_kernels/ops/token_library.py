@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The token ops as torch sees them: schema, backends, fake and autograd."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from madtp_kernels import dispatch
-from madtp_kernels.checks import check_cu_seqlens_values, check_rows, check_summary_index_values, require
+from madtp_kernels import checks, dispatch
+from madtp_kernels.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.native import tokens as native
+from madtp_kernels.ops.autograd import register_autograd, register_second_order
 from madtp_kernels.ops.token_gradients import importance_gradient, selection_gradient
 from madtp_kernels.reference import tokens as reference
 from madtp_kernels.selection import PADDING
 
-SELECTION = "Tensor keep, Tensor cu_seqlens_in, Tensor cu_seqlens_out, Tensor source, Tensor merge_weight"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STATISTICS = (torch.float32, torch.float64)  # float64 runs on the reference, for gradcheck
+
+FIELDS = ("keep", "cu_seqlens_in", "cu_seqlens_out", "source", "merge_weight")  # of a Selection
+SELECTION = ", ".join(f"Tensor {name}" for name in FIELDS)
 STATS = "Tensor summary_attention, Tensor received_attention"
 SCORES = "Tensor mag_logits, Tensor cu_seqlens"
 
@@ -62,22 +68,86 @@ for _op in ("gather_merge", "gather_merge_backward", "gather_merge_layernorm"):
     )
 
 
+# --- checks, of which the fakes run those that read no tensor
+
+
+def _check_statistics(
+    summary_attention: Tensor,
+    received_attention: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    summary_index: Tensor | None,
+) -> None:
+    check_tensor("stats.summary_attention", summary_attention, 1, STATISTICS)
+    check_tensor("stats.received_attention", received_attention, 1, (summary_attention.dtype,))
+    rows = summary_attention.shape[0]
+    check_rows("stats.received_attention", received_attention, rows, "stats.summary_attention")
+    check_device(summary_attention.device, **{"stats.received_attention": received_attention})
+    _check_scores("stats.summary_attention", summary_attention, mag_logits, cu_seqlens, summary_index)
+
+
+def _check_scores(
+    name: str, scores: Tensor, mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
+) -> None:
+    check_tensor(name, scores, 1, STATISTICS)
+    check_tensor("mag_logits", mag_logits, 2, FLOATS)
+    require(mag_logits.shape[1] > 0, "mag_logits", "of at least one alignment token, (T, K)", mag_logits)
+    check_rows("mag_logits", mag_logits, scores.shape[0], name)
+    checks.check_ragged(scores.shape[0], cu_seqlens, summary_index, name)
+    check_device(scores.device, mag_logits=mag_logits, cu_seqlens=cu_seqlens, summary_index=summary_index)
+
+
+def _check_gather(x: Tensor, selection: Sequence[Tensor]) -> None:
+    keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight = selection
+    check_tensor("x", x, 2, FLOATS)
+    rows = x.shape[0]
+    require(rows <= checks.MAX_ROWS, "x", f"at most {checks.MAX_ROWS} rows (they are addressed by int32)", x)
+    checks.check_cu_seqlens("selection.cu_seqlens_in", cu_seqlens_in)
+    checks.check_cu_seqlens("selection.cu_seqlens_out", cu_seqlens_out)
+    check_tensor("selection.keep", keep, 1, (torch.bool,))
+    check_tensor("selection.source", source, 1, (torch.int32,))
+    weight_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_tensor("selection.merge_weight", merge_weight, 1, (weight_dtype,))
+    check_rows("selection.keep", keep, rows, "x")
+    check_rows("selection.merge_weight", merge_weight, rows, "x")
+    check_rows("selection.cu_seqlens_out", cu_seqlens_out, cu_seqlens_in.shape[0], "its cu_seqlens_in")
+    for name, value in zip(FIELDS, selection, strict=True):
+        if value.device != x.device:
+            require(False, f"selection.{name}", f"on {x.device}", value)
+
+
+def _check_gather_values(x: Tensor, selection: Sequence[Tensor]) -> None:
+    _, cu_seqlens_in, cu_seqlens_out, source, _ = selection
+    checks.check_cu_seqlens_values("selection.cu_seqlens_in", cu_seqlens_in, x.shape[0])
+    checks.check_cu_seqlens_values("selection.cu_seqlens_out", cu_seqlens_out, source.shape[0], at_most=True)
+
+
+def _check_gradient(grad: Tensor, x: Tensor, source: Tensor) -> None:
+    check_tensor("grad", grad, 2, (x.dtype,))
+    checks.check_shape("grad", grad, (source.shape[0], x.shape[1]), "the output for x")
+    check_device(x.device, grad=grad)
+
+
+def check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, of: str = "") -> None:
+    """The LayerNorm of the rows of x; `of` goes before the names of its arguments."""
+    for name, value in ((f"{of}weight", weight), (f"{of}bias", bias)):
+        check_tensor(name, value, 1, tuple(dict.fromkeys((x.dtype, torch.float32))))
+        require(value.shape[0] == x.shape[1], name, f"of shape ({x.shape[1]},) like the channels of x", value)
+    require(weight.dtype == bias.dtype, f"{of}bias", f"{weight.dtype} like {of}weight", bias)
+    check_device(x.device, **{f"{of}weight": weight, f"{of}bias": bias})
+    require(0 < eps < math.inf, f"{of}eps", "a finite number > 0", eps)
+
+
+# --- the ops
+
+
 def _score_dtype(scores: Tensor, mag_logits: Tensor) -> torch.dtype:
     return torch.promote_types(scores.dtype, mag_logits.dtype)
 
 
-def _check_scores(
-    scores: Tensor,
-    mag_logits: Tensor,
-    cu_seqlens: Tensor,
-    summary_index: Tensor | None,
-    received_attention: Tensor | None = None,
-) -> None:
-    # torch.ops can be called without the public function, and kernels trust these sizes.
-    for name, value in (("mag_logits", mag_logits), ("stats.received_attention", received_attention)):
-        if value is not None:
-            check_rows(name, value, scores.shape[0], "the scores")
-    check_summary_index_values(summary_index, check_cu_seqlens_values("cu_seqlens", cu_seqlens, scores.shape[0]))
+def _check_score_values(scores: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None) -> None:
+    lengths = checks.check_cu_seqlens_values("cu_seqlens", cu_seqlens, scores.shape[0])
+    checks.check_summary_index_values(summary_index, lengths)
 
 
 @torch.library.impl("madtp::token_importance", "CompositeExplicitAutograd")
@@ -89,7 +159,8 @@ def _token_importance(
     summary_index: Tensor | None,
     backend: str,
 ) -> Tensor:
-    _check_scores(summary_attention, mag_logits, cu_seqlens, summary_index, received_attention)
+    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
+    _check_score_values(summary_attention, cu_seqlens, summary_index)
     dtype = _score_dtype(summary_attention, mag_logits)
     run: Callable[..., Tensor] = dispatch.implementation("token_importance", backend, dtype, summary_attention.device)
     return run(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
@@ -104,7 +175,9 @@ def _select_tokens(
     summary_index: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    _check_scores(importance, mag_logits, cu_seqlens, summary_index)
+    _check_scores("importance", importance, mag_logits, cu_seqlens, summary_index)
+    checks.check_temperature(temperature)
+    _check_score_values(importance, cu_seqlens, summary_index)
     dtype = _score_dtype(importance, mag_logits)
     run = dispatch.implementation("select_tokens", backend, dtype, importance.device)
     keep, cu_seqlens_out, source, merge_weight = run(importance, mag_logits, cu_seqlens, temperature, summary_index)
@@ -121,49 +194,46 @@ def _score_and_select(
     summary_index: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    _check_scores(summary_attention, mag_logits, cu_seqlens, summary_index, received_attention)
+    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
+    checks.check_temperature(temperature)
+    _check_score_values(summary_attention, cu_seqlens, summary_index)
     run: Callable[..., tuple[Tensor, ...]] = dispatch.implementation(
         "score_and_select", backend, _score_dtype(summary_attention, mag_logits), summary_attention.device
     )
     return run(summary_attention, received_attention, mag_logits, cu_seqlens, temperature, summary_index)
 
 
-def _run_gather(op: str, lead: Sequence[Tensor], selection: Sequence[Tensor], rest: Sequence[Any], backend: str) -> Any:
-    x = lead[-1]
-    keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight = selection
-    # torch.ops can be called without the public function, and kernels trust these sizes.
-    require(lead[0].dtype == x.dtype, "grad", f"{x.dtype} like x", lead[0])
-    check_rows("selection.keep", keep, x.shape[0], "x")
-    check_rows("selection.merge_weight", merge_weight, x.shape[0], "x")
-    check_rows("selection.cu_seqlens_out", cu_seqlens_out, cu_seqlens_in.shape[0], "its cu_seqlens_in")
-    check_cu_seqlens_values("selection.cu_seqlens_in", cu_seqlens_in, x.shape[0])
-    check_cu_seqlens_values("selection.cu_seqlens_out", cu_seqlens_out, source.shape[0], at_most=True)
-    run = dispatch.implementation(op, backend, x.dtype, x.device)
-    return run(*lead, *selection, *rest)
-
-
 @torch.library.impl("madtp::gather_merge", "CompositeExplicitAutograd")
 def _gather_merge(x: Tensor, *selection_and_backend: Any) -> Tensor:
     *selection, backend = selection_and_backend
-    out: Tensor = _run_gather("gather_merge", (x,), selection, (), backend)
-    return out
+    _check_gather(x, selection)
+    _check_gather_values(x, selection)
+    run: Callable[..., Tensor] = dispatch.implementation("gather_merge", backend, x.dtype, x.device)
+    return run(x, *selection)
 
 
 @torch.library.impl("madtp::gather_merge_backward", "CompositeExplicitAutograd")
 def _gather_merge_backward(grad: Tensor, x: Tensor, *selection_and_backend: Any) -> tuple[Tensor, ...]:
     *selection, backend = selection_and_backend
-    gradients: tuple[Tensor, ...] = _run_gather("gather_merge_backward", (grad, x), selection, (), backend)
-    return gradients
+    _check_gather(x, selection)
+    _check_gradient(grad, x, selection[3])
+    _check_gather_values(x, selection)
+    run: Callable[..., tuple[Tensor, ...]] = dispatch.implementation(
+        "gather_merge_backward", backend, x.dtype, x.device
+    )
+    return run(grad, x, *selection)
 
 
 @torch.library.impl("madtp::gather_merge_layernorm", "CompositeExplicitAutograd")
 def _gather_merge_layernorm(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *selection, weight, bias, eps, backend = arguments
-    require(weight.dtype == bias.dtype, "bias", f"{weight.dtype} like weight", bias)
-    for name, value in (("weight", weight), ("bias", bias)):
-        check_rows(name, value, x.shape[1], "x has channels")
-    results: tuple[Tensor, ...] = _run_gather("gather_merge_layernorm", (x,), selection, (weight, bias, eps), backend)
-    return results
+    _check_gather(x, selection)
+    check_norm(x, weight, bias, eps)
+    _check_gather_values(x, selection)
+    run: Callable[..., tuple[Tensor, ...]] = dispatch.implementation(
+        "gather_merge_layernorm", backend, x.dtype, x.device
+    )
+    return run(x, *selection, weight, bias, eps)
 
 
 # --- fake
@@ -178,6 +248,7 @@ def _(
     summary_index: Tensor | None,
     backend: str,
 ) -> Tensor:
+    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
     return torch.empty_like(summary_attention)
 
 
@@ -190,6 +261,8 @@ def _fake_select_tokens(
     summary_index: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    _check_scores("importance", importance, mag_logits, cu_seqlens, summary_index)
+    checks.check_temperature(temperature)
     rows = importance.shape[0]
     return (
         torch.empty_like(importance),
@@ -209,6 +282,7 @@ def _(
     summary_index: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
     importance = torch.empty_like(summary_attention)
     merge_weight, *selection = _fake_select_tokens(
         importance, mag_logits, cu_seqlens, temperature, summary_index, backend
@@ -217,47 +291,28 @@ def _(
 
 
 @torch.library.register_fake("madtp::gather_merge")
-def _(
-    x: Tensor,
-    keep: Tensor,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    source: Tensor,
-    merge_weight: Tensor,
-    backend: str,
-) -> Tensor:
-    return x.new_empty(source.shape[0], x.shape[1])
+def _(x: Tensor, *selection_and_backend: Any) -> Tensor:
+    *selection, _ = selection_and_backend
+    _check_gather(x, selection)
+    return x.new_empty(selection[3].shape[0], x.shape[1])
 
 
 @torch.library.register_fake("madtp::gather_merge_backward")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    keep: Tensor,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    source: Tensor,
-    merge_weight: Tensor,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), torch.empty_like(merge_weight)
+def _(grad: Tensor, x: Tensor, *selection_and_backend: Any) -> tuple[Tensor, ...]:
+    *selection, _ = selection_and_backend
+    _check_gather(x, selection)
+    _check_gradient(grad, x, selection[3])
+    return x.new_empty(x.shape), torch.empty_like(selection[4])
 
 
 @torch.library.register_fake("madtp::gather_merge_layernorm")
-def _(
-    x: Tensor,
-    keep: Tensor,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    source: Tensor,
-    merge_weight: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    out = x.new_empty(source.shape[0], x.shape[1])
-    statistic = x.new_empty(source.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *selection, weight, bias, eps, _ = arguments
+    _check_gather(x, selection)
+    check_norm(x, weight, bias, eps)
+    out_rows = selection[3].shape[0]
+    out = x.new_empty(out_rows, x.shape[1])
+    statistic = x.new_empty(out_rows, dtype=torch.promote_types(x.dtype, torch.float32))
     return out, torch.empty_like(out), statistic, torch.empty_like(statistic)
 
 
@@ -273,7 +328,7 @@ def _importance_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *importance_gradient(grad, *ctx.saved_tensors), None, None, None
 
 
-torch.library.register_autograd("madtp::token_importance", _importance_backward, setup_context=_importance_setup)
+register_autograd("madtp::token_importance", _importance_backward, _importance_setup)
 
 
 def _selection_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -289,7 +344,7 @@ def _selection_backward(
     return selection_gradient(grad_merge_weight, *ctx.saved_tensors), None, None, None, None, None
 
 
-torch.library.register_autograd("madtp::select_tokens", _selection_backward, setup_context=_selection_setup)
+register_autograd("madtp::select_tokens", _selection_backward, _selection_setup)
 
 
 def _score_and_select_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -314,9 +369,7 @@ def _score_and_select_backward(
     return *importance_gradient(grad, *inputs), None, None, None, None
 
 
-torch.library.register_autograd(
-    "madtp::score_and_select", _score_and_select_backward, setup_context=_score_and_select_setup
-)
+register_autograd("madtp::score_and_select", _score_and_select_backward, _score_and_select_setup)
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -330,7 +383,8 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, grad_weight, None
 
 
-torch.library.register_autograd("madtp::gather_merge", _gather_backward, setup_context=_gather_setup)
+register_autograd("madtp::gather_merge", _gather_backward, _gather_setup)
+register_second_order("madtp::gather_merge_backward", reference.gather_merge_backward, (0, 1, 6))
 
 
 def _layernorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -374,4 +428,4 @@ def _layernorm_backward(
     )
 
 
-torch.library.register_autograd("madtp::gather_merge_layernorm", _layernorm_backward, setup_context=_layernorm_setup)
+register_autograd("madtp::gather_merge_layernorm", _layernorm_backward, _layernorm_setup)

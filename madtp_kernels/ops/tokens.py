@@ -8,20 +8,16 @@ sequence keeps its own number of tokens, in order, and its result is bit-equal w
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from madtp_kernels import checks, dispatch
-from madtp_kernels.checks import check_device, check_rows, check_tensor, require
+from madtp_kernels import dispatch
+from madtp_kernels.checks import check_number, check_optional_types, check_types, require
 from madtp_kernels.ops import token_library as token_library  # registers the ops in torch.ops.madtp
 from madtp_kernels.ops.attention import AttentionStats
 from madtp_kernels.renamed import renamed
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-STATISTICS = (torch.float32, torch.float64)  # float64 runs on the reference, for gradcheck
 
 
 @renamed(cu_seqlens="cu_seqlens_out", input_cu_seqlens="cu_seqlens_in")
@@ -64,9 +60,9 @@ def token_importance(
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
-    check_statistics(stats, mag_logits, cu_seqlens, summary_index)
+    check_statistics_types(stats, mag_logits, cu_seqlens, summary_index)
     importance: Tensor = torch.ops.madtp.token_importance(
-        *stats, mag_logits, cu_seqlens, summary_index, backend or "auto"
+        *stats, mag_logits, cu_seqlens, summary_index, dispatch.as_argument(backend)
     )
     return importance
 
@@ -103,11 +99,11 @@ def select_tokens(
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
-    check_tensor("importance", importance, 1, STATISTICS)
-    _check_scores("importance", importance, mag_logits, cu_seqlens, summary_index)
+    check_types(importance=importance, mag_logits=mag_logits, cu_seqlens=cu_seqlens)
+    check_optional_types(summary_index=summary_index)
     check_choice(temperature, capacity)
     merge_weight, keep, cu_seqlens_out, source = torch.ops.madtp.select_tokens(
-        importance, mag_logits, cu_seqlens, float(temperature), summary_index, backend or "auto"
+        importance, mag_logits, cu_seqlens, float(temperature), summary_index, dispatch.as_argument(backend)
     )
     return Selection(keep, cu_seqlens, cu_seqlens_out, sized(source, cu_seqlens_out, capacity), merge_weight)
 
@@ -128,8 +124,8 @@ def gather_merge(x: Tensor, selection: Selection, *, backend: str | None = None)
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
-    _check_gather(x, selection)
-    out: Tensor = torch.ops.madtp.gather_merge(x, *selection, backend or "auto")
+    _check_gather_types(x, selection)
+    out: Tensor = torch.ops.madtp.gather_merge(x, *selection, dispatch.as_argument(backend))
     return out
 
 
@@ -151,10 +147,11 @@ def gather_merge_layernorm(
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
-    _check_gather(x, selection)
-    check_norm(x, weight, bias, eps)
+    _check_gather_types(x, selection)
+    check_types(weight=weight, bias=bias)
+    check_number("eps", eps)
     x_out, normed, _, _ = torch.ops.madtp.gather_merge_layernorm(
-        x, *selection, weight, bias, float(eps), backend or "auto"
+        x, *selection, weight, bias, float(eps), dispatch.as_argument(backend)
     )
     return x_out, normed
 
@@ -169,56 +166,23 @@ def sized(source: Tensor, cu_seqlens_out: Tensor, capacity: str) -> Tensor:
     return source[:num_rows]
 
 
-def check_statistics(
+def check_statistics_types(
     stats: AttentionStats, mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
 ) -> None:
-    summary_attention, received_attention = stats
-    check_tensor("stats.summary_attention", summary_attention, 1, STATISTICS)
-    check_tensor("stats.received_attention", received_attention, 1, (summary_attention.dtype,))
-    rows = summary_attention.shape[0]
-    check_rows("stats.received_attention", received_attention, rows, "stats.summary_attention")
-    check_device(summary_attention.device, **{"stats.received_attention": received_attention})
-    _check_scores("stats.summary_attention", summary_attention, mag_logits, cu_seqlens, summary_index)
-
-
-def _check_scores(
-    name: str, scores: Tensor, mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
-) -> None:
-    check_tensor("mag_logits", mag_logits, 2, FLOATS)
-    require(mag_logits.shape[1] > 0, "mag_logits", "of at least one alignment token, (T, K)", mag_logits)
-    check_rows("mag_logits", mag_logits, scores.shape[0], name)
-    checks.check_ragged(scores.shape[0], cu_seqlens, summary_index, name)
-    check_device(scores.device, mag_logits=mag_logits, cu_seqlens=cu_seqlens, summary_index=summary_index)
+    require(isinstance(stats, tuple) and len(stats) == 2, "stats", "an AttentionStats", stats)
+    check_types(**{"stats.summary_attention": stats[0], "stats.received_attention": stats[1]})
+    check_types(mag_logits=mag_logits, cu_seqlens=cu_seqlens)
+    check_optional_types(summary_index=summary_index)
 
 
 def check_choice(temperature: float, capacity: str) -> None:
-    ok = isinstance(temperature, int | float) and 0 <= temperature < math.inf
-    require(ok, "temperature", "a finite number >= 0", temperature)
+    check_number("temperature", temperature)
     require(capacity in ("exact", "upper_bound"), "capacity", '"exact" or "upper_bound"', capacity)
 
 
-def check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, of: str = "") -> None:
-    """The LayerNorm of the rows of x; `of` goes before the names of its arguments."""
-    for name, value in ((f"{of}weight", weight), (f"{of}bias", bias)):
-        check_tensor(name, value, 1, tuple(dict.fromkeys((x.dtype, torch.float32))))
-        require(value.shape[0] == x.shape[1], name, f"of shape ({x.shape[1]},) like the channels of x", value)
-    require(weight.dtype == bias.dtype, f"{of}bias", f"{weight.dtype} like {of}weight", bias)
-    check_device(x.device, **{f"{of}weight": weight, f"{of}bias": bias})
-    require(isinstance(eps, int | float) and 0 < eps < math.inf, f"{of}eps", "a finite number > 0", eps)
-
-
-def _check_gather(x: Tensor, selection: Selection) -> None:
-    check_tensor("x", x, 2, FLOATS)
+def _check_gather_types(x: Tensor, selection: Selection) -> None:
+    check_types(x=x)
     require(isinstance(selection, Selection), "selection", "a Selection from select_tokens", type(selection).__name__)
-    rows = x.shape[0]
-    checks.check_ragged(rows, selection.cu_seqlens_in, None, "x")
-    check_tensor("selection.keep", selection.keep, 1, (torch.bool,))
-    check_tensor("selection.source", selection.source, 1, (torch.int32,))
-    weight_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    check_tensor("selection.merge_weight", selection.merge_weight, 1, (weight_dtype,))
-    check_rows("selection.keep", selection.keep, rows, "x")
-    check_rows("selection.merge_weight", selection.merge_weight, rows, "x")
-    ends = selection.cu_seqlens_out
-    checks.check_cu_seqlens("selection.cu_seqlens_out", ends)
-    check_rows("selection.cu_seqlens_out", ends, selection.cu_seqlens_in.numel(), "its cu_seqlens_in")
-    check_device(x.device, **{f"selection.{name}": value for name, value in selection._asdict().items()})
+    for name, value in zip(selection._fields, selection, strict=True):
+        if not isinstance(value, Tensor):
+            require(False, f"selection.{name}", "a tensor", value)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from madtp_kernels.ragged import summary_rows
-from madtp_kernels.selection import ARGMAX_TEMPERATURE, PADDING, bounds, layout
+from madtp_kernels.selection import ARGMAX_TEMPERATURE, bounds, layout
 
 
 def _share(values: Tensor) -> Tensor:
@@ -101,8 +101,13 @@ def gather_merge(
     merged = [weighted[begin:end].sum(dim=0) for begin, end in bounds(cu_seqlens_in)]
     zero = x.new_zeros(1, x.shape[1])
     table = torch.cat([x, torch.stack(merged).to(x.dtype), zero]) if merged else torch.cat([x, zero])
-    row = torch.where(source >= 0, source, x.shape[0] - 1 - source)
-    return table[torch.where(source == PADDING, table.shape[0] - 1, row).long()]
+    row = torch.where(source >= 0, source.long(), x.shape[0] - 1 - source.long())
+    return table[torch.where(_is_row(source, x.shape[0], len(merged)), row, table.shape[0] - 1)]
+
+
+def _is_row(source: Tensor, rows: int, batch: int) -> Tensor:
+    """(R,) bool: whether an output row is a row of the input or a merged one; what is neither is padding."""
+    return (source >= -batch) & (source < rows)
 
 
 def gather_merge_backward(
@@ -117,12 +122,12 @@ def gather_merge_backward(
     """The gradient of `gather_merge` to x and to merge_weight, exactly."""
     wide = torch.promote_types(x.dtype, torch.float32)
     grad_x, grad_weight = torch.zeros_like(x, memory_format=torch.contiguous_format), torch.zeros_like(merge_weight)
-    inside = source >= 0
+    inside = (source >= 0) & (source < x.shape[0])
     grad_x[source[inside].long()] = grad[inside]
     merged_row = dict(zip((-source - 1).tolist(), range(source.numel()), strict=True))
     for sequence, (begin, end) in enumerate(bounds(cu_seqlens_in)):
         pruned = begin + (~keep[begin:end]).nonzero().flatten()
-        if pruned.numel():
+        if pruned.numel() and sequence in merged_row:  # or the selection contradicts itself
             row = grad[merged_row[sequence]].to(wide)
             grad_x[pruned] = (merge_weight[pruned].to(wide)[:, None] * row).to(x.dtype)
             grad_weight[pruned] = (x[pruned].to(wide) @ row).to(grad_weight.dtype)
@@ -143,7 +148,7 @@ def gather_merge_layernorm(
     """`gather_merge`, then LayerNorm of the rows as stored; all four are zero past the last sequence."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_out = gather_merge(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight)
-    real = (source != PADDING)[:, None]
+    real = _is_row(source, x.shape[0], cu_seqlens_in.numel() - 1)[:, None]
     rows = x_out.to(wide)
     mean, variance = rows.mean(dim=1), rows.var(dim=1, correction=0)
     rstd = (variance + eps).rsqrt()

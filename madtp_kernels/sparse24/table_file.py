@@ -23,7 +23,12 @@ def read(path: Path) -> dict[str, Any]:
         NewerTableError: its version is a later one; the message names the file and both versions.
         OSError, ValueError: it cannot be read, or is no table.
     """
-    found = json.loads(path.read_text())
+    if not path.is_file():  # a pipe would keep its reader waiting
+        raise FileNotFoundError(f"{path} is no file")
+    try:
+        found = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for a tuning table") from error
     version = found.get("version", 1) if isinstance(found, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"{path} is no tuning table")

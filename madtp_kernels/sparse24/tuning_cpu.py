@@ -2,7 +2,8 @@
 """Which backend of a 2:4 linear layer is faster on this machine: ours or dense, measured at the first use and kept.
 
 `MADTP_CACHE` (default ~/.cache/madtp) holds one file per CPU, instruction set and versions. A file that cannot be read
-counts as none, one of a newer format too, with a warning; one that cannot be written stays in the process.
+counts as none, one of a newer format too, with a warning; what cannot be written, or has no home to go to, stays in the
+process.
 `MADTP_TUNE=off` never measures and reads no cache, so every process of an installation computes alike: ours runs,
 unless such a file in madtp_kernels/sparse24/tables says otherwise.
 """
@@ -43,7 +44,7 @@ MAX_ROUNDS, MAX_SECONDS = 9, 0.05  # but three rounds at least
 MARGIN = 0.97  # a tie is ours: dense costs memory
 
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*dispatch.FAST_DTYPES, torch.float64)}
-_measuring = threading.Lock()
+_measuring, _reading = threading.Lock(), threading.Lock()
 
 
 class LinearCall(NamedTuple):
@@ -193,8 +194,12 @@ def _file_name(version: str | None = None) -> str:
     return f"sparse24-{hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]}.json"
 
 
-def _cache_folder(folder: str | None) -> Path:
-    return (Path(folder).expanduser() if folder else Path.home() / ".cache" / "madtp") / "tuning"
+def _cache_folder(folder: str | None) -> Path | None:
+    """Where the cache is; None where nobody can tell: a user without a home directory has none."""
+    try:
+        return (Path(folder).expanduser() if folder else Path.home() / ".cache" / "madtp") / "tuning"
+    except (RuntimeError, KeyError):
+        return None
 
 
 def _read(path: Path) -> dict[LinearCall, Timing]:
@@ -204,21 +209,28 @@ def _read(path: Path) -> dict[LinearCall, Timing]:
     except table_file.NewerTableError as error:
         warnings.warn(f"{error}; it is ignored", stacklevel=2)
         return {}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return {}
 
 
-def _read_folder(folder: Path) -> dict[LinearCall, Timing]:
+def _read_folder(folder: Path | None) -> dict[LinearCall, Timing]:
     """What is known of this machine in a folder; a measurement of this version takes the place of an older one."""
     found: dict[LinearCall, Timing] = {}
+    if folder is None:
+        return found
     for version in (*SAME_KERNELS, None):
         found |= _read(folder / _file_name(version))
     return found
 
 
-@functools.cache
 def _table(folder: str | Path | None) -> dict[LinearCall, Timing]:
     """What this process knows: of SHIPPED that alone, else what is shipped and what the cache holds; `_keep` adds."""
+    with _reading:  # one table for all threads, or what one adds would be lost with its table
+        return _read_table(folder)
+
+
+@functools.cache
+def _read_table(folder: str | Path | None) -> dict[LinearCall, Timing]:
     shipped = _read_folder(SHIPPED)
     return shipped if isinstance(folder, Path) else shipped | _read_folder(_cache_folder(folder))
 
@@ -226,7 +238,10 @@ def _table(folder: str | Path | None) -> dict[LinearCall, Timing]:
 def _keep(case: LinearCall, timing: Timing) -> None:
     folder = os.environ.get("MADTP_CACHE")
     _table(folder)[case] = timing
-    path = _cache_folder(folder) / _file_name()
+    cache = _cache_folder(folder)
+    if cache is None:
+        return
+    path = cache / _file_name()
     if table_file.newer_reason(path) is not None:
         return
     try:

@@ -194,7 +194,7 @@ def read(path: Path, name: str) -> dict[LinearCall, Timing]:
     except table_file.NewerTableError as error:
         warnings.warn(f"{error}; it is ignored", stacklevel=2)
         return {}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return {}
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from madtp_kernels.reference.sparse24 import sparse24_to_dense
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OUT_MULTIPLE, IN_MULTIPLE = 8, 16  # of which the sizes of a weight are multiples: sparse24_supports_shape in C++
 ASCENDING = (0b0100, 0b1000, 0b1001, 0b1100, 0b1101, 0b1110)  # the valid nibbles: i0 | i1 << 2 with i0 < i1
+
+_STALE = (-1, -1)  # versions that no tensors have
 
 _layouts: dict[str, Callable[[Sparse24Weight], Any]] = {}
 
@@ -41,23 +44,36 @@ class Sparse24Weight:
 
     Both are kept, not copied, so they can be the buffers of a module. N is a multiple of 8, C of 16.
 
+    What was packed for a backend is packed again after either was written to or assigned. torch counts no write through
+    `.data`, through NumPy, by another process, or to a tensor made in inference mode: after one of those assign,
+    `weight.values = weight.values`.
+
     Raises:
-        ValueError: a dtype, shape or device breaks its rule. What the indices hold is not read; `check_indices` does.
+        ValueError: a dtype, shape or device breaks its rule, here or when assigned. What the indices hold is not read;
+            `check_indices` does, and so does loading a pickle, as `torch.load` may of any file.
     """
 
+    values: Tensor
+    indices: Tensor
+    # What an op keeps of the classes of calls it has checked: their backend, its function and the activation.
+    fast_paths: dict[tuple[object, ...], tuple[str, Callable[..., Tensor], str]]
+    _packed: dict[str, tuple[tuple[int, int] | None, Any]]  # backend -> (versions, layout)
+    _transposed: tuple[tuple[int, int] | None, Sparse24Weight] | None  # versions, W^T
+
     def __init__(self, values: Tensor, indices: Tensor) -> None:
-        check_tensor("values", values, 2, DTYPES)
-        check_tensor("indices", indices, 2, (torch.uint8,))
-        rows, half = values.shape
-        rule = f"(N, C/2) with N a multiple of {OUT_MULTIPLE} and C of {IN_MULTIPLE}"
-        require(supports_shape(rows, 2 * half), "values", rule, values)
-        ok = indices.shape == (rows, half // 4) and indices.device == values.device
-        require(ok, "indices", f"(N, C/8) = {(rows, half // 4)} on {values.device} like values", indices)
-        self.values, self.indices = values, indices
-        # What an op keeps of the classes of calls it has checked: their backend, its function and the activation.
-        self.fast_paths: dict[tuple[object, ...], tuple[str, Callable[..., Tensor], str]] = {}
-        self._packed: dict[str, tuple[tuple[int, int] | None, Any]] = {}  # backend -> (versions, layout)
-        self._transposed: tuple[tuple[int, int] | None, Sparse24Weight] | None = None  # versions, W^T
+        _check_parts(values, indices)
+        fields = {"values": values, "indices": indices, "fast_paths": {}, "_packed": {}, "_transposed": None}
+        self.__dict__.update(fields)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Here and not in properties, which would cost every call of a small layer: it reads them and never assigns.
+        if name in ("values", "indices"):
+            _check_parts(**{"values": self.values, "indices": self.indices, name: value})
+            super().__setattr__("fast_paths", {})
+            super().__setattr__("_packed", {})
+            if self._transposed is not None:
+                super().__setattr__("_transposed", (_STALE, self._transposed[1]))
+        super().__setattr__(name, value)
 
     @property
     def shape(self) -> torch.Size:
@@ -88,12 +104,13 @@ class Sparse24Weight:
 
     def to(self, *args: Any, **kwargs: Any) -> Sparse24Weight:
         """As `torch.Tensor.to`: a device, a dtype, or both; itself when nothing changes."""
-        values = self.values.to(*args, **kwargs)
-        if values is self.values:
-            return self
-        if values.dtype != self.dtype:
-            values = values.masked_fill(values == 0, 0)  # an underflow can leave -0.0
-        moved = Sparse24Weight(values, self.indices.to(values.device))
+        with torch.inference_mode(False):  # whose tensors do not count what is written to them
+            values = self.values.to(*args, **kwargs)
+            if values is self.values:
+                return self
+            if values.dtype != self.dtype:
+                values = values.masked_fill(values == 0, 0)  # an underflow can leave -0.0
+            moved = Sparse24Weight(values, self.indices.to(values.device))
         if (transposed := self.transposed) is not None:
             moved.__setstate__(transposed.to(*args, **kwargs))
         return moved
@@ -117,10 +134,12 @@ class Sparse24Weight:
         """W^T (C, N), where `keep_transposed` was called."""
         if self._transposed is None:
             return None
-        state = self._versions()
-        if state is not None and self._transposed[0] != state:
-            self._transposed = state, _transpose(self)
-        return self._transposed[1]
+        state, (kept, transposed) = self._versions(), self._transposed
+        if kept == state or (state is None and kept != _STALE):
+            return transposed
+        transposed = _transpose(self)
+        self._transposed = state, transposed
+        return transposed
 
     def layout(self, backend: str) -> Any:
         """The weight as the kernels of `backend` read it, kept until values or indices are written to.
@@ -153,16 +172,53 @@ class Sparse24Weight:
             require(False, name, "two ascending columns for every group", got)
 
     def _versions(self) -> tuple[int, int] | None:
-        return None if torch.compiler.is_compiling() else (_version(self.values), _version(self.indices))
+        if torch.compiler.is_compiling():
+            return None
+        try:
+            return self.values._version, self.indices._version
+        except RuntimeError:  # an inference tensor counts none; to ask first would cost every call of a small layer
+            return _version(self.values), _version(self.indices)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Sparse24Weight, (self.values, self.indices), self.transposed  # a copy packs its own layouts
+        return _from_pickle, (self.values, self.indices, self.transposed)  # a copy packs its own layouts
 
-    def __setstate__(self, transposed: Sparse24Weight) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sparse24Weight:
+        copied = Sparse24Weight(copy.deepcopy(self.values, memo), copy.deepcopy(self.indices, memo))
+        if (transposed := self.transposed) is not None:
+            copied.__setstate__(copy.deepcopy(transposed, memo))
+        return copied
+
+    def __setstate__(self, transposed: Sparse24Weight) -> None:  # pickles of 0.1 call it too
         self._transposed = self._versions(), transposed
 
     def __repr__(self) -> str:
         return f"Sparse24Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def _check_parts(values: Tensor, indices: Tensor) -> None:
+    check_tensor("values", values, 2, DTYPES)
+    check_tensor("indices", indices, 2, (torch.uint8,))
+    rows, half = values.shape
+    rule = f"(N, C/2) with N a multiple of {OUT_MULTIPLE} and C of {IN_MULTIPLE}"
+    require(supports_shape(rows, 2 * half), "values", rule, values)
+    ok = indices.shape == (rows, half // 4) and indices.device == values.device
+    require(ok, "indices", f"(N, C/8) = {(rows, half // 4)} on {values.device} like values", indices)
+
+
+def _from_pickle(values: Tensor, indices: Tensor, transposed: Sparse24Weight | None) -> Sparse24Weight:
+    """What a pickle calls, and all that `torch.load(weights_only=True)` may: so it trusts nothing that it is handed."""
+    weight = Sparse24Weight(values, indices)
+    if not weight.indices.is_meta:
+        weight.check_indices()
+    if transposed is not None:
+        ok = isinstance(transposed, Sparse24Weight) and transposed.shape == weight.shape[::-1]
+        ok = ok and transposed.dtype == weight.dtype and transposed.device == weight.device
+        require(ok, "transposed", f"W^T, {weight.dtype} on {weight.device} of {tuple(weight.shape[::-1])}", transposed)
+        weight.__setstate__(transposed)
+    return weight
+
+
+torch.serialization.add_safe_globals([_from_pickle])
 
 
 def sparse24_compress(weight: Tensor) -> Sparse24Weight:
@@ -188,8 +244,9 @@ def sparse24_compress(weight: Tensor) -> Sparse24Weight:
         group = weight[row, column // 4 * 4 :][:4]
         got = f"{int(group.count_nonzero())} at row {row}, group {column // 4} (columns {column // 4 * 4} and on)"
         require(False, "weight", "2:4, at most 2 non-zeros in every aligned 4 columns", got)
-    values = weight[kept].view(rows, columns // 2) + 0.0  # -0.0 becomes 0.0
-    return Sparse24Weight(values, pack_positions(kept))
+    with torch.inference_mode(False):  # whose tensors do not count what is written to them
+        values = weight[kept].view(rows, columns // 2) + 0.0  # -0.0 becomes 0.0
+        return Sparse24Weight(values, pack_positions(kept))
 
 
 def check_dense(weight: Tensor) -> None:

@@ -323,7 +323,7 @@ def test_the_op_itself_checks_what_kernels_trust():
         (ROWS[:7], torch.zeros(8, 3), "stats.received_attention"),
         (ROWS, torch.zeros(7, 3), "mag_logits"),
     ):
-        with pytest.raises(ValueError, match=f"{name} must be of 8 rows like the scores"):
+        with pytest.raises(ValueError, match=f"{name} must be of 8 rows like stats.summary_attention"):
             torch.ops.madtp.score_and_select(ROWS, received_attention, logits, cu[:2] * 2, 1.0, None, "auto")
 
 

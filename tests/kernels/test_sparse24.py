@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import madtp_kernels as mk
 from madtp_kernels import dispatch, sparse24_compress
+from madtp_kernels.ops import sparse24
 from madtp_kernels.ops.sparse24 import sparse24_pack
 from madtp_kernels.reference import sparse24 as reference
 
@@ -309,3 +310,42 @@ def test_indices_and_layouts_are_refused():
     for layout in (weight.layout("cpu")[1:], weight.layout("cpu").view(torch.int8)):
         with pytest.raises(ValueError, match="layout must be contiguous uint8 of shape"):
             torch.ops.madtp.sparse24_linear(torch.zeros(4, 32), weight.values, weight.indices, layout, *rest)
+
+
+@needs_extension
+@pytest.mark.parametrize("backend", ["reference", "cpu", "dense", None])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 3), (2, 1, 2)])
+def test_any_shape_that_a_linear_takes(backend, shape):
+    weight, bias = sparse24_compress(dense24(24, 32)), torch.randn(24)
+    x, residual = torch.randn(*shape, 32), torch.randn(*shape, 24)
+    expected = residual + torch.nn.functional.linear(x, weight.to_dense(), bias)
+    for _ in range(2):
+        got = mk.sparse24_linear(x, weight, bias, residual=residual, backend=backend)
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(())}, r"^x must be of shape \(\.\.\., 32\) like weight, got float32 \(\) on cpu$"),
+        ({"x": torch.zeros(2, 2, 16)}, r"^x must be of shape \(\.\.\., 32\) like weight"),
+        ({"x": torch.zeros(32), "num_rows": torch.tensor(1, dtype=torch.int32)}, r"^num_rows must be None unless x is"),
+        ({"x": torch.zeros(32), "residual": torch.zeros(1, 24)}, r"^residual must be of shape \(24,\)"),
+        ({"weight": sparse24_compress(dense24(24, 32)).to(torch.bfloat16)}, "^values must be a .* of float32, got bf"),
+        ({"x": torch.zeros(4, 32).long()}, "^x must be a 2-dimensional tensor of"),
+        ({"x": [1.0] * 10_000}, r"^x must be a tensor, got list \[1.0, 1.0, 1.0, 1.0, 1.0, 1.0, \.\.\.\]$"),
+        (
+            {"activation": "swish"},
+            "^activation must be one of none, gelu, gelu_tanh, quick_gelu, relu, got swish$",
+        ),
+        ({"activation": 3}, "^activation must be one of none, gelu, .* or None, got int 3$"),
+        ({"bias": 0.5}, "^bias must be a tensor or None, got float 0.5$"),
+        ({"backend": 5}, "^backend= must be one of auto, .*, got 5$"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_measured(monkeypatch, change, message):
+    monkeypatch.setattr(sparse24.tuning, "fastest", lambda case: pytest.fail("measured"))
+    good = {"x": torch.zeros(4, 32), "weight": sparse24_compress(dense24(24, 32))}
+    with pytest.raises(ValueError, match=message):
+        mk.sparse24_linear(**(good | change))

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import madtp_kernels as mk
-from madtp_kernels import sparse24_linear
+from madtp_kernels import dispatch, sparse24_linear
 from madtp_kernels.sparse24 import weight as sparse24_weight
 from madtp_kernels.sparse24.weight import ASCENDING, Sparse24Weight, register_layout, sparse24_compress
 
+needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -190,3 +191,99 @@ def test_a_layout_made_in_inference_mode_serves_a_backward_too():
     torch.testing.assert_close(out, expected)
     out.sum().backward()
     torch.testing.assert_close(x.grad, weight.to_dense().sum(0).expand(3, -1))
+
+
+# --- writes, pickles
+
+
+WRITES = {
+    "assigned values": lambda w: setattr(w, "values", 2 * w.values),
+    "assigned indices": lambda w: setattr(w, "indices", w.indices.flip(0)),
+    "assigned itself after .data": lambda w: (w.values.data.mul_(2), setattr(w, "values", w.values)),
+    "mul_": lambda w: w.values.mul_(2),
+    "index": lambda w: w.values.__setitem__(0, 1),
+    "copy_": lambda w: w.values.copy_(w.values.flip(0)),
+    "view": lambda w: w.values.view(-1)[3:].add_(1),
+    "indices copy_": lambda w: w.indices.copy_(w.indices.flip(0)),
+    "load_state_dict": lambda w: holder(w).load_state_dict({"values": -w.values, "indices": w.indices.flip(1)}),
+}
+
+
+def holder(weight):
+    module = torch.nn.Module()
+    module.register_buffer("values", weight.values)
+    module.register_buffer("indices", weight.indices)
+    return module
+
+
+@needs_extension
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_no_write_is_missed(write, backend):
+    with torch.inference_mode():  # whose own tensors would count none
+        weight, x = mk.sparse24_prune(torch.randn(24, 32)), torch.randn(3, 32)
+        for _ in range(2):
+            before = sparse24_linear(x, weight, backend=backend)
+        write(weight)
+        for _ in range(2):
+            after = sparse24_linear(x, weight, backend=backend)
+            torch.testing.assert_close(after, x @ weight.to_dense().T)
+        assert not torch.allclose(before, after)
+
+
+@needs_extension
+def test_a_transposed_weight_follows_an_assignment():
+    dense = torch.randn(16, 32)
+    weight = sparse24_compress(dense * mk.transposable_mask(dense)).keep_transposed()
+    weight.values = 3 * weight.values
+    assert torch.equal(weight.transposed.to_dense(), weight.to_dense().T)
+
+
+def test_assignments_are_checked():
+    weight = sparse24_compress(masked(24, 32))
+    for name, value in (("values", weight.values[:8]), ("values", weight.values.long()), ("indices", weight.values)):
+        with pytest.raises(ValueError, match=r"^(values|indices) must be"):
+            setattr(weight, name, value)
+    assert weight.values.shape == (24, 16)
+
+
+@needs_extension
+def test_a_shape_changed_behind_its_back_is_refused():
+    weight = sparse24_compress(masked(24, 32))
+    for _ in range(2):
+        sparse24_linear(torch.zeros(1, 32), weight, backend="cpu")
+    weight.values.data = torch.zeros(4096, 16)
+    with pytest.raises(ValueError, match="^indices must be of shape"):
+        sparse24_linear(torch.zeros(1, 32), weight, backend="cpu")
+
+
+def test_torch_load_takes_only_what_is_sound(tmp_path):
+    dense = torch.randn(16, 32)
+    weight = sparse24_compress(dense * mk.transposable_mask(dense)).keep_transposed()
+    torch.save({"weight": weight}, tmp_path / "weight.pt")
+    loaded = torch.load(tmp_path / "weight.pt", weights_only=True)["weight"]
+    assert torch.equal(loaded.to_dense(), weight.to_dense())
+    assert torch.equal(loaded.transposed.to_dense(), weight.to_dense().T)
+    for copied in (pickle.loads(pickle.dumps(weight)), copy.copy(weight), copy.deepcopy(weight)):
+        assert torch.equal(copied.transposed.to_dense(), weight.to_dense().T)
+        broken = Sparse24Weight(copied.values, torch.zeros_like(copied.indices))
+        torch.save(broken, tmp_path / "broken.pt")
+        with pytest.raises((ValueError, pickle.UnpicklingError), match="indices must be two ascending columns"):
+            torch.load(tmp_path / "broken.pt", weights_only=True)
+        with pytest.raises(ValueError, match="indices must be two ascending columns"):
+            pickle.loads(pickle.dumps(broken))
+
+
+def _double(weight, results):
+    results.put(2 * weight.to_dense())
+
+
+@pytest.mark.slow
+def test_a_weight_goes_to_another_process():
+    context = torch.multiprocessing.get_context("spawn")
+    weight, results = sparse24_compress(masked(24, 32)), context.Queue()
+    weight.values.share_memory_()
+    process = context.Process(target=_double, args=(weight, results))
+    process.start()
+    assert torch.equal(results.get(timeout=120), 2 * weight.to_dense())
+    process.join()

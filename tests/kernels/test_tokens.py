@@ -412,9 +412,9 @@ def test_the_ops_themselves_check_what_kernels_trust():
     x, ones = torch.zeros(8, 2), torch.ones(2)
     with pytest.raises(ValueError, match="selection.keep must be of 8 rows like x"):
         torch.ops.madtp.gather_merge(x, torch.ones(9, dtype=torch.bool), *s[1:], "auto")
-    with pytest.raises(ValueError, match="bias must be torch.float32 like weight, got float16"):
+    with pytest.raises(ValueError, match="bias must be a 1-dimensional tensor of float32, got float16"):
         torch.ops.madtp.gather_merge_layernorm(x, *s, ones, ones.half(), 1e-5, "auto")
-    with pytest.raises(ValueError, match="grad must be torch.float32 like x, got float16"):
+    with pytest.raises(ValueError, match="grad must be a 2-dimensional tensor of float32, got float16"):
         torch.ops.madtp.gather_merge_backward(x[: s.source.numel()].half(), x, *s, "auto")
 
 

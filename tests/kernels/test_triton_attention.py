@@ -9,6 +9,7 @@ from ragged_cases import cu_seqlens_of
 from triton_cases import DEVICE, DTYPES, MARKS, largest, wild_integers, within_twice
 
 import madtp_kernels as mk
+from madtp_kernels import dispatch
 
 pytest.importorskip("triton")
 from madtp_kernels.triton.attention import backward as attention_backward
@@ -302,3 +303,32 @@ def test_the_public_op_runs_forward_and_backward():
         )
     for got, want in zip(results["triton"], results["reference"], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-45, 1e-30, -1e-30, -0.3, 1.0])
+def test_every_backend_takes_any_finite_scale(scale, causal):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 14, 2, 16)
+    cu = cu_seqlens_of([3, 0, 10, 1])
+    arguments = (cu, cu, 10, 10, scale, causal, None, True)
+
+    def run(backend, dtype=torch.float32):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out, *stats, _ = torch.ops.madtp.varlen_attention(*inputs, *arguments, backend)
+        loss = out.square().sum() + sum(statistic.square().sum() for statistic in stats)
+        return out, *stats, *torch.autograd.grad(loss, inputs)
+
+    expected = run("reference", torch.float64)
+    for backend in ("reference", "triton", *(["cpu"] if dispatch.extension_unsupported_reason() is None else [])):
+        for got, want in zip(run(backend), expected, strict=True):
+            torch.testing.assert_close(got, want.float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 1e39])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_other_scales_are_refused(scale, backend):
+    q = torch.zeros(8, 2, 16)
+    with pytest.raises(ValueError, match="^softmax_scale must be a finite number of float32, got float"):
+        ragged = {"cu_seqlens_q": cu_seqlens_of([8]), "max_seqlen_q": 8}
+        mk.varlen_attention(q, q, q, **ragged, softmax_scale=scale, backend=backend)

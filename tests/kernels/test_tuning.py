@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What auto takes for a 2:4 linear layer: from made-up measurements, kept on disk. Nothing here is timed."""
 
+import contextlib
+import errno
 import json
+import os
+import pwd
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,7 +49,7 @@ def measured(monkeypatch, tmp_path):
 
 def forget():
     """As a new process."""
-    tuning._table.cache_clear()
+    tuning._read_table.cache_clear()
 
 
 def case_of(rows=16, **changes):
@@ -213,3 +220,83 @@ def test_a_measurement_runs_every_class_of_calls(monkeypatch):
         timing = tuning.time_backends(LinearCall(4, 24, 32, dtype, weight_dtype, epilogue, 1))
         assert timing.ours == timing.dense == 1e6
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- no cache
+
+
+def no_home(monkeypatch, tmp_path):
+    def unknown(user):
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("MADTP_CACHE")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def nobody(monkeypatch, tmp_path):
+    monkeypatch.setenv("MADTP_CACHE", "~no-such-user/cache")
+
+
+def a_file(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MADTP_CACHE", str(tmp_path / "file"))
+
+
+def a_pipe(monkeypatch, tmp_path):
+    (tmp_path / "tuning").mkdir()
+    os.mkfifo(tmp_path / "tuning" / tuning._file_name())
+
+
+def too_deep(monkeypatch, tmp_path):
+    (tmp_path / "tuning").mkdir()
+    (tmp_path / "tuning" / tuning._file_name()).write_text("[" * 100_000)
+
+
+def too_large(monkeypatch, tmp_path):
+    (tmp_path / "tuning").mkdir()
+    row = f"[[16, 24, 32, 1, 1, 1, 1], [{'9' * 400}, 1, 1]]"
+    (tmp_path / "tuning" / tuning._file_name()).write_text(f'{{"version": 2, "timings": [{row}]}}')
+
+
+def full(monkeypatch, tmp_path):
+    @contextlib.contextmanager
+    def no_space(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield path
+
+    monkeypatch.setattr(tuning, "atomic_file", no_space)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("stop", [no_home, nobody, a_file, a_pipe, too_deep, too_large, full])
+def test_without_a_cache_a_measurement_stays_in_the_process(measured, monkeypatch, tmp_path, stop):
+    stop(monkeypatch, tmp_path)
+    weight, x = sparse24_compress(dense24(24, 32)), torch.randn(16, 32)
+    for _ in range(2):
+        mk.sparse24_linear(x, weight)
+    assert mk.explain("sparse24_linear", x, weight).backend == "dense"
+    assert measured == [case_of(16)]
+
+
+def test_threads_measure_once_and_agree(measured, monkeypatch):
+    read = tuning._read
+
+    def slow_read(path):
+        time.sleep(0.005)  # so that all are in it together
+        return read(path)
+
+    monkeypatch.setattr(tuning, "_read", slow_read)
+    weight, x = sparse24_compress(dense24(24, 32)), torch.randn(16, 32)
+    start = threading.Barrier(8)
+
+    def run(_):
+        start.wait()
+        return [mk.sparse24_linear(x, weight, activation=activation) for activation in (None, "gelu", "relu") * 2]
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(run, range(8)))
+    assert len(measured) == 3
+    for result in results:
+        for got, expected in zip(result, results[0], strict=True):
+            assert torch.equal(got, expected)

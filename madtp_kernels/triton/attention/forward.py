@@ -28,6 +28,7 @@ from madtp_kernels.triton.attention.tiles import (
 )
 from madtp_kernels.triton.common import OPTIONS, on_device
 
+TINY = torch.finfo(torch.float32).tiny
 LN_2 = tl.constexpr(math.log(2))
 
 
@@ -179,7 +180,8 @@ def varlen_attention(
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     norms = statistic(q, head_count, rows) if return_stats else None
-    scale = softmax_scale * LOG2_E
+    # A masked score, -inf, stays one when it is scaled, and all others vanish: 0 would make it NaN.
+    scale = max(softmax_scale * LOG2_E, TINY)
     with on_device(q.device):
         attention_kernel[(programs,)](
             q,

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.ops.madtp called without the public functions: every argument of every op is changed in turn, and the call is
+refused with one clear error or is right, by the reference. A kernel that reads past its inputs fails, or crashes."""
+
+import math
+
+import pytest
+import torch
+from ragged_cases import cu_seqlens_of
+from sparse24_cases import dense24
+
+from madtp_kernels import checks, dispatch, select_tokens, sparse24_compress
+
+needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
+
+REFUSED = (ValueError, RuntimeError, NotImplementedError)
+# What a forward left for its backward, or a selection says twice: the reference reads one of the two.
+DERIVED = {"out", "lse", "keep", "source", "cu_seqlens_out", "backend"}
+OF_THE_FORWARD = {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "softmax_scale", "causal", "summary_index"}
+
+
+def ops():
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name.removeprefix("madtp::") for name in names if name.startswith("madtp::"))
+
+
+def schema(op):
+    return getattr(torch.ops.madtp, op).default._schema
+
+
+def arguments(op, *, lengths=(5, 7), heads=2, head_dim=16, channels=8, features=(16, 32)):
+    """A good call of `op`: name -> value, in the order of its schema."""
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    rows, cu, (out_features, in_features) = sum(lengths), cu_seqlens_of(lengths), features
+    weight = sparse24_compress(dense24(out_features, in_features) if out_features else torch.zeros(features))
+    selection = select_tokens(random(rows), 9 * random(rows, 3), cu, 5.0, backend="reference")
+    good = {
+        **{name: random(rows, heads, head_dim) for name in ("q", "k", "v", "grad_out", "out")},
+        **{name: cu for name in ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")},
+        **{f"max_seqlen_{side}": max(lengths, default=0) for side in "qk"},
+        **{name: random(rows) for name in ("importance", "summary_attention", "received_attention")},
+        **{name: random(rows) for name in ("grad_summary_attention", "grad_received_attention")},
+        **{"softmax_scale": 0.25, "causal": False, "return_stats": True, "temperature": 5.0, "eps": 1e-5},
+        **{"summary_index": torch.zeros(len(lengths), dtype=torch.int32), "mag_logits": random(rows, 3)},
+        **{"values": weight.values, "indices": weight.indices, "layout": None},
+        **{"values_t": None, "indices_t": None, "layout_t": None, "activation": "gelu", "backend": "cpu"},
+        **selection._asdict(),
+    }
+    if op == "varlen_attention_backward":
+        forward = [good[argument.name] for argument in schema("varlen_attention").arguments]
+        good["out"], _, _, good["lse"] = torch.ops.madtp.varlen_attention(*forward)
+    if op.startswith("sparse24"):
+        good |= {"x": random(rows, in_features), "bias": random(out_features), "grad": random(rows, out_features)}
+        good |= {"residual": random(rows, out_features), "scale": random(out_features)}
+        good["num_rows"] = torch.tensor(rows - 1, dtype=torch.int32)
+    else:
+        good |= {"x": random(rows, channels), "grad": random(selection.source.numel(), channels)}
+        good |= {"weight": random(channels), "bias": random(channels)}
+    return {argument.name: good[argument.name] for argument in schema(op).arguments}
+
+
+def changes(value):
+    """Values in the place of a good one, most of them bad."""
+    if isinstance(value, torch.Tensor):
+        yield from tensors(value)
+    elif isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (-1, 0, 6, 100, 2**31, 2**62)
+    elif isinstance(value, float):
+        yield from (math.nan, math.inf, -math.inf, 0.0, -0.5, 1e-45, 1e300)
+    elif isinstance(value, str):
+        yield from ("", "swish", "cuda", "auto", "none")
+    else:
+        yield from (torch.zeros(3), torch.zeros((), dtype=torch.uint8))
+
+
+def tensors(good):
+    yield from (
+        good.to("meta"),
+        good.to_sparse(),
+        good[None],
+        good.flatten()[0],
+        good.flatten()[:0],
+        good.new_empty(0, 0),
+    )
+    yield from (good.to(dtype) for dtype in (torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64))
+    if good.ndim:
+        yield from (good[:0], good[:-1], torch.cat([good, good[:1]]), good[..., :0], good[..., :-1])
+        yield from (good.repeat_interleave(2, -1)[..., ::2], good[:1].expand_as(good), good.flip(0))
+    if good.is_floating_point():
+        yield from (torch.full_like(good, value) for value in (math.nan, math.inf, -math.inf, 0, 1e30, -1e30))
+    elif good.dtype == torch.bool:
+        yield from (torch.zeros_like(good), torch.ones_like(good))
+    else:
+        bits = torch.iinfo(good.dtype)
+        yield from (torch.full_like(good, value) for value in (bits.min, bits.max, 0, 1))
+        yield from (good + 1, good - 1, good * 1000, -good)
+
+
+def outcome(op, call):
+    """What it returns, or the error."""
+    try:
+        result = getattr(torch.ops.madtp, op)(**call)
+    except REFUSED as error:
+        return error
+    return result if isinstance(result, tuple) else (result,)
+
+
+def is_finite(call):
+    tensors = (value for value in call.values() if isinstance(value, torch.Tensor) and value.is_floating_point())
+    return all(bool((tensor.abs() < 1e20).all()) for tensor in tensors)
+
+
+def assert_like_the_reference(op, call, got, what):
+    expected = outcome(op, call | {"backend": "reference"})
+    assert not isinstance(expected, Exception), f"{what}; the reference: {expected}"
+    for ours, reference in zip(got, expected, strict=True):
+        assert (ours.shape, ours.dtype) == (reference.shape, reference.dtype), what
+        if ours.device.type != "meta" and is_finite(call):
+            assert bool(torch.isclose(ours.double(), reference.double(), 1e-3, 1e-4, equal_nan=True).all()), what
+
+
+@needs_extension
+@pytest.mark.parametrize("op", ops())
+def test_each_argument_is_refused_or_right(op):
+    good = arguments(op)
+    assert not isinstance(outcome(op, good), Exception)
+    derived = DERIVED | OF_THE_FORWARD if op.endswith("attention_backward") else DERIVED
+    for name, value in good.items():
+        for change in changes(value):
+            call = good | {name: change}
+            got = outcome(op, call)
+            what = f"{op}({name}={checks.describe(change)}): {str(got)[:200]}"
+            if isinstance(got, Exception):
+                # torch says in several lines that an argument is not of the type in the schema.
+                assert type(got) is not ValueError or "\n" not in str(got), what
+            elif "backend" in call and name not in derived:
+                assert_like_the_reference(op, call, got, what)
+
+
+EMPTY = [
+    {"lengths": ()},
+    {"lengths": (0,)},
+    {"lengths": (0, 3, 0)},
+    {"channels": 0},
+    {"features": (16, 0)},
+    {"features": (0, 32)},
+]
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore:var")  # torch, of no channels
+@pytest.mark.parametrize("sizes", EMPTY, ids=str)
+def test_empty_sizes_are_refused_or_right(sizes):
+    for op in ops():
+        call = arguments(op, **sizes)
+        got = outcome(op, call)
+        assert not isinstance(got, Exception), f"{op}: {got}"
+        if "backend" in call:
+            assert_like_the_reference(op, call, got, op)
