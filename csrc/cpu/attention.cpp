@@ -24,6 +24,13 @@ bool has_valid_lengths(const AttentionInputs& a, bool self_attention) {
   return true;
 }
 
+// (rows, heads, head_dim)
+bool is_tensor(const AttentionInputs& a, const void* data, std::int64_t rows,
+               const std::int64_t (&strides)[2]) {
+  return is_matrix(data, a.dtype, rows, a.heads * a.head_dim, strides[0]) &&
+         is_addressable(a.heads, a.head_dim, strides[1], size_of(a.dtype));
+}
+
 bool is_query_tensor(const AttentionInputs& a, const void* data) {
   return is_matrix(data, a.dtype, a.tokens_q, a.heads * a.head_dim);
 }
@@ -33,10 +40,11 @@ bool is_key_tensor(const AttentionInputs& a, const void* data) {
 }
 
 bool is_valid(const AttentionInputs& a, bool statistics) {
-  return a.heads >= 0 && a.head_dim >= 16 && a.head_dim <= kMaxHeadDim && a.head_dim % 16 == 0 &&
-         are_offsets(a.cu_seqlens_q, a.batch, a.tokens_q, true) &&
-         are_offsets(a.cu_seqlens_k, a.batch, a.tokens_k, true) && is_query_tensor(a, a.q) &&
-         is_key_tensor(a, a.k) && is_key_tensor(a, a.v) && std::isfinite(a.softmax_scale) &&
+  return is_count(a.heads) && (a.heads > 0 || !statistics) && a.head_dim >= 16 && a.head_dim <= kMaxHeadDim &&
+         a.head_dim % 16 == 0 && are_offsets(a.cu_seqlens_q, a.batch, a.tokens_q, true) &&
+         are_offsets(a.cu_seqlens_k, a.batch, a.tokens_k, true) &&
+         is_tensor(a, a.q, a.tokens_q, a.q_strides) && is_tensor(a, a.k, a.tokens_k, a.k_strides) &&
+         is_tensor(a, a.v, a.tokens_k, a.v_strides) && std::isfinite(a.softmax_scale) &&
          has_valid_lengths(a, statistics || a.causal);
 }
 

@@ -12,7 +12,8 @@ namespace {
 
 bool is_weight_shape(std::int64_t out_features, std::int64_t in_features, DType dtype) {
   return size_of(dtype) != 0 && sparse24_supports_shape(out_features, in_features) &&
-         out_features <= INT32_MAX && in_features <= INT32_MAX;
+         is_count(out_features) && is_count(in_features) &&
+         is_addressable(out_features, in_features, in_features, sizeof(float));  // a layout takes less
 }
 
 bool is_ascending(const Sparse24Weight& weight) {
@@ -50,7 +51,9 @@ Status sparse24_pack(const Sparse24Weight& weight, void* layout, int threads) {
 Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* indices, int threads) {
   const std::int64_t out_features = dense.out_features, in_features = dense.in_features;
   if (!is_weight_shape(out_features, in_features, dense.dtype) ||
-      !is_present(dense.weight, out_features, in_features) ||
+      !is_matrix(dense.weight, dense.dtype, out_features, in_features, dense.weight_stride) ||
+      (dense.score != nullptr &&
+       !is_matrix(dense.score, DType::float32, out_features, in_features, dense.score_stride)) ||
       !is_present(values, out_features, in_features) || !is_present(indices, out_features, in_features) ||
       threads < 1)
     return Status::invalid_argument;
@@ -59,9 +62,11 @@ Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* in
 }
 
 Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
-  if (!is_weight_shape(a.out_features, a.in_features, a.weight_dtype) || a.tokens < 0 ||
-      a.tokens > INT32_MAX || !is_matrix(a.x, a.dtype, a.tokens, a.in_features) ||
-      !is_matrix(out, a.dtype, a.tokens, a.out_features) ||
+  if (!is_weight_shape(a.out_features, a.in_features, a.weight_dtype) || !is_count(a.tokens) ||
+      !is_matrix(a.x, a.dtype, a.tokens, a.in_features, a.x_stride) ||
+      !is_matrix(out, a.dtype, a.tokens, a.out_features, out_stride) ||
+      (a.residual != nullptr &&
+       !is_matrix(a.residual, a.dtype, a.tokens, a.out_features, a.residual_stride)) ||
       !is_present(a.layout, a.out_features, a.in_features) || threads < 1)
     return Status::invalid_argument;
   if ((a.weight_dtype != DType::float32 && a.weight_dtype != a.dtype) ||

@@ -13,19 +13,26 @@ namespace madtp::cpu {
 namespace {
 
 bool is_valid(const TokenSelection& s) {
-  return s.capacity >= 0 && are_offsets(s.cu_seqlens_in, s.batch, s.tokens, true) &&
+  return is_count(s.capacity) && are_offsets(s.cu_seqlens_in, s.batch, s.tokens, true) &&
          are_offsets(s.cu_seqlens_out, s.batch, s.capacity, false) && is_present(s.keep, s.tokens) &&
          is_present(s.source, s.capacity) && is_present(s.merge_weight, s.tokens);
 }
 
 bool is_valid(const ScoreInputs& s) {
   return are_offsets(s.cu_seqlens, s.batch, s.tokens, true) &&
-         is_matrix(s.mag_logits, s.logits_dtype, s.tokens, s.alignment_tokens) && s.alignment_tokens >= 1;
+         is_matrix(s.mag_logits, s.logits_dtype, s.tokens, s.alignment_tokens, s.logits_stride) &&
+         is_count(s.alignment_tokens) && s.alignment_tokens >= 1;
 }
 
 bool is_valid(const SelectionOutputs& s, std::int64_t tokens) {
   return is_present(s.keep, tokens) && s.cu_seqlens_out != nullptr && is_present(s.source, tokens) &&
          is_present(s.merge_weight, tokens);
+}
+
+// The rows that a selection gathers from.
+bool is_input(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
+              const TokenSelection& s) {
+  return is_count(channels) && is_matrix(x, dtype, s.tokens, channels, x_stride);
 }
 
 bool is_temperature(double value) { return value >= 0 && std::isfinite(value); }
@@ -61,7 +68,7 @@ Status score_and_select(const float* summary_attention, const float* received_at
 
 Status gather_merge(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
                     const TokenSelection& selection, void* out, int threads) {
-  if (!is_valid(selection) || !is_matrix(x, dtype, selection.tokens, channels) ||
+  if (!is_valid(selection) || !is_input(x, dtype, x_stride, channels, selection) ||
       !is_matrix(out, dtype, selection.capacity, channels) || threads < 1)
     return Status::invalid_argument;
   MADTP_DISPATCH(gather_merge(x, dtype, x_stride, channels, selection, out, threads));
@@ -70,8 +77,8 @@ Status gather_merge(const void* x, DType dtype, std::int64_t x_stride, std::int6
 Status gather_merge_backward(const void* grad, std::int64_t grad_stride, const void* x, DType dtype,
                              std::int64_t x_stride, std::int64_t channels, const TokenSelection& selection,
                              void* grad_x, float* grad_weight, int threads) {
-  if (!is_valid(selection) || !is_matrix(x, dtype, selection.tokens, channels) ||
-      !is_matrix(grad, dtype, selection.capacity, channels) ||
+  if (!is_valid(selection) || !is_input(x, dtype, x_stride, channels, selection) ||
+      !is_matrix(grad, dtype, selection.capacity, channels, grad_stride) ||
       !is_matrix(grad_x, dtype, selection.tokens, channels) || !is_present(grad_weight, selection.tokens) ||
       threads < 1)
     return Status::invalid_argument;
@@ -83,7 +90,7 @@ Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,
                               const TokenSelection& selection, const void* weight, const void* bias,
                               DType affine_dtype, double eps, void* x_out, void* normed, float* mean,
                               float* rstd, int threads) {
-  if (!is_valid(selection) || !is_matrix(x, dtype, selection.tokens, channels) ||
+  if (!is_valid(selection) || !is_input(x, dtype, x_stride, channels, selection) ||
       !is_matrix(x_out, dtype, selection.capacity, channels) ||
       !is_matrix(normed, dtype, selection.capacity, channels) || !is_present(weight, channels) ||
       !is_present(bias, channels) || (affine_dtype != dtype && affine_dtype != DType::float32) ||

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "madtp/status.h"
+#include "sizes.h"
 
 namespace madtp::cuda {
 
@@ -28,9 +29,11 @@ inline Status to_status(cudaError_t error) {
   return error == cudaErrorInvalidResourceHandle ? Status::invalid_argument : Status::cuda_error;
 }
 
+// Status::invalid_argument for more blocks than a grid can count.
 template <typename... Parameters, typename... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
               const Arguments&... arguments) {
+  if (!is_count(shape.blocks)) return Status::invalid_argument;
   constexpr int kUnasked = 48 * 1024;
   if (shape.shared_bytes > kUnasked) {
     const Status status = to_status(

@@ -183,6 +183,38 @@ TEST(cross_attention) {
   expect_equal(got.out, expected(p, false).out, 1e-5);
 }
 
+// Tokens 1, 9 and the last three are the same; lengths end just behind a panel, and in every part of one.
+TEST(equal_tokens_have_equal_results) {
+  for (const std::int32_t length : {12, 13, 17, 18, 25, 26, 33, 34, 41, 50, 65, 66, 82, 129, 197, 577}) {
+    Problem p({length}, {length}, 3, 32, false);
+    p.summary_index = {0};
+    const std::int64_t row = p.heads * p.dim;
+    const std::int64_t twins[] = {1, 9, length - 3, length - 2, length - 1};
+    for (std::vector<float>* x : {&p.q, &p.k, &p.v})
+      for (const std::int64_t twin : twins) std::copy_n(x->begin() + 5 * row, row, x->begin() + twin * row);
+    Outputs got(p);
+    EXPECT(attend(p.inputs(), got.out.data(), nullptr, got.summary_attention.data(),
+                  got.received_attention.data(), 1) == Status::ok);
+    for (const std::int64_t twin : twins) {
+      EXPECT(got.received_attention[twin] == got.received_attention[5]);
+      EXPECT(got.summary_attention[twin] == got.summary_attention[5]);
+      EXPECT(std::equal(&got.out[5 * row], &got.out[5 * row] + row, &got.out[twin * row]));
+    }
+  }
+}
+
+TEST(far_scores_count_for_nothing) {
+  Problem p({20}, {20}, 2, 16, false);  // every query sees key 0 alone, the summary token's
+  for (std::size_t i = 0; i < p.q.size(); ++i) p.q[i] = 1, p.k[i] = i < 32 ? 40.0f : 0.0f;
+  p.summary_index = {0};
+  Outputs got(p);
+  EXPECT(attend(p.inputs(), got.out.data(), nullptr, got.summary_attention.data(),
+                got.received_attention.data(), 1) == Status::ok);
+  EXPECT(got.received_attention[0] == 19);
+  for (std::size_t j = 1; j < 20; ++j)
+    EXPECT(got.received_attention[j] == 0 && got.summary_attention[j] == 0);
+}
+
 TEST(large_scores_do_not_overflow_and_nan_stays_in_its_sequence) {
   Problem p({20, 35}, {20, 35}, 2, 32, false);
   for (float& value : p.q) value *= 3000;

@@ -281,6 +281,56 @@ TEST(score_and_select_writes_what_the_two_write) {
   }
 }
 
+// Sums whose reciprocal a float cannot hold: below 2^-128, where numbers are subnormal, and near its largest.
+TEST(shares_of_tiny_and_of_large_sums) {
+  const std::vector<std::int32_t> cu_seqlens{0, 4}, summary_index{-1};
+  const std::vector<float> summary_attention(4, 0);
+  for (const float unit : {1.4013e-45f, 1e-42f, 2e-40f, 1e-38f, 8e37f}) {
+    const std::vector<float> received_attention{unit, unit, 2 * unit, 0}, logits{0, unit, 0, unit};
+    const ScoreInputs inputs = score_inputs(logits, 1, cu_seqlens, summary_index);
+    std::vector<float> importance(4, kNaN);
+    EXPECT(cpu::token_importance(summary_attention.data(), received_attention.data(), inputs,
+                                 importance.data(), 1) == Status::ok);
+    const double wanted[] = {0.25 / 3, 0.75 / 3, 0.5 / 3, 0.5 / 3};
+    for (int j = 0; j < 4; ++j) EXPECT_NEAR(importance[j], wanted[j], 1e-7);
+  }
+}
+
+TEST(merge_weights_of_tiny_importance_add_up_to_1) {
+  const std::vector<std::int32_t> cu_seqlens{0, 5}, summary_index{-1};
+  const std::vector<float> importance{0.3f, 0.7f, 1e-40f, 3e-40f, 0}, logits{9, 9, 0, 0, 0};
+  const ScoreInputs inputs = score_inputs(logits, 1, cu_seqlens, summary_index);
+  Selected selected(5, 1);
+  EXPECT(cpu::select_tokens(importance.data(), inputs, 5, selected.outputs(), 1) == Status::ok);
+  EXPECT((selected.keep == std::vector<std::uint8_t>{0, 1, 0, 0, 0}));
+  double total = 0;
+  for (int j = 0; j < 5; ++j) total += selected.merge_weight[j];
+  EXPECT_NEAR(total, 1, 1e-6);
+
+  const std::vector<float> tiny{1, 1, 1e-40f, 3e-40f, 0};
+  Selected of_tiny(5, 1);
+  EXPECT(cpu::select_tokens(tiny.data(), inputs, 5, of_tiny.outputs(), 1) == Status::ok);
+  EXPECT((of_tiny.keep == std::vector<std::uint8_t>{1, 1, 0, 0, 0}));
+  EXPECT_NEAR(of_tiny.merge_weight[2], 0.25, 1e-5);
+  EXPECT_NEAR(of_tiny.merge_weight[3], 0.75, 1e-5);
+}
+
+// Token 0 is the most important, and the one that every alignment token means.
+TEST(the_threshold_sees_weights_down_to_the_least_float) {
+  const std::vector<std::int32_t> cu_seqlens{0, 4}, summary_index{-1};
+  const std::vector<float> importance{0.9f, 0.1f, 0.2f, 0.1f};
+  const auto kept = [&](float gap) {
+    const std::vector<float> logits{gap, 0, 0, 0};
+    Selected selected(4, 1);
+    EXPECT(cpu::select_tokens(importance.data(), score_inputs(logits, 1, cu_seqlens, summary_index), 1,
+                              selected.outputs(), 1) == Status::ok);
+    return selected.keep;
+  };
+  for (const float gap : {20.0f, 84.0f, 90.0f, 100.0f})
+    EXPECT((kept(gap) == std::vector<std::uint8_t>{1, 0, 0, 0}));
+  for (const float gap : {106.0f, 200.0f, 1e30f}) EXPECT((kept(gap) == std::vector<std::uint8_t>(4, 0)));
+}
+
 TEST(bad_arguments_are_refused_and_nothing_is_written) {
   Fixture f;
   const std::vector<float> x = ramp(9 * 4);

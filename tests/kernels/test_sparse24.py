@@ -125,6 +125,16 @@ def test_num_rows_and_empty_and_non_contiguous(backend):
     assert empty.shape == (0, 24)
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
+@pytest.mark.parametrize("tokens", [0, 1, 64])
+@pytest.mark.parametrize(("out_features", "in_features"), [(0, 16), (24, 0), (0, 0)])
+def test_features_of_zero(backend, tokens, out_features, in_features):
+    weight = sparse24_compress(torch.zeros(out_features, in_features))
+    bias = torch.arange(-3.0, out_features - 3)
+    y = mk.sparse24_linear(torch.zeros(tokens, in_features), weight, bias, activation="relu", backend=backend)
+    assert torch.equal(y, bias.relu().expand(tokens, out_features))
+
+
 @needs_extension
 def test_cpu_writes_every_element(monkeypatch):
     new_empty = torch.Tensor.new_empty

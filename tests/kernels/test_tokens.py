@@ -110,6 +110,44 @@ def test_cpu_selects_like_the_float64_reference(lengths, summary_token, temperat
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unit", [1e-44, 3e-42, 1e-40, 2.9e-39, 1e-37])
+def test_subnormal_attention_prunes_as_any_other(backend, dtype, unit):
+    received_attention = (torch.tensor([9.0, 8, 1, 1, 2, 7, 1]) * unit).float()
+    logits = torch.tensor([3.0, 2, 0, 0, 0, 1, 0]).to(dtype)[:, None] * torch.ones(1, 5, dtype=dtype)
+    stats, cu = mk.AttentionStats(torch.zeros(7), received_attention), cu_seqlens_of([7])
+    none = torch.tensor([-1], dtype=torch.int32)
+
+    def select(received_attention, backend):
+        scored = mk.AttentionStats(stats.summary_attention, received_attention)
+        importance = mk.token_importance(scored, logits, cu, summary_index=none, backend=backend)
+        return importance, mk.select_tokens(importance, logits, cu, 1.0, summary_index=none, backend=backend)
+
+    exact, selected = select((received_attention.double() * 1e37).float(), "reference")
+    importance, selection = select(received_attention, backend)
+    torch.testing.assert_close(importance, exact, rtol=1e-5, atol=1e-7)
+    assert torch.equal(selection.keep, selected.keep) and not selection.keep.all()
+    torch.testing.assert_close(selection.merge_weight, selected.merge_weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("gap", "kept"), [(20, 1), (84, 1), (90, 1), (100, 1), (106, 0), (300, 0)])
+def test_softmax_weights_of_the_threshold_vanish_where_float32_does(backend, gap, kept):
+    importance, logits = torch.tensor([0.9, 0.1, 0.2, 0.1]), torch.tensor([[float(gap)], [0], [0], [0]])
+    none = torch.tensor([-1], dtype=torch.int32)
+    selection = mk.select_tokens(importance, logits, cu_seqlens_of([4]), 1.0, summary_index=none, backend=backend)
+    assert selection.keep.sum() == kept
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merge_weights_of_subnormal_importance_add_up_to_one(backend):
+    importance, logits = torch.tensor([1.0, 1, 1e-40, 3e-40, 0]), torch.tensor([[9.0], [9], [0], [0], [0]])
+    none = torch.tensor([-1], dtype=torch.int32)
+    selection = mk.select_tokens(importance, logits, cu_seqlens_of([5]), 5.0, summary_index=none, backend=backend)
+    torch.testing.assert_close(selection.merge_weight, torch.tensor([0, 0, 0.25, 0.75, 0]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 3, 17, 64, 129])
 def test_gathers_within_twice_the_reference_error(backend, dtype, channels):
     lengths = [63, 1, 0, 111, 5]

@@ -10,11 +10,8 @@ namespace madtp::cpu::MADTP_ISA {
 
 inline Vec absolute(Vec x) { return bit_cast<Vec>(bit_cast<BitVec>(x) & 0x7fffffffu); }
 
-// e^x for x <= 0; zero where 2^-120 is reached, so that large inputs vanish.
-inline Vec exp_nonpositive(Vec x) {
-  const Vec log2 = x * 1.44269504f;
-  return select(log2 < broadcast(-119.0f), Vec{}, exp2_nonpositive(log2));
-}
+// e^x for x <= 0; zero where that is no normal number, so that large inputs vanish.
+inline Vec exp_nonpositive(Vec x) { return exp2_nonpositive(x * 1.44269504f); }
 
 inline Vec sigmoid(Vec x) {
   const Vec e = exp_nonpositive(-absolute(x));

@@ -26,7 +26,6 @@ struct Results {
 struct Workspace {
   float* keys;    // panels of one head
   float* values;  // panels of one head
-  float* tail;    // (kTailKeys, kMaxHeadDim)
   float* scores;  // panels of one block
   float* maxima;  // panels of every block of a task
   float* queries;
@@ -48,14 +47,8 @@ class Attention {
     const std::int64_t first_row = blocks.begin(begin);
     for (std::int64_t h = 0; h < a_.heads; ++h) {
       const std::int64_t seen = a_.causal ? blocks.begin(end) : s.keys;
-      const std::int64_t in_panels = has_tail(seen, a_.causal) ? seen / kPanel * kPanel : seen;
-      pack_keys(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], in_panels, a_.head_dim, w.keys);
+      pack_keys(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], seen, a_.head_dim, w.keys);
       pack_values(head_row<T>(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], seen, a_.head_dim, w.values);
-      for (std::int64_t j = 0; in_panels + j < seen; ++j) {
-        const T* const key = head_row<T>(a_.k, a_.k_strides, s.key + in_panels + j, h);
-        for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
-          store(w.tail + j * kMaxHeadDim + d, load(key + d));
-      }
       for (std::int64_t block = begin; block < end; ++block) {
         const std::int64_t i = blocks.begin(block), rows = blocks.begin(block + 1) - i;
         QueryBlock task;
@@ -99,7 +92,6 @@ class Attention {
     float norms[kRowLanes], inverse[kRowLanes];
     block.queries = w.queries;
     block.keys = w.keys;
-    block.tail = w.tail;
     block.values = w.values;
     block.value_rows = value_rows;
     block.key_count = a_.causal ? i + rows : s.keys;
@@ -201,20 +193,16 @@ struct Plan {
   std::int64_t tasks() const { return a.batch * tasks_of_sequence; }
 
   Results results(Arena& arena) const {
-    const std::int64_t count = statistics ? a.tokens_q * a.heads : 0;
-    return {arena.take(count), arena.take(count), arena.take(a.batch * column_sums)};
+    const std::int64_t rows = statistics ? a.tokens_q : 0;
+    return {arena.take({rows, a.heads}), arena.take({rows, a.heads}), arena.take({a.batch, column_sums})};
   }
 
   // The scratch of one thread.
   Workspace workspace(Arena& arena) const {
     const std::int64_t keys = padded(longest_key);
-    return {arena.take(keys * a.head_dim),
-            arena.take(keys * padded(a.head_dim)),
-            arena.take(kTailKeys * kMaxHeadDim),
-            arena.take(keys * kMaxBlockRows),
-            arena.take(statistics ? keys * task_rows : 0),
-            arena.take(kMaxBlockRows * kMaxHeadDim),
-            arena.take(kMaxBlockRows * a.head_dim)};
+    return {arena.take({keys, a.head_dim}),           arena.take({keys, padded(a.head_dim)}),
+            arena.take({keys, kMaxBlockRows}),        arena.take({statistics ? keys : 0, task_rows}),
+            arena.take({kMaxBlockRows, kMaxHeadDim}), arena.take({kMaxBlockRows, a.head_dim})};
   }
 };
 
@@ -222,14 +210,14 @@ struct Plan {
 
 Status varlen_attention_workspace(const AttentionInputs& a, bool statistics, int threads,
                                   std::int64_t* bytes) {
-  *bytes = floats_of(Plan(a, statistics, threads)) * sizeof(float);
-  return Status::ok;
+  return workspace_bytes(Plan(a, statistics, threads), bytes);
 }
 
 Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* summary_attention,
                         float* received_attention, void* memory, int threads) {
   const bool statistics = summary_attention != nullptr;
   const Plan plan(a, statistics, threads);
+  if (bytes_of(plan) == kTooLarge) return Status::invalid_argument;
   Arena arena(static_cast<float*>(memory));
   const Results results = plan.results(arena);
   float* const own = arena.next();

@@ -304,28 +304,29 @@ struct Plan {
     StatisticGradients prepared{};
     if (statistics) {
       const std::int64_t stride = a.tokens_q + kPanel;
-      prepared = {stride, arena.take(stride), arena.take(a.heads * stride), arena.take(a.tokens_q * a.heads)};
+      prepared = {stride, arena.take({stride}), arena.take({a.heads, stride}),
+                  arena.take({a.tokens_q, a.heads})};
     }
     // A slot for the head that a thread is at, or for every head of the wave when they wait for another slab.
     const std::int64_t slots = max_slabs == 1 ? threads : wave * a.heads;
-    float* const grads = arena.take(slots * 2 * grad_size());
-    return {prepared, grads, reinterpret_cast<std::int32_t*>(arena.take(wave * best_size()))};
+    float* const grads = arena.take({slots, 2, grad_size()});
+    return {prepared, grads, reinterpret_cast<std::int32_t*>(arena.take({wave, best_size()}))};
   }
 
   // The scratch of one thread.
   Workspace workspace(Arena& arena) const {
     const std::int64_t keys = padded(longest_key), dim = padded(a.head_dim);
-    return {arena.take(keys * dim),
-            arena.take(keys * dim),
-            arena.take(keys * dim),
-            arena.take(kMaxBlockRows * kMaxHeadDim),
-            arena.take(kMaxBlockRows * kMaxHeadDim),
-            arena.take(kChunkRows * dim),
-            arena.take(kChunkRows * dim),
-            arena.take(kChunkRows * keys),
-            arena.take(kChunkRows * keys),
-            arena.take(kMaxBlockRows * kMaxHeadDim),
-            arena.take(best_size())};
+    return {arena.take({keys, dim}),
+            arena.take({keys, dim}),
+            arena.take({keys, dim}),
+            arena.take({kMaxBlockRows, kMaxHeadDim}),
+            arena.take({kMaxBlockRows, kMaxHeadDim}),
+            arena.take({kChunkRows, dim}),
+            arena.take({kChunkRows, dim}),
+            arena.take({kChunkRows, keys}),
+            arena.take({kChunkRows, keys}),
+            arena.take({kMaxBlockRows, kMaxHeadDim}),
+            arena.take({best_size()})};
   }
 };
 
@@ -425,14 +426,14 @@ struct ThreadSteps {
 
 Status varlen_attention_backward_workspace(const AttentionInputs& a, bool statistics, int threads,
                                            std::int64_t* bytes) {
-  *bytes = floats_of(Plan(a, statistics, threads)) * sizeof(float);
-  return Status::ok;
+  return workspace_bytes(Plan(a, statistics, threads), bytes);
 }
 
 Status varlen_attention_backward(const AttentionInputs& a, const AttentionGradients& g, void* memory,
                                  int threads) {
   const bool statistics = g.grad_summary_attention != nullptr;
   const Plan plan(a, statistics, threads);
+  if (bytes_of(plan) == kTooLarge) return Status::invalid_argument;
   Arena arena(static_cast<float*>(memory));
   const Results results = plan.results(arena);
   float* const own = arena.next();

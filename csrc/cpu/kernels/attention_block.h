@@ -14,24 +14,16 @@
 
 namespace madtp::cpu::MADTP_ISA {
 
-// So many keys past the last whole panel get inner products instead of a panel of padding: a CLS token beside
-// a power of two of patches leaves one.
-constexpr std::int64_t kTailKeys = 2;
-inline bool has_tail(std::int64_t keys, bool causal) {
-  return !causal && keys % kPanel > 0 && keys % kPanel <= kTailKeys;
-}
-
-constexpr float kMasked = -1e30f;  // finite, so that a row of nothing but masked scores has no NaN
+constexpr float kMasked = -INFINITY;  // its exponential is nothing; every row sees a key that is not masked
 
 constexpr float kLogE2 = 0.693147180559945309f;
 // Floats for a number per row of a block, rounded up to whole vectors.
 constexpr int kRowLanes = (kMaxBlockRows + kWidth - 1) / kWidth * kWidth;
 
 struct QueryBlock {
-  const float* queries;  // (R, kMaxHeadDim), scaled by softmax_scale * log2(e)
-  const float* keys;     // panels of the head
-  const float* tail;     // (kTailKeys, kMaxHeadDim) the keys past the last whole panel, if they are that few
-  const float* values;   // panels of the head
+  const float* queries;     // (R, kMaxHeadDim), scaled by softmax_scale * log2(e)
+  const float* keys;        // panels of the head
+  const float* values;      // panels of the head
   std::int64_t value_rows;  // keys in a panel of values
   std::int64_t key_count;   // keys that some row of the block sees
   std::int64_t head_dim;
@@ -98,28 +90,6 @@ inline __attribute__((always_inline)) void score_panel(const QueryBlock& block, 
   }
 }
 
-// Scores of the tail.
-template <int R>
-inline void score_tail(const QueryBlock& block, std::int64_t panel, Vec (&highest)[R]) {
-  const std::int64_t count = block.key_count - panel * kPanel;
-  float scores[kTailKeys][kRowLanes];
-  for (std::int64_t j = 0; j < count; ++j) {
-    Vec products[R] = {};
-    for (std::int64_t d = 0; d < block.head_dim; d += kWidth) {
-      const Vec key = load(block.tail + j * kMaxHeadDim + d);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) products[r] = load(block.queries + r * kMaxHeadDim + d) * key + products[r];
-    }
-    reduce_rows(products, add, scores[j]);
-  }
-  for (int r = 0; r < R; ++r) {
-    Vec row = broadcast(kMasked);
-    for (std::int64_t j = 0; j < count; ++j) row[j] = scores[j][r];
-    store(block.scores + (panel * R + r) * kPanel, row);
-    highest[r] = max(row, highest[r]);
-  }
-}
-
 // Output columns of V vectors from `column` on, scaled; returns each row's sum of squares in `squares`.
 template <int R, int V, bool kStatistics>
 inline __attribute__((always_inline)) void value_panel(const QueryBlock& block, std::int64_t panel,
@@ -165,7 +135,6 @@ inline __attribute__((always_inline)) void value_panel(const QueryBlock& block, 
 template <int R>
 inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
   const std::int64_t vectors = (block.key_count + kWidth - 1) / kWidth;
-  const bool masked = block.limit_step > 0 || block.key_count % kWidth != 0;
   float tops[kRowLanes], sums[kRowLanes];
   reduce_rows(highest, max_or_nan, tops);
   Vec totals[R];
@@ -190,12 +159,6 @@ inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
       store(row + kWidth, Vec{});
       total[0] += a;
     }
-    if (masked) {  // what exp2 left of masked keys must be nothing
-      std::int64_t limit = block.first_limit + r * block.limit_step;
-      limit = limit < block.key_count ? limit : block.key_count;
-      for (std::int64_t j = limit; j < vectors * kWidth; ++j)
-        block.scores[(j / kPanel * R + r) * kPanel + j % kPanel] = 0;
-    }
     totals[r] = total[0] + total[1];
   }
   reduce_rows(totals, add, sums);
@@ -213,9 +176,7 @@ __attribute__((noinline)) void attend(const QueryBlock& block) {
   for (int r = 0; r < R; ++r) highest[r] = broadcast(-INFINITY);
   const std::int64_t whole = block.key_count / kPanel, rest = block.key_count % kPanel;
   for (std::int64_t p = 0; p < whole; ++p) score_panel<R, 2>(block, p, highest);
-  if (has_tail(block.key_count, block.limit_step != 0)) {
-    score_tail<R>(block, whole, highest);
-  } else if (rest > kWidth) {
+  if (rest > kWidth) {
     score_panel<R, 2>(block, whole, highest);
   } else if (rest > 0) {
     score_panel<R, 1>(block, whole, highest);

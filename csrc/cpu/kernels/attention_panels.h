@@ -7,6 +7,7 @@
 #include "cpu/kernels/threads.h"
 #include "cpu/kernels/vec.h"
 #include "madtp/attention.h"
+#include "sizes.h"
 
 namespace madtp::cpu::MADTP_ISA {
 
@@ -130,9 +131,10 @@ inline __attribute__((always_inline)) void accumulate(const float* __restrict le
 class Arena {
  public:
   explicit Arena(float* base = nullptr) : base_(base) {}
-  float* take(std::int64_t count) {
+  // A piece of as many floats as the product of the sizes.
+  float* take(std::initializer_list<std::int64_t> sizes) {
     float* const piece = next();
-    used_ += (count + 15) / 16 * 16;
+    used_ = sum_of({used_, (product_of(sizes) + 15) / 16 * 16});
     return piece;
   }
   float* next() const { return base_ == nullptr ? nullptr : base_ + used_; }
@@ -152,11 +154,21 @@ std::int64_t floats_of_thread(const Plan& plan) {
   return arena.used();
 }
 
+// kTooLarge where no memory could be that large.
 template <typename Plan>
-std::int64_t floats_of(const Plan& plan) {
+std::int64_t bytes_of(const Plan& plan) {
   Arena arena;
   plan.results(arena);
-  return arena.used() + plan.threads * floats_of_thread(plan);
+  const std::int64_t floats = sum_of({arena.used(), product_of({plan.threads, floats_of_thread(plan)})});
+  return product_of({floats, sizeof(float)});
+}
+
+template <typename Plan>
+Status workspace_bytes(const Plan& plan, std::int64_t* bytes) {
+  const std::int64_t needed = bytes_of(plan);
+  if (needed == kTooLarge) return Status::invalid_argument;
+  *bytes = needed;
+  return Status::ok;
 }
 
 template <typename Plan>

@@ -109,6 +109,7 @@ class Linear {
     const auto sums = [&](std::int64_t group) {
       return w.sums + (layout_.first_row(group) - layout_.first_row(first_group)) * stride;
     };
+    if (layout_.blocks == 0) clear(w.sums, sums(last_group));
     for (std::int64_t block = 0; block < layout_.blocks; ++block) {
       pack_panel(first * kWidth, vectors, block, w.panel);
       for (std::int64_t group = first_group; group < last_group; ++group) {
@@ -141,6 +142,8 @@ class Linear {
     const MultiplyRows<LookUp> multiply = multiply_rows_function<LookUp>(int(tokens_));
     using X = typename LookUp::X;
     X* const block_x = reinterpret_cast<X*>(w.panel);
+    const int stride = row_stride(int(tokens_));
+    if (layout_.blocks == 0) clear(w.sums, w.sums + kGroupRows * stride);
     for (std::int64_t block = 0; block < layout_.blocks; ++block) {
       const int columns = layout_.block_columns(block);
       for (std::int64_t t = 0; t < tokens_; ++t) {
@@ -150,7 +153,6 @@ class Linear {
       multiply(layout_.unit(a_.layout, group, block, 0), layout_.unit_count(group), block_x, w.sums,
                block == 0);
     }
-    const int stride = row_stride(int(tokens_));
     for (std::int64_t t = 0; t < tokens_; ++t)
       for (int r = 0; r < kGroupRows; ++r) w.rows[t * kGroupRows + r] = w.sums[r * stride + t];
     finish(w.rows, 0, tokens_, group);
@@ -158,6 +160,11 @@ class Linear {
 
  private:
   const T* x(std::int64_t token) const { return static_cast<const T*>(a_.x) + token * a_.x_stride; }
+
+  // Sums without input features, which no block begins.
+  static void clear(float* sums, const float* end) {
+    while (sums < end) *sums++ = 0;
+  }
 
   // The entries of one block, tokens in the lanes; zeros where there is no token.
   void pack_panel(std::int64_t token, int vectors, std::int64_t block, float* panel) const {
@@ -241,22 +248,19 @@ class Linear {
   std::int64_t out_stride_;
 };
 
+// The first `tokens` rows of the output, of which there are some, as there are output features.
 template <typename T, typename W>
-Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
+Status multiply(const Sparse24Linear& a, std::int64_t tokens, void* out, std::int64_t out_stride,
+                int threads) {
   const Layout layout(a.out_features, a.in_features, a.weight_dtype);
-  std::int64_t tokens = a.tokens;
-  if (a.num_rows != nullptr && *a.num_rows < tokens) tokens = *a.num_rows > 0 ? *a.num_rows : 0;
-  const double shares = 1 + double(tokens) * double(a.out_features) * double(a.in_features) / 2 / kShare;
-  if (threads > shares) threads = int(shares);
   const Plan plan(layout, tokens, threads);
-  const std::int64_t tasks = tokens > 0 && a.out_features > 0 ? plan.tasks() : 0;
-  if (threads > tasks) threads = tasks > 0 ? int(tasks) : 1;
+  if (threads > plan.tasks()) threads = int(plan.tasks());
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, std::size_t(plan.floats() * threads) * sizeof(float)) != 0)
     return Status::out_of_memory;
 
   const Linear<T, W> linear(a, layout, tokens, out, out_stride);
-  for_each_task(tasks, threads, [&](std::int64_t task, int thread) {
+  for_each_task(plan.tasks(), threads, [&](std::int64_t task, int thread) {
     const Workspace w = plan.workspace(static_cast<float*>(memory) + plan.floats() * thread);
     const std::int64_t tile = task / plan.spans.parts, span = task % plan.spans.parts;
     if (plan.by_rows) {
@@ -266,11 +270,25 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, int thre
                       plan.spans.begin(span + 1), w);
     }
   });
+  std::free(memory);
+  return Status::ok;
+}
+
+template <typename T, typename W>
+Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
+  std::int64_t tokens = a.tokens;
+  if (a.num_rows != nullptr && *a.num_rows < tokens) tokens = *a.num_rows > 0 ? *a.num_rows : 0;
+  if (a.out_features == 0) return Status::ok;
+  const double shares = 1 + double(tokens) * double(a.out_features) * double(a.in_features) / 2 / kShare;
+  if (threads > shares) threads = int(shares);
+  if (tokens > 0) {
+    const Status status = multiply<T, W>(a, tokens, out, out_stride, threads);
+    if (status != Status::ok) return status;
+  }
   for_each_task(a.tokens - tokens, threads, [&](std::int64_t token, int) {
     __builtin_memset(static_cast<T*>(out) + (tokens + token) * out_stride, 0,
                      std::size_t(a.out_features) * sizeof(T));
   });
-  std::free(memory);
   return Status::ok;
 }
 

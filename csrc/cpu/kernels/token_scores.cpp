@@ -52,13 +52,16 @@ void sequence_importance(const Sequence& s, const float* summary_attention, cons
     received_sum += received_attention[j];
     guidance_sum += importance[j];
   }
-  const float received_scale = received_sum == 0 ? 0 : float(1 / received_sum);
-  const float guidance_scale = guidance_sum == 0 ? 0 : float(1 / guidance_sum);
+  // In double: a float cannot hold the reciprocal of a sum that is hardly more than nothing, or hardly
+  // finite.
+  const double received_scale = received_sum == 0 ? 0 : 1 / received_sum;
+  const double guidance_scale = guidance_sum == 0 ? 0 : 1 / guidance_sum;
   for (std::int64_t j = s.begin; j < s.end; ++j)
-    importance[j] = j == s.summary_row ? 0
-                                       : (summary_attention[j] + received_attention[j] * received_scale +
-                                          importance[j] * guidance_scale) /
-                                             3;
+    importance[j] = j == s.summary_row
+                        ? 0
+                        : (summary_attention[j] + float(received_attention[j] * received_scale) +
+                           float(importance[j] * guidance_scale)) /
+                              3;
 }
 
 // max over N * kWidth alignment tokens of sum_j softmax_j((A_jk) / tau) deficit_j, NaN if one is; lanes from
@@ -73,6 +76,9 @@ float block_threshold(const Sequence& s, const float* importance, float highest,
       a[n] = rest >= kWidth ? load(row + n * kWidth) : load_part(row + n * kWidth, rest > 0 ? rest : 0);
     }
   };
+  // Weights as far down as a float has subnormal numbers: whether any but the largest is left decides whether
+  // the threshold is above nothing.
+  constexpr int kRange = 23;
   Vec a[N], best[N], weight[N] = {}, weighted[N] = {};
   for (int n = 0; n < N; ++n) best[n] = broadcast(-INFINITY);
   for (std::int64_t j = s.begin; j < s.end; ++j) {
@@ -85,7 +91,7 @@ float block_threshold(const Sequence& s, const float* importance, float highest,
     lanes(j, a);
     const Vec deficit = broadcast(highest - importance[j]);
     for (int n = 0; n < N; ++n) {
-      const Vec e = exp2_nonpositive((a[n] - best[n]) * broadcast(scale));
+      const Vec e = exp2_nonpositive<kRange>((a[n] - best[n]) * broadcast(scale));
       weight[n] += e;
       weighted[n] = e * deficit + weighted[n];
     }
@@ -150,9 +156,9 @@ void lay_out(std::int64_t begin, std::int64_t end, std::int64_t b, const float* 
   const std::int64_t pruned = end - begin - (row - first);
   if (pruned > 0) *row = std::int32_t(-(b + 1));
   const bool weighted = pruned_importance > 0;
-  const float scale = float(1 / (weighted ? pruned_importance : double(pruned)));
+  const double scale = 1 / (weighted ? pruned_importance : double(pruned));
   for (std::int64_t j = begin; j < end; ++j)
-    merge_weight[j] = keep[j] ? 0 : (weighted ? importance[j] : 1.0f) * scale;
+    merge_weight[j] = keep[j] ? 0 : float((weighted ? importance[j] : 1.0f) * scale);
 }
 
 // The layout of a batch from keep and, in cu_seqlens_out[b + 1], the rows that sequence b has after pruning.

@@ -323,19 +323,23 @@ inline Vec log2_positive(Vec x) {
   return p * s + __builtin_convertvector(exponent, Vec);
 }
 
-// 2^x to about 1 ulp for x <= 0; below -120 it stays at 2^-120. NaN is NaN.
+// 2^(x + kScale) to about 1 ulp for x <= 0 where that is a normal number. Below, where x + kScale is under
+// -126, it falls to 0, which it is exactly from -127 on. NaN is NaN.
+template <int kScale = 0>
 inline Vec exp2_nonpositive(Vec x) {
-  const Vec lowest = broadcast(-120.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23: rounds to an integer
-  x = max(lowest, x);                                                     // in this order NaN stays
+  constexpr float kOne = float(1 << kScale);
+  const Vec lowest = broadcast(-127.0f - kScale);  // its p is kOne, and all bits of that are taken off
+  const Vec magic = broadcast(12582912.0f);        // 1.5 * 2^23: rounds to an integer
+  x = max(lowest, x);                              // in this order NaN stays
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);
-  Vec p = broadcast(1.534581180e-4f);
-  p = p * f + 1.339993122e-3f;
-  p = p * f + 9.618488958e-3f;
-  p = p * f + 5.550328777e-2f;
-  p = p * f + 2.402264689e-1f;
-  p = p * f + 6.931472057e-1f;
-  p = p * f + 1.0f;
+  Vec p = broadcast(kOne * 1.534581180e-4f);
+  p = p * f + kOne * 1.339993122e-3f;
+  p = p * f + kOne * 9.618488958e-3f;
+  p = p * f + kOne * 5.550328777e-2f;
+  p = p * f + kOne * 2.402264689e-1f;
+  p = p * f + kOne * 6.931472057e-1f;
+  p = p * f + kOne;
   return bit_cast<Vec>(bit_cast<BitVec>(p) + (bit_cast<BitVec>(shifted) << 23));
 }
 

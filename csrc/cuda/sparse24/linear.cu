@@ -6,6 +6,7 @@
 #include "cuda/sparse24/kernels.h"
 #include "cuda/sparse24/layout.cuh"
 #include "madtp/sparse24.h"
+#include "sizes.h"
 
 namespace madtp::cuda {
 namespace {
@@ -27,7 +28,8 @@ bool is_present(const void* data, std::int64_t rows, std::int64_t columns) {
 }
 
 bool is_matrix(const void* data, std::int64_t stride, std::int64_t rows, std::int64_t columns) {
-  return is_present(data, rows, columns) && stride % 8 == 0;
+  return is_present(data, rows, columns) && stride % 8 == 0 &&
+         is_addressable(rows, columns, stride, sizeof(float));  // the widest element
 }
 
 // A vector of float32 or `dtype`, or none.

@@ -249,6 +249,17 @@ Sparse24Config config_of(Tile) {
 
 std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+template <typename Tile>
+std::int64_t tiles_of(const Sparse24Linear& inputs) {
+  return quotient_up(inputs.tokens, Tile::kTokens) * quotient_up(inputs.out_features, Tile::kFeatures);
+}
+
+// Whether the device has the shared memory, and a grid so many blocks.
+template <typename Tile>
+bool can_run(Tile, const Sparse24Linear& inputs, const Device& device) {
+  return Tile::kSharedBytes <= device.block_shared_bytes && is_count(tiles_of<Tile>(inputs));
+}
+
 // Clocks of a launch by the model above. A step cannot be shorter than the latency of a copy divided by the
 // stages under way, whatever else the multiprocessor has to do; each block begins and ends with some more.
 template <typename Tile>
@@ -258,9 +269,7 @@ double clocks(const Sparse24Linear& inputs, const Device& device) {
   constexpr double kBytes = sizeof(typename Tile::Stage);
   constexpr double kStep =
       std::max({Tile::kFeatures * Tile::kTokens / 32.0, kFragments + kBytes / 128, kBytes / 48});
-  const std::int64_t tiles =
-      quotient_up(inputs.tokens, Tile::kTokens) * quotient_up(inputs.out_features, Tile::kFeatures);
-  const std::int64_t each = quotient_up(tiles, device.multiprocessors);
+  const std::int64_t each = quotient_up(tiles_of<Tile>(inputs), device.multiprocessors);
   const int resident = std::min(Tile::kBlocks, device.shared_bytes / Tile::kSharedBytes);
   const double rounds = double(quotient_up(each, std::max(resident, 1)));
   const double steps = double(quotient_up(inputs.in_features, kBlockColumns));
@@ -282,14 +291,13 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, void* st
                          {static_cast<T*>(out), static_cast<const T*>(a.residual), a.bias, a.scale,
                           out_stride, a.residual_stride, a.num_rows, int(a.tokens), int(a.out_features),
                           a.activation, a.bias_dtype == DType::float32, a.scale_dtype == DType::float32}};
-  const LaunchShape shape{feature_tiles * quotient_up(a.tokens, Tile::kTokens), Tile::kThreads,
-                          Tile::kSharedBytes};
+  const LaunchShape shape{tiles_of<Tile>(a), Tile::kThreads, Tile::kSharedBytes};
   return launch(sparse24_linear_sm80_kernel<Tile, T>, shape, stream, params);
 }
 
-void configs(const Sparse24Linear&, const Device& device, const UseConfig& use) {
+void configs(const Sparse24Linear& inputs, const Device& device, const UseConfig& use) {
   for_each_tile([&](auto tile) {
-    if (tile.kSharedBytes <= device.block_shared_bytes) use(config_of(tile));
+    if (can_run(tile, inputs, device)) use(config_of(tile));
   });
 }
 
@@ -298,7 +306,7 @@ Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device
   double fewest = 0;
   for_each_tile([&](auto tile) {
     using Tile = decltype(tile);
-    if (Tile::kSharedBytes > device.block_shared_bytes) return;
+    if (!can_run(tile, inputs, device)) return;
     const double now = clocks<Tile>(inputs, device);
     if (best.tile_tokens != 0 && now >= fewest) return;
     best = config_of(tile);

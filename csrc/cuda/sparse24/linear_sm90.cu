@@ -416,7 +416,7 @@ void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& u
       for (int splits : {1, 2, 3, 4, 6, 8}) {
         const Sparse24Config config{90, tokens, kFeatures, splits, cluster};
         if (splits <= quotient_up(inputs.in_features, kBlockColumns) &&
-            Counts(inputs, config).work_tiles <= INT32_MAX)
+            is_count(Counts(inputs, config).work_tiles))
           use(config);
       }
     }

@@ -164,23 +164,29 @@ __global__ void __launch_bounds__(kThreads)
   if (nan) *to.has_nan = 1;
 }
 
+std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+std::int64_t blocks_of(const Sparse24Dense& dense) {
+  if (!dense.transposed) return quotient_up(dense.out_features, kWarps);
+  return quotient_up(dense.out_features, kTile) * quotient_up(dense.in_features, kTile);
+}
+
 template <typename T, bool kScored>
 Status run(const Sparse24Dense& dense, const Pruned<T>& to, void* stream) {
   const Rows<const T> weight{static_cast<const T*>(dense.weight), dense.weight_stride};
   const Rows<const float> score{dense.score, dense.score_stride};
   if (!dense.transposed)
-    return launch(sparse24_prune_kernel<T, kScored>, (dense.out_features + kWarps - 1) / kWarps, kThreads,
-                  stream, weight, score, dense.out_features, to);
-  const std::int64_t channel_tiles = (dense.in_features + kTile - 1) / kTile;
-  return launch(sparse24_prune_transposed_kernel<T, kScored>,
-                (dense.out_features + kTile - 1) / kTile * channel_tiles, kThreads, stream, weight, score,
-                dense.out_features, to, channel_tiles);
+    return launch(sparse24_prune_kernel<T, kScored>, blocks_of(dense), kThreads, stream, weight, score,
+                  dense.out_features, to);
+  return launch(sparse24_prune_transposed_kernel<T, kScored>, blocks_of(dense), kThreads, stream, weight,
+                score, dense.out_features, to, quotient_up(dense.in_features, kTile));
 }
 
 }  // namespace
 
 Status prune_weight(const Sparse24Dense& dense, void* values, std::uint8_t* indices, std::int32_t* has_nan,
                     void* stream) {
+  if (!is_count(blocks_of(dense))) return Status::invalid_argument;  // before anything is written
   const Status cleared =
       to_status(cudaMemsetAsync(has_nan, 0, sizeof *has_nan, static_cast<cudaStream_t>(stream)));
   if (cleared != Status::ok || dense.out_features == 0 || dense.in_features == 0) return cleared;

@@ -75,7 +75,7 @@ Status run(Rows<const T> x, Rows<T> out, std::int64_t channels, const TokenSelec
 
 Status gather_merge(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
                     const TokenSelection& selection, void* out, void* stream) {
-  if (!is_valid(selection) || !is_matrix(x, dtype, selection.tokens, channels) ||
+  if (!is_valid(selection) || !is_matrix(x, dtype, selection.tokens, channels, x_stride) ||
       !is_matrix(out, dtype, selection.capacity, channels))
     return Status::invalid_argument;
   if (selection.capacity == 0 || channels == 0) return Status::ok;

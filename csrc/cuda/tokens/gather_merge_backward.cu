@@ -119,8 +119,8 @@ Status run(Rows<const T> grad, Rows<const T> x, std::int64_t channels, const Tok
 Status gather_merge_backward(const void* grad, std::int64_t grad_stride, const void* x, DType dtype,
                              std::int64_t x_stride, std::int64_t channels, const TokenSelection& selection,
                              void* grad_x, float* grad_weight, void* stream) {
-  if (!is_valid(selection) || !is_matrix(grad, dtype, selection.capacity, channels) ||
-      !is_matrix(x, dtype, selection.tokens, channels) ||
+  if (!is_valid(selection) || !is_matrix(grad, dtype, selection.capacity, channels, grad_stride) ||
+      !is_matrix(x, dtype, selection.tokens, channels, x_stride) ||
       !is_matrix(grad_x, dtype, selection.tokens, channels) || !is_present(grad_weight, selection.tokens))
     return Status::invalid_argument;
   if (selection.tokens == 0) return Status::ok;

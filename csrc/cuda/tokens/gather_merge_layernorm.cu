@@ -240,7 +240,7 @@ Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,
                               const TokenSelection& selection, const void* weight, const void* bias,
                               DType affine_dtype, double eps, void* x_out, void* normed, float* mean,
                               float* rstd, void* stream) {
-  if (!is_valid(selection) || !is_matrix(x, dtype, selection.tokens, channels) ||
+  if (!is_valid(selection) || !is_matrix(x, dtype, selection.tokens, channels, x_stride) ||
       !is_matrix(x_out, dtype, selection.capacity, channels) ||
       !is_matrix(normed, dtype, selection.capacity, channels) || !is_present(weight, channels) ||
       !is_present(bias, channels) || (affine_dtype != dtype && affine_dtype != DType::float32) ||

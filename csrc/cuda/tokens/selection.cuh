@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "madtp/tokens.h"
+#include "sizes.h"
 
 namespace madtp::cuda {
 
@@ -20,14 +21,19 @@ inline bool is_present(const void* data, std::int64_t rows, std::int64_t columns
 
 // Counts fit int32; padding_row then names no sequence.
 inline bool is_valid(const TokenSelection& s) {
-  const auto counts = [](std::int64_t size) { return size >= 0 && size <= INT32_MAX; };
-  return counts(s.tokens) && counts(s.capacity) && counts(s.batch) && is_present(s.keep, s.tokens) &&
+  return is_count(s.tokens) && is_count(s.capacity) && is_count(s.batch) && is_present(s.keep, s.tokens) &&
          is_present(s.source, s.capacity) && is_present(s.merge_weight, s.tokens) &&
          s.cu_seqlens_in != nullptr && s.cu_seqlens_out != nullptr;
 }
 
+inline bool is_matrix(const void* data, DType dtype, std::int64_t rows, std::int64_t channels,
+                      std::int64_t stride) {
+  return size_of(dtype) != 0 && is_count(channels) &&
+         is_addressable(rows, channels, stride, size_of(dtype)) && is_present(data, rows, channels);
+}
+
 inline bool is_matrix(const void* data, DType dtype, std::int64_t rows, std::int64_t channels) {
-  return size_of(dtype) != 0 && channels >= 0 && is_present(data, rows, channels);
+  return is_matrix(data, dtype, rows, channels, channels);
 }
 
 // How many sequences get blocks of their own for the merged row, `slices` each, ahead of the blocks of the

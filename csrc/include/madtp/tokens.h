@@ -7,12 +7,13 @@
 //
 // Pointers of madtp::cpu point to host memory, those of madtp::cuda to device memory of the current device.
 // Outputs are written in full and must not overlap inputs. Strides count elements between rows; the elements
-// of a row are contiguous. Counts of tokens are at most 2^31 - 1.
+// of a row are contiguous. Any size may be 0, of which the result is empty, but where a function says that it
+// needs one; none is above 2^31 - 1, and no row starts 2^61 bytes or more from the first.
 //
 // Every function returns Status::invalid_argument, before anything is written, for a null pointer to data
-// that is not empty, a negative size, or a DType outside the enum. madtp::cpu also refuses cu_seqlens that do
-// not start at 0, decrease or do not end at the number of tokens; madtp::cuda cannot see them, and is
-// memory-safe on any value.
+// that is not empty, a size or a stride that breaks these limits, or a DType outside the enum. madtp::cpu
+// also refuses cu_seqlens that do not start at 0, decrease or do not end at the number of tokens; madtp::cuda
+// cannot see them, and is memory-safe on any value.
 
 #include <cstdint>
 
@@ -41,8 +42,8 @@ struct TokenSelection {
 struct ScoreInputs {
   const void* mag_logits;  // (tokens, alignment_tokens)
   DType logits_dtype;
-  std::int64_t logits_stride, alignment_tokens;
-  const std::int32_t* cu_seqlens;  // (batch + 1,)
+  std::int64_t logits_stride, alignment_tokens;  // at least one of these
+  const std::int32_t* cu_seqlens;                // (batch + 1,)
   std::int64_t tokens, batch;
   const std::int32_t* summary_index;  // (batch,) row inside its sequence, -1: none; null: row 0 of each
 };
