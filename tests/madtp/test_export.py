@@ -19,7 +19,7 @@ def others(inputs):
     """Inputs of the same shape that keep other numbers of tokens."""
     inputs = {name: value.flip(0).clone() for name, value in inputs.items()}
     if "attention_mask" in inputs:
-        inputs["attention_mask"][0, 4:] = 0
+        inputs["attention_mask"][0, :3] = 0  # where CLIP does not pool
     return inputs
 
 

@@ -225,6 +225,8 @@ def test_masks_of_a_causal_tower_are_causal():
     assert_same(patched(ids, triangle), plain(ids, triangle))
     with pytest.raises(ValueError, match="or such that every real token sees those up to it, got another"):
         patched(ids, torch.ones_like(triangle))
+    with pytest.raises(ValueError, match="attention_mask must have a real end of text: CLIP pools there"):
+        patched(ids, (torch.arange(9) < 2).expand(4, 9))
     with pytest.raises(ValueError, match="is_causal must be None or True in a patched CLIPTextModel, got False"):
         patched(ids, is_causal=False)
     with pytest.raises(ValueError, match="is_causal must be None or False in a patched ViTModel, got True"):

@@ -61,9 +61,15 @@ def post_layernorm(tower: Any, batch: RaggedBatch) -> Tensor:
 
 def end_of_text(tower: Any, input_ids: Tensor, mask: Tensor | None) -> Tensor:
     """(B,): where CLIP pools. A vocabulary whose end-of-text id the configuration does not know has it last."""
-    if tower.eos_token_id == 2:
-        return input_ids.int().argmax(dim=-1)
-    return (input_ids == tower.eos_token_id).int().argmax(dim=-1)
+    ends = input_ids if tower.eos_token_id == 2 else input_ids == tower.eos_token_id
+    position = ends.int().argmax(dim=-1)
+    # Elsewhere than on a CPU nothing is read on the host.
+    if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not mask.gather(1, position[:, None]).all():
+            raise ValueError(
+                "attention_mask must have a real end of text: CLIP pools there, got one where it is padding"
+            )
+    return position
 
 
 def last_position(tower: Any, input_ids: Tensor, mask: Tensor | None) -> Tensor:
