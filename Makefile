@@ -65,10 +65,11 @@ test-asan: $(READY)
 	  $(PY) -m pytest -q -p no:cacheprovider $(addprefix $(CURDIR)/tests/kernels/,$(ASAN_TESTS)) -m "not slow and not gpu"
 
 # clang and its OpenMP runtime, which tells the sanitizer how a team synchronises; gcc's does not, and races are seen that
-# there are not. CLANG= names another version.
+# there are not. CLANG= names another version. Threads are those of every instruction set; two of these are built, as clang 16
+# crashes on the widest.
 test-tsan: $(READY)
 	cmake -S . -B build/tsan -G Ninja -DCMAKE_CXX_COMPILER=$(CLANG) -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 -fsanitize=thread" \
-	  -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON
+	  -DMADTP_HAS_AVX512=OFF -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON
 	cmake --build build/tsan --target cpu_tests
 	TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" ctest --test-dir build/tsan --output-on-failure -R '^[a-z0-9_]*_test\.'
 

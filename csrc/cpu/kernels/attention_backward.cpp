@@ -290,7 +290,7 @@ struct Plan {
       if (slabs_of(s) > max_slabs) max_slabs = slabs_of(s);
     }
     wave = a.batch;
-    if (statistics && wave > 2 * threads) wave = 2 * threads;
+    if (statistics && wave > 2 * std::int64_t{threads}) wave = 2 * std::int64_t{threads};
     if (wave < 1) wave = 1;
     parts = (threads + wave - 1) / wave;
     if (parts > kChunksPerSlab) parts = kChunksPerSlab;
