@@ -306,12 +306,12 @@ def test_the_public_op_runs_forward_and_backward():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-45, 1e-30, -1e-30, -0.3, 1.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-45, -1e-30, -0.3])
 def test_every_backend_takes_any_finite_scale(scale, causal):
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 14, 2, 16)
-    cu = cu_seqlens_of([3, 0, 10, 1])
-    arguments = (cu, cu, 10, 10, scale, causal, None, True)
+    q, k, v = torch.randn(3, 7, 1, 16)
+    cu = cu_seqlens_of([2, 0, 5])
+    arguments = (cu, cu, 5, 5, scale, causal, None, True)
 
     def run(backend, dtype=torch.float32):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
