@@ -13,7 +13,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from families import BERT, CASES, CONFIG, IMAGE, build, dual, outputs, patched, randomised
 
 import madtp
-from madtp.models import tower
+from madtp.models import mixing, tower
 from madtp.patching import handle as patching
 
 
@@ -172,6 +172,6 @@ def test_classes_of_a_type_of_their_own_can_be_mixed():
     class Model(torch.nn.Module, metaclass=Kind):
         pass
 
-    kind = tower.mixed(tower.mixed(Model, tower.RaggedVisionTower), tower.RaggedTextTower)
+    kind = mixing.mixed(mixing.mixed(Model, tower.RaggedVisionTower), tower.RaggedTextTower)
     assert isinstance(kind, Kind) and kind.__name__ == "Model"
     assert copy.deepcopy(kind) is kind

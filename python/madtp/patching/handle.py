@@ -19,8 +19,9 @@ from madtp.hwp.packing import Epilogue, unpack
 from madtp.mag import AlignmentGuide
 from madtp.models.encoder import RaggedBlock
 from madtp.models.family import CompressedModel, Family, find_epilogues
+from madtp.models.mixing import change_class, check_forward, mixed, names_of
 from madtp.models.registry import FAMILIES, family_of
-from madtp.models.tower import FORWARDS, RaggedTower, change_class, check_forward, mixed, names_of, ragged
+from madtp.models.tower import FORWARDS, RaggedTower, ragged
 from madtp.models.versions import check_transformers
 from madtp.patching import explain
 from madtp.patching.keep_rate import check_calibration, check_rates, find_temperatures
@@ -43,10 +44,11 @@ class Handle:
         if "vision" in self.pruning:
             self.pruning["vision"].samples_per_feature = family.images_per_text
         self.capacity = capacity
-        mixins = [(family.path(branch), FORWARDS[spec.inputs]) for branch, spec in specs.items()]
+        mixins: list[tuple[str, type]] = []
         for branch, spec in specs.items():
             path = ".".join(filter(None, (family.path(branch), spec.encoder.blocks)))
-            mixins += [(f"{path}.{number}", RaggedBlock) for number in range(len(model.get_submodule(path)))]
+            mixins.append((family.path(branch), FORWARDS[spec.inputs]))
+            mixins += [(f"{path}.{number}", RaggedBlock) for number, _ in model.get_submodule(path).named_children()]
         mixins += [(name, mixin) for pattern, mixin in family.mixins.items() for name in names_of(model, pattern)]
         self.sources: dict[str, type] = {}  # module name -> the class to go back to
         for name, _ in (("", None), *mixins):
@@ -67,7 +69,7 @@ class Handle:
 
     def _mix_in(self, name: str, mixin: type, into: type | None = None) -> None:
         module = self.model.get_submodule(name)
-        kind: type = type(module)  # mypy holds a type[nn.Module] to be unhashable
+        kind: Any = type(module)  # mypy holds a type[nn.Module] to be unhashable
         if not issubclass(kind, mixin):  # as a block that the model has in several places
             self.sources.setdefault(name, kind)
             change_class(module, into or mixed(kind, mixin))

@@ -17,8 +17,8 @@ from madtp.data.errors import DataError
 from madtp.handles import find_handle
 from madtp.inference import evaluating
 from madtp.models import blip
+from madtp.models.mixing import mixed_in
 from madtp.models.registry import DECODER_MASKS
-from madtp.models.tower import mixed_in
 from madtp.tasks.batches import sample_count
 from madtp.tasks.loading import architecture, load_tokenizer, read_dense
 from madtp.tasks.processors import Processed
