@@ -26,7 +26,10 @@ def others(inputs):
 @torch.no_grad()
 def exports(family, temperature, capacity, strict):
     model, inputs = patched(family, temperature, capacity), CASES[family].inputs()
+    model(**inputs)
+    before = model.madtp_handle.tokens_per_layer
     program = torch.export.export(model, (), inputs, strict=strict).module()
+    assert model.madtp_handle.tokens_per_layer == before
     for given in (inputs, others(inputs)):
         expected, result = model(**given), program(**given)
         for name in CASES[family].outputs:

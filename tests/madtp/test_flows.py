@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers as hf
 from families import CASES, CONFIG, build, outputs, patched, total
+from peft import LoraConfig, get_peft_model
 from test_hf_trainer import trains_evaluates_and_resumes
 from test_like_hugging_face import (
     has_no_attention_maps,
@@ -26,6 +27,8 @@ from torch import multiprocessing
 from torch.optim.swa_utils import AveragedModel
 
 import madtp
+from madtp import hwp
+from madtp.hwp.lora import support_packed
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 CLASSIFIERS = {
@@ -224,6 +227,28 @@ def _is_base(model):
     return hf.AutoModel._model_mapping[type(model.config)].__name__ == type(model).__name__
 
 
+def takes_lora(family):
+    """Of peft, on plain and on packed Linears of the towers; what it adds alone is trained."""
+    for packed in (False, True):
+        model = patched(family)
+        handle = model.madtp_handle
+        towers = [(handle.family.path(branch), handle.tower(branch).madtp_spec.encoder) for branch in handle.pruning]
+        blocks = tuple(".".join(filter(None, (path, encoder.blocks))) for path, encoder in towers)
+        names = [name for name in hwp.select_modules(model, "2:4").selected if name.startswith(blocks)]
+        if packed:
+            hwp.prune_one_shot(model, "2:4", names)
+            assert hwp.pack(model, names).keys() == set(names)
+        expected = outputs(family, model)
+        adapted = get_peft_model(model, support_packed(LoraConfig(target_modules=names, init_lora_weights=False)))
+        assert any(not torch.equal(value, expected[name]) for name, value in outputs(family, adapted).items())
+        with adapted.disable_adapter():
+            for name, value in outputs(family, adapted).items():
+                torch.testing.assert_close(value, expected[name], **CLOSE)
+        total(family, adapted).backward()
+        trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+        assert trained and all(".lora_" in name for name in trained)
+
+
 def trains_with_the_trainer(family, tmp_path):
     """Evaluates, saves, takes the best checkpoint at the end, and goes on where it stopped."""
     trains_evaluates_and_resumes(CLASSIFIERS[family], 2.0, tmp_path)
@@ -253,6 +278,7 @@ FLOWS = {
     "keywords, return_dict, hidden states": (takes_the_keywords_of_hugging_face, None, False),
     "attention maps": (has_no_attention_maps, None, False),
     "signature": (says_which_inputs_there_are, None, False),
+    "LoRA": (takes_lora, None, False),
     "Trainer": (trains_with_the_trainer, _classifies, True),
 }
 

@@ -75,8 +75,9 @@ class Branch:
 
     def begin(self, batch: RaggedBatch) -> tuple[PruningStep, ForwardRecord]:
         """A forward of `batch`: what its blocks do, and where it writes what it leaves."""
-        here = self._threads.here
-        here.record = record = ForwardRecord(batch.with_x(batch.x.new_empty(0)), self.samples_per_feature)
+        record = ForwardRecord(batch.with_x(batch.x.new_empty(0)), self.samples_per_feature)
+        if not torch.compiler.is_exporting():  # whose tensors are fake
+            self._threads.here.record = record
         return self.step(), record
 
     def step(self) -> PruningStep:
