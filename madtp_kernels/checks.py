@@ -66,8 +66,9 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: object) -> None:
-    """A number of rows, of any integer type."""
+    """A number of rows, of any integer type; under torch.jit.trace, where sizes are tensors, one of these."""
     ok = isinstance(value, int | torch.SymInt) or isinstance(value, numbers.Integral)
+    ok = ok or (isinstance(value, torch.Tensor) and torch.jit.is_tracing())
     require(ok and not isinstance(value, bool), name, "an integer", value)
 
 

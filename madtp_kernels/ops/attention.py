@@ -124,7 +124,7 @@ def varlen_attention(
     checks.check_flag("causal", causal)
     checks.check_flag("return_stats", return_stats)
     if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5 if q.numel() else 1.0
+        softmax_scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
     else:
         checks.check_number("softmax_scale", softmax_scale)
     if cu_seqlens_k is None:

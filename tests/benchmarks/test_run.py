@@ -125,7 +125,7 @@ def test_a_baseline_must_be_a_provider():
         dataclasses.replace(ENTRY, baseline="numpy")
 
 
-SLOW = {"attention_backward"}  # takes a minute where the others take seconds
+SLOW = {"attention_backward", "attention_length", "attention_ragged", "models"}  # take most of a minute
 
 
 @pytest.mark.parametrize(

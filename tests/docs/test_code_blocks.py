@@ -22,7 +22,12 @@ NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 MAX_NOT_RUN = 6  # of all pages: what is not run rots
 
 
-@pytest.mark.parametrize("page", RUN, ids=name)
+SLOW = {"docs/usage/training"}  # compresses a model, which takes minutes
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (name(page) in SLOW)) for page in RUN], ids=name
+)
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}

@@ -3,6 +3,7 @@
 
 import math
 
+import pytest
 import torch
 from test_compression import BRIEF, CONFIG, Questions, Task, make_trainer
 from tiny_models import tiny_blip
@@ -34,6 +35,7 @@ def test_a_tiny_model_trains_and_saves_in_bfloat16(tmp_path):
     assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4"
 
 
+@pytest.mark.slow
 def test_what_was_trained_in_bfloat16_is_measured_in_float32(tmp_path, monkeypatch):
     data, seen, calibrate = Questions(48), [], MadtpTrainer.calibrate
 

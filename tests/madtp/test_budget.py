@@ -96,6 +96,7 @@ def test_a_plan_is_a_file(tmp_path, measured):
             Plan.load(tmp_path / "bad.yaml")
 
 
+@pytest.mark.slow
 def test_allocate_compares_and_compress_trains_the_plan(tmp_path):
     data, dense = Questions(48), tiny_blip()
     config = with_targets(macs_reduction=0.4)
@@ -119,6 +120,7 @@ def test_allocate_compares_and_compress_trains_the_plan(tmp_path):
 
 
 @pytest.mark.filterwarnings("error:.*log scale")
+@pytest.mark.slow
 def test_weights_alone_are_trained_too(tmp_path):
     data, dense = Questions(16), tiny_blip()
     config = with_targets(macs_reduction=0.25)
@@ -149,6 +151,7 @@ def test_what_is_wrong_is_refused():
         madtp.allocate(tiny_blip(), Task(), [], CONFIG)
 
 
+@pytest.mark.slow
 def test_the_front_has_a_plan_for_every_reduction_that_can_be_reached():
     reductions = (0.45, 0.3, 0.999, 0.4)
     plans = madtp.pareto(tiny_blip(), Task(), Questions(48), CONFIG, reductions=reductions)

@@ -129,7 +129,7 @@ def test_a_pruned_vision_tower_fits_one_graph(family, device):
             torch.testing.assert_close(result[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["CLIPVisionModel", "BlipForNLVR"])
+@pytest.mark.parametrize("family", ["CLIPVisionModel", pytest.param("BlipForNLVR", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_compiles_into_one_graph(family):
     """`fullgraph` raises at the first value that the host has to read; on a CPU checks of the ops read some."""

@@ -89,6 +89,7 @@ def test_a_missing_scorer_is_named_before_the_work(task, data, model, monkeypatc
         task.evaluate(model, [], batch_size=7)
 
 
+@pytest.mark.slow
 def test_compress(task, data, model, tmp_path):
     pytest.importorskip("pycocoevalcap")
     config = madtp.CompressionConfig(macs_reduction=0.4, alignment_tokens=8, alignment_dim=32, controller_interval=2)

@@ -67,6 +67,7 @@ def test_the_best_checkpoint_brings_its_temperatures_back(tmp_path, data, monkey
     assert trainer.pruner.kept == saved["masks_keep"]
 
 
+@pytest.mark.slow
 def test_compress_stops_early_and_finishes_the_model(tmp_path, data, monkeypatch):
     worse_every_time(monkeypatch)
     training = BRIEF | {"max_steps": 40} | EVALUATE

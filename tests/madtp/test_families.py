@@ -259,10 +259,10 @@ def why_not(words, family):
 
 
 def _cases():
-    """Compiling takes seconds a family: all of them are slow tests but for two."""
+    """Compiling takes seconds a family: all of them are slow tests but for one."""
     for family in CASES:
         for words in PROPERTIES:
-            quick = words != "torch.compile" or family in ("CLIPModel", "BlipForNLVR")
+            quick = words != "torch.compile" or family == "CLIPModel"
             yield pytest.param(family, words, marks=[] if quick else pytest.mark.slow)
 
 

@@ -62,7 +62,7 @@ def test_inputs_of_every_stride():
     ("x", "residual", "message"),
     [
         ((16,), None, r"x must be of 32 channels like weight, got float32 \(1, 16\)"),
-        ((), None, r"x must be a 2-dimensional tensor of float32 .* got float32 \(1,\)"),
+        ((), None, r"x must be of shape \(..., 32\) like weight, got float32 \(1,\)"),
         ((2, 3, 16), None, r"x must be of 32 channels like weight, got float32 \(6, 16\)"),
         ((3, 16), None, r"x must be of 32 channels like weight, got float32 \(3, 16\)"),
         ((32,), (1, 64), r"residual must be of shape \(64,\) like the output, got float32 \(1, 64\)"),

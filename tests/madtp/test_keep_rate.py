@@ -100,7 +100,7 @@ def test_what_cannot_be_is_refused_and_leaves_the_model_alone():
             madtp.patch(model, config, keep_rate=rate, calibration=given)
         assert [type(module) for module in model.modules()] == kinds and not hasattr(model, "madtp_handle")
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="pictures must be unset"):  # from the model itself
+    with pytest.raises(ValueError, match="pixel_values must be a tensor of shape"):  # from the model itself
         madtp.patch(model, CONFIG, keep_rate=0.7, calibration=[{"pictures": 1}])
     assert not hasattr(model, "madtp_handle")
     handle = madtp.patch(model, few)

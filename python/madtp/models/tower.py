@@ -55,7 +55,8 @@ class RaggedTower(nn.Module):
         source: Any = cls.__mro__[cls.__mro__.index(RaggedTower) + 1]
         if source is nn.Module:  # a tower of no Hugging Face class yet
             return
-        cls.madtp_arguments = Arguments.of(source.forward)
+        own = source.forward is not nn.Module.forward  # an encoder of one's own may have none
+        cls.madtp_arguments = Arguments.of(source.forward if own else _without_forward)
 
         def forward(self, *args, **kwargs):
             return self._forward(*args, **kwargs)
@@ -187,6 +188,10 @@ class RaggedTower(nn.Module):
 @torch.compiler.assume_constant_result
 def _names_of(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)
+
+
+def _without_forward(self, inputs, **kwargs):
+    """What a tower takes whose class has no forward."""
 
 
 class RaggedVisionTower(RaggedTower):
