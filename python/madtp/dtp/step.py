@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from madtp.dtp.ragged import RaggedAttention, RaggedBatch
 from madtp.dtp.selection_rules import GUIDED, METHOD, RULES
+from madtp.hooks import is_watched
 from madtp.mag import AlignmentGuide, aligned_feature
 from madtp_kernels import AttentionStats, Selection, gather_merge, gather_merge_layernorm, prune_tokens
 
@@ -51,7 +52,7 @@ class PruningStep:
         self, batch: RaggedBatch, x: Tensor, stats: AttentionStats | None, norm: nn.LayerNorm
     ) -> tuple[RaggedBatch, Tensor]:
         """`prune` and the LayerNorm that follows, in one pass: the tokens that stay, and their normed features."""
-        if not self.prunes or not _only_computes(norm):
+        if not self.prunes or is_watched(norm) or type(norm).forward is not nn.LayerNorm.forward:
             after = self.prune(batch, x, stats)
             return after, norm(after.x)
         logits, aligned = self._alignment(batch)
@@ -102,9 +103,3 @@ class PruningStep:
         if self.observer is not None:
             self.observer(importance, selection)
         return batch.selected(x, selection), normed
-
-
-def _only_computes(norm: nn.LayerNorm) -> bool:
-    """Whether nothing is lost where the norm is computed and not called: nobody has hooked onto it."""
-    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return not hooked and "forward" not in vars(norm) and type(norm).forward is nn.LayerNorm.forward

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from madtp.hooks import is_watched
 from madtp.hwp.folding import ACTIVATIONS, Epilogue, Folded, check_epilogues, find_foldings, known_epilogues, scale_of
 from madtp.hwp.modules import ModuleTree, Place, require_linears, shared_reason, write_unsupported_reason
 from madtp.hwp.takeover import (
@@ -175,14 +175,7 @@ def residual_linear(module: nn.Module, x: Tensor, residual: Tensor, num_rows: Te
 
 def _is_ours_alone(module: nn.Module) -> bool:
     """Whether it is packed, and nobody else sees its calls."""
-    return isinstance(module, Sparse24Linear) and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
-    )
+    return isinstance(module, Sparse24Linear) and not is_watched(module)
 
 
 @renamed(followers="epilogues")
