@@ -103,9 +103,10 @@ class ThreadState:
 
     def __init__(self) -> None:
         self.record = ForwardRecord()
-        self.dense = False  # temperature 0, whatever is set
-        self.inference = False  # aligned features are not collected, whatever is set
-        self.exact = False  # exact capacity, whatever is set
+        # How many contexts hold that say so; contexts of coroutines need not end in the order they began.
+        self.dense = 0  # temperature 0, whatever is set
+        self.inference = 0  # aligned features are not collected, whatever is set
+        self.exact = 0  # exact capacity, whatever is set
 
 
 class _Threads(threading.local):
@@ -121,19 +122,22 @@ def exact_capacity(model: nn.Module) -> Iterator[None]:
     For the thread that enters it.
     """
     handle = find_handle(model)
-    with in_this_thread([] if handle is None else handle.pruning.values(), exact=True):
+    with in_this_thread([] if handle is None else handle.pruning.values(), "exact"):
         yield
 
 
 @contextmanager
-def in_this_thread(branches: Iterable[Branch], **flags: bool) -> Iterator[None]:
+def in_this_thread(branches: Iterable[Branch], *flags: str) -> Iterator[None]:
     """A context in which these flags of `ThreadState` hold, for the thread that enters it."""
     states = [branch.here for branch in branches]
-    before = [{name: getattr(state, name) for name in flags} for state in states]
-    try:
+
+    def count(change: int) -> None:
         for state in states:
-            vars(state).update(flags)
+            for flag in flags:
+                setattr(state, flag, getattr(state, flag) + change)
+
+    count(1)
+    try:
         yield
     finally:
-        for state, values in zip(states, before, strict=True):
-            vars(state).update(values)
+        count(-1)

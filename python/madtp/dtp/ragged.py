@@ -27,6 +27,7 @@ class RaggedBatch:
     origin: Tensor  # (T,) int64: the position each token had in its sequence at first, or MERGED
     summary_index: Tensor | None = None  # (B,) int32: the row of each sequence's summary token, -1: none; None: row 0
     aligned: Tensor | None = None  # (B, K, d): MAG's feature of the block the tokens come from, where it is collected
+    may_be_empty: bool = False  # some sequences may have no token at all
     fixed: bool = False  # T and the work on it depend on no value: nothing is read on the host
 
     @classmethod
@@ -56,9 +57,10 @@ class RaggedBatch:
             before = real & (position < summary_position[:, None])
             index = before.sum(dim=1, dtype=torch.int32).where(summary_position >= 0, -1)
         if not fixed:
-            return cls(hidden[real], ends, length, length, position[real], index)
+            return cls(hidden[real], ends, length, length, position[real], index, may_be_empty=True)
         order = (~real).flatten().byte().argsort(stable=True)  # padding goes last
-        return cls(hidden.flatten(0, 1)[order], ends, length, length, position.flatten()[order], index, fixed=True)
+        hidden, origin = hidden.flatten(0, 1)[order], position.flatten()[order]
+        return cls(hidden, ends, length, length, origin, index, may_be_empty=True, fixed=True)
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
         """(B, N, C) with zeros in the padding, and the (B, N) int64 mask of real tokens."""
@@ -98,10 +100,13 @@ class RaggedBatch:
         return replace(self, x=x)
 
     def summary_features(self) -> Tensor:
-        """(B, C): the summary token of each sequence; in sequences without one, its first token."""
-        row = self.cu_seqlens[:-1]
+        """(B, C): the summary token of each sequence; in sequences without one, its first token; of none, zeros."""
+        row, x = self.cu_seqlens[:-1], self.x
         row = row if self.summary_index is None else row + self.summary_index.clamp_min(0)
-        return self.x.index_select(0, row.long())
+        if self.may_be_empty:
+            x = torch.nn.functional.pad(x, (0, 0, 0, 1))
+            row = torch.where(self.cu_seqlens.diff() > 0, row, self.x.shape[0])
+        return x.index_select(0, row.long())
 
     def selected(self, x: Tensor, selection: Selection) -> RaggedBatch:
         """The batch after pruning: x (T_out, C) came out of a gather with `selection`."""
@@ -117,7 +122,9 @@ class RaggedBatch:
         free = x.device.type == "cpu" and not torch.compiler.is_exporting()
         if free and self.num_sequences and not self.fixed:
             longest = int(selection.cu_seqlens_out.diff().max())
-        return RaggedBatch(x, selection.cu_seqlens_out, longest, self.positions, origin, index, fixed=self.fixed)
+        ends = selection.cu_seqlens_out
+        rows = replace(self, cu_seqlens=ends, max_seqlen=longest, origin=origin, summary_index=index, aligned=None)
+        return rows.with_x(x)
 
     def kept_positions(self) -> list[Tensor]:
         """Per sequence, the original positions of the tokens that are still there (merged tokens have none)."""
@@ -132,10 +139,11 @@ class RaggedBatch:
         row = int(self.cu_seqlens[count])
         index, other_index = (None, None) if self.summary_index is None else self.summary_index.tensor_split([count])
         (x, other_x), (origin, other_origin) = self.x.tensor_split([row]), self.origin.tensor_split([row])
+        ends, other_ends = self.cu_seqlens[: count + 1], self.cu_seqlens[count:] - row
         return (
-            RaggedBatch(x, self.cu_seqlens[: count + 1], self.max_seqlen, self.positions, origin, index),
-            RaggedBatch(
-                other_x, self.cu_seqlens[count:] - row, self.max_seqlen, self.positions, other_origin, other_index
+            replace(self, x=x, cu_seqlens=ends, origin=origin, summary_index=index, aligned=None),
+            replace(
+                self, x=other_x, cu_seqlens=other_ends, origin=other_origin, summary_index=other_index, aligned=None
             ),
         )
 
@@ -163,7 +171,7 @@ class RaggedBatch:
         source, ends = self._rows_of(index)
         summary_index = None if self.summary_index is None else self.summary_index[index]
         x, origin = self.x[source], self.origin[source]
-        return RaggedBatch(x, ends, self.max_seqlen, self.positions, origin, summary_index, fixed=self.fixed)
+        return replace(self, x=x, cu_seqlens=ends, origin=origin, summary_index=summary_index, aligned=None)
 
 
 @dataclass(frozen=True)

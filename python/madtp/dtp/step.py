@@ -52,7 +52,7 @@ class PruningStep:
         self, batch: RaggedBatch, x: Tensor, stats: AttentionStats | None, norm: nn.LayerNorm
     ) -> tuple[RaggedBatch, Tensor]:
         """`prune` and the LayerNorm that follows, in one pass: the tokens that stay, and their normed features."""
-        if not self.prunes or is_watched(norm) or type(norm).forward is not nn.LayerNorm.forward:
+        if not self.prunes or not _can_be_fused(norm):
             after = self.prune(batch, x, stats)
             return after, norm(after.x)
         logits, aligned = self._alignment(batch)
@@ -103,3 +103,8 @@ class PruningStep:
         if self.observer is not None:
             self.observer(importance, selection)
         return batch.selected(x, selection), normed
+
+
+def _can_be_fused(norm: nn.LayerNorm) -> bool:
+    plain = type(norm).forward is nn.LayerNorm.forward and norm.weight is not None and norm.bias is not None
+    return plain and not is_watched(norm)

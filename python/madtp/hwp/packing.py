@@ -161,8 +161,16 @@ class Sparse24Linear(nn.Module):
 
 
 def linear(module: nn.Module, x: Tensor, num_rows: Tensor | None = None) -> Tensor:
-    """module(x), of rows (T, C); what `Sparse24Linear` makes of `num_rows` where the module is packed."""
-    return module(x) if num_rows is None or not _is_ours_alone(module) else module(x, num_rows=num_rows)
+    """module(x), of rows (T, C); what `Sparse24Linear` makes of `num_rows` where the module is packed.
+
+    Hooks on the module see the product and the bias alone, as they did when it was plain: what it has taken over comes
+    after it then.
+    """
+    if not isinstance(module, Sparse24Linear):
+        return module(x)
+    if is_watched(module):
+        return module.finish(module(x, epilogue=False))
+    return module(x, num_rows=num_rows)
 
 
 def residual_linear(module: nn.Module, x: Tensor, residual: Tensor, num_rows: Tensor | None = None) -> Tensor:
@@ -170,12 +178,9 @@ def residual_linear(module: nn.Module, x: Tensor, residual: Tensor, num_rows: Te
 
     Hooks on the module see a call of it alone, as they did when it was plain: the sum is apart then.
     """
-    return module(x, residual, num_rows) if _is_ours_alone(module) else module(x) + residual
-
-
-def _is_ours_alone(module: nn.Module) -> bool:
-    """Whether it is packed, and nobody else sees its calls."""
-    return isinstance(module, Sparse24Linear) and not is_watched(module)
+    if isinstance(module, Sparse24Linear) and not is_watched(module):
+        return module(x, residual, num_rows)
+    return linear(module, x, num_rows) + residual
 
 
 @renamed(followers="epilogues")

@@ -6,6 +6,8 @@ from __future__ import annotations
 from torch import nn
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from madtp.models.tower import ragged_of
+
 
 class RaggedQFormer(nn.Module):
     """Mixed into the Q-Former: it reads the image tokens that are left, merged ones among them, under their mask.
@@ -19,7 +21,7 @@ class RaggedQFormer(nn.Module):
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), getattr(cls, "_can_record_outputs", None))
 
     def forward(self, *args, **kwargs):
-        images = getattr(kwargs.get("encoder_hidden_states"), "madtp_ragged", None)
+        images = ragged_of(kwargs.get("encoder_hidden_states"))
         if images is not None:
             kwargs["encoder_hidden_states"], kwargs["encoder_attention_mask"] = images.to_padded()
         return super().forward(*args, **kwargs)

@@ -93,32 +93,66 @@ def encode(
     record: gets the tokens that enter the first block and those that leave each.
     """
     step, left = branch.begin(batch)
-    heads = tower.config.num_attention_heads
+    read = keys if isinstance(keys, tuple) else () if keys is None else (keys,)
+    call = BlockCall(spec, step, tower.config.num_attention_heads, keys)
     if record is not None:
         record.append(batch)
     for layer in attrgetter(spec.blocks)(tower):
-        batch = layer(batch, spec, step, heads, keys)
+        x, aligned, rows = layer(batch.x, *(key.x for key in read), replace(call, rows=without_features(batch)))
+        batch = replace(rows, x=x, aligned=aligned)
         left.end_block(batch)
         if record is not None:
             record.append(batch)
     return batch.with_x(connected(batch.x, branch.guide.parameters_of(branch.name)))
 
 
+@dataclass(frozen=True)
+class BlockCall:
+    """What a block is called with beside the features of its tokens and of its keys."""
+
+    spec: Encoder
+    step: PruningStep
+    heads: int
+    keys: Any  # as of `encode`
+    rows: RaggedBatch | None = None  # what the tokens are, without their features
+
+    def __call__(self, layer: nn.Module, x: Tensor, *features: Tensor) -> tuple[Tensor, Tensor | None, RaggedBatch]:
+        """-> the features that are left, MAG's of the block if they are collected, and what the tokens are."""
+        assert self.rows is not None
+        keys = self.keys
+        if isinstance(keys, tuple):
+            keys = tuple(replace(key, x=feature) for key, feature in zip(keys, features, strict=True))
+        elif keys is not None:
+            keys = replace(keys, x=features[0])
+        after = block(layer, self.spec, self.rows.with_x(x), keys, self.step, self.heads)
+        return after.x, after.aligned, without_features(after)
+
+
+def without_features(batch: RaggedBatch) -> RaggedBatch:
+    return replace(batch, x=batch.x.new_empty(0), aligned=None)
+
+
 class RaggedBlock(nn.Module):
     """Mixed into the class of a block while its tower is patched: `encode` calls it as the module it is, with whatever
-    others have hooked onto it."""
+    others have hooked onto it.
+
+    All that has a gradient is a tensor among its arguments and results: hooks of the backward and reentrant
+    checkpoints, that of Hugging Face or another, follow nothing else.
+    """
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls):  # Hugging Face has wrapped it in a checkpoint of its own, which is none of batches
+        if "forward" in vars(cls):  # Hugging Face has wrapped it in a checkpoint of its own
             del cls.forward
 
-    def forward(self, batch, *args, **kwargs):
-        """A ragged batch -> the tokens that are left; what is no ragged batch is for the block of Hugging Face."""
-        if not isinstance(batch, RaggedBatch):
-            return super().forward(batch, *args, **kwargs)
-        spec, step, heads, keys = args
-        return _checkpointed(self, partial(block, self, spec, step=step, heads=heads), batch, keys)
+    def forward(self, x, *args, **kwargs):
+        """x (T, C), features of the keys, a `BlockCall` -> as that says; anything else is for Hugging Face's block."""
+        if not (args and isinstance(args[-1], BlockCall)):
+            return super().forward(x, *args, **kwargs)
+        run = partial(args[-1], self)
+        if getattr(self, "gradient_checkpointing", False) and self.training:
+            return self._gradient_checkpointing_func(run, x, *args[:-1])
+        return run(x, *args[:-1])
 
 
 def block(layer: nn.Module, spec: Encoder, batch: RaggedBatch, keys: Any, step: PruningStep, heads: int) -> RaggedBatch:
@@ -206,25 +240,3 @@ class _Connected(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Tensor) -> Tensor:
         return tangent.view_as(tangent)
-
-
-def _checkpointed(
-    layer: Any, run: Callable[[RaggedBatch, Any], RaggedBatch], batch: RaggedBatch, keys: Any
-) -> RaggedBatch:
-    """run(batch, keys), whose activations are computed again in the backward pass where the model asks for it.
-
-    All that has a gradient is an argument of what runs again: a reentrant checkpoint follows nothing else.
-    """
-    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
-        return run(batch, keys)
-    read = keys if isinstance(keys, tuple) else () if keys is None else (keys,)
-    result: list[RaggedBatch] = []
-
-    def tensors(x: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
-        given = tuple(replace(key, x=feature) for key, feature in zip(read, features, strict=True))
-        after = run(batch.with_x(x), given if isinstance(keys, tuple) else next(iter(given), None))
-        result.append(after)
-        return (after.x,) if after.aligned is None else (after.x, after.aligned)
-
-    x, *aligned = layer._gradient_checkpointing_func(tensors, batch.x, *(key.x for key in read))
-    return replace(result[0], x=x, aligned=aligned[0] if aligned else None)

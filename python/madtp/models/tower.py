@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -100,7 +101,7 @@ class RaggedTower(nn.Module):
         record: list[RaggedBatch] | None = [] if states else None
         batch = self._encode(source, hidden, mask, keys, record)
         last_hidden_state = batch.to_positions()
-        last_hidden_state.madtp_ragged = batch  # type: ignore[attr-defined]  # for those who can read it
+        last_hidden_state.madtp_ragged = _Ragged(batch, _version(last_hidden_state))  # type: ignore[attr-defined]
         return self.madtp_arguments.output(
             last_hidden_state=last_hidden_state,
             pooler_output=self.madtp_spec.pool(self, batch),
@@ -224,7 +225,7 @@ class RaggedTextTower(RaggedTower):
             return keys
         if not isinstance(keys, Tensor) or keys.ndim != 3:
             raise ValueError(f"encoder_hidden_states must be a tensor of shape (B, M, C), got {described(keys)}")
-        left = getattr(keys, "madtp_ragged", None)
+        left = ragged_of(keys)
         if left is None:
             left = RaggedBatch.from_padded(
                 keys, real_tokens(mask, keys.shape[0], keys.shape[1], causal=False), None, self.madtp_branch.fixed(self)
@@ -255,13 +256,42 @@ def _checked(value: Any, name: str, shape: str, ndim: int) -> Tensor:
     return value
 
 
-def tokens_left(features: Tensor) -> RaggedBatch:
-    """The ragged batch whose padded form is the last_hidden_state of a patched tower.
+class _Ragged:
+    """What the last_hidden_state of a patched tower carries for those who read ragged batches.
+
+    It does not go where the tensor is saved or copied to: pickled, it is an empty mapping, which torch.load takes.
+    """
+
+    def __init__(self, batch: RaggedBatch, version: int):
+        self.batch, self.version = batch, version
+
+    def __reduce__(self):
+        return OrderedDict, ()
+
+
+def _version(features: Tensor) -> int:
+    """How often a tensor was written to, where that is counted."""
+    counted = not (torch.compiler.is_compiling() or features.is_inference())
+    return features._version if counted else 0
+
+
+def ragged_of(features: Any) -> RaggedBatch | None:
+    """The ragged batch whose padded form is the last_hidden_state of a patched tower; None for any other.
 
     Raises:
-        RuntimeError: it is not what the tower returned.
+        RuntimeError: somebody has written to it since.
     """
-    batch = getattr(features, "madtp_ragged", None)
+    ragged = getattr(features, "madtp_ragged", None)
+    if not isinstance(ragged, _Ragged):
+        return None
+    if ragged.version != _version(features):
+        raise RuntimeError("last_hidden_state must be what the patched tower returned, got one written to since")
+    return ragged.batch
+
+
+def tokens_left(features: Tensor) -> RaggedBatch:
+    """`ragged_of`, of what a patched tower must have returned. Raises RuntimeError where it is a copy of that."""
+    batch = ragged_of(features)
     if batch is None:
         raise RuntimeError("last_hidden_state must be the tensor that the patched tower returned, got a copy of it")
     return batch

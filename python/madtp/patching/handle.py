@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from madtp.config import CompressionConfig
@@ -38,7 +39,8 @@ class Handle:
         specs = {branch: family.tower(model, branch) for branch in family.towers}  # raises before anything is touched
         towers: dict[str, Any] = {branch: model.get_submodule(family.path(branch)) for branch in specs}
         widths = {branch: tower.config.hidden_size for branch, tower in towers.items()}
-        guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths).to(next(model.parameters()))
+        with torch.inference_mode(False):  # whose tensors could not be trained later
+            guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths).to(next(model.parameters()))
         attention = {branch: RaggedAttention() for branch in widths}
         self.pruning = {branch: Branch(branch, guide, attention[branch], config.selection) for branch in widths}
         if "vision" in self.pruning:
@@ -203,14 +205,14 @@ class Handle:
     def inference(self) -> Iterator[None]:
         """A context in which the model is as after training, for the thread that enters it: aligned features are not
         collected."""
-        with in_this_thread(self.pruning.values(), inference=True):
+        with in_this_thread(self.pruning.values(), "inference"):
             yield
 
     @contextmanager
     def dense(self) -> Iterator[None]:
         """A context in which the model is the dense one, for the thread that enters it: nothing pruned, no alignment
-        computed."""
-        with in_this_thread(self.pruning.values(), inference=True, dense=True):
+        computed. A checkpoint around the whole model runs again as what is set then: have its backward inside too."""
+        with in_this_thread(self.pruning.values(), "inference", "dense"):
             yield
 
     def remove(self) -> nn.Module:
