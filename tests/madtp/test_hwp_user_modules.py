@@ -4,6 +4,7 @@
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from families import outputs, patched
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -275,3 +276,21 @@ def test_a_linear_that_is_compiled_by_itself_stays_and_a_compiled_model_packs():
     block.fc2.register_forward_hook(lambda module, args, output: 0 * output)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(block, backend="eager", fullgraph=True)(x), x)
+
+
+@pytest.mark.parametrize("family", ["ViTForImageClassification", "Dinov2ForImageClassification"])
+def test_a_hook_put_on_after_packing_sees_the_linear_alone(family):
+    plain, model = patched(family), patched(family)
+    for one in (plain, model):
+        hwp.prune_one_shot(one, "2:4", hwp.select_modules(one, "2:4", exclude=("classifier", "madtp_guide")).selected)
+    hwp.pack(model)
+    seen = []
+    for one in (plain, model):
+        for name, module in one.named_modules():
+            if name.rpartition(".")[2] in ("fc1", "fc2", "o_proj"):
+                module.register_forward_hook(lambda _, given, output: seen.append(output) or output * 0.5)
+    results = [outputs(family, one)["logits"] for one in (plain, model)]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    assert len(seen) == 12
+    for first, second in zip(seen[:6], seen[6:], strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A patched model among others: several threads, calls inside of calls, parts that are shared, forwards of others."""
 
+import asyncio
 import copy
 import itertools
 import threading
@@ -10,7 +11,9 @@ import pytest
 import torch
 import transformers as hf
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from families import BERT, CASES, CONFIG, IMAGE, build, dual, outputs, patched, randomised
+from families import BERT, CASES, CONFIG, IMAGE, build, dual, outputs, patched, randomised, total
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from transformers.models.vit.modeling_vit import ViTMLP
 
 import madtp
 from madtp.models import mixing, tower
@@ -175,3 +178,110 @@ def test_classes_of_a_type_of_their_own_can_be_mixed():
     kind = mixing.mixed(mixing.mixed(Model, tower.RaggedVisionTower), tower.RaggedTextTower)
     assert isinstance(kind, Kind) and kind.__name__ == "Model"
     assert copy.deepcopy(kind) is kind
+
+
+def test_a_forward_of_the_users_own_is_refused():
+    class Scaled(ViTMLP):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    class Same(ViTMLP):
+        pass
+
+    model = build("ViTForImageClassification")
+    model.vit.layers[1].mlp.__class__ = Same
+    madtp.patch(model, CONFIG).remove()
+    model.vit.layers[1].mlp.__class__ = Scaled
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"vit.layers.1.mlp.forward must be one of transformers, .* got the Scaled of"):
+        madtp.patch(model, CONFIG)
+    assert state_of(model) == before
+
+
+def test_contexts_of_coroutines_end_in_any_order():
+    model = patched("ViTForImageClassification")
+    handle = model.madtp_handle
+
+    async def request(seconds):
+        with handle.dense():
+            await asyncio.sleep(seconds)
+            outputs("ViTForImageClassification", model)
+            return handle.tokens_per_layer["vision"]
+
+    async def both():
+        return await asyncio.gather(request(0.01), request(0.02))
+
+    assert asyncio.run(both()) == [[17.0, 17.0]] * 2
+    outputs("ViTForImageClassification", model)
+    assert handle.tokens_per_layer["vision"][-1] < 17
+
+
+@pytest.mark.parametrize("kind", list(CheckpointImpl))
+def test_checkpoints_of_others_around_blocks(kind):
+    gradients = []
+    for wrap in (False, True):
+        model = patched("BlipForQuestionAnswering").train()
+        if wrap:
+            for layers in (model.vision_model.encoder.layers, model.text_encoder.encoder.layer):
+                for number, layer in enumerate(layers):
+                    layers[number] = checkpoint_wrapper(layer, kind)
+        total("BlipForQuestionAnswering", model).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert sum(gradient is not None for gradient in gradients[0]) > 60
+    for expected, result in zip(*gradients, strict=True):
+        assert (expected is None) == (result is None)
+        if expected is not None:
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_of_the_backward_on_blocks():
+    model, seen = patched("ViTForImageClassification"), []
+    for layer in model.vit.layers:
+        layer.register_full_backward_pre_hook(lambda module, grads: seen.append("pre"))
+        layer.register_full_backward_hook(lambda module, grads, given: seen.append("full"))
+    total("ViTForImageClassification", model).backward()
+    assert seen == ["pre", "full"] * 2
+
+
+@pytest.mark.parametrize("family", ["BertModel", "BertForSequenceClassification", "BlipForQuestionAnswering"])
+def test_a_sample_without_tokens_is_by_itself(family):
+    model, inputs = patched(family), CASES[family].inputs()
+    for empty in (0, 3):
+        mask = inputs["attention_mask"].clone()
+        mask[empty] = 0
+        given = inputs | {"attention_mask": mask}
+        others = given | {"input_ids": inputs["input_ids"].flip(1) * mask}
+        expected, result = outputs(family, model, given), outputs(family, model, others)
+        for name in expected:
+            assert expected[name].isfinite().all()
+            torch.testing.assert_close(result[name][empty], expected[name][empty])
+
+
+def test_a_model_patched_in_inference_mode_can_be_trained():
+    model = build("ViTForImageClassification")
+    with torch.inference_mode():
+        madtp.patch(model, CONFIG).set_temperature(2.0)
+    total("ViTForImageClassification", model).backward()
+    assert model.madtp_handle.alignment_tokens.grad is not None
+
+
+def test_norms_without_bias_prune():
+    model = patched("ViTForImageClassification", 0.0)
+    for layer in model.vit.layers:
+        layer.layernorm_after.bias = None
+    dense = outputs("ViTForImageClassification", model)
+    model.madtp_handle.set_temperature(2.0)
+    pruned = outputs("ViTForImageClassification", model)
+    assert not torch.equal(pruned["logits"], dense["logits"]) and pruned["logits"].isfinite().all()
+
+
+def test_features_can_be_saved_and_a_copy_is_not_taken_for_them(tmp_path):
+    model = patched("BertModel")
+    with torch.no_grad():
+        features = model(**CASES["BertModel"].inputs()).last_hidden_state
+    torch.save(features, tmp_path / "features.pt")
+    assert torch.equal(torch.load(tmp_path / "features.pt"), features)
+    assert tower.ragged_of(copy.deepcopy(features)) is None
+    features.mul_(2)
+    with pytest.raises(RuntimeError, match="must be what the patched tower returned, got one written to since"):
+        tower.ragged_of(features)

@@ -261,3 +261,13 @@ def test_a_folder_of_an_earlier_version(version, model, tmp_path):
     (tmp_path / "madtp.json").write_text(json.dumps(state | {"weights_sha256": "0"}))
     with pytest.raises(madtp.ModelError, match="model.safetensors is not as it was written"):
         madtp.from_pretrained(tmp_path)
+
+
+def test_adapters_inside_are_refused_before_anything_is_written(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    from madtp.hwp.lora import support_packed
+
+    peft.get_peft_model(model, support_packed(peft.LoraConfig(target_modules=["q_proj"])))
+    with pytest.raises(ValueError, match="model must have no adapters inside, got one at layers.0.attention.q_proj"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

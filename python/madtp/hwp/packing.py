@@ -169,7 +169,8 @@ def linear(module: nn.Module, x: Tensor, num_rows: Tensor | None = None) -> Tens
     if not isinstance(module, Sparse24Linear):
         return module(x)
     if is_watched(module):
-        return module.finish(module(x, epilogue=False))
+        took_over = module.activation is not None or module.scale is not None
+        return module.finish(module(x, epilogue=False)) if took_over else module(x)
     return module(x, num_rows=num_rows)
 
 
@@ -334,7 +335,8 @@ def _plain(layer: Sparse24Linear) -> nn.Linear:
     with torch.device("meta"):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
     requires_grad, attributes = layer.weight_attributes
-    plain.weight = nn.Parameter(layer.sparse_weight.to_dense(), requires_grad)
+    with torch.inference_mode(False):  # whose tensors could not be trained later
+        plain.weight = nn.Parameter(layer.sparse_weight.to_dense(), requires_grad)
     vars(plain.weight).update(attributes)
     plain.register_parameter("bias", layer.bias)
     take_over(layer, plain, own_names(Sparse24Linear(layer.sparse_weight)))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from madtp.models.tower import ragged_of
+from madtp.models.tower import tokens_left
 
 
 class RaggedQFormer(nn.Module):
@@ -21,7 +21,6 @@ class RaggedQFormer(nn.Module):
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), getattr(cls, "_can_record_outputs", None))
 
     def forward(self, *args, **kwargs):
-        images = ragged_of(kwargs.get("encoder_hidden_states"))
-        if images is not None:
-            kwargs["encoder_hidden_states"], kwargs["encoder_attention_mask"] = images.to_padded()
+        if (features := kwargs.get("encoder_hidden_states")) is not None:
+            kwargs["encoder_hidden_states"], kwargs["encoder_attention_mask"] = tokens_left(features).to_padded()
         return super().forward(*args, **kwargs)

@@ -46,6 +46,13 @@ class Encoder:
     cross: Callable[[nn.Module, RaggedBatch, Any, PruningStep, int], Tensor] | None = None
 
 
+def containers(spec: Encoder) -> set[str]:
+    """Paths from a block of the modules around its parts, "" for itself: what a patched tower does in their place."""
+    parts = (*spec.qkv, spec.out, spec.norm1, spec.norm2, *spec.mlp, spec.scale1, spec.scale2)
+    names = [part.split(".") for part in parts if part is not None]
+    return {".".join(name[:length]) for name in names for length in range(len(name))}
+
+
 @dataclass(frozen=True)
 class CrossAttention:
     """norm(x + out(attention from x to the keys)): paths from a block."""
@@ -151,7 +158,8 @@ class RaggedBlock(nn.Module):
             return super().forward(x, *args, **kwargs)
         run = partial(args[-1], self)
         if getattr(self, "gradient_checkpointing", False) and self.training:
-            return self._gradient_checkpointing_func(run, x, *args[:-1])
+            checkpoint: Any = self._gradient_checkpointing_func
+            return checkpoint(run, x, *args[:-1])
         return run(x, *args[:-1])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from madtp.dtp.settings import BranchSettings
 from madtp.handles import find_handle
 from madtp.hwp.packing import Epilogue, unpack
 from madtp.mag import AlignmentGuide
-from madtp.models.encoder import RaggedBlock
+from madtp.models.encoder import Encoder, RaggedBlock, containers
 from madtp.models.family import CompressedModel, Family, find_epilogues
 from madtp.models.mixing import change_class, check_forward, mixed, names_of
 from madtp.models.registry import FAMILIES, family_of
@@ -53,6 +54,9 @@ class Handle:
             mixins += [(f"{path}.{number}", RaggedBlock) for number, _ in model.get_submodule(path).named_children()]
         mixins += [(name, mixin) for pattern, mixin in family.mixins.items() for name in names_of(model, pattern)]
         self.sources: dict[str, type] = {}  # module name -> the class to go back to
+        for branch, spec in specs.items():
+            if isinstance(family.towers[branch], str):  # of a class that `towers.TOWERS` describes
+                _check_classes(towers[branch], spec.encoder, family.path(branch))
         for name, _ in (("", None), *mixins):
             check_forward(model.get_submodule(name), name)
         try:
@@ -298,3 +302,21 @@ def _check_whole(model: nn.Module) -> None:
         if isinstance(module, RaggedTower | RaggedBlock):
             what = f"{name} is" if name else "it belongs to one that is"
             raise ValueError(f"model must have no part that is patched already, got one of which {what}")
+
+
+KNOWN = ("transformers", "torch", "madtp")  # whose forwards are as `towers.TOWERS` describes them
+
+
+def _check_classes(tower: nn.Module, spec: Encoder, path: str) -> None:
+    """Raises ValueError where a forward that would not be called is of the user's own."""
+    named = [(path, tower)]
+    for number, block in attrgetter(spec.blocks)(tower).named_children():
+        prefix = ".".join(filter(None, (path, spec.blocks, number)))
+        named += [(f"{prefix}.{name}".rstrip("."), block.get_submodule(name)) for name in sorted(containers(spec))]
+    for name, module in named:
+        forward = type(module).forward
+        if getattr(forward, "__module__", "").partition(".")[0] not in KNOWN:
+            raise ValueError(
+                f"{name or 'model'}.forward must be one of transformers, for a patched tower computes what that does, "
+                f"got the {type(module).__name__} of {forward.__module__}: describe it with family="
+            )

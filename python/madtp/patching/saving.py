@@ -48,6 +48,11 @@ def save(
         write(save_directory, is_main_process, state_dict, **options)
         return
     _check_options(save_directory, options)
+    adapted = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if adapted is not None:
+        raise ValueError(
+            f"model must have no adapters inside, got one at {adapted}: save the PeftModel, or merge or unload"
+        )
     # Names are those of the modules, and not those of the files that the model once came from.
     options = {**options, "save_original_format": False}
     if not is_main_process:  # which has a part in gathering at most
