@@ -164,3 +164,10 @@ def test_a_module_of_ours_that_is_missing_is_a_bug():
         getter("nothing")
     error = ModuleNotFoundError("no name")
     assert package_needed(error, "madtp") is error
+
+
+def test_an_import_draws_no_random_numbers():
+    """It comes with the first name that is used, in the midst of what a user has seeded."""
+    code = "import torch, transformers; torch.manual_seed(0); before = torch.get_rng_state(); import madtp\n"
+    code += "from madtp import hwp, patch; assert torch.equal(torch.get_rng_state(), before)"
+    subprocess.run([sys.executable, "-c", code], check=True)

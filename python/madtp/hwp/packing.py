@@ -318,7 +318,7 @@ def _nearest(name: str, modules: Iterable[nn.Module], tree: ModuleTree) -> str |
     return max(names, key=lambda path: len(os.path.commonprefix((path, name))), default=None)
 
 
-_OF_LINEAR = own_names(nn.Linear(1, 1))
+_OF_LINEAR = own_names(nn.Linear(0, 0, device="meta"))  # which draws no random numbers
 
 
 def _packed(
