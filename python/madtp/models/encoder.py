@@ -226,7 +226,8 @@ def _drop_paths(path: Any, y: Tensor, batch: RaggedBatch) -> Tensor:
 def connected(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """x, whose gradient reaches the parameters as well, as none at all: DistributedDataParallel waits for that of each,
     whether a forward has used it or not."""
-    wanted = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
+    graph = torch.is_grad_enabled() and not torch.jit.is_tracing()  # which compares with a run without gradients
+    wanted = [p for p in parameters if p.requires_grad] if graph else []
     return _Connected.apply(x, *wanted) if wanted else x
 
 
