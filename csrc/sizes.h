@@ -17,6 +17,8 @@ constexpr std::int64_t kTooLarge = std::int64_t{1} << 61;
 // A number of rows, columns, heads, sequences: products of two fit 64 bits.
 static constexpr bool is_count(std::int64_t size) { return size >= 0 && size <= INT32_MAX; }
 
+static constexpr std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
 // Of sizes that are not negative.
 static inline std::int64_t product_of(std::initializer_list<std::int64_t> sizes) {
   std::int64_t result = 1;

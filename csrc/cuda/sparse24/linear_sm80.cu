@@ -247,8 +247,6 @@ Sparse24Config config_of(Tile) {
   return {80, Tile::kTokens, Tile::kFeatures};
 }
 
-std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 template <typename Tile>
 std::int64_t tiles_of(const Sparse24Linear& inputs) {
   return quotient_up(inputs.tokens, Tile::kTokens) * quotient_up(inputs.out_features, Tile::kFeatures);

@@ -342,8 +342,6 @@ void for_each_tile(Body&& body) {
   body(Tile<64, 8, 4>{});
 }
 
-std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 struct Counts {
   std::int64_t token_tiles, feature_groups, work_tiles;
   Counts(const Sparse24Linear& a, const Sparse24Config& config)

@@ -164,8 +164,6 @@ __global__ void __launch_bounds__(kThreads)
   if (nan) *to.has_nan = 1;
 }
 
-std::int64_t quotient_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 std::int64_t blocks_of(const Sparse24Dense& dense) {
   if (!dense.transposed) return quotient_up(dense.out_features, kWarps);
   return quotient_up(dense.out_features, kTile) * quotient_up(dense.in_features, kTile);
