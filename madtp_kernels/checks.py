@@ -101,9 +101,20 @@ def check_cu_seqlens(name: str, value: object) -> None:
     require(ok, name, "int32 of shape (B+1,)", value)
 
 
+def check_row_count(name: str, rows: int) -> None:
+    require(rows <= MAX_ROWS, name, f"at most {MAX_ROWS} rows (they are addressed by int32)", f"{rows} rows")
+
+
+def check_gradient(grad: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Of the output, of this shape, that an op gives for x."""
+    check_tensor("grad", grad, len(shape), (x.dtype,))
+    check_shape("grad", grad, shape, "the output for x")
+    check_device(x.device, grad=grad)
+
+
 def check_ragged(rows: int, cu_seqlens: Tensor, summary_index: Tensor | None, rows_of: str) -> None:
     """The metadata that every op on a ragged batch shares."""
-    require(rows <= MAX_ROWS, rows_of, f"at most {MAX_ROWS} rows (they are addressed by int32)", f"{rows} rows")
+    check_row_count(rows_of, rows)
     check_cu_seqlens("cu_seqlens", cu_seqlens)
     if summary_index is not None:
         check_tensor("summary_index", summary_index, 1, (torch.int32,))

@@ -338,23 +338,10 @@ def _varlen_attention_backward(
 
 
 @torch.library.register_fake("madtp::varlen_attention")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    scale: float,
-    causal: bool,
-    summary_index: Tensor | None,
-    return_stats: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    _check(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, summary_index, return_stats)
+def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _check(q, k, v, *arguments[:-1])
     wide = torch.promote_types(q.dtype, torch.float32)
-    statistic = q.new_empty(k.shape[0] if return_stats else 0, dtype=wide)
+    statistic = q.new_empty(k.shape[0] if arguments[-2] else 0, dtype=wide)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
     return torch.empty_like(q, memory_format=torch.contiguous_format), statistic, torch.empty_like(statistic), lse
 

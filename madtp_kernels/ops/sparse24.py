@@ -12,9 +12,9 @@ from torch import Tensor
 from madtp_kernels import dispatch
 from madtp_kernels.checks import (
     check_device,
+    check_gradient,
     check_optional_types,
     check_rows,
-    check_shape,
     check_tensor,
     check_types,
     require,
@@ -277,12 +277,6 @@ def _check(
     check_device(x.device, values=values, layout=layout, bias=bias, residual=residual, scale=scale, num_rows=num_rows)
 
 
-def _check_gradient(grad: Tensor, x: Tensor, values: Tensor) -> None:
-    check_tensor("grad", grad, 2, (x.dtype,))
-    check_shape("grad", grad, (x.shape[0], values.shape[0]), "the output for x")
-    check_device(x.device, grad=grad)
-
-
 def _check_packable(values: Tensor, indices: Tensor) -> None:
     require(values.device.type in ("cpu", "cuda"), "values", "on cpu or cuda", values)
     on_gpu = values.device.type == "cuda"
@@ -378,7 +372,7 @@ def _linear_backward(
     layout_t: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     _check(x, values, indices, layout, bias, activation, residual, scale, num_rows)
-    _check_gradient(grad, x, values)
+    check_gradient(grad, x, (x.shape[0], values.shape[0]))
     # Weights that train stay dense and masked: their gradient is not here.
     if values_t is None or indices_t is None:
         return reference.sparse24_linear_backward(
@@ -414,7 +408,7 @@ def _(x: Tensor, values: Tensor, *arguments: Any) -> Tensor:
 @torch.library.register_fake("madtp::sparse24_linear_backward")
 def _(grad: Tensor, x: Tensor, values: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _check(x, values, *arguments[:7])
-    _check_gradient(grad, x, values)
+    check_gradient(grad, x, (x.shape[0], values.shape[0]))
     _, _, bias, _, residual, scale, *_ = arguments
     return x.new_empty(x.shape), *(
         x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, residual, scale)

@@ -101,7 +101,7 @@ def _check_gather(x: Tensor, selection: Sequence[Tensor]) -> None:
     keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight = selection
     check_tensor("x", x, 2, FLOATS)
     rows = x.shape[0]
-    require(rows <= checks.MAX_ROWS, "x", f"at most {checks.MAX_ROWS} rows (they are addressed by int32)", x)
+    checks.check_row_count("x", rows)
     checks.check_cu_seqlens("selection.cu_seqlens_in", cu_seqlens_in)
     checks.check_cu_seqlens("selection.cu_seqlens_out", cu_seqlens_out)
     check_tensor("selection.keep", keep, 1, (torch.bool,))
@@ -120,12 +120,6 @@ def _check_gather_values(x: Tensor, selection: Sequence[Tensor]) -> None:
     _, cu_seqlens_in, cu_seqlens_out, source, _ = selection
     checks.check_cu_seqlens_values("selection.cu_seqlens_in", cu_seqlens_in, x.shape[0])
     checks.check_cu_seqlens_values("selection.cu_seqlens_out", cu_seqlens_out, source.shape[0], at_most=True)
-
-
-def _check_gradient(grad: Tensor, x: Tensor, source: Tensor) -> None:
-    check_tensor("grad", grad, 2, (x.dtype,))
-    checks.check_shape("grad", grad, (source.shape[0], x.shape[1]), "the output for x")
-    check_device(x.device, grad=grad)
 
 
 def check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, of: str = "") -> None:
@@ -216,7 +210,7 @@ def _gather_merge(x: Tensor, *selection_and_backend: Any) -> Tensor:
 def _gather_merge_backward(grad: Tensor, x: Tensor, *selection_and_backend: Any) -> tuple[Tensor, ...]:
     *selection, backend = selection_and_backend
     _check_gather(x, selection)
-    _check_gradient(grad, x, selection[3])
+    checks.check_gradient(grad, x, (selection[3].shape[0], x.shape[1]))
     _check_gather_values(x, selection)
     run: Callable[..., tuple[Tensor, ...]] = dispatch.implementation(
         "gather_merge_backward", backend, x.dtype, x.device
@@ -301,7 +295,7 @@ def _(x: Tensor, *selection_and_backend: Any) -> Tensor:
 def _(grad: Tensor, x: Tensor, *selection_and_backend: Any) -> tuple[Tensor, ...]:
     *selection, _ = selection_and_backend
     _check_gather(x, selection)
-    _check_gradient(grad, x, selection[3])
+    checks.check_gradient(grad, x, (selection[3].shape[0], x.shape[1]))
     return x.new_empty(x.shape), torch.empty_like(selection[4])
 
 
