@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -17,3 +19,9 @@ def is_watched(module: nn.Module) -> bool:
         or "forward" in module.__dict__
         or _has_any_global_hook()
     )
+
+
+def is_of_class(method: object, module: nn.Module, name: str = "forward") -> bool:
+    """Whether it is the method of the module's class, bound to the module, as `accelerate` keeps and leaves one."""
+    bound = isinstance(method, MethodType) and method.__self__ is module
+    return bound and method.__func__ is getattr(type(module), name, None)  # type: ignore[attr-defined]  # bound: a method

@@ -52,7 +52,7 @@ class Branch:
 
     @property
     def prunes(self) -> bool:
-        return self.temperature > 0 and not self._threads.here.dense
+        return self.temperature > 0 and not self.here.dense
 
     @property
     def here(self) -> ThreadState:
@@ -62,27 +62,27 @@ class Branch:
     @property
     def last(self) -> ForwardRecord:
         """Of the last forward of this thread; an empty one before the first."""
-        return self._threads.here.record
+        return self.here.record
 
     def fixed(self, tower: nn.Module) -> bool:
         """Whether a forward works on as many rows as there were tokens at first.
 
         Rows of no meaning must not reach gradients, nor the random numbers of dropout.
         """
-        if self.capacity != "upper_bound" or self._threads.here.exact:
+        if self.capacity != "upper_bound" or self.here.exact:
             return False
         return not (tower.training or torch.is_grad_enabled())
 
     def begin(self, batch: RaggedBatch) -> tuple[PruningStep, ForwardRecord]:
         """A forward of `batch`: what its blocks do, and where it writes what it leaves."""
-        record = ForwardRecord(batch.with_x(batch.x.new_empty(0)), self.samples_per_feature)
+        record = ForwardRecord(batch.without_features(), self.samples_per_feature)
         if not torch.compiler.is_exporting():  # whose tensors are fake
-            self._threads.here.record = record
-        return self.step(), record
+            self.here.record = record
+        return self._step(), record
 
-    def step(self) -> PruningStep:
+    def _step(self) -> PruningStep:
         """With the settings of now."""
-        here = self._threads.here
+        here = self.here
         return PruningStep(
             self.name,
             self.guide,
@@ -95,7 +95,7 @@ class Branch:
 
     def forget(self) -> None:
         """Forgets the last forward of this thread."""
-        self._threads.here.record = ForwardRecord()
+        self.here.record = ForwardRecord()
 
 
 class ThreadState:

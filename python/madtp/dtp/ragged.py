@@ -99,6 +99,10 @@ class RaggedBatch:
         """The batch with other features (T, C')."""
         return replace(self, x=x)
 
+    def without_features(self) -> RaggedBatch:
+        """What the tokens are, and none of what a gradient could flow through."""
+        return replace(self, x=self.x.new_empty(0), aligned=None)
+
     def summary_features(self) -> Tensor:
         """(B, C): the summary token of each sequence; in sequences without one, its first token; of none, zeros."""
         row, x = self.cu_seqlens[:-1], self.x
@@ -122,9 +126,8 @@ class RaggedBatch:
         free = x.device.type == "cpu" and not torch.compiler.is_exporting()
         if free and self.num_sequences and not self.fixed:
             longest = int(selection.cu_seqlens_out.diff().max())
-        ends = selection.cu_seqlens_out
-        rows = replace(self, cu_seqlens=ends, max_seqlen=longest, origin=origin, summary_index=index, aligned=None)
-        return rows.with_x(x)
+        rows = replace(self, cu_seqlens=selection.cu_seqlens_out, max_seqlen=longest, aligned=None)
+        return replace(rows, x=x, origin=origin, summary_index=index)
 
     def kept_positions(self) -> list[Tensor]:
         """Per sequence, the original positions of the tokens that are still there (merged tokens have none)."""
@@ -140,11 +143,10 @@ class RaggedBatch:
         index, other_index = (None, None) if self.summary_index is None else self.summary_index.tensor_split([count])
         (x, other_x), (origin, other_origin) = self.x.tensor_split([row]), self.origin.tensor_split([row])
         ends, other_ends = self.cu_seqlens[: count + 1], self.cu_seqlens[count:] - row
+        rows = replace(self, aligned=None)
         return (
-            replace(self, x=x, cu_seqlens=ends, origin=origin, summary_index=index, aligned=None),
-            replace(
-                self, x=other_x, cu_seqlens=other_ends, origin=other_origin, summary_index=other_index, aligned=None
-            ),
+            replace(rows, x=x, cu_seqlens=ends, origin=origin, summary_index=index),
+            replace(rows, x=other_x, cu_seqlens=other_ends, origin=other_origin, summary_index=other_index),
         )
 
     def repeated(self, index: Tensor) -> RepeatedSequences:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ class ForwardRecord:
 
     def end_block(self, batch: RaggedBatch) -> None:
         """Remembers what a block leaves."""
-        self.layers.append(replace(batch, x=batch.x.new_empty(0), aligned=None))
+        self.layers.append(batch.without_features())
         features = [batch.summary_features()]
         self.summary_features.append(features[0])
         if batch.aligned is not None:

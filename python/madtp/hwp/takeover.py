@@ -16,12 +16,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _WrappedHook
 
+from madtp.hooks import is_of_class
 from madtp.hwp.modules import Place
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _HOLDERS = ("_parameters", "_buffers", "_modules")
 _OUTPUT_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-_CALL_HOOKS = ("_forward_pre_hooks", *_OUTPUT_HOOKS)
 
 
 def own_names(module: nn.Module) -> frozenset[str]:
@@ -41,7 +41,7 @@ def take_over(source: nn.Module, target: nn.Module, own: Collection[str]) -> Non
             held.update({key: part for key, part in value.items() if key not in own and key not in held})
         elif name == "_non_persistent_buffers_set":
             target._non_persistent_buffers_set |= value - frozenset(own)
-        elif name == "forward" and _is_of_class(value, source):
+        elif name == "forward" and is_of_class(value, source):
             continue  # what accelerate leaves when its hook is removed
         elif name not in own:
             vars(target)[name] = _rebound(value, source, target)
@@ -86,21 +86,13 @@ def replaced_forward_reason(module: nn.Module) -> str | None:
 def _forward_of(module: nn.Module) -> Any:
     """What runs in place of the forward of the module's class, or None."""
     forward = vars(module).get("forward")
-    return None if _is_of_class(forward, module) else forward
-
-
-def _is_of_class(method: object, module: nn.Module) -> bool:
-    return (
-        isinstance(method, types.MethodType)
-        and method.__self__ is module
-        and method.__func__ is getattr(type(module), method.__name__, None)
-    )
+    return None if is_of_class(forward, module) else forward
 
 
 def _rebound(value: Any, source: nn.Module, target: nn.Module) -> Any:
     """The value, of target where it was of source: a bound method, or a partial, as a forward of `accelerate` is."""
     if isinstance(value, types.MethodType) and value.__self__ is source:
-        ours = getattr(type(target), value.__name__, None) if _is_of_class(value, source) else None
+        ours = getattr(type(target), value.__name__, None) if is_of_class(value, source, value.__name__) else None
         return types.MethodType(ours or value.__func__, target)
     if isinstance(value, functools.partial) and any(part is source for part in value.args):
         partial = functools.partial(value.func, *(target if part is source else part for part in value.args))

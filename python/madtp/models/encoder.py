@@ -100,12 +100,13 @@ def encode(
     record: gets the tokens that enter the first block and those that leave each.
     """
     step, left = branch.begin(batch)
-    read = keys if isinstance(keys, tuple) else () if keys is None else (keys,)
-    call = BlockCall(spec, step, tower.config.num_attention_heads, keys)
+    features = [key.x for key in (keys if isinstance(keys, tuple) else () if keys is None else (keys,))]
+    rows = batch.without_features()
     if record is not None:
         record.append(batch)
     for layer in attrgetter(spec.blocks)(tower):
-        x, aligned, rows = layer(batch.x, *(key.x for key in read), replace(call, rows=without_features(batch)))
+        call = BlockCall(spec, step, tower.config.num_attention_heads, keys, rows)
+        x, aligned, rows = layer(batch.x, *features, call)
         batch = replace(rows, x=x, aligned=aligned)
         left.end_block(batch)
         if record is not None:
@@ -121,22 +122,17 @@ class BlockCall:
     step: PruningStep
     heads: int
     keys: Any  # as of `encode`
-    rows: RaggedBatch | None = None  # what the tokens are, without their features
+    rows: RaggedBatch  # what the tokens are, without their features
 
     def __call__(self, layer: nn.Module, x: Tensor, *features: Tensor) -> tuple[Tensor, Tensor | None, RaggedBatch]:
         """-> the features that are left, MAG's of the block if they are collected, and what the tokens are."""
-        assert self.rows is not None
         keys = self.keys
         if isinstance(keys, tuple):
             keys = tuple(replace(key, x=feature) for key, feature in zip(keys, features, strict=True))
         elif keys is not None:
             keys = replace(keys, x=features[0])
         after = block(layer, self.spec, self.rows.with_x(x), keys, self.step, self.heads)
-        return after.x, after.aligned, without_features(after)
-
-
-def without_features(batch: RaggedBatch) -> RaggedBatch:
-    return replace(batch, x=batch.x.new_empty(0), aligned=None)
+        return after.x, after.aligned, after.without_features()
 
 
 class RaggedBlock(nn.Module):

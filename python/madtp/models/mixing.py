@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from madtp.hooks import is_of_class
+
 
 class _MixedType(type):
     """The type of mixed classes: it says what they were mixed of, so that they can be pickled, and their objects."""
@@ -55,7 +57,7 @@ def names_of(model: nn.Module, pattern: str) -> list[str]:
 def check_forward(module: nn.Module, name: str) -> None:
     """Raises ValueError where a module's forward is none that `change_class` can take along."""
     own = vars(module).get("_old_forward", vars(module).get("forward"))  # accelerate keeps the one it wraps
-    if own is not None and not _is_of_class(own, module):
+    if own is not None and not is_of_class(own, module):
         raise ValueError(
             f"{name or 'model'}.forward must be that of its class, got one set on the object: patch first, then wrap"
         )
@@ -65,13 +67,9 @@ def change_class(module: nn.Module, kind: type) -> None:
     """Makes a module one of another class; what has bound its forward to the object, as accelerate does, gets the new
     one."""
     for name in ("forward", "_old_forward"):
-        if name in vars(module) and _is_of_class(vars(module)[name], module):
+        if name in vars(module) and is_of_class(vars(module)[name], module):
             vars(module)[name] = MethodType(kind.forward, module)  # type: ignore[attr-defined]  # of a module's class
     module.__class__ = kind
-
-
-def _is_of_class(method: Any, module: nn.Module) -> bool:
-    return getattr(method, "__self__", None) is module and method.__func__ is type(module).forward
 
 
 @contextmanager
