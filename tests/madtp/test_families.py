@@ -3,12 +3,13 @@
 
 import functools
 import tempfile
-from pathlib import Path
 
+import matrix
 import pytest
 import torch
 import two_processes
 from families import CASES, CONFIG, build, outputs, patched, randomised, total, unpadded
+from matrix import Column
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -17,7 +18,6 @@ import madtp
 from madtp import hwp
 from madtp.models import FAMILIES, Encoder, Family, Tower
 
-DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
@@ -236,53 +236,30 @@ def _generates(family):
     return None if CASES[family].generates else "does not generate"
 
 
-PROPERTIES = {  # what the table calls it: the test, and why a family has no such property
-    "dense at temperature 0": (is_dense_at_temperature_0, None),
-    "removed without a trace": (is_removed_without_a_trace, None),
-    "each sample by itself": (prunes_each_sample_by_itself, None),
-    "padding kept out": (keeps_padding_out, _padded),
-    "hidden states": (records_hidden_states, None),
-    "saved and loaded": (saves_and_loads, None),
-    "2:4": (runs_2_4_and_saves_it, None),
-    "training": (trains, None),
-    "gradient checkpointing": (checkpoints_gradients, _checkpoints),
-    "autocast bfloat16": (runs_under_autocast, None),
-    "torch.compile": (compiles, None),
-    "DDP": (trains_under_ddp, None),
-    "generate, with beams": (generates, _generates),
+PROPERTIES = {
+    "dense at temperature 0": Column(is_dense_at_temperature_0),
+    "removed without a trace": Column(is_removed_without_a_trace),
+    "each sample by itself": Column(prunes_each_sample_by_itself),
+    "padding kept out": Column(keeps_padding_out, _padded),
+    "hidden states": Column(records_hidden_states),
+    "saved and loaded": Column(saves_and_loads),
+    "2:4": Column(runs_2_4_and_saves_it),
+    "training": Column(trains),
+    "gradient checkpointing": Column(checkpoints_gradients, _checkpoints),
+    "autocast bfloat16": Column(runs_under_autocast),
+    "torch.compile": Column(compiles, quick=("CLIPModel",)),
+    "DDP": Column(trains_under_ddp),
+    "generate, with beams": Column(generates, _generates),
 }
 
 
-def why_not(words, family):
-    rule = PROPERTIES[words][1]
-    return None if rule is None else rule(family)
-
-
-def _cases():
-    """Compiling takes seconds a family: all of them are slow tests but for one."""
-    for family in CASES:
-        for words in PROPERTIES:
-            quick = words != "torch.compile" or family == "CLIPModel"
-            yield pytest.param(family, words, marks=[] if quick else pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("family", "words"), list(_cases()))
+@pytest.mark.parametrize(("family", "words"), matrix.cases(PROPERTIES))
 def test_property(family, words, tmp_path):
-    reason = why_not(words, family)
-    if reason:
-        pytest.skip(reason)
-    check = PROPERTIES[words][0]
-    check(family, tmp_path) if check.__code__.co_argcount == 2 else check(family)
-
-
-def table():
-    rows = [["model", *PROPERTIES], ["---"] * (1 + len(PROPERTIES))]
-    rows += [[family, *(why_not(words, family) or "yes" for words in PROPERTIES)] for family in CASES]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    matrix.run(PROPERTIES[words], family, tmp_path)
 
 
 def test_the_docs_have_the_table_of_what_ran():
-    assert table() in DOCS.read_text(), "docs/models.md must hold test_families.table()"
+    assert matrix.table(PROPERTIES) in matrix.DOCS.read_text(), "docs/models.md must hold matrix.table(PROPERTIES)"
 
 
 def test_every_family_has_a_case():

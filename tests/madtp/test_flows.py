@@ -6,16 +6,17 @@ The table of docs/models.md says so, and is made from what runs here.
 
 import copy
 import gc
-import io
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import matrix
 import pytest
 import torch
 import transformers as hf
 from families import CASES, CONFIG, build, outputs, patched, total
+from linear_blocks import saved_and_loaded
+from matrix import Column
 from peft import LoraConfig, get_peft_model
 from test_hf_trainer import trains_evaluates_and_resumes
 from test_like_hugging_face import (
@@ -30,7 +31,6 @@ import madtp
 from madtp import hwp
 from madtp.hwp.lora import support_packed
 
-DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 CLASSIFIERS = {
     "ViTForImageClassification": "ViT",
     "BertForSequenceClassification": "BERT",
@@ -76,10 +76,7 @@ def is_copied(family):
 def is_pickled(family):
     model = step(family, patched(family))
     same(family, model, pickle.loads(pickle.dumps(model)))
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    same(family, model, torch.load(file, weights_only=False))
+    same(family, model, saved_and_loaded(model))
     assert pickle.loads(pickle.dumps(type(model))) is type(model)
 
 
@@ -262,56 +259,30 @@ def _checkpoints(family):
     return "not in Hugging Face" if family.startswith("VisionTextDualEncoder") else None
 
 
-# What the table calls it: the test, why a family has no such flow, and whether all families but a few are slow tests.
 FLOWS = {
-    "deepcopy": (is_copied, None, False),
-    "pickle, torch.save": (is_pickled, None, False),
-    "spawn": (goes_to_a_spawned_process, None, True),
-    "AveragedModel": (is_averaged, None, False),
-    "functional_call": (runs_as_a_function, None, False),
-    "threads": (takes_turns_with_itself, None, False),
-    "no graph kept": (keeps_no_graph, None, False),
-    "checkpointing, both modes": (is_checkpointed_in_every_mode, _checkpoints, False),
-    "hooks": (fires_the_hooks_of_others, None, False),
-    "state dict": (arrives_by_state_dict, None, False),
-    "its own class, and Auto": (is_loaded_by_its_class, None, False),
-    "keywords, return_dict, hidden states": (takes_the_keywords_of_hugging_face, None, False),
-    "attention maps": (has_no_attention_maps, None, False),
-    "signature": (says_which_inputs_there_are, None, False),
-    "LoRA": (takes_lora, None, False),
-    "Trainer": (trains_with_the_trainer, _classifies, True),
+    "deepcopy": Column(is_copied),
+    "pickle, torch.save": Column(is_pickled),
+    "spawn": Column(goes_to_a_spawned_process, quick=("CLIPModel",)),
+    "AveragedModel": Column(is_averaged),
+    "functional_call": Column(runs_as_a_function),
+    "threads": Column(takes_turns_with_itself),
+    "no graph kept": Column(keeps_no_graph),
+    "checkpointing, both modes": Column(is_checkpointed_in_every_mode, _checkpoints),
+    "hooks": Column(fires_the_hooks_of_others),
+    "state dict": Column(arrives_by_state_dict),
+    "its own class, and Auto": Column(is_loaded_by_its_class),
+    "keywords, return_dict, hidden states": Column(takes_the_keywords_of_hugging_face),
+    "attention maps": Column(has_no_attention_maps),
+    "signature": Column(says_which_inputs_there_are),
+    "LoRA": Column(takes_lora),
+    "Trainer": Column(trains_with_the_trainer, _classifies, quick=()),  # test_hf_trainer has a quick one
 }
 
 
-QUICK = {"spawn": ("CLIPModel",), "Trainer": ()}  # where all others are slow tests; test_hf_trainer has a quick one
-
-
-def why_not(words, family):
-    rule = FLOWS[words][1]
-    return None if rule is None else rule(family)
-
-
-def _cases():
-    for family in CASES:
-        for words, (_, _, slow) in FLOWS.items():
-            quick = not slow or family in QUICK[words]
-            yield pytest.param(family, words, marks=[] if quick else pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("family", "words"), list(_cases()))
+@pytest.mark.parametrize(("family", "words"), matrix.cases(FLOWS))
 def test_flow(family, words, tmp_path):
-    reason = why_not(words, family)
-    if reason:
-        pytest.skip(reason)
-    check = FLOWS[words][0]
-    check(family, tmp_path) if check.__code__.co_argcount == 2 else check(family)
-
-
-def table():
-    rows = [["model", *FLOWS], ["---"] * (1 + len(FLOWS))]
-    rows += [[family, *(why_not(words, family) or "yes" for words in FLOWS)] for family in CASES]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    matrix.run(FLOWS[words], family, tmp_path)
 
 
 def test_the_docs_have_the_table_of_what_ran():
-    assert table() in DOCS.read_text(), "docs/models.md must hold test_flows.table()"
+    assert matrix.table(FLOWS) in matrix.DOCS.read_text(), "docs/models.md must hold matrix.table(FLOWS)"

@@ -2,12 +2,12 @@
 """A packed layer is called, copied, saved, averaged and shared between threads as nn.Linear is."""
 
 import copy
-import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from linear_blocks import Block, saved_and_loaded
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -82,28 +82,11 @@ def test_what_does_not_fit_is_said_in_one_line(x, residual, message):
             packed(torch.ones(x), torch.ones(residual, dtype=torch.float64))
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc1, self.act, self.fc2 = nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)
-
-    def forward(self, x):
-        return hwp.residual_linear(self.fc2, self.act(self.fc1(x)), x)
-
-
 def packed_block():
     block = Block()
     hwp.prune_one_shot(block, "2:4", ["fc1", "fc2"])
     hwp.pack(block, epilogues={"fc1": Epilogue("act")})
     return block
-
-
-def saved_and_loaded(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from families import outputs, patched
+from linear_blocks import Block
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -12,16 +13,6 @@ from madtp import hwp
 from madtp.hwp import Epilogue, Sparse24Linear
 
 ACT = {"fc1": Epilogue("act")}
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc1, self.act, self.fc2 = nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)
-
-    def forward(self, x):
-        return hwp.residual_linear(self.fc2, self.act(self.fc1(x)), x)
 
 
 def masked(model):

@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 import transformers as hf
-from families import BERT, CASES, CONFIG, randomised, text
+from families import BERT, CASES, CONFIG, randomised, text, unpadded
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -34,13 +34,6 @@ def both(family, temperature=0.0):
     plain, patched = _built(family)
     patched.madtp_handle.set_temperature(temperature)
     return plain, patched
-
-
-def unpadded(family):
-    """The samples without padding: with it, Hugging Face computes rows that mean nothing."""
-    inputs = CASES[family].inputs()
-    mask = inputs.get("attention_mask")
-    return inputs if mask is None else {name: value[mask.all(dim=1)] for name, value in inputs.items()}
 
 
 def flat(output, path=""):

@@ -2,12 +2,12 @@
 """State dicts of patched and packed models: settings travel with them, and what does not fit is refused."""
 
 import copy
-import io
 
 import pytest
 import torch
 import transformers as hf
 from families import CASES, CONFIG
+from linear_blocks import saved_and_loaded
 from safetensors.torch import load_file, save_file
 from test_auto_classes import compressed, outputs
 from torch.utils.data import Dataset
@@ -26,13 +26,6 @@ def patched(name=NAME, temperature=0.0, **options):
     return model
 
 
-def through_torch(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def through_safetensors(state, path):
     save_file(state, path)
     return load_file(path)
@@ -46,7 +39,7 @@ def test_settings_travel(tmp_path):
         model.madtp_guide.alignment_tokens.add_(1)
     for state in (
         model.state_dict(),
-        through_torch(model.state_dict()),
+        saved_and_loaded(model.state_dict(), weights_only=True),
         through_safetensors(model.state_dict(), tmp_path / "state.safetensors"),
     ):
         other = patched()
