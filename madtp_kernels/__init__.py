@@ -10,9 +10,11 @@ from madtp_kernels.nm_masks import nm_mask, transposable_mask
 from madtp_kernels.nm_patterns import Pattern, explain_pattern
 from madtp_kernels.ops.attention import AttentionStats, varlen_attention
 from madtp_kernels.ops.prune import Pruned, prune_tokens, score_and_select
+from madtp_kernels.ops.quantized import quantized_linear
 from madtp_kernels.ops.sparse24 import sparse24_linear
 from madtp_kernels.ops.sparse24_prune import sparse24_prune
 from madtp_kernels.ops.tokens import Selection, gather_merge, gather_merge_layernorm, select_tokens, token_importance
+from madtp_kernels.quantized.weight import QuantizedWeight, quantize
 from madtp_kernels.sparse24.files import load_sparse24, save_sparse24
 from madtp_kernels.sparse24.weight import Sparse24Weight, sparse24_compress
 
@@ -20,6 +22,7 @@ __all__ = [
     "AttentionStats",
     "Pattern",
     "Pruned",
+    "QuantizedWeight",
     "Selection",
     "Sparse24Weight",
     "__version__",
@@ -30,6 +33,8 @@ __all__ = [
     "load_sparse24",
     "nm_mask",
     "prune_tokens",
+    "quantize",
+    "quantized_linear",
     "save_sparse24",
     "score_and_select",
     "select_tokens",

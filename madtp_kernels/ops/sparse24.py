@@ -13,8 +13,6 @@ from madtp_kernels import dispatch
 from madtp_kernels.checks import (
     check_device,
     check_gradient,
-    check_optional_types,
-    check_rows,
     check_tensor,
     check_types,
     require,
@@ -22,6 +20,7 @@ from madtp_kernels.checks import (
 from madtp_kernels.flops import flop_formula
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.ops.autograd import register_autograd, register_second_order
+from madtp_kernels.ops.epilogue import check_epilogue, check_epilogue_types, in_any_shape
 from madtp_kernels.ops.sparse24_fast_path import fast_path_key
 from madtp_kernels.reference import sparse24 as reference
 from madtp_kernels.renamed import refuse_old, takes_old
@@ -32,8 +31,6 @@ from madtp_kernels.sparse24 import tuning_cuda
 from madtp_kernels.sparse24.weight import IN_MULTIPLE, OUT_MULTIPLE, Sparse24Weight, register_layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
-_NAMES = f"one of {', '.join(ACTIVATIONS)}"
 
 
 @dispatch.public
@@ -87,12 +84,15 @@ def sparse24_linear(
         return run(x, weight.values, weight.indices, weight.layout(runs), bias, activation, residual, scale, None)
     check_types(x=x)
     require(isinstance(weight, Sparse24Weight), "weight", "a Sparse24Weight", type(weight).__name__)
-    check_optional_types(bias=bias, residual=residual, scale=scale)
-    require(num_rows is None or isinstance(num_rows, Tensor), "num_rows", "a tensor of one int32", num_rows)
-    require(activation is None or isinstance(activation, str), "activation", f"{_NAMES} or None", activation)
+    check_epilogue_types(bias, activation, residual, scale, num_rows)
     backend = dispatch.as_argument(backend)
     if x.ndim != 2:
-        return _of_any_shape(x, weight, bias, activation, residual, scale, num_rows, backend)
+
+        def run_rows(x: Tensor, residual: Tensor | None) -> Tensor:
+            options = {"activation": activation, "residual": residual, "scale": scale, "backend": backend}
+            return sparse24_linear(x, weight, bias, **options)
+
+        return in_any_shape(run_rows, x, tuple(weight.shape), residual, num_rows)
     runs = _backend_of(backend, x, weight.values)
     if runs in ("cpu", "cuda") and not torch.compiler.is_compiling() and dispatch.is_auto(backend):
         # The op checks too, but after a measurement of this.
@@ -120,30 +120,6 @@ def sparse24_linear(
         run = dispatch.implementation("sparse24_linear", runs, x.dtype, x.device)
         weight.fast_paths[key] = runs, run, activation or "none"
     return y
-
-
-def _of_any_shape(
-    x: Tensor,
-    weight: Sparse24Weight,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    num_rows: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """x (..., C), residual (..., N) -> (..., N), as torch's linear layers take them."""
-    out_features, in_features = weight.shape
-    rule = f"of shape (..., {in_features}) like weight"
-    require(x.ndim > 0 and x.shape[-1] == in_features, "x", rule, x)
-    require(num_rows is None, "num_rows", "None unless x is (T, C)", num_rows)
-    shape = (*x.shape[:-1], out_features)
-    if residual is not None:
-        require(tuple(residual.shape) == shape, "residual", f"of shape {shape}, (..., N)", residual)
-        residual = residual.reshape(-1, out_features) if out_features else residual.new_empty(x.shape[:-1].numel(), 0)
-    rows = x.reshape(-1, in_features) if in_features else x.new_empty(x.shape[:-1].numel(), 0)
-    y = sparse24_linear(rows, weight, bias, activation=activation, residual=residual, scale=scale, backend=backend)
-    return y.reshape(shape)
 
 
 def _transposed(weight: Sparse24Weight, backend: str) -> tuple[Tensor | None, ...]:
@@ -262,18 +238,7 @@ def _check(
     check_tensor("values", values, 2, either)
     out_features, in_features = values.shape[0], 2 * values.shape[1]
     require(x.shape[1] == in_features, "x", f"of {in_features} channels like weight", x)
-    for name, vector in (("bias", bias), ("scale", scale)):
-        if vector is not None:
-            check_tensor(name, vector, 1, either)
-            check_rows(name, vector, out_features, "weight")
-    if residual is not None:
-        check_tensor("residual", residual, 2, (x.dtype,))
-        expected = (x.shape[0], out_features)
-        require(tuple(residual.shape) == expected, "residual", f"of shape {expected}, (T, N)", residual)
-    if num_rows is not None:
-        ok = num_rows.numel() == 1 and num_rows.dtype == torch.int32 and num_rows.layout is torch.strided
-        require(ok, "num_rows", "a tensor of one int32", num_rows)
-    require(activation in ACTIVATIONS, "activation", _NAMES, activation)
+    check_epilogue(x, out_features, bias, activation, residual, scale, num_rows)
     check_device(x.device, values=values, layout=layout, bias=bias, residual=residual, scale=scale, num_rows=num_rows)
 
 

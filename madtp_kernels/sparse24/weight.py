@@ -161,15 +161,7 @@ class Sparse24Weight:
 
     def check_indices(self, name: str = "indices") -> None:
         """Raises ValueError for the first nibble whose columns do not ascend. Reads the indices on the host."""
-        valid = torch.zeros(16, dtype=torch.bool)
-        valid[list(ASCENDING)] = True
-        nibbles = torch.stack((self.indices & 15, self.indices >> 4), dim=2).flatten(1)  # (N, C/4)
-        wrong = ~valid.to(self.device)[nibbles.long()]
-        if wrong.any():
-            row, group = wrong.nonzero()[0].tolist()
-            nibble = int(nibbles[row, group])
-            got = f"{nibble & 3}, {nibble >> 2} at row {row}, group {group}"
-            require(False, name, "two ascending columns for every group", got)
+        check_nibbles(self.indices, name)
 
     def _versions(self) -> tuple[int, int] | None:
         if torch.compiler.is_compiling():
@@ -203,6 +195,19 @@ def _check_parts(values: Tensor, indices: Tensor) -> None:
     require(supports_shape(rows, 2 * half), "values", rule, values)
     ok = indices.shape == (rows, half // 4) and indices.device == values.device
     require(ok, "indices", f"(N, C/8) = {(rows, half // 4)} on {values.device} like values", indices)
+
+
+def check_nibbles(indices: Tensor, name: str) -> None:
+    """Raises ValueError for the first nibble of indices (N, C/8) whose columns do not ascend. Reads them on the host."""
+    valid = torch.zeros(16, dtype=torch.bool)
+    valid[list(ASCENDING)] = True
+    nibbles = torch.stack((indices & 15, indices >> 4), dim=2).flatten(1)  # (N, C/4)
+    wrong = ~valid.to(indices.device)[nibbles.long()]
+    if wrong.any():
+        row, group = wrong.nonzero()[0].tolist()
+        nibble = int(nibbles[row, group])
+        got = f"{nibble & 3}, {nibble >> 2} at row {row}, group {group}"
+        require(False, name, "two ascending columns for every group", got)
 
 
 def _from_pickle(values: Tensor, indices: Tensor, transposed: Sparse24Weight | None) -> Sparse24Weight:

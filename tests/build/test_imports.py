@@ -17,6 +17,7 @@ LAYERS = {
         ("reference",),
         ("native", "triton"),
         ("sparse24",),
+        ("quantized",),
         ("ops",),
         ("",),  # madtp_kernels itself
         ("env", "tune"),

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers with an int8 weight, dense or 2:4; x is rounded to int8 row by row inside the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madtp_kernels import dispatch
+from madtp_kernels.checks import (
+    check_device,
+    check_gradient,
+    check_optional_types,
+    check_tensor,
+    check_types,
+    require,
+)
+from madtp_kernels.flops import flop_formula
+from madtp_kernels.native import quantized as native
+from madtp_kernels.ops.autograd import register_autograd, register_second_order
+from madtp_kernels.ops.epilogue import check_epilogue, check_epilogue_types, in_any_shape
+from madtp_kernels.quantized.weight import QuantizedWeight, register_layout
+from madtp_kernels.reference import quantized as reference
+from madtp_kernels.sparse24.weight import IN_MULTIPLE, OUT_MULTIPLE, check_nibbles
+
+MAX_IN_FEATURES = 2**16  # so that every sum is an int32: 255 * 127 * C
+
+
+@dispatch.public
+def quantized_linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    num_rows: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A linear layer in int8 with its epilogue: y = residual + scale * activation(x W^T + bias).
+
+    Each row of x is rounded to int8 with a scale of its own, amax / 127; the products are summed in int32, exactly.
+    Then, in float32 and one rounding after another: the sum times the scale of the row, times the scale of the weight's
+    row, plus the bias. So without an activation, or with relu, all backends, CPUs and thread counts give the same bits.
+
+    Args:
+        x: (T, C) float32, bfloat16 or float16; any row stride. Or (..., C), as for a Linear. C is at most 65536. A row
+            with a NaN or an infinity gives NaN in all of its outputs. One whose largest magnitude is below 2^-119
+            counts as zeros.
+        weight: a `QuantizedWeight` of shape (N, C).
+        bias: (N,) float32 or the dtype of x.
+        activation: gelu, gelu_tanh, quick_gelu (x sigmoid(1.702 x)), relu, or None.
+        residual: (T, N) dtype of x; any row stride. Or (..., N).
+        scale: (N,) float32 or the dtype of x.
+        num_rows: int32, one element: rows from it on are zeros. None: all rows are computed. With x (T, C) only.
+        backend: auto, reference or cpu. Other devices run the reference.
+
+    Returns:
+        (T, N) dtype of x, or (..., N). Differentiable in x, bias, residual and scale: the rounding of x counts as the
+        identity (the straight-through estimator, https://arxiv.org/abs/1308.3432). The weight gets no gradient.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
+    """
+    check_types(x=x)
+    require(isinstance(weight, QuantizedWeight), "weight", "a QuantizedWeight", type(weight).__name__)
+    check_epilogue_types(bias, activation, residual, scale, num_rows)
+    backend = dispatch.as_argument(backend)
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        name = _backend_of(backend, x, weight.values)
+        layout = None if name == "reference" else weight.layout(name)
+        y: Tensor = torch.ops.madtp.quantized_linear(
+            x,
+            weight.values,
+            weight.indices,
+            weight.scale,
+            layout,
+            bias,
+            activation or "none",
+            residual,
+            scale,
+            num_rows,
+            name,
+        )
+        return y
+
+    return run(x, residual) if x.ndim == 2 else in_any_shape(run, x, tuple(weight.shape), residual, num_rows)
+
+
+def quantized_pack(values: Tensor, indices: Tensor | None) -> Tensor:
+    """The layout of an int8 weight for the C++ kernel of a CPU.
+
+    Args:
+        values: int8 (N, C), or (N, C/2) with indices.
+        indices: (N, C/8) uint8, as in `Sparse24Weight`: N is a multiple of 8, C of 16. None: the weight is dense.
+
+    Returns:
+        (bytes,) uint8. It depends on the instruction set, so it belongs to this process: keep values and indices, and
+        pack again.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the C++ extension cannot be loaded.
+    """
+    layout: Tensor = torch.ops.madtp.quantized_pack(values, indices)
+    return layout
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor values, Tensor? indices, Tensor weight_scale, Tensor? layout, Tensor? bias, str activation, "
+    "Tensor? residual, Tensor? scale, Tensor? num_rows, str backend"
+)
+torch.library.define("madtp::quantized_pack", "(Tensor values, Tensor? indices) -> Tensor")
+torch.library.define("madtp::quantized_linear", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define(
+    "madtp::quantized_linear_backward", f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _shape(values: Tensor, indices: Tensor | None) -> tuple[int, int]:
+    """(N, C) of the dense weight."""
+    return values.shape[0], values.shape[1] * (1 if indices is None else 2)
+
+
+def _check_weight(values: Tensor, indices: Tensor | None) -> None:
+    """The metadata of the stored form, as every kernel needs it."""
+    check_tensor("values", values, 2, (torch.int8,))
+    out_features, in_features = _shape(values, indices)
+    require(in_features <= MAX_IN_FEATURES, "values", f"of at most {MAX_IN_FEATURES} input features", values)
+    if indices is not None:
+        check_tensor("indices", indices, 2, (torch.uint8,))
+        require(out_features % OUT_MULTIPLE == 0, "values", f"of a multiple of {OUT_MULTIPLE} rows (features)", values)
+        require(in_features % IN_MULTIPLE == 0, "values", f"of shape (N, C/2), C a multiple of {IN_MULTIPLE}", values)
+        expected = out_features, in_features // 8
+        require(tuple(indices.shape) == expected, "indices", f"of shape {expected}, (N, C/8)", indices)
+        check_device(values.device, indices=indices)
+
+
+def _check(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor | None,
+    weight_scale: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+) -> None:
+    # torch.ops can be called without the public function, and kernels trust these.
+    check_tensor("x", x, 2, dispatch.FAST_DTYPES)
+    _check_weight(values, indices)
+    out_features, in_features = _shape(values, indices)
+    require(x.shape[1] == in_features, "x", f"of {in_features} channels like weight", x)
+    check_tensor("weight_scale", weight_scale, 1, (torch.float32,))
+    ok = tuple(weight_scale.shape) == (out_features,)
+    require(ok, "weight_scale", f"of shape ({out_features},), (N,)", weight_scale)
+    check_epilogue(x, out_features, bias, activation, residual, scale, num_rows)
+    check_device(
+        x.device,
+        values=values,
+        weight_scale=weight_scale,
+        layout=layout,
+        bias=bias,
+        residual=residual,
+        scale=scale,
+        num_rows=num_rows,
+    )
+
+
+def _check_packable(values: Tensor, indices: Tensor | None) -> None:
+    check_types(values=values)
+    check_optional_types(indices=indices)
+    require(values.device.type == "cpu", "values", "on cpu", values)
+    _check_weight(values, indices)
+
+
+def _pack(values: Tensor, indices: Tensor | None) -> Tensor:
+    _check_packable(values, indices)
+    if (why := dispatch.extension_unsupported_reason()) is not None:
+        raise RuntimeError(f"quantized_pack cannot run on {values.device}: {why}")
+    if indices is not None:
+        check_nibbles(indices, "indices")
+    return native.quantized_pack(values, indices)
+
+
+torch.library.impl("madtp::quantized_pack", "CompositeExplicitAutograd", _pack)
+
+
+def _check_layout(layout: Tensor | None, values: Tensor, indices: Tensor | None) -> Tensor:
+    """`layout`, or a new one where it is None. Raises ValueError for one of another weight."""
+    layout = _pack(values, indices) if layout is None else layout
+    size = native.quantized_layout_bytes(*_shape(values, indices), indices is not None)
+    ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
+    require(ok, "layout", f"contiguous uint8 of shape ({size},), from quantized_pack", layout)
+    return layout
+
+
+register_layout("cpu", lambda weight: quantized_pack(weight.values, weight.indices))
+dispatch.register("quantized_linear", reference=reference.quantized_linear)
+
+
+def _backend_of(backend: str, x: Tensor, values: Tensor) -> str:
+    """The backend of a call; a weight without elements has no product to run on one, and is left to the reference."""
+    name = _backend(backend, x.dtype, x.device)
+    return name if values.numel() else "reference"
+
+
+def _backend(backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
+    return dispatch.backend_name("quantized_linear", backend, dtype, device)
+
+
+# As torch.compiler.assume_constant_result does, which imports torch._dynamo: as much again as torch itself.
+_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@torch.library.impl("madtp::quantized_linear", "CompositeExplicitAutograd")
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor | None,
+    weight_scale: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+    backend: str,
+) -> Tensor:
+    _check(x, values, indices, weight_scale, layout, bias, activation, residual, scale, num_rows)
+    name = _backend_of(backend, x, values)
+    layout = None if name == "reference" else _check_layout(layout, values, indices)
+    run: Callable[..., Tensor] = dispatch.implementation("quantized_linear", name, x.dtype, x.device)
+    return run(x, values, indices, weight_scale, layout, bias, activation, residual, scale, num_rows)
+
+
+@torch.library.impl("madtp::quantized_linear_backward", "CompositeExplicitAutograd")
+def _linear_backward(
+    grad: Tensor, x: Tensor, values: Tensor, indices: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
+    _check(x, values, indices, *arguments[:7])
+    check_gradient(grad, x, (x.shape[0], values.shape[0]))
+    return reference.quantized_linear_backward(grad, x, values, indices, *arguments[:7])
+
+
+@torch.library.register_fake("madtp::quantized_pack")
+def _(values: Tensor, indices: Tensor | None) -> Tensor:
+    _check_packable(values, indices)
+    size = native.quantized_layout_bytes(*_shape(values, indices), indices is not None)
+    return values.new_empty(size, dtype=torch.uint8)
+
+
+@torch.library.register_fake("madtp::quantized_linear")
+def _(x: Tensor, values: Tensor, *arguments: Any) -> Tensor:
+    _check(x, values, *arguments[:8])
+    return x.new_empty(x.shape[0], values.shape[0])
+
+
+@torch.library.register_fake("madtp::quantized_linear_backward")
+def _(grad: Tensor, x: Tensor, values: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _check(x, values, *arguments[:8])
+    check_gradient(grad, x, (x.shape[0], values.shape[0]))
+    _, _, _, bias, _, residual, scale, *_ = arguments
+    return x.new_empty(x.shape), *(
+        x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, residual, scale)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation, residual, scale, num_rows, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, residual, scale, num_rows)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, residual, scale, num_rows = ctx.saved_tensors
+    grad_x, *grads = torch.ops.madtp.quantized_linear_backward(
+        grad, *tensors, ctx.activation, residual, scale, num_rows, ctx.backend
+    )
+    given = zip(grads, (tensors[-1], residual, scale), strict=True)
+    grad_bias, grad_residual, grad_scale = (None if tensor is None else grad for grad, tensor in given)
+    return grad_x, None, None, None, None, grad_bias, None, grad_residual, grad_scale, None, None
+
+
+register_autograd("madtp::quantized_linear", _backward, _setup_context)
+register_second_order("madtp::quantized_linear_backward", reference.quantized_linear_backward, (0, 1, 6, 8, 9))
+
+
+@flop_formula(torch.ops.madtp.quantized_linear)
+def _flops(x: Tensor, values: Tensor, *_: object, **__: object) -> int:
+    """2 FLOP per kept weight and row: half of the dense product where the weight is 2:4."""
+    return 2 * x.shape[0] * values.numel()

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weight in int8, dense or 2:4, with a scale for every output feature."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madtp_kernels.checks import check_tensor, require
+from madtp_kernels.reference.quantized import MAX_INT8, MIN_AMAX, dequantize
+from madtp_kernels.sparse24.weight import (
+    DTYPES,
+    IN_MULTIPLE,
+    OUT_MULTIPLE,
+    Sparse24Weight,
+    check_nibbles,
+    sparse24_compress,
+    supports_shape,
+)
+
+SCHEMES = ("int8", "int8_24")
+_NAMES = f"one of {', '.join(SCHEMES)}"
+
+_layouts: dict[str, Callable[[QuantizedWeight], Any]] = {}
+
+
+def register_layout(backend: str, pack: Callable[[QuantizedWeight], Any]) -> None:
+    """Makes `pack` what `QuantizedWeight.layout(backend)` computes: the form in which the kernels of `backend` read."""
+    _layouts[backend] = pack
+
+
+class QuantizedWeight:
+    """A Linear weight (N, C) of integers: W[n, c] is about scale[n] * int8[n, c]. `quantize` makes one.
+
+    Args:
+        values: int8. Scheme "int8": (N, C). Scheme "int8_24": (N, C/2), what the two positions of each group of four
+            columns hold. From -127 to 127.
+        scale: (N,) float32, positive and finite.
+        indices: scheme "int8_24": (N, C/8) uint8, as in `Sparse24Weight`, N a multiple of 8 and C of 16. Else None.
+
+    All are kept, not copied, so they can be the buffers of a module; which tensors they are is fixed. What was packed
+    for a backend is packed again after one of them was written to, as far as torch counts the write.
+
+    Raises:
+        ValueError: a dtype, shape or device breaks its rule. What they hold is read by `check_values` alone.
+    """
+
+    values: Tensor
+    scale: Tensor
+    indices: Tensor | None
+    scheme: str
+    _packed: dict[str, tuple[tuple[int, ...] | None, Any]]  # backend -> (versions, layout)
+
+    def __init__(self, values: Tensor, scale: Tensor, indices: Tensor | None = None) -> None:
+        _check_parts(values, scale, indices)
+        scheme = "int8" if indices is None else "int8_24"
+        fields = {"values": values, "scale": scale, "indices": indices, "scheme": scheme, "_packed": {}}
+        self.__dict__.update(fields)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name} of a QuantizedWeight cannot be assigned: make another")
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, C) of the dense weight."""
+        rows, columns = self.values.shape
+        return torch.Size((rows, columns if self.indices is None else 2 * columns))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values, indices and scale."""
+        return sum(part.nbytes for part in self._parts())
+
+    def to_dense(self) -> Tensor:
+        """(N, C) float32: scale * integers."""
+        return dequantize(self.values, self.indices, self.scale)
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """On another device; itself when it is there. The dtypes are fixed."""
+        with torch.inference_mode(False):  # whose tensors do not count what is written to them
+            values = self.values.to(device)
+            if values is self.values:
+                return self
+            indices = None if self.indices is None else self.indices.to(device)
+            return QuantizedWeight(values, self.scale.to(device), indices)
+
+    def layout(self, backend: str) -> Any:
+        """The weight as the kernels of `backend` read it, kept until a part of it is written to.
+
+        Under torch.compile writes go unnoticed: make another `QuantizedWeight` after one.
+
+        Raises:
+            ValueError: no layout is registered for `backend`.
+        """
+        state = self._versions()
+        packed = self._packed.get(backend)
+        if packed is None or (state is not None and packed[0] != state):
+            rule = f"one with an int8 layout ({', '.join(_layouts) or 'none'})"
+            require(backend in _layouts, "backend", rule, backend)
+            # Out of inference mode: its tensors could not be saved for a backward later.
+            with contextlib.nullcontext() if state is None else torch.inference_mode(False):
+                packed = self._packed[backend] = state, _layouts[backend](self)
+        return packed[1]
+
+    def check_values(self, name: str = "weight") -> None:
+        """Raises ValueError for a -128, a scale that is not positive and finite, or indices that do not ascend.
+
+        Reads all of them on the host: for weights that come from a file.
+        """
+        if (self.values == -MAX_INT8 - 1).any():
+            require(False, f"{name}.values", f"from -{MAX_INT8} to {MAX_INT8}", f"{-MAX_INT8 - 1}")
+        wrong = ~(self.scale.isfinite() & (self.scale > 0))
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            require(False, f"{name}.scale", "positive and finite", f"{float(self.scale[row])} at row {row}")
+        if self.indices is not None:
+            check_nibbles(self.indices, f"{name}.indices")
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        parts = self.values, self.scale, self.indices
+        return tuple(part for part in parts if part is not None)
+
+    def _versions(self) -> tuple[int, ...] | None:
+        if torch.compiler.is_compiling():
+            return None
+        return tuple(0 if part.is_inference() else part._version for part in self._parts())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_pickle, (self.values, self.scale, self.indices)  # a copy packs its own layouts
+
+    def __repr__(self) -> str:
+        return f"QuantizedWeight(shape={tuple(self.shape)}, scheme={self.scheme!r}, device={self.device})"
+
+
+def _check_parts(values: Tensor, scale: Tensor, indices: Tensor | None) -> None:
+    check_tensor("values", values, 2, (torch.int8,))
+    check_tensor("scale", scale, 1, (torch.float32,))
+    rows, columns = values.shape
+    ok = tuple(scale.shape) == (rows,) and scale.device == values.device
+    require(ok, "scale", f"(N,) = {(rows,)} on {values.device} like values", scale)
+    if indices is not None:
+        check_tensor("indices", indices, 2, (torch.uint8,))
+        rule = f"(N, C/2) with N a multiple of {OUT_MULTIPLE} and C of {IN_MULTIPLE}"
+        require(supports_shape(rows, 2 * columns), "values", rule, values)
+        ok = tuple(indices.shape) == (rows, columns // 4) and indices.device == values.device
+        require(ok, "indices", f"(N, C/8) = {(rows, columns // 4)} on {values.device} like values", indices)
+
+
+def _from_pickle(values: Tensor, scale: Tensor, indices: Tensor | None) -> QuantizedWeight:
+    """What a pickle calls, and all that `torch.load(weights_only=True)` may: so it trusts nothing that it is handed."""
+    weight = QuantizedWeight(values, scale, indices)
+    if not values.is_meta:
+        weight.check_values()
+    return weight
+
+
+torch.serialization.add_safe_globals([_from_pickle])
+
+
+def quantize(weight: Tensor | Sparse24Weight, scheme: str = "int8_24", scale: Tensor | None = None) -> QuantizedWeight:
+    """Rounds a weight to integers, with a scale for every output feature.
+
+    The integers are W / scale, rounded half to even and cut at -127 and 127.
+
+    Args:
+        weight: (N, C) float32, bfloat16, float16 or float64, finite; or a `Sparse24Weight`, for "int8_24".
+        scheme: "int8": all of them. "int8_24": a weight that is 2:4 already, as `sparse24_prune` makes any.
+        scale: (N,) floating point, positive and finite. None: the largest magnitude of each row / 127. A row of zeros
+            gets 1; and so does one whose largest magnitude is below 2^-119, which becomes zeros.
+
+    Returns:
+        `QuantizedWeight` on the device of weight, detached.
+
+    Raises:
+        ValueError: an argument breaks a rule. Host reads.
+    """
+    require(isinstance(scheme, str) and scheme in SCHEMES, "scheme", _NAMES, scheme)
+    if isinstance(weight, Sparse24Weight):
+        require(scheme == "int8_24", "scheme", "int8_24 for a Sparse24Weight", scheme)
+        sparse, values = weight, weight.values
+    else:
+        check_tensor("weight", weight, 2, DTYPES)
+        sparse = sparse24_compress(weight) if scheme == "int8_24" else None
+        values = weight if sparse is None else sparse.values
+    values = values.detach()
+    require(bool(values.isfinite().all()), "weight", "finite", "a NaN or an infinity")
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    scale = _scale_of(wide) if scale is None else _check_scale(scale, values)
+    with torch.inference_mode(False):  # whose tensors do not count what is written to them
+        integers = (wide / scale.to(wide.dtype)[:, None]).round().clamp(-MAX_INT8, MAX_INT8).to(torch.int8)
+        return QuantizedWeight(integers, scale, None if sparse is None else sparse.indices.clone())
+
+
+def _scale_of(weight: Tensor) -> Tensor:
+    """(N,) float32: the largest magnitude of each row / 127, 1 where there is none."""
+    amax = weight.abs().amax(1).float() if weight.shape[1] else weight.new_zeros(weight.shape[0]).float()
+    return torch.where(amax >= MIN_AMAX, amax / MAX_INT8, 1.0)
+
+
+def _check_scale(scale: Tensor, weight: Tensor) -> Tensor:
+    check_tensor("scale", scale, 1, DTYPES)
+    ok = tuple(scale.shape) == (weight.shape[0],) and scale.device == weight.device
+    require(ok, "scale", f"(N,) = {(weight.shape[0],)} on {weight.device} like weight", scale)
+    scale = scale.detach().float()
+    require(bool((scale.isfinite() & (scale > 0)).all()), "scale", "positive and finite in float32", "another value")
+    return scale
