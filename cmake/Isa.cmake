@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# csrc/cpu/kernels is compiled once per instruction set, with MADTP_ISA naming its namespace; for avx512_bf16, AVX-512 with
-# dot products of bfloat16, only the files of the one op that uses these. Off x86-64 only the portable baseline is left.
-# -> MADTP_HAS_AVX2, MADTP_HAS_AVX512, MADTP_HAS_AVX512_BF16
+# csrc/cpu/kernels is compiled once per instruction set, with MADTP_ISA naming its namespace; for avx512_vnni, AVX-512 with
+# dot products and permutations of bytes, and avx512_bf16, the same with dot products of bfloat16, only the files of the
+# op that uses these. Off x86-64 only the portable baseline is left.
+# -> MADTP_HAS_AVX2, MADTP_HAS_AVX512, MADTP_HAS_AVX512_VNNI, MADTP_HAS_AVX512_BF16
 include(CheckCXXCompilerFlag)
 include(CheckCXXSourceCompiles)
 
@@ -11,8 +12,12 @@ if(madtp_is_x86_64)
   set(madtp_avx512_flags ${madtp_avx2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
   check_cxx_compiler_flag("-mavx2 -mfma -mf16c" MADTP_HAS_AVX2)
   check_cxx_compiler_flag("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512" MADTP_HAS_AVX512)
-  set(madtp_avx512_bf16_flags ${madtp_avx512_flags} -mavx512bf16)
+  set(madtp_avx512_vnni_flags ${madtp_avx512_flags} -mavx512vnni -mavx512vbmi)
+  set(madtp_avx512_bf16_flags ${madtp_avx512_vnni_flags} -mavx512bf16)
   if(MADTP_HAS_AVX512)
+    check_cxx_compiler_flag("-mavx512f -mavx512vnni -mavx512vbmi" MADTP_HAS_AVX512_VNNI)
+  endif()
+  if(MADTP_HAS_AVX512_VNNI)
     check_cxx_compiler_flag("-mavx512f -mavx512bf16" MADTP_HAS_AVX512_BF16)
   endif()
 endif()
@@ -21,14 +26,14 @@ function(madtp_add_isa_kernels library)
   if(NOT ARGN)
     return()
   endif()
-  set(sparse24_sources ${ARGN})
-  list(FILTER sparse24_sources INCLUDE REGEX "/sparse24_[a-z]+\\.cpp$")
-  foreach(isa IN ITEMS baseline avx2 avx512 avx512_bf16)
+  foreach(isa IN ITEMS baseline avx2 avx512 avx512_vnni avx512_bf16)
     string(TOUPPER ${isa} upper)
     if(isa STREQUAL "baseline" OR MADTP_HAS_${upper})
       set(sources ${ARGN})
-      if(isa STREQUAL "avx512_bf16")
-        set(sources ${sparse24_sources})
+      if(isa STREQUAL "avx512_vnni")
+        list(FILTER sources INCLUDE REGEX "/quantized_[a-z]+\\.cpp$")
+      elseif(isa STREQUAL "avx512_bf16")
+        list(FILTER sources INCLUDE REGEX "/sparse24_[a-z]+\\.cpp$")
       endif()
       add_library(madtp_${isa} OBJECT ${sources})
       madtp_compile(madtp_${isa})

@@ -135,6 +135,35 @@ class cpu:
         /,
     ) -> None: ...
     @staticmethod
+    def quantized_layout_bytes(out_features: int, in_features: int, sparse: bool, /) -> int: ...
+    @staticmethod
+    def quantized_pack(
+        values: int, indices: int, out_features: int, in_features: int, layout: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def quantized_linear(
+        x: int,
+        dtype: int,
+        x_stride: int,
+        tokens: int,
+        layout: int,
+        sparse: bool,
+        weight_scale: int,
+        out_features: int,
+        in_features: int,
+        bias: int,
+        bias_dtype: int,
+        activation: int,
+        scale: int,
+        scale_dtype: int,
+        residual: int,
+        residual_stride: int,
+        num_rows: int,
+        out: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
     def token_importance(
         summary_attention: int, received_attention: int, inputs: _ScoreInputs, importance: int, threads: int, /
     ) -> None: ...

@@ -24,10 +24,15 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_vnni() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512_vnni() { return false; }
 bool has_avx512_bf16() { return false; }
 #endif
 
@@ -52,6 +57,8 @@ const char* to_string(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_vnni:
+      return "avx512_vnni";
     case Isa::avx512_bf16:
       return "avx512_bf16";
     default:
@@ -67,6 +74,9 @@ std::vector<Isa> compiled_isas() {
 #if MADTP_HAS_AVX512
   isas.push_back(Isa::avx512);
 #endif
+#if MADTP_HAS_AVX512_VNNI
+  isas.push_back(Isa::avx512_vnni);
+#endif
 #if MADTP_HAS_AVX512_BF16
   isas.push_back(Isa::avx512_bf16);
 #endif
@@ -77,7 +87,7 @@ std::vector<Isa> available_isas() {
   std::vector<Isa> isas;
   for (Isa isa : compiled_isas()) {
     if (isa == Isa::baseline || (isa == Isa::avx2 && has_avx2()) || (isa == Isa::avx512 && has_avx512()) ||
-        (isa == Isa::avx512_bf16 && has_avx512_bf16()))
+        (isa == Isa::avx512_vnni && has_avx512_vnni()) || (isa == Isa::avx512_bf16 && has_avx512_bf16()))
       isas.push_back(isa);
   }
   return isas;

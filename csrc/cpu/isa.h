@@ -2,8 +2,9 @@
 #pragma once
 
 // The CPU kernels in csrc/cpu/kernels are compiled once per instruction set, each into its own namespace
-// (madtp::cpu::baseline, ::avx2, ::avx512, and ::avx512_bf16 where dot products of bfloat16 serve); the one
-// in use is chosen at run time, once per process.
+// (madtp::cpu::baseline, ::avx2, ::avx512, and ::avx512_vnni and ::avx512_bf16 where dot products of bytes or
+// of bfloat16 serve); the one in use is chosen at run time, once per process. Each has all that those before
+// it have.
 
 #include <string>
 #include <vector>
@@ -13,7 +14,7 @@
 
 namespace madtp::cpu {
 
-enum class Isa : int { baseline, avx2, avx512, avx512_bf16 };
+enum class Isa : int { baseline, avx2, avx512, avx512_vnni, avx512_bf16 };
 
 struct IsaChoice {
   Isa isa = Isa::baseline;
@@ -50,6 +51,14 @@ const IsaChoice& isa_choice();
 #define MADTP_CASE_AVX512(...)
 #endif
 
+#if MADTP_HAS_AVX512_VNNI
+#define MADTP_CASE_AVX512_VNNI(...)    \
+  case ::madtp::cpu::Isa::avx512_vnni: \
+    return ::madtp::cpu::avx512_vnni::__VA_ARGS__;
+#else
+#define MADTP_CASE_AVX512_VNNI(...)
+#endif
+
 #if MADTP_HAS_AVX512_BF16
 #define MADTP_CASE_AVX512_BF16(...)    \
   case ::madtp::cpu::Isa::avx512_bf16: \
@@ -67,6 +76,7 @@ const IsaChoice& isa_choice();
     if (!choice.error.empty()) return ::madtp::Status::unsupported;     \
     switch (choice.isa) {                                               \
       MADTP_CASE_AVX512_BF16(__VA_ARGS__)                               \
+      MADTP_CASE_AVX512_VNNI(__VA_ARGS__)                               \
       MADTP_CASE_AVX512(__VA_ARGS__)                                    \
       MADTP_CASE_AVX2(__VA_ARGS__)                                      \
       default:                                                          \

@@ -8,6 +8,7 @@
 
 #define MADTP_ISA baseline
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/quantized.h"
 #include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"
 #undef MADTP_ISA
@@ -15,6 +16,7 @@
 #if MADTP_HAS_AVX2
 #define MADTP_ISA avx2
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/quantized.h"
 #include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"
 #undef MADTP_ISA
@@ -23,14 +25,24 @@
 #if MADTP_HAS_AVX512
 #define MADTP_ISA avx512
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/quantized.h"
 #include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"
 #undef MADTP_ISA
 #endif
 
+#if MADTP_HAS_AVX512_VNNI
+namespace madtp::cpu::avx512_vnni {
+using namespace avx512;  // what is not declared here itself
+}
+#define MADTP_ISA avx512_vnni
+#include "cpu/kernels/quantized.h"
+#undef MADTP_ISA
+#endif
+
 #if MADTP_HAS_AVX512_BF16
 namespace madtp::cpu::avx512_bf16 {
-using namespace avx512;  // what is not declared here itself
+using namespace avx512_vnni;
 }
 #define MADTP_ISA avx512_bf16
 #include "cpu/kernels/sparse24.h"

@@ -6,6 +6,7 @@
 #include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/sparse24_checks.h"
 
 namespace madtp::cpu {
 namespace {
@@ -14,19 +15,6 @@ bool is_weight_shape(std::int64_t out_features, std::int64_t in_features, DType 
   return size_of(dtype) != 0 && sparse24_supports_shape(out_features, in_features) &&
          is_count(out_features) && is_count(in_features) &&
          is_addressable(out_features, in_features, in_features, sizeof(float));  // a layout takes less
-}
-
-bool is_ascending(const Sparse24Weight& weight) {
-  constexpr unsigned valid = 1 << 4 | 1 << 8 | 1 << 12 | 1 << 9 | 1 << 13 | 1 << 14;  // i0 | i1 << 2, i0 < i1
-  unsigned all = 1;
-  for (std::int64_t i = 0; i < weight.out_features * weight.in_features / 8; ++i)
-    all &= valid >> (weight.indices[i] & 15) & valid >> (weight.indices[i] >> 4);
-  return all != 0;
-}
-
-// A vector of float32 or `dtype`, or none.
-bool is_affine(const void* data, DType data_dtype, DType dtype) {
-  return data == nullptr || data_dtype == DType::float32 || data_dtype == dtype;
 }
 
 }  // namespace
@@ -43,7 +31,8 @@ Status sparse24_pack(const Sparse24Weight& weight, void* layout, int threads) {
   if (!is_weight_shape(out_features, in_features, weight.dtype) ||
       !is_present(weight.values, out_features, in_features) ||
       !is_present(weight.indices, out_features, in_features) ||
-      !is_present(layout, out_features, in_features) || threads < 1 || !is_ascending(weight))
+      !is_present(layout, out_features, in_features) || threads < 1 ||
+      !is_ascending(weight.indices, out_features * in_features / 8))
     return Status::invalid_argument;
   MADTP_DISPATCH(sparse24_pack(weight, layout, threads));
 }
@@ -71,7 +60,7 @@ Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stri
     return Status::invalid_argument;
   if ((a.weight_dtype != DType::float32 && a.weight_dtype != a.dtype) ||
       !is_affine(a.bias, a.bias_dtype, a.dtype) || !is_affine(a.scale, a.scale_dtype, a.dtype) ||
-      a.activation < Activation::none || a.activation > Activation::relu)
+      !is_activation(a.activation))
     return Status::invalid_argument;
   MADTP_DISPATCH(sparse24_linear(a, out, out_stride, threads));
 }

@@ -50,7 +50,7 @@ def check_epilogue(
 def in_any_shape(
     run: Callable[[Tensor, Tensor | None], Tensor],  # x (T, C), residual (T, N) or None -> (T, N)
     x: Tensor,
-    shape: tuple[int, int],
+    shape: torch.Size,
     residual: Tensor | None,
     num_rows: Tensor | None,
 ) -> Tensor:

@@ -89,7 +89,7 @@ def quantized_linear(
         )
         return y
 
-    return run(x, residual) if x.ndim == 2 else in_any_shape(run, x, tuple(weight.shape), residual, num_rows)
+    return run(x, residual) if x.ndim == 2 else in_any_shape(run, x, weight.shape, residual, num_rows)
 
 
 def quantized_pack(values: Tensor, indices: Tensor | None) -> Tensor:
@@ -202,7 +202,7 @@ def _check_layout(layout: Tensor | None, values: Tensor, indices: Tensor | None)
 
 
 register_layout("cpu", lambda weight: quantized_pack(weight.values, weight.indices))
-dispatch.register("quantized_linear", reference=reference.quantized_linear)
+dispatch.register("quantized_linear", reference=reference.quantized_linear, cpu=native.quantized_linear)
 
 
 def _backend_of(backend: str, x: Tensor, values: Tensor) -> str:

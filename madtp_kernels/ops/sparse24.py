@@ -89,10 +89,11 @@ def sparse24_linear(
     if x.ndim != 2:
 
         def run_rows(x: Tensor, residual: Tensor | None) -> Tensor:
-            options = {"activation": activation, "residual": residual, "scale": scale, "backend": backend}
-            return sparse24_linear(x, weight, bias, **options)
+            return sparse24_linear(
+                x, weight, bias, activation=activation, residual=residual, scale=scale, backend=backend
+            )
 
-        return in_any_shape(run_rows, x, tuple(weight.shape), residual, num_rows)
+        return in_any_shape(run_rows, x, weight.shape, residual, num_rows)
     runs = _backend_of(backend, x, weight.values)
     if runs in ("cpu", "cuda") and not torch.compiler.is_compiling() and dispatch.is_auto(backend):
         # The op checks too, but after a measurement of this.

@@ -58,7 +58,7 @@ class QuantizedWeight:
     def __init__(self, values: Tensor, scale: Tensor, indices: Tensor | None = None) -> None:
         _check_parts(values, scale, indices)
         scheme = "int8" if indices is None else "int8_24"
-        fields = {"values": values, "scale": scale, "indices": indices, "scheme": scheme, "_packed": {}}
+        fields: dict[str, Any] = {"values": values, "scale": scale, "indices": indices, "scheme": scheme, "_packed": {}}
         self.__dict__.update(fields)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -187,6 +187,7 @@ def quantize(weight: Tensor | Sparse24Weight, scheme: str = "int8_24", scale: Te
         ValueError: an argument breaks a rule. Host reads.
     """
     require(isinstance(scheme, str) and scheme in SCHEMES, "scheme", _NAMES, scheme)
+    sparse: Sparse24Weight | None
     if isinstance(weight, Sparse24Weight):
         require(scheme == "int8_24", "scheme", "int8_24 for a Sparse24Weight", scheme)
         sparse, values = weight, weight.values
@@ -195,7 +196,8 @@ def quantize(weight: Tensor | Sparse24Weight, scheme: str = "int8_24", scale: Te
         sparse = sparse24_compress(weight) if scheme == "int8_24" else None
         values = weight if sparse is None else sparse.values
     values = values.detach()
-    require(bool(values.isfinite().all()), "weight", "finite", "a NaN or an infinity")
+    finite = bool(values.float().isfinite().all())
+    require(finite, "weight", "finite in float32", "a NaN, an infinity or what becomes one")
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
     scale = _scale_of(wide) if scale is None else _check_scale(scale, values)
     with torch.inference_mode(False):  # whose tensors do not count what is written to them

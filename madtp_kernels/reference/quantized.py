@@ -28,7 +28,7 @@ MIN_AMAX = 2.0**-119
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (T, C) -> int8 (T, C) and the scales (T,) float32, so that x is about int8 * scale.
 
-    int8 is x * (127 / amax), rounded half to even, amax being the largest magnitude of the row; the scale is amax / 127.
+    With amax the largest magnitude of the row, int8 is x * (127 / amax), rounded half to even, the scale amax / 127.
     A row whose amax is below `MIN_AMAX` is one of zeros, of scale 0. A row with a NaN or an infinity has zeros and the
     scale NaN, so that all that comes from it is NaN.
     """
@@ -36,7 +36,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     amax = wide.abs().amax(1) if x.shape[1] else wide.new_zeros(x.shape[0])
     finite = amax.isfinite()
     usable = finite & (amax >= MIN_AMAX)
-    integers = (wide * (MAX_INT8 / amax)[:, None]).round().clamp(-MAX_INT8, MAX_INT8)
+    inverse = torch.full_like(amax, MAX_INT8) / amax  # 127 / amax would be 127 * (1 / amax) in torch: two roundings
+    integers = (wide * inverse[:, None]).round().clamp(-MAX_INT8, MAX_INT8)
     scale = torch.where(usable, amax / MAX_INT8, torch.where(finite, 0.0, torch.nan))
     return torch.where(usable[:, None], integers, 0).to(torch.int8), scale
 
@@ -108,5 +109,7 @@ def quantized_linear_backward(
             rounding = _product(rows, values, indices, weight_scale, bias) - smooth
         before = smooth + rounding
     grad = torch.where(valid, grad, 0)
-    grad_before, *grads = epilogue_backward(grad, before, bias, activation, residual, scale)
-    return (grad_before @ dense).to(x.dtype), *grads
+    grad_before, grad_bias, grad_residual, grad_scale = epilogue_backward(
+        grad, before, bias, activation, residual, scale
+    )
+    return (grad_before @ dense).to(x.dtype), grad_bias, grad_residual, grad_scale

@@ -198,7 +198,7 @@ def _check_parts(values: Tensor, indices: Tensor) -> None:
 
 
 def check_nibbles(indices: Tensor, name: str) -> None:
-    """Raises ValueError for the first nibble of indices (N, C/8) whose columns do not ascend. Reads them on the host."""
+    """Raises ValueError for the first nibble of indices (N, C/8) whose columns do not ascend. A host read."""
     valid = torch.zeros(16, dtype=torch.bool)
     valid[list(ASCENDING)] = True
     nibbles = torch.stack((indices & 15, indices >> 4), dim=2).flatten(1)  # (N, C/4)

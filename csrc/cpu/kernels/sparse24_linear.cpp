@@ -1,197 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
-// A task is a tile of tokens times a span of output features: block by block of the input features it
-// transposes x into a panel that stays in L1 and runs the units over it; the sums stay in L2, and when they
-// are complete each row gets its bias, activation, scale and residual. A few tokens are not worth vectors of
-// their own: then the lanes are output features.
+// Weights and x in floating point.
 
-#include <cstdlib>
-#include <type_traits>
-
-#include "cpu/kernels/activation.h"
-#include "cpu/kernels/dtype.h"
+#include "cpu/kernels/linear.h"
 #include "cpu/kernels/sparse24.h"
-#include "cpu/kernels/sparse24_multiply.h"
-#include "cpu/kernels/threads.h"
 
 namespace madtp::cpu::MADTP_ISA {
 namespace {
 
-constexpr std::int64_t kSpanGroups = 3;      // groups that share a panel: sums of 768 rows of W stay in L2
-constexpr double kShare = 1 << 17;           // products worth a thread of their own: some microseconds
-constexpr std::int64_t kPanelEntries = 256;  // what a byte can name, so that none is out of bounds
-
-// Cuts `count` into `parts` even parts.
-struct Cut {
-  std::int64_t count, parts;
-  std::int64_t begin(std::int64_t part) const { return count * part / parts; }
-  std::int64_t largest() const { return (count + parts - 1) / parts; }
-};
-
-std::int64_t at_least(std::int64_t parts, std::int64_t wanted, std::int64_t max) {
-  parts = parts > wanted ? parts : wanted;
-  return parts < max ? parts : max;
-}
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// Scratch of one thread.
-struct Workspace {
-  float* panel;
-  float* sums;
-  float* weights;  // of one unit, converted
-  float* rows;     // (kWidth, kGroupRows)
-};
-
-// How the work is cut, which changes no bit of it.
-struct Plan {
-  bool by_rows;      // lanes are output features
-  Cut tiles, spans;  // of vectors of tokens, and of groups of output features
-  std::int64_t panel, sums;
-
-  Plan(const Layout& layout, std::int64_t tokens, int threads) {
-    const std::int64_t groups = layout.groups;
-    by_rows = tokens <= kMaxRowTokens;
-    if (by_rows) {
-      tiles = {1, 1};
-      spans = {groups, groups};
-      panel = tokens * kBlock;
-      sums = row_stride(int(tokens)) * kGroupRows;
-      return;
-    }
-    const std::int64_t vectors = ceil_div(tokens, kWidth), few = ceil_div(vectors, kTileVectors);
-    spans = {groups, at_least(ceil_div(groups, kSpanGroups), ceil_div(threads, few), groups)};
-    tiles = {vectors, at_least(few, ceil_div(threads, spans.parts), vectors)};
-    const std::int64_t tile_tokens = tiles.largest() * kWidth;
-    panel = kPanelEntries * tile_tokens;
-    sums =
-        (spans.largest() + 1) * kGroupRows * tile_tokens;  // one more: row numbers of any value stay inside
-  }
-
-  std::int64_t tasks() const { return tiles.parts * spans.parts; }
-  std::int64_t floats() const { return panel + sums + kBlock / 2 * kUnitRows + kWidth * kGroupRows; }
-  Workspace workspace(float* memory) const {
-    return {memory, memory + panel, memory + panel + sums, memory + panel + sums + kBlock / 2 * kUnitRows};
-  }
-};
-
-// How weights of type W multiply x of type T: where the CPU has dot products of bfloat16, with these.
-template <typename T, typename W>
-struct Method {
+// How weights of type W multiply x of type T_: where the CPU has dot products of bfloat16, with these.
+template <typename T_, typename W>
+struct Steps {
   using Step = Product;
   using LookUp = ProductLookUp<W>;
 };
 
 #if defined(__AVX512BF16__)
 template <>
-struct Method<BFloat16, BFloat16> {
+struct Steps<BFloat16, BFloat16> {
   using Step = Dot;
   using LookUp = DotLookUp;
 };
 #endif
 
-template <typename T, typename W>
-class Linear {
-  using Step = typename Method<T, W>::Step;
-  using LookUp = typename Method<T, W>::LookUp;
+template <typename T_, typename W>
+struct FloatMethod : Steps<T_, W> {
+  using Inputs = Sparse24Linear;
+  using T = T_;
+  using X = T_;
+  using Step = typename Steps<T_, W>::Step;
+  static constexpr int kRowTokens = kMaxRowTokens;
 
- public:
-  Linear(const Sparse24Linear& inputs, const Layout& layout, std::int64_t tokens, void* out,
-         std::int64_t out_stride)
-      : a_(inputs), layout_(layout), tokens_(tokens), out_(static_cast<T*>(out)), out_stride_(out_stride) {}
-
-  // Tokens in the lanes: vectors [first, last) of tokens, groups [first_group, last_group) of output
-  // features.
-  void run_tile(std::int64_t first, std::int64_t last, std::int64_t first_group, std::int64_t last_group,
-                const Workspace& w) const {
-    const int vectors = int(last - first);
-    const MultiplyTokens<Step> multiply = multiply_tokens_function<Step>(vectors);
-    const std::int64_t stride = vectors * kWidth;
-    const auto sums = [&](std::int64_t group) {
-      return w.sums + (layout_.first_row(group) - layout_.first_row(first_group)) * stride;
-    };
-    if (layout_.blocks == 0) clear(w.sums, sums(last_group));
-    for (std::int64_t block = 0; block < layout_.blocks; ++block) {
-      pack_panel(first * kWidth, vectors, block, w.panel);
-      for (std::int64_t group = first_group; group < last_group; ++group) {
-        const TokenTile tile{w.panel, sums(group), block == 0};
-        for (std::int64_t u = 0; u < layout_.unit_count(group); ++u) {
-          const Unit unit = layout_.unit(a_.layout, group, block, u);
-          multiply(unit, step_weights(unit, w.weights), tile);
-        }
-      }
-    }
-    for (std::int64_t group = first_group; group < last_group; ++group) {
-      const std::int64_t out_features = layout_.row_count(group);
-      for (std::int64_t v = 0; v < vectors; ++v) {
-        const std::int64_t token = (first + v) * kWidth;
-        for (std::int64_t n = 0; n < out_features; n += kWidth) {
-          Vec tile[kWidth];
-#pragma GCC unroll 16
-          for (int i = 0; i < kWidth; ++i) tile[i] = load(sums(group) + (n + i) * stride + v * kWidth);
-          transpose(tile);
-#pragma GCC unroll 16
-          for (int i = 0; i < kWidth; ++i) store(w.rows + i * kGroupRows + n, tile[i]);
-        }
-        finish(w.rows, token, tokens_ - token < kWidth ? tokens_ - token : kWidth, group);
-      }
-    }
-  }
-
-  // Features in the lanes: all tokens, one group.
-  void run_rows(std::int64_t group, const Workspace& w) const {
-    const MultiplyRows<LookUp> multiply = multiply_rows_function<LookUp>(int(tokens_));
-    using X = typename LookUp::X;
-    X* const block_x = reinterpret_cast<X*>(w.panel);
-    const int stride = row_stride(int(tokens_));
-    if (layout_.blocks == 0) clear(w.sums, w.sums + kGroupRows * stride);
-    for (std::int64_t block = 0; block < layout_.blocks; ++block) {
-      const int columns = layout_.block_columns(block);
-      for (std::int64_t t = 0; t < tokens_; ++t) {
-        for (int c = 0; c < kBlock; c += kWidth)
-          store(block_x + t * kBlock + c, c < columns ? load(x(t) + block * kBlock + c) : Vec{});
-      }
-      multiply(layout_.unit(a_.layout, group, block, 0), layout_.unit_count(group), block_x, w.sums,
-               block == 0);
-    }
-    for (std::int64_t t = 0; t < tokens_; ++t)
-      for (int r = 0; r < kGroupRows; ++r) w.rows[t * kGroupRows + r] = w.sums[r * stride + t];
-    finish(w.rows, 0, tokens_, group);
-  }
-
- private:
-  const T* x(std::int64_t token) const { return static_cast<const T*>(a_.x) + token * a_.x_stride; }
-
-  // Sums without input features, which no block begins.
-  static void clear(float* sums, const float* end) {
-    while (sums < end) *sums++ = 0;
-  }
-
-  // The entries of one block, tokens in the lanes; zeros where there is no token.
-  void pack_panel(std::int64_t token, int vectors, std::int64_t block, float* panel) const {
-    const int columns = layout_.block_columns(block);
-    const std::int64_t stride = vectors * kWidth;
-    for (int v = 0; v < vectors; ++v, token += kWidth, panel += kWidth) {
-      for (int c = 0; c < columns; c += Step::kColumns) {
-        Vec tile[kWidth];
-        const T* const from = x(token) + block * kBlock + c;
-        // So many rows far apart are more streams than the hardware follows: the next block is asked for
-        // here.
-        for (int i = 0; i < kWidth; ++i) __builtin_prefetch(from + kBlock + i * a_.x_stride, 0, 2);
-        if (token + kWidth <= tokens_) {
-#pragma GCC unroll 16
-          for (int i = 0; i < kWidth; ++i) tile[i] = Step::load_columns(from + i * a_.x_stride, columns - c);
-        } else {
-          for (int i = 0; i < kWidth; ++i)
-            tile[i] = token + i < tokens_ ? Step::load_columns(from + i * a_.x_stride, columns - c) : Vec{};
-        }
-        transpose(tile);
-        Step::store_entries(tile, panel + c / 4 * Step::kEntries * stride, stride);
-      }
-    }
-  }
-
-  // The weights of a unit as its steps take them.
-  static const typename Step::Weight* step_weights(const Unit& unit, [[maybe_unused]] float* scratch) {
+  static const typename Step::Weight* weights(const Unit& unit, [[maybe_unused]] float* scratch) {
     using Weight = typename Step::Weight;
     if constexpr (sizeof(W) == sizeof(float) || !std::is_same_v<Weight, float>) {
       return static_cast<const Weight*>(unit.weights());
@@ -201,95 +40,20 @@ class Linear {
       return scratch;
     }
   }
-
-  // The part of a vector of all output features that belongs to a group, in float32; null where there is
-  // none.
-  const float* part(const void* vector, DType dtype, std::int64_t group, float* scratch) const {
-    const std::int64_t first = layout_.first_row(group);
-    if (vector == nullptr || dtype == DType::float32)
-      return vector == nullptr ? nullptr : static_cast<const float*>(vector) + first;
-    for_each_vector(layout_.row_count(group), [&](std::int64_t i, auto load, auto store) {
-      store(scratch + i, load(static_cast<const T*>(vector) + first + i));
-    });
-    return scratch;
+  template <typename Load>
+  Vec value(Vec sum, std::int64_t, std::int64_t, Load) const {
+    return sum;
   }
-
-  // sums (count, kGroupRows) of the output features of a group -> rows of the output from `token` on. Out of
-  // line, so that both kernels end in the same instructions.
-  __attribute__((noinline)) void finish(const float* sums, std::int64_t token, std::int64_t count,
-                                        std::int64_t group) const {
-    const std::int64_t first = layout_.first_row(group), out_features = layout_.row_count(group);
-    float scratch[2][kGroupRows];
-    const float* const bias = part(a_.bias, a_.bias_dtype, group, scratch[0]);
-    const float* const scale = part(a_.scale, a_.scale_dtype, group, scratch[1]);
-    with_activation(a_.activation, [&](auto activation) {
-      for (std::int64_t t = 0; t < count; ++t) {
-        const float* const row = sums + t * kGroupRows;
-        T* const to = out_ + (token + t) * out_stride_ + first;
-        const T* const residual = a_.residual == nullptr ? nullptr
-                                                         : static_cast<const T*>(a_.residual) +
-                                                               (token + t) * a_.residual_stride + first;
-        for_each_vector(out_features, [&](std::int64_t i, auto load, auto store) {
-          Vec y = load(row + i);
-          if (bias != nullptr) y += load(bias + i);
-          y = activation(y);
-          if (scale != nullptr) y *= load(scale + i);
-          if (residual != nullptr) y += load(residual + i);
-          store(to + i, y);
-        });
-      }
-    });
-  }
-
-  const Sparse24Linear& a_;
-  const Layout& layout_;
-  std::int64_t tokens_;
-  T* out_;
-  std::int64_t out_stride_;
+  static Vec rounded(Vec v) { return v; }
 };
-
-// The first `tokens` rows of the output, of which there are some, as there are output features.
-template <typename T, typename W>
-Status multiply(const Sparse24Linear& a, std::int64_t tokens, void* out, std::int64_t out_stride,
-                int threads) {
-  const Layout layout(a.out_features, a.in_features, a.weight_dtype);
-  const Plan plan(layout, tokens, threads);
-  if (threads > plan.tasks()) threads = int(plan.tasks());
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, std::size_t(plan.floats() * threads) * sizeof(float)) != 0)
-    return Status::out_of_memory;
-
-  const Linear<T, W> linear(a, layout, tokens, out, out_stride);
-  for_each_task(plan.tasks(), threads, [&](std::int64_t task, int thread) {
-    const Workspace w = plan.workspace(static_cast<float*>(memory) + plan.floats() * thread);
-    const std::int64_t tile = task / plan.spans.parts, span = task % plan.spans.parts;
-    if (plan.by_rows) {
-      linear.run_rows(span, w);
-    } else {
-      linear.run_tile(plan.tiles.begin(tile), plan.tiles.begin(tile + 1), plan.spans.begin(span),
-                      plan.spans.begin(span + 1), w);
-    }
-  });
-  std::free(memory);
-  return Status::ok;
-}
 
 template <typename T, typename W>
 Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
-  std::int64_t tokens = a.tokens;
-  if (a.num_rows != nullptr && *a.num_rows < tokens) tokens = *a.num_rows > 0 ? *a.num_rows : 0;
-  if (a.out_features == 0) return Status::ok;
-  const double shares = 1 + double(tokens) * double(a.out_features) * double(a.in_features) / 2 / kShare;
-  if (threads > shares) threads = int(shares);
-  if (tokens > 0) {
-    const Status status = multiply<T, W>(a, tokens, out, out_stride, threads);
-    if (status != Status::ok) return status;
-  }
-  for_each_task(a.tokens - tokens, threads, [&](std::int64_t token, int) {
-    __builtin_memset(static_cast<T*>(out) + (tokens + token) * out_stride, 0,
-                     std::size_t(a.out_features) * sizeof(T));
+  const Layout layout(a.out_features, a.in_features, step_of(a.weight_dtype));
+  return run_valid_rows<T>(a, out, out_stride, threads, [&](std::int64_t tokens, int threads) {
+    const Rows<T> x{static_cast<const T*>(a.x), a.x_stride};
+    return multiply(FloatMethod<T, W>(), a, layout, x, tokens, out, out_stride, threads);
   });
-  return Status::ok;
 }
 
 }  // namespace

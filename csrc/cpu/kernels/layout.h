@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// How a 2:4 weight lies in memory for the kernels of one instruction set.
+// How a 2:4 weight, or a dense one of int8, lies in memory for the kernels of one instruction set.
 //
 // The rows of W (output features) are cut into groups, its columns (input features) into blocks. Within a
 // group and a block, rows that keep many of the same columns are paired, and units of a few pairs follow one
 // another:
 //
 //   weights  W[steps][kUnitRows]        step s of a unit's row r multiplies entry entries[s][r] of the panel
-//   entries  uint8[steps][kUnitRows]
+//   entries  uint8[steps][kUnitRows]; a dense weight has none, as entry s there is that of step s
 //   rows     uint8[kUnitRows]           rows 2p and 2p + 1 are a pair; numbers inside the group
 //   shared   uint8[kUnitRows]           in steps shared[2p] <= s < shared[2p + 1] the pair has one entry
 //
-// A panel of tokens has an entry for every column of the block, a step then is one weight; or, where the CPU
-// has dot products of bfloat16, one for each of the six pairs that a group of four columns can keep, and a
-// step is both its weights, side by side in 32 bits.
+// A panel of tokens has an entry for every column of the block, a step then is one weight; or, for int8 and
+// where the CPU has dot products of bfloat16, one for each of the six pairs that a group of four columns can
+// keep, and a step is both its weights, side by side. Of a dense weight every group has two fixed pairs.
 //
 // A pair's shared entries come first, then those of its own. Only where one instruction can look up a
 // section, half a block, are the steps of the first section kept before those of the second: there the own
@@ -42,24 +42,26 @@ constexpr bool kHasDots = false;
 // What the layout takes of every 4 columns.
 struct StepShape {
   int steps, entries;
-  std::size_t weight_bytes;
+  std::size_t weight_bytes, entry_bytes;
 };
 
 constexpr StepShape step_of(DType weight_dtype) {
-  return kHasDots && weight_dtype == DType::bfloat16 ? StepShape{1, 6, 4}
-                                                     : StepShape{2, 4, size_of(weight_dtype)};
+  return kHasDots && weight_dtype == DType::bfloat16 ? StepShape{1, 6, 4, 1}
+                                                     : StepShape{2, 4, size_of(weight_dtype), 1};
 }
+constexpr StepShape kInt8Pairs{1, 6, 2, 1};       // of a 2:4 weight
+constexpr StepShape kInt8DensePairs{2, 2, 2, 0};  // columns 0 and 2, then 1 and 3
 
 struct Unit {
   const char* data;
   int steps;
-  std::size_t weight_bytes;
+  std::size_t weight_bytes, entry_bytes;
 
   const void* weights() const { return data; }
   const std::uint8_t* entries() const {
     return reinterpret_cast<const std::uint8_t*>(data) + std::size_t(steps) * kUnitRows * weight_bytes;
   }
-  const std::uint8_t* rows() const { return entries() + steps * kUnitRows; }
+  const std::uint8_t* rows() const { return entries() + std::size_t(steps) * kUnitRows * entry_bytes; }
   const std::uint8_t* shared() const { return rows() + kUnitRows; }
   std::int64_t bytes() const { return reinterpret_cast<const char*>(rows()) + kHeader - data; }
   // What to fetch while this unit computes. Units come from far away, in an order of lines that the hardware
@@ -72,10 +74,10 @@ struct Layout {
   StepShape step;
   std::int64_t units, groups, blocks;
 
-  Layout(std::int64_t out_features_, std::int64_t in_features_, DType weight_dtype)
+  Layout(std::int64_t out_features_, std::int64_t in_features_, StepShape step_)
       : out_features(out_features_),
         in_features(in_features_),
-        step(step_of(weight_dtype)),
+        step(step_),
         units((out_features + kUnitRows - 1) / kUnitRows),
         groups(group_count(units)),
         blocks((in_features + kBlock - 1) / kBlock) {}
@@ -100,7 +102,8 @@ struct Layout {
   }
   int steps(int columns) const { return columns / 4 * step.steps; }
   std::int64_t unit_bytes(int columns) const {
-    return std::int64_t(steps(columns)) * kUnitRows * std::int64_t(step.weight_bytes + 1) + kHeader;
+    return std::int64_t(steps(columns)) * kUnitRows * std::int64_t(step.weight_bytes + step.entry_bytes) +
+           kHeader;
   }
   std::int64_t row_of_units_bytes() const {  // one unit of every block
     return blocks == 0 ? 0 : (blocks - 1) * unit_bytes(kBlock) + unit_bytes(block_columns(blocks - 1));
@@ -112,7 +115,7 @@ struct Layout {
     const int columns = block_columns(block);
     return {static_cast<const char*>(data) + first_unit(group) * row_of_units_bytes() +
                 unit_count(group) * block * unit_bytes(kBlock) + unit * unit_bytes(columns),
-            steps(columns), step.weight_bytes};
+            steps(columns), step.weight_bytes, step.entry_bytes};
   }
 };
 

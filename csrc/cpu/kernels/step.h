@@ -1,17 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// The two kinds of steps a row of a 2:4 weight is made of, and the panel of tokens that each multiplies.
+// The kinds of steps that a row of a weight is made of, and the panel of tokens that each multiplies.
 
-#include "cpu/kernels/sparse24_layout.h"
+#include "cpu/kernels/layout.h"
 
 namespace madtp::cpu::MADTP_ISA {
+
+// Vectors of tokens in a tile, at most. Times two rows: the accumulators, in registers. With more, a panel
+// and the units leave L1.
+constexpr int kMaxTileVectors = 6;
 
 // One weight times one column, in float32. The panel has the columns.
 struct Product {
   using Weight = float;
   static constexpr int kColumns = kWidth;  // of x in a tile of the panel
   static constexpr int kEntries = 4;       // of every 4 columns
+  static constexpr bool kOwnEntries = true;
+  static constexpr int kTileVectors = kMaxTileVectors;
   template <typename T>
   static Vec load_columns(const T* x, int) {
     return load(x);
@@ -23,6 +29,7 @@ struct Product {
 
   static Vec spread(float weight) { return broadcast(weight); }
   static Vec add(Vec weight, Vec x, Vec sum) { return weight * x + sum; }
+  static Vec join(Vec a, Vec b) { return a + b; }  // sums of two blocks
 };
 
 #if defined(__AVX512BF16__)
@@ -32,6 +39,8 @@ struct Dot {
   using Weight = std::uint32_t;
   static constexpr int kColumns = 2 * kWidth;
   static constexpr int kEntries = 6;
+  static constexpr bool kOwnEntries = true;
+  static constexpr int kTileVectors = kMaxTileVectors;
 
   // The first `count`, 16 or all, columns of a token, in pairs.
   static Vec load_columns(const BFloat16* x, int count) {
@@ -57,6 +66,7 @@ struct Dot {
     return bit_cast<Vec>(
         _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(weights), bit_cast<__m512bh>(x)));
   }
+  static Vec join(Vec a, Vec b) { return a + b; }
 };
 #endif
 

@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// One unit of a 2:4 weight times a block of input features: `sums` of its rows grow by the products, each
+// One unit of a weight times a block of input features: `sums` of its rows grow by the products, each
 // block added up from zero first. Two kernels share the layout and the order of every sum: one has tokens in
 // the lanes of its vectors, the other, for few tokens, output features.
 
-#include "cpu/kernels/sparse24_step.h"
+#include "cpu/kernels/step.h"
 
 namespace madtp::cpu::MADTP_ISA {
 
 // --- lanes are tokens
-
-// Times two rows: the accumulators, in registers. With more, a panel and the units leave L1.
-constexpr int kTileVectors = 6;
 
 // What a tile of V vectors of tokens is multiplied with and added to.
 struct TokenTile {
@@ -55,13 +52,14 @@ inline __attribute__((always_inline)) void add_own(const float* panel, const typ
   }
 }
 
-// One step of pairs of rows that have their entry in common: each vector is loaded once.
+// One step of pairs of rows that have their entry in common: each vector is loaded once. entries: null where
+// all rows have the one that the panel begins with.
 template <typename S, int V, int R>
 inline __attribute__((always_inline)) void add_shared(const float* panel, const typename S::Weight* weights,
                                                       const std::uint8_t* entries, Vec (&acc)[R][V]) {
 #pragma GCC unroll 4
   for (int r = 0; r < R; r += 2) {
-    const float* const x = panel_entry<V>(panel, entries[r]);
+    const float* const x = entries == nullptr ? panel : panel_entry<V>(panel, entries[r]);
     const Vec w0 = S::spread(weights[r]), w1 = S::spread(weights[r + 1]);
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
@@ -92,24 +90,29 @@ __attribute__((noinline)) void multiply_tokens(const Unit& unit, const typename 
       for (int i = 0; i < V * kWidth; i += 16) __builtin_prefetch(rows[r] + i, 1);  // a line has 16
     }
     for (const char* const stop = ahead + slice; ahead < stop; ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    int begin = 0, end = steps;  // what all pairs share
-    for (int r = 0; r < R; r += 2) {
-      const int first = shared[r0 + r], last = shared[r0 + r + 1];
-      begin = begin > first ? begin : first < steps ? first : steps;
-      end = end < last ? end : last;
-    }
     const typename S::Weight* w = weights + r0;
-    const std::uint8_t* entries = unit_entries + r0;
     Vec acc[R][V] = {};
     int s = 0;
-    for (; s < begin; ++s, w += kUnitRows, entries += kUnitRows) add_own<S, V>(panel, w, entries, acc);
-    for (; s < end; ++s, w += kUnitRows, entries += kUnitRows) add_shared<S, V>(panel, w, entries, acc);
-    for (; s < steps; ++s, w += kUnitRows, entries += kUnitRows) add_own<S, V>(panel, w, entries, acc);
+    if constexpr (S::kOwnEntries) {
+      int begin = 0, end = steps;  // what all pairs share
+      for (int r = 0; r < R; r += 2) {
+        const int first = shared[r0 + r], last = shared[r0 + r + 1];
+        begin = begin > first ? begin : first < steps ? first : steps;
+        end = end < last ? end : last;
+      }
+      const std::uint8_t* entries = unit_entries + r0;
+      for (; s < begin; ++s, w += kUnitRows, entries += kUnitRows) add_own<S, V>(panel, w, entries, acc);
+      for (; s < end; ++s, w += kUnitRows, entries += kUnitRows) add_shared<S, V>(panel, w, entries, acc);
+      for (; s < steps; ++s, w += kUnitRows, entries += kUnitRows) add_own<S, V>(panel, w, entries, acc);
+    } else {
+      const float* x = panel;
+      for (; s < steps; ++s, w += kUnitRows, x += V * kWidth) add_shared<S, V>(x, w, nullptr, acc);
+    }
     if (!tile.first) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[r][v] += load(rows[r] + v * kWidth);
+        for (int v = 0; v < V; ++v) acc[r][v] = S::join(acc[r][v], load(rows[r] + v * kWidth));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -122,7 +125,7 @@ template <typename S>
 using MultiplyTokens = void (*)(const Unit&, const typename S::Weight* weights, const TokenTile&);
 
 // multiply_tokens<S, vectors>
-template <typename S, int V = kTileVectors>
+template <typename S, int V = S::kTileVectors>
 inline MultiplyTokens<S> multiply_tokens_function(int vectors) {
   if constexpr (V == 0) {
     return nullptr;

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "cpu/kernels/layout.h"
+
+namespace madtp::cpu::MADTP_ISA {
+
+// The layout of an int8 weight. A dense one may have any number of columns: its last group is filled up with
+// zeros.
+inline Layout quantized_layout(std::int64_t out_features, std::int64_t in_features, bool sparse) {
+  return {out_features, (in_features + 3) / 4 * 4, sparse ? kInt8Pairs : kInt8DensePairs};
+}
+
+}  // namespace madtp::cpu::MADTP_ISA
