@@ -139,7 +139,8 @@ def _of_any_shape(
     require(num_rows is None, "num_rows", "None unless x is (T, C)", num_rows)
     shape = (*x.shape[:-1], out_features)
     if residual is not None:
-        require(tuple(residual.shape) == shape, "residual", f"of shape {shape}, (..., N)", residual)
+        if tuple(residual.shape) != shape:
+            require(False, "residual", f"of shape {shape}, (..., N)", residual)
         residual = residual.reshape(-1, out_features) if out_features else residual.new_empty(x.shape[:-1].numel(), 0)
     rows = x.reshape(-1, in_features) if in_features else x.new_empty(x.shape[:-1].numel(), 0)
     y = sparse24_linear(rows, weight, bias, activation=activation, residual=residual, scale=scale, backend=backend)
