@@ -80,7 +80,7 @@ def test_export_of_families(family):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # layouts that are packed at a call
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # layouts are packed
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_of_packed_layers(strict):
     exports_any_batch("BertModel", 2.0, ANY, strict, packed=True)
