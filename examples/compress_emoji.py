@@ -19,6 +19,7 @@ from madtp.data.emoji import Emoji
 from madtp.data.errors import DataError
 from madtp.models import BlipForNLVR
 from madtp.reporting import report
+from madtp.tasks.loading import load_image_processor
 
 MODELS = {
     "retrieval": VisionTextDualEncoderModel,
@@ -47,7 +48,7 @@ def main() -> None:
     config = madtp.CompressionConfig(macs_reduction=options.macs, alignment_tokens=32, alignment_dim=width)
     result = madtp.compress(
         model,
-        TASKS[name](tokenizer),
+        TASKS[name](tokenizer, load_image_processor(options.model)),
         train,
         test,
         config,

@@ -32,6 +32,11 @@ class DenseTrainer(Trainer):
         logits, loss = dense_forward(model, inputs)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
+    def _run_epoch(self, *arguments, **kwargs):
+        """Makes no step where a training is resumed that was finished: Hugging Face makes one before it looks."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **kwargs)
+
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """Newest checkpoint whose writing was finished: trainer_state.json is the last file the Trainer writes."""

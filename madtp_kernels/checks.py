@@ -5,6 +5,9 @@ A public function checks of what type its arguments are, which the schema of its
 itself checks the rest, so that a call of torch.ops.madtp is as safe: metadata (dtype, shape, device) and numbers, which
 its fake checks too, and values of CPU tensors: reading them from a GPU would stall it, and kernels are safe whatever
 the values are.
+
+Rules that name a size are put into words only when they are broken: torch.compile and a strict torch.export would take
+a size that is written into a text for a constant.
 """
 
 import itertools
@@ -58,7 +61,8 @@ def check_optional_types(**values: object) -> None:
 
 
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...], of: str) -> None:
-    require(tuple(value.shape) == shape, name, f"of shape {shape} like {of}", value)
+    if tuple(value.shape) != shape:
+        require(False, name, f"of shape {shape} like {of}", value)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -87,7 +91,8 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_rows(name: str, value: Tensor, rows: int, of: str) -> None:
-    require(value.shape[0] == rows, name, f"of {rows} rows like {of}", value)
+    if value.shape[0] != rows:
+        require(False, name, f"of {rows} rows like {of}", value)
 
 
 def check_device(device: torch.device, **tensors: Tensor | None) -> None:
@@ -101,8 +106,10 @@ def check_cu_seqlens(name: str, value: object) -> None:
     require(ok, name, "int32 of shape (B+1,)", value)
 
 
-def check_row_count(name: str, rows: int) -> None:
-    require(rows <= MAX_ROWS, name, f"at most {MAX_ROWS} rows (they are addressed by int32)", f"{rows} rows")
+def check_row_count(name: str, rows: int | torch.SymInt) -> None:
+    """A number that is still a symbol passes: it would become a bound of the program; the op checks when that runs."""
+    if isinstance(rows, int) and rows > MAX_ROWS:
+        require(False, name, f"at most {MAX_ROWS} rows (they are addressed by int32)", f"{rows} rows")
 
 
 def check_gradient(grad: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -131,6 +131,13 @@ def _cmake_dir() -> str:
     return str(directory)
 
 
+def _lines(value: object) -> list[str]:
+    """One, but for a table of lists: one for each of its rows."""
+    if isinstance(value, dict) and value and all(isinstance(item, list) for item in value.values()):
+        return [f"{key}: {_text(item)}" for key, item in value.items()]
+    return [_text(value)]
+
+
 def _text(value: object) -> str:
     if isinstance(value, dict) and "missing" in value:
         return f"none: {value['missing']}"
@@ -161,7 +168,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(found, indent=2))
         return
     for name, value in found.items():
-        print(f"{name.replace('_', ' '):<20} {_text(value)}")
+        heading = name.replace("_", " ")
+        for line in _lines(value):
+            print(f"{heading:<20} {line}")
+            heading = ""
 
 
 if __name__ == "__main__":

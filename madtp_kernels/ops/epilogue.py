@@ -40,7 +40,8 @@ def check_epilogue(
     if residual is not None:
         check_tensor("residual", residual, 2, (x.dtype,))
         expected = (x.shape[0], out_features)
-        require(tuple(residual.shape) == expected, "residual", f"of shape {expected}, (T, N)", residual)
+        if tuple(residual.shape) != expected:
+            require(False, "residual", f"of shape {expected}, (T, N)", residual)
     if num_rows is not None:
         ok = num_rows.numel() == 1 and num_rows.dtype == torch.int32 and num_rows.layout is torch.strided
         require(ok, "num_rows", "a tensor of one int32", num_rows)
@@ -61,7 +62,8 @@ def in_any_shape(
     require(num_rows is None, "num_rows", "None unless x is (T, C)", num_rows)
     out_shape = (*x.shape[:-1], out_features)
     if residual is not None:
-        require(tuple(residual.shape) == out_shape, "residual", f"of shape {out_shape}, (..., N)", residual)
+        if tuple(residual.shape) != out_shape:
+            require(False, "residual", f"of shape {out_shape}, (..., N)", residual)
         residual = residual.reshape(-1, out_features) if out_features else residual.new_empty(x.shape[:-1].numel(), 0)
     rows = x.reshape(-1, in_features) if in_features else x.new_empty(x.shape[:-1].numel(), 0)
     return run(rows, residual).reshape(out_shape)

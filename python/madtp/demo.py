@@ -15,7 +15,8 @@ from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
 from madtp.files import require_writable
 from madtp.progress import Progress
 from madtp.reporting import report, visualize
-from madtp.tasks.vqa import VqaTask, load_dense
+from madtp.tasks.loading import load_image_processor
+from madtp.tasks.vqa import DENSE_EASY_VQA, VqaTask, load_dense
 from madtp_kernels.renamed import renamed
 
 CONFIG = CompressionConfig(macs_reduction=DEMO_REDUCTION, alignment_tokens=100, alignment_dim=128)
@@ -57,7 +58,7 @@ def run(
     out = require_writable("out", out)
     progress = Progress(console)
     model, tokenizer = load_dense()
-    task = VqaTask(tokenizer)
+    task = VqaTask(tokenizer, image_processor=load_image_processor(DENSE_EASY_VQA))
     with progress.status("reading easy-vqa"):
         train, test = (EasyVqa(split, tokenizer, limit=limit) for split in ("train", "test"))
     result = compress(

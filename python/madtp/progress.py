@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from rich import progress
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
 Item = TypeVar("Item")
 
@@ -47,7 +47,13 @@ class _TrainingBar(TrainerCallback):
         self.bar = bar
         self.task = bar.add_task("training", total=None, seen="")
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._show(state)
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._show(state)
+
+    def _show(self, state: TrainerState) -> None:
         self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:

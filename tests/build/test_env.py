@@ -30,8 +30,13 @@ def test_json_is_what_environment_returns():
     assert found["torch"] == env.environment()["torch"]
 
 
-def test_text_has_a_line_for_each_entry():
-    assert len(run().stdout.splitlines()) == len(env.environment())
+def test_text_has_a_line_for_each_entry_and_for_each_row_of_a_table():
+    lines, found = run().stdout.splitlines(), env.environment()
+    named = [line[:20].strip() for line in lines]
+    assert [name for name in named if name] == [name.replace("_", " ") for name in found]
+    rows = [line[21:] for line in lines[named.index("patterns") :][: len(found["patterns"])]]
+    assert rows == [f"{how}: {', '.join(patterns)}" for how, patterns in found["patterns"].items()]
+    assert max(map(len, rows)) <= 140
 
 
 def test_without_the_extension_every_entry_says_how_to_build_it(monkeypatch):

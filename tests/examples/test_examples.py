@@ -52,6 +52,7 @@ def test_a_model_is_trained_pruned_and_compressed(tmp_path):
         "compress_emoji", "--task", "captioning", "--model", dense, "--out", compressed, "--steps", 8, "--limit", 64
     )
     assert str(compressed / "report.md") in shown and (compressed / "model" / "madtp.json").is_file()
+    assert (compressed / "model" / "preprocessor_config.json").is_file()
 
 
 def test_a_bad_rate_is_one_line():

@@ -178,7 +178,7 @@ def test_a_new_run_does_not_go_on_from_an_old_one(tmp_path, data):
     old.mkdir(parents=True)
     (old / CONTROLLER_FILE).write_text("{}")
     training = BRIEF | {"save_strategy": "steps", "save_steps": 1}
-    madtp.compress(tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path, training=training)
+    first = madtp.compress(tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path, training=training)
     assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
     other = dataclasses.replace(CONFIG, macs_reduction=0.5, kd_weight=2.0)
     with pytest.raises(
@@ -188,7 +188,8 @@ def test_a_new_run_does_not_go_on_from_an_old_one(tmp_path, data):
     result = madtp.compress(
         tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path, training=training, resume=True
     )
-    assert result.report["compressed"]["samples"] == len(data)  # nothing left to train
+    assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2", "nothing left to train"
+    assert same_bits(result.model, first.model) and result.report["training"] == first.report["training"]
 
 
 def test_samples_are_spread_over_the_data(data, monkeypatch):
@@ -259,6 +260,26 @@ def test_an_interrupted_training_resumes_where_it_would_have_been(tmp_path, data
     assert resumed.handle.temperatures == pytest.approx(whole.handle.temperatures)
     for (name, a), b in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_a_finished_training_that_is_resumed_makes_no_step(tmp_path, data):
+    finished = make_trainer(tmp_path, data, 4)  # of 6 in an epoch
+    finished.train()
+    folder = tmp_path / "checkpoints"
+    resumed = make_trainer(tmp_path, data, 4)
+    resumed.train(resume_from_checkpoint=str(last_checkpoint(folder)))
+    assert resumed.state.global_step == 4 and last_checkpoint(folder).name == "checkpoint-4"
+    assert same_bits(resumed.model, finished.model)
+    assert resumed.handle.temperatures == finished.handle.temperatures
+    assert resumed.state.log_history[:-1] == finished.state.log_history[:-1]  # the last says how long it took
+    longer = make_trainer(tmp_path, data, 5)
+    longer.train(resume_from_checkpoint=str(last_checkpoint(folder)))
+    assert longer.state.global_step == 5
+
+
+def same_bits(one, other):
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_the_loss_is_the_sum_of_its_parts(tmp_path, data):

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """An early stop waits for the masks, then ends the training; the best checkpoint comes back with its temperatures."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from test_compression import BRIEF, CONFIG, Questions, Task, make_trainer
+from test_compression import BRIEF, CONFIG, Questions, Task, make_trainer, same_bits
 from tiny_models import tiny_blip
 from transformers import EarlyStoppingCallback
 
 import madtp
-from madtp.training.trainer import CONTROLLER_FILE, MadtpTrainer
+from madtp.training.trainer import CONTROLLER_FILE, MadtpTrainer, last_checkpoint
 
 EVALUATE = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
 
@@ -65,6 +66,23 @@ def test_the_best_checkpoint_brings_its_temperatures_back(tmp_path, data, monkey
     assert trainer.controller.state_dict() == saved["controller"]
     assert trainer.handle.temperatures == trainer.controller.temperatures
     assert trainer.pruner.kept == saved["masks_keep"]
+
+
+def test_a_training_that_stopped_early_is_not_resumed(tmp_path, data, monkeypatch):
+    worse_every_time(monkeypatch)
+    one_shot = dataclasses.replace(CONFIG, hwp_schedule="one_shot")
+
+    def train(checkpoint=None):
+        trainer = make_trainer(tmp_path, data, 9, one_shot, eval_dataset=data, save_steps=2, **EVALUATE)
+        trainer.add_callback(EarlyStoppingCallback(1))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    stopped, folder = train(), tmp_path / "checkpoints"
+    assert stopped.state.global_step == 4  # the second evaluation is worse than the first
+    resumed = train(str(folder / "checkpoint-4"))
+    assert resumed.state.global_step == 4 and last_checkpoint(folder).name == "checkpoint-4"
+    assert same_bits(resumed.model, stopped.model)
 
 
 @pytest.mark.slow

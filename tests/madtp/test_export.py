@@ -6,6 +6,7 @@ import torch
 from families import CASES, CONFIG, randomised
 
 import madtp
+from madtp import hwp
 
 
 def patched(family, temperature, capacity="exact"):
@@ -49,15 +50,49 @@ def test_export(family, temperature, capacity, strict):
     exports(family, temperature, capacity, strict)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.0, 2.0])
+ANY = torch.export.Dim("batch")
+BOUNDED = torch.export.Dim("batch", min=2, max=64)
+
+
 @torch.no_grad()
-def test_export_with_a_batch_of_any_size(temperature):
-    model, inputs = patched("BertModel", temperature), CASES["BertModel"].inputs()
-    sizes = {name: {0: torch.export.Dim("batch", min=2, max=64)} for name in inputs}
-    program = torch.export.export(model, (), inputs, dynamic_shapes=sizes).module()
-    more = {name: torch.cat((value, value))[:7] for name, value in inputs.items()}
-    torch.testing.assert_close(program(**more).pooler_output, model(**more).pooler_output, rtol=1e-6, atol=1e-6)
+def exports_any_batch(family, temperature, batch, strict, packed=False):
+    model, inputs = patched(family, temperature), CASES[family].inputs()
+    if packed:
+        hwp.prune_one_shot(model, "2:4", hwp.select_modules(model, "2:4").selected)
+        assert hwp.pack(model)
+    sizes = {name: {0: batch} for name in inputs}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=sizes, strict=strict).module()
+    for count in (7, 1 if batch is ANY else 2):
+        given = {name: torch.cat((value, value))[:count] for name, value in inputs.items()}
+        expected, result = model(**given), program(**given)
+        for name in CASES[family].outputs:
+            torch.testing.assert_close(result[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_export_with_a_batch_of_any_size():
+    exports_any_batch("ViTForImageClassification", 2.0, ANY, strict=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["CLIPVisionModel", "SiglipModel", "BlipForImageTextRetrieval", "BlipForNLVR"])
+def test_export_of_families(family):
+    exports_any_batch(family, 2.0, ANY, strict=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # layouts are packed
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_packed_layers(strict):
+    exports_any_batch("BertModel", 2.0, ANY, strict, packed=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("batch", [ANY, BOUNDED, torch.export.Dim.DYNAMIC], ids=["any", "bounded", "dynamic"])
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("family", ["ViTForImageClassification", "BertModel"])
+def test_export_of_batches(family, temperature, batch, strict):
+    exports_any_batch(family, temperature, batch, strict)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -89,9 +89,9 @@ def test_parts_of_two_models_are_patched_in_one():
     other = dual(randomised(hf.ViTModel(hf.ViTConfig(**IMAGE))), words)
     handle = madtp.patch(one, CONFIG)
     before = state_of(other)
-    with pytest.raises(ValueError, match="must have no part that is patched already, got one of which text_model is"):
+    with pytest.raises(ValueError, match="must have no part that is patched already, got text_model, which is one"):
         madtp.patch(other, CONFIG)
-    with pytest.raises(ValueError, match="no part that is patched already, got one of which it belongs to one that is"):
+    with pytest.raises(ValueError, match="no part that is patched already, got a BertModel of a patched model"):
         madtp.patch(words, CONFIG)
     assert state_of(other) == before
     handle.remove()

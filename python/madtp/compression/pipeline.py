@@ -85,8 +85,8 @@ def compress(
         training: `transformers.TrainingArguments` fields, over the defaults here.
         callbacks: of the training, such as `transformers.EarlyStoppingCallback`, for which `training` sets
             eval_strategy and metric_for_best_model; what is evaluated is the loss on all of calibration_data.
-        resume: go on from the last checkpoint in output_dir, or start when there is none; otherwise the checkpoints
-            there are removed.
+        resume: go on from the last checkpoint in output_dir, or start when there is none; that of a finished training
+            is only loaded. Otherwise the checkpoints there are removed.
         progress: shows training and evaluations; None leaves the training to the Trainer's own bar.
 
     Returns:
@@ -240,6 +240,7 @@ def _training_arguments(output_dir: Path, config: CompressionConfig, training: M
         "weight_decay": 0.01,
         "save_strategy": "epoch",
         "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,  # an early stop goes on counting
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
         "report_to": [],

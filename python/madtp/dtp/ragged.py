@@ -137,16 +137,16 @@ class RaggedBatch:
     def split(self, count: int) -> tuple[RaggedBatch, RaggedBatch]:
         """The first `count` sequences and the others. Reads where they part, unless the batch is fixed."""
         if self.fixed:
-            first, others = torch.arange(self.num_sequences, device=self.x.device).tensor_split([count])
-            return self._copied(first), self._copied(others)
-        row = int(self.cu_seqlens[count])
-        index, other_index = (None, None) if self.summary_index is None else self.summary_index.tensor_split([count])
-        (x, other_x), (origin, other_origin) = self.x.tensor_split([row]), self.origin.tensor_split([row])
+            numbers = torch.arange(self.num_sequences, device=self.x.device)
+            return self._copied(numbers[:count]), self._copied(numbers[count:])
+        row, index, rows = self.cu_seqlens[count].item(), self.summary_index, replace(self, aligned=None)
+        torch._check(row >= 0)
+        torch._check(row <= self.x.shape[0])
         ends, other_ends = self.cu_seqlens[: count + 1], self.cu_seqlens[count:] - row
-        rows = replace(self, aligned=None)
+        first, other = (None, None) if index is None else (index[:count], index[count:])
         return (
-            replace(rows, x=x, cu_seqlens=ends, origin=origin, summary_index=index),
-            replace(rows, x=other_x, cu_seqlens=other_ends, origin=other_origin, summary_index=other_index),
+            replace(rows, x=self.x[:row], cu_seqlens=ends, origin=self.origin[:row], summary_index=first),
+            replace(rows, x=self.x[row:], cu_seqlens=other_ends, origin=self.origin[row:], summary_index=other),
         )
 
     def repeated(self, index: Tensor) -> RepeatedSequences:

@@ -111,17 +111,20 @@ class Sparse24Linear(nn.Module):
         epilogue: without, it is the product and the bias alone; `finish` does the rest.
         """
         leading = input.shape[:-1]
-        last = (leading.numel(), residual is not None)
-        if torch.compiler.is_compiling() or last != self._last:  # a module sets slowly; a compiler guards what is read
+        if torch.compiler.is_compiling():  # which guards what is read
+            if not torch.compiler.is_exporting():  # whose sizes may be symbols
+                self._last = (leading.numel(), residual is not None)
+        elif (last := (leading.numel(), residual is not None)) != self._last:  # a module sets slowly
             self._last = last
         if residual is not None:
             if residual.dtype != input.dtype:  # under autocast: the sum has the wider type
                 y = Sparse24Linear.forward(self, input, None, num_rows, epilogue=epilogue)
-                require(residual.shape == y.shape, "residual", f"of shape {tuple(y.shape)} like the output", residual)
+                if residual.shape != y.shape:
+                    require(False, "residual", f"of shape {tuple(y.shape)} like the output", residual)
                 return y + residual
             if len(leading) != 1:
-                rule = f"of shape {(*leading, self.out_features)} like the output"
-                require(residual.shape[:-1] == leading, "residual", rule, residual)
+                if residual.shape[:-1] != leading:
+                    require(False, "residual", f"of shape {(*leading, self.out_features)} like the output", residual)
                 residual = residual.flatten(0, -2) if leading else residual[None]
         y = sparse24_linear(
             input if len(leading) == 1 else input.flatten(0, -2) if leading else input[None],

@@ -73,28 +73,31 @@ def real_tokens(mask: Any, batch: int, length: int, causal: bool) -> Tensor | No
     Raises:
         ValueError: it is none of these.
     """
-    rule = f"attention_mask must be ({batch}, {length}) with non-zero at real tokens"
+
+    def refused(rest: str) -> ValueError:  # in words only now, see `madtp_kernels.checks`
+        return ValueError(f"attention_mask must be ({batch}, {length}) with non-zero at real tokens{rest}")
+
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        raise ValueError(f"{rule}, got {described(mask)}")
+        raise refused(f", got {described(mask)}")
     if mask.ndim == 2:
         if mask.shape != (batch, length):
-            raise ValueError(f"{rule}, got {described(mask)}")
+            raise refused(f", got {described(mask)}")
         return mask
     if mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
     fits = mask.ndim == 3 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, length) and mask.shape[2] == length
     if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise ValueError(
-            f"{rule}, or bool or additive of shape ({batch}, {length}, {length}) or ({batch}, 1, {length}, {length}), "
+        raise refused(
+            f", or bool or additive of shape ({batch}, {length}, {length}) or ({batch}, 1, {length}, {length}), "
             f"got {described(mask)}"
         )
     if torch.compiler.is_compiling():
-        raise ValueError(f"{rule} where it is compiled, got {described(mask)}")
+        raise refused(f" where it is compiled, got {described(mask)}")
     seen = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not (seen | (mask <= HIDDEN)).all():
-        raise ValueError(f"{rule}, or additive with 0 and at most {HIDDEN:g} alone, got other values")
+        raise refused(f", or additive with 0 and at most {HIDDEN:g} alone, got other values")
     seen = seen.expand(batch, length, length)
     real = seen.any(dim=1)  # as a key
     expected = real[:, None].expand(-1, length, -1)
@@ -102,7 +105,7 @@ def real_tokens(mask: Any, batch: int, length: int, causal: bool) -> Tensor | No
         expected = expected.tril()
     if ((seen != expected) & real[:, :, None]).any():  # what padding sees has no reader
         order = "those up to it" if causal else "the same"
-        raise ValueError(f"{rule}, or such that every real token sees {order}, got another {described(mask)}")
+        raise refused(f", or such that every real token sees {order}, got another {described(mask)}")
     return real
 
 

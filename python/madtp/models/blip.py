@@ -157,7 +157,7 @@ class BlipForQuestionAnswering(CompressedModel, transformers.BlipForQuestionAnsw
     def _read(self, input_ids, attention_mask, vision, image_index, **kwargs) -> RaggedBatch:
         """The tokens of questions that read their images."""
         texts = token_ids(input_ids, vision.last_hidden_state.device)
-        keys = image_keys(tokens_left(vision.last_hidden_state), len(texts), image_index)
+        keys = image_keys(tokens_left(vision.last_hidden_state), texts.shape[0], image_index)
         text = self.text_encoder(texts, attention_mask, encoder_hidden_states=keys, **kwargs)
         return tokens_left(text.last_hidden_state)
 
@@ -251,7 +251,7 @@ class BlipForImageTextRetrieval(CompressedModel, transformers.BlipForImageTextRe
         vision: Any = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         images = tokens_left(vision.last_hidden_state)
         if use_itm_head:
-            keys = image_keys(images, len(input_ids), image_index, ("texts", "images"))
+            keys = image_keys(images, input_ids.shape[0], image_index, ("texts", "images"))
             text = self.text_encoder(input_ids, attention_mask, encoder_hidden_states=keys, **kwargs)
             score = self.itm_head(tokens_left(text.last_hidden_state).summary_features())
         else:

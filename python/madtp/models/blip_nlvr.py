@@ -110,7 +110,7 @@ class BlipForNLVR(BlipPreTrainedModel):
         **kwargs,
     ) -> NLVROutput:
         """pixel_values (B, 2, 3, H, W), input_ids and attention_mask (B, L), labels (B,) 0 or 1."""
-        batch = len(input_ids)
+        batch = input_ids.shape[0]
         if pixel_values.ndim != 5 or pixel_values.shape[:2] != (batch, 2):
             raise ValueError(f"pixel_values must be of shape ({batch}, 2, 3, H, W), got {tuple(pixel_values.shape)}")
         images = pixel_values.transpose(0, 1).flatten(0, 1)  # first images, then second ones

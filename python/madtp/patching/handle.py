@@ -300,8 +300,8 @@ def _check_capacity(capacity: str, config: CompressionConfig) -> None:
 def _check_whole(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, RaggedTower | RaggedBlock):
-            what = f"{name} is" if name else "it belongs to one that is"
-            raise ValueError(f"model must have no part that is patched already, got one of which {what}")
+            got = f"{name}, which is one" if name else f"a {type(module).__name__} of a patched model"
+            raise ValueError(f"model must have no part that is patched already, got {got}")
 
 
 KNOWN = ("transformers", "torch", "madtp")  # whose forwards are as `towers.TOWERS` describes them

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import ModelOutput
 
 from madtp.config import CompressionConfig
@@ -64,7 +64,8 @@ class MadtpTrainer(Trainer):
     With an `EarlyStoppingCallback`, or load_best_model_at_end, evaluations count from when all masks have their final
     pattern; the best checkpoint brings its temperatures back.
 
-    `train` raises `DivergedError` at the first loss that is not finite; weights that are not are never saved.
+    `train` raises `DivergedError` at the first loss that is not finite; weights that are not are never saved. Resumed
+    from the checkpoint of a finished training, it makes no step: the model is what that training left.
 
     Raises:
         ValueError: args shard the weights (fsdp, deepspeed), or have no max_steps and there is no train_dataset.
@@ -124,6 +125,7 @@ class MadtpTrainer(Trainer):
         tolerance = config.guard_tolerance
         self.guard = None if tolerance is None else Guard(self.guarded_loss, tolerance)
         self._parts: dict[str, list[Tensor]] = {}
+        self.finished = False  # before the first step of what is resumed
         self.add_callback(_Cooperation(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -320,6 +322,21 @@ class MadtpTrainer(Trainer):
         batches = math.ceil(sample_count(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
         return math.ceil(self.args.num_train_epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
 
+    def _run_epoch(self, *arguments, **kwargs):
+        if self.finished:  # Hugging Face makes a step before it looks
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **kwargs)
+
+    def is_finished(self) -> bool:
+        """Whether the checkpoint that a training begins with has nothing left to train."""
+        stopped_early = any(
+            isinstance(callback, EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+        )
+        return self.state.global_step > 0 and (stopped_early or self.state.global_step >= self.state.max_steps)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_pruning(resume_from_checkpoint)
@@ -353,6 +370,7 @@ class _Cooperation(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.finished = self.trainer.is_finished()
         if state.global_step == 0:
             self.trainer.find_start()
         state.log_history = migrate_log(state.log_history)
