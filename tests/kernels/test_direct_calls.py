@@ -9,7 +9,7 @@ import torch
 from ragged_cases import cu_seqlens_of
 from sparse24_cases import dense24
 
-from madtp_kernels import checks, dispatch, select_tokens, sparse24_compress
+from madtp_kernels import checks, dispatch, quantize, select_tokens, sparse24_compress
 
 needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 
@@ -50,7 +50,10 @@ def arguments(op, *, lengths=(5, 7), heads=2, head_dim=16, channels=8, features=
     if op == "varlen_attention_backward":
         forward = [good[argument.name] for argument in schema("varlen_attention").arguments]
         good["out"], _, _, good["lse"] = torch.ops.madtp.varlen_attention(*forward)
-    if op.startswith("sparse24"):
+    if op.startswith("quantized"):
+        integers = quantize(weight)
+        good |= {"values": integers.values, "indices": integers.indices, "weight_scale": integers.scale}
+    if op.startswith(("sparse24", "quantized")):
         good |= {"x": random(rows, in_features), "bias": random(out_features), "grad": random(rows, out_features)}
         good |= {"residual": random(rows, out_features), "scale": random(out_features)}
         good["num_rows"] = torch.tensor(rows - 1, dtype=torch.int32)
