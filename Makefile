@@ -32,6 +32,7 @@ export PATH := $(BIN):$(PATH)
 export MADTP_BUILD_DIR := $(BUILD)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover
 ASAN := $(CURDIR)/build/asan
+ASAN_TESTS = $(shell grep -l mark.sanitized $(CURDIR)/tests/kernels/test_*.py)
 CLANG ?= clang++
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
@@ -60,7 +61,7 @@ test-asan: $(READY)
 	cmake --install $(ASAN) --prefix $(ASAN)/python/madtp_kernels --component python
 	cd $(ASAN)/python && PYTHONPATH=$(ASAN)/python OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$(foreach runtime,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(runtime).so))" \
-	  $(PY) -m pytest -q -p no:cacheprovider $(CURDIR)/tests/kernels -m "sanitized and not slow and not gpu"
+	  $(PY) -m pytest -q -p no:cacheprovider $(ASAN_TESTS) -m "sanitized and not slow and not gpu"
 
 # clang and its OpenMP runtime, which tells the sanitizer how a team synchronises; gcc's does not, and races are seen that
 # there are not. CLANG= names another version. Threads are those of every instruction set; two of these are built, as clang 16

@@ -51,7 +51,7 @@ WIDTHS = {  # columns of the report
 
 def launches() -> dict[str, Callable]:
     """The `LAUNCHES` of every package of kernels: name -> function of (dtype, sizes) that calls a launcher."""
-    found = {}
+    found: dict[str, Callable] = {}
     for package in pkgutil.iter_modules(madtp_kernels.triton.__path__, "madtp_kernels.triton."):
         if package.ispkg:
             found |= importlib.import_module(f"{package.name}.launches").LAUNCHES
