@@ -32,8 +32,7 @@ export PATH := $(BIN):$(PATH)
 export MADTP_BUILD_DIR := $(BUILD)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover
 ASAN := $(CURDIR)/build/asan
-ASAN_TESTS := test_attention.py test_tokens.py test_prune.py test_sparse24.py test_sparse24_prune.py test_sparse24_weight.py \
-  test_sparse24_transposed.py test_sparse24_fast_path.py
+ASAN_TESTS = $(shell grep -l mark.sanitized $(CURDIR)/tests/kernels/test_*.py)
 CLANG ?= clang++
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
@@ -50,8 +49,8 @@ test: build
 	ctest --test-dir $(BUILD) --output-on-failure -LE gpu
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow and not gpu" $(PARALLEL)
 
-# The C++ tests, then the Python tests of the ops on an extension that is built apart from the one in the source tree. torch
-# is not instrumented, so the runtimes are loaded ahead of it, and what it never frees is no news.
+# The C++ tests, then the Python tests marked `sanitized`, on an extension that is built apart from the one in the source tree.
+# torch is not instrumented, so the runtimes are loaded ahead of it, and what it never frees is no news.
 test-asan: $(READY)
 	cmake -S . -B $(ASAN) -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 $(SANITIZE)" -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON \
 	  -DMADTP_BUILD_PYTHON=ON -DPython_EXECUTABLE=$$($(PY) -c 'import sys; print(sys.executable)') -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
@@ -62,7 +61,7 @@ test-asan: $(READY)
 	cmake --install $(ASAN) --prefix $(ASAN)/python/madtp_kernels --component python
 	cd $(ASAN)/python && PYTHONPATH=$(ASAN)/python OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$(foreach runtime,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(runtime).so))" \
-	  $(PY) -m pytest -q -p no:cacheprovider $(addprefix $(CURDIR)/tests/kernels/,$(ASAN_TESTS)) -m "not slow and not gpu"
+	  $(PY) -m pytest -q -p no:cacheprovider $(ASAN_TESTS) -m "sanitized and not slow and not gpu"
 
 # clang and its OpenMP runtime, which tells the sanitizer how a team synchronises; gcc's does not, and races are seen that
 # there are not. CLANG= names another version. Threads are those of every instruction set; two of these are built, as clang 16

@@ -17,6 +17,8 @@ from madtp_kernels.ops import sparse24
 from madtp_kernels.ops.sparse24 import sparse24_pack
 from madtp_kernels.reference import sparse24 as reference
 
+pytestmark = pytest.mark.sanitized
+
 needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu", "relu"]
 
