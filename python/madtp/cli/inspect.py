@@ -147,7 +147,7 @@ def env(json: Annotated[bool, typer.Option("--json", help="The same as one JSON 
 
 
 def profile_table(found: Profile, weights: Profile) -> Table:
-    """Parameters of `weights` and GMACs of `found`, by branch and in total."""
+    """Parameters and bytes of `weights`, GMACs and bit operations of `found`, by branch and in total."""
     from madtp.reporting.tables import number_table
 
     parts = [(name, weights.branches[name], cost) for name, cost in found.branches.items()]
@@ -155,12 +155,13 @@ def profile_table(found: Profile, weights: Profile) -> Table:
     rows = [
         (
             name,
-            *(f"{count:,}" for count in (held.params, held.nonzero_params)),
+            *(f"{count:,}" for count in (held.params, held.nonzero_params, held.weight_bytes)),
             *(f"{macs / 1e9:.4g}" for macs in (cost.dense_macs, cost.counted_macs, cost.executed_macs)),
+            f"{cost.bit_operations / 1e9:.4g}",
         )
         for name, held, cost in parts
     ]
-    return number_table(("", "parameters", "non-zero", "GMACs, dense", "counted", "executed"), [rows])
+    return number_table(("", "parameters", "non-zero", "bytes", "GMACs, dense", "counted", "executed", "GBOPs"), [rows])
 
 
 def _shapes(inputs: Mapping[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from madtp.choices import WEIGHT_DTYPES
 from madtp.hwp.folding import ACTIVATIONS, Epilogue, Folded, check_epilogues, find_foldings, known_epilogues, scale_of
 from madtp.hwp.modules import ModuleTree, Place, require_linears, shared_reason, write_unsupported_reason
 from madtp.hwp.packed_linear import PackedLinear
@@ -29,7 +30,6 @@ from madtp_kernels.quantized.weight import SCHEMES
 from madtp_kernels.renamed import renamed
 from madtp_kernels.sparse24.weight import DTYPES, supports_shape
 
-WEIGHT_DTYPES = (None, "int8")  # of `pack`
 SCALE = "weight_scale"  # where a Linear has the scales that its weight is to be rounded by
 
 
@@ -73,7 +73,7 @@ def pack(
             weight_scale is of another shape or device, or not positive and finite. After this and any other error the
             model is as it was.
     """
-    require(dtype in WEIGHT_DTYPES, "dtype", f"one of {', '.join(map(repr, WEIGHT_DTYPES))}", repr(dtype))
+    require(dtype is None or dtype in WEIGHT_DTYPES, "dtype", f"None or {' or '.join(WEIGHT_DTYPES)}", repr(dtype))
     tree = ModuleTree(model)
     if epilogues is None:
         epilogues = known_epilogues(model, tree)
