@@ -32,8 +32,8 @@ def markdown(report: dict, *, command: str, picture: str | None = None) -> str:
     text.append(
         "GMACs and tokens are per sample. Dense GMACs: all tokens, all weights. Counted: tokens as kept, 2:4 linears "
         "at half. Executed: half only where a sparse kernel ran. GBOPs: 10^9 bit operations, counted MACs times the "
-        "bits of both operands. Bytes of weights: as the model holds them in memory. Tokens are those after each layer, "
-        "merged ones included."
+        "bits of both operands. Bytes of weights: as the model holds them in memory. Tokens are those after each "
+        "layer, merged ones included."
     )
     text.append("## Time of each layer\n\n" + _markdown_table(("ms per sample", *COLUMNS[1:]), layer_times(report)))
     if picture:
