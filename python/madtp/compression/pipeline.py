@@ -205,16 +205,24 @@ def _pack_and_calibrate(
 ) -> tuple[list[str], float]:
     """Moves the temperatures until the model costs what it is to cost: MACs before it is packed, time after.
 
+    With int8 weights all Linears that could go N:M are packed, and MACs are counted after it: rounding moves what
+    decides which tokens stay.
+
     Returns:
         the Linears that were packed, and the share by which the target is missed.
     """
     student, task, device = trainer.model, trainer.task, trainer.args.device
+    dtype = trainer.config.weight_dtype
+    names = targets.chosen if dtype is None else targets.prunable
     if targets.latency_reduction is None:
         trainer.probe = sample_batches(task, calibration_data, TEMPERATURE_SAMPLES, device)
         dense_macs = profile_batches(student, trainer.probe).total.dense_macs
-        miss = trainer.calibrate((1 - targets.macs_reduction) * dense_macs)
-        return list(pack(student, targets.chosen)), miss
-    packed = list(pack(student, targets.chosen))
+        budget = (1 - targets.macs_reduction) * dense_macs
+        if dtype is None:
+            miss = trainer.calibrate(budget)
+            return list(pack(student, names)), miss
+        return list(pack(student, names, dtype=dtype)), trainer.calibrate(budget)
+    packed = list(pack(student, names, dtype=dtype))
     both = {"dense": copy.deepcopy(dense).to(device), "compressed": student}
     batch = sample_batches(task, calibration_data, TIMING_BATCH, device)[0]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HWP, hardware-aware weight pruning: scores of weights, N:M masks in one shot or grown in training, packed 2:4 layers.
+"""HWP, hardware-aware weight pruning: scores of weights, N:M masks in one shot or grown in training, packed layers.
 
 The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go is decided in `budgets`, and when in
 `training`.
@@ -8,10 +8,13 @@ The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go 
 from madtp.hwp.calibration import InputStatistics, collect_inputs
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
 from madtp.hwp.one_shot import OneShotReport, prune_one_shot
-from madtp.hwp.packing import Epilogue, Sparse24Linear, explain_linears, linear, pack, residual_linear, unpack
+from madtp.hwp.packed_linear import PackedLinear, linear, residual_linear
+from madtp.hwp.packing import Epilogue, explain_linears, pack, unpack
 from madtp.hwp.permutation import Permutation, fold_permutation, mlp_pairs, permute_mlps, search_permutation
 from madtp.hwp.pruner import WeightPruner, bake
+from madtp.hwp.quantized_linear import QuantizedLinear
 from madtp.hwp.scores import activation_score, reconstruct
+from madtp.hwp.sparse24_linear import Sparse24Linear
 from madtp_kernels.nm_patterns import Pattern, explain_pattern, is_pattern
 
 __all__ = [
@@ -19,8 +22,10 @@ __all__ = [
     "InputStatistics",
     "LinearSparsity",
     "OneShotReport",
+    "PackedLinear",
     "Pattern",
     "Permutation",
+    "QuantizedLinear",
     "Sparse24Linear",
     "SparseModules",
     "WeightPruner",

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from madtp.dtp.branch import Branch
-from madtp.hwp.packing import Sparse24Linear, explain_linears
+from madtp.hwp.packed_linear import PackedLinear
+from madtp.hwp.packing import explain_linears
 from madtp.models.encoder import Encoder
 from madtp.models.tower import RaggedTower
 from madtp_kernels import AttentionStats, Selection, explain
@@ -80,9 +81,9 @@ def _linears(block: nn.Module, prefix: str, verdicts: dict[str, str]) -> Iterato
     """(part, runs, why) of every Linear of a block."""
     for name, module in block.named_modules():
         verdict = verdicts.get(f"{prefix}.{name}")
-        if isinstance(module, Sparse24Linear):
+        if isinstance(module, PackedLinear):
             choice = module.choice
-            yield name, " + ".join((f"2:4 on {choice.backend}", *module.fused)), choice.reason
+            yield name, " + ".join((f"{module.form} on {choice.backend}", *module.fused)), choice.reason
         elif verdict is not None:
             yield name, "dense", verdict.removeprefix("dense: ").removeprefix("dense, ")
 
