@@ -6,6 +6,8 @@ The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go 
 """
 
 from madtp.hwp.calibration import InputStatistics, collect_inputs
+from madtp.hwp.int8_grid import GridWeight
+from madtp.hwp.int8_rounding import reconstruct_int8, round_to_int8
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
 from madtp.hwp.one_shot import OneShotReport, prune_one_shot
 from madtp.hwp.packing import Epilogue, Sparse24Linear, explain_linears, linear, pack, residual_linear, unpack
@@ -16,6 +18,7 @@ from madtp_kernels.nm_patterns import Pattern, explain_pattern, is_pattern
 
 __all__ = [
     "Epilogue",
+    "GridWeight",
     "InputStatistics",
     "LinearSparsity",
     "OneShotReport",
@@ -38,7 +41,9 @@ __all__ = [
     "permute_mlps",
     "prune_one_shot",
     "reconstruct",
+    "reconstruct_int8",
     "residual_linear",
+    "round_to_int8",
     "search_permutation",
     "select_modules",
     "sparsity",
