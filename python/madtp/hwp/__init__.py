@@ -8,12 +8,14 @@ The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go 
 from madtp.hwp.calibration import InputStatistics, collect_inputs
 from madtp.hwp.int8_grid import GridWeight
 from madtp.hwp.int8_rounding import reconstruct_int8, round_to_int8
+from madtp.hwp.int8_sensitivity import select_int8, sensitivity_int8
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
 from madtp.hwp.one_shot import OneShotReport, prune_one_shot
 from madtp.hwp.packing import Epilogue, Sparse24Linear, explain_linears, linear, pack, residual_linear, unpack
 from madtp.hwp.permutation import Permutation, fold_permutation, mlp_pairs, permute_mlps, search_permutation
 from madtp.hwp.pruner import WeightPruner, bake
 from madtp.hwp.scores import activation_score, reconstruct
+from madtp.hwp.smoothing import NormReaders, Smoothing, smooth
 from madtp_kernels.nm_patterns import Pattern, explain_pattern, is_pattern
 
 __all__ = [
@@ -21,9 +23,11 @@ __all__ = [
     "GridWeight",
     "InputStatistics",
     "LinearSparsity",
+    "NormReaders",
     "OneShotReport",
     "Pattern",
     "Permutation",
+    "Smoothing",
     "Sparse24Linear",
     "SparseModules",
     "WeightPruner",
@@ -45,7 +49,10 @@ __all__ = [
     "residual_linear",
     "round_to_int8",
     "search_permutation",
+    "select_int8",
     "select_modules",
+    "sensitivity_int8",
+    "smooth",
     "sparsity",
     "unpack",
 ]
