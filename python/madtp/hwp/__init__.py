@@ -6,6 +6,7 @@ The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go 
 """
 
 from madtp.hwp.calibration import InputStatistics, collect_inputs
+from madtp.hwp.fake_quantization import FakeQuantizer
 from madtp.hwp.int8_grid import GridWeight
 from madtp.hwp.int8_rounding import reconstruct_int8, round_to_int8
 from madtp.hwp.int8_sensitivity import select_int8, sensitivity_int8
@@ -20,6 +21,7 @@ from madtp_kernels.nm_patterns import Pattern, explain_pattern, is_pattern
 
 __all__ = [
     "Epilogue",
+    "FakeQuantizer",
     "GridWeight",
     "InputStatistics",
     "LinearSparsity",
