@@ -175,29 +175,38 @@ def data():
 FC2 = "vision_model.encoder.layers.0.mlp.fc2"
 
 
-def quantizing(folder, data, share=0.375, **options):
-    trainer = make_trainer(folder, data, 8, **options)
+def quantizing(folder, data, steps=2, share=0.5, **options):
+    trainer = make_trainer(folder, data, steps, **options)
     trainer.fake_quantize([FC1, FC2], share)  # masked, and not
     return trainer
 
 
 def test_a_resumed_training_rounds_where_it_would_have(tmp_path, data):
-    whole = quantizing(tmp_path / "whole", data)
+    whole = quantizing(tmp_path, data, save_steps=1)
     whole.train()
-    assert whole.fake_quantizer.first_step == 5 and whole.fake_quantizer.active
-    stopped = quantizing(tmp_path / "stopped", data)
-    stopped.add_callback(Interrupt())  # in step 6
+    assert whole.fake_quantizer.first_step == 1 and whole.fake_quantizer.active
+    resumed = quantizing(tmp_path, data, save_steps=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-1"))
+    assert same_bits(resumed.model, whole.model)
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_rounds_where_it_would_have(tmp_path, data):
+    whole = quantizing(tmp_path / "whole", data, 8, 0.375)
+    whole.train()
+    stopped = quantizing(tmp_path / "stopped", data, 8, 0.375)
+    stopped.add_callback(Interrupt())  # in step 6, of which 5 is the first to be rounded
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
-    resumed = quantizing(tmp_path / "stopped", data)
+    resumed = quantizing(tmp_path / "stopped", data, 8, 0.375)
     resumed.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "stopped" / "checkpoints")))
     assert same_bits(resumed.model, whole.model)
-    again = quantizing(tmp_path / "whole", data)
-    again.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "whole" / "checkpoints")))
-    assert again.fake_quantizer.active and again.state.global_step == 8
-    assert again.guarded_loss() == whole.guarded_loss()
+    finished = quantizing(tmp_path / "whole", data, 8, 0.375)
+    finished.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "whole" / "checkpoints")))
+    assert finished.fake_quantizer.active and finished.state.global_step == 8
+    assert finished.guarded_loss() == whole.guarded_loss()
     whole.fake_quantizer.stop()
-    assert again.guarded_loss() != whole.guarded_loss()
+    assert finished.guarded_loss() != whole.guarded_loss()
 
 
 def test_off_is_as_without(tmp_path, data):

@@ -193,8 +193,10 @@ def _train(trainer: MadtpTrainer, checkpoints: Path, resume: bool, progress: Pro
 
 
 def _finish_training(trainer: MadtpTrainer) -> float:
-    """Bakes the masks in and leaves no autocast; returns the share of the magnitude that the masks keep."""
+    """Bakes the masks in, ends autocast and fake quantisation; returns the share of the magnitude that masks keep."""
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if trainer.fake_quantizer is not None:
+        trainer.fake_quantizer.stop()
     magnitude_kept = trainer.pruner.finalize()
     trainer.handle.collect_alignment(False)
     return magnitude_kept
