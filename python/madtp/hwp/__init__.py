@@ -6,6 +6,10 @@ The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go 
 """
 
 from madtp.hwp.calibration import InputStatistics, collect_inputs
+from madtp.hwp.fake_quantization import FakeQuantizer
+from madtp.hwp.int8_grid import GridWeight
+from madtp.hwp.int8_rounding import reconstruct_int8, round_to_int8
+from madtp.hwp.int8_sensitivity import select_int8, sensitivity_int8
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
 from madtp.hwp.one_shot import OneShotReport, prune_one_shot
 from madtp.hwp.packed_linear import PackedLinear, linear, residual_linear
@@ -14,18 +18,23 @@ from madtp.hwp.permutation import Permutation, fold_permutation, mlp_pairs, perm
 from madtp.hwp.pruner import WeightPruner, bake
 from madtp.hwp.quantized_linear import QuantizedLinear
 from madtp.hwp.scores import activation_score, reconstruct
+from madtp.hwp.smoothing import NormReaders, Smoothing, smooth
 from madtp.hwp.sparse24_linear import Sparse24Linear
 from madtp_kernels.nm_patterns import Pattern, explain_pattern, is_pattern
 
 __all__ = [
     "Epilogue",
+    "FakeQuantizer",
+    "GridWeight",
     "InputStatistics",
     "LinearSparsity",
+    "NormReaders",
     "OneShotReport",
     "PackedLinear",
     "Pattern",
     "Permutation",
     "QuantizedLinear",
+    "Smoothing",
     "Sparse24Linear",
     "SparseModules",
     "WeightPruner",
@@ -43,9 +52,14 @@ __all__ = [
     "permute_mlps",
     "prune_one_shot",
     "reconstruct",
+    "reconstruct_int8",
     "residual_linear",
+    "round_to_int8",
     "search_permutation",
+    "select_int8",
     "select_modules",
+    "sensitivity_int8",
+    "smooth",
     "sparsity",
     "unpack",
 ]

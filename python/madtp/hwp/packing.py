@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from madtp.choices import WEIGHT_DTYPES
 from madtp.hwp.folding import ACTIVATIONS, Epilogue, Folded, check_epilogues, find_foldings, known_epilogues, scale_of
+from madtp.hwp.int8_grid import SCALE
 from madtp.hwp.modules import ModuleTree, Place, require_linears, shared_reason, write_unsupported_reason
 from madtp.hwp.packed_linear import PackedLinear
 from madtp.hwp.quantized_linear import QuantizedLinear
@@ -29,8 +30,6 @@ from madtp_kernels.ops.quantized import MAX_IN_FEATURES
 from madtp_kernels.quantized.weight import SCHEMES
 from madtp_kernels.renamed import renamed
 from madtp_kernels.sparse24.weight import DTYPES, supports_shape
-
-SCALE = "weight_scale"  # where a Linear has the scales that its weight is to be rounded by
 
 
 @renamed(followers="epilogues")
