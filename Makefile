@@ -39,7 +39,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-asan test-tsan test-slow coverage-cuda test-package bench gpu lint types format build clean
+.PHONY: demo test test-asan test-tsan test-emulated test-slow coverage-cuda test-package bench gpu lint types format build clean
 
 demo: build
 	$(MADTP) demo
@@ -71,6 +71,14 @@ test-tsan: $(READY)
 	  -DMADTP_HAS_AVX512=OFF -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON
 	cmake --build build/tsan --target cpu_tests
 	TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" ctest --test-dir build/tsan --output-on-failure -R '^[a-z0-9_]*_test\.'
+
+# The tests of AVX-512 on an emulated CPU that has it; with VNNI or bfloat16 only those of the op that uses it. What the
+# emulated CPU lacks is skipped.
+test-emulated: $(READY)
+	cmake -S . -B build/emulated -G Ninja -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON -DMADTP_CUDA=OFF \
+	  -DMADTP_BUILD_TESTS=ON -DMADTP_TEST_LAUNCHER=$(CURDIR)/csrc/tests/emulated/run.sh
+	cmake --build build/emulated --target cpu_tests
+	ctest --test-dir build/emulated --output-on-failure -j $(strip $(WORKERS)) -R '_test\.avx512$$|quantized_.*\.avx512_vnni|sparse24_.*\.avx512_bf16'
 
 coverage-cuda: $(READY)
 	cmake -S . -B build/coverage -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 --coverage" -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON
