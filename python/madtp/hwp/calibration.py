@@ -60,6 +60,20 @@ class InputStatistics:
         self.row_amax_squares = None
 
 
+def known_inputs(name: str, statistics: Mapping[str, InputStatistics], *, gram: bool) -> InputStatistics:
+    """What is known of the inputs of a module.
+
+    Raises:
+        ValueError: nothing is, or gram is asked for and was not collected.
+    """
+    if name not in statistics or not statistics[name].weight_sum > 0:
+        raise ValueError(f"statistics must hold inputs of every module, got none of {name!r}")
+    known = statistics[name]
+    if gram and known.gram is None:
+        raise ValueError(f"gram must be finite, got None for {name!r}: collect inputs with gram=True")
+    return known
+
+
 @contextmanager
 def collect_inputs(
     model: nn.Module, modules: Iterable[str], *, gram: bool = False, token_weighted: bool = False

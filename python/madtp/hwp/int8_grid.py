@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp_kernels.checks import require
-from madtp_kernels.reference.quantized import MAX_INT8, MIN_AMAX
+from madtp_kernels.reference.quantized import nearest, row_scale
 
 SCALE = "weight_scale"  # float32 (N,), on a Linear; no part of its state dict
 
@@ -36,18 +36,6 @@ class GridWeight(NamedTuple):
         name = str(dtype).removeprefix("torch.")
         require(torch.equal(found, self.integers.to(found.dtype)), "dtype", "one that holds integers * scale", name)
         return dense
-
-
-def row_scale(weight: Tensor) -> Tensor:
-    """weight (N, C) -> (N,) float32: the largest magnitude of each row / 127, and 1 for a row of zeros."""
-    amax = weight.detach().abs().amax(1).float()
-    return torch.where(amax >= MIN_AMAX, amax / MAX_INT8, 1.0)
-
-
-def nearest(weight: Tensor, scale: Tensor) -> Tensor:
-    """The integers of weight / scale, half to even, in float32 or what is wider; a NaN stays one."""
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return (wide / scale.to(wide.dtype)).round().clamp(-MAX_INT8, MAX_INT8) + 0.0  # -0.0 + 0.0 is 0.0
 
 
 def rounded(weight: Tensor) -> Tensor:

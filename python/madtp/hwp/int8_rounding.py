@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from madtp.hwp.int8_grid import GridWeight, nearest, row_scale
+from madtp.hwp.int8_grid import GridWeight
 from madtp.hwp.sweep import checked_gram, inverse_factor, sweep
 from madtp_kernels import Pattern, nm_mask
 from madtp_kernels.checks import require
+from madtp_kernels.reference.quantized import nearest, row_scale
 
 SHRINKS = (1.0, 0.95, 0.9, 0.8, 0.7)  # parts of the scale of the largest magnitude that are tried for every row
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
-from madtp.hwp.calibration import InputStatistics
-from madtp.hwp.int8_grid import SCALE, nearest, row_scale
+from madtp.hwp.calibration import InputStatistics, known_inputs
+from madtp.hwp.int8_grid import SCALE
 from madtp.hwp.modules import ModuleTree, require_linears
 from madtp_kernels.checks import require
-from madtp_kernels.reference.quantized import MAX_INT8
+from madtp_kernels.reference.quantized import MAX_INT8, nearest, row_scale
 
 ROUNDING_VARIANCE = 1 / 12  # of a value rounded to a whole number, in squared steps
 
@@ -35,7 +36,7 @@ def sensitivity_int8(model: nn.Module, statistics: Mapping[str, InputStatistics]
             not finite, or are those of inputs before smoothing.
     """
     found = require_linears("statistics", statistics, ModuleTree(model))
-    return {name: _error(name, module.weight.detach(), module, statistics[name]) for name, module in found.items()}
+    return {name: _error(name, module, statistics) for name, module in found.items()}
 
 
 def select_int8(errors: Mapping[str, float], *, keep_float: float = 0.0, max_error: float = math.inf) -> list[str]:
@@ -61,14 +62,12 @@ def select_int8(errors: Mapping[str, float], *, keep_float: float = 0.0, max_err
     return [name for name, error in errors.items() if name not in worst and error <= max_error]
 
 
-def _error(name: str, weight: Tensor, module: nn.Module, known: InputStatistics) -> float:
-    gram, rows = known.gram, known.row_amax_squares
-    if not known.weight_sum > 0:
-        raise ValueError(f"statistics must hold inputs of every module, got none of {name!r}")
-    if gram is None:
-        raise ValueError(f"gram must be finite, got None for {name!r}: collect inputs with gram=True")
+def _error(name: str, module: nn.Linear, statistics: Mapping[str, InputStatistics]) -> float:
+    known = known_inputs(name, statistics, gram=True)
+    gram, rows = cast(Tensor, known.gram), known.row_amax_squares
     if rows is None:
         raise ValueError(f"statistics must be of the inputs as they are, got those before smoothing for {name!r}")
+    weight = module.weight.detach()
     size = weight.shape[1]
     shape_fits = gram.shape == (size, size)
     require(shape_fits, f"gram of {name!r}", f"of shape {(size, size)}", gram)

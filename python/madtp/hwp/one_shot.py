@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from madtp.hwp.calibration import InputStatistics
+from madtp.hwp.calibration import InputStatistics, known_inputs
 from madtp.hwp.int8_grid import grid_unsupported_reason, set_scale
 from madtp.hwp.int8_rounding import reconstruct_int8, round_to_int8
 from madtp.hwp.modules import linears, write_parameters
@@ -81,12 +81,8 @@ def prune_one_shot(
 
 
 def _known(name: str, statistics: Mapping[str, InputStatistics], *, gram: bool) -> InputStatistics:
-    """What is known of the inputs of a module; raises ValueError where that is nothing."""
-    if name not in statistics or not statistics[name].weight_sum > 0:
-        raise ValueError(f"statistics must hold inputs of every module, got none of {name!r}")
-    known = statistics[name]
-    if gram and known.gram is None:
-        raise ValueError(f"gram must be finite, got None for {name!r}: collect inputs with gram=True")
+    """`known_inputs`, whose Gram matrix is finite where it is asked for."""
+    known = known_inputs(name, statistics, gram=gram)
     if gram and not known.gram.isfinite().all():  # type: ignore[union-attr]  # None was refused
         raise ValueError(f"gram must be finite, got a NaN or an infinity for {name!r}")
     return known

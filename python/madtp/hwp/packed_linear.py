@@ -131,6 +131,22 @@ class PackedLinear(nn.Module):
         """
         raise NotImplementedError
 
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raises ValueError where a state has parts of the weight that no kernel may read."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        try:
+            self._check_state(state_dict, prefix)
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def finish(self, y: Tensor) -> Tensor:
         """The activation and the scale, of what `forward` returns without its epilogue."""
         y = y if self.activation is None else REFERENCES[self.activation](y)

@@ -81,17 +81,8 @@ class QuantizedLinear(PackedLinear):
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        try:
-            _check_parts({name: state_dict.get(prefix + name) for name in DTYPES}, self.quantized_weight, prefix)
-        except ValueError as error:
-            error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        _check_parts({name: state_dict.get(prefix + name) for name in DTYPES}, self.quantized_weight, prefix)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}"

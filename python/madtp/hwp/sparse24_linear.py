@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -60,19 +62,11 @@ class Sparse24Linear(PackedLinear):
     def check_weight(self, prefix: str = "") -> None:
         self.sparse_weight.check_indices(f"{prefix}indices")
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
         for old, new in PACKED_NAMES.items():
             if prefix + old in state_dict and prefix + new not in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
-        values, indices = (state_dict.get(prefix + name) for name in ("weight", "indices"))
+        values: Any = state_dict.get(prefix + "weight")
+        indices = state_dict.get(prefix + "indices")
         if isinstance(indices, Tensor) and not indices.is_meta and getattr(values, "shape", None) == self.weight.shape:
-            try:
-                Sparse24Weight(values, indices).check_indices(f"{prefix}indices")
-            except ValueError as error:
-                error_msgs.append(str(error))
-                return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+            Sparse24Weight(values, indices).check_indices(f"{prefix}indices")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from madtp.hwp.int8_grid import nearest
 from madtp_kernels import Pattern, nm_mask
 from madtp_kernels.checks import require
+from madtp_kernels.reference.quantized import nearest
 
 BLOCK = 128  # columns corrected together before the rest of the row hears of it
 

@@ -4,24 +4,14 @@ import functools
 import torch
 
 import madtp_kernels as mk
+from op_examples import sparse24_linear
 from op_examples.common import random64, weight24
 
 
 def arguments(sizes):
-    (out_features, in_features), weight = sizes.features, mk.quantize(weight24(sizes))
-    return {
-        "x": torch.rand(sizes.rows, in_features),
-        "values": weight.values,
-        "indices": weight.indices,
-        "weight_scale": weight.scale,
-        "layout": None,
-        "bias": torch.rand(out_features),
-        "activation": "gelu",
-        "residual": torch.rand(sizes.rows, out_features),
-        "scale": torch.rand(out_features),
-        "num_rows": torch.tensor(sizes.rows - 1, dtype=torch.int32),
-        "backend": "cpu",
-    }
+    of_weight, weight = ("values_t", "indices_t", "layout_t"), mk.quantize(weight24(sizes))
+    shared = {name: value for name, value in sparse24_linear.arguments(sizes).items() if name not in of_weight}
+    return {**shared, "values": weight.values, "indices": weight.indices, "weight_scale": weight.scale}
 
 
 @functools.cache
