@@ -196,7 +196,7 @@ def _nearest(name: str, modules: Iterable[nn.Module], tree: ModuleTree) -> str |
 
 Weight = Sparse24Weight | QuantizedWeight
 
-_OF_LINEAR = own_names(nn.Linear(0, 0, device="meta"))  # which draws no random numbers
+_OF_LINEAR = own_names(nn.Linear(1, 1, device="meta"))  # which draws no random numbers
 
 
 def _new_weight(name: str, module: nn.Module, tree: ModuleTree, dtype: str | None, dense: bool) -> Weight | None:
