@@ -13,7 +13,8 @@ from families import CASES, CONFIG
 
 import madtp
 from madtp import hwp
-from madtp.hwp.packing import epilogues_of
+from madtp.files import file_sha256
+from madtp.hwp.packing import epilogues_of, schemes_of
 from madtp.models import BlipForNLVR
 from madtp.patching.quantizer import MadtpQuantizationConfig
 
@@ -193,14 +194,21 @@ def test_damaged_settings_are_refused(change, message, folder, tmp_path):
 
 WITHOUT = """
 import sys, torch, transformers as hf
-packed, bfloat16, patched = sys.argv[1:]
-for folder in (packed, bfloat16):
-    for kind in (hf.ViTModel, hf.AutoModelForImageClassification):
-        for options in ({}, {"dtype": "float16"}):
+sparse, int8, clip, shapes, patched = sys.argv[1:]
+VIT = hf.ViTModel, hf.AutoModelForImageClassification
+CLIP = hf.AutoModel, hf.CLIPModel, hf.CLIPVisionModel, hf.CLIPTextModelWithProjection
+for folder, kinds, error, part in (
+    (sparse, VIT, ValueError, "`import madtp` and load ViTForImageClassification"),
+    (int8, VIT, ValueError, "`import madtp` and load ViTForImageClassification"),
+    (clip, CLIP, ValueError, "`import madtp` and load CLIPModel"),
+    (shapes, VIT, RuntimeError, "ignore_mismatched_sizes"),
+):
+    for kind in kinds:
+        for options in ({}, {"dtype": "float16", "ignore_mismatched_sizes": error is ValueError}):
             try:
                 kind.from_pretrained(folder, **options)
-            except RuntimeError as error:
-                assert "ignore_mismatched_sizes" in str(error), error
+            except error as refused:
+                assert part in str(refused), refused
             else:
                 sys.exit(f"{kind.__name__} loaded {folder} with {options}")
 assert "madtp" not in sys.modules
@@ -208,14 +216,50 @@ torch.save(hf.AutoModel.from_pretrained(patched).state_dict(), patched + "/state
 """
 
 
+def in_int8(name):
+    model = compressed(name, packed=False)
+    hwp.pack(model, hwp.select_modules(model, "2:4", exclude=("madtp_guide",)).selected, dtype="int8")
+    assert set(schemes_of(model).values()) == {"int8"}  # whose weights have the shapes of plain ones
+    return model
+
+
+def without_note(folder):
+    """As directories were before config.json named no file of weights."""
+    config = json.loads((folder / "config.json").read_text())
+    assert "`import madtp`" in config.pop("transformers_weights")
+    (folder / "config.json").write_text(json.dumps(config))
+    state = json.loads((folder / "madtp.json").read_text())
+    state["sha256"]["config.json"] = file_sha256(folder / "config.json")
+    (folder / "madtp.json").write_text(json.dumps(state))
+
+
 def test_without_madtp_packed_weights_are_not_taken_for_others(tmp_path):
     model = compressed("ViTForImageClassification")
-    model.save_pretrained(tmp_path / "packed")
-    model.bfloat16().save_pretrained(tmp_path / "bfloat16")
+    model.save_pretrained(tmp_path / "sparse")
+    model.save_pretrained(tmp_path / "shapes")
+    without_note(tmp_path / "shapes")
+    in_int8("ViTForImageClassification").save_pretrained(tmp_path / "int8")
+    in_int8("CLIPModel").save_pretrained(tmp_path / "clip")
     patched = compressed("ViTModel", packed=False)
     patched.save_pretrained(tmp_path / "patched")
-    arguments = [str(tmp_path / name) for name in ("packed", "bfloat16", "patched")]
+    arguments = [str(tmp_path / name) for name in ("sparse", "int8", "clip", "shapes", "patched")]
     done = subprocess.run([sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     state, weights = torch.load(tmp_path / "patched" / "state.pt"), patched.state_dict()
     assert state and all(torch.equal(value, weights[name]) for name, value in state.items())
+
+
+def test_with_madtp_nothing_is_left_of_what_the_others_are_told(tmp_path):
+    model = in_int8("CLIPModel")
+    model.save_pretrained(tmp_path / "now")
+    model.save_pretrained(tmp_path / "before")
+    without_note(tmp_path / "before")
+    for load, folder in ((madtp, "now"), (hf.AutoModel, "before"), (hf.CLIPModel, "now")):
+        loaded = load.from_pretrained(tmp_path / folder)
+        assert all(map(torch.equal, outputs("CLIPModel", loaded), outputs("CLIPModel", model)))
+        assert "transformers_weights" not in json.dumps(loaded.config.to_dict())
+    with pytest.raises(ValueError, match="`import madtp` and load CLIPModel"):  # a tower is not a model of madtp
+        hf.CLIPVisionModel.from_pretrained(tmp_path / "now")
+    hwp.unpack(loaded)
+    loaded.save_pretrained(tmp_path / "now")  # nothing is packed any more, and anybody may read it
+    assert "transformers_weights" not in (tmp_path / "now" / "config.json").read_text()

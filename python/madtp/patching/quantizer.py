@@ -16,7 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from madtp.patching.names import QUANT_METHOD
+from madtp.patching.names import QUANT_METHOD, WEIGHTS_FIELD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +47,18 @@ class MadtpQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         check_device_map(device_map)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Forgets the note in place of a file of weights, which is for who has no madtp.
+
+        Not about attention: it is what sees the config before the weights are looked for.
+        """
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if part is not None:
+                vars(part).pop(WEIGHTS_FIELD, None)
+        return config
+
+    update_tp_plan = update_attn_implementation  # what sees it in transformers 5.17
 
     def update_device_map(self, device_map: Any) -> Any:
         if isinstance(device_map, str) and device_map in SPLITS:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from madtp.dtp.settings import EXTRA_STATE
 from madtp.hwp.packing import epilogues_of, schemes_of
-from madtp.patching.names import CONFIG_FILE, STATE_FILE
+from madtp.patching.names import CONFIG_FILE, STATE_FILE, WEIGHTS_FIELD
 from madtp.patching.state import ModelError, Packed, Settings, read_checksums, write_checksums
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def save(
             write(folder, is_main_process, state_dict, **options)
         finally:
             del model.config.quantization_config
+        if packed:
+            _refuse_without_madtp(Path(folder) / CONFIG_FILE, model.config.sub_configs)
         _move(Path(folder), directory, options.get("variant"))
 
 
@@ -113,6 +116,25 @@ def _complete(handle: Handle, state_dict: Mapping[str, Tensor]) -> dict[str, Ten
     if wrong:
         raise ValueError(f"state_dict must be one of the model, {len(wrong)} keys are not (first: {wrong[0]})")
     return complete
+
+
+def _refuse_without_madtp(path: Path, parts: Iterable[str]) -> None:
+    """Makes transformers raise where madtp is not imported, before it looks for weights.
+
+    Of a method that it does not know it only warns, and the weight of an int8 layer may have the shape of a Linear's.
+    So config.json names no file of weights but says what to do, which is part of the error; `quantizer` looks past it.
+    The configs inside get it too, by which a tower would be loaded alone.
+
+    Args:
+        path: of config.json; it is written here since a config drops the field when it is saved.
+        parts: names of the configs inside.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = ", ".join(config.get("architectures") or ())
+    for values in (config, *(config.get(part) for part in parts)):
+        if isinstance(values, dict):
+            values[WEIGHTS_FIELD] = f"layers packed by madtp, `import madtp` and load {name or 'the whole model'}"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _move(folder: Path, directory: Path, variant: str | None) -> None:
