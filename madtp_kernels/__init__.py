@@ -14,6 +14,7 @@ from madtp_kernels.ops.quantized import quantized_linear
 from madtp_kernels.ops.sparse24 import sparse24_linear
 from madtp_kernels.ops.sparse24_prune import sparse24_prune
 from madtp_kernels.ops.tokens import Selection, gather_merge, gather_merge_layernorm, select_tokens, token_importance
+from madtp_kernels.quantized.files import load_quantized, save_quantized
 from madtp_kernels.quantized.weight import QuantizedWeight, quantize
 from madtp_kernels.sparse24.files import load_sparse24, save_sparse24
 from madtp_kernels.sparse24.weight import Sparse24Weight, sparse24_compress
@@ -30,11 +31,13 @@ __all__ = [
     "explain_pattern",
     "gather_merge",
     "gather_merge_layernorm",
+    "load_quantized",
     "load_sparse24",
     "nm_mask",
     "prune_tokens",
     "quantize",
     "quantized_linear",
+    "save_quantized",
     "save_sparse24",
     "score_and_select",
     "select_tokens",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in integers: their stored form, which no hardware owns, and how a weight is rounded to it.
+"""Weights in integers.
 
-Not here: the public op (`madtp_kernels.ops.quantized`), its meaning (`reference.quantized`), our kernels
-(`native.quantized`), and files, which `sparse24.files` writes for all kinds of weights.
+`weight` is their form that no hardware owns, and how a weight is rounded to it; `files` keeps it on disk.
+
+Not here: the public op (`madtp_kernels.ops.quantized`), its meaning (`reference.quantized`) and our kernels
+(`native.quantized`).
 """

@@ -7,13 +7,14 @@ import pickle
 import pytest
 import torch
 from linear_blocks import Block, saved_and_loaded
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from madtp import hwp
 from madtp.hwp import Epilogue, QuantizedLinear, Sparse24Linear
 from madtp.hwp.packing import replace_linear
-from madtp_kernels import quantize
+from madtp_kernels import quantize, save_quantized
 
 BOTH = ["fc1", "fc2"]
 
@@ -264,3 +265,12 @@ def test_what_is_exported_is_the_layer():
     made, x = packed_block(), torch.randn(4, 32)
     exported = torch.export.export(made, (x,)).module()
     assert torch.equal(exported(x), made(x))
+
+
+def test_a_file_of_int8_weights_is_the_state_of_its_layers(tmp_path):
+    made, other, x = packed_block(), packed_block(), torch.randn(4, 32)
+    layers = {name: made.get_submodule(name) for name in BOTH}
+    weights = {name: layer.quantized_weight for name, layer in layers.items()}
+    save_quantized(tmp_path / "w.safetensors", weights | {f"{name}.bias": layer.bias for name, layer in layers.items()})
+    other.load_state_dict(load_file(tmp_path / "w.safetensors"))
+    assert torch.equal(other(x), made(x))

@@ -4,5 +4,5 @@
 CONFIG_FILE, STATE_FILE = "config.json", "madtp.json"
 QUANT_METHOD = "madtp"  # of `quantization_config` in config.json, by which transformers finds who loads it
 
-# A field of config.json that names the file of weights, by which transformers refuses what it cannot read without madtp.
+# The field of config.json for the name of the weights, by which transformers refuses what it cannot read without madtp.
 WEIGHTS_FIELD = "transformers_weights"

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""int8 weights on disk, in a file of `weight_files`.
+
+A `QuantizedWeight` "name" is the tensors "name.weight", "name.weight_scale" and, where it is 2:4,
+"name.weight_indices": values, scale and indices of the class, under the names that the layers of `madtp.hwp` have for
+them. Any other tensor is itself. "quantized" in the metadata is a JSON object, name -> scheme.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from madtp_kernels import weight_files
+from madtp_kernels.checks import require
+from madtp_kernels.quantized.weight import SCHEMES, QuantizedWeight
+
+KIND, VERSION = "quantized", "1"
+VALUES, SCALE, INDICES = "weight", "weight_scale", "weight_indices"
+
+
+def save_quantized(path: str | os.PathLike[str], weights: Mapping[str, QuantizedWeight | Tensor]) -> None:
+    """Writes int8 weights and other tensors to one file, whole or not at all.
+
+    Of the bytes that a weight takes in float32, an int8 one takes a quarter, an int8 2:4 one 0.16. Tensors that share
+    memory are written each.
+
+    Raises:
+        ValueError: a value is neither, an int8 weight breaks a rule of `QuantizedWeight.check_values`, or two names
+            collide.
+        OSError: the file cannot be written. ImportError: safetensors is not installed.
+    """
+    tensors = weight_files.join(_parts(weights))
+    schemes = {name: weight.scheme for name, weight in weights.items() if isinstance(weight, QuantizedWeight)}
+    weight_files.write(path, KIND, VERSION, schemes, tensors)
+
+
+def load_quantized(path: str | os.PathLike[str]) -> dict[str, QuantizedWeight | Tensor]:
+    """Reads what `save_quantized` wrote, onto the CPU.
+
+    Raises:
+        OSError: the file cannot be opened. ImportError: safetensors is not installed.
+        ValueError: it is cut short, changed, of another format or version, or the tensors of a weight are not of its
+            scheme, of dtypes and shapes that fit, with values from -127 to 127, scales positive and finite, and indices
+            that ascend.
+    """
+    schemes, tensors = weight_files.read(path, KIND, VERSION)
+    ok = isinstance(schemes, dict) and all(scheme in SCHEMES for scheme in schemes.values())
+    require(ok, "path", f"a file of weights that are {' or '.join(SCHEMES)}", f"{os.fspath(path)} with {schemes}")
+    weights = {name: _weight(f"{os.fspath(path)}: {name}", name, scheme, tensors) for name, scheme in schemes.items()}
+    return weights | tensors
+
+
+def _parts(weights: Mapping[str, QuantizedWeight | Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in weights.items():
+        if isinstance(weight, QuantizedWeight):
+            weight.check_values(f"weights[{name!r}]")
+            yield f"{name}.{VALUES}", weight.values
+            yield f"{name}.{SCALE}", weight.scale
+            if weight.indices is not None:
+                yield f"{name}.{INDICES}", weight.indices
+        else:
+            require(isinstance(weight, Tensor), f"weights[{name!r}]", "a QuantizedWeight or a tensor", weight)
+            yield name, weight
+
+
+def _weight(where: str, name: str, scheme: str, tensors: dict[str, Tensor]) -> QuantizedWeight:
+    """Takes the parts of a weight out of the tensors. Raises ValueError for such as make none of this scheme."""
+    parts: dict[str, Any] = {part: tensors.pop(f"{name}.{part}", None) for part in (VALUES, SCALE, INDICES)}
+    given = [part for part, tensor in parts.items() if tensor is not None]
+    expected = [VALUES, SCALE, INDICES] if scheme == "int8_24" else [VALUES, SCALE]
+    require(given == expected, where, f"{scheme}, {', '.join(expected)}", ", ".join(given) or "nothing")
+    try:
+        weight = QuantizedWeight(*parts.values())
+        weight.check_values()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return weight

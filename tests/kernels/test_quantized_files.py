@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""int8 weights on disk: what comes back, the names in the file, and which files are refused."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sparse24_cases import dense24
+
+from madtp_kernels import (
+    QuantizedWeight,
+    load_quantized,
+    load_sparse24,
+    quantize,
+    save_quantized,
+    save_sparse24,
+    sparse24_compress,
+    weight_files,
+)
+from madtp_kernels.quantized import files
+
+
+def mixed():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "fc1": quantize(dense24(16, 32)),
+        "fc2": quantize(torch.randn(5, 7, generator=generator), "int8"),
+        "fc1.bias": torch.arange(16.0),
+        "none": torch.empty(0, 4),
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_quantized(tmp_path / "w.safetensors", mixed())
+    return tmp_path / "w.safetensors"
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        if isinstance(weight, QuantizedWeight):
+            assert found[name].scheme == weight.scheme
+            assert all(map(torch.equal, found[name]._parts(), weight._parts()))
+        else:
+            assert found[name].dtype == weight.dtype and torch.equal(found[name], weight)
+    return True
+
+
+def test_round_trip_and_names(saved):
+    assert same(load_quantized(saved), mixed())
+    assert [path.name for path in saved.parent.iterdir()] == ["w.safetensors"]
+    stored = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in load_file(saved).items()}
+    assert stored == {
+        "fc1.weight": (torch.int8, (16, 16)),
+        "fc1.weight_indices": (torch.uint8, (16, 4)),
+        "fc1.weight_scale": (torch.float32, (16,)),
+        "fc2.weight": (torch.int8, (5, 7)),
+        "fc2.weight_scale": (torch.float32, (5,)),
+        "fc1.bias": (torch.float32, (16,)),
+        "none": (torch.float32, (0, 4)),
+    }
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["format"], metadata["version"]) == ("madtp-quantized", "1")
+    assert json.loads(metadata["quantized"]) == {"fc1": "int8_24", "fc2": "int8"}
+
+
+def test_size_on_disk(tmp_path):
+    dense = dense24(256, 512)
+    for scheme, share in (("int8", 0.25), ("int8_24", 0.16)):
+        save_quantized(tmp_path / scheme, {"weight": quantize(dense, scheme)})
+        assert (tmp_path / scheme).stat().st_size <= (share + 0.01) * dense.nbytes
+
+
+def test_every_flipped_bit_is_noticed(saved):
+    whole = saved.read_bytes()
+    for at in range(0, len(whole), 13):
+        changed = bytearray(whole)
+        changed[at] ^= 1 << at % 8
+        saved.write_bytes(changed)
+        try:
+            found = load_quantized(saved)
+        except ValueError as error:
+            assert "path must be" in str(error)
+        else:  # blanks around JSON
+            assert same(found, mixed())
+            assert at < 8 + int.from_bytes(whole[:8], "little")
+
+
+def test_files_of_others_are_refused(saved, tmp_path, monkeypatch):
+    whole = saved.read_bytes()
+    for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        saved.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="path must be a whole madtp-quantized file, got .*w.safetensors"):
+            load_quantized(saved)
+    save_sparse24(saved, {"a": sparse24_compress(dense24(8, 16))})
+    message = "path must be a file of format madtp-quantized, version 1, got .*w.safetensors of format "
+    with pytest.raises(ValueError, match=message + "madtp-sparse24, version 1"):
+        load_quantized(saved)
+    save_file({"a": torch.ones(1)}, saved)
+    with pytest.raises(ValueError, match=message + "None"):
+        load_quantized(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "VERSION", "2")
+        save_quantized(saved, mixed())
+    with pytest.raises(ValueError, match=message + "madtp-quantized, version 2"):
+        load_quantized(saved)
+    with pytest.raises(ValueError, match="format madtp-sparse24, version 1, got .* of format madtp-quantized"):
+        load_sparse24(saved)
+    with pytest.raises(FileNotFoundError):
+        load_quantized(tmp_path / "absent")
+
+
+def at(index, value):
+    def changed(tensor):
+        tensor = tensor.clone()
+        tensor[index] = value
+        return tensor
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        *(
+            ("fc2.weight_scale", at(3, value), f"fc2: weight.scale must be positive and finite, got {value} at row 3")
+            for value in (0.0, -1.0, math.nan, math.inf)
+        ),
+        ("fc1.weight", at((1, 2), -128), "fc1: weight.values must be from -127 to 127, got -128"),
+        ("fc1.weight_indices", at((1, 0), 0), "fc1: weight.indices must be two ascending columns for every group"),
+        ("fc1.weight", torch.Tensor.float, "fc1: values must be a 2-dimensional tensor of int8"),
+        ("fc1.weight", lambda t: t[:, :8], r"fc1: indices must be \(N, C/8\) = \(16, 2\)"),
+        ("fc1.weight_indices", lambda t: t[:8], r"fc1: indices must be \(N, C/8\) = \(16, 4\)"),
+        ("fc2.weight_scale", lambda t: t[1:], r"fc2: scale must be \(N,\) = \(5,\)"),
+        ("fc2.weight_scale", torch.Tensor.half, "fc2: scale must be a 1-dimensional tensor of float32"),
+        (
+            "fc1.weight_indices",
+            None,
+            "fc1 must be int8_24, weight, weight_scale, weight_indices, got weight, weight_sc",
+        ),
+        ("fc2.weight_scale", None, "fc2 must be int8, weight, weight_scale, got weight$"),
+        (
+            "fc2.weight_indices",
+            torch.ones,
+            "fc2 must be int8, weight, weight_scale, got weight, weight_scale, weight_i",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(saved, name, change, message):
+    tensors, schemes = load_file(saved), {"fc1": "int8_24", "fc2": "int8"}
+    before = tensors.pop(name, 3)
+    if change is not None:
+        tensors[name] = change(before)
+    weight_files.write(saved, files.KIND, files.VERSION, schemes, tensors)
+    with pytest.raises(ValueError, match=f"w.safetensors: {message}") as refused:
+        load_quantized(saved)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("schemes", [{"fc1": "int4"}, {"fc1": ["int8"]}, ["fc1"], None])
+def test_schemes_that_are_none(saved, schemes):
+    weight_files.write(saved, files.KIND, files.VERSION, schemes, load_file(saved))
+    with pytest.raises(ValueError, match="path must be a file of weights that are int8 or int8_24, got .*w.safe"):
+        load_quantized(saved)
+
+
+def negative():
+    weight = quantize(torch.ones(8, 16), "int8")
+    weight.scale[2] = -1
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 3}, r"weights\['a'\] must be a QuantizedWeight or a tensor, got int 3"),
+        ({"a": mixed()["fc1"], "a.weight": torch.ones(1)}, "weights must be of names that differ once stored, got a"),
+        ({"a": negative()}, r"weights\['a'\].scale must be positive and finite, got -1.0 at row 2"),
+    ],
+)
+def test_save_refuses_and_leaves_what_was_there(saved, weights, message):
+    before = saved.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        save_quantized(saved, weights)
+    assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == ["w.safetensors"]
