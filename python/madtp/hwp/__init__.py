@@ -8,7 +8,16 @@ The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go 
 from madtp.hwp.calibration import InputStatistics, collect_inputs
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
 from madtp.hwp.one_shot import OneShotReport, prune_one_shot
-from madtp.hwp.packing import Epilogue, Sparse24Linear, explain_linears, linear, pack, residual_linear, unpack
+from madtp.hwp.packing import (
+    Epilogue,
+    Sparse24Linear,
+    activated_linear,
+    explain_linears,
+    linear,
+    pack,
+    residual_linear,
+    unpack,
+)
 from madtp.hwp.permutation import Permutation, fold_permutation, mlp_pairs, permute_mlps, search_permutation
 from madtp.hwp.pruner import WeightPruner, bake
 from madtp.hwp.scores import activation_score, reconstruct
@@ -24,6 +33,7 @@ __all__ = [
     "Sparse24Linear",
     "SparseModules",
     "WeightPruner",
+    "activated_linear",
     "activation_score",
     "bake",
     "collect_inputs",

@@ -22,8 +22,9 @@ from madtp.hwp.takeover import (
 from madtp.migration import PACKED_NAMES
 from madtp_kernels import Sparse24Weight, explain, sparse24_compress, sparse24_linear
 from madtp_kernels.checks import require
-from madtp_kernels.dispatch import Choice
+from madtp_kernels.dispatch import Choice, is_auto
 from madtp_kernels.nm_patterns import is_pattern
+from madtp_kernels.ops.dense import onednn_linear
 from madtp_kernels.reference.sparse24 import ACTIVATIONS as REFERENCES
 from madtp_kernels.renamed import renamed
 from madtp_kernels.sparse24.weight import DTYPES, supports_shape
@@ -94,7 +95,7 @@ class Sparse24Linear(nn.Module):
     @property
     def executes_sparse(self) -> bool:
         """Whether a call like the last one runs on a sparse kernel, and not on the dense weight."""
-        return self.choice.backend not in ("reference", "dense")
+        return self.choice.backend not in ("reference", "dense", "onednn")
 
     @property
     def fused(self) -> tuple[str, ...]:
@@ -166,11 +167,14 @@ class Sparse24Linear(nn.Module):
 def linear(module: nn.Module, x: Tensor, num_rows: Tensor | None = None) -> Tensor:
     """module(x), of rows (T, C); what `Sparse24Linear` makes of `num_rows` where the module is packed.
 
+    A Linear that nothing was put on runs on oneDNN where that is faster and has no gradient.
+
     Hooks on the module see the product and the bias alone, as they did when it was plain: what it has taken over comes
     after it then.
     """
     if not isinstance(module, Sparse24Linear):
-        return module(x)
+        y = _on_onednn(module, x)
+        return module(x) if y is None else y
     if is_watched(module):
         took_over = module.activation is not None or module.scale is not None
         return module.finish(module(x, epilogue=False)) if took_over else module(x)
@@ -178,13 +182,47 @@ def linear(module: nn.Module, x: Tensor, num_rows: Tensor | None = None) -> Tens
 
 
 def residual_linear(module: nn.Module, x: Tensor, residual: Tensor, num_rows: Tensor | None = None) -> Tensor:
-    """residual + module(x), as one kernel where the module is packed; `num_rows` as in `linear`.
+    """residual + module(x), as one kernel where the module is packed or runs on oneDNN; the rest as in `linear`.
 
     Hooks on the module see a call of it alone, as they did when it was plain: the sum is apart then.
     """
-    if isinstance(module, Sparse24Linear) and not is_watched(module):
-        return module(x, residual, num_rows)
-    return linear(module, x, num_rows) + residual
+    if isinstance(module, Sparse24Linear):
+        return linear(module, x, num_rows) + residual if is_watched(module) else module(x, residual, num_rows)
+    y = _on_onednn(module, x, residual=residual)
+    return module(x) + residual if y is None else y
+
+
+def activated_linear(module: nn.Module, activation: nn.Module, x: Tensor, num_rows: Tensor | None = None) -> Tensor:
+    """activation(module(x)), as one kernel where the module runs on oneDNN; the rest as in `linear`."""
+    kernel = kernel_of(activation)
+    y = None if kernel is None else _on_onednn(module, x, kernel)
+    return linear(activation, linear(module, x, num_rows), num_rows) if y is None else y
+
+
+def kernel_of(activation: nn.Module) -> str | None:
+    """What kernels call an activation that only its caller sees; None where they have none for it."""
+    name = ACTIVATIONS.get(type(activation))
+    return None if name is None or is_watched(activation) else name
+
+
+def _on_onednn(
+    module: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None
+) -> Tensor | None:
+    """activation(module(x)) + residual, where oneDNN is the fastest and nobody else sees the call; None elsewhere."""
+    if torch.compiler.is_compiling() or type(module) is not nn.Linear or is_watched(module):
+        return None
+    return onednn_linear(x, module.weight, module.bias, activation, residual)
+
+
+def dense_choice(module: nn.Linear, rows: int, activation: str | None, with_residual: bool) -> Choice | None:
+    """What an inference runs a Linear on that is not packed, and why; None where it is called as a module."""
+    called = type(module) is not nn.Linear or is_watched(module)
+    if called or not module.weight.is_cpu or not is_auto(None):
+        return None
+    x = module.weight.new_empty(1).expand(rows, module.in_features)
+    residual = module.weight.new_empty(1).expand(rows, module.out_features) if with_residual else None
+    with torch.no_grad():
+        return explain("dense_linear", x, module.weight, module.bias, activation=activation, residual=residual)
 
 
 @renamed(followers="epilogues")

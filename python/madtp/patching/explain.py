@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from madtp.dtp.branch import Branch
-from madtp.hwp.packing import Sparse24Linear, explain_linears
+from madtp.hwp.packing import Sparse24Linear, dense_choice, explain_linears, kernel_of
 from madtp.models.encoder import Encoder
 from madtp.models.tower import RaggedTower
 from madtp_kernels import AttentionStats, Selection, explain
@@ -38,7 +38,11 @@ def table(handle: Handle) -> str:
         blocks = attrgetter(spec.blocks)(tower)
         prefix = f"{path}.{spec.blocks}" if path else spec.blocks
         ops = list(_ops(tower, spec, branch))
-        layers = [ops + list(_linears(block, f"{prefix}.{i}", verdicts)) for i, block in enumerate(blocks)]
+        rows = _rows(branch, len(blocks))
+        layers = [
+            ops + list(_linears(block, spec, f"{prefix}.{i}", verdicts, *rows[i : i + 2]))
+            for i, block in enumerate(blocks)
+        ]
         lines += [Line(name, *part) for part in _grouped(layers)]
         after = handle.tokens_per_layer[name]
         entered = branch.last.entered
@@ -76,15 +80,44 @@ def _ops(tower: RaggedTower, spec: Encoder, branch: Branch) -> Iterator[tuple[st
         yield "pruning", "nothing", "temperature 0"
 
 
-def _linears(block: nn.Module, prefix: str, verdicts: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-    """(part, runs, why) of every Linear of a block."""
+def _rows(branch: Branch, blocks: int) -> list[int]:
+    """How many rows entered the first block in the last forward, and how many left each; before the first, one."""
+    entered, layers = branch.last.entered, branch.last.layers
+    if entered is None or len(layers) != blocks:
+        return [1] * (blocks + 1)
+    return [entered.origin.numel(), *(layer.count_rows() for layer in layers)]
+
+
+def _linears(
+    block: nn.Module, spec: Encoder, prefix: str, verdicts: dict[str, str], entered: int, left: int
+) -> Iterator[tuple[str, str, str]]:
+    """(part, runs, why) of every Linear of a block, which as many rows entered and left."""
     for name, module in block.named_modules():
         verdict = verdicts.get(f"{prefix}.{name}")
         if isinstance(module, Sparse24Linear):
             choice = module.choice
             yield name, " + ".join((f"2:4 on {choice.backend}", *module.fused)), choice.reason
-        elif verdict is not None:
-            yield name, "dense", verdict.removeprefix("dense: ").removeprefix("dense, ")
+        elif verdict is not None and isinstance(module, nn.Linear):
+            rows = entered if name in (*spec.qkv, spec.out) else left
+            runs, why = _dense(block, spec, name, module, rows)
+            yield name, runs, verdict.removeprefix("dense: ").removeprefix("dense, ") + why
+
+
+def _dense(block: nn.Module, spec: Encoder, name: str, module: nn.Linear, rows: int) -> tuple[str, str]:
+    """What a Linear that is not packed runs on, with what follows it, and why."""
+    ends = [path for path, scale in ((spec.out, spec.scale1), (spec.mlp[-1], spec.scale2)) if scale is None]
+    activation = None
+    if len(spec.mlp) == 3 and name == spec.mlp[0]:
+        activation = kernel_of(attrgetter(spec.mlp[1])(block))
+    choice = dense_choice(module, rows, activation, name in ends)
+    if choice is not None and choice.backend == "dense" and activation is not None:  # then they run apart
+        activation, choice = None, dense_choice(module, rows, None, False)
+    if choice is None:
+        return "dense", ""
+    if choice.backend != "onednn":
+        return "dense", f"; {choice.reason}; not onednn: {choice.rejected['onednn']}"
+    fused = (activation, "residual" if name in ends else None)
+    return " + ".join(("dense on onednn", *filter(None, fused))), f"; {choice.reason}"
 
 
 def _grouped(layers: Sequence[list[tuple[str, str, str]]]) -> Iterator[tuple[str, str, str, str]]:
