@@ -46,7 +46,8 @@ _packing = threading.Lock()
 
 def can_keep(weight: Tensor) -> bool:
     """Whether what is packed of a weight on a CPU can be kept: torch counts the writes to it, and rows lie in order."""
-    return weight.is_contiguous() and not weight.is_inference() and weight.numel() > 0
+    strided = weight.layout is torch.strided and weight.is_contiguous()
+    return strided and not weight.is_inference() and weight.numel() > 0
 
 
 def packed(weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -21,15 +22,17 @@ def linear(
     scale: Tensor | None,  # (N,)
 ) -> Tensor:  # (T, N) dtype of x
     """As the reference, but in bfloat16 and float16 torch rounds the product before the epilogue."""
-    rows = cast(x, weight.dtype)
+    dtype, autocast = weight.dtype, torch.is_autocast_enabled(x.device.type)  # which would round a float32 product
+    alone = activation == "none" and residual is None and scale is None
+    if alone and not autocast and x.dtype is dtype and (bias is None or bias.dtype is dtype):
+        return F.linear(x, weight, bias)
+    rows = cast(x, dtype)
 
     def product(bias: Tensor | None) -> Tensor:
         return F.linear(rows, weight, bias)
 
-    if torch.is_autocast_enabled(x.device.type):  # which would round a float32 product
-        with torch.autocast(x.device.type, enabled=False):
-            return with_epilogue(product, x, weight.dtype, bias, activation, residual, scale)
-    return with_epilogue(product, x, weight.dtype, bias, activation, residual, scale)
+    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        return with_epilogue(product, x, dtype, bias, activation, residual, scale)
 
 
 def with_epilogue(

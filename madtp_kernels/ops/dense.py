@@ -78,7 +78,7 @@ def dense_linear(
         def run_rows(x: Tensor, residual: Tensor | None) -> Tensor:
             return dense_linear(x, weight, bias, activation=activation, residual=residual, scale=scale, backend=asked)
 
-        return in_any_shape(run_rows, x, (weight.shape[0], weight.shape[1]), residual, None)
+        return in_any_shape(run_rows, x, weight.shape, residual, None)
     check_tensor("x", x, 2, (weight.dtype,))
     out_features, in_features = weight.shape
     require(x.shape[1] == in_features, "x", f"of {in_features} channels like weight", x)
@@ -118,11 +118,11 @@ def unseen_backend(
     if not is_plain(x, grad) or not is_plain(weight, grad):
         return None
     shape, weight_shape, dtype = x.shape, weight.shape, x.dtype
-    if len(shape) != 2 or len(weight_shape) != 2 or shape[1] != weight_shape[1] or weight.dtype is not dtype:
+    if len(shape) != 2 or len(weight_shape) != 2 or weight.dtype is not dtype:
         return None
-    if not (x.layout is weight.layout is torch.strided):
+    (rows, channels), (out_features, in_features) = shape, weight_shape
+    if channels != in_features:
         return None
-    rows, out_features = shape[0], weight_shape[0]
     bias_dtype = scale_dtype = None
     if bias is not None:
         if not is_plain(bias, grad) or bias.shape != (out_features,):
@@ -136,7 +136,8 @@ def unseen_backend(
         if not is_plain(residual, grad) or residual.shape != (rows, out_features) or residual.dtype is not dtype:
             return None
     key = (
-        weight_shape,
+        out_features,
+        in_features,
         dtype,
         (rows * rows).bit_length(),  # two and two of these are a class of `tuning_cpu`
         bias_dtype,
@@ -148,7 +149,7 @@ def unseen_backend(
     runs = _choices.get(key)
     if runs is None:
         runs = _choices[key] = _choose(x, weight, bias, activation, residual, scale)
-    if runs == "onednn" and not (can_keep(weight) and rows):
+    if runs == "onednn" and not (x.layout is torch.strided and can_keep(weight) and rows):
         return "dense"
     return runs or None
 

@@ -60,18 +60,19 @@ def sparse24_linear(
         scale: (N,) float32 or the dtype of x.
         num_rows: int32, one element: rows from it on are zeros. None: all rows are computed. With x (T, C) only.
         backend: auto, reference, cpu, cuda (Sparse Tensor Cores of sm_80 and newer; x and weight are both bfloat16 or
-            both float16), cusparselt (as cuda, but NVIDIA's library through torch) or dense: torch's product on the
-            dense weight, which is then kept as well. On a CPU auto measures, at the first use of a shape, whether cpu
-            or dense is faster (`sparse24.tuning_cpu`); under torch.compile it is cpu. On a GPU it is cuda where that
-            runs, or what a table of this GPU says is faster (`sparse24.tuning_cuda`), else dense.
+            both float16), cusparselt (as cuda, but NVIDIA's library through torch), dense (torch's product on the
+            dense weight, which is then kept as well) or onednn (a CPU's float32 and bfloat16: oneDNN's, on the same).
+            On a CPU auto measures, at the first use of a shape, whether cpu, dense or onednn is faster
+            (`sparse24.tuning_cpu`); under torch.compile it is cpu. On a GPU it is cuda where that runs, or what a table
+            of this GPU says is faster (`sparse24.tuning_cuda`), else dense.
 
     Returns:
-        (T, N) dtype of x, or (..., N); accumulated in float32, cast once, on dense and cusparselt twice. On cpu and,
-        before compute capability 9.0, on cuda a row has the same bits whatever the other rows are and however many; on
-        cuda of 9.0, dense and cusparselt the last bits may follow their number, and so they may on auto, which chooses
-        by it: backend="cpu" pins them.
+        (T, N) dtype of x, or (..., N); accumulated in float32, cast once, on dense, onednn and cusparselt twice. On
+        cpu and, before compute capability 9.0, on cuda a row has the same bits whatever the other rows are and however
+        many; on cuda of 9.0, dense, onednn and cusparselt the last bits may follow their number, and so they may on
+        auto, which chooses by it: backend="cpu" pins them.
         Differentiable in x, bias, residual and scale; the weight gets no gradient. That of x goes through the dense
-        weight, or through W^T in its 2:4 form on the backend of the call (but dense) where the weight has one:
+        weight, or through W^T in its 2:4 form on the backend of the call (but dense, onednn) where the weight has one:
         `Sparse24Weight.keep_transposed`. There what the activation was given and its gradient are rounded to the dtype
         of x.
 
