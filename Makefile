@@ -32,15 +32,14 @@ export PATH := $(BIN):$(PATH)
 export MADTP_BUILD_DIR := $(BUILD)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover
 ASAN := $(CURDIR)/build/asan
-ASAN_TESTS := test_attention.py test_tokens.py test_prune.py test_sparse24.py test_sparse24_prune.py test_sparse24_weight.py \
-  test_sparse24_transposed.py test_sparse24_fast_path.py
+ASAN_TESTS = $(shell grep -l mark.sanitized $(CURDIR)/tests/kernels/test_*.py)
 CLANG ?= clang++
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-asan test-tsan test-slow coverage-cuda test-package bench gpu lint types format build clean
+.PHONY: demo test test-asan test-tsan test-emulated test-slow coverage-cuda test-package bench gpu lint types format build clean
 
 demo: build
 	$(MADTP) demo
@@ -50,8 +49,8 @@ test: build
 	ctest --test-dir $(BUILD) --output-on-failure -LE gpu
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow and not gpu" $(PARALLEL)
 
-# The C++ tests, then the Python tests of the ops on an extension that is built apart from the one in the source tree. torch
-# is not instrumented, so the runtimes are loaded ahead of it, and what it never frees is no news.
+# The C++ tests, then the Python tests marked `sanitized`, on an extension that is built apart from the one in the source tree.
+# torch is not instrumented, so the runtimes are loaded ahead of it, and what it never frees is no news.
 test-asan: $(READY)
 	cmake -S . -B $(ASAN) -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 $(SANITIZE)" -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON \
 	  -DMADTP_BUILD_PYTHON=ON -DPython_EXECUTABLE=$$($(PY) -c 'import sys; print(sys.executable)') -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
@@ -62,7 +61,7 @@ test-asan: $(READY)
 	cmake --install $(ASAN) --prefix $(ASAN)/python/madtp_kernels --component python
 	cd $(ASAN)/python && PYTHONPATH=$(ASAN)/python OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$(foreach runtime,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(runtime).so))" \
-	  $(PY) -m pytest -q -p no:cacheprovider $(addprefix $(CURDIR)/tests/kernels/,$(ASAN_TESTS)) -m "not slow and not gpu"
+	  $(PY) -m pytest -q -p no:cacheprovider $(ASAN_TESTS) -m "sanitized and not slow and not gpu"
 
 # clang and its OpenMP runtime, which tells the sanitizer how a team synchronises; gcc's does not, and races are seen that
 # there are not. CLANG= names another version. Threads are those of every instruction set; two of these are built, as clang 16
@@ -72,6 +71,14 @@ test-tsan: $(READY)
 	  -DMADTP_HAS_AVX512=OFF -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON
 	cmake --build build/tsan --target cpu_tests
 	TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" ctest --test-dir build/tsan --output-on-failure -R '^[a-z0-9_]*_test\.'
+
+# The tests of AVX-512 on an emulated CPU that has it; with VNNI or bfloat16 only those of the op that uses it. What the
+# emulated CPU lacks is skipped.
+test-emulated: $(READY)
+	cmake -S . -B build/emulated -G Ninja -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON -DMADTP_CUDA=OFF \
+	  -DMADTP_BUILD_TESTS=ON -DMADTP_TEST_LAUNCHER=$(CURDIR)/csrc/tests/emulated/run.sh
+	cmake --build build/emulated --target cpu_tests
+	ctest --test-dir build/emulated --output-on-failure -j $(strip $(WORKERS)) -R '_test\.avx512$$|quantized_.*\.avx512_vnni|sparse24_.*\.avx512_bf16'
 
 coverage-cuda: $(READY)
 	cmake -S . -B build/coverage -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 --coverage" -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON

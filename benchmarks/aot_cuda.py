@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the CUDA kernels for sm_80 and sm_90a, without a GPU, and reports what they take.
+"""Compiles the CUDA kernels for every architecture of the build, without a GPU, and reports what they take.
 
     python -m benchmarks.aot_cuda [--build build/make]
 
-Writes benchmarks/results/aot/cuda.json: per target and kernel the registers, spilled bytes and static shared memory by
-ptxas, and per file how many sparse matrix instructions its machine code has. Needs nvcc, and a build folder of this
-project for the headers that CMake makes.
+Writes a file for each target and source to benchmarks/results/aot/cuda: of every kernel the registers, spilled bytes
+and static shared memory by ptxas, and how many sparse matrix instructions the machine code has. Needs nvcc, and a build
+folder of this project for the headers that CMake makes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
-RESULT = ROOT / "benchmarks" / "results" / "aot" / "cuda.json"
-TARGETS = ("80", "90a")
-INSTRUCTIONS = {"HMMA.SP": r"\bHMMA\.SP\b", "HGMMA.SP": r"\bHGMMA\.SP\b"}
+RESULTS = ROOT / "benchmarks" / "results" / "aot" / "cuda"
+TARGETS = tuple(re.search(r'set\(madtp_all_archs "(.*)"\)', (ROOT / "CMakeLists.txt").read_text())[1].split(";"))
+
+_SPARSE = re.compile(r"\b(\w*MMA(?:\.\w+)*?\.SP)\b")  # HMMA.SP is mma.sp, HGMMA.SP is wgmma.sp
 
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for.*?\n"
@@ -43,8 +45,8 @@ def tool(name: str) -> str | None:
     return str(path) if path.is_file() else None
 
 
-def compile_file(source: Path, target: str, build: Path) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """-> kernels of one file, by demangled name; how often each sparse instruction stands in its machine code."""
+def report(source: Path, target: str, build: Path) -> dict:
+    """Of one file: its kernels, by demangled name; how often each sparse instruction stands in its machine code."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"
         command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-Xptxas=-v", "-o", str(cubin), str(source)]
@@ -62,27 +64,23 @@ def compile_file(source: Path, target: str, build: Path) -> tuple[dict[str, dict
             "spilled_bytes": int(match["stores"]) + int(match["loads"]),
             "static_shared_bytes": int(shared[1]) if shared else 0,
         }
-    return kernels, {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
+    version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    return {
+        "nvcc": re.search(r"release ([\d.]+)", version)[1],
+        "kernels": dict(sorted(kernels.items())),
+        "instructions": dict(sorted(Counter(_SPARSE.findall(sass)).items())),
+    }
+
+
+def path_of(source: Path, target: str) -> Path:
+    """Where the report of a file lies."""
+    return RESULTS / f"sm_{target}" / source.relative_to(SOURCES).with_suffix(".json")
 
 
 def _demangled(name: str) -> str:
     text = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout.strip()
     text = re.sub(r"\(anonymous namespace\)::|madtp::cuda::|\(int\)|\(bool\)", "", text)
     return re.sub(r"^void |\(.*\)$", "", text)  # no result, no parameters
-
-
-def report(build: Path, sources: list[Path] | None = None) -> dict:
-    sources = sorted(SOURCES.rglob("*.cu")) if sources is None else sources
-    version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
-    result = {"nvcc": re.search(r"release ([\d.]+)", version)[1], "targets": {}}
-    for target in TARGETS:
-        kernels, instructions = {}, {}
-        for source in sources:
-            found, counts = compile_file(source, target, build)
-            kernels |= found
-            instructions[str(source.relative_to(SOURCES))] = counts
-        result["targets"][f"sm_{target}"] = {"kernels": dict(sorted(kernels.items())), "instructions": instructions}
-    return result
 
 
 def main() -> None:
@@ -94,7 +92,15 @@ def main() -> None:
             parser.error(f"{needed} was not found on PATH")
     if not (build / "include" / "madtp" / "version.h").is_file():
         parser.error(f"--build must be a build folder of this project, got {build}")
-    RESULT.write_text(json.dumps(report(build), indent=1) + "\n")
+    found = {
+        path_of(source, target): report(source, target, build) for source in SOURCES.rglob("*.cu") for target in TARGETS
+    }
+    for path in RESULTS.rglob("*.json"):  # those of sources that are gone too
+        path.unlink()
+    for path, contents in found.items():
+        if contents["kernels"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(contents, indent=1) + "\n")
 
 
 if __name__ == "__main__":

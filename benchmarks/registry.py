@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from benchmarks import attention, attention_backward, models, sparse24, sparse24_prune, tokens
-from benchmarks.entry import Entry
+import importlib
+import pkgutil
 
-MODULES = (tokens, attention, attention_backward, sparse24, sparse24_prune, models)
+from benchmarks import entries as package
+from benchmarks.entry import Entry
 
 
 def entries() -> dict[str, Entry]:
-    """The `ENTRIES` of every module above; a new op joins there."""
-    return {entry.name: entry for module in MODULES for entry in module.ENTRIES}
+    """The `ENTRIES` of every file in benchmarks/entries."""
+    names = [name for _, name, _ in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")]
+    return {entry.name: entry for name in names for entry in importlib.import_module(name).ENTRIES}

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <mutex>
@@ -29,13 +30,13 @@ bool ask(int id, Device* device) {
     return false;
   device->capability = 10 * major + minor;
   device->has_code = has_code(library_archs(), device->capability);
-  device->has_sm90a = device->capability == 90 && library_archs().find("90a") != std::string_view::npos;
+  device->specific_code = specific_code(library_archs(), device->capability);
   return true;
 }
 
-}  // namespace
-
-bool has_code(std::string_view archs, int capability) {
+// use(number, kind) for each of `archs` that a device runs: 90 and 'a' of "90a", 80 and ' ' of "80".
+template <typename Use>
+void for_each_runnable(std::string_view archs, int capability, Use&& use) {
   while (!archs.empty()) {
     const std::string_view arch = archs.substr(0, archs.find(';'));
     archs.remove_prefix(std::min(arch.size() + 1, archs.size()));
@@ -44,9 +45,24 @@ bool has_code(std::string_view archs, int capability) {
     const char* const suffix = std::from_chars(arch.data(), end, number).ptr;
     const bool is_newer = capability >= number, is_family = capability / 10 == number / 10;
     const char kind = suffix == end ? ' ' : *suffix;
-    if (kind == 'a' ? capability == number : is_newer && (kind != 'f' || is_family)) return true;
+    if (kind == 'a' ? capability == number : is_newer && (kind != 'f' || is_family)) use(number, kind);
   }
-  return false;
+}
+
+}  // namespace
+
+bool has_code(std::string_view archs, int capability) {
+  bool found = false;
+  for_each_runnable(archs, capability, [&](int, char) { found = true; });
+  return found;
+}
+
+int specific_code(std::string_view archs, int capability) {
+  int newest = 0;
+  for_each_runnable(archs, capability, [&](int number, char kind) {
+    if (kind != ' ') newest = std::max(newest, number);
+  });
+  return newest;
 }
 
 Status current_device(Device* device) {

@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// The instructions that C++ has no name for, each under its PTX name. This is the only file with inline PTX;
-// under MADTP_SIMT the same functions come from simt/ptx.h, which gives them a meaning on the CPU.
+// The instructions of every device that C++ has no name for, each under its PTX name; those that came later
+// are in ptx_sm<N>.cuh. There is no inline PTX but in these files; under MADTP_SIMT the same functions come
+// from the files of the same names in simt, which give them a meaning on the CPU.
 //
-// Shared addresses are the 32-bit ones of `shared_address`. Accumulators are passed as references, since
-// wgmma writes them long after it was issued: do not touch them, nor the registers of its A operand, before
-// the wait that covers it.
+// Shared addresses are the 32-bit ones of `shared_address`.
 
 #ifdef MADTP_SIMT
 #include "simt/ptx.h"
 #else
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -25,13 +23,11 @@
 
 namespace madtp::cuda::ptx {
 
-using TensorMap = CUtensorMap;
-
 __device__ __forceinline__ std::uint32_t shared_address(const void* shared) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// --- copies of 16 bytes, sm_80
+// --- copies of 16 bytes
 
 // Bytes from `bytes` (0 to 16) on are zeros, and are not read.
 __device__ __forceinline__ void cp_async_16(std::uint32_t to, const void* from, int bytes = 16) {
@@ -46,7 +42,7 @@ __device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- fragments of mma, sm_80
+// --- fragments of mma
 
 // Four 8x8 matrices of 16-bit elements: lane 8 m + r gives the address of row r of matrix m.
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address) {
@@ -80,176 +76,6 @@ __device__ __forceinline__ void mma_sp_m16n8k32(float (&d)[4], const std::uint32
 // Barrier `id` (1 to 15; __syncthreads is 0) of `threads` threads of the block.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void mbarrier_init(std::uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-// Makes initialised barriers visible to copies and to the other blocks of the cluster.
-__device__ __forceinline__ void fence_mbarrier_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive_expect_tx(std::uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-// At the barrier of block `rank` of the cluster that has the same address there.
-__device__ __forceinline__ void mbarrier_arrive_cluster(std::uint32_t barrier, int rank) {
-  asm volatile(
-      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive(std::uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Whether the phase of this parity is complete; may wait a while for it.
-__device__ __forceinline__ bool mbarrier_try_wait(std::uint32_t barrier, int parity) {
-  std::uint32_t complete;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p; }"
-      : "=r"(complete)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return complete != 0;
-}
-
-__device__ __forceinline__ int cluster_rank() {
-  std::uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// --- bulk copies, sm_90
-
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-// The box of `map` at (column, row); its bytes complete at `barrier`. Zeros outside of the tensor.
-__device__ __forceinline__ void tma_load_2d(std::uint32_t to, const TensorMap* map, int column, int row,
-                                            std::uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
-      "[%4];" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
-// The same into every block of the cluster whose bit is in `blocks`, at the same addresses.
-__device__ __forceinline__ void tma_load_2d_multicast(std::uint32_t to, const TensorMap* map, int column,
-                                                      int row, std::uint32_t barrier, std::uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
-      : "memory");
-}
-
-// --- registers of a warpgroup, sm_90a
-
-template <int kRegisters>
-__device__ __forceinline__ void setmaxnreg_inc() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void setmaxnreg_dec() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-// --- sparse wgmma, sm_90a
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit_group() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait_group() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// d (64, kN) = a (64, 32, 2:4) b (32, kN), + d if `accumulate`. a is in registers, warp w of the warpgroup
-// holding rows 16 w to 16 w + 15 as in mma_sp_m16n8k32, and its metadata likewise; `b` describes (kN, 32) in
-// shared memory, rows of k.
-template <typename T, int kN, int kSelector>
-__device__ __forceinline__ void wgmma_sp_m64k32(float (&d)[kN / 2], const std::uint32_t (&a)[4],
-                                                std::uint64_t b, std::uint32_t metadata, bool accumulate) {
-  static_assert(kN == 64 || kN == 128 || kN == 256, "the sizes that are spelled out");
-#define MADTP_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define MADTP_F16(i) MADTP_F4(i), MADTP_F4(i + 4), MADTP_F4(i + 8), MADTP_F4(i + 12)
-#define MADTP_F32(i) MADTP_F16(i), MADTP_F16(i + 16)
-#define MADTP_WGMMA_SP_64(type)                                                               \
-  asm volatile(                                                                               \
-      "{ .reg .pred p; setp.ne.b32 p, %39, 0;\n"                                              \
-      "wgmma.mma_async.sp.sync.aligned.m64n64k32.f32." type "." type                          \
-      " {"                                                                                    \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                       \
-      "}, {%32, %33, %34, %35}, %36, %37, %38, p, 1, 1, 0; }"                                 \
-      : MADTP_F32(0)                                                                          \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(kSelector),    \
-        "r"(int(accumulate)))
-#define MADTP_WGMMA_SP_128(type)                                                              \
-  asm volatile(                                                                               \
-      "{ .reg .pred p; setp.ne.b32 p, %71, 0;\n"                                              \
-      "wgmma.mma_async.sp.sync.aligned.m64n128k32.f32." type "." type                         \
-      " {"                                                                                    \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
-      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
-      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                                 \
-      "}, {%64, %65, %66, %67}, %68, %69, %70, p, 1, 1, 0; }"                                 \
-      : MADTP_F32(0), MADTP_F32(32)                                                           \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(kSelector),    \
-        "r"(int(accumulate)))
-#define MADTP_WGMMA_SP_256(type)                                                              \
-  asm volatile(                                                                               \
-      "{ .reg .pred p; setp.ne.b32 p, %135, 0;\n"                                             \
-      "wgmma.mma_async.sp.sync.aligned.m64n256k32.f32." type "." type                         \
-      " {"                                                                                    \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
-      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
-      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, " \
-      "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, " \
-      "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "   \
-      "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "  \
-      "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"                      \
-      "}, {%128, %129, %130, %131}, %132, %133, %134, p, 1, 1, 0; }"                          \
-      : MADTP_F32(0), MADTP_F32(32), MADTP_F32(64), MADTP_F32(96)                             \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(kSelector),    \
-        "r"(int(accumulate)))
-#define MADTP_WGMMA_SP(n)                    \
-  if constexpr (std::is_same_v<T, __half>) { \
-    MADTP_WGMMA_SP_##n("f16");               \
-  } else {                                   \
-    MADTP_WGMMA_SP_##n("bf16");              \
-  }
-  if constexpr (kN == 64) {
-    MADTP_WGMMA_SP(64)
-  } else if constexpr (kN == 128) {
-    MADTP_WGMMA_SP(128)
-  } else {
-    MADTP_WGMMA_SP(256)
-  }
-#undef MADTP_WGMMA_SP
-#undef MADTP_WGMMA_SP_64
-#undef MADTP_WGMMA_SP_128
-#undef MADTP_WGMMA_SP_256
-#undef MADTP_F4
-#undef MADTP_F16
-#undef MADTP_F32
-}
-
-// The matrix descriptor of the B operand: rows of 64 16-bit elements (128 bytes), swizzled as TMA does with
-// 128 bytes, from a 1024-byte boundary on. A step of 32 elements along k adds 64 bytes, 4 in the descriptor.
-__device__ __forceinline__ std::uint64_t wgmma_descriptor(std::uint32_t address) {
-  constexpr std::uint64_t kEightRows = 1024 / 16, kSwizzle128 = 1;
-  return std::uint64_t((address & 0x3ffff) >> 4) | std::uint64_t(1) << 16 | kEightRows << 32 |
-         kSwizzle128 << 62;
 }
 
 }  // namespace madtp::cuda::ptx

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/ptx.cuh"
+#include "cuda/ptx_sm90.cuh"
 #include "madtp/dtype.h"
 #include "madtp/status.h"
 

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "build_config.h"
 #include "simt/fiber.h"
 #include "simt/language.h"
 
@@ -38,7 +39,7 @@ struct Error : std::runtime_error {
 struct Options {
   unsigned seed = 0;  // 0: warps run as far as they can, work lands as late as it may
   int capability = 90;
-  const char* archs = "80;90a";  // what the kernels are compiled for, as in MADTP_CUDA_ARCHS
+  const char* archs = MADTP_ALL_ARCHS;  // what the kernels are compiled for, as in MADTP_CUDA_ARCHS
   int multiprocessors = 4;
   int error = 0;         // the cudaError_t of every launch
   int device_error = 0;  // the cudaError_t of every question about the device

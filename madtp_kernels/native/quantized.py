@@ -40,7 +40,7 @@ def quantized_linear(
     scale: Tensor | None,
     num_rows: Tensor | None,
 ) -> Tensor:
-    # Every microsecond counts here: a layer may take as few.
+    # As in native/sparse24.py, line by line: a function that both call takes a twentieth of the time of a small layer.
     layout = quantized_pack(values, indices) if layout is None else layout
     weight_scale = weight_scale.contiguous()
     x_stride, unit = x.stride()

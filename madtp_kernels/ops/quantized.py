@@ -22,9 +22,10 @@ from madtp_kernels.flops import flop_formula
 from madtp_kernels.native import quantized as native
 from madtp_kernels.ops.autograd import register_autograd, register_second_order
 from madtp_kernels.ops.epilogue import check_epilogue, check_epilogue_types, in_any_shape
+from madtp_kernels.ops.sparse24 import check_weight
 from madtp_kernels.quantized.weight import QuantizedWeight, register_layout
 from madtp_kernels.reference import quantized as reference
-from madtp_kernels.sparse24.weight import IN_MULTIPLE, OUT_MULTIPLE, check_nibbles
+from madtp_kernels.sparse24.weight import check_nibbles
 
 MAX_IN_FEATURES = 2**16  # so that every sum is an int32: 255 * 127 * C
 
@@ -128,16 +129,12 @@ def _shape(values: Tensor, indices: Tensor | None) -> tuple[int, int]:
 
 def _check_weight(values: Tensor, indices: Tensor | None) -> None:
     """The metadata of the stored form, as every kernel needs it."""
-    check_tensor("values", values, 2, (torch.int8,))
-    out_features, in_features = _shape(values, indices)
+    if indices is None:
+        check_tensor("values", values, 2, (torch.int8,))
+    else:
+        check_weight(values, indices, (torch.int8,))
+    in_features = _shape(values, indices)[1]
     require(in_features <= MAX_IN_FEATURES, "values", f"of at most {MAX_IN_FEATURES} input features", values)
-    if indices is not None:
-        check_tensor("indices", indices, 2, (torch.uint8,))
-        require(out_features % OUT_MULTIPLE == 0, "values", f"of a multiple of {OUT_MULTIPLE} rows (features)", values)
-        require(in_features % IN_MULTIPLE == 0, "values", f"of shape (N, C/2), C a multiple of {IN_MULTIPLE}", values)
-        expected = out_features, in_features // 8
-        require(tuple(indices.shape) == expected, "indices", f"of shape {expected}, (N, C/8)", indices)
-        check_device(values.device, indices=indices)
 
 
 def _check(

@@ -212,9 +212,9 @@ torch.library.define(
 )
 
 
-def check_weight(values: Tensor, indices: Tensor) -> None:
+def check_weight(values: Tensor, indices: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """The metadata of the canonical form, as every kernel needs it."""
-    check_tensor("values", values, 2, FLOATS)
+    check_tensor("values", values, 2, dtypes)
     check_tensor("indices", indices, 2, (torch.uint8,))
     out_features, in_features = values.shape[0], 2 * values.shape[1]
     require(out_features % OUT_MULTIPLE == 0, "values", f"of a multiple of {OUT_MULTIPLE} rows (features)", values)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from madtp_kernels.checks import check_tensor, require
-from madtp_kernels.reference.quantized import MAX_INT8, MIN_AMAX, dequantize
+from madtp_kernels.layouts import KeepsLayouts
+from madtp_kernels.reference.quantized import MAX_INT8, dequantize, nearest, row_scale
 from madtp_kernels.sparse24.weight import (
     DTYPES,
     IN_MULTIPLE,
@@ -33,7 +33,7 @@ def register_layout(backend: str, pack: Callable[[QuantizedWeight], Any]) -> Non
     _layouts[backend] = pack
 
 
-class QuantizedWeight:
+class QuantizedWeight(KeepsLayouts):
     """A Linear weight (N, C) of integers: W[n, c] is about scale[n] * int8[n, c]. `quantize` makes one.
 
     Args:
@@ -49,11 +49,12 @@ class QuantizedWeight:
         ValueError: a dtype, shape or device breaks its rule. What they hold is read by `check_values` alone.
     """
 
+    _kind = "an int8"
+
     values: Tensor
     scale: Tensor
     indices: Tensor | None
     scheme: str
-    _packed: dict[str, tuple[tuple[int, ...] | None, Any]]  # backend -> (versions, layout)
 
     def __init__(self, values: Tensor, scale: Tensor, indices: Tensor | None = None) -> None:
         _check_parts(values, scale, indices)
@@ -96,24 +97,6 @@ class QuantizedWeight:
             indices = None if self.indices is None else self.indices.to(device)
             return QuantizedWeight(values, self.scale.to(device), indices)
 
-    def layout(self, backend: str) -> Any:
-        """The weight as the kernels of `backend` read it, kept until a part of it is written to.
-
-        Under torch.compile writes go unnoticed: make another `QuantizedWeight` after one.
-
-        Raises:
-            ValueError: no layout is registered for `backend`.
-        """
-        state = self._versions()
-        packed = self._packed.get(backend)
-        if packed is None or (state is not None and packed[0] != state):
-            rule = f"one with an int8 layout ({', '.join(_layouts) or 'none'})"
-            require(backend in _layouts, "backend", rule, backend)
-            # Out of inference mode: its tensors could not be saved for a backward later.
-            with contextlib.nullcontext() if state is None else torch.inference_mode(False):
-                packed = self._packed[backend] = state, _layouts[backend](self)
-        return packed[1]
-
     def check_values(self, name: str = "weight") -> None:
         """Raises ValueError for a -128, a scale that is not positive and finite, or indices that do not ascend.
 
@@ -136,6 +119,9 @@ class QuantizedWeight:
         if torch.compiler.is_compiling():
             return None
         return tuple(0 if part.is_inference() else part._version for part in self._parts())
+
+    def _packers(self) -> dict[str, Callable[[QuantizedWeight], Any]]:
+        return _layouts
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_pickle, (self.values, self.scale, self.indices)  # a copy packs its own layouts
@@ -198,17 +184,10 @@ def quantize(weight: Tensor | Sparse24Weight, scheme: str = "int8_24", scale: Te
     values = values.detach()
     finite = bool(values.float().isfinite().all())
     require(finite, "weight", "finite in float32", "a NaN, an infinity or what becomes one")
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    scale = _scale_of(wide) if scale is None else _check_scale(scale, values)
+    scale = row_scale(values) if scale is None else _check_scale(scale, values)
     with torch.inference_mode(False):  # whose tensors do not count what is written to them
-        integers = (wide / scale.to(wide.dtype)[:, None]).round().clamp(-MAX_INT8, MAX_INT8).to(torch.int8)
+        integers = nearest(values, scale[:, None]).to(torch.int8)
         return QuantizedWeight(integers, scale, None if sparse is None else sparse.indices.clone())
-
-
-def _scale_of(weight: Tensor) -> Tensor:
-    """(N,) float32: the largest magnitude of each row / 127, 1 where there is none."""
-    amax = weight.abs().amax(1).float() if weight.shape[1] else weight.new_zeros(weight.shape[0]).float()
-    return torch.where(amax >= MIN_AMAX, amax / MAX_INT8, 1.0)
 
 
 def _check_scale(scale: Tensor, weight: Tensor) -> Tensor:

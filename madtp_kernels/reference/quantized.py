@@ -42,6 +42,19 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(usable[:, None], integers, 0).to(torch.int8), scale
 
 
+def row_scale(weight: Tensor) -> Tensor:
+    """weight (N, C) -> (N,) float32: the largest magnitude of each row / 127; 1 where that is below `MIN_AMAX`."""
+    magnitudes = weight.detach().abs()
+    amax = magnitudes.amax(1).float() if weight.shape[1] else magnitudes.new_zeros(weight.shape[0]).float()
+    return torch.where(amax >= MIN_AMAX, amax / MAX_INT8, 1.0)
+
+
+def nearest(weight: Tensor, scale: Tensor) -> Tensor:
+    """The integers of weight / scale, half to even, in float32 or what is wider; a NaN stays one."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return (wide / scale.to(wide.dtype)).round().clamp(-MAX_INT8, MAX_INT8) + 0.0  # -0.0 + 0.0 is 0.0
+
+
 def to_dense_int8(values: Tensor, indices: Tensor | None) -> Tensor:
     """values (N, C), or (N, C/2) and indices (N, C/8) -> int8 (N, C)."""
     return values if indices is None else sparse24_to_dense(values, indices)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from madtp_kernels.checks import check_tensor, require
+from madtp_kernels.layouts import KeepsLayouts
 from madtp_kernels.nm_masks import nm_mask
 from madtp_kernels.reference.sparse24 import sparse24_to_dense
 
@@ -34,7 +34,7 @@ def register_layout(backend: str, pack: Callable[[Sparse24Weight], Any]) -> None
     _layouts[backend] = pack
 
 
-class Sparse24Weight:
+class Sparse24Weight(KeepsLayouts):
     """A Linear weight (N, C) with at most 2 non-zeros in every aligned 4 columns. `sparse24_compress` makes one.
 
     Args:
@@ -53,11 +53,12 @@ class Sparse24Weight:
             `check_indices` does, and so does loading a pickle, as `torch.load` may of any file.
     """
 
+    _kind = "a 2:4"
+
     values: Tensor
     indices: Tensor
     # What an op keeps of the classes of calls it has checked: their backend, its function and the activation.
     fast_paths: dict[tuple[object, ...], tuple[str, Callable[..., Tensor], str]]
-    _packed: dict[str, tuple[tuple[int, int] | None, Any]]  # backend -> (versions, layout)
     _transposed: tuple[tuple[int, int] | None, Sparse24Weight] | None  # versions, W^T
 
     def __init__(self, values: Tensor, indices: Tensor) -> None:
@@ -141,24 +142,6 @@ class Sparse24Weight:
         self._transposed = state, transposed
         return transposed
 
-    def layout(self, backend: str) -> Any:
-        """The weight as the kernels of `backend` read it, kept until values or indices are written to.
-
-        Under torch.compile writes go unnoticed: what was packed stays, so make another `Sparse24Weight` after one.
-
-        Raises:
-            ValueError: no layout is registered for `backend`.
-        """
-        state = self._versions()
-        packed = self._packed.get(backend)
-        if packed is None or (state is not None and packed[0] != state):
-            rule = f"one with a 2:4 layout ({', '.join(_layouts) or 'none'})"
-            require(backend in _layouts, "backend", rule, backend)
-            # Out of inference mode: its tensors could not be saved for a backward later.
-            with contextlib.nullcontext() if state is None else torch.inference_mode(False):
-                packed = self._packed[backend] = state, _layouts[backend](self)
-        return packed[1]
-
     def check_indices(self, name: str = "indices") -> None:
         """Raises ValueError for the first nibble whose columns do not ascend. Reads the indices on the host."""
         check_nibbles(self.indices, name)
@@ -170,6 +153,9 @@ class Sparse24Weight:
             return self.values._version, self.indices._version
         except RuntimeError:  # an inference tensor counts none; to ask first would cost every call of a small layer
             return _version(self.values), _version(self.indices)
+
+    def _packers(self) -> dict[str, Callable[[Sparse24Weight], Any]]:
+        return _layouts
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_pickle, (self.values, self.indices, self.transposed)  # a copy packs its own layouts

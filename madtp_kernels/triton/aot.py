@@ -3,21 +3,22 @@
 
     python -m madtp_kernels.triton.aot [--all] [--out PATH]
 
-Each launcher runs on meta tensors; what it would launch (types, alignment, block sizes, warps) is compiled instead, for
-sm_80 and sm_90. Exit code 1 if a kernel spills registers.
+Each launcher runs on meta tensors, by the `LAUNCHES` of its package; what it would launch (types, alignment, block
+sizes, warps) is compiled instead, for sm_80 and sm_90. Exit code 1 if a kernel spills registers.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -27,15 +28,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from madtp_kernels.triton.attention import backward as attention_backward
-from madtp_kernels.triton.attention import forward as attention
-from madtp_kernels.triton.tokens import gather_merge
-from madtp_kernels.triton.tokens import scores as token_scores
+import madtp_kernels.triton
+from madtp_kernels.triton.meta_arguments import Sizes
 
 TARGETS = (80, 90)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # what triton specialises pointers and sizes on
-BATCH, LONGEST, ROWS, OUT_ROWS = 32, 577, 32 * 577, 32 * 300
 WIDTHS = {  # columns of the report
     "op": 43,
     "kernel": 30,
@@ -51,97 +49,14 @@ WIDTHS = {  # columns of the report
 }
 
 
-# --- one entry per launcher: its arguments from a dtype and the model's sizes
+def launches() -> dict[str, Callable]:
+    """The `LAUNCHES` of every package of kernels: name -> function of (dtype, sizes) that calls a launcher."""
+    found: dict[str, Callable] = {}
+    for package in pkgutil.iter_modules(madtp_kernels.triton.__path__, "madtp_kernels.triton."):
+        if package.ispkg:
+            found |= importlib.import_module(f"{package.name}.launches").LAUNCHES
+    return found
 
-
-class Sizes(NamedTuple):
-    channels: int
-    alignment_tokens: int
-    head_dim: int
-    optional: bool  # the optional arguments are given
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _cu_seqlens() -> Tensor:
-    return _meta(BATCH + 1, dtype=torch.int32)
-
-
-def _summary_index(given: bool) -> Tensor | None:
-    return _meta(BATCH, dtype=torch.int32) if given else None
-
-
-def _selection() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    keep, source = _meta(ROWS, dtype=torch.bool), _meta(OUT_ROWS, dtype=torch.int32)
-    return keep, _cu_seqlens(), _cu_seqlens(), source, _meta(ROWS)
-
-
-def _affine(dtype: torch.dtype, sizes: Sizes) -> Tensor:
-    """The weight or the bias of a LayerNorm."""
-    return _meta(sizes.channels, dtype=torch.float32 if sizes.optional else dtype)
-
-
-def _attention(dtype: torch.dtype, sizes: Sizes, statistics: bool) -> tuple:
-    """All arguments of the forward: q, k and v of a fused projection; causal where the optional arguments are given."""
-    qkv = _meta(ROWS, 3, sizes.channels // sizes.head_dim, sizes.head_dim, dtype=dtype).unbind(1)
-    ragged = (_cu_seqlens(), _cu_seqlens(), LONGEST, LONGEST)
-    return *qkv, *ragged, sizes.head_dim**-0.5, sizes.optional, _summary_index(sizes.optional), statistics
-
-
-def _attention_backward(dtype: torch.dtype, sizes: Sizes, statistics: bool) -> None:
-    arguments = _attention(dtype, sizes, statistics)
-    out = _meta(*arguments[0].shape, dtype=dtype)
-    attention_backward.varlen_attention_backward(
-        out, _meta(ROWS), _meta(ROWS), out, _meta(out.shape[1], ROWS), *arguments
-    )
-
-
-# name -> function of (dtype, sizes) that calls the launcher
-LAUNCHES: dict[str, Callable] = {
-    "token_importance": lambda dtype, sizes: token_scores.token_importance(
-        _meta(ROWS),
-        _meta(ROWS),
-        _meta(ROWS, sizes.alignment_tokens, dtype=dtype),
-        _cu_seqlens(),
-        _summary_index(sizes.optional),
-    ),
-    "select_tokens": lambda dtype, sizes: token_scores.select_tokens(
-        _meta(ROWS),
-        _meta(ROWS, sizes.alignment_tokens, dtype=dtype),
-        _cu_seqlens(),
-        1.0,
-        _summary_index(sizes.optional),
-    ),
-    "score_and_select": lambda dtype, sizes: token_scores.score_and_select(
-        _meta(ROWS),
-        _meta(ROWS),
-        _meta(ROWS, sizes.alignment_tokens, dtype=dtype),
-        _cu_seqlens(),
-        1.0,
-        _summary_index(sizes.optional),
-    ),
-    "gather_merge": lambda dtype, sizes: gather_merge.gather_merge(
-        _meta(ROWS, sizes.channels, dtype=dtype), *_selection()
-    ),
-    "gather_merge_layernorm": lambda dtype, sizes: gather_merge.gather_merge_layernorm(
-        _meta(ROWS, sizes.channels, dtype=dtype),
-        *_selection(),
-        _affine(dtype, sizes),
-        _affine(dtype, sizes),
-        1e-5,
-    ),
-    "gather_merge_backward": lambda dtype, sizes: gather_merge.gather_merge_backward(
-        _meta(OUT_ROWS, sizes.channels, dtype=dtype), _meta(ROWS, sizes.channels, dtype=dtype), *_selection()
-    ),
-    "varlen_attention": lambda dtype, sizes: attention.varlen_attention(*_attention(dtype, sizes, False)),
-    "varlen_attention with statistics": lambda dtype, sizes: attention.varlen_attention(
-        *_attention(dtype, sizes, True)
-    ),
-    "varlen_attention_backward": lambda dtype, sizes: _attention_backward(dtype, sizes, False),
-    "varlen_attention_backward with statistics": lambda dtype, sizes: _attention_backward(dtype, sizes, True),
-}
 
 SHIPPED = [Sizes(768, 100, 64, False)]  # BLIP and ViT-B with the default configuration
 OTHERS = [
@@ -213,7 +128,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def reports(all_sizes: list[Sizes], targets=TARGETS) -> Iterator[dict]:
     """One row per kernel, dtype, sizes and target; kernels that no longer differ are compiled once."""
     seen = set()
-    for arch, (op, launch), sizes, dtype in itertools.product(targets, LAUNCHES.items(), all_sizes, DTYPES):
+    for arch, (op, launch), sizes, dtype in itertools.product(targets, launches().items(), all_sizes, DTYPES):
         for kernel, arguments, options in recorded(launch, dtype, sizes):
             source = source_of(kernel, arguments)
             key = (arch, kernel.__name__, source.hash(), tuple(sorted(options.items())))

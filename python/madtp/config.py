@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from madtp.choices import WEIGHT_DTYPES
 from madtp.dtp.selection_rules import METHOD, SELECTIONS
 from madtp.migration import CONFIG_NAMES, refuse_old_names
 from madtp_kernels import Pattern
@@ -43,6 +44,8 @@ class CompressionConfig:
     pattern: str = "2:4"
     sparse_include: tuple[str, ...] = ("*",)  # module names, shell-style; the model family adds its own exclusions
     sparse_exclude: tuple[str, ...] = ()
+    # What the weights of all Linears that may go N:M are rounded to in the end; None: they stay as they are.
+    weight_dtype: Literal["int8"] | None = None
     # What the masks keep: the largest |W|, |W| ||x||, the same with tokens by their importance, or, once and before the
     # training, what reconstructs the outputs best (with hwp_schedule "one_shot").
     hwp_score: Literal["magnitude", "activation", "token_weighted", "second_order"] = "magnitude"
@@ -86,6 +89,8 @@ class CompressionConfig:
         self._require("hwp_schedule", self.hwp_schedule in ("gradual", "one_shot"), '"gradual" or "one_shot"')
         scores = ("magnitude", "activation", "token_weighted", "second_order")
         self._require("hwp_score", self.hwp_score in scores, f"one of {', '.join(scores)}")
+        known = self.weight_dtype is None or self.weight_dtype in WEIGHT_DTYPES
+        self._require("weight_dtype", known, f"None or {' or '.join(WEIGHT_DTYPES)}")
         self._require("hwp_permute", isinstance(self.hwp_permute, bool), "true or false")
         once = self.hwp_score != "second_order" or self.hwp_schedule == "one_shot"
         self._require("hwp_schedule", once, '"one_shot" with hwp_score "second_order"')

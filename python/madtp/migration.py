@@ -28,17 +28,30 @@ def migrate_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def migrate_model(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """madtp.json of version 3 (0.1) or 4, which held everything -> settings as config.json has them now, checksums.
+    """madtp.json of version 3 (0.1) or 4, which held everything -> settings as config.json had them in 5, checksums.
 
     Raises:
         KeyError, AttributeError, TypeError: it does not hold what it should.
     """
     settings = {
+        "version": 5,
         "config": migrate_config(values["config"]),
         "branches": {branch: {"temperature": value} for branch, value in values["temperatures"].items()},
         "sparse24": values["sparse24"],
     }
     return settings, {"model.safetensors": values["weights_sha256"]}
+
+
+def migrate_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of version 5, which knew no layers but 2:4 ones, or of today -> as today.
+
+    Raises:
+        KeyError, AttributeError, TypeError: they do not hold what they should.
+    """
+    if values["version"] != 5:
+        return dict(values)
+    packed = {name: {"scheme": "sparse24", **epilogue} for name, epilogue in values["sparse24"].items()}
+    return {**values, "version": 6, "packed": packed}
 
 
 def packed_key_mapping(packed: Iterable[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ SOURCES = {"madtp_kernels": ROOT / "madtp_kernels", "madtp": ROOT / "python" / "
 LAYERS = {
     "madtp_kernels": (
         ("_version", "atomic_file", "checks", "selection", "flops", "nm_patterns", "ragged", "renamed", "table_file"),
-        ("nm_masks", "dispatch"),
+        ("nm_masks", "dispatch", "layouts"),
         ("reference", "measured"),
         ("native", "triton"),
         ("dense",),

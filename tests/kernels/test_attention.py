@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import madtp_kernels as mk
 from madtp_kernels import dispatch
 
+pytestmark = pytest.mark.sanitized
+
 LENGTHS = [5, 1, 0, 9]
 needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 

@@ -6,58 +6,16 @@ import math
 
 import pytest
 import torch
-from ragged_cases import cu_seqlens_of
-from sparse24_cases import dense24
+from op_examples import EXAMPLES, derived, good_call, ops
+from op_examples.common import Sizes
 
-from madtp_kernels import checks, dispatch, select_tokens, sparse24_compress
+from madtp_kernels import checks, dispatch
+
+pytestmark = pytest.mark.sanitized
 
 needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 
 REFUSED = (ValueError, RuntimeError, NotImplementedError)
-# What a forward left for its backward, or a selection says twice: the reference reads one of the two.
-DERIVED = {"out", "lse", "keep", "source", "cu_seqlens_out", "backend"}
-OF_THE_FORWARD = {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "softmax_scale", "causal", "summary_index"}
-
-
-def ops():
-    names = torch._C._dispatch_get_all_op_names()
-    return sorted(name.removeprefix("madtp::") for name in names if name.startswith("madtp::"))
-
-
-def schema(op):
-    return getattr(torch.ops.madtp, op).default._schema
-
-
-def arguments(op, *, lengths=(5, 7), heads=2, head_dim=16, channels=8, features=(16, 32)):
-    """A good call of `op`: name -> value, in the order of its schema."""
-    generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
-    rows, cu, (out_features, in_features) = sum(lengths), cu_seqlens_of(lengths), features
-    weight = sparse24_compress(dense24(out_features, in_features) if out_features else torch.zeros(features))
-    selection = select_tokens(random(rows), 9 * random(rows, 3), cu, 5.0, backend="reference")
-    good = {
-        **{name: random(rows, heads, head_dim) for name in ("q", "k", "v", "grad_out", "out")},
-        **{name: cu for name in ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")},
-        **{f"max_seqlen_{side}": max(lengths, default=0) for side in "qk"},
-        **{name: random(rows) for name in ("importance", "summary_attention", "received_attention")},
-        **{name: random(rows) for name in ("grad_summary_attention", "grad_received_attention")},
-        **{"softmax_scale": 0.25, "causal": False, "return_stats": True, "temperature": 5.0, "eps": 1e-5},
-        **{"summary_index": torch.zeros(len(lengths), dtype=torch.int32), "mag_logits": random(rows, 3)},
-        **{"values": weight.values, "indices": weight.indices, "layout": None},
-        **{"values_t": None, "indices_t": None, "layout_t": None, "activation": "gelu", "backend": "cpu"},
-        **selection._asdict(),
-    }
-    if op == "varlen_attention_backward":
-        forward = [good[argument.name] for argument in schema("varlen_attention").arguments]
-        good["out"], _, _, good["lse"] = torch.ops.madtp.varlen_attention(*forward)
-    if op.startswith("sparse24"):
-        good |= {"x": random(rows, in_features), "bias": random(out_features), "grad": random(rows, out_features)}
-        good |= {"residual": random(rows, out_features), "scale": random(out_features)}
-        good["num_rows"] = torch.tensor(rows - 1, dtype=torch.int32)
-    else:
-        good |= {"x": random(rows, channels), "grad": random(selection.source.numel(), channels)}
-        good |= {"weight": random(channels), "bias": random(channels)}
-    return {argument.name: good[argument.name] for argument in schema(op).arguments}
 
 
 def changes(value):
@@ -122,12 +80,17 @@ def assert_like_the_reference(op, call, got, what):
             assert bool(torch.isclose(ours.double(), reference.double(), 1e-3, 1e-4, equal_nan=True).all()), what
 
 
+def test_every_op_has_examples():
+    assert EXAMPLES.keys() == set(ops())
+    public = {op for op, known in dispatch._records.items() if known.public is not None}
+    assert public & EXAMPLES.keys() == {op for op, example in EXAMPLES.items() if getattr(example, "CALLS", {})}
+
+
 @needs_extension
 @pytest.mark.parametrize("op", ops())
 def test_each_argument_is_refused_or_right(op):
-    good = arguments(op)
+    good = good_call(op)
     assert not isinstance(outcome(op, good), Exception)
-    derived = DERIVED | OF_THE_FORWARD if op.endswith("attention_backward") else DERIVED
     for name, value in good.items():
         for change in changes(value):
             call = good | {name: change}
@@ -136,7 +99,7 @@ def test_each_argument_is_refused_or_right(op):
             if isinstance(got, Exception):
                 # torch says in several lines that an argument is not of the type in the schema.
                 assert type(got) is not ValueError or "\n" not in str(got), what
-            elif "backend" in call and name not in derived:
+            elif "backend" in call and name != "backend" and name not in derived(op):
                 assert_like_the_reference(op, call, got, what)
 
 
@@ -155,7 +118,7 @@ EMPTY = [
 @pytest.mark.parametrize("sizes", EMPTY, ids=str)
 def test_empty_sizes_are_refused_or_right(sizes):
     for op in ops():
-        call = arguments(op, **sizes)
+        call = good_call(op, Sizes(**sizes))
         got = outcome(op, call)
         assert not isinstance(got, Exception), f"{op}: {got}"
         if "backend" in call:

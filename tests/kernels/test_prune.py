@@ -32,7 +32,10 @@ BACKENDS = [
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:var\(\). degrees of freedom:UserWarning")  # the reference on no rows
+pytestmark = [
+    pytest.mark.sanitized,
+    pytest.mark.filterwarnings(r"ignore:var\(\). degrees of freedom:UserWarning"),  # the reference on no rows
+]
 
 
 def device_of(backend):

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from sparse24_cases import dense24
+from sparse24_cases import epilogue as arguments
 from torch.library import opcheck
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,13 +28,6 @@ def weight_of(out_features, in_features, scheme, seed=0):
     if scheme == "int8_24":
         return quantize(dense24(out_features, in_features, seed=seed))
     return quantize(torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)), "int8")
-
-
-def arguments(rows, out_features, dtype=torch.float32, affine=None):
-    generator = torch.Generator().manual_seed(1)
-    bias, scale = torch.randn(2, out_features, generator=generator).to(affine or dtype)
-    residual = torch.randn(rows, out_features, generator=generator).to(dtype)
-    return {"bias": bias, "residual": residual, "scale": scale}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

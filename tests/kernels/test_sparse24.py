@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from sparse24_cases import dense24
+from sparse24_cases import epilogue as arguments
 from torch.library import opcheck
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,19 +18,10 @@ from madtp_kernels.ops import sparse24
 from madtp_kernels.ops.sparse24 import sparse24_pack
 from madtp_kernels.reference import sparse24 as reference
 
+pytestmark = pytest.mark.sanitized
+
 needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu", "relu"]
-
-
-def arguments(rows, out_features, dtype=torch.float32, seed=1, affine=None):
-    """bias, residual and scale by name."""
-    generator = torch.Generator().manual_seed(seed)
-    bias, scale = torch.randn(2, out_features, generator=generator).to(affine or dtype)
-    return {
-        "bias": bias,
-        "residual": torch.randn(rows, out_features, generator=generator).to(dtype),
-        "scale": scale,
-    }
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

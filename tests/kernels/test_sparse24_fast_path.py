@@ -11,7 +11,10 @@ import madtp_kernels as mk
 from madtp_kernels import dispatch, sparse24_compress
 from madtp_kernels.ops import sparse24
 
-pytestmark = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
+pytestmark = [
+    pytest.mark.sanitized,
+    pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension"),
+]
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import madtp_kernels as mk
 from madtp_kernels import dispatch
 from madtp_kernels.sparse24.weight import sparse24_compress
 
+pytestmark = pytest.mark.sanitized
+
 FAST = [torch.float32, torch.bfloat16, torch.float16]
 needs_extension = pytest.mark.skipif(
     dispatch.extension_unsupported_reason() is not None, reason="needs the C++ extension"

@@ -10,6 +10,8 @@ import torch
 import madtp_kernels as mk
 from madtp_kernels import dispatch, sparse24_compress
 
+pytestmark = pytest.mark.sanitized
+
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu", "relu"]
 BACKENDS = [
     "reference",

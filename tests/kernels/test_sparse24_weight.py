@@ -11,6 +11,8 @@ from madtp_kernels import dispatch, sparse24_linear
 from madtp_kernels.sparse24 import weight as sparse24_weight
 from madtp_kernels.sparse24.weight import ASCENDING, Sparse24Weight, register_layout, sparse24_compress
 
+pytestmark = pytest.mark.sanitized
+
 needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

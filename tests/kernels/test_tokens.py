@@ -13,6 +13,8 @@ import madtp_kernels as mk
 from madtp_kernels import dispatch
 from madtp_kernels.selection import PADDING
 
+pytestmark = pytest.mark.sanitized
+
 BACKENDS = [
     "reference",
     pytest.param(

@@ -5,12 +5,19 @@ import functools
 
 import pytest
 import torch
-from ragged_cases import cu_seqlens_of
+from op_examples import (
+    differentiable_calls,
+    gather_merge,
+    gather_merge_layernorm,
+    rounded_calls,
+    score_and_select,
+    sparse24_linear,
+)
+from op_examples import varlen_attention as attention
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-import madtp_kernels as mk
 from madtp_kernels import dispatch
 
 pytestmark = [
@@ -18,70 +25,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
 
-CU = cu_seqlens_of([5, 7])
-ROWS = 12
-random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-LOGITS = random(ROWS, 3)
-STATS = mk.AttentionStats(random(ROWS).abs(), random(ROWS).abs())
-SELECTION = mk.score_and_select(STATS, LOGITS, CU, 5.0)[1]
-WEIGHT = mk.sparse24_prune(random(16, 32))
-
-
-def attention(q, k, v, backend):
-    return mk.varlen_attention(q, k, v, CU, max_seqlen_q=7, causal=True, backend=backend)
-
-
-def attention_statistics(q, k, v, backend):
-    out, stats = mk.varlen_attention(q, k, v, CU, max_seqlen_q=7, return_stats=True, backend=backend)
-    return out.sum((1, 2)) + stats.summary_attention + stats.received_attention
-
-
-def importance(summary_attention, received_attention, logits, backend):
-    return mk.token_importance(mk.AttentionStats(summary_attention, received_attention), logits, CU, backend=backend)
-
-
-def selection(importance, backend):
-    logits = LOGITS.to(importance.dtype)
-    return mk.select_tokens(importance, logits, CU, 5.0, capacity="upper_bound", backend=backend).merge_weight
-
-
-def score(summary_attention, received_attention, logits, backend):
-    stats = mk.AttentionStats(summary_attention, received_attention)
-    importance, selection = mk.score_and_select(stats, logits, CU, 5.0, capacity="upper_bound", backend=backend)
-    return importance + selection.merge_weight
-
-
-def gather(x, merge_weight, backend):
-    return mk.gather_merge(x, SELECTION._replace(merge_weight=merge_weight), backend=backend)
-
-
-def gather_layernorm(x, merge_weight, weight, bias, backend):
-    selection = SELECTION._replace(merge_weight=merge_weight)
-    return sum(mk.gather_merge_layernorm(x, selection, weight, bias, backend=backend))
-
-
-def linear(x, bias, residual, scale, backend):
-    rest = {"activation": "gelu", "residual": residual, "scale": scale, "backend": backend}
-    return mk.sparse24_linear(x, WEIGHT.to(x.dtype), bias, **rest)
-
-
-QKV = tuple(random(ROWS, 2, 16) for _ in range(3))
-CALLS = {
-    attention: QKV,
-    attention_statistics: QKV,
-    importance: (*STATS, LOGITS),
-    selection: (mk.token_importance(STATS, LOGITS, CU),),
-    score: (*STATS, LOGITS),
-    gather: (random(ROWS, 8), SELECTION.merge_weight),
-    gather_layernorm: (random(ROWS, 8), SELECTION.merge_weight, random(8), random(8)),
-    linear: (random(6, 32), random(16), random(6, 16), random(16)),
-}
+CALLS = differentiable_calls()
+THIRD_ORDER = [attention.attention, gather_merge_layernorm.gather_layernorm, sparse24_linear.linear]
 
 
 @pytest.fixture(params=CALLS, ids=lambda function: function.__name__)
 def call(request):
     """(a function of tensors and a backend, its inputs in float64)."""
-    return request.param, CALLS[request.param]
+    return request.param, CALLS[request.param]()
 
 
 def loss_of(function, backend):
@@ -115,19 +66,22 @@ def assert_close(got, expected, tolerance=1e-7):
 
 def test_second_order(call):
     function, inputs = call
-    assert torch.autograd.gradgradcheck(
-        functools.partial(function, backend="reference"), gradable(inputs), fast_mode=True
-    )
+    if function not in rounded_calls():
+        assert torch.autograd.gradgradcheck(
+            functools.partial(function, backend="reference"), gradable(inputs), fast_mode=True
+        )
     expected = second_order(loss_of(function, "reference"), inputs)
-    assert all(grad.abs().max() > 0 for grad in expected if function is not score)
+    assert all(grad.abs().max() > 0 for grad in expected if function is not score_and_select.score)
     single = [x.float() for x in inputs]
     assert_close(second_order(loss_of(function, "cpu"), single), expected, 1e-3)
     assert_close(gradients(loss_of(function, "cpu"), single), gradients(loss_of(function, "reference"), inputs), 1e-3)
 
 
-@pytest.mark.parametrize("function", [attention, gather_layernorm, linear])
+@pytest.mark.parametrize(
+    "function", [attention.attention, gather_merge_layernorm.gather_layernorm, sparse24_linear.linear]
+)
 def test_third_order(function):
-    inputs = CALLS[function]
+    inputs = CALLS[function]()
     expected = second_order(loss_of(function, "reference"), inputs, 3)
     assert_close(second_order(loss_of(function, "cpu"), [x.float() for x in inputs], 3), expected, 1e-2)
 
@@ -195,6 +149,6 @@ def test_traced_by_make_fx(call):
     traced = make_fx(lambda *inputs: gradients(loss, [x.detach() for x in inputs]))(*inputs)
     assert any("madtp" in str(node.target) for node in traced.graph.nodes)
     assert_close(traced(*inputs), gradients(loss, inputs), 1e-6)
-    if function is gather:
+    if function is gather_merge.gather:
         traced = make_fx(lambda *inputs: second_order(loss, [x.detach() for x in inputs]))(*inputs)
         assert_close(traced(*inputs), second_order(loss, inputs), 1e-5)

@@ -18,6 +18,7 @@ from madtp.models import BlipForNLVR
 from madtp.patching.quantizer import MadtpQuantizationConfig
 
 TEMPERATURE = 2.0
+FC1 = "vision_model.encoder.layers.0.mlp.fc1"
 
 
 def compressed(name, packed=True):
@@ -164,18 +165,19 @@ def test_a_plain_model_is_not_patched_at_loading(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, "must be of version 5, got 99: install a newer madtp"),
-        ({"version": None}, "must be of version 5, got None: save the model again"),
+        ({"version": 99}, "must be of version 6, got 99: install a newer madtp"),
+        ({"version": None}, "must be of version 6, got None: save the model again"),
         ({"config": None}, "cannot be read"),
         ({"config": {"alignment_tokens": 0}}, "alignment_tokens must be an integer of at least 1"),
         ({"branches": {"vision": {"temperature": -1.0}, "text": {}}}, "temperature of vision must be a finite number"),
         ({"branches": {"vision": {}}}, "must have branches vision: load it as CLIPModel"),
         ({"branches": []}, "cannot be read"),
-        ({"sparse24": []}, "cannot be read"),
-        ({"sparse24": {"no.such": {}}}, "cannot be read"),
-        ({"sparse24": {"text_model": {}}}, "cannot be read"),
-        ({"sparse24": {"vision_model.encoder.layers.0.mlp.fc1": {"activation": "vision_model"}}}, "cannot be read"),
-        ({"sparse24": {}}, "weights must match|ignore_mismatched_sizes"),
+        ({"packed": []}, "cannot be read"),
+        ({"packed": {"no.such": {"scheme": "sparse24"}}}, "cannot be read"),
+        ({"packed": {"text_model": {"scheme": "sparse24"}}}, "cannot be read"),
+        ({"packed": {FC1: {"scheme": "sparse24", "activation": "vision_model"}}}, "cannot be read"),
+        ({"packed": {FC1: {"scheme": "int4"}}}, "scheme must be one of sparse24, int8, int8_24, got 'int4'"),
+        ({"packed": {}}, "weights must match|ignore_mismatched_sizes"),
     ],
 )
 def test_damaged_settings_are_refused(change, message, folder, tmp_path):

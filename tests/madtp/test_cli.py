@@ -107,7 +107,7 @@ def test_dense_model(madtp, refused, drawn):
     code, out, _ = madtp("evaluate", DENSE_EASY_VQA, "--limit", 30)
     assert code == 0 and "on 30 samples" in out
     code, out, _ = madtp("profile", DENSE_EASY_VQA, "--limit", 8)
-    assert code == 0 and "1,854,496" in out
+    assert code == 0 and "1,854,496" in out and "7,417,984" in out and "GBOPs, counted" in out
     assert "is not a compressed model" in refused("visualize", DENSE_EASY_VQA)
 
 

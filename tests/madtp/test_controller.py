@@ -121,9 +121,9 @@ def test_bad_observation_changes_nothing(observed):
 
 def make_profile(**macs):
     """Branches as name=(dense, counted)."""
-    branches = {name: Account(0, 0, dense, counted, dense) for name, (dense, counted) in macs.items()}
+    branches = {name: Account(0, 0, dense, counted, dense, 0, 0) for name, (dense, counted) in macs.items()}
     sums = [sum(column) for column in zip(*macs.values(), strict=True)]
-    return Profile(Account(0, 0, sums[0], sums[1], sums[0]), branches, {})
+    return Profile(Account(0, 0, sums[0], sums[1], sums[0], 0, 0), branches, {})
 
 
 def test_branch_targets_meet_the_budget_by_one_factor():

@@ -117,7 +117,7 @@ def test_pack_and_replace(monkeypatch):
         (packing.Folded, "__init__", (1,)),
         (takeover, "_rebind_hooks", (1, 2)),
     ]
-    fails(monkeypatch, lambda model: replace_linear(model, "1.fc1", None, EPILOGUES["1.fc1"]), make_model, steps)
+    fails(monkeypatch, lambda model: replace_linear(model, "1.fc1", "sparse24", EPILOGUES["1.fc1"]), make_model, steps)
 
 
 def test_unpack(monkeypatch):
@@ -199,4 +199,4 @@ def test_weights_that_no_kernel_takes_are_said():
     assert type(model[0].act) is nn.ReLU
     for epilogue, what in ((Epilogue("0.fc2"), "activation"), (Epilogue(None, "0.fc2"), "scale")):
         with pytest.raises(ValueError, match=f"{what} of 0.fc1 must be"):
-            replace_linear(model, "0.fc1", None, epilogue)
+            replace_linear(model, "0.fc1", "sparse24", epilogue)

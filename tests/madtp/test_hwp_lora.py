@@ -94,6 +94,21 @@ def test_lora_first_and_packed_below_it():
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
 
 
+def test_lora_on_int8_layers_trains_and_comes_off():
+    from madtp.hwp.lora import support_packed
+
+    x, block = torch.randn(4, 32), masked()
+    hwp.pack(block, epilogues={"fc1": Epilogue("relu")}, dtype="int8")
+    expected = block(x)
+    model = peft.get_peft_model(block, support_packed(config()))
+    assert not torch.allclose(model(x), expected)
+    model(x).square().sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(adapters(model))
+    with pytest.raises(ValueError, match="LoRA must not be merged into a packed layer"):
+        model.merge_and_unload()
+    assert torch.equal(model.unload()(x), expected)
+
+
 def test_adapters_are_saved_and_loaded(tmp_path):
     from madtp.hwp.lora import support_packed
 

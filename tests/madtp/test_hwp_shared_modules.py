@@ -72,7 +72,8 @@ def test_loading_replaces_at_all_names():
     hwp.pack(model, epilogues=BOTH)
     fresh = nn.ModuleDict({"a": Part(nn.Linear(32, 32), nn.ReLU()), "b": Part(nn.Identity(), nn.ReLU())})
     fresh.b.fc = fresh.a.fc
-    layers = [replace_linear(fresh, name, None, epilogue) for name, epilogue in hwp.packing.epilogues_of(model).items()]
+    epilogues = hwp.packing.epilogues_of(model)
+    layers = [replace_linear(fresh, name, "sparse24", epilogue) for name, epilogue in epilogues.items()]
     assert layers[0] is layers[1] is fresh.a.fc is fresh.b.fc
     fresh.load_state_dict(model.state_dict())
     torch.testing.assert_close(outputs(fresh, x), outputs(model, x))

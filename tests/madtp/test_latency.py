@@ -78,9 +78,9 @@ def test_the_front_is_of_times_where_the_config_asks_for_time(machine, data):
 
 def sensitivities(times=None):
     """Of two branches, one of them with a Linear; every part saves as many MACs, at as much harm per MAC."""
-    account = accounting.Account(0, 0, 100.0, 100.0, 100.0)
+    account = accounting.Account(0, 0, 100.0, 100.0, 100.0, 0.0, 0)
     profile = accounting.Profile(
-        accounting.Account(1000, 1000, 200.0, 200.0, 200.0), {"vision": account, "text": account}, {}
+        accounting.Account(1000, 1000, 200.0, 200.0, 200.0, 0.0, 0), {"vision": account, "text": account}, {}
     )
     points = (TokenPoint(1.0, 0.0, 0.0), TokenPoint(0.9, 1.0, 0.1), TokenPoint(0.5, 10.0, 0.5))
     weights = {"fc": WeightUnit("text", 100, 40.0, 0.4)}

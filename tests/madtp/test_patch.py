@@ -134,7 +134,7 @@ def test_a_model_saved_by_version_0_1_comes_back(batch, tmp_path):
             torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=1e-5)
         loaded.save_pretrained(tmp_path)
         state, saved = (json.loads((tmp_path / name).read_text()) for name in ("madtp.json", "config.json"))
-        assert state["version"] == 5 and saved["quantization_config"]["config"] == config
+        assert state["version"] == 6 and saved["quantization_config"]["config"] == config
 
 
 def test_a_handle_is_found_from_any_layer(blip):
@@ -195,13 +195,13 @@ def test_refuses(blip, tmp_path):
     weights.write_bytes(whole)
     state = json.loads((tmp_path / "madtp.json").read_text())
     (tmp_path / "madtp.json").write_text(json.dumps(state | {"version": 99}))
-    with pytest.raises(madtp.ModelError, match="madtp.json must be of version 5, got 99: install a newer madtp"):
+    with pytest.raises(madtp.ModelError, match="madtp.json must be of version 6, got 99: install a newer madtp"):
         madtp.from_pretrained(tmp_path)
     (tmp_path / "madtp.json").write_text(json.dumps(state | {"version": 2}))
-    with pytest.raises(madtp.ModelError, match="madtp.json must be of version 5, got 2: save the model again"):
+    with pytest.raises(madtp.ModelError, match="madtp.json must be of version 6, got 2: save the model again"):
         madtp.from_pretrained(tmp_path)
     (tmp_path / "madtp.json").write_text("[]")
-    with pytest.raises(madtp.ModelError, match="madtp.json must be of version 5, got None"):
+    with pytest.raises(madtp.ModelError, match="madtp.json must be of version 6, got None"):
         madtp.from_pretrained(tmp_path)
     (tmp_path / "madtp.json").write_text(json.dumps(state | {"sha256": None}))
     with pytest.raises(madtp.ModelError, match="cannot be read"):

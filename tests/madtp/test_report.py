@@ -21,9 +21,11 @@ DENSE = {
     "dense_gmacs": 0.0814,
     "counted_gmacs": 0.0814,
     "executed_gmacs": 0.0814,
+    "counted_gbops": 83.4,
     "params": 1_854_496,
     "nonzero_params": 1_854_368,
     "bytes": 7_441_512,
+    "weight_bytes": 7_417_984,
     "ms_per_sample": 2.0,
     "tokens_per_layer": {"vision": [65.0, 65.0], "text": [9.0]},
     "ms_per_layer": {"vision": [0.5, 0.5], "text": [0.2]},
@@ -31,7 +33,9 @@ DENSE = {
 COMPRESSED = DENSE | {
     "metrics": {"accuracy": 0.9801},
     "counted_gmacs": 0.0407,
+    "counted_gbops": 2.61,
     "nonzero_params": 927_184,
+    "weight_bytes": 1_854_496,
     "ms_per_sample": 1.5,
     "tokens_per_layer": {"vision": [52.0, 32.5], "text": [8.1]},
     "ms_per_layer": {"vision": [0.45, 0.2], "text": [0.25]},
@@ -45,7 +49,8 @@ REPORT = {
         "targets_gmacs": {"vision": 0.03, "text": 0.001},
         "temperatures": {"vision": 1.5, "text": 0.25},
         "sparse_modules": ["a", "b"],
-        "dense_modules": {"c": "excluded"},
+        "quantized_modules": {"a": "int8_24", "b": "int8_24", "c": "int8"},
+        "dense_modules": {"d": "excluded"},
         "magnitude_kept": 0.75,
     },
     "training": [
@@ -59,7 +64,7 @@ REPORT = {
         }
         for step in (10, 20, 30)
     ],
-    "config": {"seed": 3, "pattern": "2:4"},
+    "config": {"seed": 3, "pattern": "2:4", "weight_dtype": "int8"},
     "versions": {"torch": "2.13.0"},
 }
 
@@ -69,6 +74,8 @@ def test_rows_compare():
     assert rows["accuracy, 9,673 samples"] == ("98.76 %", "98.01 %", "-0.75 points")
     assert rows["GMACs, dense"] == ("0.0814", "0.0814", "+0.0 %")
     assert rows["GMACs, counted"] == ("0.0814", "0.0407", "-50.0 %")
+    assert rows["GBOPs, counted"] == ("83.4", "2.61", "-96.9 %")
+    assert rows["bytes of weights"] == ("7,417,984", "1,854,496", "-75.0 %")
     assert rows["non-zero parameters"][2] == "-50.0 %"
     assert rows["ms per sample"] == ("2", "1.5", "-25.0 %")
     assert rows["tokens, vision layer 2"] == ("65.0", "32.5", "-50.0 %")
@@ -89,7 +96,8 @@ def test_files(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| GMACs, counted | 0.0814 | 0.0407 | -50.0 % |" in text
     assert "| vision layer 2 | 0.5 | 0.2 | -60.0 % |" in text and "| text layer 1 | 0.2 | 0.25 | +25.0 % |" in text
-    for part in ("`madtp demo --seed 3`", "seed: 3", "torch 2.13.0", "(tokens.png)", "50.00 % fewer", "in 2 linears"):
+    parts = ("`madtp demo --seed 3`", "seed: 3", "torch 2.13.0", "(tokens.png)", "50.00 % fewer")
+    for part in (*parts, "in 2 linears", "int8 in 3 linears"):
         assert part in text
     assert "![" not in report.markdown(REPORT, command="madtp demo")
     timed = REPORT | {"plan": REPORT["plan"] | {"latency_reduction": 0.3}}
@@ -113,6 +121,7 @@ def test_the_page_holds_all_it_shows(tmp_path):
         "-50.0 %",
         "madtp demo --name &#39;&lt;b&gt;&#39;",
         "2 linears are 2:4",
+        "3 linears have int8 weights",
         "data:image/png;base64,",
         "Seed 3",
     ):

@@ -44,7 +44,7 @@ def test_what_was_saved_loads_again(options, loading, model, tmp_path):
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     assert (len(weights) > 1) == ("max_shard_size" in options)
     state = json.loads((folder / "madtp.json").read_text())
-    assert state == {"version": 5, "sha256": {name: file_sha256(folder / name) for name in ["config.json", *weights]}}
+    assert state == {"version": 6, "sha256": {name: file_sha256(folder / name) for name in ["config.json", *weights]}}
     for load in (madtp.from_pretrained, hf.AutoModel.from_pretrained):
         assert same(load(folder, **loading), model)
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
@@ -245,13 +245,14 @@ def test_a_folder_of_an_earlier_version(version, model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     def earlier(weights):
-        packed = {f"{name}.weight": f"{name}.values" for name in settings["sparse24"]}
+        packed = {f"{name}.weight": f"{name}.values" for name in settings["packed"]}
         return {packed.get(k, k): v for k, v in weights.items() if "_extra_state" not in k}
 
     rewritten(tmp_path, earlier)
     if version == 3:
         settings["config"]["flops_reduction"] = settings["config"].pop("macs_reduction")
-    state = {"version": version, "config": settings["config"], "sparse24": settings["sparse24"]}
+    packed = {name: {"activation": of["activation"], "scale": of["scale"]} for name, of in settings["packed"].items()}
+    state = {"version": version, "config": settings["config"], "sparse24": packed}
     state |= {"temperatures": {"vision": 2.0}, "weights_sha256": file_sha256(tmp_path / "model.safetensors")}
     (tmp_path / "madtp.json").write_text(json.dumps(state))
     loaded = madtp.from_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from families import BERT, CONFIG, IMAGE, SIGLIP_TEXT, pixels, text
 
 import madtp
 from madtp import hwp
-from madtp.hwp import packing
+from madtp.hwp import Sparse24Linear
 from madtp_kernels import tune
 from madtp_kernels.sparse24 import tuning_cuda
 
@@ -33,13 +33,13 @@ def test_every_layer_of_a_block_is_measured(family, monkeypatch):
     names = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and ".layer" in name]
     hwp.WeightPruner(model, "2:4", names, schedule="one_shot").finalize()
     assert sorted(hwp.pack(model, names)) == sorted(names)
-    calls, run = [], packing.sparse24_linear
+    calls, run = [], Sparse24Linear._op
 
     def spy(x, weight, bias, *, activation, residual, scale, num_rows):
         calls.append(tuning_cuda.linear_call(x.bfloat16(), weight.values, activation, residual, scale))
         return run(x, weight, bias, activation=activation, residual=residual, scale=scale, num_rows=num_rows)
 
-    monkeypatch.setattr(packing, "sparse24_linear", spy)
+    monkeypatch.setattr(Sparse24Linear, "_op", staticmethod(spy))
     inputs = {"input_ids": text(padded=False)["input_ids"]} if "Text" in kind.__name__ or kind is hf.BertModel else None
     with torch.no_grad():
         model(**(inputs or {"pixel_values": pixels(4)}))

@@ -57,20 +57,30 @@ void merge(Rows<const T> x, std::int64_t channels, const TokenSelection& selecti
   }
 }
 
+// Rows of no channels may be null, which memcpy and memset must not see.
+template <typename T>
+void copy_row(const T* row, std::int64_t channels, T* out) {
+  if (channels > 0) __builtin_memcpy(out, row, std::size_t(channels) * sizeof(T));
+}
+template <typename T>
+void zero_row(std::int64_t channels, T* out) {
+  if (channels > 0) __builtin_memset(out, 0, std::size_t(channels) * sizeof(T));
+}
+
 // Writes output row `row`; false when it is padding (or names a row that does not exist) and was zeroed.
 template <typename T>
 bool gather_row(Rows<const T> x, std::int64_t channels, const TokenSelection& selection, std::int64_t row,
                 T* out) {
   const std::int64_t source = selection.source[row];
   if (source >= 0 && source < selection.tokens) {
-    __builtin_memcpy(out, x[source], std::size_t(channels) * sizeof(T));
+    copy_row(x[source], channels, out);
     return true;
   }
   if (source < 0 && -(source + 1) < selection.batch) {
     merge(x, channels, selection, -(source + 1), out);
     return true;
   }
-  __builtin_memset(out, 0, std::size_t(channels) * sizeof(T));
+  zero_row(channels, out);
   return false;
 }
 
@@ -142,7 +152,7 @@ Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,
       if (gather_row(input, channels, selection, row, rows[row])) {
         normalise(rows[row], channels, w, b, eps, normed_rows[row], mean + row, rstd + row);
       } else {
-        __builtin_memset(normed_rows[row], 0, std::size_t(channels) * sizeof(T));
+        zero_row(channels, normed_rows[row]);
         mean[row] = rstd[row] = 0;
       }
     }
@@ -174,9 +184,9 @@ Status gather_merge_backward(const void* grad, std::int64_t grad_stride, const v
         const std::int64_t from = kept ? row++ : last - 1;
         grad_weight[j] = 0;
         if (from < 0 || from >= last) {  // a selection that contradicts itself
-          __builtin_memset(output[j], 0, std::size_t(channels) * sizeof(T));
+          zero_row(channels, output[j]);
         } else if (kept) {
-          __builtin_memcpy(output[j], grads[from], std::size_t(channels) * sizeof(T));
+          copy_row(grads[from], channels, output[j]);
         } else {
           const Vec scale = broadcast(selection.merge_weight[j]);
           for_each_vector(channels, [&](std::int64_t i, auto load, auto store) {

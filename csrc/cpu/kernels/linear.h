@@ -10,8 +10,7 @@
 #include <cstdlib>
 #include <type_traits>
 
-#include "cpu/kernels/activation.h"
-#include "cpu/kernels/dtype.h"
+#include "cpu/kernels/epilogue.h"
 #include "cpu/kernels/multiply.h"
 #include "cpu/kernels/threads.h"
 
@@ -84,30 +83,20 @@ struct Rows {
   const X* operator[](std::int64_t row) const { return data + row * stride; }
 };
 
-// M says how the products are made and what their sums are worth:
-//   Inputs    the arguments: of Sparse24Linear, the members that are named here
-//   T, X      the elements of the output and the residual, and those of the rows
+// M says how the products are made: what an epilogue asks of it (epilogue.h), and
+//   X         the elements of the rows
 //   Step      how a panel is multiplied (step.h)
-//   LookUp    the same for at most kRowTokens tokens (multiply.h)
+//   LookUp    the same for at most kRowTokens tokens (multiply.h); kRowTokens 0: there is none
 //   static const Step::Weight* weights(unit, scratch)     the weights of a unit as its steps take them
-//   Vec value(sum, token, out_feature, load) const        sums of output features -> x W^T
-//   static Vec rounded(v)                                 v; a sum of it may, or may not, be one FMA
 template <typename M>
 class Linear {
-  using T = typename M::T;
   using X = typename M::X;
   using Step = typename M::Step;
 
  public:
   Linear(const M& method, const typename M::Inputs& inputs, const Layout& layout, Rows<X> x,
          std::int64_t tokens, void* out, std::int64_t out_stride)
-      : method_(method),
-        a_(inputs),
-        layout_(layout),
-        x_(x),
-        tokens_(tokens),
-        out_(static_cast<T*>(out)),
-        out_stride_(out_stride) {}
+      : epilogue_(method, inputs, out, out_stride), a_(inputs), layout_(layout), x_(x), tokens_(tokens) {}
 
   // Tokens in the lanes: vectors [first, last) of tokens, groups [first_group, last_group) of output
   // features.
@@ -199,52 +188,16 @@ class Linear {
     }
   }
 
-  // The part of a vector of all output features that belongs to a group, in float32; null where there is
-  // none.
-  const float* part(const void* vector, DType dtype, std::int64_t group, float* scratch) const {
-    const std::int64_t first = layout_.first_row(group);
-    if (vector == nullptr || dtype == DType::float32)
-      return vector == nullptr ? nullptr : static_cast<const float*>(vector) + first;
-    for_each_vector(layout_.row_count(group), [&](std::int64_t i, auto load, auto store) {
-      store(scratch + i, load(static_cast<const T*>(vector) + first + i));
-    });
-    return scratch;
+  // sums (count, kGroupRows) of the output features of a group -> rows of the output from `token` on.
+  void finish(const float* sums, std::int64_t token, std::int64_t count, std::int64_t group) const {
+    epilogue_.run(sums, kGroupRows, token, count, layout_.first_row(group), layout_.row_count(group));
   }
 
-  // sums (count, kGroupRows) of the output features of a group -> rows of the output from `token` on. Out of
-  // line, so that both kernels end in the same instructions.
-  __attribute__((noinline)) void finish(const float* sums, std::int64_t token, std::int64_t count,
-                                        std::int64_t group) const {
-    const std::int64_t first = layout_.first_row(group), out_features = layout_.row_count(group);
-    float scratch[2][kGroupRows];
-    const float* const bias = part(a_.bias, a_.bias_dtype, group, scratch[0]);
-    const float* const scale = part(a_.scale, a_.scale_dtype, group, scratch[1]);
-    with_activation(a_.activation, [&](auto activation) {
-      for (std::int64_t t = 0; t < count; ++t) {
-        const float* const row = sums + t * kGroupRows;
-        T* const to = out_ + (token + t) * out_stride_ + first;
-        const T* const residual = a_.residual == nullptr ? nullptr
-                                                         : static_cast<const T*>(a_.residual) +
-                                                               (token + t) * a_.residual_stride + first;
-        for_each_vector(out_features, [&](std::int64_t i, auto load, auto store) {
-          Vec y = method_.value(load(row + i), token + t, first + i, load);
-          if (bias != nullptr) y += load(bias + i);
-          y = activation(y);
-          if (scale != nullptr) y = M::rounded(y * load(scale + i));
-          if (residual != nullptr) y += load(residual + i);
-          store(to + i, y);
-        });
-      }
-    });
-  }
-
-  const M& method_;
+  Epilogue<M> epilogue_;
   const typename M::Inputs& a_;
   const Layout& layout_;
   Rows<X> x_;
   std::int64_t tokens_;
-  T* out_;
-  std::int64_t out_stride_;
 };
 
 // The first `tokens` rows of the output, of which there are some, as there are output features.

@@ -3,6 +3,13 @@
 
 #include "cpu/kernels/layout.h"
 
+// Whether there are dot products and permutations of bytes, which have a layout of their own.
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define MADTP_HAS_BYTE_DOTS 1
+#else
+#define MADTP_HAS_BYTE_DOTS 0
+#endif
+
 namespace madtp::cpu::MADTP_ISA {
 
 // The layout of an int8 weight. A dense one may have any number of columns: its last group is filled up with

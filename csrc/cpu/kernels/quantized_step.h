@@ -16,10 +16,7 @@ namespace madtp::cpu::MADTP_ISA {
 
 // a0 b0 + a1 b1 of the int16 pairs of every lane, plus the sum.
 inline IntVec add_pair_products(IntVec a, IntVec b, IntVec sum) {
-#if defined(__AVX512VNNI__)
-  return bit_cast<IntVec>(
-      _mm512_dpwssd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
-#elif defined(__AVX512BW__)
+#if defined(__AVX512BW__)
   return bit_cast<IntVec>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b))) + sum;
 #elif defined(__AVX2__)
   return bit_cast<IntVec>(_mm256_madd_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b))) + sum;

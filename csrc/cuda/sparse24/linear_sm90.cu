@@ -29,7 +29,7 @@
 #include <algorithm>
 
 #include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/ptx_sm90.cuh"
 #include "cuda/sparse24/architectures.h"
 #include "cuda/sparse24/epilogue.cuh"
 #include "cuda/sparse24/layout.cuh"
@@ -408,7 +408,7 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sp
 // use(config) for every configuration that can run the inputs on the device.
 template <typename Use>
 void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& use) {
-  if (!device.has_sm90a || inputs.in_features == 0) return;  // TMA knows no matrix without columns
+  if (device.specific_code != 90 || inputs.in_features == 0) return;  // TMA knows no matrix without columns
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
       for (int splits : {1, 2, 3, 4, 6, 8}) {

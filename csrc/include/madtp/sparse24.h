@@ -116,8 +116,8 @@ Status sparse24_pack(const Sparse24Weight& weight, void* layout, void* stream);
 
 // How a linear layer is laid out on a device: what a tuner chooses from.
 struct Sparse24Config {
-  int architecture;  // of the kernel: 80 (mma.sp, on every device) or 90 (wgmma.sp, where that is sm_90a)
-  int tile_tokens;   // of a block
+  int architecture;       // that the kernel was written for: 80, which runs on newer devices too, or 90 ...
+  int tile_tokens;        // of a block
   int tile_out_features;  // of a block
   int split_k = 1;        // blocks that share the input features of a tile
   int cluster = 1;        // blocks that share the tokens of a tile

@@ -5,15 +5,12 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
-#include <cstring>
-
-#include "cuda/device.h"
 #include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/ptx_sm90.cuh"
 #include "cuda/tensor_map.h"
 #include "tests/gpu/instructions.h"
+#include "tests/gpu/on_device.cuh"
 
 namespace madtp::test {
 namespace {
@@ -119,40 +116,15 @@ __global__ void box_kernel(const __grid_constant__ ptx::TensorMap map, int colum
 #endif
 }
 
-// launch(operands, result) on copies that the device can reach.
-template <typename Operands, typename Result, typename Launch>
-Status on_device(const Operands& operands, Result* result, Launch&& launch) {
-  struct Both {
-    Operands operands;
-    Result result;
-  }* both = nullptr;
-  Status status = cuda::to_status(cudaMallocManaged(reinterpret_cast<void**>(&both), sizeof(Both)));
-  if (status != Status::ok) return status;
-  std::memset(static_cast<void*>(both), 0, sizeof(Both));
-  both->operands = operands;
-  status = launch(&both->operands, &both->result);
-  const Status finished = cuda::to_status(cudaDeviceSynchronize());
-  if (status == Status::ok) status = finished;
-  if (status == Status::ok) *result = both->result;
-  cudaFree(both);
-  return status;
-}
-
-Status needs(bool sm90a) {
-  cuda::Device device;
-  const Status status = cuda::current_device(&device);
-  return status == Status::ok && sm90a && !device.has_sm90a ? Status::unsupported : status;
-}
-
 Status run_ldmatrix(const LdmatrixOperands& operands, LdmatrixResult* result) {
-  if (const Status status = needs(false); status != Status::ok) return status;
+  if (const Status status = needs(0); status != Status::ok) return status;
   return on_device(operands, result, [](const auto* in, auto* out) {
     return cuda::launch(ldmatrix_kernel, LaunchShape{1, 32, 256 * 16}, nullptr, in, out);
   });
 }
 
 Status run_cp_async(const CopyOperands& operands, CopyResult* result) {
-  if (const Status status = needs(false); status != Status::ok) return status;
+  if (const Status status = needs(0); status != Status::ok) return status;
   return on_device(operands, result, [](const auto* in, auto* out) {
     return cuda::launch(cp_async_kernel, LaunchShape{1, 32, 32 * 16}, nullptr, in, out);
   });
@@ -166,7 +138,7 @@ Status run_mma_sp_of(int selector, const MmaOperands& operands, MmaResult* resul
   });
 }
 Status run_mma_sp(DType dtype, int selector, const MmaOperands& operands, MmaResult* result) {
-  if (const Status status = needs(false); status != Status::ok) return status;
+  if (const Status status = needs(0); status != Status::ok) return status;
   return dtype == DType::bfloat16 ? run_mma_sp_of<__nv_bfloat16>(selector, operands, result)
                                   : run_mma_sp_of<__half>(selector, operands, result);
 }
@@ -185,13 +157,13 @@ Status run_wgmma_sp_of(DType dtype, int n, bool accumulate, const WgmmaOperands&
   });
 }
 Status run_wgmma_sp(DType dtype, int n, bool accumulate, const WgmmaOperands& operands, WgmmaResult* result) {
-  if (const Status status = needs(true); status != Status::ok) return status;
+  if (const Status status = needs(90); status != Status::ok) return status;
   return dtype == DType::bfloat16 ? run_wgmma_sp_of<__nv_bfloat16>(dtype, n, accumulate, operands, result)
                                   : run_wgmma_sp_of<__half>(dtype, n, accumulate, operands, result);
 }
 
 Status run_tma_load(int blocks, int column, int row, const BoxOperands& operands, BoxResult* result) {
-  if (const Status status = needs(true); status != Status::ok) return status;
+  if (const Status status = needs(90); status != Status::ok) return status;
   return on_device(operands, result, [&](const auto* in, auto* out) {
     ptx::TensorMap map;
     const Status status = cuda::encode_matrix(&map, in->x, DType::float16, kMatrixRows, kMatrixColumns,

@@ -21,17 +21,24 @@ TEST(code_for_an_architecture) {
   EXPECT(!runs("", 90));
 }
 
+TEST(code_for_an_architecture_alone) {
+  EXPECT(cuda::specific_code("80;90a", 90) == 90 && cuda::specific_code("80;90a", 100) == 0);
+  EXPECT(cuda::specific_code("80", 90) == 0 && cuda::specific_code("80;90a", 80) == 0);
+  EXPECT(cuda::specific_code("100f;103a;100a", 103) == 103 && cuda::specific_code("80;100f", 103) == 100);
+  EXPECT(cuda::specific_code("100f", 120) == 0);
+}
+
 TEST(a_device_is_asked_for_what_it_is) {
   cuda::Device device;
   for (int capability : {80, 90, 80}) {
     const Capability pretended(capability);
     EXPECT(cuda::current_device(&device) == Status::ok);
-    EXPECT(device.capability == capability && device.has_sm90a == (capability == 90));
+    EXPECT(device.capability == capability && device.specific_code == (capability == 90 ? 90 : 0));
     EXPECT(device.multiprocessors == simt::options.multiprocessors);
     EXPECT(device.block_shared_bytes == 227 * 1024 && device.shared_bytes == 228 * 1024);
   }
   const Capability no_hopper(90, "80");
-  EXPECT(cuda::current_device(&device) == Status::ok && !device.has_sm90a);
+  EXPECT(cuda::current_device(&device) == Status::ok && device.specific_code == 0);
 }
 
 TEST(a_device_is_asked_once) {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cuda/launch.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/ptx_sm90.cuh"
 #include "cuda/tensor_map.h"
 #include "tests/simt/sparse24_cases.h"
 

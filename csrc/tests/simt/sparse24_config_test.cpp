@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cuda/sparse24/architectures.h"
 #include "tests/simt/sparse24_cases.h"
 
 using namespace madtp;
@@ -38,14 +39,19 @@ Status run(const Sparse24Linear& inputs, const Config& config, std::uint16_t* ou
 }  // namespace
 
 TEST(every_configuration_on_the_list_follows_the_equation) {
-  for (int capability : {80, 90}) {
+  for (const cuda::LinearArchitecture* of : cuda::kLinearArchitectures) {
+    const int capability = of->architecture;
     const Capability pretended(capability);
     const LinearCase p(DType::bfloat16, 70, 136, 64 * 8);
     const Sparse24Linear inputs = p.inputs(Activation::gelu);
     const std::vector<Config> configs = list(inputs);
     EXPECT(count(configs, 80) == 5);
     EXPECT(count(configs, 90) == (capability == 90 ? 54 : 0));  // of tokens, cluster and split_k: 3 3 6
-    EXPECT(configs.size() == count(configs, 80) + count(configs, 90));
+    EXPECT(count(configs, capability) > 0);
+    std::size_t of_any = 0;
+    for (const cuda::LinearArchitecture* any : cuda::kLinearArchitectures)
+      of_any += count(configs, any->architecture);
+    EXPECT(configs.size() == of_any);
     for (const Config& config : configs) {
       const Guarded<std::uint16_t> out(p.tokens * p.out_features);
       EXPECT(run(inputs, config, out.data()) == Status::ok);

@@ -140,7 +140,7 @@ TEST(the_public_function_takes_the_workspace_it_asks_for) {
 
 TEST(a_default_is_a_configuration_that_there_is) {
   Sparse24Linear inputs = LinearCase(DType::bfloat16, 8, 8, 16).inputs(Activation::none);
-  const cuda::Device h100{90, 132, 227 * 1024, 228 * 1024, true, true};
+  const cuda::Device h100{90, 132, 227 * 1024, 228 * 1024, true, 90};
   for (std::int64_t tokens : {1, 64, 577, 4616, 18464}) {
     for (std::int64_t out_features : {8, 768, 3072}) {
       inputs.tokens = tokens, inputs.out_features = out_features, inputs.in_features = 768;

@@ -127,8 +127,8 @@ TEST(without_channels_the_epilogue_is_left) {
 
 TEST(a_default_is_a_tile_that_the_device_can_hold) {
   Sparse24Linear inputs = LinearCase(DType::bfloat16, 8, 8, 16).inputs(Activation::none);
-  const cuda::Device a100{80, 108, 163 * 1024, 164 * 1024, true, false};
-  const cuda::Device ada{89, 128, 99 * 1024, 100 * 1024, true, false};
+  const cuda::Device a100{80, 108, 163 * 1024, 164 * 1024, true, 0};
+  const cuda::Device ada{89, 128, 99 * 1024, 100 * 1024, true, 0};
   for (std::int64_t tokens : {1, 16, 64, 577, 4616, 18464}) {
     for (std::int64_t out_features : {8, 768, 3072}) {
       inputs.tokens = tokens;

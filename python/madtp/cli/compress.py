@@ -20,6 +20,7 @@ from madtp.cli.options import (
     Resume,
     Task,
     Test,
+    Weights,
     quiet_transformers,
     says_how_to_go_on,
     settings,
@@ -41,6 +42,7 @@ def compress(
     macs: Macs = None,
     latency: Latency = None,
     params: Params = None,
+    weights: Weights = None,
     plan: Annotated[Path | None, typer.Option(help="What `madtp allocate` wrote; its target counts.")] = None,
     config: Config = None,
     steps: Annotated[int | None, typer.Option(help="Of the training.", min=1)] = None,
@@ -64,7 +66,7 @@ def compress(
     from madtp.reporting import report
     from madtp.tasks.registry import load
 
-    asked, training = settings(config, macs=macs, latency=latency, params=params)
+    asked, training = settings(config, macs=macs, latency=latency, params=params, weights=weights)
     if steps is not None:
         training["max_steps"] = steps
     chosen = None if plan is None else Plan.load(plan)

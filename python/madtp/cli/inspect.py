@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from madtp.profiling.macs import Profile
+    from madtp.profiling.macs import Account, Profile
 
 RANDOM_SAMPLES = 8  # on which a model without data is counted
 
@@ -64,8 +64,8 @@ def profile(
     images: Images = None,
     limit: Limit = None,
 ) -> None:
-    """Count parameters and multiply-adds per sample, branch by branch: on test data of the model's task, or on random
-    inputs of the model's own sizes where it has none.
+    """Count parameters, multiply-adds and bit operations per sample, branch by branch: on test data of the model's
+    task, or on random inputs of the model's own sizes where it has none.
 
     Example: madtp profile runs/demo/model
     """
@@ -94,7 +94,9 @@ def profile(
     if find_handle(loaded) is None:
         patch(loaded)  # plain Hugging Face computes padding, the patched dense model does not
         found = profile_batches(loaded, batches)
-    Console().print(profile_table(found, weights))
+    console = Console()
+    console.print(profile_table(found, weights))
+    console.print(bits_table(found, weights))
     print(f"per sample, on {samples}")
 
 
@@ -150,17 +152,32 @@ def profile_table(found: Profile, weights: Profile) -> Table:
     """Parameters of `weights` and GMACs of `found`, by branch and in total."""
     from madtp.reporting.tables import number_table
 
-    parts = [(name, weights.branches[name], cost) for name, cost in found.branches.items()]
-    parts.append(("total", weights.total, found.total))
     rows = [
         (
             name,
             *(f"{count:,}" for count in (held.params, held.nonzero_params)),
             *(f"{macs / 1e9:.4g}" for macs in (cost.dense_macs, cost.counted_macs, cost.executed_macs)),
         )
-        for name, held, cost in parts
+        for name, held, cost in _parts(found, weights)
     ]
     return number_table(("", "parameters", "non-zero", "GMACs, dense", "counted", "executed"), [rows])
+
+
+def bits_table(found: Profile, weights: Profile) -> Table:
+    """Bytes of `weights` and bit operations of `found`, by branch and in total."""
+    from madtp.reporting.tables import number_table
+
+    rows = [
+        (name, f"{held.weight_bytes:,}", f"{cost.bit_operations / 1e9:.4g}")
+        for name, held, cost in _parts(found, weights)
+    ]
+    return number_table(("", "bytes of weights", "GBOPs, counted"), [rows])
+
+
+def _parts(found: Profile, weights: Profile) -> list[tuple[str, Account, Account]]:
+    """(name, account of `weights`, account of `found`) of every branch, and of all."""
+    parts = [(name, weights.branches[name], cost) for name, cost in found.branches.items()]
+    return [*parts, ("total", weights.total, found.total)]
 
 
 def _shapes(inputs: Mapping[str, Tensor]) -> str:

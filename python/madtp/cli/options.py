@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from madtp.choices import DATA, TASKS
+from madtp.choices import DATA, TASKS, WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +42,9 @@ JudgedTest = Annotated[Path | None, typer.Option(help="The annotation file to ju
 Macs = Annotated[float | None, typer.Option(help="Share of the counted MACs to save; 0.5 unless the config says it.")]
 Latency = Annotated[float | None, typer.Option(help="Share of the time on this machine to save, in place of MACs.")]
 Params = Annotated[float | None, typer.Option(help="Share of the parameters to zero, at least.")]
+Weights = Annotated[
+    str | None, typer.Option(help=f"{' or '.join(WEIGHT_DTYPES)}: what weights are rounded to in the end.")
+]
 Config = Annotated[Path | None, typer.Option(help="YAML: fields of CompressionConfig, and training: a mapping.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")]
 
@@ -62,7 +65,12 @@ def stderr() -> Console:
 
 
 def settings(
-    file: Path | None, *, macs: float | None = None, latency: float | None = None, params: float | None = None
+    file: Path | None,
+    *,
+    macs: float | None = None,
+    latency: float | None = None,
+    params: float | None = None,
+    weights: str | None = None,
 ) -> tuple[CompressionConfig, dict]:
     """The configuration, and fields of TrainingArguments: what is in the file, and over it what was given."""
     import yaml
@@ -80,7 +88,8 @@ def settings(
         raise ValueError(f"config {file} must be a mapping of fields, with training: a mapping too")
     if macs is not None or latency is not None:  # the target given takes the place of the file's
         values = {n: v for n, v in values.items() if n not in ("macs_reduction", "latency_reduction")}
-    given = {"macs_reduction": macs, "latency_reduction": latency, "params_reduction": params}
+    given: dict[str, Any] = {"macs_reduction": macs, "latency_reduction": latency, "params_reduction": params}
+    given["weight_dtype"] = weights
     values |= {name: value for name, value in given.items() if value is not None}
     return CompressionConfig.from_dict(values), dict(training)
 

@@ -37,6 +37,7 @@ from madtp.training.trainer import MadtpTrainer, last_checkpoint
 
 GUARD_SAMPLES = 16  # of the calibration data, on which a move of masks or temperatures must not raise the loss
 TEMPERATURE_SAMPLES = 2048  # of the calibration data, on which the temperatures are calibrated for a MAC target
+FAKE_QUANTIZED_SHARE = 0.2  # of the training, at its end, in which a model that gets int8 weights computes with them
 TIME_TOLERANCE = 0.01  # of a latency target, within which they are calibrated
 
 
@@ -128,6 +129,8 @@ def compress(
         data_collator=task.collate,
         callbacks=list(callbacks),
     )
+    if config.weight_dtype is not None:
+        trainer.fake_quantize(targets.prunable, FAKE_QUANTIZED_SHARE)
     _train(trainer, output_dir / "checkpoints", resume, progress)
     magnitude_kept = _finish_training(trainer)
     with bars.status("calibrating the temperatures"):
@@ -193,8 +196,10 @@ def _train(trainer: MadtpTrainer, checkpoints: Path, resume: bool, progress: Pro
 
 
 def _finish_training(trainer: MadtpTrainer) -> float:
-    """Bakes the masks in and leaves no autocast; returns the share of the magnitude that the masks keep."""
+    """Bakes the masks in, ends autocast and fake quantisation; returns the share of the magnitude that masks keep."""
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if trainer.fake_quantizer is not None:
+        trainer.fake_quantizer.stop()
     magnitude_kept = trainer.pruner.finalize()
     trainer.handle.collect_alignment(False)
     return magnitude_kept
@@ -205,16 +210,24 @@ def _pack_and_calibrate(
 ) -> tuple[list[str], float]:
     """Moves the temperatures until the model costs what it is to cost: MACs before it is packed, time after.
 
+    With int8 weights all Linears that could go N:M are packed, and MACs are counted after it: rounding moves what
+    decides which tokens stay.
+
     Returns:
         the Linears that were packed, and the share by which the target is missed.
     """
     student, task, device = trainer.model, trainer.task, trainer.args.device
+    dtype = trainer.config.weight_dtype
+    names = targets.chosen if dtype is None else targets.prunable
     if targets.latency_reduction is None:
         trainer.probe = sample_batches(task, calibration_data, TEMPERATURE_SAMPLES, device)
         dense_macs = profile_batches(student, trainer.probe).total.dense_macs
-        miss = trainer.calibrate((1 - targets.macs_reduction) * dense_macs)
-        return list(pack(student, targets.chosen)), miss
-    packed = list(pack(student, targets.chosen))
+        budget = (1 - targets.macs_reduction) * dense_macs
+        if dtype is None:
+            miss = trainer.calibrate(budget)
+            return list(pack(student, names)), miss
+        return list(pack(student, names, dtype=dtype)), trainer.calibrate(budget)
+    packed = list(pack(student, names, dtype=dtype))
     both = {"dense": copy.deepcopy(dense).to(device), "compressed": student}
     batch = sample_batches(task, calibration_data, TIMING_BATCH, device)[0]
 

@@ -13,6 +13,7 @@ import madtp_kernels
 from madtp.budgets.plan import Plan
 from madtp.compression.targets import Targets
 from madtp.hwp import Permutation
+from madtp.hwp.packing import schemes_of
 from madtp.training.trainer import MadtpTrainer
 
 
@@ -32,10 +33,11 @@ def report_data(
     Args:
         figures: of `madtp.profiling.figures.compare`; {} where nothing was evaluated.
         calibration_miss: share by which the calibrated model misses its target.
-        packed: names of the Linears that became 2:4 layers.
+        packed: names of the Linears that became packed layers.
         magnitude_kept: share of the sparse Linears' |W| that their masks keep.
         permutations: by MLP, of its hidden channels.
     """
+    schemes = schemes_of(trainer.model)
     came_to = {
         "allocation": None if plan is None else plan.to_dict(),
         "macs_reduction": targets.macs_reduction,
@@ -45,6 +47,7 @@ def report_data(
         "calibration_miss": calibration_miss,
         "sparse_modules": targets.chosen,
         "packed_modules": sorted(packed),
+        "quantized_modules": {name: schemes[name] for name in sorted(packed) if schemes[name] != "sparse24"},
         "dense_modules": targets.dense,
         "magnitude_kept": magnitude_kept,
         "permutations": {name: {"before": p.before, "after": p.after} for name, p in permutations.items()},

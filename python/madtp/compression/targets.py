@@ -36,7 +36,8 @@ class Targets:
     macs_reduction: float  # of the dense MACs
     latency_reduction: float | None  # of the dense model's time, where that is what is asked for
     chosen: list[str]  # Linears that go N:M
-    dense: dict[str, str]  # Linears that do not, and why
+    prunable: list[str]  # Linears that can: those chosen are among them
+    dense: dict[str, str]  # Linears that cannot, and why
     branch_macs: dict[str, float]  # counted, of the branches that prune
     before: Profile  # with all tokens, the chosen Linears counted as N:M
     probe: list[dict[str, Tensor]]  # the samples MACs are observed on
@@ -115,7 +116,7 @@ def choose_targets(
     else:
         macs = {b: share * before.branches[b].counted_macs for b, share in plan.tokens.items() if share < 1}
     _require_feasible(student, probe, planned, before.total.dense_macs, reduction, macs, config)
-    return Targets(reduction, latency_reduction, chosen, linears.dense, macs, before, probe)
+    return Targets(reduction, latency_reduction, chosen, linears.selected, linears.dense, macs, before, probe)
 
 
 def _require_params_reduction(model: nn.Module, selected: list[str], config: CompressionConfig) -> None:

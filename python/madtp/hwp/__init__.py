@@ -1,35 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HWP, hardware-aware weight pruning: scores of weights, N:M masks in one shot or grown in training, packed 2:4 layers.
+"""HWP, hardware-aware weight pruning: scores of weights, N:M masks in one shot or grown in training, packed layers.
 
 The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go is decided in `budgets`, and when in
 `training`.
 """
 
 from madtp.hwp.calibration import InputStatistics, collect_inputs
+from madtp.hwp.fake_quantization import FakeQuantizer
+from madtp.hwp.int8_grid import GridWeight
+from madtp.hwp.int8_rounding import reconstruct_int8, round_to_int8
+from madtp.hwp.int8_sensitivity import select_int8, sensitivity_int8
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
 from madtp.hwp.one_shot import OneShotReport, prune_one_shot
-from madtp.hwp.packing import (
-    Epilogue,
-    Sparse24Linear,
-    activated_linear,
-    explain_linears,
-    linear,
-    pack,
-    residual_linear,
-    unpack,
-)
+from madtp.hwp.packed_linear import PackedLinear, activated_linear, linear, residual_linear
+from madtp.hwp.packing import Epilogue, explain_linears, pack, unpack
 from madtp.hwp.permutation import Permutation, fold_permutation, mlp_pairs, permute_mlps, search_permutation
 from madtp.hwp.pruner import WeightPruner, bake
+from madtp.hwp.quantized_linear import QuantizedLinear
 from madtp.hwp.scores import activation_score, reconstruct
+from madtp.hwp.smoothing import NormReaders, Smoothing, smooth
+from madtp.hwp.sparse24_linear import Sparse24Linear
 from madtp_kernels.nm_patterns import Pattern, explain_pattern, is_pattern
 
 __all__ = [
     "Epilogue",
+    "FakeQuantizer",
+    "GridWeight",
     "InputStatistics",
     "LinearSparsity",
+    "NormReaders",
     "OneShotReport",
+    "PackedLinear",
     "Pattern",
     "Permutation",
+    "QuantizedLinear",
+    "Smoothing",
     "Sparse24Linear",
     "SparseModules",
     "WeightPruner",
@@ -48,9 +53,14 @@ __all__ = [
     "permute_mlps",
     "prune_one_shot",
     "reconstruct",
+    "reconstruct_int8",
     "residual_linear",
+    "round_to_int8",
     "search_permutation",
+    "select_int8",
     "select_modules",
+    "sensitivity_int8",
+    "smooth",
     "sparsity",
     "unpack",
 ]

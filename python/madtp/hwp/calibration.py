@@ -25,6 +25,9 @@ class InputStatistics:
     squares: Tensor  # (C,) float64: sum_t r_t x_t^2
     gram: Tensor | None = None  # (C, C) float64: sum_t r_t x_t x_t^T, if asked for
     weight_sum: float = 0.0  # sum_t r_t
+    amax: Tensor | None = None  # (C,) float32: the largest magnitude of every channel; None before the first row
+    # float64: sum_t r_t max_j x_tj^2, which says what rounding every row by its largest magnitude costs.
+    row_amax_squares: Tensor | None = None
 
     @property
     def norms(self) -> Tensor:
@@ -39,6 +42,36 @@ class InputStatistics:
         self.squares += (weighted * x).sum(0, dtype=torch.float64)
         if self.gram is not None:
             self.gram += weighted.T @ x
+        if len(x):
+            magnitudes = x.abs()
+            amax, rows = magnitudes.amax(0), magnitudes.amax(1).double().square()
+            self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
+            rows = (rows if weight is None else rows * weight).sum()
+            self.row_amax_squares = rows if self.row_amax_squares is None else self.row_amax_squares + rows
+
+    def divide_channels(self, divisor: Tensor) -> None:
+        """Makes these the statistics of x / divisor, (C,). Of the rows' largest magnitudes nothing is known then."""
+        by = divisor.to(self.squares)
+        self.squares /= by.square()
+        if self.gram is not None:
+            self.gram /= by[:, None] * by
+        if self.amax is not None:
+            self.amax = self.amax / divisor.to(self.amax)
+        self.row_amax_squares = None
+
+
+def known_inputs(name: str, statistics: Mapping[str, InputStatistics], *, gram: bool) -> InputStatistics:
+    """What is known of the inputs of a module.
+
+    Raises:
+        ValueError: nothing is, or gram is asked for and was not collected.
+    """
+    if name not in statistics or not statistics[name].weight_sum > 0:
+        raise ValueError(f"statistics must hold inputs of every module, got none of {name!r}")
+    known = statistics[name]
+    if gram and known.gram is None:
+        raise ValueError(f"gram must be finite, got None for {name!r}: collect inputs with gram=True")
+    return known
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class Epilogue(NamedTuple):
 
 
 class Folded(nn.Identity):
-    """Stands where a module was that a `Sparse24Linear` has taken over, and keeps it."""
+    """Stands where a module was that a packed layer has taken over, and keeps it."""
 
     def __init__(self, module: nn.Module):
         super().__init__()

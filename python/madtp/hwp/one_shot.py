@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""N:M masks in one shot, without training."""
+"""N:M masks and int8 weights in one shot, without training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from madtp.hwp.calibration import InputStatistics
+from madtp.hwp.calibration import InputStatistics, known_inputs
+from madtp.hwp.int8_grid import grid_unsupported_reason, set_scale
+from madtp.hwp.int8_rounding import reconstruct_int8, round_to_int8
 from madtp.hwp.modules import linears, write_parameters
 from madtp.hwp.scores import activation_score, norms_of, reconstruct
 from madtp_kernels import Pattern, explain_pattern, nm_mask
+from madtp_kernels.checks import require
 from madtp_kernels.nm_patterns import PatternReport
 
 
 class OneShotReport(NamedTuple):
-    """hardware: where the pattern runs. magnitude_kept: by module, sum |w| over kept weights / over all."""
+    """hardware: where the pattern runs. magnitude_kept: by module, sum |w| over weights that are not 0 / over all."""
 
     hardware: PatternReport
     magnitude_kept: dict[str, float]
@@ -24,47 +27,85 @@ class OneShotReport(NamedTuple):
 
 def prune_one_shot(
     model: nn.Module,
-    pattern: Pattern | str,
+    pattern: Pattern | str | None,
     modules: Iterable[str],
     statistics: Mapping[str, InputStatistics] | None = None,
     *,
     correct: bool = False,
     damping: float = 0.01,
+    weight_dtype: Literal["int8"] | None = None,
 ) -> OneShotReport:
-    """Zeroes the weights of Linear modules that `pattern` has no room for, in place.
+    """Zeroes the weights of Linear modules that `pattern` has no room for, in place, and rounds the others if asked to.
 
     Args:
+        pattern: None keeps all, which needs a weight_dtype.
         modules: names of Linear modules, such as `select_modules(...).selected`.
         statistics: of their inputs, from `collect_inputs`: the largest |W| ||x|| stay, token-weighted if those are.
             None keeps the largest |W|.
-        correct: choose and correct weights by `reconstruct`, with its `damping`; statistics must hold Gram matrices.
+        correct: choose, correct and round weights by `reconstruct` or `reconstruct_int8`, with its `damping`;
+            statistics must hold Gram matrices.
+        weight_dtype: "int8": the weights become integers times a scale for every row, which each module has from here
+            on as its buffer `weight_scale` (float32 (N,), no part of the state dict). Rounding weight / weight_scale
+            gives the integers, as `pack` does it. Cast the model before, not after: that would round the scales too.
+            None: they stay as they are, and a weight_scale of before goes.
 
     Raises:
-        ValueError: a module does not exist, does not fit the pattern, shares its weight, or its statistics lack
-            something. Weights are written when all is known to be well.
+        ValueError: a module does not exist, does not fit the pattern, shares its weight, its statistics lack something,
+            or its weight cannot be rounded. Weights are written when all is known to be well.
     """
-    pattern = Pattern.parse(pattern)
+    require(weight_dtype in (None, "int8"), "weight_dtype", '"int8" or None', weight_dtype)
+    require(pattern is not None or weight_dtype is not None, "pattern", "n:m where weights keep their dtype", pattern)
+    pattern = Pattern(1, 1) if pattern is None else Pattern.parse(pattern)
     found = linears(model, modules, pattern)
     if correct and statistics is None:
         raise ValueError("statistics must be given to correct weights, got None")
-    pruned = {}
+    weights: dict[str, tuple[Tensor, Tensor | None]] = {}  # and the scale
     for name, module in found.items():
-        weight = module.weight.detach()
-        if statistics is not None and (name not in statistics or not statistics[name].weight_sum > 0):
-            raise ValueError(f"statistics must hold inputs of every module, got none of {name!r}")
-        if correct and statistics is not None:
-            gram = statistics[name].gram
-            if gram is None:
-                raise ValueError(f"gram must be finite, got None for {name!r}: collect inputs with gram=True")
-            pruned[name] = reconstruct(weight, gram, *pattern, damping=damping)
-            continue
+        known = None if statistics is None else _known(name, statistics, gram=correct)
         score = None
-        if statistics is not None:
-            score = activation_score(weight, norms_of(name, module, {name: statistics[name].norms}))
-        pruned[name] = weight.masked_fill(~nm_mask(weight, *pattern, score=score), 0.0)
+        if known is not None and not correct:
+            score = activation_score(module.weight, norms_of(name, module, {name: known.norms}))
+        gram = known.gram if known is not None and correct else None
+        if weight_dtype is None:
+            weights[name] = _pruned(module.weight.detach(), pattern, score, gram, damping), None
+        else:
+            weights[name] = _rounded(name, module, pattern, score, gram, damping)
     kept = {}
-    for name, weight in pruned.items():
+    for name, (weight, _) in weights.items():
         before = found[name].weight.detach().abs().double()
         kept[name] = (before * (weight != 0)).sum().item() / max(before.sum().item(), 1e-300)
-    write_parameters({found[name].weight: weight for name, weight in pruned.items()})
+    write_parameters({found[name].weight: weight for name, (weight, _) in weights.items()})
+    for name, (_, scale) in weights.items():
+        set_scale(found[name], scale)
     return OneShotReport(explain_pattern(pattern), kept)
+
+
+def _known(name: str, statistics: Mapping[str, InputStatistics], *, gram: bool) -> InputStatistics:
+    """`known_inputs`, whose Gram matrix is finite where it is asked for."""
+    known = known_inputs(name, statistics, gram=gram)
+    if gram and not known.gram.isfinite().all():  # type: ignore[union-attr]  # None was refused
+        raise ValueError(f"gram must be finite, got a NaN or an infinity for {name!r}")
+    return known
+
+
+def _pruned(weight: Tensor, pattern: Pattern, score: Tensor | None, gram: Tensor | None, damping: float) -> Tensor:
+    if gram is not None:
+        return reconstruct(weight, gram, *pattern, damping=damping)
+    return weight.masked_fill(~nm_mask(weight, *pattern, score=score), 0.0)
+
+
+def _rounded(
+    name: str, module: nn.Linear, pattern: Pattern, score: Tensor | None, gram: Tensor | None, damping: float
+) -> tuple[Tensor, Tensor]:
+    """The weight on its grid, and the scale."""
+    if (reason := grid_unsupported_reason(module)) is not None:
+        raise ValueError(f"modules must have weights that can be rounded, got {name!r}: {reason}")
+    weight = module.weight.detach()
+    if gram is None:
+        grid = round_to_int8(weight, pattern, score=score)
+    else:
+        grid = reconstruct_int8(weight, gram, pattern, damping=damping)
+    try:
+        return grid.to_dense(weight.dtype), grid.scale
+    except ValueError as error:
+        raise ValueError(f"modules must hold int8 weights in their dtype, got {name!r}: {error}") from error

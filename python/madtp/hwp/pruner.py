@@ -120,7 +120,7 @@ class WeightPruner:
     def remove(self) -> None:
         """Give every module its dense weight back."""
         for module in self.modules.values():
-            if _is_masked(module):
+            if is_masked(module):
                 _unmask(module, keep_mask=False)
 
     def _scheduled(self, step: int) -> int:
@@ -132,7 +132,7 @@ class WeightPruner:
         masks = {}
         for name, count in kept.items():
             module: Any = self.modules[name]
-            if _is_masked(module):
+            if is_masked(module):
                 weight = module.parametrizations.weight.original
                 score = None if self.norms is None else activation_score(weight, self.norms[name])
                 masks[name] = nm_mask(weight, count, self.pattern.m, score=score)
@@ -152,7 +152,7 @@ def bake(model: nn.Module) -> float:
 
 def _bake(modules: Iterable[Any]) -> float:
     kept = total = 0.0
-    for module in filter(_is_masked, modules):
+    for module in filter(is_masked, modules):
         kept += module.weight.detach().abs().sum(dtype=torch.float64).item()
         total += module.parametrizations.weight.original.detach().abs().sum(dtype=torch.float64).item()
         _unmask(module, keep_mask=True)
@@ -198,5 +198,6 @@ def _mask_of(module: Any) -> Tensor:
     return module.parametrizations.weight[0].mask
 
 
-def _is_masked(module: Any) -> bool:
+def is_masked(module: Any) -> bool:
+    """Whether a `WeightPruner` masks the weight of the module."""
     return parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], _Masked)

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from madtp_kernels import nm_mask
+from madtp.hwp.sweep import checked_gram, inverse_factor, sweep
+from madtp_kernels import Pattern
 from madtp_kernels.checks import require
-
-BLOCK = 128  # columns corrected together before the rest of the row hears of it
 
 
 def activation_score(weight: Tensor, norms: Tensor) -> Tensor:
@@ -30,9 +28,8 @@ def norms_of(name: str, module: nn.Linear, norms: Mapping[str, Tensor]) -> Tenso
 def reconstruct(weight: Tensor, gram: Tensor, n: int, m: int, *, damping: float = 0.01) -> Tensor:
     """An N:M weight whose outputs stay close to the dense ones: the kept weights make up for those that go.
 
-    Goes through the columns from left to right. At the start of every group of m, the n that cost the output most stay
-    (W_ij^2 over the j-th pivot of the inverse Gram matrix); what each pruned weight did is then spread over the columns
-    still to come. Source: SparseGPT (Frantar and Alistarh, ICML 2023, arXiv 2301.00774).
+    What each pruned weight did is spread over the columns still to come (`madtp.hwp.sweep`). Source: SparseGPT (Frantar
+    and Alistarh, ICML 2023, arXiv 2301.00774).
 
     Args:
         weight: (N, C) floating point, no NaN; C a multiple of m.
@@ -46,32 +43,5 @@ def reconstruct(weight: Tensor, gram: Tensor, n: int, m: int, *, damping: float 
     Raises:
         ValueError: an argument breaks a rule.
     """
-    columns = weight.shape[-1]
-    ok = isinstance(gram, Tensor) and gram.shape == (columns, columns) and bool(gram.isfinite().all())
-    require(ok, "gram", f"finite of shape {(columns, columns)}", gram)
-    require(isinstance(damping, int | float) and damping > 0, "damping", "a number above 0", damping)
-    mask = nm_mask(weight, n, m)  # its checks; every group is chosen again below
-    dense = weight.detach().double()
-    factor = _inverse_factor(gram.double(), damping)
-    block = m * max(1, BLOCK // m)
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
-        errors = dense.new_zeros(len(dense), end - start)
-        for j in range(start, end):
-            if j % m == 0:
-                group = slice(j, j + m)
-                score = (dense[:, group] / factor.diagonal()[group]).square()
-                mask[:, group] = nm_mask(dense[:, group], n, m, score=score)
-            error = dense[:, j].masked_fill(mask[:, j], 0.0) / factor[j, j]
-            dense[:, j + 1 : end] -= error[:, None] * factor[j, j + 1 : end]
-            errors[:, j - start] = error
-        dense[:, end:] -= errors @ factor[start:end, end:]
-    return dense.masked_fill(~mask, 0.0).to(weight.dtype) + 0.0  # a cast can leave -0.0
-
-
-def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """Upper U with U^T U = (gram + damping I)^-1."""
-    level = gram.diagonal().mean()
-    level = torch.where(level > 0, damping * level, 1.0)  # inputs that were all 0: nothing to correct
-    damped = gram + torch.diag(level.expand(len(gram)))
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    factor = inverse_factor(checked_gram(gram, weight.shape[-1], damping), damping)
+    return sweep(weight, factor, Pattern(n, m)).to(weight.dtype) + 0.0  # a cast can leave -0.0

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from madtp.models.encoder import CrossAttention as CrossAttention
     from madtp.models.encoder import Encoder as Encoder
     from madtp.models.family import Family as Family
+    from madtp.models.norms import norm_readers as norm_readers
     from madtp.models.registry import FAMILIES as FAMILIES
     from madtp.models.registry import family_of as family_of
     from madtp.models.tower import Tower as Tower
@@ -29,6 +30,7 @@ _API = {
     "Tower": "madtp.models.tower",
     "family_of": "madtp.models.registry",
     "from_original": "madtp.models.blip_original",
+    "norm_readers": "madtp.models.norms",
 }
 
 __all__ = list(_API)

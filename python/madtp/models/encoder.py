@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from madtp.dtp.branch import Branch
 from madtp.dtp.ragged import RaggedBatch, RepeatedSequences, split_heads
 from madtp.dtp.step import PruningStep
-from madtp.hwp.packing import activated_linear, linear, residual_linear
+from madtp.hwp.packed_linear import activated_linear, linear, residual_linear
 from madtp_kernels.ragged import sequence_ids
 
 

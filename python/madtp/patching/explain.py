@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from madtp.dtp.branch import Branch
-from madtp.hwp.packing import Sparse24Linear, dense_choice, explain_linears, kernel_of
-from madtp.models.encoder import Encoder
+from madtp.hwp.dense_linear import dense_choice, kernel_of
+from madtp.hwp.packed_linear import PackedLinear
+from madtp.hwp.packing import explain_linears
+from madtp.models.encoder import CrossAttention, Encoder
 from madtp.models.tower import RaggedTower
 from madtp_kernels import AttentionStats, Selection, explain
 
@@ -92,31 +94,54 @@ def _linears(
     block: nn.Module, spec: Encoder, prefix: str, verdicts: dict[str, str], entered: int, left: int
 ) -> Iterator[tuple[str, str, str]]:
     """(part, runs, why) of every Linear of a block, which as many rows entered and left."""
+    calls = _calls(block, spec, entered, left)
     for name, module in block.named_modules():
         verdict = verdicts.get(f"{prefix}.{name}")
-        if isinstance(module, Sparse24Linear):
+        if isinstance(module, PackedLinear):
             choice = module.choice
-            yield name, " + ".join((f"2:4 on {choice.backend}", *module.fused)), choice.reason
+            yield name, " + ".join((f"{module.form} on {choice.backend}", *module.fused)), choice.reason
         elif verdict is not None and isinstance(module, nn.Linear):
-            rows = entered if name in (*spec.qkv, spec.out) else left
-            runs, why = _dense(block, spec, name, module, rows)
+            runs, why = _dense(module, calls[name]) if name in calls else ("dense", "")
             yield name, runs, verdict.removeprefix("dense: ").removeprefix("dense, ") + why
 
 
-def _dense(block: nn.Module, spec: Encoder, name: str, module: nn.Linear, rows: int) -> tuple[str, str]:
+class _Call(NamedTuple):
+    """How a block calls one of its Linears, as far as that decides what it runs on."""
+
+    rows: int
+    activation: str | None = None  # what follows it, where a kernel knows it
+    residual: bool = False
+
+
+def _calls(block: nn.Module, spec: Encoder, entered: int, left: int) -> dict[str, _Call]:
+    """name of a Linear -> its call in `encoder.block`. Not of those that others call, nor of those that read keys."""
+
+    def ends(path: str, scale: str | None, rows: int) -> None:
+        found[path] = _Call(rows, residual=scale is None or isinstance(attrgetter(scale)(block), nn.Identity))
+
+    found = {path: _Call(entered) for path in spec.qkv}
+    ends(spec.out, spec.scale1, entered)
+    if len(spec.mlp) == 3:
+        first, activation, last = spec.mlp
+        found[first] = _Call(left, kernel_of(attrgetter(activation)(block)))
+        ends(last, spec.scale2, left)
+    if isinstance(spec.cross, CrossAttention):
+        found[spec.cross.query] = _Call(left)
+        ends(spec.cross.out, None, left)
+    return found
+
+
+def _dense(module: nn.Linear, call: _Call) -> tuple[str, str]:
     """What a Linear that is not packed runs on, with what follows it, and why."""
-    ends = [path for path, scale in ((spec.out, spec.scale1), (spec.mlp[-1], spec.scale2)) if scale is None]
-    activation = None
-    if len(spec.mlp) == 3 and name == spec.mlp[0]:
-        activation = kernel_of(attrgetter(spec.mlp[1])(block))
-    choice = dense_choice(module, rows, activation, name in ends)
-    if choice is not None and choice.backend == "dense" and activation is not None:  # then they run apart
-        activation, choice = None, dense_choice(module, rows, None, False)
+    choice = dense_choice(module, *call)
+    if choice is not None and choice.backend == "dense" and call.activation is not None:  # then they run apart
+        call = call._replace(activation=None)
+        choice = dense_choice(module, *call)
     if choice is None:
         return "dense", ""
     if choice.backend != "onednn":
         return "dense", f"; {choice.reason}; not onednn: {choice.rejected['onednn']}"
-    fused = (activation, "residual" if name in ends else None)
+    fused = (call.activation, "residual" if call.residual else None)
     return " + ".join(("dense on onednn", *filter(None, fused))), f"; {choice.reason}"
 
 

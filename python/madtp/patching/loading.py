@@ -3,22 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from madtp.dtp.settings import EXTRA_STATE
 from madtp.handles import find_handle
-from madtp.hwp.packing import Epilogue, Sparse24Linear, replace_linear
+from madtp.hwp.packed_linear import PackedLinear
+from madtp.hwp.packing import Epilogue, replace_linear
+from madtp.hwp.quantized_linear import DTYPES, QuantizedLinear
 from madtp.models.registry import family_of
 from madtp.patching.handle import patch
 from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.state import ModelError, Settings, check_files, read_checksums, unreadable
 
+FILE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}  # of the parts of int8 layers, by safetensors
 WHERE = f"quantization_config of {CONFIG_FILE}"
 
 logger = logging.get_logger(__name__)
@@ -32,7 +37,8 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
         checkpoint_files: the weights; where madtp.json lies beside, they have to have its checksums.
 
     Raises:
-        ModelError: they have not, the values are damaged, or do not fit the model.
+        ModelError: they have not, the values are damaged, or do not fit the model; the files hold an int8 layer in
+            another form, which would be cast.
     """
     settings = Settings.from_dict(values, WHERE)
     if checkpoint_files:
@@ -42,7 +48,7 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
     family, kind = family_of(model), type(model).__name__
     saved = ", ".join(getattr(model.config, "architectures", None) or ()) or "the class it was saved as"
     if family is None:
-        if settings.sparse24:
+        if settings.packed:
             raise ModelError(
                 f"{kind} must be a class that madtp.patch knows, for its packed layers: load it as {saved}"
             )
@@ -52,11 +58,13 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
         raise ModelError(f"{kind} must have branches {', '.join(settings.branches)}: load it as {saved}")
     try:
         patch(model, settings.config).settings.set(settings.branches)
-        for name, epilogue in settings.sparse24.items():
+        layers = {}
+        for name, (scheme, epilogue) in settings.packed.items():
             found = Epilogue(*(None if part is None else _find(model, part) for part in epilogue))
-            replace_linear(model, _find(model, name), None, found)
+            layers[name] = replace_linear(model, _find(model, name), scheme, found)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise unreadable(WHERE, error) from error
+    _check_quantized(checkpoint_files or (), layers)
     # Weights of an earlier version have no settings, and those of config.json are what counts.
     model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), EXTRA_STATE}
 
@@ -74,11 +82,42 @@ def finish(model: PreTrainedModel, values: Any) -> None:
             )
     try:
         for name, module in model.named_modules():
-            if isinstance(module, Sparse24Linear):
-                module.sparse_weight.check_indices(f"{name}.indices")
+            if isinstance(module, PackedLinear):
+                module.check_weight(f"{name}.")
     except ValueError as error:
         raise unreadable("weights", error) from error
     handle.settings.set(Settings.from_dict(values, WHERE).branches)
+
+
+def _check_quantized(files: Sequence[str], layers: Mapping[str, PackedLinear]) -> None:
+    """Raises ModelError where the files hold a part of an int8 layer in another dtype or shape, or not at all.
+
+    transformers would cast the one, and make up the other.
+
+    Args:
+        layers: by their names in the files.
+    """
+    quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+    if not files or not quantized:
+        return
+    held: dict[str, tuple[str, list[int]]] = {}
+    try:
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}
+                held |= {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    except Exception as error:  # safetensors has its own kinds
+        raise unreadable("weights", error) from error
+    for name, layer in quantized.items():
+        for part in DTYPES:
+            if (buffer := getattr(layer, part)) is None:
+                continue
+            names = (other for other, module in quantized.items() if module is layer)  # one of which is in the files
+            keys = (f"{other}.{part}" for other in names)
+            dtype, shape = next((held[key] for key in keys if key in held), ("nothing", []))
+            if (dtype, shape) != (FILE_DTYPES[buffer.dtype], list(buffer.shape)):
+                rule = f"as {CONFIG_FILE} describes it, {FILE_DTYPES[buffer.dtype]} of shape {tuple(buffer.shape)}"
+                raise ModelError(f"weights must hold {name}.{part} {rule}, got {dtype} {tuple(shape)}")
 
 
 def _find(model: PreTrainedModel, name: str) -> str:
@@ -91,6 +130,6 @@ def _find(model: PreTrainedModel, name: str) -> str:
 
 def _ours(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
-        if isinstance(module, Sparse24Linear) or name == "madtp_guide" or name.startswith("madtp_guide."):
+        if isinstance(module, PackedLinear) or name == "madtp_guide" or name.startswith("madtp_guide."):
             for part in (module.named_parameters(name, recurse=False), module.named_buffers(name, recurse=False)):
                 yield from part

@@ -85,7 +85,7 @@ def from_pretrained(
             dtype=dtype,
             device_map=device_map,
             variant=variant,
-            key_mapping=packed_key_mapping(settings.sparse24) if old else None,
+            key_mapping=packed_key_mapping(settings.packed) if old else None,
             ignore_mismatched_sizes=True,  # which the line below names
             output_loading_info=True,
             **hub,

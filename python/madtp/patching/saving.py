@@ -14,9 +14,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from madtp.dtp.settings import EXTRA_STATE
-from madtp.hwp.packing import epilogues_of
+from madtp.hwp.packing import epilogues_of, schemes_of
 from madtp.patching.names import CONFIG_FILE, STATE_FILE
-from madtp.patching.state import ModelError, Settings, read_checksums, write_checksums
+from madtp.patching.state import ModelError, Packed, Settings, read_checksums, write_checksums
 
 if TYPE_CHECKING:
     from madtp.patching.handle import Handle
@@ -64,7 +64,9 @@ def save(
     if state_dict is not None:
         state_dict = _complete(handle, state_dict)
         values = handle.settings.parse(state_dict[EXTRA_STATE])
-    settings = Settings(handle.config, values, epilogues_of(model))
+    schemes = schemes_of(model)
+    packed = {name: Packed(schemes[name], epilogue) for name, epilogue in epilogues_of(model).items()}
+    settings = Settings(handle.config, values, packed)
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:

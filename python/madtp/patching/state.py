@@ -7,20 +7,38 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from madtp.config import CompressionConfig
 from madtp.files import atomic_write, file_sha256
-from madtp.hwp.packing import Epilogue
-from madtp.migration import migrate_model
+from madtp.hwp.packing import Epilogue, check_scheme
+from madtp.migration import migrate_model, migrate_settings
 from madtp.patching.names import CONFIG_FILE, QUANT_METHOD, STATE_FILE
 
-STATE_VERSION = 5  # of madtp.json, and of the settings
+STATE_VERSION = 6  # of madtp.json, and of the settings
+SAME_FORM = (5, STATE_VERSION)  # versions of madtp.json that have only checksums
 OLD_VERSIONS = (3, 4)  # of madtp.json, which held all of it
 
 
 class ModelError(RuntimeError):
     """A saved model is missing, cut short, or of another kind."""
+
+
+class Packed(NamedTuple):
+    """What a packed layer is: the scheme of its weight (sparse24, int8, int8_24), and what it has taken over."""
+
+    scheme: str
+    epilogue: Epilogue
+
+    def to_dict(self) -> dict[str, str | None]:
+        return {"scheme": self.scheme, **self.epilogue._asdict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, str | None]) -> Packed:
+        """Raises ValueError for a scheme that there is not, KeyError and TypeError for other fields."""
+        scheme, epilogue = values["scheme"], {name: path for name, path in values.items() if name != "scheme"}
+        check_scheme(scheme)
+        return cls(str(scheme), Epilogue(**epilogue))
 
 
 @dataclass(frozen=True)
@@ -29,7 +47,7 @@ class Settings:
 
     config: CompressionConfig
     branches: dict[str, dict[str, Any]]  # as `BranchSettings.values`
-    sparse24: dict[str, Epilogue]  # the packed 2:4 layers by name, and what each has taken over
+    packed: dict[str, Packed]  # the packed layers by name
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -37,7 +55,7 @@ class Settings:
             "version": STATE_VERSION,
             "config": self.config.to_dict(),
             "branches": self.branches,
-            "sparse24": {name: epilogue._asdict() for name, epilogue in self.sparse24.items()},
+            "packed": {name: layer.to_dict() for name, layer in self.packed.items()},
         }
 
     @classmethod
@@ -45,10 +63,11 @@ class Settings:
         """Raises ModelError for values of another version, or that lack something; `where` they stand is in it."""
         _check_version(values, where)
         try:
+            values = migrate_settings(values)
             return cls(
                 CompressionConfig.from_dict(values["config"]),
                 {branch: dict(settings) for branch, settings in values["branches"].items()},
-                {name: Epilogue(**epilogue) for name, epilogue in values["sparse24"].items()},
+                {name: Packed.from_dict(layer) for name, layer in values["packed"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise unreadable(where, error) from error
@@ -119,7 +138,7 @@ def _read_state(directory: Path) -> tuple[dict[str, Any] | None, dict[str, str]]
     try:
         if isinstance(values, dict) and values.get("version") in OLD_VERSIONS:
             settings, checksums = migrate_model(values)
-            return {"version": STATE_VERSION} | settings, checksums
+            return settings, checksums
         _check_version(values, str(directory / STATE_FILE))
         return None, dict(values["sha256"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -128,7 +147,7 @@ def _read_state(directory: Path) -> tuple[dict[str, Any] | None, dict[str, str]]
 
 def _check_version(values: Any, where: str) -> None:
     version = values.get("version") if isinstance(values, dict) else None
-    if version != STATE_VERSION:
+    if version not in SAME_FORM:
         newer = isinstance(version, int) and version > STATE_VERSION
         remedy = "install a newer madtp" if newer else "save the model again"
         raise ModelError(f"{where} must be of version {STATE_VERSION}, got {version}: {remedy}")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from madtp.handles import find_handle, handle_of
 from madtp.inference import leading_size
 from madtp.patching import patch
-from madtp.profiling.macs import count_parameters, disk_bytes, mean_profile, profile
+from madtp.profiling.macs import count_parameters, disk_bytes, mean_profile, profile, weight_bytes
 from madtp.profiling.timing import TIMING_BATCH, time_per_layer, time_per_sample
 from madtp.progress import Progress
 from madtp.tasks.batches import require_samples, sample_batches, sample_count
@@ -41,8 +41,8 @@ def measure(
 
     GMACs are per sample, averaged over `ACCOUNT_SAMPLES` spread over the data; for a plain Hugging Face model they are
     those of the packed dense model, without padding. counted_gmacs_error is the standard error of that mean, from the
-    spread between the batches of `madtp.tasks.batches`: samples keep different numbers of tokens. `bytes` is the size
-    of the weights file.
+    spread between the batches of `madtp.tasks.batches`: samples keep different numbers of tokens. counted_gbops
+    are bit operations, 10^9 of them. `bytes` is the size of the weights file, `weight_bytes` what the model holds.
 
     Args:
         path: the directory the model was loaded from; None saves it to a temporary one to weigh it.
@@ -66,9 +66,11 @@ def measure(
         "counted_gmacs": total.counted_macs / 1e9,
         "counted_gmacs_error": _standard_error([each.total.counted_macs for each in profiles]) / 1e9,
         "executed_gmacs": total.executed_macs / 1e9,
+        "counted_gbops": total.bit_operations / 1e9,
         "params": params,
         "nonzero_params": nonzero_params,
         "bytes": disk_bytes(path / "model.safetensors") if path else _saved_bytes(model),
+        "weight_bytes": weight_bytes(model),
         "tokens_per_layer": watch.means() or handle_of(counted).tokens_per_layer,
     }
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multiply-adds, parameters and bytes of a model, measured on a forward pass.
+"""Multiply-adds, bit operations, parameters and bytes of a model, measured on a forward pass.
 
-MACs are what published tables count: linear layers, attention matmuls and convolutions, one multiply-add = 1.
+MACs are what published tables count: linear layers, attention matmuls and convolutions, one multiply-add = 1, whatever
+its numbers are. Bit operations weigh each by the bits of both its operands.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from madtp.dtp.branch import exact_capacity
 from madtp.handles import find_handle, handle_of
-from madtp.hwp import Sparse24Linear, is_pattern, matches
+from madtp.hwp import PackedLinear, is_pattern, matches
 from madtp.inference import evaluating, leading_size
 from madtp.models.registry import family_of
 
@@ -34,7 +35,9 @@ class Account:
     """What one part of a model holds, and what one sample costs in it.
 
     `dense_macs`: all tokens, all weights. `counted_macs`: tokens as kept, a linear whose weight is 2:4 at half.
-    `executed_macs`: tokens as kept, half only where a sparse kernel ran.
+    `executed_macs`: tokens as kept, half only where a sparse kernel ran. `bit_operations`: each counted multiply-add
+    times the bits of both operands, 8 x 8 in an int8 layer. `weight_bytes`: of parameters and packed weights, as the
+    model holds them.
     """
 
     params: int
@@ -42,6 +45,8 @@ class Account:
     dense_macs: float
     counted_macs: float
     executed_macs: float
+    bit_operations: float
+    weight_bytes: int
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def profile(
     if branches is None:
         source = find_handle(model) or family_of(model)
         branches = source.branches if source else {}
-    kept = _forward_macs(model, inputs)
+    bits: Counter[tuple[str, ...]] = Counter()
+    kept = _forward_macs(model, inputs, bits)
     dense = kept
     if find_handle(model) is not None:
         with dense_mode(model):
@@ -95,8 +101,8 @@ def profile(
         for scope in _scopes(stack, branches):
             amounts_of[scope].update(amounts)
 
-    for owner, count, nonzero in _parameters(model):
-        add((owner,), params=count, nonzero_params=nonzero)
+    for owner, count, nonzero, size in _parameters(model):
+        add((owner,), params=count, nonzero_params=nonzero, weight_bytes=size)
     for stack, macs in dense.items():
         add(stack, dense_macs=macs / samples)
     modules = dict(model.named_modules())
@@ -104,6 +110,7 @@ def profile(
     for stack, macs in kept.items():
         counted, executed = sparse[stack[-1]]
         add(stack, counted_macs=macs * counted / samples, executed_macs=macs * executed / samples)
+        add(stack, bit_operations=bits[stack] * counted / samples)
 
     def account(*scope: str) -> Account:
         columns = amounts_of[scope]
@@ -128,7 +135,7 @@ def mean_profile(profiles: Sequence[Profile], samples: Sequence[int]) -> Profile
         columns = {
             column: sum(getattr(account, column) * size for account, size in zip(accounts, samples, strict=True))
             / sum(samples)
-            for column in ("dense_macs", "counted_macs", "executed_macs")
+            for column in ("dense_macs", "counted_macs", "executed_macs", "bit_operations")
         }
         return replace(accounts[0], **columns)
 
@@ -159,10 +166,13 @@ def dense_mode(model: nn.Module):
 
 
 @contextmanager
-def count_macs(model: nn.Module) -> Iterator[Counter]:
+def count_macs(model: nn.Module, bits: Counter | None = None) -> Iterator[Counter]:
     """Yields a Counter of the MACs run in the context, by the names of the modules running, outermost first.
 
     A patched model runs at exact capacity meanwhile: what counts are tokens.
+
+    Args:
+        bits: of bit operations, to which those of the context are added, by the same names.
     """
     macs: Counter[tuple[str, ...]] = Counter()
     stack: list[str] = []
@@ -173,7 +183,7 @@ def count_macs(model: nn.Module) -> Iterator[Counter]:
     fused = torch.backends.mha.get_fastpath_enabled()  # one op for a whole encoder layer, and no formula for it
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with exact_capacity(model), _MacCounter(macs, stack):
+        with exact_capacity(model), _MacCounter(macs, stack, bits):
             yield macs
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -196,11 +206,12 @@ class _MacCounter(TorchDispatchMode):
     extra = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
         torch.ops.madtp.sparse24_linear: lambda x, values, *_, **__: 4 * x.shape[0] * values.numel(),
+        torch.ops.madtp.quantized_linear: lambda x, values, *_, **__: 2 * x.numel() * values.shape[0],
     }
 
-    def __init__(self, macs: Counter, stack: list[str]):
+    def __init__(self, macs: Counter, stack: list[str], bits: Counter | None = None):
         super().__init__()
-        self.macs, self.stack = macs, stack
+        self.macs, self.stack, self.bits = macs, stack, bits
         self.formulas = flop_counter.flop_registry | self.extra
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -211,12 +222,22 @@ class _MacCounter(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             return func(*args, **kwargs) if out is NotImplemented else out
         out = func(*args, **kwargs)
-        self.macs[tuple(self.stack)] += formula(*args, **kwargs, out_val=out) // 2
+        macs = formula(*args, **kwargs, out_val=out) // 2
+        self.macs[tuple(self.stack)] += macs
+        if self.bits is not None:
+            self.bits[tuple(self.stack)] += macs * _operand_bits(func.overloadpacket, (*args, *kwargs.values())) ** 2
         return out
 
 
-def _forward_macs(model: nn.Module, inputs) -> Counter:
-    with evaluating(model), count_macs(model) as macs:
+def _operand_bits(op: Any, args: Sequence[Any]) -> int:
+    """Of each of the two numbers in a multiply-add: ops multiply what is of one dtype."""
+    if op is torch.ops.madtp.quantized_linear:
+        return 8
+    return 8 * next(arg.element_size() for arg in args if isinstance(arg, Tensor))
+
+
+def _forward_macs(model: nn.Module, inputs, bits: Counter | None = None) -> Counter:
+    with evaluating(model), count_macs(model, bits) as macs:
         if isinstance(inputs, Mapping):
             model(**inputs)
         else:
@@ -237,24 +258,31 @@ def _scopes(stack: tuple[str, ...], branches: Mapping[str, Sequence[str]]) -> se
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters, and how many are not zero; a packed 2:4 weight counts as the dense one it stands for."""
-    counts = [(count, nonzero) for _, count, nonzero in _parameters(model)]
+    """How many parameters, and how many are not zero; a packed weight counts as the dense one it stands for."""
+    counts = [(count, nonzero) for _, count, nonzero, _ in _parameters(model)]
     return sum(count for count, _ in counts), sum(nonzero for _, nonzero in counts)
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """Every parameter once, as the forward pass sees it: the module that owns it, its size, how much is not zero."""
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and packed weights as the model holds them; what a backend packs them into is not counted."""
+    return sum(size for *_, size in _parameters(model))
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, int, int, int]]:
+    """Every parameter once, as the forward pass sees it: the module that owns it, its size, how much is not zero, and
+    its bytes."""
     seen = set()
     for name, module in model.named_modules():
-        if isinstance(module, Sparse24Linear):
-            yield name, module.sparse_weight.shape.numel(), int(module.weight.count_nonzero())
+        if isinstance(module, PackedLinear):
+            weight = module.packed_weight
+            yield name, weight.shape.numel(), int(module.weight.count_nonzero()), weight.nbytes
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 masked = isinstance(module, ParametrizationList) and module.is_tensor
                 used = (module() if masked else parameter).detach()
                 nonzero = used.numel() if used.is_meta else int(used.count_nonzero())
-                yield name.partition(".parametrizations.")[0], used.numel(), nonzero
+                yield name.partition(".parametrizations.")[0], used.numel(), nonzero, used.nbytes
 
 
 def _sparse_shares(model: nn.Module, macs: Counter, planned_sparse: Collection[str]) -> dict[str, tuple[float, float]]:
@@ -266,8 +294,8 @@ def _sparse_shares(model: nn.Module, macs: Counter, planned_sparse: Collection[s
 
 def _sparsity(module: nn.Module, planned: bool) -> tuple[float, float]:
     """(counted, executed) share of the MACs run directly in the module."""
-    if isinstance(module, Sparse24Linear):
-        return 0.5, 0.5 if module.executes_sparse else 1.0
+    if isinstance(module, PackedLinear):
+        return 0.5 if module.sparse else 1.0, 0.5 if module.executes_sparse else 1.0
     if not isinstance(module, nn.Linear):
         return 1.0, 1.0
     weight = module.weight.detach()

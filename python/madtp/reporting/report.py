@@ -31,8 +31,9 @@ def markdown(report: dict, *, command: str, picture: str | None = None) -> str:
     text = ["# Dense against compressed", compared]
     text.append(
         "GMACs and tokens are per sample. Dense GMACs: all tokens, all weights. Counted: tokens as kept, 2:4 linears "
-        "at half. Executed: half only where a sparse kernel ran. Tokens are those after each layer, merged ones "
-        "included."
+        "at half. Executed: half only where a sparse kernel ran. GBOPs: 10^9 bit operations, counted MACs times the "
+        "bits of both operands. Bytes of weights: as the model holds them in memory. Tokens are those after each "
+        "layer, merged ones included."
     )
     text.append("## Time of each layer\n\n" + _markdown_table(("ms per sample", *COLUMNS[1:]), layer_times(report)))
     if picture:
@@ -56,6 +57,8 @@ def _how(report: dict, command: str) -> str:
     asked = f"{percent(plan['macs_reduction'])} fewer counted GMACs"
     if plan["latency_reduction"] is not None:
         asked = f"{percent(plan['latency_reduction'])} less time per sample, planned as {asked}"
+    rounded = plan["quantized_modules"]
+    weights = f"- weights: {config['weight_dtype']} in {len(rounded)} linears\n" if rounded else ""
     temperatures = ", ".join(f"{branch} {tau:.3g}" for branch, tau in plan["temperatures"].items())
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     return (
@@ -63,7 +66,7 @@ def _how(report: dict, command: str) -> str:
         f"- asked for: {asked}\n"
         f"- pattern: {config['pattern']} in {len(plan['sparse_modules'])} linears, "
         f"which keeps {percent(plan['magnitude_kept'])} of their magnitude\n"
-        f"- temperatures: {temperatures}\n- versions: {versions}"
+        f"{weights}- temperatures: {temperatures}\n- versions: {versions}"
     )
 
 

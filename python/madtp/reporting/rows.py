@@ -25,10 +25,12 @@ def rows(report: dict) -> list[list[tuple[str, str, str, str]]]:
             for name, before in dense["metrics"].items()
         ],
         [row(f"GMACs, {kind}", f"{kind}_gmacs", "{:.4g}".format) for kind in ("dense", "counted", "executed")],
+        [row("GBOPs, counted", "counted_gbops", "{:.4g}".format)],
         [
             row("parameters", "params", "{:,}".format),
             row("non-zero parameters", "nonzero_params", "{:,}".format),
             row("bytes on disk", "bytes", "{:,}".format),
+            row("bytes of weights", "weight_bytes", "{:,}".format),
             row("ms per sample", "ms_per_sample", "{:.3g}".format),
         ],
     ]

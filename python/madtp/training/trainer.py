@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from madtp.config import CompressionConfig
 from madtp.files import atomic_write
 from madtp.handles import handle_of
-from madtp.hwp import Pattern, WeightPruner
+from madtp.hwp import FakeQuantizer, Pattern, WeightPruner
 from madtp.inference import evaluating
 from madtp.migration import CHECKPOINT_VERSION, migrate_checkpoint, migrate_log
 from madtp.profiling.macs import counted_macs
@@ -114,6 +114,7 @@ class MadtpTrainer(Trainer):
             ramp=config.hwp_ramp,
             norms=norms,
         )
+        self.fake_quantizer: FakeQuantizer | None = None
         # Until the masks have their final pattern, MACs are counted as they will be then.
         self.planned_sparse: set[str] = set(sparse_modules) if Pattern.parse(config.pattern).sparse24 else set()
         self.controller = self._controller(targets, config.temperature)
@@ -243,6 +244,16 @@ class MadtpTrainer(Trainer):
 
         self._move(lambda: self.pruner.advance(going, step), halve)
 
+    def fake_quantize(self, modules: Iterable[str], share: float) -> None:
+        """Before the training: has these Linears compute as with int8 weights in its last steps, a share of all.
+
+        `fake_quantizer.stop()` when it has ended: the weights are as they were, for `pack(dtype="int8")` to round.
+
+        Raises:
+            ValueError: as `FakeQuantizer`.
+        """
+        self.fake_quantizer = FakeQuantizer(self.model, modules, total_steps=self._total_steps(), share=share)
+
     def _move(self, make: Callable[[], None], halve: Callable[[], None]) -> None:
         make() if self.guard is None else self.guard.move(make, halve)
 
@@ -346,8 +357,10 @@ class MadtpTrainer(Trainer):
         self._load_pruning(str(self.state.best_model_checkpoint))
 
     def _determine_best_metric(self, metrics, trial):
-        """While masks are still to grow no evaluation is the best: less pruned is better, and not what is asked for."""
-        return self.pruner.current == self.pruner.pattern and super()._determine_best_metric(metrics, trial)
+        """While masks are still to grow, or weights to be rounded, no evaluation is the best: less of either is better,
+        and not what is asked for."""
+        rounds = self.fake_quantizer is None or self.fake_quantizer.active
+        return rounds and self.pruner.current == self.pruner.pattern and super()._determine_best_metric(metrics, trial)
 
     def _load_pruning(self, checkpoint: str) -> None:
         file = Path(checkpoint) / CONTROLLER_FILE
@@ -371,12 +384,18 @@ class _Cooperation(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.finished = self.trainer.is_finished()
+        self._quantize(state.global_step)  # also where no step is left
         if state.global_step == 0:
             self.trainer.find_start()
         state.log_history = migrate_log(state.log_history)
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self._quantize(state.global_step)
         self.trainer.sparsify(state.global_step)
+
+    def _quantize(self, step: int) -> None:
+        if self.trainer.fake_quantizer is not None:
+            self.trainer.fake_quantizer.step(step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.trainer.config.controller_interval == 0:

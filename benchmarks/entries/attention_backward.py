@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import madtp_kernels as mk
-from benchmarks import attention
-from benchmarks.attention import SHAPE, AttentionInputs, attention_inputs
+from benchmarks.entries import attention
+from benchmarks.entries.attention import SHAPE, AttentionInputs, attention_inputs
 from benchmarks.entry import Entry, require
 
 CASES = [{"batch": 4, "tokens": tokens, **SHAPE, "dtype": "float32"} for tokens in (577, 197, 65)]

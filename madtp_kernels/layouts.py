@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels of a backend read of a weight, kept beside it until the weight is written to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from madtp_kernels.checks import require
+
+
+class KeepsLayouts:
+    """A weight whose parts may be written to in place, and what was packed of it for each backend."""
+
+    _kind: ClassVar[str]  # as the error for an unknown backend names it
+    _packed: dict[str, tuple[Any, Any]]  # backend -> (versions, layout)
+
+    def _versions(self) -> Any:
+        """What changes when a part is written to, as far as torch counts the write; None under torch.compile."""
+        raise NotImplementedError
+
+    def _packers(self) -> Mapping[str, Callable[[Any], Any]]:
+        """backend -> what packs a weight of this kind."""
+        raise NotImplementedError
+
+    def layout(self, backend: str) -> Any:
+        """The weight as the kernels of `backend` read it, kept until a part of it is written to.
+
+        Under torch.compile writes go unnoticed: what was packed stays, so make another weight after one.
+
+        Raises:
+            ValueError: no layout is registered for `backend`.
+        """
+        state = self._versions()
+        packed = self._packed.get(backend)
+        if packed is None or (state is not None and packed[0] != state):
+            packers = self._packers()
+            rule = f"one with {self._kind} layout ({', '.join(packers) or 'none'})"
+            require(backend in packers, "backend", rule, backend)
+            # Out of inference mode: its tensors could not be saved for a backward later.
+            with contextlib.nullcontext() if state is None else torch.inference_mode(False):
+                packed = self._packed[backend] = state, packers[backend](self)
+        return packed[1]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A packed layer with an int8 weight, dense or 2:4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from madtp.hwp.packed_linear import PackedLinear
+from madtp_kernels import QuantizedWeight, quantized_linear
+
+DTYPES = {"weight": torch.int8, "weight_indices": torch.uint8, "weight_scale": torch.float32}  # of the parts, by name
+
+
+class QuantizedLinear(PackedLinear):
+    """A Linear with an int8 weight, and what follows it, in one kernel: residual + scale * activation(x W^T + bias).
+
+    Buffers are `weight`, int8 (N, C) or, where it is 2:4 as well, (N, C/2); `weight_indices`, uint8 (N, C/8), which is
+    None where it is not; and `weight_scale`, float32 (N,): the parts of a `QuantizedWeight`. N is out_features, C
+    in_features. x is rounded to int8 row by row in the op. Gradients pass through to x (straight-through), residual,
+    bias and scale; the weight has none.
+
+    What casts the model casts bias and scale; the parts of the weight keep their dtypes.
+
+    Args:
+        weight: (N, C).
+        bias: (N,), or None.
+        activation: of `quantized_linear`.
+        scale: (N,), or None: LayerScale.
+        dense_dtype: of the weight that this one was, and that `unpack` makes of it; follows what casts the model.
+    """
+
+    _op_name = "quantized_linear"
+    _op = staticmethod(quantized_linear)
+
+    weight_indices: Tensor | None
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: nn.Parameter | None = None,
+        activation: str | None = None,
+        scale: nn.Parameter | None = None,
+        dense_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(bias, activation, scale)
+        self.register_buffer("weight", weight.values)
+        self.register_buffer("weight_indices", weight.indices)
+        self.register_buffer("weight_scale", weight.scale)
+        self.scheme, self.dense_dtype = weight.scheme, dense_dtype
+        self.keeps_scale = False  # whether the plain Linear had its `weight_scale`, which `unpack` gives back
+        self._weight = weight
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        weight, buffers = self._weight, self._buffers
+        if (
+            weight.values is not buffers["weight"]
+            or weight.scale is not buffers["weight_scale"]
+            or weight.indices is not buffers["weight_indices"]
+        ):  # moved
+            weight = self._weight = QuantizedWeight(self.weight, self.weight_scale, self.weight_indices)
+        return weight
+
+    packed_weight = quantized_weight
+
+    def check_weight(self, prefix: str = "") -> None:
+        self.quantized_weight.check_values(f"{prefix}weight")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """What casts, moves or empties the tensors of a module. The scale of the weight is not cast: it would round."""
+        scale = self.weight_scale
+        dtype = fn(scale.new_empty(0, dtype=self.dense_dtype)).dtype
+        super()._apply(fn, recurse)
+        self.dense_dtype = dtype
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        _check_parts({name: state_dict.get(prefix + name) for name in DTYPES}, self.quantized_weight, prefix)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scheme={self.scheme}"
+
+
+def _check_parts(parts: dict[str, Any], weight: QuantizedWeight, prefix: str) -> None:
+    """Raises ValueError for parts that are of no weight of the kind; of those that are there, and of this shape.
+
+    torch looks at shapes alone and casts: it would round the weight of a plain Linear to integers, mostly zeros.
+    """
+    for name, dtype in DTYPES.items():
+        part = parts[name]
+        if isinstance(part, Tensor) and part.dtype != dtype:
+            got = str(part.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{prefix}{name} must be {str(dtype).removeprefix('torch.')} for an {weight.scheme} layer, got {got}"
+            )
+    values, scale = parts["weight"], parts["weight_scale"]
+    indices = None if weight.indices is None else parts["weight_indices"]
+    pairs = ((values, weight.values), (scale, weight.scale), (indices, weight.indices))
+    if all(getattr(part, "shape", None) == getattr(ours, "shape", None) for part, ours in pairs):
+        if not any(part.is_meta for part, _ in pairs if part is not None):
+            QuantizedWeight(values, scale, indices).check_values(f"{prefix}weight")

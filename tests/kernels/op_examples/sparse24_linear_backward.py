@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+import torch
+
+from op_examples import sparse24_linear
+
+
+def arguments(sizes):
+    return {"grad": torch.rand(sizes.rows, sizes.features[0]), **sparse24_linear.arguments(sizes)}
