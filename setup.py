@@ -56,7 +56,7 @@ setup(
     package_dir={"madtp_kernels": "madtp_kernels", "madtp": "python/madtp"},
     packages=find_packages(include=["madtp_kernels", "madtp_kernels.*"]) + find_packages("python"),
     package_data={
-        "madtp_kernels": ["sparse24/tables/*.json", "*.pyi", "py.typed"],
+        "madtp_kernels": ["tables/*.json", "*.pyi", "py.typed"],
         "madtp": ["assets/**/*", "reporting/*.j2", "py.typed"],
     },
     ext_modules=[Extension("madtp_kernels._C", sources=[])],

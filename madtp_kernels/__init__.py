@@ -9,6 +9,7 @@ from madtp_kernels.dispatch import explain
 from madtp_kernels.nm_masks import nm_mask, transposable_mask
 from madtp_kernels.nm_patterns import Pattern, explain_pattern
 from madtp_kernels.ops.attention import AttentionStats, varlen_attention
+from madtp_kernels.ops.dense import dense_linear
 from madtp_kernels.ops.prune import Pruned, prune_tokens, score_and_select
 from madtp_kernels.ops.quantized import quantized_linear
 from madtp_kernels.ops.sparse24 import sparse24_linear
@@ -27,6 +28,7 @@ __all__ = [
     "Selection",
     "Sparse24Weight",
     "__version__",
+    "dense_linear",
     "explain",
     "explain_pattern",
     "gather_merge",

@@ -2,8 +2,9 @@
 """Which backend runs an op, and why.
 
 Every op has a `reference`; `cpu` (C++), `triton` and `cuda` (C++) are faster where they can run. `auto` takes the first
-that can, in the order below, or what an op has measured to be faster; a 2:4 weight can also run `dense`, in torch, or
-`cusparselt`, NVIDIA's library for 2:4 as torch calls it.
+that can, in the order below, or what an op has measured to be faster. A linear layer can also run `dense`, in torch, or
+`onednn`, the library that torch brings for CPUs, with its weight packed; a 2:4 weight also `cusparselt`, NVIDIA's
+library for 2:4 as torch calls it.
 `MADTP_BACKEND` sets the default of the process, `backend=` that of one call.
 """
 
@@ -25,7 +26,7 @@ from madtp_kernels._version import __version__
 if TYPE_CHECKING:
     from madtp_kernels import _C
 
-BACKENDS = ("reference", "dense", "cpu", "triton", "cuda", "cusparselt")
+BACKENDS = ("reference", "dense", "onednn", "cpu", "triton", "cuda", "cusparselt")
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "dense", "reference")}
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,6 +55,8 @@ class OpRecord:
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
     # backend -> function of (layout or None, values, indices): the layout to run with; ValueError for a wrong one
     layout_checks: dict[str, Callable[..., Tensor | None]] = field(default_factory=dict)
+    # device type -> backends in the order in which auto takes them
+    auto_order: dict[str, tuple[str, ...]] = field(default_factory=lambda: AUTO_ORDER)
     # (backend, shape of the op's first tensor, dtype) -> why that backend cannot run it, or None
     limits: Callable[[str, tuple[int, ...], torch.dtype], str | None] | None = None
     # (the arguments of a call) -> the dtype that backends are chosen by, for `explain`; None: of the first tensor
@@ -81,6 +84,7 @@ def register(
     dtype: Callable[..., torch.dtype] | None = None,
     tuned: Callable[..., Choice] | None = None,
     layout_checks: dict[str, Callable[..., Tensor | None]] | None = None,
+    auto_order: dict[str, tuple[str, ...]] = AUTO_ORDER,
     **backends: Callable[..., Any],
 ) -> None:
     """Makes `backends` (name -> function with the arguments of the reference) the implementations of `op`.
@@ -92,7 +96,7 @@ def register(
         raise ValueError(f"{op} needs a reference and backends among {BACKENDS}, got {tuple(backends)}")
     entry = record(op)
     entry.implementations, entry.layout_checks = backends, layout_checks or {}
-    entry.limits, entry.dtype, entry.tuned = limits, dtype, tuned
+    entry.limits, entry.dtype, entry.tuned, entry.auto_order = limits, dtype, tuned, auto_order
 
 
 def triton_launcher(module: str, name: str) -> Callable[..., Any]:
@@ -132,7 +136,7 @@ def backend_name(
 ) -> str:
     """`choose(...).backend`, found without the reasons: it runs at every call."""
     requested = _request(backend)[0]
-    for name in AUTO_ORDER.get(device.type, ("reference",)) if requested == "auto" else (requested,):
+    for name in _auto_order(op, device) if requested == "auto" else (requested,):
         if name in BACKENDS and unsupported_reason(op, name, dtype, device, shape) is None:
             return name
     return choose(op, backend, dtype, device, shape).backend
@@ -148,7 +152,7 @@ def choose(
     requested, origin = _request(backend)
     if requested not in (*BACKENDS, "auto"):
         raise ValueError(f"{origin} must be one of auto, {', '.join(BACKENDS)}, got {requested!r}")
-    order = AUTO_ORDER.get(device.type, ("reference",))
+    order = _auto_order(op, device)
     reasons = {name: why for name in BACKENDS if (why := unsupported_reason(op, name, dtype, device, shape))}
     best = next(name for name in order if name not in reasons)
     if requested == "auto":
@@ -191,6 +195,10 @@ def is_auto(backend: str | None) -> bool:
     return _request(backend)[0] == "auto"
 
 
+def _auto_order(op: str, device: torch.device) -> tuple[str, ...]:
+    return _records[op].auto_order.get(device.type, ("reference",))
+
+
 def _request(backend: str | None) -> tuple[str, str]:
     """The backend that was asked for, and where."""
     if backend not in (None, "auto"):
@@ -217,6 +225,12 @@ def _cpu_unsupported_reason(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the tensors are on {device.type}"
     return extension_unsupported_reason()
+
+
+def _onednn_unsupported_reason(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}"
+    return None if torch.backends.mkldnn.is_available() else f"torch {torch.__version__} was built without oneDNN"
 
 
 def _triton_unsupported_reason(device: torch.device) -> str | None:
@@ -272,6 +286,7 @@ def _build_archs() -> list[str]:
 
 _BACKEND_UNSUPPORTED_REASONS = {
     "dense": lambda device: None,
+    "onednn": _onednn_unsupported_reason,
     "cpu": _cpu_unsupported_reason,
     "triton": _triton_unsupported_reason,
     "cuda": cuda_unsupported_reason,

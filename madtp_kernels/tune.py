@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from madtp_kernels import dispatch
+from madtp_kernels import dispatch, table_file
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
 from madtp_kernels.sparse24 import backend_dense as dense
-from madtp_kernels.sparse24 import table_file, tuning_cuda
 from madtp_kernels.sparse24 import tuning_cpu as tuning
+from madtp_kernels.sparse24 import tuning_cuda
 from madtp_kernels.sparse24.tuning_cuda import LinearCall, Timing
 from madtp_kernels.sparse24.weight import Sparse24Weight, supports_shape
 

@@ -17,6 +17,7 @@ from madtp_kernels.checks import (
     check_types,
     require,
 )
+from madtp_kernels.dense import onednn
 from madtp_kernels.flops import flop_formula
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.ops.autograd import register_autograd, register_second_order
@@ -26,11 +27,12 @@ from madtp_kernels.reference import sparse24 as reference
 from madtp_kernels.renamed import refuse_old, takes_old
 from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
 from madtp_kernels.sparse24 import backend_dense as dense
+from madtp_kernels.sparse24 import backend_onednn, tuning_cuda
 from madtp_kernels.sparse24 import tuning_cpu as tuning
-from madtp_kernels.sparse24 import tuning_cuda
 from madtp_kernels.sparse24.weight import IN_MULTIPLE, OUT_MULTIPLE, Sparse24Weight, register_layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DENSE = ("dense", "onednn")  # the backends that multiply with the dense weight
 
 
 @dispatch.public
@@ -58,18 +60,19 @@ def sparse24_linear(
         scale: (N,) float32 or the dtype of x.
         num_rows: int32, one element: rows from it on are zeros. None: all rows are computed. With x (T, C) only.
         backend: auto, reference, cpu, cuda (Sparse Tensor Cores of sm_80 and newer; x and weight are both bfloat16 or
-            both float16), cusparselt (as cuda, but NVIDIA's library through torch) or dense: torch's product on the
-            dense weight, which is then kept as well. On a CPU auto measures, at the first use of a shape, whether cpu
-            or dense is faster (`sparse24.tuning_cpu`); under torch.compile it is cpu. On a GPU it is cuda where that
-            runs, or what a table of this GPU says is faster (`sparse24.tuning_cuda`), else dense.
+            both float16), cusparselt (as cuda, but NVIDIA's library through torch), dense (torch's product on the
+            dense weight, which is then kept as well) or onednn (a CPU's float32 and bfloat16: oneDNN's, on the same).
+            On a CPU auto measures, at the first use of a shape, whether cpu, dense or onednn is faster
+            (`sparse24.tuning_cpu`); under torch.compile it is cpu. On a GPU it is cuda where that runs, or what a table
+            of this GPU says is faster (`sparse24.tuning_cuda`), else dense.
 
     Returns:
-        (T, N) dtype of x, or (..., N); accumulated in float32, cast once, on dense and cusparselt twice. On cpu and,
-        before compute capability 9.0, on cuda a row has the same bits whatever the other rows are and however many; on
-        cuda of 9.0, dense and cusparselt the last bits may follow their number, and so they may on auto, which chooses
-        by it: backend="cpu" pins them.
+        (T, N) dtype of x, or (..., N); accumulated in float32, cast once, on dense, onednn and cusparselt twice. On
+        cpu and, before compute capability 9.0, on cuda a row has the same bits whatever the other rows are and however
+        many; on cuda of 9.0, dense, onednn and cusparselt the last bits may follow their number, and so they may on
+        auto, which chooses by it: backend="cpu" pins them.
         Differentiable in x, bias, residual and scale; the weight gets no gradient. That of x goes through the dense
-        weight, or through W^T in its 2:4 form on the backend of the call (but dense) where the weight has one:
+        weight, or through W^T in its 2:4 form on the backend of the call (but dense, onednn) where the weight has one:
         `Sparse24Weight.keep_transposed`. There what the activation was given and its gradient are rounded to the dtype
         of x.
 
@@ -125,7 +128,7 @@ def sparse24_linear(
 
 def _transposed(weight: Sparse24Weight, backend: str) -> tuple[Tensor | None, ...]:
     """values, indices and layout of W^T, where a gradient may go through them."""
-    if backend == "dense" or not torch.is_grad_enabled() or (transposed := weight.transposed) is None:
+    if backend in _DENSE or not torch.is_grad_enabled() or (transposed := weight.transposed) is None:
         return ()
     layout = None if backend == "reference" else transposed.layout(backend)
     return transposed.values, transposed.indices, layout
@@ -153,7 +156,7 @@ def _dtype(x: Tensor, weight: Sparse24Weight | Tensor, *_: object, **__: object)
 def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
     if backend in ("cuda", "cusparselt") and dtype == torch.float32:
         return "Sparse Tensor Cores take bfloat16 and float16, the same in x and weight, and one is float32"
-    return None
+    return onednn.unsupported_reason(dtype) if backend == "onednn" else None
 
 
 def _tuned(
@@ -277,6 +280,7 @@ register_layout("cpu", lambda weight: sparse24_pack(weight.values, weight.indice
 register_layout("cuda", lambda weight: sparse24_pack(weight.values, weight.indices))
 register_layout("cusparselt", lambda weight: cusparselt.pack(weight.values.detach(), weight.indices))
 register_layout("dense", lambda weight: weight.to_dense().detach())
+register_layout("onednn", lambda weight: backend_onednn.pack(weight.values, weight.indices))
 dispatch.register(
     "sparse24_linear",
     reference=reference.sparse24_linear,
@@ -284,6 +288,7 @@ dispatch.register(
     cuda=tuning_cuda.sparse24_linear_cuda,
     cusparselt=tuning_cuda.sparse24_linear_cusparselt,
     dense=dense.sparse24_linear,
+    onednn=backend_onednn.sparse24_linear,
     limits=_limits,
     dtype=_dtype,
     tuned=_tuned,
@@ -292,6 +297,7 @@ dispatch.register(
         "cuda": _check_layout,
         "cusparselt": cusparselt.check_layout,
         "dense": dense.check_layout,
+        "onednn": backend_onednn.check_layout,
     },
 )
 
@@ -414,5 +420,5 @@ def _flops(
     *_: object,
     **__: object,
 ) -> int:
-    """What is executed: 2 FLOP per kept weight and row, half of the dense product; all of it on dense."""
-    return 2 * x.shape[0] * values.numel() * (2 if backend == "dense" else 1)
+    """What is executed: 2 FLOP per kept weight and row, half of the dense product; all of it on dense and onednn."""
+    return 2 * x.shape[0] * values.numel() * (2 if backend in _DENSE else 1)

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from madtp_kernels.checks import require
+from madtp_kernels.dense.torch_product import with_epilogue
 from madtp_kernels.native.common import aligned
-from madtp_kernels.reference.sparse24 import sparse24_to_dense
-from madtp_kernels.sparse24.backend_dense import with_epilogue
+from madtp_kernels.reference.sparse24 import sparse24_to_dense, valid_rows
 
 FEATURE_MULTIPLE, ROW_MULTIPLE = 16, 8  # what the library takes
 
@@ -83,7 +83,8 @@ def sparse24_linear(
             out = torch._cslt_sparse_mm(packed, x_t, bias=_padded_bias(bias), **arguments)
             return out[:rows, :out_features].contiguous()
 
-    return with_epilogue(product, x, values.dtype, bias, activation, residual, scale, num_rows)
+    out = with_epilogue(product, x, values.dtype, bias, activation, residual, scale)
+    return out if num_rows is None else torch.where(valid_rows(x, num_rows), out, 0)
 
 
 def search(x: Tensor, layout: Tensor, bias: Tensor | None) -> Algorithm:

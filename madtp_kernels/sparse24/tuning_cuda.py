@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend of a 2:4 linear layer is faster on a GPU, and how ours is laid out there: a table per kind of GPU.
 
-`python -m madtp_kernels.tune` measures and writes madtp_kernels/sparse24/tables/<GPU>.json. Calls only look up: without
+`python -m madtp_kernels.tune` measures and writes madtp_kernels/tables/<GPU>.json. Calls only look up: without
 an entry ours runs, with the configuration that its model of the device expects to be fastest.
 """
 
@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from madtp_kernels import dispatch
+from madtp_kernels import dispatch, measured, table_file
 from madtp_kernels._version import __version__
 from madtp_kernels.atomic_file import atomic_file
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.native.sparse24 import Sparse24Config
 from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
-from madtp_kernels.sparse24 import table_file
-from madtp_kernels.sparse24 import tuning_cpu as tuning
 from madtp_kernels.sparse24.backend_cusparselt import Algorithm
 
 MIN_ROWS, MAX_ROWS = 16, 32768
@@ -77,9 +75,9 @@ def linear_call(
     x: Tensor, values: Tensor, activation: str | None, residual: Tensor | None, scale: Tensor | None
 ) -> LinearCall:
     """The class of a call."""
-    rows = min(max(tuning.power_of_two(x.shape[0]), MIN_ROWS), MAX_ROWS)
-    epilogue = tuning.epilogue_name(activation, residual, scale)
-    return LinearCall(rows, values.shape[0], 2 * values.shape[1], tuning.DTYPE_NAMES[x.dtype], epilogue)
+    rows = min(max(measured.power_of_two(x.shape[0]), MIN_ROWS), MAX_ROWS)
+    epilogue = measured.epilogue_name(activation, residual, scale)
+    return LinearCall(rows, values.shape[0], 2 * values.shape[1], measured.DTYPE_NAMES[x.dtype], epilogue)
 
 
 def fastest(case: LinearCall, device: torch.device) -> str:
@@ -164,7 +162,7 @@ def _name(device: torch.device) -> str:
 
 def path_of(name: str) -> Path:
     """The table of the GPU of this name, as the package ships it."""
-    return tuning.SHIPPED / ("".join(c if c.isalnum() else "-" for c in name.lower()) + ".json")
+    return measured.SHIPPED / ("".join(c if c.isalnum() else "-" for c in name.lower()) + ".json")
 
 
 @functools.cache

@@ -18,30 +18,35 @@ from sparse24_cases import dense24
 from torch.utils.flop_counter import FlopCounterMode
 
 import madtp_kernels as mk
-from madtp_kernels import dispatch, sparse24_compress
+from madtp_kernels import dispatch, sparse24_compress, table_file
+from madtp_kernels import measured as kept
+from madtp_kernels.dense import onednn
+from madtp_kernels.measured import Timing
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.sparse24 import backend_dense as dense
-from madtp_kernels.sparse24 import table_file
 from madtp_kernels.sparse24 import tuning_cpu as tuning
-from madtp_kernels.sparse24.tuning_cpu import LinearCall, Timing
+from madtp_kernels.sparse24.tuning_cpu import LinearCall
 
 pytestmark = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
-DENSE_WINS, OURS_WINS = Timing(20.0, 10.0, "2026-01-02"), Timing(10.0, 20.0, "2026-01-02")
+DAY = "2026-01-02"
+DENSE_WINS, OURS_WINS = Timing({"cpu": 20.0, "dense": 10.0}, DAY), Timing({"cpu": 10.0, "dense": 20.0}, DAY)
 
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """Tuning on, in an empty cache, and the cases it measures: dense wins from 16 rows on."""
+    """Tuning on, in an empty cache, without oneDNN, and the cases it measures: dense wins from 16 rows on."""
     cases = []
 
-    def time_backends(case):
+    def time_backends(case, backends):
+        assert backends == ("cpu", "dense")
         cases.append(case)
         return DENSE_WINS if case.rows >= 16 else OURS_WINS
 
     monkeypatch.setenv("MADTP_TUNE", "on")
     monkeypatch.setenv("MADTP_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "time_backends", time_backends)
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(onednn, "unsupported_reason", lambda dtype: "it is out of these tests")
+    monkeypatch.setattr(kept, "SHIPPED", tmp_path / "shipped")
     forget()
     yield cases
     forget()
@@ -49,7 +54,7 @@ def measured(monkeypatch, tmp_path):
 
 def forget():
     """As a new process."""
-    tuning._read_table.cache_clear()
+    tuning.measurements.forget()
 
 
 def case_of(rows=16, **changes):
@@ -100,7 +105,31 @@ def test_every_class_is_measured_apart(measured):
 
 
 def test_a_tie_is_ours():
-    assert Timing(10.0, 9.9, "").backend == "cpu" and Timing(10.0, 9.0, "").backend == "dense"
+    fastest = lambda cpu, dense: Timing({"cpu": cpu, "dense": dense}, DAY).fastest(("cpu", "dense"), tuning.MARGIN)  # noqa: E731
+    assert fastest(10.0, 9.9) == "cpu" and fastest(10.0, 9.0) == "dense"
+
+
+def test_of_three_the_fastest_runs(measured, monkeypatch):
+    times = {1: (10.0, 20.0, 9.0), 16: (10.0, 8.0, 9.0), 64: (10.0, 20.0, 9.9)}
+    monkeypatch.setattr(onednn, "unsupported_reason", lambda dtype: None)
+    monkeypatch.setattr(
+        tuning, "time_backends", lambda case, backends: Timing(dict(zip(backends, times[case.rows], strict=True)), DAY)
+    )
+    assert [tuning.fastest(case_of(rows)) for rows in times] == ["onednn", "dense", "cpu"]
+
+
+def test_a_backend_that_came_later_is_measured_too(measured, monkeypatch):
+    assert tuning.fastest(case_of(16)) == "dense"
+    monkeypatch.setattr(onednn, "unsupported_reason", lambda dtype: None)
+    with_onednn = Timing(DENSE_WINS.times | {"onednn": 5.0}, DAY)
+    monkeypatch.setattr(tuning, "time_backends", lambda case, backends: with_onednn)
+    weight, x = sparse24_compress(dense24(24, 32)), torch.randn(16, 32)
+    assert "the first call does" in mk.explain("sparse24_linear", x, weight).reason
+    assert tuning.fastest(case_of(16)) == "onednn" and tuning.measurements.known(case_of(16)) == with_onednn
+    choice = mk.explain("sparse24_linear", x, weight)
+    assert choice.backend == "onednn" and "cpu 20.0 us, dense 10.0 us, onednn 5.0 us" in choice.reason
+    monkeypatch.setattr(onednn, "unsupported_reason", lambda dtype: "off again")
+    assert tuning.fastest(case_of(16)) == "dense" and len(measured) == 1
 
 
 def test_what_was_measured_outlives_the_process(measured, tmp_path):
@@ -113,42 +142,56 @@ def test_what_was_measured_outlives_the_process(measured, tmp_path):
     file.write_text(other)
     tuning.fastest(case_of(4))
     forget()
-    assert {case.rows for case in tuning._table(str(tmp_path))} == {4, 2048}
+    assert {case.rows for case in tuning.measurements._table(str(tmp_path))} == {4, 2048}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"timings": [[1, 2]]}', '{"timings": [[[1], [1, 2, 3]]]}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"timings": [[1, 2]]}',
+        '{"timings": [[[1], [1, 2, 3]]]}',
+        '{"version": 2, "timings": [[[1], 2, 3]]}',
+        "\udcff",
+    ],
+)
 def test_a_broken_cache_is_measured_again(measured, tmp_path, text):
-    file = tuning._cache_folder(str(tmp_path)) / tuning._file_name()
+    file = kept.cache_folder(str(tmp_path)) / tuning.measurements.file_name()
     file.parent.mkdir()
     file.write_bytes(text.encode(errors="surrogateescape"))
     assert tuning.fastest(case_of(16)) == "dense" and len(measured) == 1
     forget()
-    assert tuning.known(case_of(16)) == DENSE_WINS
+    assert tuning.measurements.known(case_of(16)) == DENSE_WINS
+
+
+FROM_0_1 = Timing({"cpu": 100.0, "dense": 200.0}, "2026-11-01")
 
 
 def test_a_cache_of_0_1_still_holds(measured, tmp_path, monkeypatch):
     fixture = Path(__file__).parents[1] / "fixtures" / "v0.1" / "tuning_cpu.json"
     found = json.loads(fixture.read_text())
     written_by = {name: found[name] for name in ("cpu", "isa", "torch", "madtp_kernels")}
-    monkeypatch.setattr(tuning, "machine", lambda: written_by | {"madtp_kernels": mk.__version__})
-    old = tmp_path / "tuning" / tuning._file_name(found["madtp_kernels"])
-    monkeypatch.setattr(tuning, "machine", lambda: written_by)
-    assert tuning._file_name() == old.name  # as 0.1 called it
-    monkeypatch.setattr(tuning, "machine", lambda: written_by | {"madtp_kernels": mk.__version__})
+    monkeypatch.setattr(kept, "machine", lambda: written_by | {"madtp_kernels": mk.__version__})
+    old = tmp_path / "tuning" / tuning.measurements.file_name(found["madtp_kernels"])
+    monkeypatch.setattr(kept, "machine", lambda: written_by)
+    assert tuning.measurements.file_name() == old.name  # as 0.1 called it
+    monkeypatch.setattr(kept, "machine", lambda: written_by | {"madtp_kernels": mk.__version__})
     old.parent.mkdir()
     shutil.copy(fixture, old)
     case = LinearCall(1024, 768, 768, "float32", "float32", "gelu", 2)
-    assert tuning.fastest(case) == "cpu" and tuning.known(case) == Timing(100.0, 200.0, "2026-11-01") and not measured
+    assert tuning.fastest(case) == "cpu" and tuning.measurements.known(case) == FROM_0_1 and not measured
     tuning.fastest(case_of(16))
     assert old.read_text() == fixture.read_text()  # what is measured now goes to a file of this version
     (new,) = set(old.parent.iterdir()) - {old}
-    assert json.loads(new.read_text())["version"] == table_file.VERSION == 2 and len(tuning._read(new)) == 1
+    assert json.loads(new.read_text())["version"] == table_file.VERSION == 2 and len(tuning.measurements.read(new)) == 1
     forget()
-    assert {case, case_of(16)} <= set(tuning._table(str(tmp_path)))
+    assert {case, case_of(16)} <= set(tuning.measurements._table(str(tmp_path)))
 
 
 def test_a_cache_of_a_newer_version_is_named_and_left_alone(measured, tmp_path):
-    file = tmp_path / "tuning" / tuning._file_name()
+    file = tmp_path / "tuning" / tuning.measurements.file_name()
     file.parent.mkdir()
     file.write_text('{"version": 3, "timings": "of another kind"}')
     with pytest.warns(UserWarning, match=f"{file} is a tuning table of version 3, and .* up to 2; it is ignored"):
@@ -210,15 +253,16 @@ def test_explain_shows_the_numbers(measured, monkeypatch):
 def test_a_measurement_runs_every_class_of_calls(monkeypatch):
     # The clock is a counter: only that both run is of interest.
     ticks = iter(range(10**6))
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(kept.time, "perf_counter", lambda: next(ticks))
     state = torch.get_rng_state()
     for dtype, weight_dtype, epilogue in (
         ("float32", "float32", "gelu+residual"),
         ("bfloat16", "float32", "none+scale+residual"),
         ("float16", "float16", "relu"),
     ):
-        timing = tuning.time_backends(LinearCall(4, 24, 32, dtype, weight_dtype, epilogue, 1))
-        assert timing.ours == timing.dense == 1e6
+        case = LinearCall(4, 24, 32, dtype, weight_dtype, epilogue, 1)
+        backends = tuning._backends(case)
+        assert tuning.time_backends(case, backends).times == dict.fromkeys(backends, 1e6)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -245,18 +289,18 @@ def a_file(monkeypatch, tmp_path):
 
 def a_pipe(monkeypatch, tmp_path):
     (tmp_path / "tuning").mkdir()
-    os.mkfifo(tmp_path / "tuning" / tuning._file_name())
+    os.mkfifo(tmp_path / "tuning" / tuning.measurements.file_name())
 
 
 def too_deep(monkeypatch, tmp_path):
     (tmp_path / "tuning").mkdir()
-    (tmp_path / "tuning" / tuning._file_name()).write_text("[" * 100_000)
+    (tmp_path / "tuning" / tuning.measurements.file_name()).write_text("[" * 100_000)
 
 
 def too_large(monkeypatch, tmp_path):
     (tmp_path / "tuning").mkdir()
-    row = f"[[16, 24, 32, 1, 1, 1, 1], [{'9' * 400}, 1, 1]]"
-    (tmp_path / "tuning" / tuning._file_name()).write_text(f'{{"version": 2, "timings": [{row}]}}')
+    row = f'[[16, 24, 32, 1, 1, 1, 1], {{"cpu": {"9" * 400}}}, "a day"]'
+    (tmp_path / "tuning" / tuning.measurements.file_name()).write_text(f'{{"version": 2, "timings": [{row}]}}')
 
 
 def full(monkeypatch, tmp_path):
@@ -265,7 +309,7 @@ def full(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
         yield path
 
-    monkeypatch.setattr(tuning, "atomic_file", no_space)
+    monkeypatch.setattr(kept, "atomic_file", no_space)
 
 
 @pytest.mark.filterwarnings("error")
@@ -280,13 +324,13 @@ def test_without_a_cache_a_measurement_stays_in_the_process(measured, monkeypatc
 
 
 def test_threads_measure_once_and_agree(measured, monkeypatch):
-    read = tuning._read
+    read = tuning.measurements.read
 
     def slow_read(path):
         time.sleep(0.005)  # so that all are in it together
         return read(path)
 
-    monkeypatch.setattr(tuning, "_read", slow_read)
+    monkeypatch.setattr(tuning.measurements, "read", slow_read)
     weight, x = sparse24_compress(dense24(24, 32)), torch.randn(16, 32)
     start = threading.Barrier(8)
 

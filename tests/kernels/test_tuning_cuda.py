@@ -11,12 +11,11 @@ import torch
 from sparse24_cases import dense24
 
 import madtp_kernels as mk
-from madtp_kernels import dispatch, sparse24_compress, tune
+from madtp_kernels import dispatch, measured, sparse24_compress, tune
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.native.sparse24 import Sparse24Config
 from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
 from madtp_kernels.sparse24 import backend_dense as dense
-from madtp_kernels.sparse24 import tuning_cpu as tuning
 from madtp_kernels.sparse24 import tuning_cuda
 from madtp_kernels.sparse24.backend_cusparselt import Algorithm
 from madtp_kernels.sparse24.tuning_cuda import LinearCall, Timing
@@ -30,7 +29,7 @@ OURS = Timing(LARGE, 10.0, 20.0, None, None, "2026-01-02")
 @pytest.fixture(autouse=True)
 def shipped(monkeypatch, tmp_path):
     """An empty folder of tables, and nothing remembered."""
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path)
+    monkeypatch.setattr(measured, "SHIPPED", tmp_path)
     monkeypatch.setattr(tuning_cuda, "_name", lambda device: "Made-Up GPU 80GB")
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 702)
     monkeypatch.setattr(tuning_cuda, "_checked", {})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from madtp.budgets.prunable import linear_of
 from madtp.budgets.records import Sensitivities, Times
 from madtp.handles import handle_of
-from madtp.hwp import Sparse24Linear
+from madtp.hwp import Sparse24Linear, linear
 from madtp.inference import evaluating, leading_size
 from madtp.profiling.timing import medians
 from madtp_kernels import sparse24_prune
@@ -83,5 +83,5 @@ def _gain(module: nn.Linear, rows: int) -> float:
         return 0.0
     packed = Sparse24Linear(sparse24_prune(module.weight.detach()), module.bias)
     x = torch.randn(rows, in_features, dtype=module.weight.dtype, device=module.weight.device)
-    found = medians({"dense": lambda: module(x), "packed": lambda: packed(x)}, x.device)
+    found = medians({"dense": lambda: linear(module, x), "packed": lambda: packed(x)}, x.device)
     return max(found["dense"] - found["packed"], 0.0)

@@ -12,7 +12,7 @@ from madtp.hwp.int8_rounding import reconstruct_int8, round_to_int8
 from madtp.hwp.int8_sensitivity import select_int8, sensitivity_int8
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
 from madtp.hwp.one_shot import OneShotReport, prune_one_shot
-from madtp.hwp.packed_linear import PackedLinear, linear, residual_linear
+from madtp.hwp.packed_linear import PackedLinear, activated_linear, linear, residual_linear
 from madtp.hwp.packing import Epilogue, explain_linears, pack, unpack
 from madtp.hwp.permutation import Permutation, fold_permutation, mlp_pairs, permute_mlps, search_permutation
 from madtp.hwp.pruner import WeightPruner, bake
@@ -38,6 +38,7 @@ __all__ = [
     "Sparse24Linear",
     "SparseModules",
     "WeightPruner",
+    "activated_linear",
     "activation_score",
     "bake",
     "collect_inputs",

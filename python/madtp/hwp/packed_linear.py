@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.hooks import is_watched
+from madtp.hwp.dense_linear import kernel_of, run_on_onednn
 from madtp.hwp.folding import Folded
 from madtp_kernels import explain
 from madtp_kernels.checks import require
@@ -81,7 +82,7 @@ class PackedLinear(nn.Module):
     @property
     def executes_sparse(self) -> bool:
         """Whether a call like the last one runs on a sparse kernel, and not on the dense weight."""
-        return self.sparse and self.choice.backend not in ("reference", "dense")
+        return self.sparse and self.choice.backend not in ("reference", "dense", "onednn")
 
     @property
     def fused(self) -> tuple[str, ...]:
@@ -159,11 +160,14 @@ class PackedLinear(nn.Module):
 def linear(module: nn.Module, x: Tensor, num_rows: Tensor | None = None) -> Tensor:
     """module(x), of rows (T, C); what `PackedLinear` makes of `num_rows` where the module is packed.
 
+    A Linear that nothing was put on runs on oneDNN where that is faster and has no gradient.
+
     Hooks on the module see the product and the bias alone, as they did when it was plain: what it has taken over comes
     after it then.
     """
     if not isinstance(module, PackedLinear):
-        return module(x)
+        y = run_on_onednn(module, x)
+        return module(x) if y is None else y
     if is_watched(module):
         took_over = module.activation is not None or module.scale is not None
         return module.finish(module(x, epilogue=False)) if took_over else module(x)
@@ -171,10 +175,18 @@ def linear(module: nn.Module, x: Tensor, num_rows: Tensor | None = None) -> Tens
 
 
 def residual_linear(module: nn.Module, x: Tensor, residual: Tensor, num_rows: Tensor | None = None) -> Tensor:
-    """residual + module(x), as one kernel where the module is packed; `num_rows` as in `linear`.
+    """residual + module(x), as one kernel where the module is packed or runs on oneDNN; the rest as in `linear`.
 
     Hooks on the module see a call of it alone, as they did when it was plain: the sum is apart then.
     """
-    if isinstance(module, PackedLinear) and not is_watched(module):
-        return module(x, residual, num_rows)
-    return linear(module, x, num_rows) + residual
+    if isinstance(module, PackedLinear):
+        return linear(module, x, num_rows) + residual if is_watched(module) else module(x, residual, num_rows)
+    y = run_on_onednn(module, x, residual=residual)
+    return module(x) + residual if y is None else y
+
+
+def activated_linear(module: nn.Module, activation: nn.Module, x: Tensor, num_rows: Tensor | None = None) -> Tensor:
+    """activation(module(x)), as one kernel where the module runs on oneDNN; the rest as in `linear`."""
+    kernel = kernel_of(activation)
+    y = None if kernel is None else run_on_onednn(module, x, kernel)
+    return linear(activation, linear(module, x, num_rows), num_rows) if y is None else y

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from madtp.dtp.branch import Branch
 from madtp.dtp.ragged import RaggedBatch, RepeatedSequences, split_heads
 from madtp.dtp.step import PruningStep
-from madtp.hwp.packed_linear import linear, residual_linear
+from madtp.hwp.packed_linear import activated_linear, linear, residual_linear
 from madtp_kernels.ragged import sequence_ids
 
 
@@ -82,7 +82,7 @@ def attend(
 ) -> Tensor:
     """(T, H*D): attention from the tokens to the keys."""
     sources = batch.x, keys.x, keys.x
-    q, k, v = (split_heads(attrgetter(path)(layer)(x), heads) for path, x in zip(qkv, sources, strict=True))
+    q, k, v = (split_heads(linear(attrgetter(path)(layer), x), heads) for path, x in zip(qkv, sources, strict=True))
     return step.attention(q, k, v, batch, keys)[0]
 
 
@@ -174,8 +174,8 @@ def block(layer: nn.Module, spec: Encoder, batch: RaggedBatch, keys: Any, step: 
     else:
         batch, normed = step.prune_norm(batch, x, stats, part(spec.norm2))
     hidden = normed
-    for path in spec.mlp[:-1]:
-        hidden = linear(part(path), hidden, batch.num_rows)
+    if len(spec.mlp) == 3:
+        hidden = activated_linear(part(spec.mlp[0]), part(spec.mlp[1]), normed, batch.num_rows)
     x = add(layer, spec.mlp[-1], spec.scale2, spec.dropout2, hidden, batch.x, batch)
     return batch.with_x(part(spec.norm2)(x) if spec.post_norm else x)
 
@@ -206,7 +206,7 @@ def add(
     after = [step for step in after if not isinstance(step, nn.Identity)]
     if not after:
         return residual_linear(module, hidden, residual, batch.num_rows)
-    y = module(hidden)
+    y = linear(module, hidden)
     for step in after:
         y = _drop_paths(step, y, batch) if hasattr(step, "drop_prob") else step(y)
     return y + residual

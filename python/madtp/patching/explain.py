@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from madtp.dtp.branch import Branch
+from madtp.hwp.dense_linear import dense_choice, kernel_of
 from madtp.hwp.packed_linear import PackedLinear
 from madtp.hwp.packing import explain_linears
-from madtp.models.encoder import Encoder
+from madtp.models.encoder import CrossAttention, Encoder
 from madtp.models.tower import RaggedTower
 from madtp_kernels import AttentionStats, Selection, explain
 
@@ -39,7 +40,11 @@ def table(handle: Handle) -> str:
         blocks = attrgetter(spec.blocks)(tower)
         prefix = f"{path}.{spec.blocks}" if path else spec.blocks
         ops = list(_ops(tower, spec, branch))
-        layers = [ops + list(_linears(block, f"{prefix}.{i}", verdicts)) for i, block in enumerate(blocks)]
+        rows = _rows(branch, len(blocks))
+        layers = [
+            ops + list(_linears(block, spec, f"{prefix}.{i}", verdicts, *rows[i : i + 2]))
+            for i, block in enumerate(blocks)
+        ]
         lines += [Line(name, *part) for part in _grouped(layers)]
         after = handle.tokens_per_layer[name]
         entered = branch.last.entered
@@ -77,15 +82,67 @@ def _ops(tower: RaggedTower, spec: Encoder, branch: Branch) -> Iterator[tuple[st
         yield "pruning", "nothing", "temperature 0"
 
 
-def _linears(block: nn.Module, prefix: str, verdicts: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-    """(part, runs, why) of every Linear of a block."""
+def _rows(branch: Branch, blocks: int) -> list[int]:
+    """How many rows entered the first block in the last forward, and how many left each; before the first, one."""
+    entered, layers = branch.last.entered, branch.last.layers
+    if entered is None or len(layers) != blocks:
+        return [1] * (blocks + 1)
+    return [entered.origin.numel(), *(layer.count_rows() for layer in layers)]
+
+
+def _linears(
+    block: nn.Module, spec: Encoder, prefix: str, verdicts: dict[str, str], entered: int, left: int
+) -> Iterator[tuple[str, str, str]]:
+    """(part, runs, why) of every Linear of a block, which as many rows entered and left."""
+    calls = _calls(block, spec, entered, left)
     for name, module in block.named_modules():
         verdict = verdicts.get(f"{prefix}.{name}")
         if isinstance(module, PackedLinear):
             choice = module.choice
             yield name, " + ".join((f"{module.form} on {choice.backend}", *module.fused)), choice.reason
-        elif verdict is not None:
-            yield name, "dense", verdict.removeprefix("dense: ").removeprefix("dense, ")
+        elif verdict is not None and isinstance(module, nn.Linear):
+            runs, why = _dense(module, calls[name]) if name in calls else ("dense", "")
+            yield name, runs, verdict.removeprefix("dense: ").removeprefix("dense, ") + why
+
+
+class _Call(NamedTuple):
+    """How a block calls one of its Linears, as far as that decides what it runs on."""
+
+    rows: int
+    activation: str | None = None  # what follows it, where a kernel knows it
+    residual: bool = False
+
+
+def _calls(block: nn.Module, spec: Encoder, entered: int, left: int) -> dict[str, _Call]:
+    """name of a Linear -> its call in `encoder.block`. Not of those that others call, nor of those that read keys."""
+
+    def ends(path: str, scale: str | None, rows: int) -> None:
+        found[path] = _Call(rows, residual=scale is None or isinstance(attrgetter(scale)(block), nn.Identity))
+
+    found = {path: _Call(entered) for path in spec.qkv}
+    ends(spec.out, spec.scale1, entered)
+    if len(spec.mlp) == 3:
+        first, activation, last = spec.mlp
+        found[first] = _Call(left, kernel_of(attrgetter(activation)(block)))
+        ends(last, spec.scale2, left)
+    if isinstance(spec.cross, CrossAttention):
+        found[spec.cross.query] = _Call(left)
+        ends(spec.cross.out, None, left)
+    return found
+
+
+def _dense(module: nn.Linear, call: _Call) -> tuple[str, str]:
+    """What a Linear that is not packed runs on, with what follows it, and why."""
+    choice = dense_choice(module, *call)
+    if choice is not None and choice.backend == "dense" and call.activation is not None:  # then they run apart
+        call = call._replace(activation=None)
+        choice = dense_choice(module, *call)
+    if choice is None:
+        return "dense", ""
+    if choice.backend != "onednn":
+        return "dense", f"; {choice.reason}; not onednn: {choice.rejected['onednn']}"
+    fused = (call.activation, "residual" if call.residual else None)
+    return " + ".join(("dense on onednn", *filter(None, fused))), f"; {choice.reason}"
 
 
 def _grouped(layers: Sequence[list[tuple[str, str, str]]]) -> Iterator[tuple[str, str, str, str]]:

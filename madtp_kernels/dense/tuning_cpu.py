@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which product of a dense linear layer is faster on a CPU: torch's, or oneDNN's with the weight packed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from madtp_kernels.dense import onednn, torch_product
+from madtp_kernels.measured import DTYPE_NAMES, Measurements, Timing, epilogue_name, power_of_two, take_turns
+
+MAX_ROWS = 512  # the two keep their ratio beyond
+MARGIN = 0.9  # the packed weight takes as much memory again
+
+
+class DenseCall(NamedTuple):
+    """A class of calls of `dense_linear`: what one measurement stands for."""
+
+    rows: int  # the power of two nearest to those of the call
+    out_features: int
+    in_features: int
+    dtype: str
+    epilogue: str
+    threads: int
+
+    def __str__(self) -> str:
+        sizes = f"{self.rows} rows, {self.in_features} to {self.out_features}, {self.dtype}"
+        return f"{sizes}, {self.epilogue}, {self.threads} threads"
+
+
+measurements = Measurements("dense", DenseCall, MARGIN, ", or nearly as fast in half of the memory")
+
+
+def dense_call(
+    x: Tensor, weight: Tensor, activation: str | None, residual: Tensor | None, scale: Tensor | None
+) -> DenseCall:
+    """The class of a call."""
+    rows = min(power_of_two(x.shape[0]), MAX_ROWS)
+    epilogue = epilogue_name(activation, residual, scale)
+    out_features, in_features = weight.shape
+    return DenseCall(rows, out_features, in_features, DTYPE_NAMES[x.dtype], epilogue, torch.get_num_threads())
+
+
+def fastest(case: DenseCall) -> str:
+    """dense or onednn."""
+    return measurements.fastest(case, backends(case), time_backends)
+
+
+def backends(case: DenseCall) -> tuple[str, ...]:
+    runs = onednn.unsupported_reason(getattr(torch, case.dtype)) is None
+    return ("dense", "onednn") if runs else ("dense",)
+
+
+def time_backends(case: DenseCall, backends: Sequence[str]) -> Timing:
+    """Runs both in turns on random data."""
+    x, weight, *epilogue = random_call(case)
+    functions = {
+        "dense": functools.partial(torch_product.linear, x, weight, *epilogue),
+        "onednn": functools.partial(onednn.linear, x, onednn.pack(weight), *epilogue),
+    }
+    return take_turns({name: functions[name] for name in backends})
+
+
+def measured_rows(rows: int) -> int:
+    """How many rows stand for a class: no multiple of a tile, as those of images and texts seldom are; 577 for 512."""
+    return rows if rows < 16 else rows + rows // 8 + 1
+
+
+def random_call(case: DenseCall) -> tuple[Any, ...]:
+    """x, weight, bias, activation, residual and scale, drawn by a generator of its own."""
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, case.dtype)
+    activation, *rest = case.epilogue.split("+")
+    rows = measured_rows(case.rows)
+    shapes = (rows, case.in_features), (case.out_features, case.in_features), (case.out_features,)
+    x, weight, vector = (torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes)
+    residual = x.new_zeros(rows, case.out_features) if "residual" in rest else None
+    return x, weight, vector, activation, residual, vector if "scale" in rest else None
