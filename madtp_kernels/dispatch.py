@@ -55,6 +55,8 @@ class OpRecord:
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
     # backend -> function of (layout or None, values, indices): the layout to run with; ValueError for a wrong one
     layout_checks: dict[str, Callable[..., Tensor | None]] = field(default_factory=dict)
+    # backend -> another one without which it cannot run this op
+    runs_with: dict[str, str] = field(default_factory=dict)
     # device type -> backends in the order in which auto takes them
     auto_order: dict[str, tuple[str, ...]] = field(default_factory=lambda: AUTO_ORDER)
     # (backend, shape of the op's first tensor, dtype) -> why that backend cannot run it, or None
@@ -85,6 +87,7 @@ def register(
     tuned: Callable[..., Choice] | None = None,
     layout_checks: dict[str, Callable[..., Tensor | None]] | None = None,
     auto_order: dict[str, tuple[str, ...]] = AUTO_ORDER,
+    runs_with: dict[str, str] | None = None,
     **backends: Callable[..., Any],
 ) -> None:
     """Makes `backends` (name -> function with the arguments of the reference) the implementations of `op`.
@@ -97,6 +100,7 @@ def register(
     entry = record(op)
     entry.implementations, entry.layout_checks = backends, layout_checks or {}
     entry.limits, entry.dtype, entry.tuned, entry.auto_order = limits, dtype, tuned, auto_order
+    entry.runs_with = runs_with or {}
 
 
 def triton_launcher(module: str, name: str) -> Callable[..., Any]:
@@ -217,7 +221,7 @@ def unsupported_reason(
         return None
     if dtype not in FAST_DTYPES:
         return f"{dtype} runs on the reference only"
-    why = _BACKEND_UNSUPPORTED_REASONS[backend](device)
+    why = _BACKEND_UNSUPPORTED_REASONS[entry.runs_with.get(backend, backend)](device)
     return why or (None if entry.limits is None else entry.limits(backend, shape, dtype))
 
 

@@ -8,14 +8,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from madtp_kernels.checks import require
 
 
 class KeepsLayouts:
-    """A weight whose parts may be written to in place, and what was packed of it for each backend."""
+    """A weight whose parts may be written to in place, what was packed of it, and which calls of it were checked."""
 
     _kind: ClassVar[str]  # as the error for an unknown backend names it
+    # What an op keeps of the classes of calls it has checked: their backend, its function and the activation.
+    fast_paths: dict[tuple[object, ...], tuple[str, Callable[..., Tensor], str]]
     _packed: dict[str, tuple[Any, Any]]  # backend -> (versions, layout)
 
     def _versions(self) -> Any:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ from madtp_kernels.flops import flop_formula
 from madtp_kernels.native import quantized as native
 from madtp_kernels.ops.autograd import register_autograd, register_second_order
 from madtp_kernels.ops.epilogue import check_epilogue, check_epilogue_types, in_any_shape
+from madtp_kernels.ops.fast_path import fast_path_key
 from madtp_kernels.ops.sparse24 import check_weight
+from madtp_kernels.quantized import backend_dense as dense
+from madtp_kernels.quantized import tuning_cpu as tuning
 from madtp_kernels.quantized.weight import QuantizedWeight, register_layout
 from madtp_kernels.reference import quantized as reference
 from madtp_kernels.sparse24.weight import check_nibbles
@@ -58,39 +62,85 @@ def quantized_linear(
         residual: (T, N) dtype of x; any row stride. Or (..., N).
         scale: (N,) float32 or the dtype of x.
         num_rows: int32, one element: rows from it on are zeros. None: all rows are computed. With x (T, C) only.
-        backend: auto, reference or cpu. Other devices run the reference.
+        backend: auto, reference, cpu or dense: the kernel of dense int8 weights, for which a 2:4 weight is made dense
+            and kept so as well. For a 2:4 weight auto measures, at the first use of a shape, whether cpu or dense is
+            faster (`quantized.tuning_cpu`); under torch.compile it is cpu. Devices other than a CPU run the reference.
 
     Returns:
-        (T, N) dtype of x, or (..., N). Differentiable in x, bias, residual and scale: the rounding of x counts as the
-        identity (the straight-through estimator, https://arxiv.org/abs/1308.3432). The weight gets no gradient.
+        (T, N) dtype of x, or (..., N); the same bits on cpu and dense, whatever the activation.
+        Differentiable in x, bias, residual and scale: the rounding of x counts as the identity (the straight-through
+        estimator, https://arxiv.org/abs/1308.3432). The weight gets no gradient.
 
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
+    key = None if num_rows is not None else fast_path_key(x, weight, bias, activation, residual, scale, backend)
+    if key is not None and (known := weight.fast_paths.get(key)) is not None and _has_its_scale(weight):
+        runs, run, activation = known
+        layout = weight.layout(runs)
+        return run(x, weight.values, weight.indices, weight.scale, layout, bias, activation, residual, scale, None)
     check_types(x=x)
     require(isinstance(weight, QuantizedWeight), "weight", "a QuantizedWeight", type(weight).__name__)
     check_epilogue_types(bias, activation, residual, scale, num_rows)
     backend = dispatch.as_argument(backend)
+    if x.ndim != 2:
 
-    def run(x: Tensor, residual: Tensor | None) -> Tensor:
-        name = _backend_of(backend, x, weight.values)
-        layout = None if name == "reference" else weight.layout(name)
-        y: Tensor = torch.ops.madtp.quantized_linear(
-            x,
-            weight.values,
-            weight.indices,
-            weight.scale,
-            layout,
-            bias,
-            activation or "none",
-            residual,
-            scale,
-            num_rows,
-            name,
-        )
-        return y
+        def run_rows(x: Tensor, residual: Tensor | None) -> Tensor:
+            return quantized_linear(
+                x, weight, bias, activation=activation, residual=residual, scale=scale, backend=backend
+            )
 
-    return run(x, residual) if x.ndim == 2 else in_any_shape(run, x, weight.shape, residual, num_rows)
+        return in_any_shape(run_rows, x, weight.shape, residual, num_rows)
+    runs = _backend_of(backend, x, weight.values)
+    if runs == "cpu" and weight.indices is not None and dispatch.is_auto(backend):
+        if not torch.compiler.is_compiling():
+            # The op checks too, but after a measurement of this.
+            parts = weight.values, weight.indices, weight.scale
+            _check(x, *parts, None, bias, activation or "none", residual, scale, num_rows)
+            runs = tuning.fastest(tuning.quantized_call(x, weight, activation, residual, scale))
+    layout = None if runs == "reference" else weight.layout(runs)
+    y: Tensor = torch.ops.madtp.quantized_linear(
+        x,
+        weight.values,
+        weight.indices,
+        weight.scale,
+        layout,
+        bias,
+        activation or "none",
+        residual,
+        scale,
+        num_rows,
+        runs,
+    )
+    if key is not None and layout is not None:
+        run = dispatch.implementation("quantized_linear", runs, x.dtype, x.device)
+        weight.fast_paths[key] = runs, run, activation or "none"
+    return y
+
+
+def _has_its_scale(weight: QuantizedWeight) -> bool:
+    """What a write through `.data` can change of the scales that kernels read at every call, and the key has not."""
+    scale = weight.scale
+    return scale.numel() == weight.values.shape[0] and scale.dtype is torch.float32 and not scale.requires_grad
+
+
+def _tuned(
+    choice: dispatch.Choice,
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    **__: object,
+) -> dispatch.Choice:
+    """For `explain`: the choice with what was measured of the call."""
+    if choice.backend != "cpu":
+        return choice
+    if weight.indices is None:
+        return replace(choice, rejected={**choice.rejected, "dense": "the weight is dense: cpu is the same kernel"})
+    return tuning.add_timings(choice, tuning.quantized_call(x, weight, activation, residual, scale))
 
 
 def quantized_pack(values: Tensor, indices: Tensor | None) -> Tensor:
@@ -198,8 +248,31 @@ def _check_layout(layout: Tensor | None, values: Tensor, indices: Tensor | None)
     return layout
 
 
+def _check_dense_layout(layout: Tensor | None, values: Tensor, indices: Tensor | None) -> Tensor:
+    """`_check_layout` of the weight made dense."""
+    if layout is None:
+        return _check_layout(None, reference.to_dense_int8(values, indices), None)
+    return _check_layout(layout, values.new_empty(_shape(values, indices), device="meta"), None)
+
+
+def _dense_layout(weight: QuantizedWeight) -> Tensor:
+    if weight.indices is None:
+        return cast(Tensor, weight.layout("cpu"))
+    return quantized_pack(reference.to_dense_int8(weight.values, weight.indices), None)
+
+
 register_layout("cpu", lambda weight: quantized_pack(weight.values, weight.indices))
-dispatch.register("quantized_linear", reference=reference.quantized_linear, cpu=native.quantized_linear)
+register_layout("dense", _dense_layout)
+dispatch.register(
+    "quantized_linear",
+    reference=reference.quantized_linear,
+    cpu=native.quantized_linear,
+    dense=dense.quantized_linear,
+    runs_with={"dense": "cpu"},
+    auto_order={"cpu": ("cpu", "reference")},
+    tuned=_tuned,
+    layout_checks={"cpu": _check_layout, "dense": _check_dense_layout},
+)
 
 
 def _backend_of(backend: str, x: Tensor, values: Tensor) -> str:
@@ -232,7 +305,8 @@ def _linear(
 ) -> Tensor:
     _check(x, values, indices, weight_scale, layout, bias, activation, residual, scale, num_rows)
     name = _backend_of(backend, x, values)
-    layout = None if name == "reference" else _check_layout(layout, values, indices)
+    check_layout = dispatch.record("quantized_linear").layout_checks.get(name)
+    layout = layout if check_layout is None else check_layout(layout, values, indices)
     run: Callable[..., Tensor] = dispatch.implementation("quantized_linear", name, x.dtype, x.device)
     return run(x, values, indices, weight_scale, layout, bias, activation, residual, scale, num_rows)
 
@@ -289,6 +363,20 @@ register_second_order("madtp::quantized_linear_backward", reference.quantized_li
 
 
 @flop_formula(torch.ops.madtp.quantized_linear)
-def _flops(x: Tensor, values: Tensor, *_: object, **__: object) -> int:
-    """2 FLOP per kept weight and row: half of the dense product where the weight is 2:4."""
-    return 2 * x.shape[0] * values.numel()
+def _flops(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor | None,
+    weight_scale: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+    backend: str,
+    *_: object,
+    **__: object,
+) -> int:
+    """What is executed: 2 FLOP per kept weight and row, half of the dense product where it is 2:4; all on dense."""
+    return 2 * x.shape[0] * values.numel() * (2 if backend == "dense" and indices is not None else 1)

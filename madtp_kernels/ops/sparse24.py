@@ -22,7 +22,7 @@ from madtp_kernels.flops import flop_formula
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.ops.autograd import register_autograd, register_second_order
 from madtp_kernels.ops.epilogue import check_epilogue, check_epilogue_types, in_any_shape
-from madtp_kernels.ops.sparse24_fast_path import fast_path_key
+from madtp_kernels.ops.fast_path import fast_path_key
 from madtp_kernels.reference import sparse24 as reference
 from madtp_kernels.renamed import refuse_old, takes_old
 from madtp_kernels.sparse24 import backend_cusparselt as cusparselt

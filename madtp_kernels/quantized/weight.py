@@ -20,6 +20,7 @@ from madtp_kernels.sparse24.weight import (
     check_nibbles,
     sparse24_compress,
     supports_shape,
+    version,
 )
 
 SCHEMES = ("int8", "int8_24")
@@ -59,8 +60,8 @@ class QuantizedWeight(KeepsLayouts):
     def __init__(self, values: Tensor, scale: Tensor, indices: Tensor | None = None) -> None:
         _check_parts(values, scale, indices)
         scheme = "int8" if indices is None else "int8_24"
-        fields: dict[str, Any] = {"values": values, "scale": scale, "indices": indices, "scheme": scheme, "_packed": {}}
-        self.__dict__.update(fields)
+        fields = {"values": values, "scale": scale, "indices": indices, "scheme": scheme}
+        self.__dict__.update(fields, fast_paths={}, _packed={})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name} of a QuantizedWeight cannot be assigned: make another")
@@ -115,10 +116,14 @@ class QuantizedWeight(KeepsLayouts):
         parts = self.values, self.scale, self.indices
         return tuple(part for part in parts if part is not None)
 
-    def _versions(self) -> tuple[int, ...] | None:
+    def _versions(self) -> tuple[int, int] | None:
         if torch.compiler.is_compiling():
             return None
-        return tuple(0 if part.is_inference() else part._version for part in self._parts())
+        values, indices = self.values, self.indices  # a layout has no scales
+        try:
+            return values._version, 0 if indices is None else indices._version
+        except RuntimeError:  # an inference tensor counts none; to ask first would cost every call of a small layer
+            return version(values), 0 if indices is None else version(indices)
 
     def _packers(self) -> dict[str, Callable[[QuantizedWeight], Any]]:
         return _layouts

@@ -57,8 +57,6 @@ class Sparse24Weight(KeepsLayouts):
 
     values: Tensor
     indices: Tensor
-    # What an op keeps of the classes of calls it has checked: their backend, its function and the activation.
-    fast_paths: dict[tuple[object, ...], tuple[str, Callable[..., Tensor], str]]
     _transposed: tuple[tuple[int, int] | None, Sparse24Weight] | None  # versions, W^T
 
     def __init__(self, values: Tensor, indices: Tensor) -> None:
@@ -152,7 +150,7 @@ class Sparse24Weight(KeepsLayouts):
         try:
             return self.values._version, self.indices._version
         except RuntimeError:  # an inference tensor counts none; to ask first would cost every call of a small layer
-            return _version(self.values), _version(self.indices)
+            return version(self.values), version(self.indices)
 
     def _packers(self) -> dict[str, Callable[[Sparse24Weight], Any]]:
         return _layouts
@@ -269,6 +267,6 @@ def _transpose(weight: Sparse24Weight) -> Sparse24Weight:
         return sparse24_compress(dense.t())
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
     """A number that grows when the tensor is written to in place; inference tensors count none."""
     return 0 if tensor.is_inference() else tensor._version

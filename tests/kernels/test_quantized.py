@@ -298,7 +298,7 @@ def test_bad_calls_are_refused():
         ({"residual": torch.randn(4, 24)}, r"residual must be of shape \(5, 24\)"),
         ({"activation": "swish"}, "activation must be one of"),
         ({"num_rows": torch.tensor(3)}, "num_rows must be a tensor of one int32"),
-        ({"backend": "dense"}, "no dense implementation"),
+        ({"backend": "onednn"}, "no onednn implementation"),
         ({"backend": "fast"}, "backend= must be one of"),
     ]
     for change, message in refused:
