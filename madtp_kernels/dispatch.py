@@ -4,7 +4,7 @@
 Every op has a `reference`; `cpu` (C++), `triton` and `cuda` (C++) are faster where they can run. `auto` takes the first
 that can, in the order below, or what an op has measured to be faster. A linear layer can also run `dense`, in torch, or
 `onednn`, the library that torch brings for CPUs, with its weight packed; a 2:4 weight also `cusparselt`, NVIDIA's
-library for 2:4 as torch calls it.
+library for 2:4 as torch calls it. Of an int8 weight `dense` is our own kernel of dense int8 weights.
 `MADTP_BACKEND` sets the default of the process, `backend=` that of one call.
 """
 

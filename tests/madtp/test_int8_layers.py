@@ -14,7 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 from madtp import hwp
 from madtp.hwp import Epilogue, QuantizedLinear, Sparse24Linear
 from madtp.hwp.packing import replace_linear
-from madtp_kernels import quantize, save_quantized
+from madtp_kernels import dispatch, quantize, save_quantized
+from madtp_kernels.measured import Timing
+from madtp_kernels.quantized import tuning_cpu
 
 BOTH = ["fc1", "fc2"]
 
@@ -274,3 +276,26 @@ def test_a_file_of_int8_weights_is_the_state_of_its_layers(tmp_path):
     save_quantized(tmp_path / "w.safetensors", weights | {f"{name}.bias": layer.bias for name, layer in layers.items()})
     other.load_state_dict(load_file(tmp_path / "w.safetensors"))
     assert torch.equal(other(x), made(x))
+
+
+@pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
+def test_a_layer_says_what_was_measured_of_it(monkeypatch, tmp_path):
+    def time_backends(case, backends):
+        return Timing({"cpu": 10.0, "dense": 5.0}, "2026-01-02")
+
+    monkeypatch.setenv("MADTP_TUNE", "on")
+    monkeypatch.setenv("MADTP_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning_cpu, "time_backends", time_backends)
+    tuning_cpu.measurements.forget()
+    made, x = packed_block(), torch.randn(4, 32)
+    expected = copy.deepcopy(made)
+    monkeypatch.setenv("MADTP_BACKEND", "cpu")
+    expected = expected(x)
+    monkeypatch.delenv("MADTP_BACKEND")
+    assert torch.equal(made(x), expected)
+    choice = made.fc1.choice
+    assert choice.backend == "dense" and "(4 rows, 32 to 64, float32, relu" in choice.reason
+    assert "cpu 10.0 us, dense 5.0 us" in choice.reason and not made.fc1.executes_sparse
+    assert hwp.explain_linears(made)["fc1"] == "int8 2:4, runs dense: faster, or all there is"
+    assert made.fc2.choice.backend == "cpu"  # not 2:4
+    tuning_cpu.measurements.forget()
