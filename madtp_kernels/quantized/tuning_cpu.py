@@ -49,8 +49,8 @@ def quantized_call(
 ) -> QuantizedCall:
     """The class of a call."""
     rows = min(power_of_two(x.shape[0]), MAX_ROWS)
-    epilogue = epilogue_name(activation, residual, scale)
-    return QuantizedCall(rows, *weight.shape, DTYPE_NAMES[x.dtype], epilogue, torch.get_num_threads())
+    (out_features, in_features), epilogue = weight.shape, epilogue_name(activation, residual, scale)
+    return QuantizedCall(rows, out_features, in_features, DTYPE_NAMES[x.dtype], epilogue, torch.get_num_threads())
 
 
 def fastest(case: QuantizedCall) -> str:
