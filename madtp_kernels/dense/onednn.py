@@ -80,27 +80,30 @@ def _products() -> tuple[Any, Any]:
 
 @functools.cache
 def _failure(dtype: torch.dtype) -> str | None:
-    """What is wrong with a small product that has every epilogue in turn, or None. The rule is that of our own kernels:
-    at most twice the error of torch.
-    """
-    # Seen by no mode that is on, such as one of tensors without values.
-    with torch._C._DisableTorchDispatch(), torch.inference_mode(False), torch.no_grad():
-        x, weight, bias, residual = (_numbers(*shape).to(dtype) for shape in ((5, 40), (24, 40), (24,), (5, 24)))
-        try:
-            packed = pack(weight)
-            for activation in _FUSED:
-                for added in (None, residual):
-                    arguments = bias, activation, added, None
-                    exact = ACTIVATIONS[activation](x.double() @ weight.double().t() + bias.double())
-                    exact = exact if added is None else exact + added.double()
-                    allowed = 2 * (torch_product.linear(x, weight, *arguments) - exact).abs().max()
-                    allowed += torch.finfo(dtype).eps * exact.abs().max()
-                    error = (linear(x, packed, *arguments) - exact).abs().max()
-                    if not error <= allowed:
-                        return f"oneDNN of torch {torch.__version__} is wrong by {error:.3g} with {activation} here"
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
-            first = str(error).partition("\n")[0]
-            return f"torch {torch.__version__} cannot pack a weight for oneDNN in {dtype} here ({first})"
+    """What is wrong with a small product that has every epilogue in turn, or None."""
+    try:
+        # Seen by no mode that is on, such as one of tensors without values.
+        with torch._C._DisableTorchDispatch(), torch.inference_mode(False), torch.no_grad():
+            return _wrong_epilogue(dtype)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+        first = str(error).partition("\n")[0]
+        return f"torch {torch.__version__} cannot pack a weight for oneDNN in {dtype} here ({first})"
+
+
+def _wrong_epilogue(dtype: torch.dtype) -> str | None:
+    """The rule is that of our own kernels, at most twice the error of torch: so few products have one order."""
+    x, weight, bias, residual = (_numbers(*shape).to(dtype) for shape in ((5, 40), (24, 40), (24,), (5, 24)))
+    packed = pack(weight)
+    for activation in _FUSED:
+        for added in (None, residual):
+            arguments = bias, activation, added, None
+            exact = ACTIVATIONS[activation](x.double() @ weight.double().t() + bias.double())
+            exact = exact if added is None else exact + added.double()
+            allowed = 2 * (torch_product.linear(x, weight, *arguments) - exact).abs().max()
+            allowed += torch.finfo(dtype).eps * exact.abs().max()
+            error = (linear(x, packed, *arguments) - exact).abs().max()
+            if not error <= allowed:
+                return f"oneDNN of torch {torch.__version__} is wrong by {error:.3g} with {activation} here"
     return None
 
 

@@ -2,7 +2,8 @@
 """Dense weights as oneDNN reads them: packed once, beside the weight and not on it.
 
 So a module is copied, pickled, saved and moved as if there was none. What was packed goes with the memory of its
-weight: when that is freed, as it is when a module moves or is cast. It is packed again after the weight was written to.
+weight: when that is freed, as it is when a module moves or is cast. It is packed again after the weight was written to,
+and dropped by a call that records the gradient of the weight: training carries nothing that an evaluation has packed.
 torch counts no write through `.data`, so some of the values are compared too at every use: one that changes a whole
 weight is seen, one that changes a few of its values may not be, and `forget()` is for that.
 """
@@ -61,6 +62,12 @@ def packed(weight: Tensor) -> Tensor:
         if entry is None or not entry.holds(weight):
             entry = _entries[key] = _pack(weight, key)
         return entry.packed
+
+
+def drop(weight: Tensor) -> None:
+    """Drops what was packed of a weight on a CPU that is about to change."""
+    if _entries:
+        _entries.pop((weight.data_ptr(), weight.shape, weight.dtype), None)
 
 
 def forget() -> None:

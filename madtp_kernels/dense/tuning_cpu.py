@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from madtp_kernels.dense import onednn, torch_product
+from madtp_kernels.dense import onednn, packed, torch_product
 from madtp_kernels.measured import DTYPE_NAMES, Measurements, Timing, epilogue_name, power_of_two, take_turns
 
 MAX_ROWS = 512  # the two keep their ratio beyond
+MIN_MACS = 2**22  # below, to ask which is faster costs more than the faster one could gain
 MARGIN = 0.9  # the packed weight takes as much memory again
 
 
@@ -51,16 +52,26 @@ def fastest(case: DenseCall) -> str:
 
 
 def backends(case: DenseCall) -> tuple[str, ...]:
-    runs = onednn.unsupported_reason(getattr(torch, case.dtype)) is None
+    """Those that a class can run on."""
+    runs = is_worth_asking(case) and onednn.unsupported_reason(getattr(torch, case.dtype)) is None
     return ("dense", "onednn") if runs else ("dense",)
 
 
+def is_worth_asking(case: DenseCall) -> bool:
+    return case.rows * case.out_features * case.in_features >= MIN_MACS
+
+
 def time_backends(case: DenseCall, backends: Sequence[str]) -> Timing:
-    """Runs both in turns on random data."""
-    x, weight, *epilogue = random_call(case)
-    functions = {
+    """Runs both in turns on random data. That of oneDNN with the look-up of what was packed, which every call pays."""
+    with torch.inference_mode(False):  # whose tensors count no writes
+        x, weight, *epilogue = random_call(case)
+
+    def run_on_onednn() -> Tensor:
+        return onednn.linear(x, packed.packed(weight), *epilogue)
+
+    functions: dict[str, Callable[[], Tensor]] = {
         "dense": functools.partial(torch_product.linear, x, weight, *epilogue),
-        "onednn": functools.partial(onednn.linear, x, onednn.pack(weight), *epilogue),
+        "onednn": run_on_onednn,
     }
     return take_turns({name: functions[name] for name in backends})
 

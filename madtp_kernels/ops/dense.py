@@ -15,7 +15,7 @@ from madtp_kernels import dispatch
 from madtp_kernels.checks import check_device, check_tensor, check_types, require
 from madtp_kernels.dense import onednn, torch_product
 from madtp_kernels.dense import tuning_cpu as tuning
-from madtp_kernels.dense.packed import can_keep, packed
+from madtp_kernels.dense.packed import can_keep, drop, packed
 from madtp_kernels.ops.epilogue import check_epilogue, check_epilogue_types, in_any_shape
 from madtp_kernels.ops.unseen import is_plain, state_of_process
 from madtp_kernels.reference import dense as reference
@@ -52,7 +52,8 @@ def dense_linear(
         backend: auto, reference, dense (torch's product) or onednn: the library that torch brings for CPUs, with the
             weight packed at its first use, which is as much memory again. It runs float32 and bfloat16, and nothing
             that has a gradient or that a compiler or a mode of torch sees. On a CPU auto measures at the first use of a
-            shape which of the two is faster (`dense.tuning_cpu`), and takes onednn where that gains a tenth.
+            shape which of the two is faster (`dense.tuning_cpu`), and takes onednn where that gains a tenth; small
+            products are dense.
 
     Returns:
         (T, N) dtype of x, or (..., N); accumulated in float32 at least. On dense in bfloat16 and float16 the product is
@@ -98,6 +99,11 @@ def onednn_linear(
     return onednn.linear(x, packed(weight), bias, activation or "none", residual, None)
 
 
+def is_small(x: Tensor, out_features: int) -> bool:
+    """Whether a call has half of the MACs, or less, of any that auto may run on onednn: what takes least to ask."""
+    return 2 * x.numel() * out_features < tuning.MIN_MACS  # the rows of its class are less than twice its own
+
+
 def unseen_backend(
     x: Tensor,
     weight: Tensor,
@@ -112,10 +118,13 @@ def unseen_backend(
     `tuning_cpu`, in rows.
     """
     state = state_of_process()
-    if state is None or activation not in _ACTIVATIONS or torch.is_autocast_enabled("cpu"):
+    if state is None or activation not in _ACTIVATIONS or not is_plain(weight, False):
         return None
     grad = torch.is_grad_enabled()
-    if not is_plain(x, grad) or not is_plain(weight, grad):
+    if grad and weight.requires_grad:
+        drop(weight)
+        return None
+    if not is_plain(x, grad) or torch.is_autocast_enabled("cpu"):
         return None
     shape, weight_shape, dtype = x.shape, weight.shape, x.dtype
     if len(shape) != 2 or len(weight_shape) != 2 or weight.dtype is not dtype:
@@ -193,7 +202,7 @@ def _on_onednn(
 def _seen_reason(x: Tensor, *others: Tensor | None) -> str | None:
     """Why a call must be one of torch's own ops, or None."""
     if state_of_process() is None:
-        return "a compiler, a transform or a mode of torch sees the call"
+        return "a compiler, a transform or a mode of torch may see the call"
     tensors = [tensor for tensor in (x, *others) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "it has no gradient, and one is recorded"
@@ -229,6 +238,9 @@ def _tuned(
         return replace(choice, rejected={**choice.rejected, "onednn": why})
     rows = x if x.ndim == 2 else x.flatten(0, -2) if x.ndim else x
     case = tuning.dense_call(rows, weight, activation, residual, scale)
+    if not tuning.is_worth_asking(case):
+        why = f"it gains less than it costs to ask below {tuning.MIN_MACS} MACs ({case})"
+        return replace(choice, rejected={**choice.rejected, "onednn": why})
     return tuning.measurements.add_timings(choice, case, tuning.backends(case))
 
 

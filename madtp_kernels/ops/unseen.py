@@ -47,9 +47,16 @@ def _probe_of_process() -> Callable[[], tuple[object, ...] | None]:
     return state
 
 
-# What of the process a call depends on; None where others would see the call.
-state_of_process = _probe_of_process()
-is_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled  # whose tables would miss an op of ours
+def _probes() -> tuple[Callable[[], tuple[object, ...] | None], Callable[[], bool]]:
+    try:
+        return _probe_of_process(), torch._C._autograd._profiler_enabled
+    except (AttributeError, ImportError):  # of another torch: then every call goes where all can see it
+        return lambda: None, lambda: True
+
+
+# What of the process a call depends on, None where others would see the call; and whether it is profiled, in tables
+# that would miss an op of ours.
+state_of_process, is_profiled = _probes()
 
 
 def is_plain(tensor: Tensor, grad: bool) -> bool:

@@ -19,6 +19,7 @@ from madtp_kernels.dense import onednn, packed, torch_product
 from madtp_kernels.dense import tuning_cpu as tuning
 from madtp_kernels.measured import Timing
 from madtp_kernels.ops import dense as ops
+from madtp_kernels.ops import unseen
 
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu", "relu"]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -51,6 +52,7 @@ def onednn_wins(monkeypatch, tmp_path):
     monkeypatch.setenv("MADTP_CACHE", str(tmp_path))
     monkeypatch.setattr(measured, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(tuning, "time_backends", time_backends)
+    monkeypatch.setattr(tuning, "MIN_MACS", 0)
     forget()
     yield cases
     forget()
@@ -98,6 +100,29 @@ def test_within_twice_the_error_of_torch(backend, dtype, activation):
             size = torch.maximum(exact.abs().max(), bound.abs().max())
             allowed = 2 * (bound - exact).abs().max() + 4 * torch.finfo(dtype).eps * size
             assert (got.double() - exact).abs().max() <= allowed
+
+
+def running_sum(x, weight):
+    """x W^T in float32, every sum in one order with one rounding a step: what a textbook's loop computes."""
+    x, weight, out = x.double(), weight.double(), torch.zeros(x.shape[0], weight.shape[0])
+    for column in range(x.shape[1]):
+        out = (out + x[:, column, None] * weight[:, column]).float()
+    return out.double()
+
+
+@pytest.mark.parametrize("in_features", [208, 768, 3072])
+@pytest.mark.parametrize("backend", ["dense", pytest.param("onednn", marks=needs_onednn)])
+def test_a_long_float32_sum_is_as_good_as_one_in_order(backend, in_features):
+    """No order of a sum is the right one, and twice the error of MKL's would refuse torch's own product without MKL."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(48, in_features), torch.randn(64, in_features)
+    exact = x.double() @ weight.double().t()
+    error = (mk.dense_linear(x, weight, backend=backend) - exact).abs()
+    in_order = (running_sum(x, weight) - exact).abs()
+    assert error.square().mean().sqrt() <= 1.1 * in_order.square().mean().sqrt()
+    assert error.max() <= 1.5 * in_order.max()
+    sizes = x.double().abs() @ weight.double().abs().t()
+    assert (error <= 16 * 2**-24 * sizes).all()  # the bound that holds for any order has in_features for 16
 
 
 def test_the_reference_rounds_once():
@@ -274,13 +299,43 @@ def test_without_the_private_ops_it_is_torchs(onednn_wins, monkeypatch, broken):
 
 
 @needs_onednn
-def test_a_measurement_runs_both(monkeypatch):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_measurement_runs_both(mode):
     state = torch.get_rng_state()
     for epilogue in ("none", "gelu+scale+residual", "quick_gelu", "none+residual"):
         case = tuning.DenseCall(4, 24, 32, "float32", epilogue, 1)
-        timing = tuning.time_backends(case, tuning.backends(case))
+        with mode():
+            timing = tuning.time_backends(case, ("dense", "onednn"))
         assert timing.times.keys() == {"dense", "onednn"} and min(timing.times.values()) > 0
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and not packed._entries
+
+
+@needs_onednn
+def test_what_is_small_is_never_measured(onednn_wins, monkeypatch):
+    x, weight = torch.randn(16, 32), torch.randn(8, 32)
+    monkeypatch.setattr(tuning, "MIN_MACS", 16 * 32 * 8 + 1)
+    assert torch.equal(mk.dense_linear(x, weight), x @ weight.t()) and not onednn_wins
+    assert "below 4097 MACs (16 rows, 32 to 8" in mk.explain("dense_linear", x, weight).rejected["onednn"]
+    for rows in range(1, 700):  # the short way to say so and the class agree
+        x = torch.empty(1).expand(rows, 32)
+        if ops.is_small(x, 8):
+            assert not tuning.is_worth_asking(tuning.dense_call(x, weight, None, None, None))
+    ops._choices.clear()
+    monkeypatch.setattr(tuning, "MIN_MACS", 16 * 32 * 8)
+    mk.dense_linear(torch.randn(16, 32), weight)
+    assert len(onednn_wins) == 1
+
+
+@pytest.mark.parametrize("name", ["_len_torch_dispatch_stack", "_get_mkldnn_enabled"])
+def test_a_torch_without_a_private_question_is_asked_nothing(monkeypatch, name):
+    monkeypatch.delattr(torch._C, name)
+    state_of_process, is_profiled = unseen._probes()
+    assert state_of_process() is None and is_profiled()
+    monkeypatch.setattr(ops, "state_of_process", state_of_process)
+    x, weight = torch.randn(16, 32), torch.randn(8, 32)
+    assert torch.equal(mk.dense_linear(x, weight), x @ weight.t())
+    with pytest.raises(RuntimeError, match="auto would run 'dense'"):
+        mk.dense_linear(x, weight, backend="onednn")
 
 
 # --- what is kept of a packed weight
@@ -320,6 +375,51 @@ def test_a_write_is_seen(onednn_wins, packings):
     right(x, square.t())
     right(x, square[:8])
     assert packings[4:] == [(32, 32), (8, 32)]
+
+
+def sgd(layer):
+    return torch.optim.SGD(layer.parameters(), lr=0.1, foreach=True).step
+
+
+def fused_adamw(layer):
+    return torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step
+
+
+def loaded(layer):
+    state = {name: tensor + 1 for name, tensor in layer.state_dict().items()}
+    return lambda: layer.load_state_dict(state)
+
+
+def one_value(layer):
+    return lambda: layer.weight[11, 5].add_(1)
+
+
+@needs_onednn
+@pytest.mark.parametrize("change", [sgd, fused_adamw, loaded, one_value])
+def test_what_changes_in_training_is_seen(onednn_wins, packings, change):
+    layer, x = torch.nn.Linear(32, 96), torch.randn(16, 32)
+    layer.weight.grad, layer.bias.grad = torch.zeros(96, 32), torch.ones(96)
+    layer.weight.grad[11, 5] = 1  # no value that is compared at every call
+    step = change(layer)
+    with torch.no_grad():
+        before = mk.dense_linear(x, layer.weight, layer.bias)
+        step()
+        after = mk.dense_linear(x, layer.weight, layer.bias)
+        assert len(packings) == 2 and not torch.allclose(before, after)
+        torch.testing.assert_close(after, layer(x))
+
+
+@needs_onednn
+def test_training_carries_no_packed_weights(onednn_wins):
+    layer, frozen, x = torch.nn.Linear(32, 96), torch.randn(96, 32), torch.randn(16, 32)
+    with torch.no_grad():
+        mk.dense_linear(x, layer.weight, layer.bias)
+        mk.dense_linear(x, frozen)
+    assert len(packed._entries) == 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mk.dense_linear(x, layer.weight, layer.bias)
+    mk.dense_linear(x.requires_grad_(), frozen)
+    assert not kept(layer.weight) and len(kept(frozen)) == 1
 
 
 @needs_onednn

@@ -13,7 +13,7 @@ from torch import nn
 import madtp
 from madtp import hwp
 from madtp_kernels import measured
-from madtp_kernels.dense import onednn, packed
+from madtp_kernels.dense import onednn, packed, torch_product
 from madtp_kernels.dense import tuning_cpu as tuning
 from madtp_kernels.measured import Timing
 from madtp_kernels.ops import dense as ops
@@ -41,6 +41,7 @@ def onednn_wins(monkeypatch, tmp_path):
     monkeypatch.setenv("MADTP_CACHE", str(tmp_path))
     monkeypatch.setattr(measured, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(tuning, "time_backends", time_backends)
+    monkeypatch.setattr(tuning, "MIN_MACS", 0)
     forget()
     yield epilogues
     forget()
@@ -69,6 +70,25 @@ def test_a_model_gives_the_same(family, onednn_wins, monkeypatch):
     monkeypatch.setenv("MADTP_ONEDNN", "off")
     for got, expected in zip(found, outputs(family, model, inputs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bfloat16_model_takes_it_too(onednn_wins, monkeypatch):
+    """On any CPU: a stand-in for oneDNN, which runs bfloat16 with AVX-512 alone."""
+    family, dtypes = "CLIPModel", []
+
+    def run(x, packed, *epilogue):
+        dtypes.append((x.dtype, packed.dtype))
+        return torch_product.linear(x, packed, *epilogue)
+
+    monkeypatch.setattr(onednn, "unsupported_reason", lambda dtype: None)
+    monkeypatch.setattr(onednn, "pack", torch.clone)
+    monkeypatch.setattr(onednn, "linear", run)
+    model, handle, inputs = patched(family, temperature=0.0)
+    model.to(torch.bfloat16)
+    inputs |= {name: t.to(torch.bfloat16) for name, t in inputs.items() if t.is_floating_point()}
+    outputs(family, model, inputs)
+    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
+    assert "bfloat16, quick_gelu, " in handle.explain() and "dense on onednn + quick_gelu" in handle.explain()
 
 
 def test_training_sees_new_weights_and_so_does_what_follows(onednn_wins, monkeypatch):
@@ -121,6 +141,40 @@ def test_explain_says_it(onednn_wins, monkeypatch):
     assert "dense 10.0 us, onednn 5.0 us" in lines["vision", "self_attn.out_proj"]
     monkeypatch.setenv("MADTP_ONEDNN", "off")
     assert handle.explain().count("not onednn: MADTP_ONEDNN is off") == 12
+
+
+def test_explain_tells_packed_layers_from_those_that_are_not(onednn_wins):
+    model, handle, inputs = patched("CLIPModel", temperature=0.0)
+    layer = "vision_model.encoder.layers.0"
+    hwp.WeightPruner(model, "2:4", [f"{layer}.mlp.fc1"], schedule="one_shot").finalize()
+    hwp.pack(model, [f"{layer}.mlp.fc1"])
+    hwp.pack(model, [f"{layer}.mlp.fc2"], dtype="int8")
+    with torch.no_grad():
+        model(**inputs)
+    assert isinstance(model.get_submodule(f"{layer}.mlp.fc2"), hwp.QuantizedLinear)
+    lines = {tuple(line.split()[:3]): line for line in handle.explain().splitlines()}
+    assert "2:4 on " in lines["vision", "0", "mlp.fc1"] and " + quick_gelu" in lines["vision", "0", "mlp.fc1"]
+    assert "int8 on " in lines["vision", "0", "mlp.fc2"] and "onednn" not in lines["vision", "0", "mlp.fc2"]
+    assert "dense on onednn + residual" in lines["vision", "0", "self_attn.out_proj"]
+    assert "dense on onednn + quick_gelu" in lines["vision", "1", "mlp.fc1"]
+
+
+def test_explain_speaks_of_cross_attention_where_it_knows_the_rows(onednn_wins):
+    family = "BlipForImageTextRetrieval"
+    model, handle, inputs = patched(family, temperature=0.0)
+    outputs(family, model, inputs)
+    runs = {tuple(line.split()[:3:2]): line for line in handle.explain().splitlines()}
+    assert "dense on onednn  " in runs["text", "crossattention.self.query"]
+    assert "dense on onednn + residual" in runs["text", "crossattention.output.dense"]
+    assert "the rows of its calls are not kept" in runs["text", "crossattention.self.key"]
+
+
+def test_small_layers_are_called_as_they_were(onednn_wins, monkeypatch):
+    monkeypatch.setattr(tuning, "MIN_MACS", 2**22)
+    model, handle, inputs = patched("CLIPModel", temperature=0.0)
+    outputs("CLIPModel", model, inputs)
+    assert not onednn_wins and not packed._entries
+    assert handle.explain().count("not onednn: it gains less than it costs to ask below 4194304 MACs") == 12
 
 
 class Watched(nn.Module):

@@ -10,16 +10,20 @@ from madtp.hooks import is_watched
 from madtp.hwp.folding import ACTIVATIONS
 from madtp_kernels import explain
 from madtp_kernels.dispatch import Choice, is_auto
-from madtp_kernels.ops.dense import onednn_linear
+from madtp_kernels.ops.dense import is_small, onednn_linear
 
 
 def run_on_onednn(
     module: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None
 ) -> Tensor | None:
     """activation(module(x)) + residual, where oneDNN is the fastest and nobody else sees the call; None elsewhere."""
-    if torch.compiler.is_compiling() or type(module) is not nn.Linear or is_watched(module):
+    if torch.compiler.is_compiling() or type(module) is not nn.Linear or is_small(x, module.out_features):
         return None
-    return onednn_linear(x, module.weight, module.bias, activation, residual)
+    parameters = module._parameters  # as attributes they take 2 us each
+    weight = parameters.get("weight")
+    if weight is None or "bias" not in parameters or is_watched(module):
+        return None
+    return onednn_linear(x, weight, parameters["bias"], activation, residual)
 
 
 def kernel_of(activation: nn.Module) -> str | None:

@@ -101,7 +101,10 @@ def _linears(
             choice = module.choice
             yield name, " + ".join((f"{module.form} on {choice.backend}", *module.fused)), choice.reason
         elif verdict is not None and isinstance(module, nn.Linear):
-            runs, why = _dense(module, calls[name]) if name in calls else ("dense", "")
+            if name in calls:
+                runs, why = _dense(module, calls[name])
+            else:
+                runs, why = "dense", "" if spec.cross is None else "; the rows of its calls are not kept"
             yield name, runs, verdict.removeprefix("dense: ").removeprefix("dense, ") + why
 
 
