@@ -165,7 +165,7 @@ def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: 
     plan = Plan(macs_reduction, shares, ordered, allocation, config.latency_reduction, predicted)
     if config.weight_dtype is None:
         return plan
-    dtypes = dict.fromkeys(_quantized(sensitivities, config), config.weight_dtype)
+    dtypes: dict[str, str] = {name: config.weight_dtype for name in _quantized(sensitivities, config)}
     return replace(plan, weight_dtypes=dtypes, int8_errors=_int8_errors(sensitivities))
 
 
