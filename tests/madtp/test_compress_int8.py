@@ -254,7 +254,7 @@ def test_a_latency_plan_of_int8_layers_is_carried_out(machine, tmp_path, data):
     chosen = Plan.load(tmp_path / "plan.yaml")
     assert len(chosen.weight_dtypes) == 28 and chosen.predicted["ms"] <= 0.501 * chosen.predicted["dense_ms"]
     times = [result.report[name]["ms_per_sample"] for name in ("compressed", "dense")]
-    assert times[0] == pytest.approx(0.5 * times[1], rel=0.1) or result.report["plan"]["calibration_miss"] < 0
+    assert times[0] < 0.55 * times[1] and schemes_of(result.model).keys() == chosen.weight_dtypes.keys()
 
 
 @pytest.mark.parametrize(
