@@ -46,6 +46,9 @@ class CompressionConfig:
     sparse_exclude: tuple[str, ...] = ()
     # What the weights of all Linears that may go N:M are rounded to in the end; None: they stay as they are.
     weight_dtype: Literal["int8"] | None = None
+    # With a weight_dtype, how much of the outliers behind LayerNorms moves into the weights first: `alpha` of
+    # `madtp.hwp.smooth`. None: nothing.
+    hwp_smoothing: float | None = None
     # What the masks keep: the largest |W|, |W| ||x||, the same with tokens by their importance, or, once and before the
     # training, what reconstructs the outputs best (with hwp_schedule "one_shot").
     hwp_score: Literal["magnitude", "activation", "token_weighted", "second_order"] = "magnitude"
@@ -96,7 +99,12 @@ class CompressionConfig:
         self._require("hwp_schedule", once, '"one_shot" with hwp_score "second_order"')
         low, high = self.temperature_min, self.temperature_max
         self._require("temperature", low <= self.temperature <= high, f"from temperature_min {low} to _max {high}")
-        Pattern.parse(self.pattern)
+        if self.hwp_smoothing is not None:
+            self._number("hwp_smoothing", lambda value: 0 <= value <= 1, "a number in [0, 1] or None")
+            self._require("hwp_smoothing", self.weight_dtype is not None, "None without a weight_dtype")
+        pattern = Pattern.parse(self.pattern)
+        runs = self.weight_dtype is None or pattern.sparse24 or pattern.n == pattern.m
+        self._require("pattern", runs, f'2:4 or within it, or dense as "4:4", with weight_dtype {self.weight_dtype!r}')
         for name in ("sparse_include", "sparse_exclude"):
             value = getattr(self, name)
             ok = isinstance(value, tuple | list) and all(isinstance(entry, str) for entry in value)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 CHECKPOINT_VERSION = 2
 
 CONFIG_NAMES = {"flops_reduction": "macs_reduction"}  # old -> new
@@ -63,16 +63,16 @@ def migrate_plan(values: Mapping[str, Any], file: str) -> dict[str, Any]:
     """The fields of a `Plan`, of what its YAML holds.
 
     Args:
-        values: of the file; without a "version" they are of 0.1.
+        values: of the file; without a "version" they are of 0.1. Those of version 2 have no dtypes of weights.
         file: its name, for messages.
 
     Raises:
-        ValueError: the version is not known, or a file of today's version has an old name.
+        ValueError: the version is not known, or a file of version 2 or later has an old name.
     """
     values = dict(values)
     version = _version(values, file, PLAN_VERSION)
     predicted = values.get("predicted")
-    if version == PLAN_VERSION:
+    if version > 1:
         refuse_old_names(values, PLAN_NAMES, file)
         if isinstance(predicted, Mapping):
             refuse_old_names(predicted, PREDICTED_NAMES, f"{file}: predicted")

@@ -81,8 +81,8 @@ def test_a_plan_of_0_1_is_read_and_written_as_one_of_today(tmp_path, name, laten
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("version: 3\nmacs_reduction: 0.5", "must be of version 2, got 3: install a newer madtp"),
-        ("version: two\nmacs_reduction: 0.5", "must be of version 2, got 'two'"),
+        ("version: 4\nmacs_reduction: 0.5", "must be of version 3, got 4: install a newer madtp"),
+        ("version: two\nmacs_reduction: 0.5", "must be of version 3, got 'two'"),
         ("macs_reduction: 0.5\nflops_reduction: 0.4", "flops_reduction and macs_reduction are the same, and both are"),
         ("version: 2\nflops_reduction: 0.5", "flops_reduction is now called macs_reduction"),
         ("version: 2\nmacs_reduction: 0.5\npredicted: {rise: 1.0}", "predicted: rise is now called distill_loss"),

@@ -17,17 +17,21 @@ from torch.utils.data import Dataset
 from madtp.budgets.cost_model import CostModel
 from madtp.budgets.latency import time_parts
 from madtp.budgets.plan import Plan
+from madtp.budgets.prunable import prunable_linears
 from madtp.budgets.records import Sensitivities
 from madtp.budgets.sensitivity import Calibration, find_sensitivities
+from madtp.budgets.smoothing import smooth_model
 from madtp.budgets.strategies import STRATEGIES
 from madtp.choices import ALLOCATIONS, REDUCTIONS
 from madtp.config import CompressionConfig
+from madtp.hwp import select_int8
 from madtp.patching.handle import patch
 from madtp.profiling.timing import TIMING_BATCH
 from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
 
 CALIBRATION_SAMPLES = 64
+MAX_INT8_ERROR = 0.1  # of the outputs of a Linear, by which int8 may change them; one above keeps its dtype
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
@@ -44,7 +48,8 @@ def allocate(
 
     Every Linear and every branch is pruned by itself on `CALIBRATION_SAMPLES` samples of the data; what costs the
     answers least per MAC saved goes first; with a latency_reduction, per millisecond saved on the model's device
-    (`madtp.budgets.latency`).
+    (`madtp.budgets.latency`). With a weight_dtype the plan names the Linears that go there: all that may go N:M, but
+    for those whose outputs it changes by more than `MAX_INT8_ERROR`.
 
     Args:
         allocation: "joint", tokens and weights as they come; "tokens" or "weights", only those; "uniform", all Linears
@@ -112,13 +117,15 @@ def _look_into(
     require_samples(calibration_data=calibration_data)
     device, patched = next(model.parameters()).device, copy.deepcopy(model)
     patch(patched, config)
-    calibration = Calibration(
-        patched, task, sample_batches(task, calibration_data, CALIBRATION_SAMPLES, device), config
-    )
+    batches = sample_batches(task, calibration_data, CALIBRATION_SAMPLES, device)
+    if config.hwp_smoothing is not None:
+        smooth_model(patched, prunable_linears(patched, config).selected, batches, config.hwp_smoothing)
+    calibration = Calibration(patched, task, batches, config)
     sensitivities = find_sensitivities(calibration, progress=progress)
     if config.latency_reduction is not None:
         batch = sample_batches(task, calibration_data, TIMING_BATCH, device)[0]
-        sensitivities = replace(sensitivities, times=time_parts(model, patched, sensitivities, batch))
+        times = time_parts(model, patched, sensitivities, batch, _quantized(sensitivities, config))
+        sensitivities = replace(sensitivities, times=times)
     return calibration, sensitivities
 
 
@@ -155,7 +162,26 @@ def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: 
     macs = CostModel(sensitivities)
     macs_reduction = 1 - macs.cost(shares, sparse) / macs.full
     ordered = tuple(name for name in sensitivities.weights if name in set(sparse))
-    return Plan(macs_reduction, shares, ordered, allocation, config.latency_reduction, predicted)
+    plan = Plan(macs_reduction, shares, ordered, allocation, config.latency_reduction, predicted)
+    if config.weight_dtype is None:
+        return plan
+    dtypes: dict[str, str] = {name: config.weight_dtype for name in _quantized(sensitivities, config)}
+    return replace(plan, weight_dtypes=dtypes, int8_errors=_int8_errors(sensitivities))
+
+
+def _quantized(sensitivities: Sensitivities, config: CompressionConfig) -> list[str]:
+    """Linears that go int8: where that was looked at, and changes the outputs little enough."""
+    if config.weight_dtype is None:
+        return []
+    return select_int8(_int8_errors(sensitivities), max_error=MAX_INT8_ERROR)
+
+
+def _int8_errors(sensitivities: Sensitivities) -> dict[str, float]:
+    errors = {name: unit.int8_error for name, unit in sensitivities.weights.items()}
+    known = {name: error for name, error in errors.items() if error is not None}
+    if errors and not known:
+        raise ValueError("sensitivities must hold int8 errors with a weight_dtype, got none")
+    return known
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ Source: docs/method.md, cooperative optimisation, step 3 with a latency_reductio
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -16,25 +17,34 @@ from torch import Tensor, nn
 from madtp.budgets.prunable import linear_of
 from madtp.budgets.records import Sensitivities, Times
 from madtp.handles import handle_of
-from madtp.hwp import Sparse24Linear, linear
+from madtp.hwp import QuantizedLinear, Sparse24Linear, linear, pack
 from madtp.inference import evaluating, leading_size
 from madtp.profiling.timing import medians
-from madtp_kernels import sparse24_prune
+from madtp_kernels import quantize, sparse24_prune
 from madtp_kernels.sparse24.weight import supports_shape
 
 ROUNDS = 7  # of the whole model at every temperature
 
 
 def time_parts(
-    dense: nn.Module, patched: nn.Module, sensitivities: Sensitivities, batch: Mapping[str, Tensor]
+    dense: nn.Module,
+    patched: nn.Module,
+    sensitivities: Sensitivities,
+    batch: Mapping[str, Tensor],
+    quantized: Collection[str] = (),
 ) -> Times:
-    """Times the parts that `sensitivities` knows the harm of.
+    """Times the parts that `sensitivities` knows the harm of, as the layers that will run.
 
     Args:
         dense: the model as it was given.
         patched: a copy of it, patched, at temperature 0.
         batch: without shared images, where the models are.
+        quantized: Linears that go int8.
     """
+    saved = _saved_by_packing(patched, sensitivities.weights, batch, quantized)
+    if quantized:
+        patched = copy.deepcopy(patched)
+        pack(patched, quantized, dtype="int8")
     handle, device, samples = handle_of(patched), next(iter(batch.values())).device, leading_size(batch)
 
     def at(branch: str, temperature: float) -> None:
@@ -48,7 +58,6 @@ def time_parts(
             runs[branch, point.temperature] = partial(at, branch, point.temperature)
     with evaluating(dense), evaluating(patched), handle.inference():
         found = {name: 1e3 * value / samples for name, value in medians(runs, device, rounds=ROUNDS).items()}
-        saved = _saved_by_packing(patched, sensitivities.weights, batch)
     tokens = {
         branch: (found["patched"], *(found[branch, point.temperature] for point in points[1:]))
         for branch, points in sensitivities.tokens.items()
@@ -56,10 +65,13 @@ def time_parts(
     return Times(found["dense"], found["patched"], tokens, {name: 1e3 * s / samples for name, s in saved.items()})
 
 
-def _saved_by_packing(model: nn.Module, names: Iterable[str], batch: Mapping[str, Tensor]) -> dict[str, float]:
+def _saved_by_packing(
+    model: nn.Module, names: Iterable[str], batch: Mapping[str, Tensor], quantized: Collection[str]
+) -> dict[str, float]:
     """Seconds a Linear takes less as a 2:4 layer, at the rows it meets in a forward of the batch; 0 where it does not.
 
-    Layers of one shape at as many rows are timed once.
+    Of those that go int8, the int8 layer is compared with the int8 2:4 one. Layers of one shape and dtype at as many
+    rows are timed once.
     """
     modules = {name: linear_of(model, name) for name in names}
     rows: defaultdict[str, list[int]] = defaultdict(list)  # by module, of each of its calls
@@ -67,21 +79,39 @@ def _saved_by_packing(model: nn.Module, names: Iterable[str], batch: Mapping[str
         module.register_forward_pre_hook(lambda _, inputs, name=name: rows[name].append(inputs[0].shape[:-1].numel()))
         for name, module in modules.items()
     ]
-    try:
-        model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    kinds = {(count, modules[name].weight.shape): modules[name] for name, counts in rows.items() for count in counts}
-    gains = {kind: _gain(module, kind[0]) for kind, module in kinds.items()}
-    return {name: sum(gains[count, module.weight.shape] for count in rows[name]) for name, module in modules.items()}
+    with evaluating(model), handle_of(model).inference():
+        try:
+            model(**batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        gains: dict[Hashable, float] = {}
+        saved = dict.fromkeys(modules, 0.0)
+        for name, module in modules.items():
+            for count in rows[name]:
+                kind = count, module.weight.shape, name in quantized
+                if kind not in gains:
+                    gains[kind] = _gain(module, count, name in quantized)
+                saved[name] += gains[kind]
+    return saved
 
 
-def _gain(module: nn.Linear, rows: int) -> float:
+def _gain(module: nn.Linear, rows: int, rounds: bool) -> float:
     out_features, in_features = module.weight.shape
-    if not rows or not supports_shape(out_features, in_features):  # which `pack` leaves dense
+    if not rows or not supports_shape(out_features, in_features):  # which `pack` does not make 2:4
         return 0.0
-    packed = Sparse24Linear(sparse24_prune(module.weight.detach()), module.bias)
+    dense, sparse = _layers(module, rounds)
     x = torch.randn(rows, in_features, dtype=module.weight.dtype, device=module.weight.device)
-    found = medians({"dense": lambda: linear(module, x), "packed": lambda: packed(x)}, x.device)
+    found = medians({"dense": lambda: linear(dense, x), "packed": lambda: sparse(x)}, x.device)
     return max(found["dense"] - found["packed"], 0.0)
+
+
+def _layers(module: nn.Linear, rounds: bool) -> tuple[nn.Module, nn.Module]:
+    """What runs where the weight stays dense, and where it goes 2:4."""
+    weight, bias = module.weight.detach(), module.bias
+    sparse = sparse24_prune(weight)
+    if not rounds:
+        return module, Sparse24Linear(sparse, bias)
+    dtype = weight.dtype
+    dense = QuantizedLinear(quantize(weight, "int8"), bias, dense_dtype=dtype)
+    return dense, QuantizedLinear(quantize(sparse, "int8_24"), bias, dense_dtype=dtype)

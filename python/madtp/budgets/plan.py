@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from madtp.choices import ALLOCATIONS
+from madtp.choices import ALLOCATIONS, WEIGHT_DTYPES
 from madtp.files import atomic_write
 from madtp.migration import PLAN_NAMES, PLAN_VERSION, migrate_plan
 from madtp_kernels.renamed import renamed
@@ -36,6 +36,10 @@ class Plan:
             per sample of the dense model, as measured, and of what is planned.
         compared: what this plan and the others at the same budget did to the distillation loss on the calibration data
             before any training, by allocation; those that cannot reach the budget are not there.
+        weight_dtypes: name of a Linear -> the dtype that its weight is rounded to in the end, "int8"; Linears that are
+            not named keep theirs. None: the config says it for all.
+        int8_errors: name of a Linear -> the relative error of its outputs in int8 (`madtp.hwp.sensitivity_int8`), by
+            which weight_dtypes was chosen; Linears that the calibration data do not reach are not there.
     """
 
     macs_reduction: float
@@ -45,6 +49,8 @@ class Plan:
     latency_reduction: float | None = None
     predicted: dict[str, float] = field(default_factory=dict)
     compared: dict[str, float] = field(default_factory=dict)
+    weight_dtypes: dict[str, str] | None = None
+    int8_errors: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _is_share(self.macs_reduction) or self.macs_reduction == 1:
@@ -61,6 +67,12 @@ class Plan:
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}")
         object.__setattr__(self, "sparse_modules", tuple(names))
+        dtypes = {} if self.weight_dtypes is None else self.weight_dtypes
+        if not isinstance(dtypes, Mapping) or not all(isinstance(name, str) for name in dtypes):
+            raise ValueError(f"weight_dtypes must map names of Linears to dtypes or be null, got {dtypes!r}")
+        for name, dtype in dtypes.items():
+            if dtype not in WEIGHT_DTYPES:
+                raise ValueError(f"weight_dtypes of {name} must be {' or '.join(WEIGHT_DTYPES)}, got {dtype!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON and YAML."""
@@ -72,7 +84,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | PathLike) -> Plan:
-        """The plan of a file that `save` of this version or of 0.1 wrote, perhaps edited.
+        """The plan of a file that `save` of this version or of an earlier one wrote, perhaps edited.
 
         Raises:
             ValueError: the file is no plan, or of a newer version; the message names what is wrong.
@@ -93,14 +105,18 @@ class Plan:
             raise ValueError(f"plan {path}: {error}") from error
 
     def require_fit(self, branches: Iterable[str], modules: Iterable[str]) -> None:
-        """Raises ValueError unless it gives tokens to these branches, prunes something, and names Linears of these."""
+        """Raises ValueError unless it gives tokens to these branches, does something, and names Linears of these."""
         if set(self.tokens) != set(branches):
             raise ValueError(f"plan must give tokens to {', '.join(branches)}, got {', '.join(self.tokens)}")
-        if all(share == 1 for share in self.tokens.values()) and not self.sparse_modules:
+        rounds = bool(self.weight_dtypes)
+        if all(share == 1 for share in self.tokens.values()) and not self.sparse_modules and not rounds:
             raise ValueError(f"plan must give a branch fewer tokens than all or name a Linear, got {self.tokens}")
         unknown = sorted(set(self.sparse_modules) - set(modules))
         if unknown:
             raise ValueError(f"plan must name Linears that may go N:M, got {unknown[0]!r}")
+        unknown = sorted(set(self.weight_dtypes or ()) - set(modules))
+        if unknown:
+            raise ValueError(f"weight_dtypes of the plan must name Linears that may go N:M, got {unknown[0]!r}")
 
 
 def _is_share(value: object) -> bool:

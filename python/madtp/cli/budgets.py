@@ -18,8 +18,10 @@ from madtp.cli.options import (
     Limit,
     Macs,
     Params,
+    Smoothing,
     Task,
     Test,
+    Weights,
     quiet_transformers,
     settings,
     stderr,
@@ -34,6 +36,8 @@ def allocate(
     macs: Macs = None,
     latency: Latency = None,
     params: Params = None,
+    weights: Weights = None,
+    smoothing: Smoothing = None,
     allocation: Annotated[str, typer.Option(help=f"One of {', '.join(ALLOCATIONS)}.")] = ALLOCATIONS[0],
     config: Config = None,
     test: Test = None,
@@ -50,7 +54,7 @@ def allocate(
     from madtp.progress import Progress
     from madtp.tasks.registry import load
 
-    asked, _ = settings(config, macs=macs, latency=latency, params=params)
+    asked, _ = settings(config, macs=macs, latency=latency, params=params, weights=weights, smoothing=smoothing)
     require_writable_file("out", out)
     progress = Progress(stderr())
     with progress.status("reading the data"):
@@ -67,6 +71,11 @@ def allocate(
     for branch, share in plan.tokens.items():
         print(f"{branch}: {100 * share:.1f} % of its MACs for tokens")
     print(f"{len(plan.sparse_modules)} Linears go {asked.pattern}")
+    if plan.weight_dtypes is not None:
+        print(f"{len(plan.weight_dtypes)} Linears go int8")
+        for name, error in plan.int8_errors.items():
+            if name not in plan.weight_dtypes:
+                print(f"{name} does not: its outputs would change by {100 * error:.1f} %")
     if plan.latency_reduction is not None:
         print(f"predicted: {plan.predicted['ms']:.3g} ms a sample, dense {plan.predicted['dense_ms']:.3g} ms")
     for name, loss in sorted(plan.compared.items(), key=lambda item: item[1]):

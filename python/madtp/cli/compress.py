@@ -18,6 +18,7 @@ from madtp.cli.options import (
     Macs,
     Params,
     Resume,
+    Smoothing,
     Task,
     Test,
     Weights,
@@ -43,9 +44,10 @@ def compress(
     latency: Latency = None,
     params: Params = None,
     weights: Weights = None,
+    smoothing: Smoothing = None,
     plan: Annotated[Path | None, typer.Option(help="What `madtp allocate` wrote; its target counts.")] = None,
     config: Config = None,
-    steps: Annotated[int | None, typer.Option(help="Of the training.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the training; 0: one shot, no training.", min=0)] = None,
     test: Test = None,
     images: Images = None,
     limit: Limit = None,
@@ -66,7 +68,7 @@ def compress(
     from madtp.reporting import report
     from madtp.tasks.registry import load
 
-    asked, training = settings(config, macs=macs, latency=latency, params=params, weights=weights)
+    asked, training = settings(config, macs=macs, latency=latency, params=params, weights=weights, smoothing=smoothing)
     if steps is not None:
         training["max_steps"] = steps
     chosen = None if plan is None else Plan.load(plan)
@@ -111,6 +113,8 @@ def targets_table(targets: Targets) -> Table:
         if dense
     ]
     caption = f"{len(targets.chosen)} Linears go N:M, {len(targets.dense)} stay dense"
+    if targets.quantized:
+        caption += f"; {len(targets.quantized)} go int8"
     if targets.latency_reduction is not None:
         caption += f"; planned for {100 * targets.latency_reduction:.1f} % less time"
     columns = ("", "GMACs a sample, dense", "target", "")

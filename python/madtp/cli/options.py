@@ -45,6 +45,10 @@ Params = Annotated[float | None, typer.Option(help="Share of the parameters to z
 Weights = Annotated[
     str | None, typer.Option(help=f"{' or '.join(WEIGHT_DTYPES)}: what weights are rounded to in the end.")
 ]
+Smoothing = Annotated[
+    float | None,
+    typer.Option(help="With int8 weights: how much of outliers moves from inputs into weights first, 0 to 1."),
+]
 Config = Annotated[Path | None, typer.Option(help="YAML: fields of CompressionConfig, and training: a mapping.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")]
 
@@ -71,6 +75,7 @@ def settings(
     latency: float | None = None,
     params: float | None = None,
     weights: str | None = None,
+    smoothing: float | None = None,
 ) -> tuple[CompressionConfig, dict]:
     """The configuration, and fields of TrainingArguments: what is in the file, and over it what was given."""
     import yaml
@@ -89,7 +94,7 @@ def settings(
     if macs is not None or latency is not None:  # the target given takes the place of the file's
         values = {n: v for n, v in values.items() if n not in ("macs_reduction", "latency_reduction")}
     given: dict[str, Any] = {"macs_reduction": macs, "latency_reduction": latency, "params_reduction": params}
-    given["weight_dtype"] = weights
+    given |= {"weight_dtype": weights, "hwp_smoothing": smoothing}
     values |= {name: value for name, value in given.items() if value is not None}
     return CompressionConfig.from_dict(values), dict(training)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,16 +18,20 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from madtp.budgets.plan import Plan
+from madtp.budgets.prunable import linear_of
+from madtp.budgets.smoothing import smooth_model
 from madtp.compression.report import report_data
 from madtp.compression.targets import Targets, choose_targets, latency_plan
 from madtp.config import CompressionConfig
 from madtp.files import atomic_directory, require_writable
 from madtp.handles import handle_of
-from madtp.hwp import Permutation, mlp_pairs, pack, permute_mlps, prune_one_shot
+from madtp.hwp import Permutation, Smoothing, mlp_pairs, pack, permute_mlps, prune_one_shot
+from madtp.hwp.int8_grid import set_scale
+from madtp.hwp.packing import refuse_int8
 from madtp.patching.handle import patch
 from madtp.patching.pretrained import from_pretrained
 from madtp.profiling.figures import compare
-from madtp.profiling.inputs import input_statistics
+from madtp.profiling.inputs import input_statistics, require_reached
 from madtp.profiling.macs import profile_batches
 from madtp.profiling.timing import TIMING_BATCH, time_per_sample
 from madtp.progress import Progress
@@ -80,10 +84,11 @@ def compress(
             until the new model is whole.
         calibration_data: samples as the model will meet them, on which MACs are observed; None takes train_data.
         plan: of `madtp.allocate`, perhaps edited; its target and choices take the place of those of the config. None
-            gives all branches one share of their MACs, and all Linears that can the pattern; with a latency_reduction
-            it is chosen here, and kept in output_dir/plan.yaml for `resume`.
+            gives all branches one share of their MACs, and all Linears that can the pattern and the weight_dtype; with
+            a latency_reduction it is chosen here, and kept in output_dir/plan.yaml for `resume`.
         teacher: the dense model whose answers are distilled, of the class of `model`; None: `model`.
-        training: `transformers.TrainingArguments` fields, over the defaults here.
+        training: `transformers.TrainingArguments` fields, over the defaults here. {"max_steps": 0} trains nothing: the
+            model is saved as one shot leaves it.
         callbacks: of the training, such as `transformers.EarlyStoppingCallback`, for which `training` sets
             eval_strategy and metric_for_best_model; what is evaluated is the loss on all of calibration_data.
         resume: go on from the last checkpoint in output_dir, or start when there is none; that of a finished training
@@ -97,13 +102,18 @@ def compress(
         `measure`, ms_per_sample and ms_per_layer.
 
     Raises:
-        ValueError: a target cannot be reached, output_dir cannot be written to, data are empty, or the checkpoint is of
-            another config.
+        ValueError: a target cannot be reached, output_dir cannot be written to, data are empty or do not reach a
+            Linear, the model has int8 weights, which do not train, or the checkpoint is of another config.
         TypeError: the model's class is not supported.
     """
     require_samples(train_data=train_data, eval_data=eval_data)
+    refuse_int8(model)
+    if plan is not None and plan.weight_dtypes:
+        config = replace(config, weight_dtype="int8")
     output_dir = require_writable("output_dir", output_dir)
     args = _training_arguments(output_dir, config, training)
+    if args.max_steps == 0 and config.hwp_schedule != "one_shot":
+        raise ValueError(f'max_steps must be at least 1 with hwp_schedule "{config.hwp_schedule}", got 0')
     bars = progress or Progress(Console(quiet=True))
     calibration_data = train_data if calibration_data is None else calibration_data
 
@@ -113,6 +123,7 @@ def compress(
         plan = latency_plan(model, task, calibration_data, config, output_dir / "plan.yaml", resume)
     targets = choose_targets(student, task, calibration_data, config, plan, args.device)
     permutations = _permute(student, targets.chosen, config)
+    smoothings = _smooth(student, targets, config)
     trainer = MadtpTrainer(
         student,
         teacher,
@@ -129,10 +140,10 @@ def compress(
         data_collator=task.collate,
         callbacks=list(callbacks),
     )
-    if config.weight_dtype is not None:
-        trainer.fake_quantize(targets.prunable, FAKE_QUANTIZED_SHARE)
+    if targets.quantized:
+        trainer.fake_quantize(targets.quantized, FAKE_QUANTIZED_SHARE)
     _train(trainer, output_dir / "checkpoints", resume, progress)
-    magnitude_kept = _finish_training(trainer)
+    magnitude_kept = _finish_training(trainer, targets.quantized)
     with bars.status("calibrating the temperatures"):
         packed, miss = _pack_and_calibrate(trainer, model, calibration_data, targets)
     _save(student, task, output_dir / "model")
@@ -149,6 +160,7 @@ def compress(
         packed=packed,
         magnitude_kept=magnitude_kept,
         permutations=permutations,
+        smoothings=smoothings,
     )
     return Result(compressed, report, output_dir / "model")
 
@@ -170,8 +182,16 @@ def _permute(student: nn.Module, selected: list[str], config: CompressionConfig)
     return permute_mlps(student, config.pattern, [pair for pair in mlp_pairs(student) if pair[1] in selected])
 
 
+def _smooth(student: nn.Module, targets: Targets, config: CompressionConfig) -> dict[str, Smoothing]:
+    """If asked to, moves outliers of what int8 layers meet into their weights; what the model computes stays."""
+    if config.hwp_smoothing is None:
+        return {}
+    return smooth_model(student, targets.quantized, targets.probe, config.hwp_smoothing)
+
+
 def _score_norms(student: nn.Module, targets: Targets, config: CompressionConfig) -> dict[str, Tensor] | None:
-    """What `WeightPruner` scores by; None: magnitude. With "second_order" weights are pruned and corrected here."""
+    """What `WeightPruner` scores by; None: magnitude. With "second_order" weights are pruned, corrected and, where
+    they go int8, rounded here."""
     if config.hwp_score == "magnitude":
         return None
     handle, second_order = handle_of(student), config.hwp_score == "second_order"
@@ -179,10 +199,17 @@ def _score_norms(student: nn.Module, targets: Targets, config: CompressionConfig
     before = handle.temperatures
     if weighted:
         handle.set_temperature(config.temperature)
-    inputs = input_statistics(student, targets.chosen, targets.probe, gram=second_order, token_weighted=weighted)
+    chosen, rounded = targets.chosen, targets.quantized if second_order else []
+    names = [*chosen, *(name for name in rounded if name not in chosen)]
+    inputs = input_statistics(student, names, targets.probe, gram=second_order, token_weighted=weighted)
     handle.set_temperature(before)
+    require_reached(inputs)
     if second_order:
-        prune_one_shot(student, config.pattern, targets.chosen, inputs, correct=True)
+        both, dense = [[name for name in rounded if (name in chosen) == sparse] for sparse in (True, False)]
+        kept = [name for name in chosen if name not in rounded]
+        prune_one_shot(student, config.pattern, kept, inputs, correct=True)
+        prune_one_shot(student, config.pattern, both, inputs, correct=True, weight_dtype="int8")
+        prune_one_shot(student, None, dense, inputs, correct=True, weight_dtype="int8")
         return None
     return {name: statistics.norms for name, statistics in inputs.items()}
 
@@ -191,15 +218,20 @@ def _train(trainer: MadtpTrainer, checkpoints: Path, resume: bool, progress: Pro
     checkpoint = last_checkpoint(checkpoints) if resume else None
     if checkpoint is None:  # what an earlier run left would pass for this one's when it is interrupted
         shutil.rmtree(checkpoints, ignore_errors=True)
+    if trainer.args.max_steps == 0:  # which transformers takes for all epochs
+        trainer.find_start()
+        return
     with progress.training(trainer) if progress else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _finish_training(trainer: MadtpTrainer) -> float:
+def _finish_training(trainer: MadtpTrainer, quantized: Iterable[str]) -> float:
     """Bakes the masks in, ends autocast and fake quantisation; returns the share of the magnitude that masks keep."""
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.fake_quantizer is not None:
         trainer.fake_quantizer.stop()
+    for name in quantized if trainer.state.global_step else ():  # weights that moved have left the grid of one shot
+        set_scale(linear_of(trainer.model, name), None)
     magnitude_kept = trainer.pruner.finalize()
     trainer.handle.collect_alignment(False)
     return magnitude_kept
@@ -210,24 +242,21 @@ def _pack_and_calibrate(
 ) -> tuple[list[str], float]:
     """Moves the temperatures until the model costs what it is to cost: MACs before it is packed, time after.
 
-    With int8 weights all Linears that could go N:M are packed, and MACs are counted after it: rounding moves what
-    decides which tokens stay.
+    With int8 weights MACs are counted after it: rounding moves what decides which tokens stay.
 
     Returns:
         the Linears that were packed, and the share by which the target is missed.
     """
     student, task, device = trainer.model, trainer.task, trainer.args.device
-    dtype = trainer.config.weight_dtype
-    names = targets.chosen if dtype is None else targets.prunable
     if targets.latency_reduction is None:
         trainer.probe = sample_batches(task, calibration_data, TEMPERATURE_SAMPLES, device)
         dense_macs = profile_batches(student, trainer.probe).total.dense_macs
         budget = (1 - targets.macs_reduction) * dense_macs
-        if dtype is None:
+        if not targets.quantized:
             miss = trainer.calibrate(budget)
-            return list(pack(student, names)), miss
-        return list(pack(student, names, dtype=dtype)), trainer.calibrate(budget)
-    packed = list(pack(student, names, dtype=dtype))
+            return _pack(student, targets), miss
+        return _pack(student, targets), trainer.calibrate(budget)
+    packed = _pack(student, targets)
     both = {"dense": copy.deepcopy(dense).to(device), "compressed": student}
     batch = sample_batches(task, calibration_data, TIMING_BATCH, device)[0]
 
@@ -236,6 +265,12 @@ def _pack_and_calibrate(
         return times["compressed"] / times["dense"]
 
     return packed, trainer.calibrate(1 - targets.latency_reduction, TIME_TOLERANCE, share_of_time)
+
+
+def _pack(student: nn.Module, targets: Targets) -> list[str]:
+    """Packs what goes int8, then what is 2:4 in its own dtype; returns the names."""
+    rounded = list(pack(student, targets.quantized, dtype="int8")) if targets.quantized else []
+    return [*rounded, *pack(student, targets.chosen)]
 
 
 def _save(student: nn.Module, task: Task, path: Path) -> None:

@@ -12,7 +12,7 @@ import transformers
 import madtp_kernels
 from madtp.budgets.plan import Plan
 from madtp.compression.targets import Targets
-from madtp.hwp import Permutation
+from madtp.hwp import Permutation, Smoothing
 from madtp.hwp.packing import schemes_of
 from madtp.training.trainer import MadtpTrainer
 
@@ -27,6 +27,7 @@ def report_data(
     packed: list[str],
     magnitude_kept: float,
     permutations: Mapping[str, Permutation],
+    smoothings: Mapping[str, Smoothing],
 ) -> dict[str, Any]:
     """What `compress` returns as its report.
 
@@ -36,6 +37,7 @@ def report_data(
         packed: names of the Linears that became packed layers.
         magnitude_kept: share of the sparse Linears' |W| that their masks keep.
         permutations: by MLP, of its hidden channels.
+        smoothings: by norm, of what its readers meet.
     """
     schemes = schemes_of(trainer.model)
     came_to = {
@@ -51,6 +53,11 @@ def report_data(
         "dense_modules": targets.dense,
         "magnitude_kept": magnitude_kept,
         "permutations": {name: {"before": p.before, "after": p.after} for name, p in permutations.items()},
+        "smoothings": {
+            name: {"before": s.outliers_before, "after": s.outliers_after}
+            for name, s in smoothings.items()
+            if s.divisor is not None
+        },
     }
     return {
         "metric": trainer.task.metric,

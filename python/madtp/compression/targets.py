@@ -36,8 +36,8 @@ class Targets:
     macs_reduction: float  # of the dense MACs
     latency_reduction: float | None  # of the dense model's time, where that is what is asked for
     chosen: list[str]  # Linears that go N:M
-    prunable: list[str]  # Linears that can: those chosen are among them
-    dense: dict[str, str]  # Linears that cannot, and why
+    quantized: list[str]  # Linears that go int8, whether they go N:M or not
+    dense: dict[str, str]  # Linears that can do neither, and why
     branch_macs: dict[str, float]  # counted, of the branches that prune
     before: Profile  # with all tokens, the chosen Linears counted as N:M
     probe: list[dict[str, Tensor]]  # the samples MACs are observed on
@@ -108,6 +108,9 @@ def choose_targets(
         plan.require_fit(pruning, linears.selected)
         chosen = list(plan.sparse_modules)
         reduction, latency_reduction = plan.macs_reduction, plan.latency_reduction
+    quantized = [] if config.weight_dtype is None else linears.selected
+    if plan is not None and plan.weight_dtypes is not None:
+        quantized = [name for name in linears.selected if name in plan.weight_dtypes]
     planned = chosen if Pattern.parse(config.pattern).sparse24 else []
     probe = sample_batches(task, calibration_data, PROBE_SAMPLES, device)
     before = profile_batches(student, probe, planned_sparse=planned)
@@ -116,7 +119,7 @@ def choose_targets(
     else:
         macs = {b: share * before.branches[b].counted_macs for b, share in plan.tokens.items() if share < 1}
     _require_feasible(student, probe, planned, before.total.dense_macs, reduction, macs, config)
-    return Targets(reduction, latency_reduction, chosen, linears.selected, linears.dense, macs, before, probe)
+    return Targets(reduction, latency_reduction, chosen, quantized, linears.dense, macs, before, probe)
 
 
 def _require_params_reduction(model: nn.Module, selected: list[str], config: CompressionConfig) -> None:

@@ -30,8 +30,9 @@ class FakeQuantizer:
     place, so optimisers, masks of a `WeightPruner` and checkpoints know nothing of it: `step` alone says whether it is
     on, in a resumed training too.
 
-    A `weight_scale` of before goes at the start: the weights move on. Under autocast the rounded values are cast as all
-    others are.
+    Scales are those of the largest magnitudes at every step, as `pack` takes them in the end. A `weight_scale` of
+    before goes at the start: it was chosen for weights that training has moved since, and would cut off those that
+    grow. Under autocast the rounded values are cast as all others are.
 
     Args:
         model: its masks, if it gets some, are there already.

@@ -170,6 +170,16 @@ def unpack(model: nn.Module) -> None:
     swap(modules)
 
 
+def refuse_int8(model: nn.Module) -> None:
+    """Raises ValueError for a model with int8 layers, whose weights do not train."""
+    name = next((name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)), None)
+    if name is not None:
+        raise ValueError(
+            f"model must have no int8 weights, which do not train, got {name!r}: model.madtp_handle.remove(), or "
+            "madtp.hwp.unpack(model) where it is not patched, makes floating point of them"
+        )
+
+
 def schemes_of(model: nn.Module) -> dict[str, str]:
     """For every packed layer, by name: "sparse24", or the scheme of its `QuantizedWeight`."""
     modules = model.named_modules(remove_duplicate=False)

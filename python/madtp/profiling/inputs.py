@@ -36,3 +36,13 @@ def input_statistics(
         for batch in batches:
             model(**batch)
     return statistics
+
+
+def require_reached(statistics: Mapping[str, InputStatistics]) -> None:
+    """Raises ValueError for a Linear of which the calibration data say nothing."""
+    for name, met in statistics.items():
+        if not met.weight_sum > 0:
+            raise ValueError(
+                f"calibration_data must reach all Linears that are changed by what they meet, got no input of "
+                f"{name!r}: sparse_exclude leaves it out"
+            )
