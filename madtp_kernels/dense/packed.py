@@ -66,7 +66,7 @@ def packed(weight: Tensor) -> Tensor:
 
 def drop(weight: Tensor) -> None:
     """Drops what was packed of a weight on a CPU that is about to change."""
-    if _entries:
+    if _entries and weight.layout is torch.strided:  # another has no address
         _entries.pop((weight.data_ptr(), weight.shape, weight.dtype), None)
 
 

@@ -297,7 +297,7 @@ NORM = (torch.ones(2), torch.ones(2), 1e-5)
         ({"norm": (*NORM[:2], 0)}, "norm.eps must be a finite number > 0, got int 0"),
         (
             {"backend": "tpu"},
-            "backend= must be one of auto, reference, dense, cpu, triton, cuda, cusparselt, got 'tpu'",
+            "backend= must be one of auto, reference, dense, onednn, cpu, triton, cuda, cusparselt, got 'tpu'",
         ),
     ],
 )

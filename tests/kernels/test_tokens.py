@@ -401,7 +401,7 @@ def test_compiles_without_graph_breaks(capacity):
         ({"summary_index": torch.tensor([0], dtype=torch.int32)}, "summary_index must be of 2 rows"),
         (
             {"backend": "tpu"},
-            "backend= must be one of auto, reference, dense, cpu, triton, cuda, cusparselt, got 'tpu'",
+            "backend= must be one of auto, reference, dense, onednn, cpu, triton, cuda, cusparselt, got 'tpu'",
         ),
     ],
 )
