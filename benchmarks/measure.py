@@ -75,7 +75,7 @@ def take_turns(
 
 
 def ratios(baseline: Sequence[float], own: Sequence[float]) -> list[float]:
-    """How many times as fast as the baseline: of the turns in the same rounds. A single call is held against the median."""
+    """How many times as fast as the baseline, turn by turn. A single call is held against the other's median."""
     if 1 in (len(baseline), len(own)):
         median = statistics.median(baseline)
         return [median / seconds for seconds in own]

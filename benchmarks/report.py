@@ -19,12 +19,14 @@ from benchmarks.plot import grid, heat_map, plot
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HEADER = """# Benchmarks
 
-Made by `make bench` from the files in `benchmarks/results/`; slower rows included. In each table all providers did
-the same work, in turns in one process, on data that no cache holds, after a check of their results. *Speed-up* is over
-the baseline: the median of the ratios of neighbouring runs, and their 20th and 80th percentile. *Memory* is the most a
-call held at once, its result included. Freed memory stays with the process, as with a server's allocator. *One call*
-is what a provider had that takes long; one that takes very long is not called in later cases.
+Made by `make bench` and `make bench-peers` from the files in `benchmarks/results/`; slower rows included. In each table
+all providers did the same work with the same threads, in turns in one process, on data that no cache holds, after a
+check of their results. *Speed-up* is over the baseline: the median of the ratios of neighbouring runs, and their 20th
+and 80th percentile. *Memory* is the most a call held at once, its result included. Freed memory stays with the process,
+as with a server's allocator. *One call* is all that a provider had which takes long; one that takes very long is not
+called in cases with more work.
 """
+NO_BFLOAT16 = "This CPU has no bfloat16 instructions: what is called bfloat16 emulates them, or runs in float32.\n"
 
 
 def title(block: dict) -> str:
@@ -75,30 +77,30 @@ def mean_tables(result: dict) -> str:
     tables: dict[str, dict[str, dict]] = {}  # title -> provider -> column -> speed-ups
     for block in result["blocks"]:
         case = block["case"]
-        named = [f"{key} {case[key]}" for key in rest] + [f"{block['threads']} threads"] * (
-            block["threads"] is not None
-        )
-        table = tables.setdefault(", ".join(named), {})
+        named = title({"case": {key: case[key] for key in rest}, "threads": block["threads"]})
+        table = tables.setdefault(named, {})
         for row in block["rows"]:
             cell = table.setdefault(row["provider"], {}).setdefault(case[first], [])
-            cell += [row["speedup"]["median"]] if "speedup" in row else []
+            cell.append(row["speedup"]["median"] if "speedup" in row else None)
     parts = []
     for name, table in tables.items():
         across = list(next(iter(table.values())))
         lines = [f"| {first} | {' | '.join(map(str, across))} |", "|---" * (1 + len(across)) + "|"]
         for provider, cells in table.items():
-            if any(cells.values()):
+            if any(speedup for cell in cells.values() for speedup in cell):
                 label = provider + (" (baseline)" if provider == result["baseline"] else "")
                 lines.append(f"| {label} | {' | '.join(_mean(cells.get(column, [])) for column in across)} |")
         parts.append(f"**{name}**\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
-def _mean(speedups: list[float]) -> str:
+def _mean(cell: list[float | None]) -> str:
+    speedups = [speedup for speedup in cell if speedup is not None]
     if not speedups:
         return "not called"
     mean = math.exp(sum(map(math.log, speedups)) / len(speedups))
-    return f"{mean:.2f}x ({min(speedups):.2f}-{max(speedups):.2f})"
+    part = "" if len(speedups) == len(cell) else f" in {len(speedups)} of {len(cell)}"
+    return f"{mean:.2f}x ({min(speedups):.2f}-{max(speedups):.2f}){part}"
 
 
 def reasons(result: dict) -> str:
@@ -151,7 +153,7 @@ def write_document(results: Path, document: Path = DOCUMENT) -> None:
         if len(peers := [f"{name} {about[name]}" for name in result.get("packages", ()) if name in about]):
             parts.append(f"Beside it: {', '.join(peers)}.\n")
         if about.get("cpu_bfloat16") is False:
-            parts.append("This CPU has no bfloat16 instructions: whatever computes in bfloat16 here emulates it.\n")
+            parts.append(NO_BFLOAT16)
         if result.get("packages") and (missing := reasons(result)):
             parts.append(f"Not called, everywhere or in cases with more work:\n\n{missing}")
         if result.get("means"):

@@ -93,7 +93,7 @@ def cpu_name() -> str:
 
 
 def has_bfloat16() -> bool | None:
-    """Whether the CPU multiplies in bfloat16, as oneDNN in torch sees it; elsewhere torch emulates it. None: unknown."""
+    """Whether the CPU has instructions for bfloat16 that oneDNN in torch uses; None where torch does not say."""
     try:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except (AttributeError, RuntimeError):
