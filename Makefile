@@ -98,7 +98,7 @@ bench: build
 	$(PY) -m benchmarks.run
 
 # Our CPU kernels beside what users run instead, all with the same threads. `pip install -e .[peers]` brings the peers; what is
-# not there is skipped, and the run says so. LAYERS=6 takes that many blocks of each tower: a quarter of the time.
+# not there is skipped, and the run says so. LAYERS=4 takes that many blocks of each tower: a sixth of the time.
 bench-peers: export OMP_NUM_THREADS := $(THREADS)
 bench-peers: build
 	$(PY) -m benchmarks.run quantized_linear towers --threads $(THREADS) $(if $(LAYERS),--set layers=$(LAYERS))

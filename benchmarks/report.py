@@ -25,6 +25,10 @@ check of their results. *Speed-up* is over the baseline: the median of the ratio
 and 80th percentile. *Memory* is the most a call held at once, its result included. Freed memory stays with the process,
 as with a server's allocator. *One call* is all that a provider had which takes long; one that takes very long is not
 called in cases with more work.
+
+`make bench-peers` runs `quantized_linear` and `towers`. Their peers come with `pip install -e .[peers]`; without them
+their rows are missing. Exported models are kept in `MADTP_CACHE`, so that a second run does not export again.
+`LAYERS=4` takes that many blocks of each tower, and `python -m benchmarks.run towers --set batch=4` other batches.
 """
 NO_BFLOAT16 = "This CPU has no bfloat16 instructions: what is called bfloat16 emulates them, or runs in float32.\n"
 

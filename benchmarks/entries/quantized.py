@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import madtp_kernels as mk
-from benchmarks.entry import Entry, Thunk, require
+from benchmarks.entry import Entry, Thunk, Unavailable, require
 from benchmarks.peers import dynamic_int8, onednn, torchao
 from madtp_kernels import QuantizedWeight, Sparse24Weight
 
@@ -34,25 +35,44 @@ CASES = [
 ERROR = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}  # relative, of all outputs together, by what multiplies
 
 
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer that all cases of its shape share, with what providers make of it ahead of time."""
+
+    dense: Tensor  # (N, C) float32, 2:4, so that all providers have the same to compute
+    bias: Tensor  # (N,) float32
+    prepared: dict[tuple, Any] = field(default_factory=dict)
+
+    def prepare(self, make: Callable[..., Any], dtype: torch.dtype, *arguments: Any) -> Any:
+        """make(weight, bias, *arguments) in this dtype, once for each."""
+        key = make, dtype, *arguments
+        if key not in self.prepared:
+            self.prepared[key] = make(self.dense.to(dtype), self.bias.to(dtype), *arguments)
+        return self.prepared[key]
+
+
+@functools.cache
+def _layer(in_features: int, out_features: int, device: torch.device, seed: int) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
+    bias = torch.randn(out_features, generator=generator)
+    return Layer((dense * mk.nm_mask(dense, 2, 4)).to(device), bias.to(device))
+
+
 @dataclass(frozen=True)
 class LinearInputs:
     x: Tensor  # (T, C)
-    dense: Tensor  # (N, C) float32, 2:4, so that all providers have the same to compute
-    bias: Tensor  # (N,) float32
+    layer: Layer
 
     @functools.cached_property
     def exact(self) -> Tensor:  # (T, N) float64
-        return F.linear(self.x.double(), self.dense.double(), self.bias.double())
+        return F.linear(self.x.double(), self.layer.dense.double(), self.layer.bias.double())
 
 
 def linear_inputs(case, device, seed) -> LinearInputs:
-    generator = torch.Generator().manual_seed(seed)
-    in_features, out_features = case["in_features"], case["out_features"]
-    dense = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
-    dense = (dense * mk.nm_mask(dense, 2, 4)).to(device)
-    bias = torch.randn(out_features, generator=generator).to(device)
-    x = torch.randn(case["tokens"], in_features, generator=generator).to(device, getattr(torch, case["dtype"]))
-    return LinearInputs(x, dense, bias)
+    layer = _layer(case["in_features"], case["out_features"], device, seed)
+    x = torch.randn(case["tokens"], case["in_features"], generator=torch.Generator().manual_seed(1000 + seed))
+    return LinearInputs(x.to(device, getattr(torch, case["dtype"])), layer)
 
 
 def in_dtype(product: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Thunk:
@@ -62,32 +82,35 @@ def in_dtype(product: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype)
     return lambda: product(x.to(dtype)).to(x.dtype)
 
 
-def torch_linear(dtype: torch.dtype):
+def dense(make: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]], dtype: torch.dtype | None):
+    """make: (weight, bias) -> a function of x, all of this dtype; None: that of x."""
+
     def prepare(i: LinearInputs) -> Thunk:
-        weight, bias = i.dense.to(dtype), i.bias.to(dtype)
-        return in_dtype(lambda x: F.linear(x, weight, bias), i.x, dtype)
+        if i.x.device.type != "cpu":
+            raise Unavailable("a peer on CPUs")
+        product_dtype = i.x.dtype if dtype is None else dtype
+        return in_dtype(i.layer.prepare(make, product_dtype), i.x, product_dtype)
 
     return prepare
 
 
-def packed_linear(dtype: torch.dtype):
-    return lambda i: in_dtype(onednn.linear(i.dense.to(dtype), i.bias.to(dtype)), i.x, dtype)
+def torch_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.linear(x, weight, bias)
 
 
-def int_mm(i: LinearInputs) -> Thunk:
-    return in_dtype(dynamic_int8.linear(i.dense, i.bias), i.x, torch.float32)
+def torchao_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    layer = nn.Linear(*weight.t().shape, device="meta")
+    layer.weight, layer.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+    return torchao.quantize_linears(nn.Sequential(layer))
 
 
-def torchao_linear(i: LinearInputs) -> Thunk:
-    layer = nn.Linear(*i.dense.t().shape, device="meta")
-    layer.weight, layer.bias = (nn.Parameter(t.to(i.x.dtype), requires_grad=False) for t in (i.dense, i.bias))
-    layer = torchao.quantize_linears(nn.Sequential(layer))
-    return lambda: layer(i.x)
+def pack(weight: Tensor, bias: Tensor, scheme: str) -> tuple[Sparse24Weight | QuantizedWeight, Tensor]:
+    return mk.sparse24_compress(weight) if scheme == "sparse24" else mk.quantize(weight, scheme), bias
 
 
-def ours(op: str, pack: Callable[[Tensor], Sparse24Weight | QuantizedWeight]):
+def ours(op: str, scheme: str):
     def prepare(i: LinearInputs) -> Thunk:
-        weight, bias = pack(i.dense.to(i.x.dtype)), i.bias.to(i.x.dtype)
+        weight, bias = i.layer.prepare(pack, i.x.dtype, scheme)
         require(op, i.x, weight, bias, backend="cpu")
         run = getattr(mk, op)
         weight.layout("cpu")
@@ -106,7 +129,7 @@ def check(i: LinearInputs, result: Tensor, provider: str) -> None:
 
 def least_bytes(case, i: LinearInputs) -> int:
     """x and y once, and the smallest weight among the providers': half of the values in int8, and two bits for each."""
-    return (i.x.numel() + i.x.shape[0] * i.dense.shape[0]) * i.x.element_size() + i.dense.numel() * 5 // 8
+    return (i.x.numel() + i.x.shape[0] * i.layer.dense.shape[0]) * i.x.element_size() + i.layer.dense.numel() * 5 // 8
 
 
 ENTRIES = (
@@ -117,20 +140,20 @@ ENTRIES = (
         cases=CASES,
         inputs=linear_inputs,
         providers={
-            "torch float32": torch_linear(torch.float32),
-            "torch bfloat16": torch_linear(torch.bfloat16),
-            "oneDNN float32, packed": packed_linear(torch.float32),
-            "oneDNN bfloat16, packed": packed_linear(torch.bfloat16),
-            "torch._int_mm, dynamic int8": int_mm,
-            "torchao, dynamic int8": torchao_linear,
-            "madtp cpu 2:4": ours("sparse24_linear", mk.sparse24_compress),
-            "madtp cpu int8": ours("quantized_linear", lambda dense: mk.quantize(dense, "int8")),
-            "madtp cpu 2:4 int8": ours("quantized_linear", lambda dense: mk.quantize(dense, "int8_24")),
+            "torch float32": dense(torch_linear, torch.float32),
+            "torch bfloat16": dense(torch_linear, torch.bfloat16),
+            "oneDNN float32, packed": dense(onednn.linear, torch.float32),
+            "oneDNN bfloat16, packed": dense(onednn.linear, torch.bfloat16),
+            "torch._int_mm, dynamic int8": dense(dynamic_int8.linear, torch.float32),
+            "torchao, dynamic int8": dense(torchao_linear, None),
+            "madtp cpu 2:4": ours("sparse24_linear", "sparse24"),
+            "madtp cpu int8": ours("quantized_linear", "int8"),
+            "madtp cpu 2:4 int8": ours("quantized_linear", "int8_24"),
         },
         baseline="torch float32",
         gate=check,
         bytes=least_bytes,
-        flops=lambda case, i: 2 * i.x.shape[0] * i.dense.numel(),
+        flops=lambda case, i: 2 * i.x.shape[0] * i.layer.dense.numel(),
         means=("in_features", "out_features"),
         seconds=0.6,
         packages=("torchao",),
