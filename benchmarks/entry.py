@@ -43,6 +43,7 @@ class Entry:
         parts: show also what share of its time each provider spends on which kind of operation.
         means: keys of the cases over which the document shows geometric means, instead of a table for each case.
         sets: how many inputs are drawn of a case.
+        rounds: how many turns each provider takes.
         seconds: that a provider may take for its turns in a case, but for the first 3 of them. One whose checked call
             takes longer has no turns, and that call is its row; one that takes `GIVE_UP` times as long is not called in
             the cases that come after, so cases with more work come last.
@@ -64,6 +65,7 @@ class Entry:
     parts: bool = False
     means: Sequence[str] = ()
     sets: int = 3
+    rounds: int = 15
     seconds: float = math.inf
     packages: Sequence[str] = ()
     memory: bool = True
@@ -85,13 +87,13 @@ def require(op: str, *args, **kwargs) -> None:
 
 def runnable(
     entry: Entry, inputs: Any, given_up: Mapping[str, str] = MappingProxyType({})
-) -> Iterator[tuple[str, Thunk | Unavailable]]:
-    """Each provider's name with its function, or with the reason why it has none here.
+) -> Iterator[tuple[str, Thunk | Exception]]:
+    """Each provider's name with its function, with the reason why it has none here, or with what went wrong.
 
     given_up: name of a provider -> why it is not asked.
     """
     for name, prepare in entry.providers.items():
         try:
             yield name, Unavailable(given_up[name]) if name in given_up else prepare(inputs)
-        except Unavailable as reason:
-            yield name, reason
+        except Exception as error:  # of a library, whose other versions may do other things
+            yield name, error

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -46,12 +48,16 @@ def run_case(
             rows.append({"provider": name, "unavailable": str(function)})
             continue
         try:
+            if isinstance(function, Exception):
+                raise function
             start = time.perf_counter()
             result = function()
             first[name] = time.perf_counter() - start
             entry.gate(inputs[0], result, name)
-        except AssertionError as error:
-            rows.append({"provider": name, "wrong": str(error).strip().splitlines()[0]})
+        except Exception as error:
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            rows.append({"provider": name, "wrong": f"{kind}{first_line}"})
             continue
         if first[name] > entry.seconds:
             single[name] = [first[name]]
@@ -139,7 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("entries", nargs="*", metavar="ENTRY", help=f"of {', '.join(known)}; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", default="1,2", help="thread counts to run with on a CPU (default 1,2)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns each provider takes (default 15)")
+    parser.add_argument("--rounds", type=int, help="turns each provider takes (default 15, of towers 5)")
+    parser.add_argument("--seconds", type=float, help="limit of these turns together, for entries that have one")
     parser.add_argument("--cases", type=int, help="only the first so many cases of each entry")
     parser.add_argument(
         *("--set", "-s"),
@@ -153,8 +160,10 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = sorted(set(options.entries) - set(known))
     if unknown:
         parser.error(f"ENTRY must be one of {', '.join(known)}, got {', '.join(unknown)}")
-    if options.rounds < 1:
+    if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds must be positive, got {options.seconds}")
     if options.device not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda, got {options.device!r}")
     device = torch.device(options.device)
@@ -175,13 +184,16 @@ def main(arguments: list[str] | None = None) -> None:
     wrong = []
     for name in options.entries or known:
         entry, blocks, reasons = known[name], [], {}
+        rounds = options.rounds or entry.rounds
+        if options.seconds is not None and math.isfinite(entry.seconds):
+            entry = dataclasses.replace(entry, seconds=options.seconds)
         cases = with_values(entry.cases[: options.cases], values)
         for count in threads:
             if count is not None:
                 torch.set_num_threads(count)
             given_up: dict[str, str] = {}
             for case in cases:
-                rows = run_case(entry, case, device, options.rounds, given_up)
+                rows = run_case(entry, case, device, rounds, given_up)
                 blocks.append({"case": dict(case), "threads": count, "rows": rows})
                 print_table(entry, blocks[-1])
                 reasons |= {row["provider"]: row["unavailable"] for row in rows if "unavailable" in row}
@@ -196,7 +208,8 @@ def main(arguments: list[str] | None = None) -> None:
             "means": list(entry.means),
             "packages": list(entry.packages),
             "machine": machine(device) | peer_versions(entry),
-            "rounds": options.rounds,
+            "rounds": rounds,
+            "seconds": entry.seconds if math.isfinite(entry.seconds) else None,
             "blocks": blocks,
         }
         (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

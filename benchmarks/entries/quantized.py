@@ -155,7 +155,7 @@ ENTRIES = (
         bytes=least_bytes,
         flops=lambda case, i: 2 * i.x.shape[0] * i.layer.dense.numel(),
         means=("in_features", "out_features"),
-        seconds=0.6,
+        seconds=0.5,
         packages=("torchao",),
         memory=False,
     ),

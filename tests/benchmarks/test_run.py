@@ -137,6 +137,17 @@ def test_a_long_call_is_the_only_one_and_a_very_long_one_the_last():
     assert "a call took 1 seconds in a case with less work" in rows["longest"]["unavailable"]
 
 
+@pytest.mark.parametrize("when", ["prepared", "called"])
+def test_a_provider_that_raises_is_wrong_and_the_others_are_timed(when):
+    def fail(x):
+        raise RuntimeError("no such operator\nat line 3")
+
+    failing = fail if when == "prepared" else lambda x: lambda: fail(x)
+    entry = dataclasses.replace(ENTRY, providers={"torch": ENTRY.providers["torch"], "other": failing})
+    rows = run.run_case(entry, {"size": 64}, CPU, 1)
+    assert rows[0]["turns"] == 1 and rows[1] == {"provider": "other", "wrong": "RuntimeError: no such operator"}
+
+
 def test_geometric_means_stand_for_the_cases_that_differ_in_one_key():
     def block(tokens, size, ours, slow=None):
         rows = [{"provider": "torch", "speedup": {"median": 1.0}}, {"provider": "ours", "speedup": {"median": ours}}]
@@ -203,6 +214,7 @@ def test_a_peer_that_is_not_installed_is_unavailable(tmp_path):
     [
         (["triple"], "ENTRY must be one of double, got triple"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--seconds", "0"], "--seconds must be positive, got 0.0"),
         (["--threads", "0"], "--threads must be positive numbers like 1,2, got '0'"),
         (["--threads", "two"], "--threads must be positive numbers like 1,2, got 'two'"),
         (["--set", "size"], "--set must be KEY=VALUE with a key of the cases, got 'size'"),
