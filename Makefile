@@ -27,6 +27,7 @@ $(READY): requirements.txt
 	touch $@
 endif
 WORKERS ?= 2 # processes of make test, where pytest-xdist is there; each runs on one thread unless a test says otherwise
+THREADS := $(or $(THREADS),$(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
 BUILD := $(CURDIR)/build/make
 export PATH := $(BIN):$(PATH)
 export MADTP_BUILD_DIR := $(BUILD)
@@ -39,7 +40,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-asan test-tsan test-emulated test-slow coverage-cuda test-package bench gpu lint types format build clean
+.PHONY: demo test test-asan test-tsan test-emulated test-slow coverage-cuda test-package bench bench-peers gpu lint types format build clean
 
 demo: build
 	$(MADTP) demo
@@ -95,6 +96,12 @@ test-package: build
 
 bench: build
 	$(PY) -m benchmarks.run
+
+# Our CPU kernels beside what users run instead, all with the same threads. `pip install -e .[peers]` brings the peers; what is
+# not there is skipped, and the run says so. LAYERS=4 takes that many blocks of each tower: a sixth of the time.
+bench-peers: export OMP_NUM_THREADS := $(THREADS)
+bench-peers: build
+	$(PY) -m benchmarks.run quantized_linear towers --threads $(THREADS) $(if $(LAYERS),--set layers=$(LAYERS))
 
 gpu: export MADTP_BUILD_TESTS := ON
 gpu: build

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ import madtp_kernels as mk
 
 Case = Mapping[str, Any]  # shape and knobs of one row of the table, JSON-serialisable
 Thunk = Callable[[], Any]
+
+GIVE_UP = 5  # times `Entry.seconds`
 
 
 class Unavailable(Exception):
@@ -37,6 +41,14 @@ class Entry:
         against: the key of the cases to plot time and memory against, if they differ in one number.
         grid: the provider whose speed-up is shown as a heat map, the first key of the cases across and the others down.
         parts: show also what share of its time each provider spends on which kind of operation.
+        means: keys of the cases over which the document shows geometric means, instead of a table for each case.
+        sets: how many inputs are drawn of a case.
+        rounds: how many turns each provider takes.
+        seconds: that a provider may take for its turns in a case, but for the first 3 of them. One whose checked call
+            takes longer has no turns, and that call is its row; one that takes `GIVE_UP` times as long is not called in
+            the cases that come after, so cases with more work come last.
+        packages: that providers may need beside ours, whose versions go into the results.
+        memory: measure what a call holds, which is seen of torch alone.
     """
 
     name: str
@@ -51,6 +63,12 @@ class Entry:
     against: str | None = None
     grid: str | None = None
     parts: bool = False
+    means: Sequence[str] = ()
+    sets: int = 3
+    rounds: int = 15
+    seconds: float = math.inf
+    packages: Sequence[str] = ()
+    memory: bool = True
 
     def __post_init__(self):
         if self.baseline not in self.providers:
@@ -67,10 +85,15 @@ def require(op: str, *args, **kwargs) -> None:
         raise Unavailable("triton's interpreter computes bfloat16 wrongly")
 
 
-def runnable(entry: Entry, inputs: Any) -> Iterator[tuple[str, Thunk | Unavailable]]:
-    """Each provider's name with its function, or with the reason why it has none here."""
+def runnable(
+    entry: Entry, inputs: Any, given_up: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[str, Thunk | Exception]]:
+    """Each provider's name with its function, with the reason why it has none here, or with what went wrong.
+
+    given_up: name of a provider -> why it is not asked.
+    """
     for name, prepare in entry.providers.items():
         try:
-            yield name, prepare(inputs)
-        except Unavailable as reason:
-            yield name, reason
+            yield name, Unavailable(given_up[name]) if name in given_up else prepare(inputs)
+        except Exception as error:  # of a library, whose other versions may do other things
+            yield name, error

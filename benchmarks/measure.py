@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import random
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from benchmarks.entry import Thunk
 
 L2_FLUSH_BYTES = 256 << 20
+MIN_TURNS = 3
 
 
 class Spread(NamedTuple):
@@ -41,9 +43,17 @@ def keep_freed_memory() -> None:
 
 
 def take_turns(
-    functions: Mapping[str, Sequence[Thunk]], device: torch.device, rounds: int, warmup: int = 2
+    functions: Mapping[str, Sequence[Thunk]],
+    device: torch.device,
+    rounds: int,
+    warmup: int = 2,
+    limit: float = math.inf,
+    warm: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Seconds of every call, by name: in each round every function runs once, on the next of its input sets.
+
+    limit: seconds after which a function takes no more turns, but for the first `MIN_TURNS`. warm: names of those that
+    need no warm-up.
 
     Turns make a drift of the machine's speed hit all alike, and give pairs to take ratios of. Each round has another
     order, as a function finds in the caches what the one before it left there.
@@ -54,10 +64,22 @@ def take_turns(
     for turn in range(-warmup, rounds):
         for name in shuffled.sample(list(functions), len(functions)):
             sets = functions[name]
+            if turn < 0 and name in warm:
+                continue
+            if len(seconds[name]) >= MIN_TURNS and sum(seconds[name]) > limit:
+                continue
             elapsed = timer(sets[turn % len(sets)])
             if turn >= 0:
                 seconds[name].append(elapsed)
     return seconds
+
+
+def ratios(baseline: Sequence[float], own: Sequence[float]) -> list[float]:
+    """How many times as fast as the baseline, turn by turn. A single call is held against the other's median."""
+    if 1 in (len(baseline), len(own)):
+        median = statistics.median(baseline)
+        return [median / seconds for seconds in own]
+    return [theirs / seconds for theirs, seconds in zip(baseline, own, strict=False)]
 
 
 def _cpu_timer(function: Thunk) -> float:

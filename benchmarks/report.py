@@ -7,6 +7,8 @@ Times of a CPU are shown as ratios only: its absolute times say more of the mach
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -17,11 +19,18 @@ from benchmarks.plot import grid, heat_map, plot
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HEADER = """# Benchmarks
 
-Made by `make bench` from the files in `benchmarks/results/`; slower rows included. In each table all providers did
-the same work, in turns in one process, on data that no cache holds, after a check of their results. *Speed-up* is over
-the baseline: the median of the ratios of neighbouring runs, and their 20th and 80th percentile. *Memory* is the most a
-call held at once, its result included. Freed memory stays with the process, as with a server's allocator.
+Made by `make bench` and `make bench-peers` from the files in `benchmarks/results/`; slower rows included. In each table
+all providers did the same work with the same threads, in turns in one process, on data that no cache holds, after a
+check of their results. *Speed-up* is over the baseline: the median of the ratios of neighbouring runs, and their 20th
+and 80th percentile. *Memory* is the most a call held at once, its result included. Freed memory stays with the process,
+as with a server's allocator. *One call* is all that a provider had which takes long; one that takes very long is not
+called in cases with more work.
+
+`make bench-peers` runs `quantized_linear` and `towers`. Their peers come with `pip install -e .[peers]`; without them
+their rows are missing. Exported models are kept in `MADTP_CACHE`, so that a second run does not export again.
+`LAYERS=4` takes that many blocks of each tower, and `python -m benchmarks.run towers --set batch=4` other batches.
 """
+NO_BFLOAT16 = "This CPU has no bfloat16 instructions: what is called bfloat16 emulates them, or runs in float32.\n"
 
 
 def title(block: dict) -> str:
@@ -39,7 +48,9 @@ def columns(row: dict, baseline: str, device_is_cpu: bool) -> tuple[str, ...] | 
     ratio, spread = (
         ("", "") if speedup is None else (f"{speedup['median']:.2f}x", f"{speedup['p20']:.2f}-{speedup['p80']:.2f}")
     )
-    cells = (name, ratio, spread, f"{row['peak_bytes'] / 2**20:.1f} MiB")
+    if row.get("turns") == 0:
+        spread = "one call"
+    cells = (name, ratio, spread, f"{row['peak_bytes'] / 2**20:.1f} MiB" if "peak_bytes" in row else "")
     return cells if device_is_cpu else (*cells, f"{row['seconds']['median'] * 1e6:.1f} us")
 
 
@@ -54,6 +65,62 @@ def print_table(entry, block: dict) -> None:
         if (cells := columns(row, entry.baseline, on_cpu)) is not None:
             table.add_row(*cells)
     Console().print(table)
+
+
+def print_unavailable(entry: str, reasons: Mapping[str, str]) -> None:
+    for provider, reason in reasons.items():
+        print(f"{entry}: {provider} did not run: {reason}")
+
+
+def mean_tables(result: dict) -> str:
+    """Geometric means over the cases that agree but for `means`, with the least and the largest speed-up among them.
+
+    A table for each thread count and for each value of the keys that are left, the first of them across.
+    """
+    first, *rest = (key for key in result["blocks"][0]["case"] if key not in result["means"])
+    tables: dict[str, dict[str, dict]] = {}  # title -> provider -> column -> speed-ups
+    for block in result["blocks"]:
+        case = block["case"]
+        named = title({"case": {key: case[key] for key in rest}, "threads": block["threads"]})
+        table = tables.setdefault(named, {})
+        for row in block["rows"]:
+            cell = table.setdefault(row["provider"], {}).setdefault(case[first], [])
+            cell.append(row["speedup"]["median"] if "speedup" in row else None)
+    parts = []
+    for name, table in tables.items():
+        across = list(next(iter(table.values())))
+        lines = [f"| {first} | {' | '.join(map(str, across))} |", "|---" * (1 + len(across)) + "|"]
+        for provider, cells in table.items():
+            if any(speedup for cell in cells.values() for speedup in cell):
+                label = provider + (" (baseline)" if provider == result["baseline"] else "")
+                lines.append(f"| {label} | {' | '.join(_mean(cells.get(column, [])) for column in across)} |")
+        parts.append(f"**{name}**\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _mean(cell: list[float | None]) -> str:
+    speedups = [speedup for speedup in cell if speedup is not None]
+    if not speedups:
+        return "not called"
+    mean = math.exp(sum(map(math.log, speedups)) / len(speedups))
+    part = "" if len(speedups) == len(cell) else f" in {len(speedups)} of {len(cell)}"
+    return f"{mean:.2f}x ({min(speedups):.2f}-{max(speedups):.2f}){part}"
+
+
+def reasons(result: dict) -> str:
+    """Which providers did not run in some or all of the cases, and why."""
+    found: dict[str, str] = {}
+    for block in result["blocks"]:
+        found |= {row["provider"]: row["unavailable"] for row in block["rows"] if "unavailable" in row}
+    return "".join(f"* {provider}: {reason}.\n" for provider, reason in found.items())
+
+
+def machine_name(about: dict, on_cpu: bool) -> str:
+    if not on_cpu:
+        return about["device"]
+    if "cores" not in about:
+        return f"CPU, {about['cpu_isa']}"
+    return f"CPU, {about['cpu_isa']}: {about['device']}, {about['cores']} cores"
 
 
 def grid_table(result: dict, threads: int | None) -> str:
@@ -85,8 +152,17 @@ def write_document(results: Path, document: Path = DOCUMENT) -> None:
             continue
         about = result["machine"]
         on_cpu = result["blocks"][0]["threads"] is not None
-        where = f"CPU, {about['cpu_isa']}" if on_cpu else about["device"]
-        parts.append(f"## {result['entry']} ({where})\n\n{result['summary'].capitalize()}; torch {about['torch']}.\n")
+        parts.append(f"## {result['entry']} ({machine_name(about, on_cpu)})\n")
+        parts.append(f"{result['summary'][:1].upper()}{result['summary'][1:]}; torch {about['torch']}.\n")
+        if len(peers := [f"{name} {about[name]}" for name in result.get("packages", ()) if name in about]):
+            parts.append(f"Beside it: {', '.join(peers)}.\n")
+        if about.get("cpu_bfloat16") is False:
+            parts.append(NO_BFLOAT16)
+        if result.get("packages") and (missing := reasons(result)):
+            parts.append(f"Not called, everywhere or in cases with more work:\n\n{missing}")
+        if result.get("means"):
+            parts.append(mean_tables(result))
+            continue
         picture = document.with_name(f"benchmark-{path.parent.name}-{result['entry']}.png")
         if result.get("grid") is not None:
             heat_map(result, picture)

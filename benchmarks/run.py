@@ -7,66 +7,130 @@ A provider whose result is wrong is not timed and makes the exit code 1: no spee
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
 import json
+import math
+import os
 import platform
+import re
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.entry import Case, Entry, Unavailable, runnable
-from benchmarks.measure import Spread, keep_freed_memory, peak_bytes, take_turns
+from benchmarks.entry import GIVE_UP, Case, Entry, Unavailable, runnable
+from benchmarks.measure import Spread, keep_freed_memory, peak_bytes, ratios, take_turns
 from benchmarks.parts import shares
 from benchmarks.registry import entries
-from benchmarks.report import print_table, write_document
+from benchmarks.report import print_table, print_unavailable, write_document
 from madtp_kernels.env import environment
 
 RESULTS = Path(__file__).parent / "results"
-SETS = 3  # of inputs
+LONG_CALL = 0.2  # seconds; needs no warm-up but the call that was checked
 
 
-def run_case(entry: Entry, case: Case, device: torch.device, rounds: int) -> list[dict]:
-    """One row per provider: medians and percentiles in seconds, `speedup` over the baseline (median of the pairs)."""
-    inputs = [entry.inputs(case, device, seed) for seed in range(SETS)]
-    functions, rows = {}, []
-    for name, function in runnable(entry, inputs[0]):
+def run_case(
+    entry: Entry, case: Case, device: torch.device, rounds: int, given_up: dict[str, str] | None = None
+) -> list[dict]:
+    """One row per provider: medians and percentiles in seconds, `speedup` over the baseline (median of the pairs).
+
+    given_up: name of a provider -> why it is not called any more; what is too slow in this case is added.
+    """
+    given_up = {} if given_up is None else given_up
+    inputs = [entry.inputs(case, device, seed) for seed in range(entry.sets)]
+    functions, rows, first, single = {}, [], {}, {}
+    for name, function in runnable(entry, inputs[0], dict(given_up)):
         if isinstance(function, Unavailable):
             rows.append({"provider": name, "unavailable": str(function)})
             continue
         try:
-            entry.gate(inputs[0], function(), name)
-        except AssertionError as error:
-            rows.append({"provider": name, "wrong": str(error).strip().splitlines()[0]})
+            if isinstance(function, Exception):
+                raise function
+            start = time.perf_counter()
+            result = function()
+            first[name] = time.perf_counter() - start
+            entry.gate(inputs[0], result, name)
+        except Exception as error:
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            rows.append({"provider": name, "wrong": f"{kind}{first_line}"})
             continue
-        functions[name] = [function, *(entry.providers[name](each) for each in inputs[1:])]
-    seconds = take_turns(functions, device, rounds)
+        if first[name] > entry.seconds:
+            single[name] = [first[name]]
+            if first[name] > GIVE_UP * entry.seconds:
+                given_up[name] = f"a call took {first[name]:.0f} seconds in a case with less work"
+        else:
+            functions[name] = [function, *(entry.providers[name](each) for each in inputs[1:])]
+    warm = [name for name in functions if first[name] > LONG_CALL]
+    seconds = take_turns(functions, device, rounds, limit=entry.seconds, warm=warm) | single
     moved, flops = entry.bytes(case, inputs[0]), entry.flops(case, inputs[0])
     baseline = seconds.get(entry.baseline)
     for name, values in seconds.items():
         spread = Spread.of(values)
-        row = {"provider": name, "seconds": spread._asdict(), "gb_per_second": moved / spread.median / 1e9}
+        row = {"provider": name, "seconds": spread._asdict(), "turns": len(values) if name in functions else 0}
+        row["gb_per_second"] = moved / spread.median / 1e9
         if flops:
             row["gflop_per_second"] = flops / spread.median / 1e9
         if baseline:
-            ratios = [theirs / own for theirs, own in zip(baseline, values, strict=True)]
-            row["speedup"] = Spread.of(ratios)._asdict()
-        row["peak_bytes"] = peak_bytes(functions[name][0], device)
-        if entry.parts:
+            row["speedup"] = Spread.of(ratios(baseline, values))._asdict()
+        if entry.memory and name in functions:
+            row["peak_bytes"] = peak_bytes(functions[name][0], device)
+        if entry.parts and name in functions:
             row["parts"] = shares(functions[name][0], device)
         rows.append(row)
     order = list(entry.providers)
     return sorted(rows, key=lambda row: order.index(row["provider"]))
 
 
+def cpu_name() -> str:
+    """Vendor's name of the CPU, with the numbers of its family and model where Linux knows them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\t*: (.+)$", text.partition("\n\n")[0], re.MULTILINE))
+    if len(found) < 3:
+        return platform.processor() or platform.machine()
+    return f"{found['model name']}, family {found['cpu family']}, model {found['model']}"
+
+
+def has_bfloat16() -> bool | None:
+    """Whether the CPU has instructions for bfloat16 that oneDNN in torch uses; None where torch does not say."""
+    try:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):
+        return None
+
+
 def machine(device: torch.device) -> dict:
     found = environment()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cores": os.cpu_count(),
         "cpu_isa": found["cpu_isa"],
+        "cpu_bfloat16": has_bfloat16(),
         "python": found["python"],
         **{package: found[package] for package in ("madtp_kernels", "torch", "triton")},
     }
+
+
+def peer_versions(entry: Entry) -> dict[str, str]:
+    """Of the packages that the providers of an entry may need, those that are installed."""
+    versions = {}
+    for package in entry.packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def with_values(cases: Sequence[Case], values: Mapping[str, int | str]) -> list[Case]:
+    """The cases with these values for the keys they have, each once."""
+    changed = [{key: values.get(key, value) for key, value in case.items()} for case in cases]
+    return [case for i, case in enumerate(changed) if case not in changed[:i]]
 
 
 def results_dir(device: torch.device) -> Path:
@@ -81,21 +145,37 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("entries", nargs="*", metavar="ENTRY", help=f"of {', '.join(known)}; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", default="1,2", help="thread counts to run with on a CPU (default 1,2)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns each provider takes (default 15)")
+    parser.add_argument("--rounds", type=int, help="turns each provider takes (default 15, of towers 5)")
+    parser.add_argument("--seconds", type=float, help="limit of these turns together, for entries that have one")
     parser.add_argument("--cases", type=int, help="only the first so many cases of each entry")
+    parser.add_argument(
+        *("--set", "-s"),
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a value of every case that has the key, such as batch=4",
+    )
     parser.add_argument("--out", type=Path, help="results folder; benchmarks/results/DEVICE by default")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.entries) - set(known))
     if unknown:
         parser.error(f"ENTRY must be one of {', '.join(known)}, got {', '.join(unknown)}")
-    if options.rounds < 1:
+    if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds must be positive, got {options.seconds}")
     if options.device not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda, got {options.device!r}")
     device = torch.device(options.device)
     counts = options.threads.split(",")
     if not all(count.isdecimal() and int(count) > 0 for count in counts):
         parser.error(f"--threads must be positive numbers like 1,2, got {options.threads!r}")
+    values = {}
+    for text in options.set:
+        key, equals, value = text.partition("=")
+        if not equals or not any(key in case for name in options.entries or known for case in known[name].cases):
+            parser.error(f"--set must be KEY=VALUE with a key of the cases, got {text!r}")
+        values[key] = int(value) if value.isdecimal() else value
     output = options.out or results_dir(device)
     output.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
@@ -103,23 +183,33 @@ def main(arguments: list[str] | None = None) -> None:
     threads = [int(count) for count in counts] if device.type == "cpu" else [None]
     wrong = []
     for name in options.entries or known:
-        entry, blocks = known[name], []
+        entry, blocks, reasons = known[name], [], {}
+        rounds = options.rounds or entry.rounds
+        if options.seconds is not None and math.isfinite(entry.seconds):
+            entry = dataclasses.replace(entry, seconds=options.seconds)
+        cases = with_values(entry.cases[: options.cases], values)
         for count in threads:
             if count is not None:
                 torch.set_num_threads(count)
-            for case in entry.cases[: options.cases]:
-                rows = run_case(entry, case, device, options.rounds)
+            given_up: dict[str, str] = {}
+            for case in cases:
+                rows = run_case(entry, case, device, rounds, given_up)
                 blocks.append({"case": dict(case), "threads": count, "rows": rows})
                 print_table(entry, blocks[-1])
+                reasons |= {row["provider"]: row["unavailable"] for row in rows if "unavailable" in row}
                 wrong += [f"{name}: {row['provider']}: {row['wrong']}" for row in rows if "wrong" in row]
+        print_unavailable(name, reasons)
         result = {
             "entry": name,
             "summary": entry.summary,
             "baseline": entry.baseline,
             "against": entry.against,
             "grid": entry.grid,
-            "machine": machine(device),
-            "rounds": options.rounds,
+            "means": list(entry.means),
+            "packages": list(entry.packages),
+            "machine": machine(device) | peer_versions(entry),
+            "rounds": rounds,
+            "seconds": entry.seconds if math.isfinite(entry.seconds) else None,
             "blocks": blocks,
         }
         (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
