@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from ragged_cases import LENGTHS, SUMMARIES, cu_seqlens_of, scores
-from triton_cases import DEVICE, DTYPES, MARKS, ON_GPU, wild_integers, within_twice
+from triton_cases import DEVICE, DTYPES, MARKS, ON_GPU, wild_integers, with_slow, within_twice
 
 import madtp_kernels as mk
 import madtp_kernels.triton
@@ -177,7 +177,7 @@ WIDTHS = [1, 3, 17, 64, 129]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [*WIDTHS, 1100, 4100])
+@pytest.mark.parametrize("channels", with_slow([*WIDTHS, 1100], [4100]))
 def test_gathers_within_twice_the_reference_error(dtype, channels):
     lengths = [63, 1, 0, 111, 5] if channels in WIDTHS or ON_GPU else [1, 0, 19]
     selection = selection_of(lengths, capacity="upper_bound" if channels == 17 else "exact")

@@ -12,6 +12,12 @@ BFLOAT16 = pytest.param(
 )
 DTYPES = [torch.float32, torch.float16, BFLOAT16]
 
+
+def with_slow(quick, slow):
+    """Values of a parameter, of which `slow` wait for `make test-slow` where there is only the interpreter."""
+    return [*quick, *(pytest.param(value, marks=[] if ON_GPU else pytest.mark.slow) for value in slow)]
+
+
 MARKS = [
     pytest.mark.usefixtures("guarded_outputs"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy, on NaN and inf of masked lanes

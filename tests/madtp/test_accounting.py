@@ -239,6 +239,11 @@ class Positional(nn.Module):
         return self.model(**dict(zip(self.names, values, strict=True)))[self.output]
 
 
+def clip_of_two_layers():
+    layers = {"num_hidden_layers": 2}
+    return hf.CLIPModel(hf.CLIPConfig(text_config=layers, vision_config=layers, attn_implementation="eager"))
+
+
 def blip_base():
     vision, text = {"image_size": 384}, {"encoder_hidden_size": 768}
     return hf.BlipForImageTextRetrieval(hf.BlipConfig(vision_config=vision, text_config=text))
@@ -247,7 +252,7 @@ def blip_base():
 @pytest.mark.parametrize(
     ("build", "size", "output"),
     [
-        (lambda: hf.CLIPModel(hf.CLIPConfig(attn_implementation="eager")), 224, "logits_per_image"),
+        (clip_of_two_layers, 224, "logits_per_image"),
         pytest.param(blip_base, 384, "itm_score", marks=pytest.mark.slow),
     ],
     ids=["CLIP", "BLIP-base"],

@@ -247,7 +247,7 @@ PROPERTIES = {
     "training": Column(trains),
     "gradient checkpointing": Column(checkpoints_gradients, _checkpoints),
     "autocast bfloat16": Column(runs_under_autocast),
-    "torch.compile": Column(compiles, quick=("CLIPModel",)),
+    "torch.compile": Column(compiles, quick=("Dinov2Model",)),
     "DDP": Column(trains_under_ddp),
     "generate, with beams": Column(generates, _generates),
 }

@@ -90,7 +90,7 @@ print(ALL_ATTENTION_FUNCTIONS["madtp"] is attention_forward)
     "imports",
     [
         "import madtp, transformers",
-        "import transformers.modeling_utils, madtp",
+        pytest.param("import transformers.modeling_utils, madtp", marks=pytest.mark.slow),
         "import madtp; from transformers import CLIPModel; import transformers; from madtp.models import FAMILIES",
     ],
 )

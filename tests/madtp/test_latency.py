@@ -70,6 +70,7 @@ def test_a_plan_for_time_predicts_it_and_says_so(machine, data, tmp_path):
         madtp.allocate(tiny_blip(), Task(), data, dataclasses.replace(LATENCY, latency_reduction=0.95))
 
 
+@pytest.mark.slow
 def test_the_front_is_of_times_where_the_config_asks_for_time(machine, data):
     plans = madtp.pareto(tiny_blip(), Task(), data, LATENCY, reductions=(0.2, 0.3, 0.999))
     assert [plan.latency_reduction for plan in plans] == [0.2, 0.3]

@@ -43,6 +43,7 @@ def test_accuracy_is_counted(data, tokenizer, model):
     assert handle.tokens_per_layer["vision"][-1] < 17
 
 
+@pytest.mark.slow
 def test_it_can_be_learned(few_emoji, tokenizer, model):
     data = EmojiPairs("train", tokenizer, 32, pairs=48, source=few_emoji)
     task = NlvrTask(tokenizer)
