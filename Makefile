@@ -73,13 +73,13 @@ test-tsan: $(READY)
 	cmake --build build/tsan --target cpu_tests
 	TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" ctest --test-dir build/tsan --output-on-failure -R '^[a-z0-9_]*_test\.'
 
-# The tests of AVX-512 on an emulated CPU that has it; with VNNI or bfloat16 only those of the op that uses it. What the
-# emulated CPU lacks is skipped.
+# The tests of AVX-512 on an emulated CPU that has it; with VNNI or bfloat16 only those of the ops that use it. What
+# the emulated CPU lacks is skipped.
 test-emulated: $(READY)
 	cmake -S . -B build/emulated -G Ninja -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON -DMADTP_CUDA=OFF \
 	  -DMADTP_BUILD_TESTS=ON -DMADTP_TEST_LAUNCHER=$(CURDIR)/csrc/tests/emulated/run.sh
 	cmake --build build/emulated --target cpu_tests
-	ctest --test-dir build/emulated --output-on-failure -j $(strip $(WORKERS)) -R '_test\.avx512$$|quantized_.*\.avx512_vnni|sparse24_.*\.avx512_bf16'
+	ctest --test-dir build/emulated --output-on-failure -j $(strip $(WORKERS)) -R '_test\.avx512$$|quantized_.*\.avx512_vnni|(attention|sparse24)_.*\.avx512_bf16'
 
 coverage-cuda: $(READY)
 	cmake -S . -B build/coverage -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 --coverage" -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # csrc/cpu/kernels is compiled once per instruction set, with MADTP_ISA naming its namespace; for avx512_vnni, AVX-512 with
-# dot products and permutations of bytes, and avx512_bf16, the same with dot products of bfloat16, only the files of the
-# op that uses these. Off x86-64 only the portable baseline is left.
+# dot products and permutations of bytes, and avx512_bf16, the same with dot products of bfloat16, only the files that
+# use these. Off x86-64 only the portable baseline is left.
 # -> MADTP_HAS_AVX2, MADTP_HAS_AVX512, MADTP_HAS_AVX512_VNNI, MADTP_HAS_AVX512_BF16
 include(CheckCXXCompilerFlag)
 include(CheckCXXSourceCompiles)
@@ -33,7 +33,7 @@ function(madtp_add_isa_kernels library)
       if(isa STREQUAL "avx512_vnni")
         list(FILTER sources INCLUDE REGEX "/quantized_[a-z]+\\.cpp$")
       elseif(isa STREQUAL "avx512_bf16")
-        list(FILTER sources INCLUDE REGEX "/sparse24_[a-z]+\\.cpp$")
+        list(FILTER sources INCLUDE REGEX "/(attention|sparse24_[a-z]+)\\.cpp$")
       endif()
       add_library(madtp_${isa} OBJECT ${sources})
       madtp_compile(madtp_${isa})

@@ -8,6 +8,7 @@
 
 #define MADTP_ISA baseline
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/attention_backward.h"
 #include "cpu/kernels/quantized.h"
 #include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"
@@ -16,6 +17,7 @@
 #if MADTP_HAS_AVX2
 #define MADTP_ISA avx2
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/attention_backward.h"
 #include "cpu/kernels/quantized.h"
 #include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"
@@ -25,6 +27,7 @@
 #if MADTP_HAS_AVX512
 #define MADTP_ISA avx512
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/attention_backward.h"
 #include "cpu/kernels/quantized.h"
 #include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"
@@ -45,6 +48,7 @@ namespace madtp::cpu::avx512_bf16 {
 using namespace avx512_vnni;
 }
 #define MADTP_ISA avx512_bf16
+#include "cpu/kernels/attention.h"
 #include "cpu/kernels/sparse24.h"
 #undef MADTP_ISA
 #endif

@@ -160,9 +160,13 @@ def test_cpu_within_twice_the_reference_error(dtype, causal, dim):
         return (result[0], *result[1]) if return_stats else result
 
     exact = attend(qkv.double(), "reference")
+    # With dot products of bfloat16, P enters the second product in that dtype: a rounding is allowed beside the rule.
+    native = pytest.importorskip("madtp_kernels._C")
+    floor = torch.finfo(dtype).eps / 2 if dtype is torch.bfloat16 and native.cpu.isa() == "avx512_bf16" else 0
     for got, want, limit in zip(attend(qkv, "cpu"), exact, attend(qkv, "reference"), strict=True):
         assert got.dtype == limit.dtype
-        assert (got.double() - want).abs().max() <= 2 * (limit.double() - want).abs().max() + 1e-6
+        allowed = 2 * (limit.double() - want).abs().max() + 1e-6 + floor * want.abs().max()
+        assert (got.double() - want).abs().max() <= allowed
     assert torch.equal(attend(qkv, "cpu", return_stats=False), attend(qkv, "cpu")[0])
 
 

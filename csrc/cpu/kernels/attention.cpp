@@ -27,6 +27,7 @@ struct Workspace {
   float* keys;    // panels of one head
   float* values;  // panels of one head
   float* scores;  // panels of one block
+  float* pairs;   // the same, rounded to cells of bfloat16
   float* maxima;  // panels of every block of a task
   float* queries;
   float* out;
@@ -35,6 +36,8 @@ struct Workspace {
 template <typename T>
 class Attention {
  public:
+  using Operand = typename OperandOf<T>::Type;
+
   Attention(const AttentionInputs& inputs, void* out, float* lse, bool statistics, const Results& results)
       : a_(inputs), out_(static_cast<T*>(out)), lse_(lse), statistics_(statistics), results_(results) {}
 
@@ -46,9 +49,13 @@ class Attention {
     const std::int64_t end = last * kBlocksPerChunk < blocks.number ? last * kBlocksPerChunk : blocks.number;
     const std::int64_t first_row = blocks.begin(begin);
     for (std::int64_t h = 0; h < a_.heads; ++h) {
-      const std::int64_t seen = a_.causal ? blocks.begin(end) : s.keys;
-      pack_keys(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], seen, a_.head_dim, w.keys);
-      pack_values(head_row<T>(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], seen, a_.head_dim, w.values);
+      // Whole cells, so that what they hold does not depend on the task.
+      std::int64_t seen = a_.causal ? cells_across<Operand>(blocks.begin(end)) * Operand::kTerms : s.keys;
+      if (seen > s.keys) seen = s.keys;
+      pack_keys<Operand>(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], seen, a_.head_dim,
+                         w.keys);
+      pack_values<Operand>(head_row<T>(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], seen, a_.head_dim,
+                           w.values);
       for (std::int64_t block = begin; block < end; ++block) {
         const std::int64_t i = blocks.begin(block), rows = blocks.begin(block + 1) - i;
         QueryBlock task;
@@ -86,14 +93,14 @@ class Attention {
   void attend_block(const Sequence& s, std::int64_t h, std::int64_t i, std::int64_t rows,
                     std::int64_t value_rows, float* maxima, const Workspace& w, QueryBlock& block) const {
     const std::int64_t dim = a_.head_dim;
-    load_queries<T>(a_, s.query + i, rows, h, w.queries);
+    load_queries<Operand, T>(a_, s.query + i, rows, h, w.queries);
     T* const out = out_ + ((s.query + i) * a_.heads + h) * dim;
     const bool direct = sizeof(T) == sizeof(float);
     float norms[kRowLanes], inverse[kRowLanes];
     block.queries = w.queries;
     block.keys = w.keys;
     block.values = w.values;
-    block.value_rows = value_rows;
+    block.value_rows = cells_across<Operand>(value_rows);
     block.key_count = a_.causal ? i + rows : s.keys;
     block.head_dim = dim;
     block.first_limit = a_.causal ? i + 1 : s.keys;
@@ -105,8 +112,10 @@ class Attention {
     block.first_head = h == 0;
     block.norms = norms;
     block.inverse = inverse;
+    block.pairs = w.pairs;
+    block.scale = score_scale(a_);
     block.lse = lse_ == nullptr ? nullptr : lse_ + h * a_.tokens_q + s.query + i;
-    attend_function(rows, statistics_)(block);
+    attend_function<Operand>(rows, statistics_)(block);
     if (!direct)
       for (std::int64_t r = 0; r < rows; ++r)
         for (std::int64_t d = 0; d < dim; d += kWidth)
@@ -164,11 +173,13 @@ struct Plan {
   const AttentionInputs& a;
   const bool statistics;
   int threads;
+  std::int64_t terms = 1;  // elements of a cell
   std::int64_t longest_key = 0, task_rows = 0, tasks_of_sequence = 1;
   std::int64_t column_sums = 0;  // floats of a sequence
 
   Plan(const AttentionInputs& inputs, bool with_statistics, int max_threads)
       : a(inputs), statistics(with_statistics), threads(max_threads) {
+    with_type(a.dtype, [&](auto element) { terms = OperandOf<decltype(element)>::Type::kTerms; });
     std::int64_t longest_query = 0;
     for (std::int64_t b = 0; b < a.batch; ++b) {
       const Sequence s(a, b);
@@ -199,10 +210,14 @@ struct Plan {
 
   // The scratch of one thread.
   Workspace workspace(Arena& arena) const {
-    const std::int64_t keys = padded(longest_key);
-    return {arena.take({keys, a.head_dim}),           arena.take({keys, padded(a.head_dim)}),
-            arena.take({keys, kMaxBlockRows}),        arena.take({statistics ? keys : 0, task_rows}),
-            arena.take({kMaxBlockRows, kMaxHeadDim}), arena.take({kMaxBlockRows, a.head_dim})};
+    const std::int64_t keys = padded(longest_key), cells = keys / terms;
+    return {arena.take({cells, a.head_dim}),
+            arena.take({cells, padded(a.head_dim)}),
+            arena.take({keys, kMaxBlockRows}),
+            arena.take({terms > 1 ? cells : 0, kMaxBlockRows}),
+            arena.take({statistics ? keys : 0, task_rows}),
+            arena.take({kMaxBlockRows, kMaxHeadDim}),
+            arena.take({kMaxBlockRows, a.head_dim})};
   }
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attention kernels of one instruction set: included once per set, with MADTP_ISA naming it, so there is
+// The attention kernel of one instruction set: included once per set, with MADTP_ISA naming it, so there is
 // no include guard. The contract is that of madtp/attention.h; arguments have been checked.
 
 #include "madtp/attention.h"
@@ -10,10 +10,5 @@ Status varlen_attention(const AttentionInputs& inputs, void* out, float* lse, fl
                         float* received_attention, void* workspace, int threads);
 Status varlen_attention_workspace(const AttentionInputs& inputs, bool statistics, int threads,
                                   std::int64_t* bytes);
-
-Status varlen_attention_backward(const AttentionInputs& inputs, const AttentionGradients& gradients,
-                                 void* workspace, int threads);
-Status varlen_attention_backward_workspace(const AttentionInputs& inputs, bool statistics, int threads,
-                                           std::int64_t* bytes);
 
 }  // namespace madtp::cpu::MADTP_ISA

@@ -5,9 +5,10 @@
 // rows, which head reaches the maximum of each pair; slabs bound the memory that takes. Every sum runs in an
 // order that depends on the sequence alone.
 
+#include "cpu/kernels/attention_backward.h"
+
 #include <cmath>
 
-#include "cpu/kernels/attention.h"
 #include "cpu/kernels/attention_backward_block.h"
 #include "cpu/kernels/dtype.h"
 
@@ -87,12 +88,13 @@ class AttentionBackward {
                  const Workspace& w) const {
     const Range r(s, a_, first, last);
     for (std::int64_t h = 0; h < a_.heads; ++h) {
-      pack_keys(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, a_.head_dim, w.keys);
+      pack_keys<Floats>(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, a_.head_dim,
+                        w.keys);
       for (std::int64_t block = r.begin; block < r.end; ++block) {
         const std::int64_t i = r.blocks.begin(block), rows = r.blocks.begin(block + 1) - i;
         const std::int64_t at = (i - r.first_row) * padded(s.keys);
         GradientBlock task = block_of(s, h, i, rows, w);
-        load_queries<T>(a_, s.query + i, rows, h, w.queries);
+        load_queries<Floats, T>(a_, s.query + i, rows, h, w.queries);
         gradient_functions(rows, true).recompute(task);
         const std::int64_t count = task.panels() * rows * kPanel;
         const IntVec head = IntVec{} + std::int32_t(h);
@@ -119,9 +121,9 @@ class AttentionBackward {
                      const Workspace& w) const {
     const Range r(s, a_, first, last);
     const std::int64_t dim = a_.head_dim, capacity = padded(s.keys);
-    pack_keys(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.keys);
-    pack_keys(head_row<T>(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], r.seen, dim, w.values);
-    pack_values(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.key_rows);
+    pack_keys<Floats>(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.keys);
+    pack_keys<Floats>(head_row<T>(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], r.seen, dim, w.values);
+    pack_values<Floats>(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.key_rows);
     for (std::int64_t chunk = first; chunk < last; ++chunk) {
       std::int64_t row_counts[kBlocksPerChunk], panels[kBlocksPerChunk], offsets[kBlocksPerChunk];
       GradientChunk sums{0, row_counts, panels, offsets};
@@ -139,7 +141,7 @@ class AttentionBackward {
         T* const grad_q = static_cast<T*>(g_.grad_q) + ((s.query + i) * a_.heads + h) * dim;
         const bool direct = sizeof(T) == sizeof(float);
         if (direct) task.grad_queries = reinterpret_cast<float*>(grad_q), task.grad_stride = a_.heads * dim;
-        load_queries<T>(a_, s.query + i, rows, h, w.queries);
+        load_queries<Floats, T>(a_, s.query + i, rows, h, w.queries);
         load_grad_out(s, h, i, rows, w);
         gradient_functions(rows, statistics_).differentiate(task);
         if (!direct)

@@ -52,7 +52,7 @@ template <int R, int V>
 inline __attribute__((always_inline)) void product_panel(const float* left, const float* panel,
                                                          std::int64_t head_dim, float* to) {
   Vec acc[R][V] = {};
-  accumulate<R, V, kMaxHeadDim>(left, panel, head_dim, acc);
+  accumulate<Floats, R, V, kMaxHeadDim>(left, panel, head_dim, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -149,8 +149,8 @@ inline __attribute__((always_inline)) void query_gradient_panel(const GradientBl
   Vec acc[R][V] = {};
   for (std::int64_t p = 0; p < block.panels(); ++p) {
     const std::int64_t left = block.key_count - p * kPanel;
-    accumulate<R, V, kPanel>(block.grad_scores + p * R * kPanel, keys + p * kPanel * kPanel,
-                             left < kPanel ? left : kPanel, acc);
+    accumulate<Floats, R, V, kPanel>(block.grad_scores + p * R * kPanel, keys + p * kPanel * kPanel,
+                                     left < kPanel ? left : kPanel, acc);
   }
   const Vec scale = broadcast(block.grad_scale);
 #pragma GCC unroll 16
@@ -215,7 +215,7 @@ inline __attribute__((always_inline)) void add_tile(const GradientChunk& chunk, 
     const std::int64_t rows = chunk.rows[b];
     if (panel < chunk.panels[b]) {
       const float* const columns = left + chunk.first_value[b] + panel * rows * kPanel + key;
-      accumulate<kKeyTile, V, 1, kPanel>(columns, right, rows, acc);
+      accumulate<Floats, kKeyTile, V, 1, kPanel>(columns, right, rows, acc);
     }
     right += rows * kPanel;
   }

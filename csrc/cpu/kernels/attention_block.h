@@ -4,9 +4,10 @@
 // A block of R query rows of one head against all keys of its sequence, in registers and L1: scores, softmax,
 // output, and the running maximum over heads of the probabilities.
 //
-// Everything is laid out in panels of two vectors: keys [panel][head_dim][kPanel], values [panel of
-// head_dim][key][kPanel], scores and maxima [panel][R][kPanel]; strides are constants, and a micro-kernel of
-// R x 2 accumulators serves both products.
+// Everything is laid out in panels of two vectors: keys [panel][cells of head_dim][kPanel], values [panel of
+// head_dim][cells across keys][kPanel], scores and maxima [panel][R][kPanel]; strides are constants, and a
+// micro-kernel of R x 2 accumulators serves both products. Scores and all that becomes of them are float32;
+// where cells are pairs of bfloat16, the probabilities are rounded for the second product alone.
 
 #include <cmath>
 
@@ -21,10 +22,10 @@ constexpr float kLogE2 = 0.693147180559945309f;
 constexpr int kRowLanes = (kMaxBlockRows + kWidth - 1) / kWidth * kWidth;
 
 struct QueryBlock {
-  const float* queries;     // (R, kMaxHeadDim), scaled by softmax_scale * log2(e)
+  const float* queries;     // (R, cells of kMaxHeadDim), as load_queries leaves them
   const float* keys;        // panels of the head
   const float* values;      // panels of the head
-  std::int64_t value_rows;  // keys in a panel of values
+  std::int64_t value_rows;  // cells across keys in a panel of values
   std::int64_t key_count;   // keys that some row of the block sees
   std::int64_t head_dim;
   std::int64_t first_limit;  // row r sees keys below first_limit + r * limit_step, and below key_count
@@ -38,6 +39,8 @@ struct QueryBlock {
   float* inverse;   // (kRowLanes,) 1 / sum of the scores of each row
   float* lse;       // (R,) log of that sum before the maximum was taken off; null: not wanted
   Upcoming next_queries, next_keys, next_values;
+  float* pairs;  // [panel][R][kPanel / 2]: the probabilities as cells; of Pairs only
+  float scale;   // of the products with the keys that is not in the queries; of Pairs only
 };
 
 inline Vec lane_numbers() {
@@ -64,12 +67,20 @@ __attribute__((noinline)) void mask_panel(const QueryBlock& block, std::int64_t 
 }
 
 // Scores of V vectors of one panel, and the running row maxima.
-template <int R, int V>
+template <typename S, int R, int V>
 inline __attribute__((always_inline)) void score_panel(const QueryBlock& block, std::int64_t panel,
                                                        Vec (&highest)[R]) {
   Vec acc[R][V] = {};
-  accumulate<R, V, kMaxHeadDim>(block.queries, block.keys + panel * block.head_dim * kPanel, block.head_dim,
-                                acc);
+  const std::int64_t cells = block.head_dim / S::kTerms;
+  accumulate<S, R, V, kMaxHeadDim / S::kTerms>(block.queries, block.keys + panel * cells * kPanel, cells,
+                                               acc);
+  if constexpr (S::kTerms > 1) {
+    const Vec scale = broadcast(block.scale);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] *= scale;
+  }
   float* const scores = block.scores + panel * R * kPanel;
   const std::int64_t end = panel * kPanel + V * kWidth;
   if (end > block.first_limit || end > block.key_count) {
@@ -91,7 +102,7 @@ inline __attribute__((always_inline)) void score_panel(const QueryBlock& block, 
 }
 
 // Output columns of V vectors from `column` on, scaled; returns each row's sum of squares in `squares`.
-template <int R, int V, bool kStatistics>
+template <typename S, int R, int V, bool kStatistics>
 inline __attribute__((always_inline)) void value_panel(const QueryBlock& block, std::int64_t panel,
                                                        Vec (&squares)[R]) {
   const std::int64_t panels = (block.key_count + kPanel - 1) / kPanel, last = panels - 1;
@@ -104,7 +115,9 @@ inline __attribute__((always_inline)) void value_panel(const QueryBlock& block, 
     const std::int64_t step = panel * panels + p;
     block.next_keys.fetch(step, panels * value_panels);
     block.next_values.fetch(step, panels * value_panels);
-    accumulate<R, V, kPanel>(scores, values + p * kPanel * kPanel, count, acc);
+    constexpr int kCells = kPanel / S::kTerms;
+    accumulate<S, R, V, kCells>(S::kTerms == 1 ? scores : block.pairs + p * R * kCells,
+                                values + p * kCells * kPanel, cells_across<S>(count), acc);
     if (kStatistics) {
       // Spread over the value panels, so that the maxima travel while the products compute.
       if (p % value_panels != panel) continue;
@@ -132,7 +145,7 @@ inline __attribute__((always_inline)) void value_panel(const QueryBlock& block, 
   }
 }
 
-template <int R>
+template <typename S, int R>
 inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
   const std::int64_t vectors = (block.key_count + kWidth - 1) / kWidth;
   float tops[kRowLanes], sums[kRowLanes];
@@ -145,18 +158,23 @@ inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
     const Vec top = broadcast(tops[r]);
     Vec total[2] = {};
     float* row = block.scores + r * kPanel;
+    const auto store_both = [&](float* at, Vec probability) {
+      store(at, probability);
+      if constexpr (S::kTerms > 1)
+        S::store_rounded(block.pairs + (at - block.scores) / S::kTerms, probability);
+    };
     std::int64_t v = 0;
     for (; v + 2 <= vectors; v += 2, row += R * kPanel) {
       const Vec a = exp2_nonpositive(load(row) - top), b = exp2_nonpositive(load(row + kWidth) - top);
-      store(row, a);
-      store(row + kWidth, b);
+      store_both(row, a);
+      store_both(row + kWidth, b);
       total[0] += a;
       total[1] += b;
     }
     if (v < vectors) {
       const Vec a = exp2_nonpositive(load(row) - top);
-      store(row, a);
-      store(row + kWidth, Vec{});
+      store_both(row, a);
+      store_both(row + kWidth, Vec{});
       total[0] += a;
     }
     totals[r] = total[0] + total[1];
@@ -170,23 +188,23 @@ inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
   for (int r = 0; block.lse != nullptr && r < R; ++r) block.lse[r] = sums[r];
 }
 
-template <int R, bool kStatistics>
+template <typename S, int R, bool kStatistics>
 __attribute__((noinline)) void attend(const QueryBlock& block) {
   Vec highest[R];
   for (int r = 0; r < R; ++r) highest[r] = broadcast(-INFINITY);
   const std::int64_t whole = block.key_count / kPanel, rest = block.key_count % kPanel;
-  for (std::int64_t p = 0; p < whole; ++p) score_panel<R, 2>(block, p, highest);
+  for (std::int64_t p = 0; p < whole; ++p) score_panel<S, R, 2>(block, p, highest);
   if (rest > kWidth) {
-    score_panel<R, 2>(block, whole, highest);
+    score_panel<S, R, 2>(block, whole, highest);
   } else if (rest > 0) {
-    score_panel<R, 1>(block, whole, highest);
+    score_panel<S, R, 1>(block, whole, highest);
   }
-  softmax<R>(block, highest);
+  softmax<S, R>(block, highest);
 
   Vec squares[R] = {};
   const std::int64_t pairs = block.head_dim / kPanel;
-  for (std::int64_t p = 0; p < pairs; ++p) value_panel<R, 2, kStatistics>(block, p, squares);
-  if (block.head_dim % kPanel != 0) value_panel<R, 1, kStatistics>(block, pairs, squares);
+  for (std::int64_t p = 0; p < pairs; ++p) value_panel<S, R, 2, kStatistics>(block, p, squares);
+  if (block.head_dim % kPanel != 0) value_panel<S, R, 1, kStatistics>(block, pairs, squares);
   if (kStatistics) {
     reduce_rows(squares, add, block.norms);
     for (int r = 0; r < R; ++r) block.norms[r] = std::sqrt(block.norms[r]);
@@ -195,14 +213,14 @@ __attribute__((noinline)) void attend(const QueryBlock& block) {
 
 using AttendFunction = void (*)(const QueryBlock&);
 
-// attend<rows, statistics>
-template <int R = kMaxBlockRows>
+// attend<S, rows, statistics>
+template <typename S, int R = kMaxBlockRows>
 inline AttendFunction attend_function(std::int64_t rows, bool statistics) {
   if constexpr (R == 0) {
     return nullptr;
   } else {
-    if (rows == R) return statistics ? &attend<R, true> : &attend<R, false>;
-    return attend_function<R - 1>(rows, statistics);
+    if (rows == R) return statistics ? &attend<S, R, true> : &attend<S, R, false>;
+    return attend_function<S, R - 1>(rows, statistics);
   }
 }
 

@@ -2,10 +2,10 @@
 #pragma once
 
 // What the forward and the backward of attention share: how rows are cut into blocks, how keys and values are
-// laid out in panels of two vectors, and the inner loop of every product.
+// laid out in panels of two vectors of cells (attention_operands.h), and the inner loop of every product.
 
+#include "cpu/kernels/attention_operands.h"
 #include "cpu/kernels/threads.h"
-#include "cpu/kernels/vec.h"
 #include "madtp/attention.h"
 #include "sizes.h"
 
@@ -63,28 +63,40 @@ struct Upcoming {
   }
 };
 
-// rows (count, head_dim) -> panels [key / kPanel][head_dim][kPanel], zeros up to the end of the last vector.
-template <typename T>
+// rows (count, head_dim) -> panels [key / kPanel][cells of head_dim][kPanel], zeros up to the end of the last
+// vector.
+template <typename S, typename T>
 void pack_keys(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t head_dim, float* panels) {
+  const std::int64_t cells = head_dim / S::kTerms;
   for (std::int64_t first = 0; first < count; first += kWidth) {
-    float* const to = panels + first / kPanel * kPanel * head_dim + first % kPanel;
-    for (std::int64_t d = 0; d < head_dim; d += kWidth) {
+    float* const to = panels + first / kPanel * kPanel * cells + first % kPanel;
+    for (std::int64_t c = 0; c < cells; c += kWidth) {
+      const std::int64_t d = c * S::kTerms;
       Vec tile[kWidth];
       for (int i = 0; i < kWidth; ++i)
-        tile[i] = first + i < count ? load(rows + (first + i) * stride + d) : Vec{};
+        tile[i] = first + i < count ? S::load_row(rows + (first + i) * stride + d, head_dim - d) : Vec{};
       transpose(tile);
-      for (int i = 0; i < kWidth; ++i) store(to + (d + i) * kPanel, tile[i]);
+      // Pairs of 16 elements, the least that head_dim grows by, are half a vector.
+      const std::int64_t full = S::kTerms == 1 || cells - c >= kWidth ? kWidth : kWidth / 2;
+      for (int i = 0; i < full; ++i) store(to + (c + i) * kPanel, tile[i]);
     }
   }
 }
 
-// rows (count, head_dim) -> panels [head_dim / kPanel][count][kPanel].
-template <typename T>
+// Cells across `count` rows.
+template <typename S>
+constexpr std::int64_t cells_across(std::int64_t count) {
+  return (count + S::kTerms - 1) / S::kTerms;
+}
+
+// rows (count, head_dim) -> panels [head_dim / kPanel][cells across rows][kPanel].
+template <typename S, typename T>
 void pack_values(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t head_dim,
                  float* panels) {
   for (std::int64_t d = 0; d < head_dim; d += kWidth) {
-    float* const to = panels + d / kPanel * kPanel * count + d % kPanel;
-    for (std::int64_t j = 0; j < count; ++j) store(to + j * kPanel, load(rows + j * stride + d));
+    float* const to = panels + d / kPanel * kPanel * cells_across<S>(count) + d % kPanel;
+    for (std::int64_t j = 0; j < count; j += S::kTerms)
+      store(to + j / S::kTerms * kPanel, S::load_rows(rows + j * stride + d, stride, count - j));
   }
 }
 
@@ -96,20 +108,27 @@ const T* head_row(const void* base, const std::int64_t (&strides)[2], std::int64
   return static_cast<const T*>(base) + row * strides[0] + head * strides[1];
 }
 
-// Query rows [first, first + count) of the batch, one head -> (count, kMaxHeadDim), for scores to base 2.
-template <typename T>
+// What makes a product of a query and a key a score to base 2.
+inline float score_scale(const AttentionInputs& a) { return a.softmax_scale * kLog2E; }
+
+// Query rows [first, first + count) of the batch, one head -> (count, cells of kMaxHeadDim). Floats are
+// multiplied with the scale of the scores; pairs would be rounded by that.
+template <typename S, typename T>
 void load_queries(const AttentionInputs& a, std::int64_t first, std::int64_t count, std::int64_t head,
                   float* queries) {
-  const Vec scale = broadcast(a.softmax_scale * kLog2E);
+  const Vec scale = broadcast(score_scale(a));
   for (std::int64_t r = 0; r < count; ++r) {
     const T* const q = head_row<T>(a.q, a.q_strides, first + r, head);
-    for (std::int64_t d = 0; d < a.head_dim; d += kWidth)
-      store(queries + r * kMaxHeadDim + d, load(q + d) * scale);
+    for (std::int64_t d = 0; d < a.head_dim; d += S::kTerms * kWidth) {
+      const Vec cells = S::load_row(q + d, a.head_dim - d);
+      store(queries + (r * kMaxHeadDim + d) / S::kTerms, S::kTerms == 1 ? cells * scale : cells);
+    }
   }
 }
 
-// acc[r] += left[r * kRow + i * kStep] * right[i * kPanel ...] over i < count: every product of attention.
-template <int R, int V, int kRow, int kStep = 1>
+// acc[r] += left[r * kRow + i * kStep] * right[i * kPanel ...] over i < count cells: every product of
+// attention.
+template <typename S, int R, int V, int kRow, int kStep = 1>
 inline __attribute__((always_inline)) void accumulate(const float* __restrict left,
                                                       const float* __restrict right, std::int64_t count,
                                                       Vec (&acc)[R][V]) {
@@ -120,9 +139,9 @@ inline __attribute__((always_inline)) void accumulate(const float* __restrict le
     for (int v = 0; v < V; ++v) b[v] = load(right + i * kPanel + v * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec a = broadcast(left[r * kRow + i * kStep]);
+      const Vec a = S::spread(left + r * kRow + i * kStep);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[r][v] = a * b[v] + acc[r][v];
+      for (int v = 0; v < V; ++v) acc[r][v] = S::add(a, b[v], acc[r][v]);
     }
   }
 }

@@ -3,6 +3,7 @@
 
 // The kinds of steps that a row of a weight is made of, and the panel of tokens that each multiplies.
 
+#include "cpu/kernels/bfloat16_pairs.h"
 #include "cpu/kernels/layout.h"
 
 namespace madtp::cpu::MADTP_ISA {
@@ -42,10 +43,7 @@ struct Dot {
   static constexpr bool kOwnEntries = true;
   static constexpr int kTileVectors = kMaxTileVectors;
 
-  // The first `count`, 16 or all, columns of a token, in pairs.
-  static Vec load_columns(const BFloat16* x, int count) {
-    return bit_cast<Vec>(_mm512_maskz_loadu_epi32(count < kColumns ? 0xff : 0xffff, x));
-  }
+  static Vec load_columns(const BFloat16* x, int count) { return load_pairs(x, count); }
   // Rows 2g and 2g + 1 of the tile are columns 0 1 and 2 3 of group g.
   static void store_entries(const Vec (&tile)[kWidth], float* panel, std::int64_t stride) {
 #pragma GCC unroll 16
@@ -62,10 +60,7 @@ struct Dot {
   }
 
   static Vec spread(std::uint32_t weights) { return bit_cast<Vec>(_mm512_set1_epi32(int(weights))); }
-  static Vec add(Vec weights, Vec x, Vec sum) {
-    return bit_cast<Vec>(
-        _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(weights), bit_cast<__m512bh>(x)));
-  }
+  static Vec add(Vec weights, Vec x, Vec sum) { return add_dots(weights, x, sum); }
   static Vec join(Vec a, Vec b) { return a + b; }
 };
 #endif

@@ -35,9 +35,11 @@ namespace cpu {
 // out_i = sum_j softmax_j(softmax_scale q_i k_j) v_j. With statistics, which are for self-attention of at
 // least one head: summary_attention_j = sum_h P[h,s,j] ||out[h,j]|| / sum_h ||out[h,j]|| for the summary
 // token s, and received_attention_j = sum over queries i != s of max_h P[h,i,j], under a causal mask divided
-// by the number that see j. head_dim is a multiple of 16, at most 128. Computes in float32; a softmax_scale
-// q_i k_j that is 88 or more below the largest of its row counts for nothing. Tokens of a sequence whose q, k
-// and v are equal have the same bits in every result, unless a causal mask makes them see other keys.
+// by the number that see j. head_dim is a multiple of 16, at most 128. Computes in float32; where the
+// CPU multiplies pairs of bfloat16, subnormal inputs of that type may count as zero, and probabilities are
+// rounded to it before they multiply v. A softmax_scale q_i k_j that is 88 or more below the largest of its
+// row counts for nothing. Tokens of a sequence whose q, k and v are equal have the same bits in every result,
+// unless a causal mask makes them see other keys.
 Status varlen_attention(const AttentionInputs& inputs,
                         void* out,   // (tokens_q, heads, head_dim), contiguous
                         float* lse,  // (heads, tokens_q) log_e of sum_j exp(softmax_scale q_i k_j), or null
