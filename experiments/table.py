@@ -191,7 +191,8 @@ def targets(results: list[dict]) -> str:
             ours = rows.get(("int8", reduction), [])
             if ours:
                 less = lost_by_int8(result)
-                what = f"points lost by int8 weights at -{100 * reduction:.0f} %, at most {MAX_POINTS_LOST_BY_INT8:g}"
+                at = f"at -{100 * reduction:.0f} %, at most {MAX_POINTS_LOST_BY_INT8:g}"
+                what = f"points more lost with int8 weights than with float32 ones {at}"
                 holds = max(map(less, ours)) <= MAX_POINTS_LOST_BY_INT8
                 errors = ", ".join(f"{100 * row['difference_error']:.2f}" for row in ours)
                 found = f"{mean(ours, less)}, standard error of each {errors}"

@@ -120,7 +120,7 @@ def test_int8_is_compared_with_the_float32_model_beside_it():
     assert lines[0].endswith("| 88.00 | 87.90 | 0.10 ± 0.20 | 3,000 | 1,000 | -67 % | 64 | 8 |")
     said = [line for line in table.targets(results).splitlines() if "int8" in line]
     errors = "standard error of each 0.20"
-    what = "| vqa | points lost by int8 weights at"
+    what = "| vqa | points more lost with int8 weights than with float32 ones at"
     assert said == [
         f"{what} -50 %, at most 0.3 | 0.00 (-0.10 to 0.10), {errors}, 0.20 | holds |",
         f"{what} -70 %, at most 0.3 | 0.40, {errors} | does not hold |",
