@@ -15,7 +15,7 @@ from madtp.tasks.captioning import CaptioningTask, caption_scores
 from madtp.tasks.retrieval import RetrievalTask
 from madtp.tasks.task import Task
 
-GROUPS = 40  # of neighbouring samples: questions about one image are together
+GROUPS = 20  # of neighbouring samples: questions about one image are together
 BATCH_SIZE = 256
 
 
