@@ -29,12 +29,11 @@ from madtp.profiling.figures import measure
 from madtp.profiling.macs import counted_macs
 from madtp.tasks.batches import sample_batches
 
+from .paired import difference_error
 from .results import FOLDER, Results
 from .tasks import EXPERIMENTS, Prepared, Preset
 from .variants import VARIANTS, Budgets, run
 
-REDUCTIONS = (0.3, 0.5, 0.6, 0.7, 0.8)
-COMPARED_AT = 0.7  # where the other variants run
 BATCH = 32  # of the published rule, which goes by the batch
 PUBLISHED_SAMPLES = 512
 
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS, help="of counted MACs, for `joint`")
+    parser.add_argument("--reductions", type=float, nargs="+", help="of counted MACs, for `joint` and `int8`")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/experiments"), help="dense models and what is in progress"
     )
@@ -77,34 +76,46 @@ def main() -> None:
 
 
 def rows(variants, reductions, seeds) -> list[tuple[str, float, int]]:
-    """The method at every budget, the others at one."""
+    """Every variant at its own budgets; at `reductions`, where these are given and it has several."""
+    budgets = {variant: VARIANTS[variant].reductions for variant in variants}
     return [
         (variant, reduction, seed)
         for seed in seeds
         for variant in variants
-        for reduction in (reductions if variant == "joint" else (COMPARED_AT,))
+        for reduction in (reductions if reductions and len(budgets[variant]) > 1 else budgets[variant])
     ]
 
 
 def run_variant(
     prepared: Prepared, preset: Preset, variant: str, config: CompressionConfig, budgets: Budgets, output: Path
 ) -> dict:
-    """A row; that of `joint` also has its model under the published rule."""
-    key, began = {"variant": variant, "reduction": config.macs_reduction, "seed": config.seed}, time.perf_counter()
+    """A row; that of `joint` also has its model under the published rule, and that of a variant which is put beside
+    another all of that one, and the standard error of their difference."""
+    key = {"variant": variant, "reduction": config.macs_reduction, "seed": config.seed}
+    beside = VARIANTS[variant].beside
+
+    def measured(name: str) -> tuple[nn.Module, dict]:
+        began = time.perf_counter()
+        result = run(VARIANTS[name], prepared, preset, config, budgets, output / name)
+        plan = result.report["plan"]
+        row = figures(prepared, result.model, result.path) | {"plan": plan["allocation"]}
+        row |= {"temperatures": plan["temperatures"], "calibration_miss": plan["calibration_miss"]}
+        row |= {"loss": [entry["loss"] for entry in result.report["training"]], "minutes": _minutes(began)}
+        return result.model, row
+
     try:
-        result = run(VARIANTS[variant], prepared, preset, config, budgets, output)
+        model, row = measured(variant)
     except ValueError as error:
         if "macs_reduction must be" not in str(error):
             raise
         return key | {"unreachable": str(error)}
-    plan = result.report["plan"]
-    row = key | figures(prepared, result.model, result.path) | {"plan": plan["allocation"]}
-    row |= {"temperatures": plan["temperatures"], "calibration_miss": plan["calibration_miss"]}
-    row |= {"loss": [entry["loss"] for entry in result.report["training"]], "minutes": _minutes(began)}
     if variant == "joint":
-        row |= {"batch_max": published(prepared, result.model)}
+        row |= {"batch_max": published(prepared, model)}
+    if beside is not None:
+        other, row["beside"] = measured(beside)
+        row["difference_error"] = difference_error(prepared.task, (other, model), prepared.test)
     shutil.rmtree(output)
-    return row | {"versions": versions()}
+    return key | row | {"versions": versions()}
 
 
 def figures(prepared: Prepared, model: nn.Module, path: Path | None = None) -> dict:

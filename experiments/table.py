@@ -10,14 +10,15 @@ from pathlib import Path
 from madtp.files import atomic_write
 
 from .results import FOLDER, read
-from .run import BATCH, COMPARED_AT, REDUCTIONS
+from .run import BATCH
 from .tasks import EXPERIMENTS
-from .variants import VARIANTS
+from .variants import COMPARED_AT, REDUCTIONS, VARIANTS
 
 ROOT = Path(__file__).parents[1]
 README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "experiments.md"
 MARKS = "<!-- experiments -->", "<!-- /experiments -->"
 MAX_POINTS_LOST = {0.5: 1.0, 0.7: 3.0}  # reduction -> points below the dense model, at most
+MAX_POINTS_LOST_BY_INT8 = 0.3  # below the same with float32 weights
 SAME = 0.1  # points of the metric that make no difference
 METRICS = {"accuracy": "accuracy", "recall@1": "recall@1", "bleu4": "BLEU-4"}
 
@@ -38,6 +39,12 @@ def lost(result: dict, dense: dict):
     """row -> points of the main metric below the dense model"""
     metric = points(result)
     return lambda row: metric(dense) - metric(row)
+
+
+def lost_by_int8(result: dict):
+    """row -> points of the main metric below the one beside it"""
+    metric = points(result)
+    return lambda row: metric(row["beside"]) - metric(row)
 
 
 def share_of_dense(row: dict, gmacs: str) -> float:
@@ -83,14 +90,40 @@ def budgets(results: list[dict]) -> str:
 
 
 def comparison(results: list[dict]) -> str:
-    """A row for each variant that was tried at one budget, a column for each task."""
+    """A row for each variant that was tried at one budget, a column for each task. Those put beside another one have a
+    table of their own."""
     lines = []
     for name, variant in VARIANTS.items():
+        if variant.beside is not None:
+            continue
         cells = [cell(result, name, COMPARED_AT) for result in results]
         if any(cells):
             lines.append([variant.title, *cells])
     heads = [f"{result['task']}, {METRICS[result['metric']]}" for result in results]
     return table([f"-{100 * COMPARED_AT:.0f} % counted MACs", *heads], lines)
+
+
+def int8(results: list[dict]) -> str:
+    """A row for each pair of models, the weights of one in float32 and of the other in int8."""
+    lines = []
+    for result in results:
+        metric, less = points(result), lost_by_int8(result)
+        rows = [row for (name, _), of in grouped(result).items() if name == "int8" for row in of]
+        for row in sorted(rows, key=lambda row: (row["reduction"], row["seed"])):
+            other = row["beside"]
+            lines.append(
+                [
+                    f"{result['task']}, -{100 * row['reduction']:.0f} %, seed {row['seed']}",
+                    f"{metric(other):.2f}",
+                    f"{metric(row):.2f}",
+                    f"{less(row):.2f} ± {100 * row['difference_error']:.2f}",
+                    *(f"{each['weight_bytes']:,}" for each in (other, row)),
+                    f"{100 * (row['weight_bytes'] / other['weight_bytes'] - 1):.0f} %",
+                    *(f"{each['counted_gbops']:.4g}" for each in (other, row)),
+                ]
+            )
+    heads = ["", "float32, %", "int8, %", "points lost", "weight bytes, float32", "int8", "change"]
+    return table([*heads, "10^9 bit operations, float32", "int8"], lines)
 
 
 def details(result: dict) -> str:
@@ -154,6 +187,16 @@ def targets(results: list[dict]) -> str:
             better = not reached or statistics.mean(map(metric, ours)) > max(reached)
             what = f"at -{100 * COMPARED_AT:.0f} % better than tokens or weights only"
             lines.append([result["task"], what, f"{mean(ours, metric)} against {best}", _holds(better)])
+        for reduction in VARIANTS["int8"].reductions:
+            ours = rows.get(("int8", reduction), [])
+            if ours:
+                less = lost_by_int8(result)
+                at = f"at -{100 * reduction:.0f} %, at most {MAX_POINTS_LOST_BY_INT8:g}"
+                what = f"points more lost with int8 weights than with float32 ones {at}"
+                holds = max(map(less, ours)) <= MAX_POINTS_LOST_BY_INT8
+                errors = ", ".join(f"{100 * row['difference_error']:.2f}" for row in ours)
+                found = f"{mean(ours, less)}, standard error of each {errors}"
+                lines.append([result["task"], what, found, _holds(holds)])
         every = [row for (_, reduction), of in rows.items() for row in of if reduction]
         if every:
             what = "counted MACs on the test set, percent off the target, at most 1"
@@ -204,7 +247,7 @@ def plot(results: list[dict], path: Path) -> None:
         axes.plot([left(row) for row in front], [metric(row) for row in front], "o-", label="MADTP++", color="black")
         for color, (name, variant) in enumerate(VARIANTS.items()):
             others = rows.get((name, COMPARED_AT), [])
-            if name != "joint" and others:
+            if name != "joint" and variant.beside is None and others:
                 axes.scatter(
                     [left(row) for row in others],
                     [metric(row) for row in others],
@@ -234,6 +277,14 @@ def document(results: list[dict], preset: str, picture: str) -> str:
         budgets(results),
         "## Compared at one budget\n",
         comparison(results),
+        "## int8 weights\n",
+        "The same training twice on one machine, from one dense model, with one plan and one seed: all weights in "
+        "float32, those of the chosen Linears 2:4; and with all Linears that could go 2:4 in int8, which compute so in "
+        "the last fifth of the training too. These pairs are of another machine than the rows above, and their float32 "
+        "models differ from those by what that does to a training. Behind ± is the standard error of the difference, "
+        "from the answers of both models to the same samples. Weight bytes are of all parameters, those that stay in "
+        "float32 included; bit operations count a multiply-add by the bits of both its operands, 8 x 8 or 32 x 32.\n",
+        int8(results),
         "## What was aimed at\n",
         targets(results),
         "## Each sample its own number of tokens, or the batch's maximum\n",

@@ -19,21 +19,27 @@ from madtp.tasks.batches import sample_batches
 
 from .tasks import Prepared, Preset
 
+REDUCTIONS = (0.3, 0.5, 0.6, 0.7, 0.8)
+COMPARED_AT = 0.7  # where the other variants run
 NO_TEACHER = {"kd_weight": 0.0, "vision_weight": 0.0, "text_weight": 0.0}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """allocation: of `madtp.allocate`. changes: of the config. staged: tokens first, then weights."""
+    """allocation: of `madtp.allocate`. changes: of the config. staged: tokens first, then weights. reductions: of
+    counted MACs. beside: the variant that is run again for every row, so that the two differ in `changes` alone:
+    another machine trains a little differently."""
 
     title: str
     allocation: str = "joint"
     changes: tuple[tuple[str, object], ...] = ()
     staged: bool = False
+    reductions: tuple[float, ...] = (COMPARED_AT,)
+    beside: str | None = None
 
 
 VARIANTS = {
-    "joint": Variant("MADTP++ (joint allocation)"),
+    "joint": Variant("MADTP++ (joint allocation)", reductions=REDUCTIONS),
     "uniform": Variant("uniform allocation", "uniform"),
     "tokens": Variant("tokens only", "tokens"),
     "weights": Variant("weights only", "weights"),
@@ -42,6 +48,7 @@ VARIANTS = {
     "static": Variant("static top-k by CLS attention", changes=(("selection", "static"),)),
     "no_kd": Variant("no distillation", changes=tuple(NO_TEACHER.items())),
     "no_mag": Variant("no MAG", changes=(("selection", "unguided"), ("align_weight", 0.0))),
+    "int8": Variant("int8 weights", changes=(("weight_dtype", "int8"),), reductions=(0.5, 0.7), beside="joint"),
 }
 
 

@@ -3,11 +3,13 @@
 
 import dataclasses
 import json
+import random
+import statistics
 import sys
 
 import pytest
 
-from experiments import run, table, tasks
+from experiments import paired, run, table, tasks
 from experiments.results import Results
 
 # All 24 drawn images are tested: the 4 of the first 24 questions keep other numbers of tokens than those of training.
@@ -30,18 +32,23 @@ def start(drawn, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_rows_are_measured_once(start, capsys):
-    arguments = ("--variants", "joint", "staged", "weights", "random", "--reductions", "0.5")
+    arguments = ("--variants", "joint", "staged", "weights", "random", "int8", "--reductions", "0.5")
     results = start(*arguments)
     rows = {(row["variant"], row["reduction"]): row for row in results["rows"]}
-    assert list(rows) == [("dense", 0.0), ("joint", 0.5), ("staged", 0.7), ("weights", 0.7), ("random", 0.7)]
+    keys = ("dense", 0.0), ("joint", 0.5), ("staged", 0.7), ("weights", 0.7), ("random", 0.7), ("int8", 0.5)
+    assert tuple(rows) == keys
     assert "macs_reduction must be at most" in rows["weights", 0.7]["unreachable"]
     assert rows["dense", 0.0]["counted_gmacs"] == rows["dense", 0.0]["dense_gmacs"] == rows["joint", 0.5]["dense_gmacs"]
-    for key in (("joint", 0.5), ("staged", 0.7), ("random", 0.7)):
+    for key in (("joint", 0.5), ("staged", 0.7), ("random", 0.7), ("int8", 0.5)):
         row = rows[key]
         assert row["counted_gmacs"] / row["dense_gmacs"] == pytest.approx(1 - key[1], abs=0.08), key
         assert 0 <= row["metrics"]["accuracy"] <= 1 and row["nonzero_params"] < row["params"]
     other = rows["joint", 0.5]["batch_max"]
     assert other["counted_gmacs"] >= other["instance_gmacs"] and other["batch_size"] == run.BATCH
+    int8, beside = rows["int8", 0.5], rows["int8", 0.5]["beside"]
+    assert beside["metrics"] == rows["joint", 0.5]["metrics"] and beside["plan"] == int8["plan"]
+    assert int8["weight_bytes"] < beside["weight_bytes"] and int8["counted_gbops"] < beside["counted_gbops"]
+    assert 0 <= int8["difference_error"] < 0.5
     capsys.readouterr()
     assert start(*arguments) == results and not capsys.readouterr().out
 
@@ -92,6 +99,45 @@ def test_the_worst_seed_and_the_worst_row_decide_whether_an_aim_holds():
             "does not hold",
         ],
     ]
+
+
+def int8(reduction: float, beside: float, metric: float, seed: int = 0) -> dict:
+    sizes = {"weight_bytes": 3000, "counted_gbops": 64.0}, {"weight_bytes": 1000, "counted_gbops": 8.0}
+    other = row("joint", reduction, beside, 1 - reduction) | sizes[0]
+    return row("int8", reduction, metric, 1 - reduction, seed, beside=other, difference_error=0.002, **sizes[1])
+
+
+def test_int8_is_compared_with_the_float32_model_beside_it():
+    rows = [row("dense", 0.0, 0.9, 1.0), row("joint", 0.5, 0.7, 0.5)]
+    rows += [int8(0.7, 0.88, 0.876), int8(0.5, 0.88, 0.879), int8(0.5, 0.87, 0.871, seed=1)]
+    results = [{"task": "vqa", "metric": "accuracy", "rows": rows}]
+    lines = table.int8(results).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| vqa, -50 %, seed 0",
+        "| vqa, -50 %, seed 1",
+        "| vqa, -70 %, seed 0",
+    ]
+    assert lines[0].endswith("| 88.00 | 87.90 | 0.10 ± 0.20 | 3,000 | 1,000 | -67 % | 64 | 8 |")
+    said = [line for line in table.targets(results).splitlines() if "int8" in line]
+    errors = "standard error of each 0.20"
+    what = "| vqa | points more lost with int8 weights than with float32 ones at"
+    assert said == [
+        f"{what} -50 %, at most 0.3 | 0.00 (-0.10 to 0.10), {errors}, 0.20 | holds |",
+        f"{what} -70 %, at most 0.3 | 0.40, {errors} | does not hold |",
+    ]
+    assert "87.60" not in table.comparison(results)
+
+
+def test_samples_on_which_two_models_differ_make_the_error_of_their_difference():
+    first, second = [1.0] * 1000, [1.0] * 1000
+    assert paired.jackknife(statistics.fmean, first, second) == 0
+    for i in range(0, 1000, 25):  # as many in every group: none says another difference
+        second[i] = 0.0
+    assert paired.jackknife(statistics.fmean, first, second) == pytest.approx(0)
+    drawn = random.Random(1)
+    first, second = ([float(drawn.random() < 0.9) for _ in range(5000)] for _ in range(2))
+    alone = sum(a != b for a, b in zip(first, second, strict=True)) ** 0.5 / 5000
+    assert paired.jackknife(statistics.fmean, first, second) == pytest.approx(alone, rel=0.4)
 
 
 def test_costs_are_compared_at_equal_accuracy():
