@@ -35,7 +35,8 @@ inline __attribute__((always_inline)) void add_blocks(const char* x, std::int64_
   constexpr int kBytes = Shared * kSharedBytes + (kDotsSteps - Shared) * kOwnBytes, kAhead = 2048;
   for (; words < end && (Shared == 0 || *words >> 16 == Shared); ++words, stream += kBytes) {
     const std::int64_t block = *words & 0xffff;
-    const char* const at = x + (block < blocks ? block : 0) * (T * kDotsColumns);
+    const char* at = x + (block < blocks ? block : 0) * (T * kDotsColumns);
+    asm("" : "+r"(at));  // one register, not one for every token
     for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(stream + kAhead + i);
 #pragma GCC unroll 8
     for (int s = 0; s < Shared; ++s) add_shared_step<T>(at, stream + s * kSharedBytes, sums0, sums1);
@@ -83,13 +84,8 @@ __attribute__((noinline)) void multiply_dots(const char* x, const DotsUnit& unit
         const IntVec weights0 = load_bytes(stream), weights1 = load_bytes(stream + kStepBytes / 2);
         for (int i = 0; i < kStepBytes; i += 64) __builtin_prefetch(stream + 1024 + i);
 #pragma GCC unroll 12
-        for (int t = 0; t < T; ++t) {
-          std::int32_t four;
-          __builtin_memcpy(&four, x + t * kDotsColumns + c, sizeof four);
-          const IntVec spread = IntVec{} + four;
-          sums0[t] = add_dots(sums0[t], spread, weights0);
-          sums1[t] = add_dots(sums1[t], spread, weights1);
-        }
+        for (int t = 0; t < T; ++t)
+          add_spread(x + t * kDotsColumns + c, weights0, weights1, sums0[t], sums1[t]);
       }
     }
   }

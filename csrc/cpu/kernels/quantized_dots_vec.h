@@ -2,7 +2,7 @@
 #pragma once
 
 // Dot products of bytes, by the instructions of each set: one multiplies a vector of bytes of x with one of
-// weights and adds them up by fours, in int32, and one picks bytes of x. IntVec holds either.
+// weights and adds the products up by fours, in int32, and one picks bytes of x. IntVec holds bytes too.
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -34,64 +34,82 @@ inline IntVec load_bytes(const void* from) {
   return v;
 }
 
-// The sum, plus the products of the bytes of x and of the weights.
-inline IntVec add_dots(IntVec sum, IntVec x, IntVec weights) {
-#if defined(__AVX512F__)
-  return bit_cast<IntVec>(
-      _mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(x), bit_cast<__m512i>(weights)));
-#elif defined(__AVX2__)
-  return bit_cast<IntVec>(
-      _mm256_dpbusd_avx_epi32(bit_cast<__m256i>(sum), bit_cast<__m256i>(x), bit_cast<__m256i>(weights)));
+// kDotsColumns bytes of x.
+#if defined(__aarch64__)
+typedef int8x16_t DotsX;
 #else
-  return vdotq_s32(sum, bit_cast<int8x16_t>(x), bit_cast<int8x16_t>(weights));
-#endif
-}
-
-// Picks from kDotsColumns bytes of x, and adds the products. One statement, so that the compiler keeps no
-// more than one vector of x in a register: with two it spills.
-#if defined(__AVX512F__)
-#define MADTP_PICK "vpermb %[x],%[columns],%[picked]\n\t"
-#define MADTP_DOT "vpdpbusd "
-#elif defined(__AVX2__)
-#define MADTP_PICK "vbroadcasti128 %[x],%[picked]\n\tvpshufb %[columns],%[picked],%[picked]\n\t"
-#define MADTP_DOT "%{vex%} vpdpbusd "
-#endif
-
 struct DotsX {
   char bytes[kDotsColumns];
 };
+#endif
+
+// How they are picked from, and the products with the picked ones are added to a sum. A pick and its products
+// are one statement, so that the compiler keeps no more than one vector of x in a register: with two it
+// spills.
+#if defined(__AVX512F__)
+#define MADTP_PICK "vpermb %[x],%[columns],%[picked]"
+#define MADTP_DOT(weights, sum) "\n\tvpdpbusd %[" #weights "],%[picked],%[" #sum "]"
+#define MADTP_REGISTER "v"
+#elif defined(__AVX2__)
+#define MADTP_PICK "vbroadcasti128 %[x],%[picked]\n\tvpshufb %[columns],%[picked],%[picked]"
+#define MADTP_DOT(weights, sum) "\n\t%{vex%} vpdpbusd %[" #weights "],%[picked],%[" #sum "]"
+#define MADTP_REGISTER "x"
+#else
+#define MADTP_PICK "ldr %q[picked],%[x]\n\ttbl %[picked].16b,{%[picked].16b},%[columns].16b"
+#define MADTP_DOT(weights, sum) "\n\tsdot %[" #sum "].4s,%[picked].16b,%[" #weights "].16b"
+#define MADTP_REGISTER "w"
+#endif
 
 inline __attribute__((always_inline)) void add_picked(const char* x, IntVec columns, IntVec weights,
                                                       IntVec& sum) {
-#if defined(MADTP_PICK)
   IntVec picked;
-  asm(MADTP_PICK MADTP_DOT "%[weights],%[picked],%[sum]"
-      : [picked] "=&v"(picked), [sum] "+v"(sum)
-      : [x] "m"(*reinterpret_cast<const DotsX*>(x)), [columns] "v"(columns), [weights] "v"(weights));
-#else
-  const int8x16_t picked = vqtbl1q_s8(bit_cast<int8x16_t>(load_bytes(x)), bit_cast<uint8x16_t>(columns));
-  sum = add_dots(sum, bit_cast<IntVec>(picked), weights);
-#endif
+  asm(MADTP_PICK MADTP_DOT(weights, sum)
+      : [picked] "=&" MADTP_REGISTER(picked), [sum] "+" MADTP_REGISTER(sum)
+      : [x] "m"(*reinterpret_cast<const DotsX*>(x)), [columns] MADTP_REGISTER(columns),
+        [weights] MADTP_REGISTER(weights));
 }
 
-// The same for two sums.
 inline __attribute__((always_inline)) void add_picked(const char* x, IntVec columns, IntVec weights0,
                                                       IntVec weights1, IntVec& sum0, IntVec& sum1) {
-#if defined(MADTP_PICK)
   IntVec picked;
-  asm(MADTP_PICK MADTP_DOT "%[weights0],%[picked],%[sum0]\n\t" MADTP_DOT "%[weights1],%[picked],%[sum1]"
-      : [picked] "=&v"(picked), [sum0] "+v"(sum0), [sum1] "+v"(sum1)
-      : [x] "m"(*reinterpret_cast<const DotsX*>(x)), [columns] "v"(columns), [weights0] "v"(weights0),
-        [weights1] "v"(weights1));
-#else
-  const int8x16_t picked = vqtbl1q_s8(bit_cast<int8x16_t>(load_bytes(x)), bit_cast<uint8x16_t>(columns));
-  sum0 = add_dots(sum0, bit_cast<IntVec>(picked), weights0);
-  sum1 = add_dots(sum1, bit_cast<IntVec>(picked), weights1);
-#endif
+  asm(MADTP_PICK MADTP_DOT(weights0, sum0) MADTP_DOT(weights1, sum1)
+      : [picked] "=&" MADTP_REGISTER(picked), [sum0] "+" MADTP_REGISTER(sum0), [sum1] "+" MADTP_REGISTER(sum1)
+      : [x] "m"(*reinterpret_cast<const DotsX*>(x)), [columns] MADTP_REGISTER(columns),
+        [weights0] MADTP_REGISTER(weights0), [weights1] MADTP_REGISTER(weights1));
 }
 
 #undef MADTP_PICK
 #undef MADTP_DOT
+#undef MADTP_REGISTER
+
+// The same with four bytes of x for all lanes.
+inline __attribute__((always_inline)) void add_spread(const char* x, IntVec weights0, IntVec weights1,
+                                                      IntVec& sum0, IntVec& sum1) {
+#if defined(__aarch64__)
+  IntVec four;
+  asm("ldr %s[four],%[x]\n\tsdot %[sum0].4s,%[weights0].16b,%[four].4b[0]\n\t"
+      "sdot %[sum1].4s,%[weights1].16b,%[four].4b[0]"
+      : [four] "=&w"(four), [sum0] "+w"(sum0), [sum1] "+w"(sum1)
+      : [x] "m"(*reinterpret_cast<const float*>(x)), [weights0] "w"(weights0), [weights1] "w"(weights1));
+#else
+  std::int32_t four;
+  __builtin_memcpy(&four, x, sizeof four);
+  const IntVec spread = IntVec{} + four;
+#if defined(__AVX512F__)
+  const auto dots = [&](IntVec weights, IntVec sum) {
+    return bit_cast<IntVec>(
+        _mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(spread), bit_cast<__m512i>(weights)));
+  };
+#else
+  const auto dots = [&](IntVec weights, IntVec sum) {
+    return bit_cast<IntVec>(_mm256_dpbusd_avx_epi32(bit_cast<__m256i>(sum), bit_cast<__m256i>(spread),
+                                                    bit_cast<__m256i>(weights)));
+  };
+#endif
+  sum0 = dots(weights0, sum0);
+  sum1 = dots(weights1, sum1);
+#endif
+}
 
 // Lane l of the result is lane from[l] of a and b, one after the other.
 inline IntVec pick_lanes(IntVec a, IntVec b, IntVec from) {
