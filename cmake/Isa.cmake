@@ -1,36 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-# csrc/cpu/kernels is compiled once per instruction set, with MADTP_ISA naming its namespace; for avx512_vnni, AVX-512 with
-# dot products and permutations of bytes, and avx512_bf16, the same with dot products of bfloat16, only the files that
-# use these. Off x86-64 only the portable baseline is left.
-# -> MADTP_HAS_AVX2, MADTP_HAS_AVX512, MADTP_HAS_AVX512_VNNI, MADTP_HAS_AVX512_BF16
+# csrc/cpu/kernels is compiled once per instruction set, with MADTP_ISA naming its namespace. Of the sets that add to another one
+# what few ops use, only the files of those ops are: dot products of bytes in avx2_vnni, avx512_vnni (with permutations of
+# bytes) and neon_dotprod, of bfloat16 in avx512_bf16. Off x86-64 the portable baseline is the first.
+# -> madtp_isas, of which baseline and those with MADTP_HAS_<ISA> are compiled
 include(CheckCXXCompilerFlag)
 include(CheckCXXSourceCompiles)
 
+set(madtp_isas baseline avx2 avx2_vnni avx512 avx512_vnni avx512_bf16 neon_dotprod)
+
 check_cxx_source_compiles("#ifndef __x86_64__\n#error\n#endif\nint main() {}" madtp_is_x86_64)
+check_cxx_source_compiles("#ifndef __aarch64__\n#error\n#endif\n#include <sys/auxv.h>\nint main() { return !getauxval(AT_HWCAP); }"
+                          madtp_is_linux_aarch64)
 if(madtp_is_x86_64)
   set(madtp_avx2_flags -mavx2 -mfma -mf16c)
   set(madtp_avx512_flags ${madtp_avx2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
   check_cxx_compiler_flag("-mavx2 -mfma -mf16c" MADTP_HAS_AVX2)
   check_cxx_compiler_flag("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512" MADTP_HAS_AVX512)
+  set(madtp_avx2_vnni_flags ${madtp_avx2_flags} -mavxvnni)
   set(madtp_avx512_vnni_flags ${madtp_avx512_flags} -mavx512vnni -mavx512vbmi)
   set(madtp_avx512_bf16_flags ${madtp_avx512_vnni_flags} -mavx512bf16)
+  if(MADTP_HAS_AVX2)
+    set(CMAKE_REQUIRED_FLAGS "-mavx2 -mavxvnni") # the compiler may know it and the assembler not
+    check_cxx_source_compiles("int main() { asm(\"%{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm0\" : : : \"xmm0\"); }" MADTP_HAS_AVX2_VNNI)
+    unset(CMAKE_REQUIRED_FLAGS)
+  endif()
   if(MADTP_HAS_AVX512)
     check_cxx_compiler_flag("-mavx512f -mavx512vnni -mavx512vbmi" MADTP_HAS_AVX512_VNNI)
   endif()
   if(MADTP_HAS_AVX512_VNNI)
     check_cxx_compiler_flag("-mavx512f -mavx512bf16" MADTP_HAS_AVX512_BF16)
   endif()
+elseif(madtp_is_linux_aarch64)
+  set(madtp_neon_dotprod_flags -march=armv8.2-a+dotprod)
+  check_cxx_compiler_flag("-march=armv8.2-a+dotprod" MADTP_HAS_NEON_DOTPROD)
 endif()
 
 function(madtp_add_isa_kernels library)
   if(NOT ARGN)
     return()
   endif()
-  foreach(isa IN ITEMS baseline avx2 avx512 avx512_vnni avx512_bf16)
+  foreach(isa IN LISTS madtp_isas)
     string(TOUPPER ${isa} upper)
     if(isa STREQUAL "baseline" OR MADTP_HAS_${upper})
       set(sources ${ARGN})
-      if(isa STREQUAL "avx512_vnni")
+      if(isa MATCHES "_vnni$|_dotprod$")
         list(FILTER sources INCLUDE REGEX "/quantized_[a-z]+\\.cpp$")
       elseif(isa STREQUAL "avx512_bf16")
         list(FILTER sources INCLUDE REGEX "/(attention|sparse24_[a-z]+)\\.cpp$")

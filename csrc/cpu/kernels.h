@@ -24,6 +24,15 @@
 #undef MADTP_ISA
 #endif
 
+#if MADTP_HAS_AVX2_VNNI
+namespace madtp::cpu::avx2_vnni {
+using namespace avx2;  // what is not declared here itself
+}
+#define MADTP_ISA avx2_vnni
+#include "cpu/kernels/quantized.h"
+#undef MADTP_ISA
+#endif
+
 #if MADTP_HAS_AVX512
 #define MADTP_ISA avx512
 #include "cpu/kernels/attention.h"
@@ -36,7 +45,7 @@
 
 #if MADTP_HAS_AVX512_VNNI
 namespace madtp::cpu::avx512_vnni {
-using namespace avx512;  // what is not declared here itself
+using namespace avx512;
 }
 #define MADTP_ISA avx512_vnni
 #include "cpu/kernels/quantized.h"
@@ -50,5 +59,14 @@ using namespace avx512_vnni;
 #define MADTP_ISA avx512_bf16
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/sparse24.h"
+#undef MADTP_ISA
+#endif
+
+#if MADTP_HAS_NEON_DOTPROD
+namespace madtp::cpu::neon_dotprod {
+using namespace baseline;
+}
+#define MADTP_ISA neon_dotprod
+#include "cpu/kernels/quantized.h"
 #undef MADTP_ISA
 #endif

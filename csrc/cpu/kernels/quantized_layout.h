@@ -3,8 +3,9 @@
 
 #include "cpu/kernels/layout.h"
 
-// Whether there are dot products and permutations of bytes, which have a layout of their own.
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+// Whether there are dot products of bytes, and what picks their bytes: these have a layout of their own.
+#if (defined(__AVX512VNNI__) && defined(__AVX512VBMI__)) || defined(__AVXVNNI__) || \
+    defined(__ARM_FEATURE_DOTPROD)
 #define MADTP_HAS_BYTE_DOTS 1
 #else
 #define MADTP_HAS_BYTE_DOTS 0

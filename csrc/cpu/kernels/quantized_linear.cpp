@@ -9,7 +9,7 @@
 #include "cpu/kernels/quantized_step.h"
 
 #if MADTP_HAS_BYTE_DOTS
-#include "cpu/kernels/quantized_vnni.h"
+#include "cpu/kernels/quantized_dots.h"
 #endif
 
 namespace madtp::cpu::MADTP_ISA {
@@ -57,29 +57,33 @@ constexpr std::int64_t kTilesBytes =
     500000;  // of x, of the tiles that a unit is multiplied with in turn: in L2
 constexpr std::int64_t kUnitsOfTask = 4;
 
+typedef std::uint8_t Bytes __attribute__((vector_size(kDotsColumns)));
+
 template <typename T>
 Status run(const QuantizedLinear& a, void* out, std::int64_t out_stride, int threads) {
-  const VnniLayout layout(a.out_features, a.in_features, a.sparse);
+  const DotsLayout layout(a.out_features, a.in_features, a.sparse);
   return run_valid_rows<T>(a, out, out_stride, threads, [&](std::int64_t tokens, int threads) {
-    const std::int64_t row_bytes = layout.blocks * kVnniColumns;
-    const QuantizedX x(tokens, tokens * row_bytes + kVnniColumns);
+    const std::int64_t row_bytes = layout.blocks * kDotsColumns;
+    const QuantizedX x(tokens, tokens * row_bytes + kDotsColumns);
     // A row of each thread, before its blocks go to their places.
     void* memory = nullptr;
-    if (!x || posix_memalign(&memory, 64, std::size_t((row_bytes + kVnniColumns) * threads)) != 0)
+    if (!x || posix_memalign(&memory, 64, std::size_t((row_bytes + kDotsColumns) * threads)) != 0)
       return Status::out_of_memory;
     std::int8_t* const row_of_thread = static_cast<std::int8_t*>(memory);
 
-    const Cut tiles{tokens, ceil_div(tokens, kVnniTokens)};
+    const Cut tiles{tokens, ceil_div(tokens, kDotsTokens)};
     for_each_task(tiles.parts, threads, [&](std::int64_t tile, int thread) {
       const std::int64_t first = tiles.begin(tile), count = tiles.begin(tile + 1) - first;
-      std::int8_t* const row = row_of_thread + (row_bytes + kVnniColumns) * thread;
+      std::int8_t* const row = row_of_thread + (row_bytes + kDotsColumns) * thread;
       for (std::int64_t t = 0; t < count; ++t) {
         x.scale[first + t] = quantize_row(static_cast<const T*>(a.x) + (first + t) * a.x_stride,
                                           a.in_features, row_bytes, row);
         for (std::int64_t block = 0; block < layout.blocks; ++block) {
-          const __m512i bytes = _mm512_load_si512(row + block * kVnniColumns);
-          _mm512_store_si512(x.rows + first * row_bytes + (block * count + t) * kVnniColumns,
-                             _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
+          Bytes bytes;
+          __builtin_memcpy(&bytes, row + block * kDotsColumns, sizeof bytes);
+          bytes ^= std::uint8_t(kDotsOffset);  // plus the offset
+          __builtin_memcpy(x.rows + first * row_bytes + (block * count + t) * kDotsColumns, &bytes,
+                           sizeof bytes);
         }
       }
     });
@@ -87,16 +91,16 @@ Status run(const QuantizedLinear& a, void* out, std::int64_t out_stride, int thr
 
     const Int8Sums<T> sums{x.scale, a.weight_scale};
     const Epilogue<Int8Sums<T>> epilogue(sums, a, out, out_stride);
-    std::int64_t together = kTilesBytes / (kVnniTokens * (row_bytes + 1));
+    std::int64_t together = kTilesBytes / (kDotsTokens * (row_bytes + 1));
     together = together < 1 ? 1 : together < tiles.parts ? together : tiles.parts;
     const std::int64_t spans = ceil_div(layout.units, kUnitsOfTask);
     for_each_task(ceil_div(tiles.parts, together) * spans, threads, [&](std::int64_t task, int) {
       const std::int64_t first_tile = task / spans * together, first_unit = task % spans * kUnitsOfTask;
       for (std::int64_t u = first_unit; u < first_unit + kUnitsOfTask && u < layout.units; ++u) {
-        const VnniUnit unit(layout, a.layout, u);
-        const std::int64_t feature = u * kVnniRows;
+        const DotsUnit unit(layout, a.layout, u);
+        const std::int64_t feature = u * kDotsRows;
         const std::int64_t features =
-            a.out_features - feature < kVnniRows ? a.out_features - feature : kVnniRows;
+            a.out_features - feature < kDotsRows ? a.out_features - feature : kDotsRows;
         for (std::int64_t tile = first_tile; tile < first_tile + together && tile < tiles.parts; ++tile) {
           const std::int64_t token = tiles.begin(tile), count = tiles.begin(tile + 1) - token;
           // Otherwise the stores of a large output wait for memory.
@@ -105,9 +109,9 @@ Status run(const QuantizedLinear& a, void* out, std::int64_t out_stride, int thr
             __builtin_prefetch(to, 1);
             __builtin_prefetch(to + features - 1, 1);
           }
-          alignas(64) std::int32_t tile_sums[kVnniTokens * kVnniRows];
-          multiply_vnni_function(int(count))(x.rows + token * row_bytes, unit, tile_sums);
-          epilogue.run(reinterpret_cast<const float*>(tile_sums), kVnniRows, token, count, feature, features);
+          alignas(64) std::int32_t tile_sums[kDotsTokens * kDotsRows];
+          multiply_dots_function(int(count))(x.rows + token * row_bytes, unit, tile_sums);
+          epilogue.run(reinterpret_cast<const float*>(tile_sums), kDotsRows, token, count, feature, features);
         }
       }
     });

@@ -6,20 +6,20 @@
 #include "cpu/kernels/quantized_layout.h"
 
 #if MADTP_HAS_BYTE_DOTS
-#include "cpu/kernels/quantized_vnni_layout.h"
+#include "cpu/kernels/quantized_dots_layout.h"
 #endif
 
 namespace madtp::cpu::MADTP_ISA {
 #if MADTP_HAS_BYTE_DOTS
 Status quantized_layout_bytes(std::int64_t out_features, std::int64_t in_features, bool sparse,
                               std::int64_t* bytes) {
-  *bytes = VnniLayout(out_features, in_features, sparse).bytes();
+  *bytes = DotsLayout(out_features, in_features, sparse).bytes();
   return Status::ok;
 }
 
 Status quantized_pack(const QuantizedWeight& weight, void* data, int threads) {
-  const VnniLayout layout(weight.out_features, weight.in_features, weight.indices != nullptr);
-  return pack_vnni(weight, layout, data, threads);
+  const DotsLayout layout(weight.out_features, weight.in_features, weight.indices != nullptr);
+  return pack_dots(weight, layout, data, threads);
 }
 #else
 namespace {
