@@ -151,6 +151,19 @@ def _gemma3():
     return hf.Gemma3ForConditionalGeneration(config)
 
 
+def _florence2():
+    text = {"model_type": "bart", "vocab_size": 97, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+    text |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    text |= {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    text |= {"max_position_embeddings": 128, "forced_eos_token_id": None}
+    vision = {"embed_dim": [8, 16], "depths": [1, 1], "patch_size": [3, 3], "patch_stride": [2, 2]}
+    vision |= {"patch_padding": [1, 1], "patch_prenorm": [False, True], "num_heads": [2, 2], "num_groups": [2, 2]}
+    vision |= {"window_size": 4, "projection_dim": 32, "max_position_embeddings": 20}
+    return hf.Florence2ForConditionalGeneration(
+        hf.Florence2Config(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    )
+
+
 def _grids(generator: torch.Generator) -> dict[str, Any]:
     grids = torch.tensor([[1, 8, 4], [1, 4, 4], [1, 4, 8]])
     return {"pixel_values": _draw(generator, int(grids.prod(1).sum()), 96), "image_grid_thw": grids}
@@ -187,7 +200,8 @@ CASES = {
     "SmolVLM": VlmCase(lambda: _idefics("SmolVLM"), _tiles),
     "Idefics3": VlmCase(lambda: _idefics("Idefics3"), _tiles),
     "PaliGemma": VlmCase(lambda: _paligemma("gemma"), _squares, chunks=False),
-    "PaliGemma 2": VlmCase(lambda: _paligemma("gemma2"), _squares, plain=False, chunks=False, static=False),
+    "PaliGemma 2": VlmCase(lambda: _paligemma("gemma2"), _squares, chunks=False, static=False),
+    "Florence-2": VlmCase(_florence2, _squares, plain=False),
     "Gemma 3": VlmCase(_gemma3, _squares, plain=False, chunks=False),
 }
 

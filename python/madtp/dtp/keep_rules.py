@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens of an image stay, by `Keep(rule=)`: rules without training, on one interface.
 
-A rule takes `Candidates` and how many of each sequence are to stay, and returns which: (T,) bool, or `Kept` where rows
-change too. Equations and sources are in docs/method.md. To add one, write its function and its row in `RULES`.
+A rule takes `Candidates`, of one token at least, and how many of each image are to stay, and returns which: (T,) bool,
+or `Kept` where rows change too. Equations and sources are in docs/method.md. To add one, write its function and its
+row in `RULES`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def random(candidates: Candidates, counts: Sequence[int], seed: int = 0) -> Tens
     `functools.partial(random, seed=1)` is a rule with other draws.
     """
     draws = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for length in candidates.lengths]
-    return _best(torch.cat([torch.empty(0), *draws]).to(candidates.features.device), candidates, counts)
+    return _best(torch.cat(draws).to(candidates.features.device), candidates, counts)
 
 
 def uniform(candidates: Candidates, counts: Sequence[int]) -> Tensor:
@@ -84,7 +85,7 @@ def uniform(candidates: Candidates, counts: Sequence[int]) -> Tensor:
     for length, count in zip(candidates.lengths, counts, strict=True):
         chosen.append(begin + (2 * torch.arange(count, device=device) + 1) * length // (2 * max(count, 1)))
         begin += length
-    return _mask(torch.cat([torch.empty(0, dtype=torch.long, device=device), *chosen]), begin)
+    return _mask(torch.cat(chosen), begin)
 
 
 def text(candidates: Candidates, counts: Sequence[int]) -> Tensor:
@@ -124,8 +125,6 @@ def tome(candidates: Candidates, counts: Sequence[int]) -> Kept:
         keep.append(begin + left)
         rows.append(merged)
         begin += len(part)
-    if not keep:
-        return Kept(_mask(candidates.features.new_zeros(0, dtype=torch.long), begin), None)
     return Kept(_mask(torch.cat(keep), begin), torch.cat(rows))
 
 
@@ -152,11 +151,11 @@ def relevance(candidates: Candidates) -> Tensor:
     """(T,) float64: the mean cosine of each token with those of its text; 0 where the text is empty."""
     if candidates.text is None:
         raise ValueError("rule must have the text of the instruction, got none")
-    texts, device = candidates.text.detach().split(list(candidates.text_lengths)), candidates.features.device
+    texts = candidates.text.detach().split(list(candidates.text_lengths))
     means = [_unit(part).sum(0) / max(len(part), 1) for part in texts]
     parts = candidates.features.detach().split(list(candidates.lengths))
     cosines = [_unit(part) @ means[which] for part, which in zip(parts, candidates.text_of, strict=True)]
-    return torch.cat([torch.empty(0, dtype=torch.float64, device=device), *cosines])
+    return torch.cat(cosines)
 
 
 def fewest_with_mass(candidates: Candidates, mass: float) -> list[int]:
@@ -183,11 +182,11 @@ def _determinantal(candidates: Candidates, relevance: Tensor, counts: Sequence[i
     rows = []
     lengths = list(candidates.lengths)
     for part, r in zip(candidates.features.detach().split(lengths), relevance.split(lengths), strict=True):
-        low, high = (r.amin(), r.amax()) if len(r) else (0, 0)
+        low, high = (r.amin(), r.amax()) if len(r) else (r.sum(), r.sum())
         rows.append(_unit(part) * ((r - low + EPSILON) / (high - low + EPSILON))[:, None])
     kernel, real = _gram(rows)
     sequences = torch.arange(len(lengths), device=kernel.device)
-    cholesky = kernel.new_zeros(max(counts, default=0), *real.shape)  # (steps, B, N)
+    cholesky = kernel.new_zeros(max(counts), *real.shape)  # (steps, B, N)
 
     def update(gain: Tensor, step: int, best: Tensor) -> Tensor:
         before = cholesky[:step]
@@ -216,7 +215,7 @@ def _greedy(
     chosen = torch.zeros_like(real)
     limit = torch.tensor(list(counts), device=real.device)
     sequences = torch.arange(len(real), device=real.device)
-    for step in range(max(counts, default=0)):
+    for step in range(max(counts)):
         best = score.masked_fill(chosen | ~real, -torch.inf).argmax(1)
         chosen[sequences, best] |= step < limit
         score = update(score, step, best)
@@ -256,12 +255,10 @@ def _gram(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     Image by image, so that who else is in the batch does not change a bit.
     """
-    longest = max(map(len, rows), default=0)
+    longest = max(map(len, rows))
     padded = [F.pad(part @ part.T, (0, longest - len(part)) * 2) for part in rows]
-    device = rows[0].device if rows else None
-    lengths = torch.tensor([len(part) for part in rows], dtype=torch.long, device=device)
-    gram = torch.stack(padded) if rows else torch.zeros(0, 0, 0, dtype=torch.float64)
-    return gram, torch.arange(longest, device=device) < lengths[:, None]
+    lengths = torch.tensor([len(part) for part in rows], device=rows[0].device)
+    return torch.stack(padded), torch.arange(longest, device=rows[0].device) < lengths[:, None]
 
 
 def _unit(x: Tensor) -> Tensor:

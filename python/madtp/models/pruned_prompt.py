@@ -37,7 +37,6 @@ from madtp.models.prompt import (
 )
 
 FIRST_POSITION = {"paligemma": 1}  # by model type, of what counts its positions from another number than 0
-HIDDEN_STATES = ("fuyu", "llama4")  # model types that read other fields of an encoder's output than its pooler_output
 
 
 class PrunedPrompt(nn.Module):
@@ -296,21 +295,6 @@ class PrunedPrompt(nn.Module):
         """A token that is no placeholder: that of padding, or the first of the vocabulary."""
         pad, placeholders = self.config.get_text_config().pad_token_id, self._placeholder_ids()
         return next(token for token in (pad, 0, 1, 2) if token is not None and token not in placeholders)
-
-
-def unsupported_reason(model: nn.Module) -> str | None:
-    """Why the prompt of a model cannot lose image tokens, or None."""
-    if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        return "it must be a Hugging Face class with a language head"
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        return "its forward must take mm_encoder_outputs"
-    if all(token_of(model.config, modality) is None for modality in MODALITIES):
-        return "its config must have an image_token_id or a video_token_id"
-    if model.config.model_type in HIDDEN_STATES:
-        return "its forward must read pooler_output, and reads hidden states of the tower"
-    if not any(hasattr(model.base_model, f"get_{modality}_features") for modality in MODALITIES):
-        return "its base model must have get_image_features or get_video_features"
-    return None
 
 
 def _features(output: Any, modality: str, placeholders: Tensor) -> list[Tensor]:

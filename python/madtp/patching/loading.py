@@ -19,8 +19,8 @@ from madtp.handles import find_handle
 from madtp.hwp.packed_linear import PackedLinear
 from madtp.hwp.packing import Epilogue, replace_linear
 from madtp.hwp.quantized_linear import DTYPES, QuantizedLinear
-from madtp.models.pruned_prompt import unsupported_reason
 from madtp.models.registry import family_of
+from madtp.models.vlm import unsupported_reason
 from madtp.patching.handle import patch
 from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.state import ModelError, Settings, check_files, read_checksums, unreadable

@@ -7,23 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import transformers as hf
 from torch import Tensor, nn
 
 from madtp.dtp.keep import Keep
 from madtp.dtp.keep_rules import RULES
 from madtp.hwp.packing import Epilogue, unpack
-from madtp.models.florence2 import PrunedFlorence2
 from madtp.models.mixing import change_class, check_forward, mixed
 from madtp.models.projector_seam import ProjectorSeam
 from madtp.models.prompt import MODALITIES, count_images, token_of
-from madtp.models.pruned_prompt import PrunedPrompt, unsupported_reason
+from madtp.models.vlm import mixin_of, unsupported_reason
 from madtp.patching.saving import save
 from madtp.patching.state import Packed, Settings
 
 PROJECTOR = "projector"
 DEFAULT_RULES = {PROJECTOR: "divprune"}  # of a plain share or count, by seam
-MIXINS = {hf.Florence2ForConditionalGeneration: PrunedFlorence2}  # by class, of those that need another than most
 
 
 class VlmHandle:
@@ -46,9 +43,9 @@ class VlmHandle:
             if hasattr(module, "madtp_handle"):
                 raise ValueError(f"model must have no part that is patched already, got {name or 'model'}")
         check_forward(model, "")
-        self.source: Any = type(model)
-        mixin: type = next((mixin for kind, mixin in MIXINS.items() if isinstance(model, kind)), PrunedPrompt)
-        change_class(model, mixed(self.source, mixin))
+        source: Any = type(model)  # mypy holds a type[nn.Module] to be unhashable
+        self.source = source
+        change_class(model, mixed(source, mixin_of(model)))
         model.madtp_projector = self.seams[PROJECTOR]  # type: ignore[assignment]  # torch declares tensors, modules
         model.madtp_handle = self  # type: ignore[assignment]
 
