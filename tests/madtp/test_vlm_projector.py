@@ -89,9 +89,11 @@ def test_removed_is_hidden(name):
     left = columns >= 0
     assert whole.shape[1] == inputs["input_ids"].shape[1] > logits.shape[1]
     close(logits[left], whole[torch.arange(2)[:, None].expand_as(columns)[left], columns[left]])
-    assert torch.equal(out.sequences, hidden.sequences) and torch.equal(beams.sequences, hidden_beams.sequences)
+    assert torch.equal(out.sequences, hidden.sequences)
     close(answers(out), answers(hidden))
-    close(beams.sequences_scores, hidden_beams.sequences_scores)
+    if CASES[name].beams:
+        assert torch.equal(beams.sequences, hidden_beams.sequences)
+        close(beams.sequences_scores, hidden_beams.sequences_scores)
 
 
 @families(quick=("LLaVA",))

@@ -36,10 +36,11 @@ class VlmCase(NamedTuple):
 
     Args:
         make: the model.
-        pixels: (generator, with_video) -> the arguments of its images, three of them.
+        pixels: (generator) -> the arguments of its images, three of them.
         plain: whether attention alone carries tokens, so that hiding is removing.
         chunks: whether transformers itself prefills in chunks as it does whole.
         static: whether transformers itself runs a static cache.
+        beams: whether transformers itself gives each beam its images, where a sample has several.
     """
 
     make: Callable[[], Any]
@@ -47,6 +48,7 @@ class VlmCase(NamedTuple):
     plain: bool = True
     chunks: bool = True
     static: bool = True
+    beams: bool = True
 
 
 def _text(kind: str, **more: Any) -> dict[str, Any]:
@@ -164,6 +166,50 @@ def _florence2():
     )
 
 
+def _cohere(kind: str, **more: Any):
+    text = _text("cohere2", head_dim=8, sliding_window=64)
+    config = getattr(hf, f"{kind}Config")(
+        vision_config=SIGLIP, text_config=text, image_token_id=IMAGE, downsample_factor=2, **more
+    )
+    return getattr(hf, f"{kind}ForConditionalGeneration")(config)
+
+
+def _mistral3():
+    vision = TOWER | {"model_type": "pixtral", "image_size": 16, "patch_size": 4, "head_dim": 16}
+    text = _text("mistral", head_dim=8, sliding_window=None)
+    config = hf.Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE, spatial_merge_size=2)
+    return hf.Mistral3ForConditionalGeneration(config)
+
+
+def _glm4v():
+    vision = {"depth": 2, "num_heads": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48}
+    vision |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "image_size": 16, "in_channels": 3}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
+    config = hf.Glm4vConfig(
+        vision_config=vision,
+        text_config=TEXT | {"rope_parameters": rope},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=BEGIN,
+        image_end_token_id=END,
+    )
+    return hf.Glm4vForConditionalGeneration(config)
+
+
+def _janus():
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    vision |= {"projection_dim": 32, "mlp_ratio": 2}
+    tokens = {"embed_dim": 8, "num_embeddings": 16, "double_latent": False, "latent_channels": 8, "base_channels": 32}
+    tokens |= {"channel_multiplier": [1], "num_patches": 4, "projection_dim": 32, "num_hidden_layers": 1}
+    config = hf.JanusConfig(
+        vision_config=vision,
+        vq_config=tokens | {"image_token_embed_dim": 8},
+        text_config=_text("llama"),
+        image_token_id=IMAGE,
+    )
+    return hf.JanusForConditionalGeneration(config)
+
+
 def _grids(generator: torch.Generator) -> dict[str, Any]:
     grids = torch.tensor([[1, 8, 4], [1, 4, 4], [1, 4, 8]])
     return {"pixel_values": _draw(generator, int(grids.prod(1).sum()), 96), "image_grid_thw": grids}
@@ -171,6 +217,10 @@ def _grids(generator: torch.Generator) -> dict[str, Any]:
 
 def _squares(generator: torch.Generator) -> dict[str, Any]:
     return {"pixel_values": _draw(generator, 3, 3, 16, 16)}
+
+
+def _sized(generator: torch.Generator) -> dict[str, Any]:
+    return _squares(generator) | {"image_sizes": torch.tensor([[16, 16], [16, 8], [16, 16]])}
 
 
 def _anyres(generator: torch.Generator) -> dict[str, Any]:
@@ -199,6 +249,11 @@ CASES = {
     "InternVL": VlmCase(_internvl, _squares),
     "SmolVLM": VlmCase(lambda: _idefics("SmolVLM"), _tiles),
     "Idefics3": VlmCase(lambda: _idefics("Idefics3"), _tiles),
+    "Aya Vision": VlmCase(lambda: _cohere("AyaVision", vision_feature_layer=-1), _squares),
+    "Cohere2 Vision": VlmCase(lambda: _cohere("Cohere2Vision", alignment_intermediate_size=32), _squares),
+    "Mistral 3": VlmCase(_mistral3, _sized),
+    "Janus": VlmCase(_janus, _squares),
+    "GLM-4V": VlmCase(_glm4v, _grids, beams=False),
     "PaliGemma": VlmCase(lambda: _paligemma("gemma"), _squares, chunks=False),
     "PaliGemma 2": VlmCase(lambda: _paligemma("gemma2"), _squares, chunks=False, static=False),
     "Florence-2": VlmCase(_florence2, _squares, plain=False),
@@ -240,7 +295,7 @@ def vlm_batch(name: str, model, seed: int = 1, right: bool = False) -> dict[str,
     padded = [row + [PAD] * (width - len(row)) if right else [PAD] * (width - len(row)) + row for row in samples]
     ids = torch.tensor(padded)
     inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long(), **pixels}
-    if name.startswith("Qwen"):
+    if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     if name.startswith("PaliGemma"):
         inputs["token_type_ids"] = torch.zeros_like(ids)  # all of the prompt sees all of it

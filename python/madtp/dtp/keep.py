@@ -39,6 +39,8 @@ class Keep:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, or a function, got {self.rule!r}")
         if self.amount is not None and not (_is_share(self.amount) or _is_count(self.amount)):
             raise ValueError(f"amount must be a share, a float in (0, 1], or a count, an int >= 1, got {self.amount!r}")
+        if _is_count(self.amount):
+            object.__setattr__(self, "amount", int(self.amount or 0))  # of numpy too, which no JSON takes
         if self.mass is not None and not (_is_share(self.mass) or (_is_count(self.mass) and self.mass == 1)):
             raise ValueError(f"mass must be in (0, 1], got {self.mass!r}")
         if self.amount is not None and self.mass is not None:

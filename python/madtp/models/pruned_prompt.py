@@ -26,6 +26,7 @@ from madtp.models.arguments import Arguments
 from madtp.models.projector_seam import ProjectorSeam, PromptRecord
 from madtp.models.prompt import (
     MODALITIES,
+    Images,
     Shortened,
     find_images,
     find_placeholders,
@@ -182,8 +183,8 @@ class PrunedPrompt(nn.Module):
             placeholders = find_placeholders(input_ids, self.config, modality)
             features = _features(output, modality, placeholders)
             images = find_images(input_ids, self.config, modality, features)
-            chosen = seam.choose(self._candidates(input_ids, kwargs, features, images.begins()))
-            kept[images.placeholders] = chosen.keep.to(kept.device)
+            chosen = seam.choose(self._candidates(input_ids, kwargs, features, images))
+            kept = kept.masked_scatter(images.placeholders, chosen.keep.to(kept.device))
             if not record.hidden:
                 outputs[modality] = _pruned(output, features, chosen)
             record.images.append(images)
@@ -197,11 +198,11 @@ class PrunedPrompt(nn.Module):
         return made.input_ids, {**made.kwargs, "mm_encoder_outputs": outputs}, record
 
     def _candidates(
-        self, input_ids: Tensor, kwargs: Mapping[str, Any], features: list[Tensor], begins: list[int]
+        self, input_ids: Tensor, kwargs: Mapping[str, Any], features: list[Tensor], images: Images
     ) -> Candidates:
-        rows, lengths = torch.cat(features), [len(part) for part in features]
+        rows = torch.cat(features)
         if not self.madtp_projector.keep.needs_text:
-            return Candidates(rows, lengths)
+            return Candidates(rows, images.lengths)
         words = torch.ones_like(input_ids, dtype=torch.bool)
         if kwargs.get("attention_mask") is not None:
             words &= kwargs["attention_mask"].bool()
@@ -209,8 +210,8 @@ class PrunedPrompt(nn.Module):
             words &= input_ids != token
         with torch.no_grad():
             text = self.get_input_embeddings()(input_ids[words])  # type: ignore[operator]
-        text_of = [min(begin // input_ids.shape[1], len(input_ids) - 1) for begin in begins]
-        return Candidates(rows, lengths, None, text, words.sum(1).tolist(), text_of)
+        text_of = [min(begin // input_ids.shape[1], len(input_ids) - 1) for begin in images.begins()]
+        return Candidates(rows, images.lengths, None, text, words.sum(1).tolist(), text_of)
 
     def _encoded(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with encoded images in place of pixels, as `generate` makes them."""
