@@ -16,6 +16,7 @@ import warnings
 import pytest
 import torch
 import transformers as hf
+from families import blip2, blip2_inputs
 from vlm_families import BEGIN, CASES, END, IMAGE, PAD, VIDEO, make_vlm, vlm_batch
 
 import madtp
@@ -237,8 +238,7 @@ def test_images_and_videos_in_the_order_of_the_prompt(name):
         close(answers(out), answers(model.generate(**inputs, **GREEDY)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["Qwen2.5-VL", "LLaVA", "SmolVLM"])
+@families(quick=(), of=PLAIN)
 def test_losses_and_gradients_are_those_of_hidden_tokens(name):
     model = make_vlm(name)
     inputs = vlm_batch(name, model, right=True)
@@ -569,6 +569,35 @@ def test_damaged_settings_are_refused(llava, tmp_path, damage):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(madtp.ModelError, match="cannot be read"):
         hf.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+def test_packed_layers_are_saved_too(llava, tmp_path):
+    model, inputs = llava
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    madtp.patch(model.float(), keep={"projector": 0.3})
+    name = "model.language_model.layers.0.mlp.up_proj"
+    madtp.hwp.pack(model, names=[name], dtype="int8")
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    loaded = madtp.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**inputs).logits, expected)
+    assert isinstance(loaded.get_submodule(name), madtp.hwp.QuantizedLinear)
+    assert type(loaded.madtp_handle.remove().get_submodule(name)) is torch.nn.Linear
+
+
+@pytest.mark.slow
+def test_a_class_that_asks_for_pixels_by_name():
+    model, inputs = blip2(hf.Blip2ForConditionalGeneration).eval(), blip2_inputs()
+    logits = model(**inputs).logits
+    handle = madtp.patch(model, keep={"projector": 1.0})
+    close(model(**inputs).logits, logits)
+    handle.remove()
+    handle = madtp.patch(model, keep={"projector": 2})
+    short = model(**inputs).logits
+    with handle.simulated():
+        close(short[:, -1], model(**inputs).logits[:, -1])
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape == (4, 12)
 
 
 def test_arguments_are_those_of_the_class(llava):

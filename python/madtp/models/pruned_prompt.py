@@ -131,7 +131,8 @@ class PrunedPrompt(nn.Module):
         base: Any = self.base_model
         if record.dropped and getattr(base, "rope_deltas", None) is not None:  # decoding goes on at cache length + it
             base.rope_deltas = base.rope_deltas + record.dropped
-        out = run(input_ids=input_ids, **kwargs)
+        # A forward may ask for pixels, which are encoded here.
+        out = run(**{**dict.fromkeys(self._required()), "input_ids": input_ids, **kwargs})
         values = out.values() if isinstance(out, ModelOutput) else out
         for cache in (kwargs.get("past_key_values"), *(value for value in values if isinstance(value, Cache))):
             _mark(cache, record)
@@ -291,6 +292,12 @@ class PrunedPrompt(nn.Module):
 
     def _placeholder_ids(self) -> list[int]:
         return [token for modality in MODALITIES if (token := token_of(self.config, modality)) is not None]
+
+    def _required(self) -> list[str]:
+        """The arguments that the forward of the class has no default for."""
+        parameters = list(self.madtp_arguments.signature.parameters.values())[1:]
+        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds]
 
     def _padding(self) -> int:
         """A token that is no placeholder: that of padding, or the first of the vocabulary."""

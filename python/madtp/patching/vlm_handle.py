@@ -122,7 +122,7 @@ class VlmHandle:
             if record.columns is not None:
                 before, after = record.lengths(), [len(places) for places in record.selections()]
                 how = "hidden" if record.hidden else "removed"
-                lines.append((name, "tokens", f"{sum(before)} -> {sum(after)}", f"{how}, in {len(before)} images"))
+                lines.append((name, "tokens", f"{sum(before)} -> {sum(after)}", f"{how}, images: {len(before)}"))
                 width = record.columns.shape[1]
                 lines.append((name, "columns", f"{record.width} -> {width}", "of the prompt"))
                 lines.append((name, "cache", str(width), "columns after the prompt"))
