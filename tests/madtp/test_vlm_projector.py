@@ -12,12 +12,13 @@ import pickle
 import re
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from families import blip2, blip2_inputs
-from vlm_families import BEGIN, CASES, END, IMAGE, PAD, VIDEO, make_vlm, vlm_batch
+from vlm_families import BEGIN, CASES, END, IMAGE, PAD, VIDEO, make_vlm, vlm_batch, vlm_table
 
 import madtp
 from madtp.models.prompt import shorten
@@ -62,9 +63,11 @@ def test_all_kept_is_the_model(name):
     model = make_vlm(name)
     inputs, source = vlm_batch(name, model), type(model)
     logits, tokens = model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    beams = model.generate(**inputs, max_new_tokens=3, do_sample=False, num_beams=2)
     handle = madtp.patch(model, keep={"projector": 1.0})
     assert torch.equal(model(**inputs).logits, logits)
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False, num_beams=2), beams)
     assert [places.tolist() for places in handle.selections["projector"]] == [
         list(range(count)) for count in handle.counts(**inputs)["projector"]
     ]
@@ -222,7 +225,7 @@ def mixed_prompt(name, model):
     return inputs, [images[0], frames, images[1]]
 
 
-@families(quick=("Qwen2.5-VL",), of=("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "OneVision"))
+@families(quick=("Qwen2.5-VL",), of=[name for name, case in CASES.items() if case.video])
 def test_images_and_videos_in_the_order_of_the_prompt(name):
     model = make_vlm(name)
     inputs, lengths = mixed_prompt(name, model)
@@ -598,6 +601,10 @@ def test_a_class_that_asks_for_pixels_by_name():
     with handle.simulated():
         close(short[:, -1], model(**inputs).logits[:, -1])
     assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape == (4, 12)
+
+
+def test_the_documents_say_what_is_tested():
+    assert vlm_table() in (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 
 
 def test_arguments_are_those_of_the_class(llava):

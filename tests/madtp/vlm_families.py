@@ -41,6 +41,7 @@ class VlmCase(NamedTuple):
         chunks: whether transformers itself prefills in chunks as it does whole.
         static: whether transformers itself runs a static cache.
         beams: whether transformers itself gives each beam its images, where a sample has several.
+        video: whether a video is tested.
     """
 
     make: Callable[[], Any]
@@ -49,6 +50,7 @@ class VlmCase(NamedTuple):
     chunks: bool = True
     static: bool = True
     beams: bool = True
+    video: bool = False
 
 
 def _text(kind: str, **more: Any) -> dict[str, Any]:
@@ -239,13 +241,13 @@ def _draw(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 CASES = {
-    "Qwen2-VL": VlmCase(lambda: _qwen("Qwen2VL"), _grids),
-    "Qwen2.5-VL": VlmCase(lambda: _qwen("Qwen2_5_VL"), _grids),
-    "Qwen3-VL": VlmCase(lambda: _qwen("Qwen3VL"), _grids),
+    "Qwen2-VL": VlmCase(lambda: _qwen("Qwen2VL"), _grids, video=True),
+    "Qwen2.5-VL": VlmCase(lambda: _qwen("Qwen2_5_VL"), _grids, video=True),
+    "Qwen3-VL": VlmCase(lambda: _qwen("Qwen3VL"), _grids, video=True),
     "LLaVA": VlmCase(_llava, _squares),
     "VipLLaVA": VlmCase(_vipllava, _squares),
     "LLaVA-NeXT": VlmCase(_llava_next, _anyres),
-    "OneVision": VlmCase(_onevision, _anyres),
+    "OneVision": VlmCase(_onevision, _anyres, video=True),
     "InternVL": VlmCase(_internvl, _squares),
     "SmolVLM": VlmCase(lambda: _idefics("SmolVLM"), _tiles),
     "Idefics3": VlmCase(lambda: _idefics("Idefics3"), _tiles),
@@ -259,6 +261,27 @@ CASES = {
     "Florence-2": VlmCase(_florence2, _squares, plain=False),
     "Gemma 3": VlmCase(_gemma3, _squares, plain=False, chunks=False),
 }
+
+
+def vlm_table() -> str:
+    """What the tests show of each family, for docs/models.md."""
+    header = ("model", "all kept", "some kept", "beams", "video", "static cache", "prefill in chunks", "gradients")
+    rows = [header, ("---",) * len(header)]
+    for name, case in CASES.items():
+        decodes = name != "Florence-2"
+        rows.append(
+            (
+                name,
+                "yes",
+                "as hidden" if case.plain else "by hand",
+                "yes" if case.beams else "one image a sample",
+                "yes" if case.video else "",
+                ("yes" if case.static else "not in transformers") if decodes else "reads no prompt",
+                ("yes" if case.chunks else "not in transformers") if decodes else "reads no prompt",
+                "yes" if case.plain else "",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def make_vlm(name: str):
