@@ -131,6 +131,18 @@ def test_tome_keeps_the_sum():
     torch.testing.assert_close(RULES["tome"].choose(given, [1])[1][0], given.features.mean(0))
 
 
+def test_visionzip_adds_the_mean_of_the_rest():
+    given = candidates((9,))._replace(importance=torch.tensor([0.0, 9, 0, 0, 8, 0, 0, 7, 0]))
+    keep, rows = keep_rules.visionzip(given, [5], context=0.4)
+    assert keep.nonzero().flatten().tolist() == [1, 2, 4, 6, 7], "three dominant ones, and two of 0, 2, 3, 5, 6, 8"
+    assert torch.equal(rows[[0, 2, 4]], given.features[[1, 4, 7]])
+    y = units(given, 0)
+    for row, target, other in ((rows[1], 2, 6), (rows[3], 6, 2)):
+        members = [j for j in (0, 3, 5, 8) if y[j] @ y[target] > y[j] @ y[other]]
+        mean = given.features[members].mean(0) if members else 0
+        torch.testing.assert_close(row, given.features[target] + mean)
+
+
 def test_tome_has_gradients():
     given = candidates((9,))
     rows = given.features.requires_grad_()

@@ -80,10 +80,9 @@ def random(candidates: Candidates, counts: Sequence[int], seed: int = 0) -> Tens
 
 def uniform(candidates: Candidates, counts: Sequence[int]) -> Tensor:
     """Evenly spaced in reading order."""
-    device = candidates.features.device
     begin, chosen = 0, []
     for length, count in zip(candidates.lengths, counts, strict=True):
-        chosen.append(begin + (2 * torch.arange(count, device=device) + 1) * length // (2 * max(count, 1)))
+        chosen.append(begin + _evenly(length, count, candidates.features.device))
         begin += length
     return _mask(torch.cat(chosen), begin)
 
@@ -128,6 +127,28 @@ def tome(candidates: Candidates, counts: Sequence[int]) -> Kept:
     return Kept(_mask(torch.cat(keep), begin), torch.cat(rows))
 
 
+def visionzip(candidates: Candidates, counts: Sequence[int], context: float = 10 / 64) -> Kept:
+    """VisionZip: the most important tokens as they are, and a share `context` of what is kept for the rest, evenly
+    spaced ones of them that each add the mean of those most like it; by the features, as keys."""
+    numbers = [round(context * count) for count in counts]
+    dominant = _best(_importance(candidates), candidates, [n - c for n, c in zip(counts, numbers, strict=True)])
+    keep, rows, lengths = [], [], list(candidates.lengths)
+    for part, first, number in zip(candidates.features.split(lengths), dominant.split(lengths), numbers, strict=True):
+        rest = (~first).nonzero().flatten()
+        target = rest[_evenly(len(rest), number, part.device)]
+        stay = first | _mask(target, len(part))
+        merged = part
+        if number:
+            others = (~stay).nonzero().flatten()
+            y = _unit(part.detach())
+            nearest = target[(y[others] @ y[target].T).argmax(1)]
+            size = part.new_zeros(len(part)).index_add(0, nearest, part.new_ones(len(others))).clamp_min(1)
+            merged = part + torch.zeros_like(part).index_add(0, nearest, part[others]) / size[:, None]
+        keep.append(stay)
+        rows.append(merged[stay])
+    return Kept(torch.cat(keep), torch.cat(rows))
+
+
 class RuleEntry(NamedTuple):
     choose: Rule
     needs_importance: bool = False
@@ -144,6 +165,7 @@ RULES = {
     "cdpruner": RuleEntry(cdpruner, needs_text=True),
     "cdpruner_negative": RuleEntry(cdpruner_negative, needs_text=True),
     "tome": RuleEntry(tome),
+    "visionzip": RuleEntry(visionzip, needs_importance=True),
 }
 
 
@@ -248,6 +270,11 @@ def _best(score: Tensor, candidates: Candidates, counts: Sequence[int]) -> Tenso
     keep = torch.zeros(tokens, dtype=torch.bool, device=score.device)
     keep[order] = torch.arange(tokens, device=score.device) - cu_seqlens[sequence] < limit[sequence]
     return keep
+
+
+def _evenly(tokens: int, count: int, device: torch.device) -> Tensor:
+    """(count,) int64: the middles of so many equal parts."""
+    return (2 * torch.arange(count, device=device) + 1) * tokens // (2 * max(count, 1))
 
 
 def _gram(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

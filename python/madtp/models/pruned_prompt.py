@@ -210,7 +210,7 @@ class PrunedPrompt(nn.Module):
         for token in self._placeholder_ids():
             words &= input_ids != token
         with torch.no_grad():
-            text = self.get_input_embeddings()(input_ids[words])  # type: ignore[operator]
+            text = self.get_input_embeddings()(input_ids[words].to(rows.device))  # type: ignore[operator]
         text_of = [min(begin // input_ids.shape[1], len(input_ids) - 1) for begin in images.begins()]
         return Candidates(rows, images.lengths, None, text, words.sum(1).tolist(), text_of)
 
@@ -273,7 +273,10 @@ class PrunedPrompt(nn.Module):
 
     def _check_cache(self, kwargs: Mapping[str, Any], decoding: bool = False) -> None:
         cache = kwargs.get("past_key_values")
-        if cache is None or self.madtp_projector.here.dense or int(cache.get_seq_length()) == 0:
+        if cache is None or self.madtp_projector.here.dense:
+            return
+        if int(cache.get_seq_length()) == 0:
+            vars(cache).pop("madtp_dropped", None)  # of what it held before it was reset
             return
         pruned = hasattr(cache, "madtp_dropped")
         if has_images(kwargs) or (pruned and not decoding):
