@@ -344,6 +344,18 @@ def test_prompts_without_images_are_as_before(llava):
     assert torch.equal(again, model.generate(continued, max_new_tokens=2, do_sample=False))
 
 
+def test_a_cache_that_was_reset_is_of_no_prompt(llava):
+    model, inputs = llava
+    madtp.patch(model, keep=DRAWN)
+    ids, cache = torch.tensor([[20, 21, 22, 23]]), hf.DynamicCache(config=model.config.text_config)
+    model(**{key: value[:1] for key, value in inputs.items()}, past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values must be empty"):
+        model.generate(ids, max_new_tokens=2, past_key_values=cache)
+    cache.crop(-cache.get_seq_length())
+    model(input_ids=ids[:, :3], past_key_values=cache)
+    close(model(input_ids=ids[:, 3:], past_key_values=cache).logits, model(ids).logits[:, 3:])
+
+
 @pytest.mark.parametrize("rule", ["uniform", "text", "divprune", "cdpruner", "cdpruner_negative", "tome"])
 def test_rules_run_behind_the_projector(llava, rule):
     model, inputs = llava

@@ -170,7 +170,7 @@ RULES = {
 
 
 def relevance(candidates: Candidates) -> Tensor:
-    """(T,) float64: the mean cosine of each token with those of its text; 0 where the text is empty."""
+    """(T,) float32 or float64: the mean cosine of each token with those of its text; 0 where the text is empty."""
     if candidates.text is None:
         raise ValueError("rule must have the text of the instruction, got none")
     texts = candidates.text.detach().split(list(candidates.text_lengths))
@@ -278,19 +278,19 @@ def _evenly(tokens: int, count: int, device: torch.device) -> Tensor:
 
 
 def _gram(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(B, N, N) products of the rows of each image, zero-padded, and (B, N) bool, what is no padding.
+    """(B, N, N) float64, products of the rows of each image, zero-padded, and (B, N) bool, what is no padding.
 
     Image by image, so that who else is in the batch does not change a bit.
     """
     longest = max(map(len, rows))
-    padded = [F.pad(part @ part.T, (0, longest - len(part)) * 2) for part in rows]
+    padded = [F.pad((part @ part.T).double(), (0, longest - len(part)) * 2) for part in rows]
     lengths = torch.tensor([len(part) for part in rows], device=rows[0].device)
     return torch.stack(padded), torch.arange(longest, device=rows[0].device) < lengths[:, None]
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows of length 1, float64: products of 16-bit rows would tie where the tokens do not."""
-    return F.normalize(x.double(), dim=1)
+    """Rows of length 1, float32 at least: products of 16-bit rows would tie where the tokens do not."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
 
 
 def _mask(index: Tensor, tokens: int) -> Tensor:
