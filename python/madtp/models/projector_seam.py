@@ -62,8 +62,6 @@ class ProjectorSeam:
         keep: what is left of each image.
     """
 
-    has_importance = False  # no attention is computed here
-
     def __init__(self, keep: Keep):
         self.keep = keep
         self._warned = False

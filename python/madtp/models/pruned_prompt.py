@@ -91,10 +91,8 @@ class PrunedPrompt(nn.Module):
             return out
         _mark(getattr(out, "past_key_values", None), record)
         _mark(kwargs.get("past_key_values"), record)
-        if (
-            self.config.is_encoder_decoder or not record.dropped or record.input_ids is None
-        ):  # the answer stands alone, or the prompt is whole
-            return out
+        if self.config.is_encoder_decoder or not record.dropped or record.input_ids is None:
+            return out  # the answer stands alone, or the prompt is whole
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompt = record.input_ids.repeat_interleave(len(sequences) // len(record.input_ids), 0)
         whole = torch.cat([prompt.to(sequences), sequences[:, record.width - record.dropped :]], 1)
@@ -186,8 +184,7 @@ class PrunedPrompt(nn.Module):
             images = find_images(input_ids, self.config, modality, features)
             chosen = seam.choose(self._candidates(input_ids, kwargs, features, images))
             kept = kept.masked_scatter(images.placeholders, chosen.keep.to(kept.device))
-            if not record.hidden:
-                outputs[modality] = _pruned(output, features, chosen)
+            outputs[modality] = (_hidden if record.hidden else _pruned)(output, features, chosen)
             record.images.append(images)
             record.keeps.append(chosen.keep)
         if record.hidden:
@@ -288,6 +285,8 @@ class PrunedPrompt(nn.Module):
     def _check_prompt(self, input_ids: Tensor | None, kwargs: Mapping[str, Any]) -> None:
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             raise ValueError("input_ids must be given with images, and no inputs_embeds: by them images are found")
+        if (outputs := kwargs.get("mm_encoder_outputs")) is not None and not isinstance(outputs, Mapping):
+            raise ValueError(f"mm_encoder_outputs must be a dict by modality, got {type(outputs).__name__}")
         mask = kwargs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != input_ids.shape):
             got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -330,6 +329,19 @@ def _pruned(output: Any, features: list[Tensor], chosen: Kept) -> Any:
     if (layers := output.get("deepstack_features")) is not None:
         fields["deepstack_features"] = [_pruned_layer(layer, keeps) for layer in layers]
     return type(output)(**fields)
+
+
+def _hidden(output: Any, features: list[Tensor], chosen: Kept) -> Any:
+    """An encoder's output with all tokens, in which those that are kept are as the rule has changed them."""
+    if chosen.features is None:
+        return output
+    rows: Any = torch.cat(features).masked_scatter(chosen.keep[:, None], chosen.features)
+    if isinstance(output.pooler_output, Tensor):
+        rows = rows.view_as(output.pooler_output)
+    else:
+        parts = rows.split([len(part) for part in features])
+        rows = [part.view_as(given) for part, given in zip(parts, output.pooler_output, strict=True)]
+    return type(output)(**{**output, "pooler_output": rows})
 
 
 def _pruned_layer(layer: Any, keeps: tuple[Tensor, ...]) -> Any:

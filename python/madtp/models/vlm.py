@@ -29,6 +29,8 @@ def unsupported_reason(model: nn.Module) -> str | None:
     takes = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
     if not takes and not isinstance(model, tuple(MIXINS)):
         return "its forward must take mm_encoder_outputs"
+    if not hasattr(model, "_prepare_multimodal_encoder_kwargs_for_generation"):
+        return "its transformers must encode images before it generates"
     if all(token_of(model.config, modality) is None for modality in MODALITIES):
         return "its config must have an image_token_id or a video_token_id"
     if model.config.model_type in HIDDEN_STATES:
