@@ -379,6 +379,16 @@ def test_rules_run_behind_the_projector(llava, rule):
         close(answers(model.generate(**inputs, **GREEDY)), answers(out))
 
 
+@families(quick=(), of=("InternVL", "OneVision", "Qwen3-VL"))
+def test_merged_tokens_are_where_they_were_hidden_or_removed(name):
+    model = make_vlm(name)
+    inputs = vlm_batch(name, model)
+    handle = madtp.patch(model, keep={"projector": madtp.Keep(0.4, rule="tome")})
+    out = model.generate(**inputs, **GREEDY)
+    with handle.simulated():
+        close(answers(model.generate(**inputs, **GREEDY)), answers(out))
+
+
 def test_a_text_guided_rule_reads_the_text_of_its_sample(llava):
     model, inputs = llava
     seen = []

@@ -54,9 +54,10 @@ class Shortened(NamedTuple):
 
 def has_images(kwargs: Mapping[str, Any]) -> bool:
     """Whether pixels or encoded images are among the arguments of a forward."""
-    outputs = kwargs.get("mm_encoder_outputs") or {}
-    encoded = not isinstance(outputs, Mapping) or any(output is not None for output in outputs.values())
-    return encoded or any(kwargs.get(name) is not None for names in PIXELS.values() for name in names)
+    encoded = kwargs.get("mm_encoder_outputs")
+    if isinstance(encoded, Mapping):
+        encoded = next((output for output in encoded.values() if output is not None), None)
+    return encoded is not None or any(kwargs.get(name) is not None for names in PIXELS.values() for name in names)
 
 
 def token_of(config: Any, modality: str) -> int | None:
