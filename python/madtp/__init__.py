@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from madtp.compression import Result as Result
     from madtp.compression import compress as compress
     from madtp.config import CompressionConfig as CompressionConfig
+    from madtp.dtp.keep import Keep as Keep
     from madtp.patching.handle import patch as patch
     from madtp.patching.pretrained import from_pretrained as from_pretrained
     from madtp.patching.state import ModelError as ModelError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _API = {
     "CompressionConfig": "madtp.config",
+    "Keep": "madtp.dtp.keep",
     "MadtpTrainer": "madtp.training.trainer",
     "ModelError": "madtp.patching.state",
     "Plan": "madtp.budgets.plan",

@@ -2,7 +2,8 @@
 """The controls of a patched model, found from any layer: what `madtp.patch` keeps as `model.madtp_handle`.
 
 `torch.nn.Module` says of an attribute only that it is a tensor or a module; these say which type it has. `Handle`
-itself lives in `patching`, at the top of what asks for it, so it is imported for its type alone.
+itself lives in `patching`, at the top of what asks for it, so it is imported for its type alone. The `VlmHandle` of a
+decoder has of it what all models need: no branches, `dense()`, `inference()` and `save`.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 """Every example runs, at a small size, and says what it promises."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny_vlms import save_tiny
 
 ROOT = Path(__file__).parents[2]
 BRIEF = {  # arguments, and something it prints
@@ -33,6 +35,18 @@ def run(name, *arguments):
 def test_runs(name):
     arguments, promised = BRIEF[name]
     assert promised in run(name, *arguments)
+
+
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+def test_decoders_answer_with_fewer_image_tokens(name, tmp_path, monkeypatch, capsys):
+    if name == "qwen2_5_vl":
+        pytest.importorskip("torchvision", reason="its processor of videos needs it")
+    save_tiny(name, tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setattr(sys, "argv", [name, "--model", str(tmp_path), "--keep", "9", "--new-tokens", "3"])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "image tokens left: 9" in out and "dense: " in out and "pruned: " in out
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from madtp.config import CompressionConfig
 from madtp.dtp.branch import Branch, in_this_thread
 from madtp.dtp.ragged import RaggedAttention
 from madtp.dtp.selection_rules import METHOD
-from madtp.dtp.settings import BranchSettings
+from madtp.dtp.settings import EXTRA_STATE, BranchSettings
 from madtp.handles import find_handle
 from madtp.hwp.packing import Epilogue, unpack
 from madtp.mag import AlignmentGuide
@@ -27,7 +27,9 @@ from madtp.models.tower import FORWARDS, RaggedTower, ragged
 from madtp.models.versions import check_transformers
 from madtp.patching import explain
 from madtp.patching.keep_rate import check_calibration, check_rates, find_temperatures
-from madtp.patching.saving import save
+from madtp.patching.saving import complete_state_dict, save
+from madtp.patching.state import Packed, Settings
+from madtp.patching.vlm_handle import VlmHandle
 
 
 class Handle:
@@ -240,7 +242,20 @@ class Handle:
         """`save_pretrained` of the model, of which `write` is the one of Hugging Face."""
         save(self, write, **options)
 
+    def saved(
+        self, packed: dict[str, Packed], state_dict: Mapping[str, Tensor] | None
+    ) -> tuple[Settings, Mapping[str, Tensor] | None]:
+        """What config.json is to hold, and the state dict to write. Settings that the state dict carries count."""
+        values = self.settings.values()
+        if state_dict is not None:
+            state_dict = complete_state_dict(self.model, state_dict, **{EXTRA_STATE: self.settings.get_extra_state()})
+            values = self.settings.parse(state_dict[EXTRA_STATE])
+        return Settings(self.config, values, packed), state_dict
 
+
+@overload
+def patch(model: nn.Module, *, keep: Mapping[str, Any]) -> VlmHandle: ...
+@overload
 def patch(
     model: nn.Module,
     config: CompressionConfig | None = None,
@@ -249,7 +264,17 @@ def patch(
     keep_rate: float | Mapping[str, float] | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     capacity: str = "exact",
-) -> Handle:
+) -> Handle: ...
+def patch(
+    model: nn.Module,
+    config: CompressionConfig | None = None,
+    *,
+    family: Family | None = None,
+    keep_rate: float | Mapping[str, float] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    capacity: str = "exact",
+    keep: Mapping[str, Any] | None = None,
+) -> Handle | VlmHandle:
     """Gives a Hugging Face model token pruning; at temperature 0, where it starts, it computes what it did before.
 
     Args:
@@ -262,6 +287,12 @@ def patch(
             "upper_bound": on as many rows as there were tokens at first, those past the tokens left being of no
             meaning, and nothing is read on the host, so that a forward of given shapes fits a CUDA graph; with
             gradients or in training mode it is as "exact".
+        keep: for decoders that read images, in place of all else: by seam, what is left of each image, a share (float),
+            a count (int) or a `madtp.Keep`. The seam "projector" is behind the projector, before the decoder: of every
+            class whose forward takes `mm_encoder_outputs`, and Florence-2.
+
+    Returns:
+        the model's controls, with `keep` a `VlmHandle`.
 
     Raises:
         TypeError: the class is not known. ValueError: the model, a part of it or what it is a part of is patched
@@ -272,6 +303,13 @@ def patch(
     check_transformers()
     if find_handle(model) is not None:
         raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
+    if keep is not None:
+        others = (config, family, keep_rate, calibration, None if capacity == "exact" else capacity)
+        names = ("config", "family", "keep_rate", "calibration", "capacity")
+        given = [name for name, value in zip(names, others, strict=True) if value is not None]
+        if given:
+            raise ValueError(f"keep must come alone, without settings of pruned towers, got {', '.join(given)} too")
+        return VlmHandle(model, keep)
     family = family or family_of(model)
     if family is None:
         known = ", ".join(family.source.__name__ for family in FAMILIES if family.source is not None)

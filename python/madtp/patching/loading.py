@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from madtp.dtp.keep import Keep
 from madtp.dtp.settings import EXTRA_STATE
 from madtp.handles import find_handle
 from madtp.hwp.packed_linear import PackedLinear
 from madtp.hwp.packing import Epilogue, replace_linear
 from madtp.hwp.quantized_linear import DTYPES, QuantizedLinear
 from madtp.models.registry import family_of
+from madtp.models.vlm import unsupported_reason
 from madtp.patching.handle import patch
 from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.state import ModelError, Settings, check_files, read_checksums, unreadable
@@ -47,17 +49,21 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
             check_files(directory, [Path(file).name for file in checkpoint_files], read_checksums(directory))
     family, kind = family_of(model), type(model).__name__
     saved = ", ".join(getattr(model.config, "architectures", None) or ()) or "the class it was saved as"
-    if family is None:
+    known = family is not None if settings.keep is None else unsupported_reason(model) is None
+    if not known:
         if settings.packed:
             raise ModelError(
                 f"{kind} must be a class that madtp.patch knows, for its packed layers: load it as {saved}"
             )
         logger.warning(f"madtp.patch knows no {kind}, which is loaded as it is; it was saved as {saved}")
         return
-    if family.towers.keys() != settings.branches.keys():
+    if settings.keep is None and family is not None and family.towers.keys() != settings.branches.keys():
         raise ModelError(f"{kind} must have branches {', '.join(settings.branches)}: load it as {saved}")
     try:
-        patch(model, settings.config).settings.set(settings.branches)
+        if settings.keep is not None:
+            patch(model, keep={seam: Keep(**amount) for seam, amount in settings.keep.items()})
+        else:
+            patch(model, settings.config).settings.set(settings.branches)
         layers = {}
         for name, (scheme, epilogue) in settings.packed.items():
             found = Epilogue(*(None if part is None else _find(model, part) for part in epilogue))
@@ -65,6 +71,8 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise unreadable(WHERE, error) from error
     _check_quantized(checkpoint_files or (), layers)
+    if settings.keep is not None:
+        return
     # Weights of an earlier version have no settings, and those of config.json are what counts.
     model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), EXTRA_STATE}
 
@@ -73,8 +81,10 @@ def finish(model: PreTrainedModel, values: Any) -> None:
     """Raises ModelError where a packed layer or the alignment guide got no weights, or such as cannot be."""
     if (handle := find_handle(model)) is None:
         return
-    del model._keys_to_ignore_on_load_missing
-    vars(handle.settings).pop("_extra_state", None)  # where transformers puts what it holds to be missing
+    settings = Settings.from_dict(values, WHERE)
+    if settings.keep is None:
+        del model._keys_to_ignore_on_load_missing
+        vars(handle.settings).pop("_extra_state", None)  # where transformers puts what it holds to be missing
     for name, tensor in _ours(model):
         if not getattr(tensor, "_is_hf_initialized", False):
             raise ModelError(
@@ -86,7 +96,8 @@ def finish(model: PreTrainedModel, values: Any) -> None:
                 module.check_weight(f"{name}.")
     except ValueError as error:
         raise unreadable("weights", error) from error
-    handle.settings.set(Settings.from_dict(values, WHERE).branches)
+    if settings.keep is None:
+        handle.settings.set(settings.branches)
 
 
 def _check_quantized(files: Sequence[str], layers: Mapping[str, PackedLinear]) -> None:

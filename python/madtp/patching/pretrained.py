@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from madtp.migration import packed_key_mapping
 from madtp.models.registry import FAMILIES
@@ -74,7 +75,7 @@ def from_pretrained(
     }
     folder = _folder(directory, hub)
     settings, old = read_settings(folder)
-    kind = _model_class(folder)
+    kind = _model_class(folder, decoder=settings.keep is not None)
     options = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
     try:
         config = kind.config_class.from_pretrained(folder)
@@ -124,12 +125,15 @@ def _folder(directory: str | os.PathLike, hub: dict[str, Any]) -> Path:
         raise not_a_model(directory, ValueError(str(error).splitlines()[0])) from error
 
 
-def _model_class(directory: Path) -> Any:
+def _model_class(directory: Path, decoder: bool) -> Any:
+    """The class a directory was saved as: one of `FAMILIES`, or any decoder of transformers."""
     try:
         kind = read_json(directory, CONFIG_FILE)["architectures"][0]
     except (KeyError, TypeError, IndexError) as error:
         raise not_a_model(directory, error) from error
     by_name = {family.source.__name__: family.source for family in FAMILIES if family.source is not None}
+    if decoder and isinstance(getattr(transformers, str(kind), None), type):
+        return getattr(transformers, kind)
     if kind not in by_name:
         raise ModelError(f"{directory} must hold one of {list(by_name)}, got {kind}")
     return by_name[kind]

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from torch import Tensor
+from torch import Tensor, nn
 
-from madtp.dtp.settings import EXTRA_STATE
 from madtp.hwp.packing import epilogues_of, schemes_of
 from madtp.patching.names import CONFIG_FILE, STATE_FILE, WEIGHTS_FIELD
-from madtp.patching.state import ModelError, Packed, Settings, read_checksums, write_checksums
+from madtp.patching.state import ModelError, Packed, read_checksums, write_checksums
 
 if TYPE_CHECKING:
     from madtp.patching.handle import Handle
+    from madtp.patching.vlm_handle import VlmHandle
 
 
 def save(
-    handle: Handle,
+    handle: Handle | VlmHandle,
     write: Callable[..., None],
     save_directory: str | os.PathLike,
     is_main_process: bool = True,
@@ -61,13 +61,9 @@ def save(
         return
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("model must not be quantized by another method, which config.json has no place for")
-    values = handle.settings.values()
-    if state_dict is not None:
-        state_dict = _complete(handle, state_dict)
-        values = handle.settings.parse(state_dict[EXTRA_STATE])
     schemes = schemes_of(model)
     packed = {name: Packed(schemes[name], epilogue) for name, epilogue in epilogues_of(model).items()}
-    settings = Settings(handle.config, values, packed)
+    settings, state_dict = handle.saved(packed, state_dict)
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
@@ -106,10 +102,9 @@ def _check_options(directory: str | os.PathLike, options: Mapping[str, Any]) -> 
         raise ValueError(f'max_shard_size must be a number of bytes or such as "5GB", got {size!r}')
 
 
-def _complete(handle: Handle, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy with the settings in it. Raises ValueError where it is not a state dict of the model."""
-    model, complete = handle.model, dict(state_dict)
-    complete.setdefault(EXTRA_STATE, handle.settings.get_extra_state())
+def complete_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], **ours: Tensor) -> dict[str, Tensor]:
+    """A copy with what is `ours` in it. Raises ValueError where it is not a state dict of the model."""
+    complete = {**ours, **state_dict}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     expected = set(model.state_dict())
     wrong = sorted((expected - complete.keys() - tied) | (complete.keys() - expected))

@@ -45,16 +45,17 @@ class Packed(NamedTuple):
 class Settings:
     """The `quantization_config` of config.json."""
 
-    config: CompressionConfig
+    config: CompressionConfig | None  # None with `keep`
     branches: dict[str, dict[str, Any]]  # as `BranchSettings.values`
     packed: dict[str, Packed]  # the packed layers by name
+    keep: dict[str, dict[str, Any]] | None = None  # of a decoder, by seam, as `Keep.to_dict`
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "quant_method": QUANT_METHOD,
             "version": STATE_VERSION,
-            "config": self.config.to_dict(),
-            "branches": self.branches,
+            **({} if self.config is None else {"config": self.config.to_dict(), "branches": self.branches}),
+            **({} if self.keep is None else {"keep": self.keep}),
             "packed": {name: layer.to_dict() for name, layer in self.packed.items()},
         }
 
@@ -64,11 +65,11 @@ class Settings:
         _check_version(values, where)
         try:
             values = migrate_settings(values)
-            return cls(
-                CompressionConfig.from_dict(values["config"]),
-                {branch: dict(settings) for branch, settings in values["branches"].items()},
-                {name: Packed.from_dict(layer) for name, layer in values["packed"].items()},
-            )
+            packed = {name: Packed.from_dict(layer) for name, layer in values["packed"].items()}
+            if (keep := values.get("keep")) is not None:
+                return cls(None, {}, packed, {seam: dict(amount) for seam, amount in keep.items()})
+            branches = {branch: dict(settings) for branch, settings in values["branches"].items()}
+            return cls(CompressionConfig.from_dict(values["config"]), branches, packed)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise unreadable(where, error) from error
 

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many tokens of each image a seam keeps, and by which rule: what `madtp.patch(keep=)` is made of."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madtp.dtp.keep_rules import RULES, Candidates, Kept, Rule, fewest_with_mass
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What is left of each image at a seam.
+
+    Args:
+        amount: a float in (0, 1] is a share of the tokens of each image, rounded up; an int a count per image. So
+            `Keep(1.0)` keeps all, and `Keep(1)` one token.
+        mass: in (0, 1], in place of amount: of each image the fewest tokens that hold this share of its importance.
+        rule: a name of `madtp.dtp.keep_rules.RULES`, or a function as described there. A function may come without
+            amount and mass: it gets None for the counts, and decides how many are left.
+
+    Raises:
+        ValueError: an argument breaks its rule.
+    """
+
+    amount: float | int | None = None
+    mass: float | None = field(default=None, kw_only=True)
+    rule: str | Rule = field(default="received", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not callable(self.rule) and self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, or a function, got {self.rule!r}")
+        if self.amount is not None and not (_is_share(self.amount) or _is_count(self.amount)):
+            raise ValueError(f"amount must be a share, a float in (0, 1], or a count, an int >= 1, got {self.amount!r}")
+        if _is_count(self.amount):
+            object.__setattr__(self, "amount", int(self.amount or 0))  # of numpy too, which no JSON takes
+        if self.mass is not None and not (_is_share(self.mass) or (_is_count(self.mass) and self.mass == 1)):
+            raise ValueError(f"mass must be in (0, 1], got {self.mass!r}")
+        if self.amount is not None and self.mass is not None:
+            raise ValueError(f"mass must be None with amount {self.amount!r}, got {self.mass!r}")
+        if self.amount is None and self.mass is None and not callable(self.rule):
+            raise ValueError(f"amount or mass must be given with rule {self.rule!r}, got neither")
+
+    @classmethod
+    def of(cls, value: Any, rule: str) -> Keep:
+        """A Keep as it is, or a plain share or count with the rule."""
+        return value if isinstance(value, Keep) else cls(value, rule=rule)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the number of tokens alone says how many are left."""
+        return self.amount is not None
+
+    @property
+    def needs_importance(self) -> bool:
+        return self.mass is not None or (isinstance(self.rule, str) and RULES[self.rule].needs_importance)
+
+    @property
+    def needs_text(self) -> bool:
+        return callable(self.rule) or RULES[self.rule].needs_text
+
+    @property
+    def name(self) -> str:
+        """Of its rule, to be read."""
+        return self.rule if isinstance(self.rule, str) else getattr(self.rule, "__name__", type(self.rule).__name__)
+
+    def counts(self, lengths: Sequence[int]) -> list[int]:
+        """How many are left of images with so many tokens: of an image at least one, and never more than it has.
+
+        Raises:
+            ValueError: what is left depends on more than lengths.
+        """
+        if self.amount is None:
+            what = "mass" if self.mass is not None else f"rule {self.name}"
+            raise ValueError(f"counts must be of a share or a count, got {what}, which decides by what it sees")
+        if _is_count(self.amount):
+            return [min(int(self.amount), length) for length in lengths]
+        return [math.ceil(round(self.amount * length, 9)) for length in lengths]  # 0.1 * 30 is a little over 3
+
+    def choose(self, candidates: Candidates) -> Kept:
+        """What the rule keeps.
+
+        Raises:
+            ValueError: importance is needed and there is none, or a user's function gave what no rule may.
+        """
+        counts = None
+        if self.amount is not None:
+            counts = self.counts(candidates.lengths)
+        elif self.mass is not None:
+            counts = fewest_with_mass(candidates, self.mass)
+        if counts == list(candidates.lengths):
+            return Kept(candidates.features.new_ones(sum(counts), dtype=torch.bool), None)
+        rule = RULES[self.rule].choose if isinstance(self.rule, str) else self.rule
+        given = rule(candidates, counts)
+        kept = given if isinstance(given, Kept) else Kept(given, None)
+        if callable(self.rule):
+            self._check(kept, candidates, counts)
+        return kept
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON. Raises ValueError where the rule is a function."""
+        if not isinstance(self.rule, str):
+            raise ValueError(f"rule must be one of {', '.join(RULES)} to be saved, got the function {self.name}")
+        return {"amount": self.amount, "mass": self.mass, "rule": self.rule}
+
+    def _check(self, kept: Kept, candidates: Candidates, counts: Sequence[int] | None) -> None:
+        keep, tokens = kept.keep, len(candidates.features)
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+            what = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+            raise ValueError(f"rule {self.name} must return a bool tensor, or a Kept, got {what}")
+        if keep.shape != (tokens,):
+            raise ValueError(f"rule {self.name} must return one bool a token, ({tokens},), got {tuple(keep.shape)}")
+        left = candidates.counts_of(keep)
+        for number, (length, count) in enumerate(zip(candidates.lengths, left, strict=True)):
+            expected = counts[number] if counts is not None else None
+            if count != expected if expected is not None else count < min(1, length):
+                words = "at least 1 token" if expected is None else f"{expected} tokens"
+                raise ValueError(f"rule {self.name} must keep {words} of image {number}, got {count}")
+        if kept.features is not None and len(kept.features) != sum(left):
+            raise ValueError(f"rule {self.name} must return {sum(left)} features, got {len(kept.features)}")
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, float) and 0 < value <= 1
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1

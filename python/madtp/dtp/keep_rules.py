@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens of an image stay, by `Keep(rule=)`: rules without training, on one interface.
+
+A rule takes `Candidates`, of one token at least, and how many of each image are to stay, and returns which: (T,) bool,
+or `Kept` where rows change too. Equations and sources are in docs/method.md. To add one, write its function and its
+row in `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from madtp_kernels.ragged import segment_sum, sequence_ids
+
+EPSILON = 1e-8  # below which a gain, or a range of relevances, counts as none
+
+
+class Candidates(NamedTuple):
+    """The tokens that a rule chooses from, ragged: a sequence is an image.
+
+    Args:
+        features: (T, D).
+        lengths: tokens of each of the B images.
+        importance: (T,), >= 0; None where the seam has no statistics of attention.
+        text: (M, D), of the instruction, in the space of the features; None where the rule does not ask for it.
+        text_lengths: rows of each text.
+        text_of: for each image, the number of the text it is asked with.
+    """
+
+    features: Tensor
+    lengths: Sequence[int]
+    importance: Tensor | None = None
+    text: Tensor | None = None
+    text_lengths: Sequence[int] = ()
+    text_of: Sequence[int] = ()
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(B + 1,) int32, on the device of the features."""
+        return _ends(self.lengths, self.features.device)
+
+    def counts_of(self, which: Tensor) -> list[int]:
+        """How many tokens of each image are of `which` (T,) bool; one host read."""
+        return [int(count) for count in segment_sum(which.float(), self.cu_seqlens).tolist()]
+
+
+class Kept(NamedTuple):
+    """What a rule keeps.
+
+    Args:
+        keep: (T,) bool.
+        features: the rows left, in order, where they are others than those of the candidates; else None.
+    """
+
+    keep: Tensor
+    features: Tensor | None
+
+
+Rule = Callable[[Candidates, Any], Tensor | Kept]
+
+
+def largest(candidates: Candidates, counts: Sequence[int]) -> Tensor:
+    """Those of the largest importance, of equal ones the first: dominant tokens of VisionZip, EViT, FastV."""
+    return _best(_importance(candidates), candidates, counts)
+
+
+def random(candidates: Candidates, counts: Sequence[int], seed: int = 0) -> Tensor:
+    """Drawn at random, for each image anew from the seed: who else is in the batch does not matter.
+
+    `functools.partial(random, seed=1)` is a rule with other draws.
+    """
+    draws = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for length in candidates.lengths]
+    return _best(torch.cat(draws).to(candidates.features.device), candidates, counts)
+
+
+def uniform(candidates: Candidates, counts: Sequence[int]) -> Tensor:
+    """Evenly spaced in reading order."""
+    begin, chosen = 0, []
+    for length, count in zip(candidates.lengths, counts, strict=True):
+        chosen.append(begin + _evenly(length, count, candidates.features.device))
+        begin += length
+    return _mask(torch.cat(chosen), begin)
+
+
+def text(candidates: Candidates, counts: Sequence[int]) -> Tensor:
+    """Those most like the instruction, by the mean cosine with its tokens."""
+    return _best(relevance(candidates), candidates, counts)
+
+
+def divprune(candidates: Candidates, counts: Sequence[int]) -> Tensor:
+    """A max-min diverse set (DivPrune): always the token whose nearest chosen one is farthest."""
+    cosine, real = _gram([_unit(part) for part in candidates.features.detach().split(list(candidates.lengths))])
+    distance = 1 - cosine
+    nobody = ~real[:, :, None] | torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+    nearest = distance.masked_fill(nobody, torch.inf).amin(1)  # of each token the nearest other one
+
+    def update(nearest: Tensor, step: int, best: Tensor) -> Tensor:
+        to_best = distance[torch.arange(len(best), device=best.device), best]
+        return to_best if step == 0 else torch.minimum(nearest, to_best)
+
+    return _greedy(nearest, real, counts, update)
+
+
+def cdpruner(candidates: Candidates, counts: Sequence[int]) -> Tensor:
+    """Diverse tokens like the instruction (CDPruner): the greedy mode of a conditional determinantal process."""
+    return _determinantal(candidates, relevance(candidates), counts)
+
+
+def cdpruner_negative(candidates: Candidates, counts: Sequence[int]) -> Tensor:
+    """`cdpruner` with the sign of its published code, where tokens *unlike* the instruction weigh more."""
+    return _determinantal(candidates, -relevance(candidates), counts)
+
+
+def tome(candidates: Candidates, counts: Sequence[int]) -> Kept:
+    """Similar tokens are averaged (ToMe), in as many bipartite rounds as it takes; by the features, as keys."""
+    keep, rows, begin = [], [], 0
+    for part, count in zip(candidates.features.split(list(candidates.lengths)), counts, strict=True):
+        left, merged = _merged(part, count)
+        keep.append(begin + left)
+        rows.append(merged)
+        begin += len(part)
+    return Kept(_mask(torch.cat(keep), begin), torch.cat(rows))
+
+
+def visionzip(candidates: Candidates, counts: Sequence[int], context: float = 10 / 64) -> Kept:
+    """VisionZip: the most important tokens as they are, and a share `context` of what is kept for the rest, evenly
+    spaced ones of them that each add the mean of those most like it; by the features, as keys."""
+    numbers = [round(context * count) for count in counts]
+    dominant = _best(_importance(candidates), candidates, [n - c for n, c in zip(counts, numbers, strict=True)])
+    keep, rows, lengths = [], [], list(candidates.lengths)
+    for part, first, number in zip(candidates.features.split(lengths), dominant.split(lengths), numbers, strict=True):
+        rest = (~first).nonzero().flatten()
+        target = rest[_evenly(len(rest), number, part.device)]
+        stay = first | _mask(target, len(part))
+        merged = part
+        if number:
+            others = (~stay).nonzero().flatten()
+            y = _unit(part.detach())
+            nearest = target[(y[others] @ y[target].T).argmax(1)]
+            size = part.new_zeros(len(part)).index_add(0, nearest, part.new_ones(len(others))).clamp_min(1)
+            merged = part + torch.zeros_like(part).index_add(0, nearest, part[others]) / size[:, None]
+        keep.append(stay)
+        rows.append(merged[stay])
+    return Kept(torch.cat(keep), torch.cat(rows))
+
+
+class RuleEntry(NamedTuple):
+    choose: Rule
+    needs_importance: bool = False
+    needs_text: bool = False
+
+
+RULES = {
+    "received": RuleEntry(largest, needs_importance=True),
+    "cls": RuleEntry(largest, needs_importance=True),
+    "random": RuleEntry(random),
+    "uniform": RuleEntry(uniform),
+    "text": RuleEntry(text, needs_text=True),
+    "divprune": RuleEntry(divprune),
+    "cdpruner": RuleEntry(cdpruner, needs_text=True),
+    "cdpruner_negative": RuleEntry(cdpruner_negative, needs_text=True),
+    "tome": RuleEntry(tome),
+    "visionzip": RuleEntry(visionzip, needs_importance=True),
+}
+
+
+def relevance(candidates: Candidates) -> Tensor:
+    """(T,) float32 or float64: the mean cosine of each token with those of its text; 0 where the text is empty."""
+    if candidates.text is None:
+        raise ValueError("rule must have the text of the instruction, got none")
+    texts = candidates.text.detach().split(list(candidates.text_lengths))
+    means = [_unit(part).sum(0) / max(len(part), 1) for part in texts]
+    parts = candidates.features.detach().split(list(candidates.lengths))
+    cosines = [_unit(part) @ means[which] for part, which in zip(parts, candidates.text_of, strict=True)]
+    return torch.cat(cosines)
+
+
+def fewest_with_mass(candidates: Candidates, mass: float) -> list[int]:
+    """Of each image the fewest tokens whose importances sum up to the share `mass`: at least one; all where the sum is
+    not positive."""
+    counts = []
+    for part in _importance(candidates).double().split(list(candidates.lengths)):
+        total = part.sum()
+        share = part.sort(descending=True).values.cumsum(0) / total
+        enough = int((share < mass - 1e-12).sum()) + 1 if total > 0 else len(part)
+        counts.append(min(enough, len(part)))
+    return counts
+
+
+def _importance(candidates: Candidates) -> Tensor:
+    if candidates.importance is None:
+        raise ValueError("rule must have the importance of attention, got none: the seam has no statistics")
+    return candidates.importance.detach()
+
+
+def _determinantal(candidates: Candidates, relevance: Tensor, counts: Sequence[int]) -> Tensor:
+    """Greedy MAP of det L over subsets, L = diag(r) cos diag(r), r the relevance of each image scaled to [0, 1]; gains
+    by an incremental Cholesky row a step."""
+    rows = []
+    lengths = list(candidates.lengths)
+    for part, r in zip(candidates.features.detach().split(lengths), relevance.split(lengths), strict=True):
+        low, high = (r.amin(), r.amax()) if len(r) else (r.sum(), r.sum())
+        rows.append(_unit(part) * ((r - low + EPSILON) / (high - low + EPSILON))[:, None])
+    kernel, real = _gram(rows)
+    sequences = torch.arange(len(lengths), device=kernel.device)
+    cholesky = kernel.new_zeros(max(counts), *real.shape)  # (steps, B, N)
+
+    def update(gain: Tensor, step: int, best: Tensor) -> Tensor:
+        before = cholesky[:step]
+        known = (before * before[:, sequences, best][:, :, None]).sum(0)
+        pivot = gain[sequences, best].clamp_min(EPSILON).sqrt()
+        cholesky[step] = (kernel[sequences, best] - known) / pivot[:, None]
+        return gain - cholesky[step] ** 2
+
+    return _greedy(kernel.diagonal(dim1=1, dim2=2), real, counts, update)
+
+
+def _greedy(
+    score: Tensor, real: Tensor, counts: Sequence[int], update: Callable[[Tensor, int, Tensor], Tensor]
+) -> Tensor:
+    """Takes the token of the largest score, again and again, in all images at once.
+
+    Args:
+        score: (B, N), padded; ties go to the lowest index.
+        real: (B, N) bool: what is no padding.
+        counts: how many to take of each image.
+        update: (score, step, best (B,)) -> the scores after these were taken.
+
+    Returns:
+        (T,) bool, ragged.
+    """
+    chosen = torch.zeros_like(real)
+    limit = torch.tensor(list(counts), device=real.device)
+    sequences = torch.arange(len(real), device=real.device)
+    for step in range(max(counts)):
+        best = score.masked_fill(chosen | ~real, -torch.inf).argmax(1)
+        chosen[sequences, best] |= step < limit
+        score = update(score, step, best)
+    return chosen[real]
+
+
+def _merged(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(n, D) -> the `count` tokens left (their places ascending) and their rows, means of what went into them."""
+    left = torch.arange(len(x), device=x.device)
+    total, size = x, x.new_ones(len(x), dtype=torch.float32)
+    while len(left) > count:
+        y = _unit((total / size[:, None].to(x)).detach())
+        even, odd = (torch.arange(first, len(left), 2, device=x.device) for first in (0, 1))
+        score, target = (y[even] @ y[odd].T).max(1)
+        goes = score.argsort(descending=True, stable=True)[: min(len(left) - count, len(even))]
+        to = odd[target[goes]]
+        total, size = total.index_add(0, to, total[even[goes]]), size.index_add(0, to, size[even[goes]])
+        stay = ~_mask(even[goes], len(left))
+        left, total, size = left[stay], total[stay], size[stay]
+    return left, total / size[:, None].to(x)
+
+
+def _best(score: Tensor, candidates: Candidates, counts: Sequence[int]) -> Tensor:
+    """(T,) bool: the `counts` tokens of each image with the largest scores, of equal ones the first."""
+    tokens, cu_seqlens = len(score), candidates.cu_seqlens
+    sequence = sequence_ids(cu_seqlens, tokens)
+    order = score.argsort(descending=True, stable=True)
+    order = order[sequence[order].argsort(stable=True)]  # by image, the best first
+    limit = torch.tensor(list(counts), device=score.device)
+    keep = torch.zeros(tokens, dtype=torch.bool, device=score.device)
+    keep[order] = torch.arange(tokens, device=score.device) - cu_seqlens[sequence] < limit[sequence]
+    return keep
+
+
+def _evenly(tokens: int, count: int, device: torch.device) -> Tensor:
+    """(count,) int64: the middles of so many equal parts."""
+    return (2 * torch.arange(count, device=device) + 1) * tokens // (2 * max(count, 1))
+
+
+def _gram(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, N, N) float64, products of the rows of each image, zero-padded, and (B, N) bool, what is no padding.
+
+    Image by image, so that who else is in the batch does not change a bit.
+    """
+    longest = max(map(len, rows))
+    padded = [F.pad((part @ part.T).double(), (0, longest - len(part)) * 2) for part in rows]
+    lengths = torch.tensor([len(part) for part in rows], device=rows[0].device)
+    return torch.stack(padded), torch.arange(longest, device=rows[0].device) < lengths[:, None]
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length 1, float32 at least: products of 16-bit rows would tie where the tokens do not."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
+
+
+def _mask(index: Tensor, tokens: int) -> Tensor:
+    return torch.zeros(tokens, dtype=torch.bool, device=index.device).index_fill(0, index, True)
+
+
+def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return F.pad(torch.tensor(list(lengths), dtype=torch.int32), (1, 0)).cumsum(0, dtype=torch.int32).to(device)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seam behind the projector: what it keeps, which all threads share, and what each thread knows of its prompts."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from madtp.dtp.keep import Keep
+from madtp.dtp.keep_rules import Candidates, Kept
+from madtp.models.prompt import Images
+
+
+@dataclass
+class PromptRecord:
+    """What the last prompt with images left behind.
+
+    Args:
+        images, keeps: of each modality its images, and (T,) bool, which of their tokens were kept.
+        width: columns of the whole prompt.
+        columns: (B, S') int64, those that were left; -1 for padding.
+        input_ids: (B, S), the prompt that was given.
+        hidden: whether tokens were hidden and not removed.
+    """
+
+    images: list[Images] = field(default_factory=list)
+    keeps: list[Tensor] = field(default_factory=list)
+    width: int = 0
+    columns: Tensor | None = None
+    input_ids: Tensor | None = None
+    hidden: bool = False
+
+    @property
+    def dropped(self) -> int:
+        """How many columns shorter the prompt is."""
+        return 0 if self.columns is None else self.width - self.columns.shape[1]
+
+    def selections(self) -> list[Tensor]:
+        """The places kept among the tokens of each image, int64 ascending, in the order of the prompt."""
+        found = []
+        for images, keep in zip(self.images, self.keeps, strict=True):
+            places = [part.nonzero().flatten() for part in keep.split(images.lengths)]
+            found += list(zip(images.begins(), places, strict=True))
+        return [places for _, places in sorted(found, key=lambda pair: pair[0])]
+
+    def lengths(self) -> list[int]:
+        """How many tokens each image had, in the order of the prompt."""
+        found = [pair for images in self.images for pair in zip(images.begins(), images.lengths, strict=True)]
+        return [length for _, length in sorted(found, key=lambda pair: pair[0])]
+
+
+class ProjectorSeam:
+    """Image tokens are pruned behind the projector, before the prompt enters the decoder.
+
+    Args:
+        keep: what is left of each image.
+    """
+
+    def __init__(self, keep: Keep):
+        self.keep = keep
+        self._warned = False
+        self._threads = _Threads()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have what is kept; what a prompt left belongs to the thread that ran it."""
+        return {name: value for name, value in vars(self).items() if name != "_threads"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._threads = _Threads()
+
+    @property
+    def here(self) -> ThreadState:
+        """What holds in this thread alone."""
+        return self._threads.here
+
+    def choose(self, candidates: Candidates) -> Kept:
+        """What the rule keeps; a count that is larger than an image is said once."""
+        amount, lengths = self.keep.amount, [length for length in candidates.lengths if length]
+        if isinstance(amount, int) and lengths and amount > min(lengths) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"keep of the projector is {amount} tokens an image, and an image has {min(lengths)}: it keeps all",
+                stacklevel=2,
+            )
+        return self.keep.choose(candidates)
+
+
+class ThreadState:
+    """What one thread knows of the seam: its last prompt, its calls of `generate`, and the contexts it has entered."""
+
+    def __init__(self) -> None:
+        self.record = PromptRecord()
+        self.calls: list[PromptRecord | None] = []  # of each `generate` that runs, its prompt once it is known
+        self.dense = 0  # contexts in which nothing is pruned
+        self.simulated = 0  # contexts in which tokens are hidden and not removed
+
+    @contextmanager
+    def counted(self, name: str) -> Iterator[None]:
+        """A context that counts as one of `dense` or `simulated`."""
+        setattr(self, name, getattr(self, name) + 1)
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) - 1)
+
+
+class _Threads(threading.local):
+    def __init__(self) -> None:
+        self.here = ThreadState()

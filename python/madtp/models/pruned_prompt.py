@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vision-language decoder whose prompt loses image tokens before it enters: one mixin for every class that takes
+encoded images (`mm_encoder_outputs`), with no code for any family.
+
+`forward` and `generate` encode the images, choose, and go on with a shorter prompt at the positions of the whole one.
+In `generate` that happens in `_expand_inputs_for_generation`, the one method that returns both the token ids and all
+other arguments, when positions and features are those of the whole prompt and lengths and caches are not made yet.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
+from transformers.utils import ModelOutput
+
+from madtp.dtp.keep_rules import Candidates, Kept
+from madtp.handles import handle_of
+from madtp.models.arguments import Arguments
+from madtp.models.projector_seam import ProjectorSeam, PromptRecord
+from madtp.models.prompt import (
+    MODALITIES,
+    Images,
+    Shortened,
+    find_images,
+    find_placeholders,
+    has_images,
+    hide,
+    run_lengths,
+    shorten,
+    token_of,
+)
+
+FIRST_POSITION = {"paligemma": 1}  # by model type, of what counts its positions from another number than 0
+
+
+class PrunedPrompt(nn.Module):
+    """Mixed into the class with the language head."""
+
+    madtp_projector: ProjectorSeam
+    madtp_arguments: Arguments
+    config: Any
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        source: Any = cls.__mro__[cls.__mro__.index(PrunedPrompt) + 1]
+        if source is nn.Module:  # a mixin on top of this one
+            return
+        cls.madtp_arguments = Arguments.of(source.forward)
+
+        def forward(self, *args, **kwargs):
+            return self._forward(self.madtp_arguments.bound(type(self).__name__, args, kwargs))
+
+        forward.__doc__ = source.forward.__doc__
+        # `generate`, trainers and pipelines ask it which inputs there are.
+        forward.__signature__ = cls.madtp_arguments.signature  # type: ignore[attr-defined]
+        cls.forward = forward
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """That of the Hugging Face class, which makes a plain model or patches it, as the files say."""
+        kinds = (kind for kind in cls.__mro__ if issubclass(kind, PreTrainedModel))
+        return next(kind for kind in kinds if not issubclass(kind, PrunedPrompt)).from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        write = super().save_pretrained  # type: ignore[misc]  # that of Hugging Face
+        options = inspect.signature(write).bind(save_directory, *args, **kwargs).arguments
+        handle_of(self).save(write, {**options, **options.pop("kwargs", {})})
+
+    def generate(self, *args, **kwargs):
+        """As in Hugging Face: the prompt that was given, and the new tokens.
+
+        Raises:
+            ValueError: `past_key_values` hold a pruned prompt, or anything where images are to be added; decoding is
+                assisted; or the prompt breaks a rule of `forward`.
+        """
+        self._check_cache(kwargs)
+        here = self.madtp_projector.here
+        here.calls.append(None)
+        try:
+            out = super().generate(*args, **kwargs)  # type: ignore[misc]  # that of Hugging Face
+        finally:
+            record = here.calls.pop()
+        if record is None:  # there were no images
+            return out
+        _mark(getattr(out, "past_key_values", None), record)
+        _mark(kwargs.get("past_key_values"), record)
+        if self.config.is_encoder_decoder or not record.dropped or record.input_ids is None:
+            return out  # the answer stands alone, or the prompt is whole
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        prompt = record.input_ids.repeat_interleave(len(sequences) // len(record.input_ids), 0)
+        whole = torch.cat([prompt.to(sequences), sequences[:, record.width - record.dropped :]], 1)
+        if isinstance(out, Tensor):
+            return whole
+        out.sequences = whole
+        return out
+
+    def _forward(self, kwargs: dict[str, Any]):
+        """As in Hugging Face, on the shorter prompt: logits are (B, S', V), and labels of pruned places do not count.
+
+        Raises:
+            ValueError: there are images, and no token ids, a mask that is not (B, S), a cache that is not empty, or
+                other placeholders than tokens of the projector.
+        """
+        run, here = super().forward, self.madtp_projector.here
+        if here.calls or here.dense:
+            return run(**kwargs)
+        self._check_cache(kwargs, decoding=True)
+        if not has_images(kwargs):
+            return run(**self._continued(kwargs))
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        self._check_prompt(kwargs.get("input_ids"), kwargs)
+        return self._run_pruned(run, kwargs)
+
+    def _run_pruned(self, run, kwargs: dict[str, Any]):
+        input_ids = kwargs.pop("input_ids")
+        if "position_ids" not in kwargs:
+            kwargs["position_ids"] = self._positions(input_ids, kwargs)
+        kwargs = self._encoded(kwargs)
+        tensors = self._tensors(kwargs)
+        input_ids, kwargs, record = self._prune(input_ids, kwargs)
+        self._join(kwargs, tensors)
+        base: Any = self.base_model
+        if record.dropped and getattr(base, "rope_deltas", None) is not None:  # decoding goes on at cache length + it
+            base.rope_deltas = base.rope_deltas + record.dropped
+        # A forward may ask for pixels, which are encoded here.
+        out = run(**{**dict.fromkeys(self._required()), "input_ids": input_ids, **kwargs})
+        values = out.values() if isinstance(out, ModelOutput) else out
+        for cache in (kwargs.get("past_key_values"), *(value for value in values if isinstance(value, Cache))):
+            _mark(cache, record)
+        return out
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        here, tensors = self.madtp_projector.here, {}
+        if here.calls and not (here.dense or is_encoder_decoder) and has_images(kwargs):
+            given = None if kwargs.get("inputs_embeds") is not None else input_ids
+            self._check_prompt(given, kwargs)
+            tensors = self._tensors(kwargs)
+            input_ids, kwargs, here.calls[-1] = self._prune(input_ids, kwargs)
+        input_ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        self._join(kwargs, tensors)
+        return input_ids, kwargs
+
+    def _prepare_generated_length(self, generation_config, has_default_max_length, has_default_min_length, **kwargs):
+        """Lengths that were given are those of the whole prompt and the answer."""
+        made = super()._prepare_generated_length(  # type: ignore[misc]
+            generation_config=generation_config,
+            has_default_max_length=has_default_max_length,
+            has_default_min_length=has_default_min_length,
+            **kwargs,
+        )
+        calls = self.madtp_projector.here.calls
+        if calls and calls[-1] is not None and not self.config.is_encoder_decoder:
+            dropped = calls[-1].dropped
+            if made.max_new_tokens is None and not has_default_max_length:
+                made.max_length -= dropped
+            if made.min_new_tokens is None and not has_default_min_length:
+                made.min_length = max(made.min_length - dropped, 0)
+        return made
+
+    def _validate_generation_mode(self, generation_mode, *args, **kwargs):
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and not self.madtp_projector.here.dense:
+            raise ValueError("generate must not be assisted on a pruned prompt, got an assistant or prompt lookup")
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)  # type: ignore[misc]
+
+    def _prune(self, input_ids: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any], PromptRecord]:
+        """The prompt without the tokens that go, its encoded images likewise, as lists, one entry an image."""
+        seam, outputs = self.madtp_projector, dict(kwargs["mm_encoder_outputs"])
+        record = PromptRecord(width=input_ids.shape[1], input_ids=input_ids, hidden=bool(seam.here.simulated))
+        kept = torch.ones_like(input_ids, dtype=torch.bool)
+        for modality in MODALITIES:
+            if (output := outputs.get(modality)) is None:
+                continue
+            placeholders = find_placeholders(input_ids, self.config, modality)
+            features = _features(output, modality, placeholders)
+            images = find_images(input_ids, self.config, modality, features)
+            chosen = seam.choose(self._candidates(input_ids, kwargs, features, images))
+            kept = kept.masked_scatter(images.placeholders, chosen.keep.to(kept.device))
+            outputs[modality] = (_hidden if record.hidden else _pruned)(output, features, chosen)
+            record.images.append(images)
+            record.keeps.append(chosen.keep)
+        if record.hidden:
+            made: Shortened = hide(input_ids, kwargs, kept)
+        else:
+            made = shorten(input_ids, kwargs, kept, self._padding())
+        record.columns = made.columns
+        seam.here.record = record
+        return made.input_ids, {**made.kwargs, "mm_encoder_outputs": outputs}, record
+
+    def _candidates(
+        self, input_ids: Tensor, kwargs: Mapping[str, Any], features: list[Tensor], images: Images
+    ) -> Candidates:
+        rows = torch.cat(features)
+        if not self.madtp_projector.keep.needs_text:
+            return Candidates(rows, images.lengths)
+        words = torch.ones_like(input_ids, dtype=torch.bool)
+        if kwargs.get("attention_mask") is not None:
+            words &= kwargs["attention_mask"].bool()
+        for token in self._placeholder_ids():
+            words &= input_ids != token
+        with torch.no_grad():
+            text = self.get_input_embeddings()(input_ids[words].to(rows.device))  # type: ignore[operator]
+        text_of = [min(begin // input_ids.shape[1], len(input_ids) - 1) for begin in images.begins()]
+        return Candidates(rows, images.lengths, None, text, words.sum(1).tolist(), text_of)
+
+    def _encoded(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with encoded images in place of pixels, as `generate` makes them."""
+        outputs = dict(kwargs.get("mm_encoder_outputs") or {})
+        return self._prepare_multimodal_encoder_kwargs_for_generation(  # type: ignore[operator]
+            {**kwargs, "mm_encoder_outputs": outputs}
+        )
+
+    def _tensors(self, kwargs: Mapping[str, Any]) -> dict[str, bool]:
+        """Of each modality that is pruned, whether the model reads one tensor of all images and no list."""
+        if self.madtp_projector.here.simulated:
+            return {}
+        outputs = kwargs["mm_encoder_outputs"]
+        given = {modality: outputs.get(modality) for modality in MODALITIES}
+        return {
+            modality: isinstance(getattr(output, "pooler_output", None), Tensor)
+            for modality, output in given.items()
+            if output is not None
+        }
+
+    def _join(self, kwargs: Mapping[str, Any], tensors: Mapping[str, bool]) -> None:
+        """Images in a list are a tensor again, (1, T, D), where the model reads one; beams need the list before."""
+        for modality, joined in tensors.items():
+            if joined:
+                output = kwargs["mm_encoder_outputs"][modality]
+                output.pooler_output = torch.cat(output.pooler_output)[None]
+
+    def _positions(self, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """What the model's forward would take by itself, of the whole prompt."""
+        base: Any = self.base_model
+        if hasattr(base, "compute_3d_position_ids"):
+            names = inspect.signature(base.compute_3d_position_ids).parameters
+            given = {name: kwargs.get(name) for name in names}
+            positions = base.compute_3d_position_ids(**{**given, "input_ids": input_ids, "inputs_embeds": None})
+            if positions is not None:
+                return positions
+        elif hasattr(base, "get_rope_index"):
+            raise ValueError(f"position_ids must be given to {type(self).__name__}, which makes them inside, got none")
+        first = FIRST_POSITION.get(self.config.model_type, 0)
+        return torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
+
+    def _continued(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a step of decoding behind a pruned prompt, at the positions of the whole one."""
+        cache = kwargs.get("past_key_values")
+        dropped, ids = getattr(cache, "madtp_dropped", 0), kwargs.get("input_ids")
+        if not dropped or ids is None or cache is None:
+            return kwargs
+        past, mask = int(cache.get_seq_length()), kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and mask.shape[1] != past + ids.shape[1]:
+            raise ValueError(
+                f"attention_mask must have {past + ids.shape[1]} columns, those of the pruned prompt and of what "
+                f"follows, got {mask.shape[1]}"
+            )
+        if kwargs.get("position_ids") is None and not hasattr(self.base_model, "compute_3d_position_ids"):
+            first = past + dropped + FIRST_POSITION.get(self.config.model_type, 0)
+            kwargs = {**kwargs, "position_ids": torch.arange(first, first + ids.shape[1], device=ids.device)[None]}
+        return kwargs
+
+    def _check_cache(self, kwargs: Mapping[str, Any], decoding: bool = False) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is None or self.madtp_projector.here.dense:
+            return
+        if int(cache.get_seq_length()) == 0:
+            vars(cache).pop("madtp_dropped", None)  # of what it held before it was reset
+            return
+        pruned = hasattr(cache, "madtp_dropped")
+        if has_images(kwargs) or (pruned and not decoding):
+            what = "a pruned prompt, which the given one does not continue" if pruned else "a prompt"
+            raise ValueError(
+                f"past_key_values must be empty, got a cache that holds {what}: give the whole conversation anew"
+            )
+
+    def _check_prompt(self, input_ids: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            raise ValueError("input_ids must be given with images, and no inputs_embeds: by them images are found")
+        if (outputs := kwargs.get("mm_encoder_outputs")) is not None and not isinstance(outputs, Mapping):
+            raise ValueError(f"mm_encoder_outputs must be a dict by modality, got {type(outputs).__name__}")
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != input_ids.shape):
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, as input_ids, got {got}")
+
+    def _placeholder_ids(self) -> list[int]:
+        return [token for modality in MODALITIES if (token := token_of(self.config, modality)) is not None]
+
+    def _required(self) -> list[str]:
+        """The arguments that the forward of the class has no default for."""
+        parameters = list(self.madtp_arguments.signature.parameters.values())[1:]
+        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds]
+
+    def _padding(self) -> int:
+        """A token that is no placeholder: that of padding, or the first of the vocabulary."""
+        pad, placeholders = self.config.get_text_config().pad_token_id, self._placeholder_ids()
+        return next(token for token in (pad, 0, 1, 2) if token is not None and token not in placeholders)
+
+
+def _features(output: Any, modality: str, placeholders: Tensor) -> list[Tensor]:
+    """The tokens of each image, (n, D), as the projector gives them; of those in one row, by the runs of the prompt."""
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is None:
+        raise ValueError(f"mm_encoder_outputs must hold the pooler_output of {modality}, got {type(output).__name__}")
+    if isinstance(pooled, Tensor) and pooled.ndim == 2:
+        runs = run_lengths(placeholders)
+        return list(pooled.split(runs)) if sum(runs) == len(pooled) else [pooled]
+    return [part.flatten(0, -2) for part in pooled]
+
+
+def _pruned(output: Any, features: list[Tensor], chosen: Kept) -> Any:
+    """A copy of an encoder's output with what is kept, as a list of rows for each image."""
+    keeps = chosen.keep.split([len(part) for part in features])
+    if chosen.features is None:
+        rows = [part[keep] for part, keep in zip(features, keeps, strict=True)]
+    else:
+        rows = list(chosen.features.split([int(keep.sum()) for keep in keeps]))
+    fields = {**output, "pooler_output": rows}
+    if (layers := output.get("deepstack_features")) is not None:
+        fields["deepstack_features"] = [_pruned_layer(layer, keeps) for layer in layers]
+    return type(output)(**fields)
+
+
+def _hidden(output: Any, features: list[Tensor], chosen: Kept) -> Any:
+    """An encoder's output with all tokens, in which those that are kept are as the rule has changed them."""
+    if chosen.features is None:
+        return output
+    rows: Any = torch.cat(features).masked_scatter(chosen.keep[:, None], chosen.features)
+    if isinstance(output.pooler_output, Tensor):
+        rows = rows.view_as(output.pooler_output)
+    else:
+        parts = rows.split([len(part) for part in features])
+        rows = [part.view_as(given) for part, given in zip(parts, output.pooler_output, strict=True)]
+    return type(output)(**{**output, "pooler_output": rows})
+
+
+def _pruned_layer(layer: Any, keeps: tuple[Tensor, ...]) -> Any:
+    """Of features for a layer of the decoder: rows for each image, all rows, or either behind a layer's number."""
+    if isinstance(layer, Tensor):
+        return layer.flatten(0, -2)[torch.cat(keeps)]
+    if isinstance(layer[0], int):
+        return layer[0], _pruned_layer(layer[1], keeps)
+    return [part.flatten(0, -2)[keep] for part, keep in zip(layer, keeps, strict=True)]
+
+
+def _mark(cache: Any, record: PromptRecord) -> None:
+    """The cache knows by how many columns its prompt is shorter than the one that was given."""
+    if isinstance(cache, Cache):
+        cache.madtp_dropped = record.dropped  # type: ignore[attr-defined]
