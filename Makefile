@@ -40,7 +40,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-asan test-tsan test-emulated test-slow coverage-cuda test-package bench bench-peers gpu lint types format build clean
+.PHONY: demo test test-asan test-tsan test-emulated test-emulated-arm test-slow coverage-cuda test-package bench bench-peers gpu lint types format build clean
 
 demo: build
 	$(MADTP) demo
@@ -73,13 +73,21 @@ test-tsan: $(READY)
 	cmake --build build/tsan --target cpu_tests
 	TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" ctest --test-dir build/tsan --output-on-failure -R '^[a-z0-9_]*_test\.'
 
-# The tests of AVX-512 on an emulated CPU that has it; with VNNI or bfloat16 only those of the ops that use it. What
-# the emulated CPU lacks is skipped.
+# The tests of AVX-512, and of AVX-VNNI, on an emulated CPU that has it; with VNNI or bfloat16 only those of the ops that use it.
+# What the emulated CPU lacks is skipped.
 test-emulated: $(READY)
 	cmake -S . -B build/emulated -G Ninja -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON -DMADTP_CUDA=OFF \
 	  -DMADTP_BUILD_TESTS=ON -DMADTP_TEST_LAUNCHER=$(CURDIR)/csrc/tests/emulated/run.sh
 	cmake --build build/emulated --target cpu_tests
-	ctest --test-dir build/emulated --output-on-failure -j $(strip $(WORKERS)) -R '_test\.avx512$$|quantized_.*\.avx512_vnni|(attention|sparse24)_.*\.avx512_bf16'
+	ctest --test-dir build/emulated --output-on-failure -j $(strip $(WORKERS)) -R '_test\.avx512$$|quantized_.*_vnni|(attention|sparse24)_.*\.avx512_bf16'
+
+# Those of the portable kernels, and of NEON with dot products, for aarch64 on qemu.
+test-emulated-arm: $(READY)
+	cmake -S . -B build/arm -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON \
+	  -DMADTP_TEST_LAUNCHER=$$(command -v qemu-aarch64-static)
+	cmake --build build/arm --target cpu_tests
+	ctest --test-dir build/arm --output-on-failure -j $(strip $(WORKERS)) -R '_test\.baseline$$|quantized_.*_dotprod|isolated'
 
 coverage-cuda: $(READY)
 	cmake -S . -B build/coverage -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS="-O1 --coverage" -DMADTP_CUDA=OFF -DMADTP_BUILD_TESTS=ON

@@ -23,7 +23,7 @@ inline IntVec add_pair_products(IntVec a, IntVec b, IntVec sum) {
 #elif defined(__SSE2__)
   return bit_cast<IntVec>(_mm_madd_epi16(bit_cast<__m128i>(a), bit_cast<__m128i>(b))) + sum;
 #else
-  return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16) + sum;
+  return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # run.sh PROGRAM [ARGUMENT...]
-# Runs a program in a small Linux on the x86 emulator Bochs, whose CPU has AVX-512, prints what it prints and exits as it exits.
+# Runs a program in a small Linux on the x86 emulator Bochs, whose CPU has AVX-512 and AVX-VNNI, prints what it prints and exits as it exits.
 # The program must be linked statically; variables whose names begin with MADTP_ go along.
 # BOCHS         the emulator; otherwise that on PATH
 # BOCHS_CPU     the CPU, one of those that bochs --help cpu lists; otherwise the one with the most of AVX-512
