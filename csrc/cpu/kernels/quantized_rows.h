@@ -5,6 +5,10 @@
 
 #include <cstdint>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/kernels/activation.h"
 #include "cpu/kernels/vec.h"
 
@@ -27,10 +31,26 @@ inline Vec rounded(Vec v) {
   return v;
 }
 
+typedef std::int8_t Int8Vec __attribute__((vector_size(kWidth)));
+
+// The lanes, which are int8 numbers already. Where an instruction set has no narrowing of its own, compilers
+// move them one by one.
+inline Int8Vec to_int8(IntVec v) {
+#if defined(__AVX512F__) || !defined(__SSE2__)
+  return __builtin_convertvector(v, Int8Vec);
+#elif defined(__AVX2__)
+  const __m256i wide = bit_cast<__m256i>(v);
+  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  return bit_cast<Int8Vec>(_mm_cvtsi128_si64(_mm_packs_epi16(shorts, shorts)));
+#else
+  const __m128i shorts = _mm_packs_epi32(bit_cast<__m128i>(v), bit_cast<__m128i>(v));
+  return bit_cast<Int8Vec>(_mm_cvtsi128_si32(_mm_packs_epi16(shorts, shorts)));
+#endif
+}
+
 // x (columns,) -> to (columns rounded up to `padded`, with zeros); returns the scale.
 template <typename T>
 float quantize_row(const T* x, std::int64_t columns, std::int64_t padded, std::int8_t* to) {
-  typedef std::int8_t ByteVec __attribute__((vector_size(kWidth)));
   Vec most{};
   for_each_vector(
       columns, [&](std::int64_t i, auto load, auto) { most = max_nonnegative(most, absolute(load(x + i))); });
@@ -47,7 +67,7 @@ float quantize_row(const T* x, std::int64_t columns, std::int64_t padded, std::i
     for_each_vector(columns, [&](std::int64_t i, auto load, auto) {
       const Vec shifted = rounded(load(x + i) * inverse) + magic;
       const IntVec integers = bit_cast<IntVec>(shifted) - bit_cast<IntVec>(magic);
-      const ByteVec bytes = __builtin_convertvector(integers, ByteVec);
+      const Int8Vec bytes = to_int8(integers);
       __builtin_memcpy(to + i, &bytes, sizeof bytes);  // `to` is padded, and lanes without a column are zero
     });
     done = (columns + kWidth - 1) / kWidth * kWidth;
