@@ -7,6 +7,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "cpu/kernels/activation.h"
@@ -33,18 +35,22 @@ inline Vec rounded(Vec v) {
 
 typedef std::int8_t Int8Vec __attribute__((vector_size(kWidth)));
 
-// The lanes, which are int8 numbers already. Where an instruction set has no narrowing of its own, compilers
-// move them one by one.
+// The lanes, which are int8 numbers already. From __builtin_convertvector g++ moves them one by one, but for
+// AVX-512.
 inline Int8Vec to_int8(IntVec v) {
-#if defined(__AVX512F__) || !defined(__SSE2__)
-  return __builtin_convertvector(v, Int8Vec);
-#elif defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i wide = bit_cast<__m256i>(v);
   const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
   return bit_cast<Int8Vec>(_mm_cvtsi128_si64(_mm_packs_epi16(shorts, shorts)));
-#else
+#elif defined(__SSE2__) && !defined(__AVX512F__)
   const __m128i shorts = _mm_packs_epi32(bit_cast<__m128i>(v), bit_cast<__m128i>(v));
   return bit_cast<Int8Vec>(_mm_cvtsi128_si32(_mm_packs_epi16(shorts, shorts)));
+#elif defined(__aarch64__)
+  const int16x4_t shorts = vmovn_s32(bit_cast<int32x4_t>(v));
+  const int8x8_t twice = vmovn_s16(vcombine_s16(shorts, shorts));
+  return bit_cast<Int8Vec>(vget_lane_s32(vreinterpret_s32_s8(twice), 0));
+#else
+  return __builtin_convertvector(v, Int8Vec);
 #endif
 }
 
