@@ -4,6 +4,7 @@
 So a module is copied, pickled, saved and moved as if there was none. What was packed goes with the memory of its
 weight: when that is freed, as it is when a module moves or is cast. It is packed again after the weight was written to,
 and dropped by a call that records the gradient of the weight: training carries nothing that an evaluation has packed.
+What is packed of one piece of memory, of which weights may be parts, takes as much again and no more.
 torch counts no write through `.data`, so some of the values are compared too at every use: one that changes a whole
 weight is seen, one that changes a few of its values may not be, and `forget()` is for that.
 """
@@ -37,7 +38,7 @@ class _Entry(NamedTuple):
         return (
             self.version == weight._version
             and self.storage() is weight.untyped_storage()
-            and torch.equal(weight.as_strided(self.size, self.stride), self.sample)
+            and _same(weight.as_strided(self.size, self.stride), self.sample)
         )
 
 
@@ -60,6 +61,8 @@ def packed(weight: Tensor) -> Tensor:
     with _packing:  # by one thread, for all
         entry = _entries.get(key)
         if entry is None or not entry.holds(weight):
+            _entries.pop(key, None)
+            _make_room(weight)
             entry = _entries[key] = _pack(weight, key)
         return entry.packed
 
@@ -73,6 +76,26 @@ def drop(weight: Tensor) -> None:
 def forget() -> None:
     """Drops all that was packed. What is used again is packed again."""
     _entries.clear()
+
+
+def _same(values: Tensor, sample: Tensor) -> bool:
+    return torch.equal(values, sample) or bool(((values == sample) | (values.isnan() & sample.isnan())).all())
+
+
+def _make_room(weight: Tensor) -> None:
+    """Drops the oldest of what was packed of this memory, so that all of it together takes no more than the memory.
+
+    Of parts that overlap, such as windows, there is no end.
+    """
+    storage = weight.untyped_storage()
+    entries = _entries.copy().items()  # in which nothing is dropped meanwhile
+    taken = {key: key[1].numel() * key[2].itemsize for key, entry in entries if entry.storage() is storage}
+    room = storage.nbytes() - sum(taken.values())
+    for key, nbytes in taken.items():
+        if room >= weight.nbytes:
+            break
+        _entries.pop(key, None)
+        room += nbytes
 
 
 def _pack(weight: Tensor, key: _Key) -> _Entry:
