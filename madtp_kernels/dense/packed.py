@@ -11,6 +11,7 @@ weight is seen, one that changes a few of its values may not be, and `forget()` 
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from typing import NamedTuple
@@ -105,7 +106,9 @@ def _pack(weight: Tensor, key: _Key) -> _Entry:
             _entries.pop(key, None)
 
     version, count = weight._version, min(_SAMPLES, weight.numel())
-    stride = max(1, weight.numel() // count - 1)  # in another column each time
+    stride = max(1, (weight.numel() - 1) // max(1, count - 1))  # from the first row to the last
+    while math.gcd(stride, weight.shape[1]) > 1:  # in another column each time
+        stride -= 1
     with torch.inference_mode(False), torch.no_grad():
         sample = weight.detach().as_strided((count,), (stride,)).clone()
     storage = weakref.ref(weight.untyped_storage(), drop)

@@ -47,7 +47,7 @@ class QuantizedWeight(KeepsLayouts):
 
     All are kept, not copied, so they can be the buffers of a module; which tensors they are is fixed. What was packed
     for a backend is packed again after one of them was written to. torch counts no write through `.data`, through
-    NumPy, by another process, or to a tensor made in inference mode: make another weight of the parts after one.
+    NumPy, by another process, or to a tensor made in inference mode: call `forget()` after one.
 
     Raises:
         ValueError: a dtype, shape or device breaks its rule. What they hold is read by `check_values` alone.

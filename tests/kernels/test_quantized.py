@@ -255,6 +255,15 @@ def test_a_weight_is_fixed_moved_copied_and_packed_again():
 
 
 @needs_extension
+def test_writes_that_torch_does_not_count():
+    weight, x = weight_of(24, 32, "int8_24"), torch.randn(3, 32)
+    before = mk.quantized_linear(x, weight, backend="cpu")
+    weight.values.numpy()[:] *= -1
+    weight.forget()
+    assert torch.equal(mk.quantized_linear(x, weight, backend="cpu"), -before)
+
+
+@needs_extension
 def test_explain_names_the_kernel():
     choice = mk.explain("quantized_linear", torch.randn(3, 32), weight_of(24, 32, "int8_24"))
     assert choice.backend == "cpu"
