@@ -32,7 +32,7 @@ class KeepsLayouts:
     def layout(self, backend: str) -> Any:
         """The weight as the kernels of `backend` read it, kept until a part of it is written to.
 
-        Under torch.compile writes go unnoticed: what was packed stays, so make another weight after one.
+        Under torch.compile writes go unnoticed: what was packed stays until `forget`.
 
         Raises:
             ValueError: no layout is registered for `backend`.
@@ -47,3 +47,7 @@ class KeepsLayouts:
             with contextlib.nullcontext() if state is None else torch.inference_mode(False):
                 packed = self._packed[backend] = state, packers[backend](self)
         return packed[1]
+
+    def forget(self) -> None:
+        """Drops what was packed: after a write that torch does not count, or that a compiled function is to see."""
+        self._packed.clear()

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def write(
         OSError: the file cannot be written. ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored = {name: tensor.detach().cpu().resolve_conj().resolve_neg().contiguous() for name, tensor in tensors.items()}
     storages = [tensor.untyped_storage().data_ptr() for tensor in stored.values()]
     if len(set(storages)) < len(storages):  # safetensors refuses tensors that share memory
         stored = {name: tensor.clone() for name, tensor in stored.items()}
@@ -66,6 +66,19 @@ def read(path: str | os.PathLike[str], kind: str, version: str) -> tuple[Any, di
     intact = _checksum(metadata[kind], tensors) == metadata.get("sha256")
     require(intact, "path", "a file as it was written (its checksum does not match)", os.fspath(path))
     return weights, tensors
+
+
+def check_names(weights: object) -> None:
+    """Raises ValueError for what is no mapping of names."""
+    require(isinstance(weights, Mapping), "weights", "a mapping of names to weights", weights)
+    for name in cast(Mapping[Any, Any], weights):
+        require(isinstance(name, str), "weights", "named by strings", name)
+
+
+def check_storable(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor that has no values a file could hold."""
+    ok = tensor.layout is torch.strided and not tensor.is_meta
+    require(ok, name, "strided and not on meta", tensor)
 
 
 def join(parts: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

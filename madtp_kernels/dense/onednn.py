@@ -20,8 +20,7 @@ from madtp_kernels.reference.sparse24 import ACTIVATIONS
 DTYPES = (torch.float32, torch.bfloat16)
 VARIABLE = "MADTP_ONEDNN"
 _FUSED: dict[str, tuple[str, list[float], str]] = {  # activation -> what the op calls it, its numbers and its variant
-    "none": ("none", [], ""),
-    "relu": ("relu", [], ""),
+    "none": ("none", [], ""),  # and no relu, which would make a NaN 0
     "gelu": ("gelu", [], "none"),
     "gelu_tanh": ("gelu", [], "tanh"),
 }

@@ -4,12 +4,14 @@
 So a module is copied, pickled, saved and moved as if there was none. What was packed goes with the memory of its
 weight: when that is freed, as it is when a module moves or is cast. It is packed again after the weight was written to,
 and dropped by a call that records the gradient of the weight: training carries nothing that an evaluation has packed.
+What is packed of one piece of memory, of which weights may be parts, takes as much again and no more.
 torch counts no write through `.data`, so some of the values are compared too at every use: one that changes a whole
 weight is seen, one that changes a few of its values may not be, and `forget()` is for that.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from typing import NamedTuple
@@ -37,7 +39,7 @@ class _Entry(NamedTuple):
         return (
             self.version == weight._version
             and self.storage() is weight.untyped_storage()
-            and torch.equal(weight.as_strided(self.size, self.stride), self.sample)
+            and _same(weight.as_strided(self.size, self.stride), self.sample)
         )
 
 
@@ -60,6 +62,8 @@ def packed(weight: Tensor) -> Tensor:
     with _packing:  # by one thread, for all
         entry = _entries.get(key)
         if entry is None or not entry.holds(weight):
+            _entries.pop(key, None)
+            _make_room(weight)
             entry = _entries[key] = _pack(weight, key)
         return entry.packed
 
@@ -75,6 +79,26 @@ def forget() -> None:
     _entries.clear()
 
 
+def _same(values: Tensor, sample: Tensor) -> bool:
+    return torch.equal(values, sample) or bool(((values == sample) | (values.isnan() & sample.isnan())).all())
+
+
+def _make_room(weight: Tensor) -> None:
+    """Drops the oldest of what was packed of this memory, so that all of it together takes no more than the memory.
+
+    Of parts that overlap, such as windows, there is no end.
+    """
+    storage = weight.untyped_storage()
+    entries = _entries.copy().items()  # in which nothing is dropped meanwhile
+    taken = {key: key[1].numel() * key[2].itemsize for key, entry in entries if entry.storage() is storage}
+    room = storage.nbytes() - sum(taken.values())
+    for key, nbytes in taken.items():
+        if room >= weight.nbytes:
+            break
+        _entries.pop(key, None)
+        room += nbytes
+
+
 def _pack(weight: Tensor, key: _Key) -> _Entry:
     def drop(dead: weakref.ref[torch.UntypedStorage]) -> None:  # at any time and in any thread: it must not wait
         entry = _entries.get(key)
@@ -82,7 +106,9 @@ def _pack(weight: Tensor, key: _Key) -> _Entry:
             _entries.pop(key, None)
 
     version, count = weight._version, min(_SAMPLES, weight.numel())
-    stride = max(1, weight.numel() // count - 1)  # in another column each time
+    stride = max(1, (weight.numel() - 1) // max(1, count - 1))  # from the first row to the last
+    while math.gcd(stride, weight.shape[1]) > 1:  # in another column each time
+        stride -= 1
     with torch.inference_mode(False), torch.no_grad():
         sample = weight.detach().as_strided((count,), (stride,)).clone()
     storage = weakref.ref(weight.untyped_storage(), drop)

@@ -29,9 +29,8 @@ from madtp_kernels.quantized import backend_dense as dense
 from madtp_kernels.quantized import tuning_cpu as tuning
 from madtp_kernels.quantized.weight import QuantizedWeight, register_layout
 from madtp_kernels.reference import quantized as reference
+from madtp_kernels.reference.quantized import MAX_IN_FEATURES
 from madtp_kernels.sparse24.weight import check_nibbles
-
-MAX_IN_FEATURES = 2**16  # so that every sum is an int32: 255 * 127 * C
 
 
 @dispatch.public
@@ -138,6 +137,9 @@ def _tuned(
     """For `explain`: the choice with what was measured of the call."""
     if choice.backend != "cpu":
         return choice
+    if not weight.values.numel():
+        why = "the weight has no elements, and no product to run"
+        return replace(choice, backend="reference", reason=why, rejected=choice.rejected | {"cpu": why, "dense": why})
     if weight.indices is None:
         return replace(choice, rejected={**choice.rejected, "dense": "the weight is dense: cpu is the same kernel"})
     return tuning.add_timings(choice, tuning.quantized_call(x, weight, activation, residual, scale))

@@ -29,10 +29,11 @@ def save_quantized(path: str | os.PathLike[str], weights: Mapping[str, Quantized
     memory are written each.
 
     Raises:
-        ValueError: a value is neither, an int8 weight breaks a rule of `QuantizedWeight.check_values`, or two names
-            collide.
+        ValueError: a value is neither, or sparse or on meta, an int8 weight breaks a rule of
+            `QuantizedWeight.check_values`, a name is no string, or two names collide.
         OSError: the file cannot be written. ImportError: safetensors is not installed.
     """
+    weight_files.check_names(weights)
     tensors = weight_files.join(_parts(weights))
     schemes = {name: weight.scheme for name, weight in weights.items() if isinstance(weight, QuantizedWeight)}
     weight_files.write(path, KIND, VERSION, schemes, tensors)
@@ -57,6 +58,7 @@ def load_quantized(path: str | os.PathLike[str]) -> dict[str, QuantizedWeight | 
 def _parts(weights: Mapping[str, QuantizedWeight | Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, weight in weights.items():
         if isinstance(weight, QuantizedWeight):
+            weight_files.check_storable(f"weights[{name!r}]", weight.values)
             weight.check_values(f"weights[{name!r}]")
             yield f"{name}.{VALUES}", weight.values
             yield f"{name}.{SCALE}", weight.scale
@@ -64,6 +66,7 @@ def _parts(weights: Mapping[str, QuantizedWeight | Tensor]) -> Iterator[tuple[st
                 yield f"{name}.{INDICES}", weight.indices
         else:
             require(isinstance(weight, Tensor), f"weights[{name!r}]", "a QuantizedWeight or a tensor", weight)
+            weight_files.check_storable(f"weights[{name!r}]", weight)
             yield name, weight
 
 

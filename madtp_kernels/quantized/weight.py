@@ -11,7 +11,7 @@ from torch import Tensor
 
 from madtp_kernels.checks import check_tensor, require
 from madtp_kernels.layouts import KeepsLayouts
-from madtp_kernels.reference.quantized import MAX_INT8, dequantize, nearest, row_scale
+from madtp_kernels.reference.quantized import MAX_IN_FEATURES, MAX_INT8, dequantize, nearest, row_scale
 from madtp_kernels.sparse24.weight import (
     DTYPES,
     IN_MULTIPLE,
@@ -43,8 +43,11 @@ class QuantizedWeight(KeepsLayouts):
         scale: (N,) float32, positive and finite.
         indices: scheme "int8_24": (N, C/8) uint8, as in `Sparse24Weight`, N a multiple of 8 and C of 16. Else None.
 
+    C is at most 65536, so that every sum of products with int8 is an int32.
+
     All are kept, not copied, so they can be the buffers of a module; which tensors they are is fixed. What was packed
-    for a backend is packed again after one of them was written to, as far as torch counts the write.
+    for a backend is packed again after one of them was written to. torch counts no write through `.data`, through
+    NumPy, by another process, or to a tensor made in inference mode: call `forget()` after one.
 
     Raises:
         ValueError: a dtype, shape or device breaks its rule. What they hold is read by `check_values` alone.
@@ -139,6 +142,8 @@ def _check_parts(values: Tensor, scale: Tensor, indices: Tensor | None) -> None:
     check_tensor("values", values, 2, (torch.int8,))
     check_tensor("scale", scale, 1, (torch.float32,))
     rows, columns = values.shape
+    in_features = columns if indices is None else 2 * columns
+    require(in_features <= MAX_IN_FEATURES, "values", f"of at most {MAX_IN_FEATURES} input features", values)
     ok = tuple(scale.shape) == (rows,) and scale.device == values.device
     require(ok, "scale", f"(N,) = {(rows,)} on {values.device} like values", scale)
     if indices is not None:
@@ -166,7 +171,8 @@ def quantize(weight: Tensor | Sparse24Weight, scheme: str = "int8_24", scale: Te
     The integers are W / scale, rounded half to even and cut at -127 and 127.
 
     Args:
-        weight: (N, C) float32, bfloat16, float16 or float64, finite; or a `Sparse24Weight`, for "int8_24".
+        weight: (N, C) float32, bfloat16, float16 or float64, finite, C at most 65536; or a `Sparse24Weight`,
+            for "int8_24".
         scheme: "int8": all of them. "int8_24": a weight that is 2:4 already, as `sparse24_prune` makes any.
         scale: (N,) floating point, positive and finite. None: the largest magnitude of each row / 127. A row of zeros
             gets 1; and so does one whose largest magnitude is below 2^-119, which becomes zeros.
@@ -178,12 +184,17 @@ def quantize(weight: Tensor | Sparse24Weight, scheme: str = "int8_24", scale: Te
         ValueError: an argument breaks a rule. Host reads.
     """
     require(isinstance(scheme, str) and scheme in SCHEMES, "scheme", _NAMES, scheme)
-    sparse: Sparse24Weight | None
     if isinstance(weight, Sparse24Weight):
         require(scheme == "int8_24", "scheme", "int8_24 for a Sparse24Weight", scheme)
-        sparse, values = weight, weight.values
     else:
         check_tensor("weight", weight, 2, DTYPES)
+    require(weight.device.type != "meta", "weight", "of values to round", "one on meta, which has none")
+    wide = weight.shape[1] > MAX_IN_FEATURES
+    require(not wide, "weight", f"of at most {MAX_IN_FEATURES} input features", f"{weight.shape[1]}")
+    sparse: Sparse24Weight | None
+    if isinstance(weight, Sparse24Weight):
+        sparse, values = weight, weight.values
+    else:
         sparse = sparse24_compress(weight) if scheme == "int8_24" else None
         values = weight if sparse is None else sparse.values
     values = values.detach()

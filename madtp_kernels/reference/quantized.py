@@ -21,6 +21,7 @@ from madtp_kernels.reference.sparse24 import (
 )
 
 MAX_INT8 = 127  # symmetric: -128 is not used
+MAX_IN_FEATURES = 2**16  # so that every sum is an int32: 255 * 127 * C
 # Below this the scale of a row, amax / 127, would not be a normal float32: such a row counts as zeros.
 MIN_AMAX = 2.0**-119
 

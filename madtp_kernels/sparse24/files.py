@@ -26,9 +26,11 @@ def save_sparse24(path: str | os.PathLike[str], weights: Mapping[str, Sparse24We
     A 2:4 weight takes 0.53 of its dense bytes in float32, 0.56 in 16 bits. Tensors that share memory are written each.
 
     Raises:
-        ValueError: a value is neither, a 2:4 weight's indices do not ascend, or two names collide.
+        ValueError: a value is neither, or sparse or on meta, a 2:4 weight's indices do not ascend, a name is no string,
+            or two names collide.
         OSError: the file cannot be written. ImportError: safetensors is not installed.
     """
+    weight_files.check_names(weights)
     tensors = weight_files.join(_parts(weights))
     sparse = [name for name, weight in weights.items() if isinstance(weight, Sparse24Weight)]
     weight_files.write(path, KIND, VERSION, sparse, tensors)
@@ -51,8 +53,10 @@ def load_sparse24(path: str | os.PathLike[str]) -> dict[str, Sparse24Weight | Te
 def _parts(weights: Mapping[str, Sparse24Weight | Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, weight in weights.items():
         if isinstance(weight, Sparse24Weight):
+            weight_files.check_storable(f"weights[{name!r}]", weight.values)
             weight.check_indices(f"weights[{name!r}].indices")
             yield from ((f"{name}.{part}", getattr(weight, part)) for part in PARTS)
         else:
             require(isinstance(weight, Tensor), f"weights[{name!r}]", "a Sparse24Weight or a tensor", weight)
+            weight_files.check_storable(f"weights[{name!r}]", weight)
             yield name, weight

@@ -45,8 +45,7 @@ class Sparse24Weight(KeepsLayouts):
     Both are kept, not copied, so they can be the buffers of a module. N is a multiple of 8, C of 16.
 
     What was packed for a backend is packed again after either was written to or assigned. torch counts no write through
-    `.data`, through NumPy, by another process, or to a tensor made in inference mode: after one of those assign,
-    `weight.values = weight.values`.
+    `.data`, through NumPy, by another process, or to a tensor made in inference mode: call `forget()` after one.
 
     Raises:
         ValueError: a dtype, shape or device breaks its rule, here or when assigned. What the indices hold is not read;
@@ -151,6 +150,9 @@ class Sparse24Weight(KeepsLayouts):
             return self.values._version, self.indices._version
         except RuntimeError:  # an inference tensor counts none; to ask first would cost every call of a small layer
             return version(self.values), version(self.indices)
+
+    def forget(self) -> None:
+        self.values = self.values
 
     def _packers(self) -> dict[str, Callable[[Sparse24Weight], Any]]:
         return _layouts

@@ -102,6 +102,16 @@ def test_within_twice_the_error_of_torch(backend, dtype, activation):
             assert (got.double() - exact).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("backend", ["reference", "dense", pytest.param("onednn", marks=needs_onednn)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_nan_stays_one(backend, activation):
+    given = arguments(7, 24, 40, torch.float32)
+    x, weight, bias = (given[name] for name in ("x", "weight", "bias"))
+    x[2] = torch.nan
+    y = mk.dense_linear(x, weight, bias, activation=activation, backend=backend)
+    assert y.isnan().all(1).tolist() == [row == 2 for row in range(7)] and not y[3:].isnan().any()
+
+
 def running_sum(x, weight):
     """x W^T in float32, every sum in one order with one rounding a step: what a textbook's loop computes."""
     x, weight, out = x.double(), weight.double(), torch.zeros(x.shape[0], weight.shape[0])
@@ -360,21 +370,23 @@ def test_a_write_is_seen(onednn_wins, packings):
         right(x, weight)
         weight.data.mul_(2)  # which torch does not count
         right(x, weight)
+        weight.data[-4:] = 0
+        right(x, weight)
         weight.data = torch.randn(96, 32)
         right(x, weight)
-        assert len(packings) == 4
+        assert len(packings) == 5
         right(x, weight)
-        assert len(packings) == 4 and len(kept(weight)) == 1
+        assert len(packings) == 5 and len(kept(weight)) == 1
     right(x, torch.randn(32, 96).t())  # another order of rows is not packed
     with torch.inference_mode():
         counts_none = torch.randn(96, 32)
     right(x, counts_none)
-    assert len(packings) == 4
+    assert len(packings) == 5
     square = torch.randn(32, 32)
     right(x, square)
     right(x, square.t())
     right(x, square[:8])
-    assert packings[4:] == [(32, 32), (8, 32)]
+    assert packings[5:] == [(32, 32), (8, 32)]
 
 
 def sgd(layer):
@@ -440,6 +452,31 @@ def test_what_was_packed_goes_with_the_memory_of_the_weight(onednn_wins):
     del twin
     gc.collect()
     assert not packed._entries
+
+
+@needs_onednn
+def test_parts_of_one_memory_take_as_much_again_and_no_more(onednn_wins, packings):
+    x, whole = torch.randn(16, 32), torch.randn(96, 32)
+    for _ in range(2):
+        for row in range(0, 96, 24):  # none of which has a part in another
+            right(x, whole[row : row + 24])
+    assert len(packings) == 4
+    for row in range(60):
+        right(x, whole[row : row + 36])
+    assert len(packings) == 64 and len(packed._entries) == 2
+    right(x, whole)
+    assert list(packed._entries) == kept(whole)
+
+
+@needs_onednn
+def test_a_weight_with_a_nan_is_packed_once(onednn_wins, packings):
+    x, weight = torch.randn(16, 32), torch.randn(96, 32)
+    weight[:, 5::2] = torch.nan
+    for _ in range(3):
+        assert mk.dense_linear(x, weight).isnan().all()
+    assert len(packings) == 1
+    weight.data.nan_to_num_()
+    right(x, weight)
 
 
 @needs_onednn

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import madtp_kernels as mk
 from madtp_kernels import QuantizedWeight, dispatch, quantize
-from madtp_kernels.ops.quantized import MAX_IN_FEATURES, quantized_pack
+from madtp_kernels.ops.quantized import quantized_pack
 from madtp_kernels.reference import quantized as reference
+from madtp_kernels.reference.quantized import MAX_IN_FEATURES
 
 needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 SCHEMES = ("int8", "int8_24")
@@ -106,9 +107,11 @@ def test_sums_are_exact_up_to_the_last_input_feature():
     x[1, ::2] = -1
     expected = torch.tensor([127 * 127 * MAX_IN_FEATURES, 0.0])[:, None].expand(2, 8) * torch.tensor(1 / 127)
     assert torch.equal(mk.quantized_linear(x, weight, backend="cpu"), expected)
-    wider = QuantizedWeight(torch.zeros(8, MAX_IN_FEATURES + 1, dtype=torch.int8), torch.ones(8))
-    with pytest.raises(ValueError, match=f"at most {MAX_IN_FEATURES} input features"):
-        mk.quantized_linear(torch.zeros(1, MAX_IN_FEATURES + 1), wider)
+    wider = torch.zeros(8, MAX_IN_FEATURES + 1)
+    with pytest.raises(ValueError, match=f"weight must be of at most {MAX_IN_FEATURES} input features, got 65537"):
+        quantize(wider, "int8")
+    with pytest.raises(ValueError, match=f"values must be of at most {MAX_IN_FEATURES} input features"):
+        QuantizedWeight(wider.to(torch.int8), torch.ones(8))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -252,9 +255,20 @@ def test_a_weight_is_fixed_moved_copied_and_packed_again():
 
 
 @needs_extension
+def test_writes_that_torch_does_not_count():
+    weight, x = weight_of(24, 32, "int8_24"), torch.randn(3, 32)
+    before = mk.quantized_linear(x, weight, backend="cpu")
+    weight.values.numpy()[:] *= -1
+    weight.forget()
+    assert torch.equal(mk.quantized_linear(x, weight, backend="cpu"), -before)
+
+
+@needs_extension
 def test_explain_names_the_kernel():
     choice = mk.explain("quantized_linear", torch.randn(3, 32), weight_of(24, 32, "int8_24"))
     assert choice.backend == "cpu"
+    choice = mk.explain("quantized_linear", torch.randn(3, 32), quantize(torch.ones(0, 32), "int8"))
+    assert choice.backend == "reference" and "no elements" in choice.rejected["cpu"]
 
 
 def with_value(tensor, index, value):
@@ -271,6 +285,7 @@ def test_bad_weights_are_refused():
         (lambda: quantize(mk.sparse24_prune(torch.randn(24, 32)), "int8"), "scheme must be int8_24"),
         (lambda: quantize(torch.full((8, 16), math.nan), "int8"), "weight must be finite"),
         (lambda: quantize(torch.full((8, 16), 1e300, dtype=torch.float64), "int8"), "weight must be finite"),
+        (lambda: quantize(torch.ones(8, 16, device="meta"), "int8"), "weight must be of values"),
         (lambda: quantize(torch.ones(8, 16), "int8", torch.zeros(8)), "scale must be positive and finite"),
         (lambda: quantize(torch.ones(8, 16), "int8", torch.ones(7)), r"scale must be \(N,\) = \(8,\)"),
         (lambda: QuantizedWeight(good.values.float(), good.scale), "values must be a 2-dimensional tensor of int8"),

@@ -175,12 +175,28 @@ def negative():
     return weight
 
 
+def on_meta():
+    return QuantizedWeight(torch.ones(8, 16, dtype=torch.int8, device="meta"), torch.ones(8, device="meta"))
+
+
+def test_tensors_that_are_views_are_stored_as_what_they_hold(tmp_path):
+    views = {"neg": torch._neg_view(torch.ones(2)), "t": torch.arange(6.0).view(2, 3).t(), "e": torch.ones(1).expand(5)}
+    save_quantized(tmp_path / "v.safetensors", views)
+    loaded = load_quantized(tmp_path / "v.safetensors")
+    assert loaded.keys() == views.keys() and all(torch.equal(loaded[name], view) for name, view in views.items())
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
         ({"a": 3}, r"weights\['a'\] must be a QuantizedWeight or a tensor, got int 3"),
         ({"a": mixed()["fc1"], "a.weight": torch.ones(1)}, "weights must be of names that differ once stored, got a"),
         ({"a": negative()}, r"weights\['a'\].scale must be positive and finite, got -1.0 at row 2"),
+        ([negative()], "weights must be a mapping of names to weights, got list"),
+        ({1: torch.ones(1)}, "weights must be named by strings, got int 1"),
+        ({"a": torch.eye(3).to_sparse()}, r"weights\['a'\] must be strided and not on meta, got float32 \(3, 3\)"),
+        ({"a": torch.ones(2, device="meta")}, r"weights\['a'\] must be strided and not on meta, got float32 \(2,\)"),
+        ({"a": on_meta()}, r"weights\['a'\] must be strided and not on meta, got int8 \(8, 16\)"),
     ],
 )
 def test_save_refuses_and_leaves_what_was_there(saved, weights, message):

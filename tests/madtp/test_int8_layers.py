@@ -34,6 +34,13 @@ def packed_block():
     return made
 
 
+def packed_24():
+    made = Block()
+    hwp.prune_one_shot(made, "2:4", BOTH)
+    hwp.pack(made)
+    return made
+
+
 def round_rows(module, inputs):
     """A hook before a Linear, after which its inputs are as an int8 layer rounds them."""
     (x,) = inputs
@@ -267,6 +274,16 @@ def test_what_is_exported_is_the_layer():
     made, x = packed_block(), torch.randn(4, 32)
     exported = torch.export.export(made, (x,)).module()
     assert torch.equal(exported(x), made(x))
+
+
+@pytest.mark.parametrize("made", [packed_block, packed_24])
+def test_what_is_loaded_into_a_compiled_layer_is_what_it_computes(made):
+    layers, other, x = made(), made(), torch.randn(4, 32)
+    compiled = torch.compile(layers, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layers(x))
+        layers.load_state_dict(other.state_dict())
+        torch.testing.assert_close(compiled(x), other(x))
 
 
 def test_a_file_of_int8_weights_is_the_state_of_its_layers(tmp_path):

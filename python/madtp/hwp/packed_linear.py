@@ -15,6 +15,7 @@ from madtp.hwp.folding import Folded
 from madtp_kernels import explain
 from madtp_kernels.checks import require
 from madtp_kernels.dispatch import Choice
+from madtp_kernels.layouts import KeepsLayouts
 from madtp_kernels.reference.sparse24 import ACTIVATIONS as REFERENCES
 
 FORMS = {"sparse24": "2:4", "int8": "int8", "int8_24": "int8 2:4"}  # scheme -> what tables say
@@ -36,6 +37,7 @@ class PackedLinear(nn.Module):
     _op: ClassVar[Callable[..., Tensor]]
     scheme: str  # "sparse24", or that of the `QuantizedWeight`
     packed_weight: Any  # what the op takes; of the buffers as they are now
+    _weight: KeepsLayouts  # that of the last call
     dense_dtype: torch.dtype  # of the weight that this one stands for
 
     weight: Tensor
@@ -147,6 +149,7 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._weight.forget()  # or a compiled function would not see what was loaded
 
     def finish(self, y: Tensor) -> Tensor:
         """The activation and the scale, of what `forward` returns without its epilogue."""

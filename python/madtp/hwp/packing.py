@@ -26,8 +26,8 @@ from madtp.hwp.takeover import (
 from madtp_kernels import QuantizedWeight, Sparse24Weight, quantize, sparse24_compress
 from madtp_kernels.checks import require
 from madtp_kernels.nm_patterns import is_pattern
-from madtp_kernels.ops.quantized import MAX_IN_FEATURES
 from madtp_kernels.quantized.weight import SCHEMES
+from madtp_kernels.reference.quantized import MAX_IN_FEATURES
 from madtp_kernels.renamed import renamed
 from madtp_kernels.sparse24.weight import DTYPES, supports_shape
 

@@ -38,6 +38,7 @@ class QuantizedLinear(PackedLinear):
 
     weight_indices: Tensor | None
     weight_scale: Tensor
+    _weight: QuantizedWeight
 
     def __init__(
         self,

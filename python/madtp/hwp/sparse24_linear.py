@@ -33,6 +33,7 @@ class Sparse24Linear(PackedLinear):
     scheme = "sparse24"
 
     indices: Tensor
+    _weight: Sparse24Weight
 
     def __init__(
         self,
