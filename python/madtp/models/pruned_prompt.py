@@ -91,7 +91,7 @@ class PrunedPrompt(nn.Module):
             return out
         _mark(getattr(out, "past_key_values", None), record)
         _mark(kwargs.get("past_key_values"), record)
-        if self.config.is_encoder_decoder or not record.dropped or record.input_ids is None:
+        if self.config.is_encoder_decoder or record.hidden or record.input_ids is None:
             return out  # the answer stands alone, or the prompt is whole
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompt = record.input_ids.repeat_interleave(len(sequences) // len(record.input_ids), 0)
@@ -109,10 +109,10 @@ class PrunedPrompt(nn.Module):
                 other placeholders than tokens of the projector.
         """
         run, here = super().forward, self.madtp_projector.here
-        if here.calls or here.dense:
+        if here.calls:
             return run(**kwargs)
         self._check_cache(kwargs, decoding=True)
-        if not has_images(kwargs):
+        if here.dense or not has_images(kwargs):
             return run(**self._continued(kwargs))
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         self._check_prompt(kwargs.get("input_ids"), kwargs)
@@ -181,7 +181,7 @@ class PrunedPrompt(nn.Module):
                 continue
             placeholders = find_placeholders(input_ids, self.config, modality)
             features = _features(output, modality, placeholders)
-            images = find_images(input_ids, self.config, modality, features)
+            images = find_images(input_ids, self.config, modality, features, kwargs.get("attention_mask"))
             chosen = seam.choose(self._candidates(input_ids, kwargs, features, images))
             kept = kept.masked_scatter(images.placeholders, chosen.keep.to(kept.device))
             outputs[modality] = (_hidden if record.hidden else _pruned)(output, features, chosen)
@@ -254,10 +254,17 @@ class PrunedPrompt(nn.Module):
     def _continued(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a step of decoding behind a pruned prompt, at the positions of the whole one."""
         cache = kwargs.get("past_key_values")
-        dropped, ids = getattr(cache, "madtp_dropped", 0), kwargs.get("input_ids")
-        if not dropped or ids is None or cache is None:
+        dropped, ids = getattr(cache, "madtp_dropped", None), kwargs.get("input_ids")
+        if dropped is None or ids is None or cache is None:
             return kwargs
         past, mask = int(cache.get_seq_length()), kwargs.get("attention_mask")
+        if mask is None and bool((cache.madtp_columns < 0).any()):
+            raise ValueError(
+                "attention_mask must be given where the cache has padding or hidden tokens, got none: it is "
+                "madtp_handle.columns >= 0, and ones for what follows"
+            )
+        if not dropped:
+            return kwargs
         if mask is not None and mask.ndim == 2 and mask.shape[1] != past + ids.shape[1]:
             raise ValueError(
                 f"attention_mask must have {past + ids.shape[1]} columns, those of the pruned prompt and of what "
@@ -270,13 +277,14 @@ class PrunedPrompt(nn.Module):
 
     def _check_cache(self, kwargs: Mapping[str, Any], decoding: bool = False) -> None:
         cache = kwargs.get("past_key_values")
-        if cache is None or self.madtp_projector.here.dense:
+        if cache is None:
             return
         if int(cache.get_seq_length()) == 0:
-            vars(cache).pop("madtp_dropped", None)  # of what it held before it was reset
+            for name in ("madtp_dropped", "madtp_columns"):  # of what it held before it was reset
+                vars(cache).pop(name, None)
             return
-        pruned = hasattr(cache, "madtp_dropped")
-        if has_images(kwargs) or (pruned and not decoding):
+        pruned, images = hasattr(cache, "madtp_dropped"), has_images(kwargs)
+        if (pruned and (images or not decoding)) or (images and not self.madtp_projector.here.dense):
             what = "a pruned prompt, which the given one does not continue" if pruned else "a prompt"
             raise ValueError(
                 f"past_key_values must be empty, got a cache that holds {what}: give the whole conversation anew"
@@ -354,6 +362,7 @@ def _pruned_layer(layer: Any, keeps: tuple[Tensor, ...]) -> Any:
 
 
 def _mark(cache: Any, record: PromptRecord) -> None:
-    """The cache knows by how many columns its prompt is shorter than the one that was given."""
+    """The cache knows which columns of the prompt it holds, and by how many these are fewer than were given."""
     if isinstance(cache, Cache):
         cache.madtp_dropped = record.dropped  # type: ignore[attr-defined]
+        cache.madtp_columns = record.columns  # type: ignore[attr-defined]
