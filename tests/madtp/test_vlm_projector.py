@@ -342,6 +342,24 @@ def test_decoding_by_hand_needs_the_mask_of_padding(llava):
             close(torch.stack(logits), answers(expected))
 
 
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", pytest.param("Qwen3-VL", marks=pytest.mark.slow)])
+def test_decoding_by_hand_with_mrope_counts_what_the_mask_shows(name):
+    model = make_vlm(name)
+    inputs = vlm_batch(name, model)
+    handle = madtp.patch(model, keep={"projector": madtp.Keep(1, rule="uniform")})
+    expected = model.generate(**inputs, **GREEDY)
+    for context in (contextlib.nullcontext(), handle.simulated()):
+        with context:
+            out = model(**inputs)
+            mask, logits = handle.columns >= 0, [out.logits[:, -1]]
+            for _ in range(3):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+                step = logits[-1].argmax(-1)[:, None]
+                out = model(input_ids=step, past_key_values=out.past_key_values, attention_mask=mask.long())
+                logits.append(out.logits[:, -1])
+            close(torch.stack(logits), answers(expected))
+
+
 def test_the_prompt_comes_back_where_the_longest_has_no_image(llava):
     model, inputs = llava
     ids = inputs["input_ids"].clone()
@@ -539,6 +557,8 @@ def test_what_is_refused_is_refused_before_anything_runs(llava):
         model(ids, **pixels, attention_mask=(ids != IMAGE).long())
     with pytest.raises(ValueError, match=r"position_ids, and attention_mask, must have 50 columns, .* got \(2, 3\)"):
         model.generate(ids, **pixels, attention_mask=torch.ones(2, 3, dtype=torch.long), max_new_tokens=2)
+    with pytest.raises(ValueError, match="pixel_values must be given with images, whose shapes say where one ends"):
+        handle.counts(input_ids=ids)
     with pytest.raises(ValueError, match="input_ids must be a tensor"):
         handle.counts(**pixels)
     with handle.dense(), pytest.raises(ValueError, match=refused):

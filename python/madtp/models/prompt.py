@@ -98,6 +98,8 @@ def count_images(input_ids: Tensor, config: Any, kwargs: Mapping[str, Any], moda
     runs, total = run_lengths(placeholders), int(placeholders.sum())
     pixels = next((kwargs[name] for name in PIXELS[modality] if kwargs.get(name) is not None), None)
     grids = kwargs.get(f"{modality}_grid_thw")
+    if total and pixels is None and grids is None:
+        raise ValueError(f"{PIXELS[modality][0]} must be given with images, whose shapes say where one ends, got none")
     if grids is not None:
         patches = grids.prod(-1).tolist()
         lengths = [total * count // max(sum(patches), 1) for count in patches]

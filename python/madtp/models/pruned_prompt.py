@@ -123,12 +123,14 @@ class PrunedPrompt(nn.Module):
         if "position_ids" not in kwargs:
             kwargs["position_ids"] = self._positions(input_ids, kwargs)
         kwargs = self._encoded(kwargs)
-        tensors = self._tensors(kwargs)
+        tensors, mask = self._tensors(kwargs), kwargs.get("attention_mask")
+        before: Any = input_ids.shape[1] if mask is None else mask.bool().sum(1, keepdim=True)
         input_ids, kwargs, record = self._prune(input_ids, kwargs)
         self._join(kwargs, tensors)
         base: Any = self.base_model
-        if record.dropped and getattr(base, "rope_deltas", None) is not None:  # decoding goes on at cache length + it
-            base.rope_deltas = base.rope_deltas + record.dropped
+        if getattr(base, "rope_deltas", None) is not None:  # decoding goes on at the number of tokens + it
+            after = (record.columns >= 0).sum(1, keepdim=True)
+            base.rope_deltas = base.rope_deltas + (before - after).to(base.rope_deltas)
         # A forward may ask for pixels, which are encoded here.
         out = run(**{**dict.fromkeys(self._required()), "input_ids": input_ids, **kwargs})
         values = out.values() if isinstance(out, ModelOutput) else out
@@ -263,14 +265,20 @@ class PrunedPrompt(nn.Module):
                 "attention_mask must be given where the cache has padding or hidden tokens, got none: it is "
                 "madtp_handle.columns >= 0, and ones for what follows"
             )
-        if not dropped:
-            return kwargs
-        if mask is not None and mask.ndim == 2 and mask.shape[1] != past + ids.shape[1]:
+        if dropped and mask is not None and mask.ndim == 2 and mask.shape[1] != past + ids.shape[1]:
             raise ValueError(
                 f"attention_mask must have {past + ids.shape[1]} columns, those of the pruned prompt and of what "
                 f"follows, got {mask.shape[1]}"
             )
-        if kwargs.get("position_ids") is None and not hasattr(self.base_model, "compute_3d_position_ids"):
+        if kwargs.get("position_ids") is not None:
+            return kwargs
+        base: Any = self.base_model
+        if hasattr(base, "compute_3d_position_ids"):
+            deltas = getattr(base, "rope_deltas", None)
+            if mask is not None and mask.ndim == 2 and deltas is not None:  # it would make those of the whole mask
+                positions = mask.long().cumsum(1)[:, -ids.shape[1] :] - 1 + deltas.to(mask.device)
+                kwargs = {**kwargs, "position_ids": positions.expand(3, -1, -1)}
+        elif dropped:
             first = past + dropped + FIRST_POSITION.get(self.config.model_type, 0)
             kwargs = {**kwargs, "position_ids": torch.arange(first, first + ids.shape[1], device=ids.device)[None]}
         return kwargs
