@@ -166,6 +166,7 @@ def test_the_fewest_tokens_with_a_mass(mass, expected):
         (1.0, [7], [7]),
         (1, [7, 0], [1, 0]),
         (64, [100, 9], [64, 9]),
+        (1e-12, [16, 0], [1, 0]),
     ],
 )
 def test_counts_of_shares_and_numbers(value, lengths, expected):
@@ -182,6 +183,7 @@ def test_counts_of_shares_and_numbers(value, lengths, expected):
         ({"amount": 3, "mass": 0.5}, "mass must be None with amount 3, got 0.5"),
         ({}, "amount or mass must be given with rule 'received', got neither"),
         ({"amount": 3, "rule": "best"}, "rule must be one of received, cls, random, uniform, text, "),
+        ({"amount": 3, "rule": ["divprune"]}, "or a function, got ['divprune']"),
     ],
 )
 def test_what_cannot_be_is_one_line(arguments, message):
@@ -202,6 +204,30 @@ def test_a_rule_of_the_user_is_checked(keep, message):
     with pytest.raises(ValueError, match="rule ") as error:
         madtp.Keep(3, rule=lambda given, counts: keep).choose(candidates())
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (torch.ones(3, 5), "must return features (3, 6), got (3, 5)"),
+        (torch.ones(2, 6), "must return features (3, 6), got (2, 6)"),
+        ([[1.0] * 6] * 3, "must return features (3, 6), got list"),
+        (torch.ones(3, 6).half(), "must return features of torch.float32, got torch.float16"),
+    ],
+)
+def test_features_of_a_rule_of_the_user_are_checked(features, message):
+    given = Candidates(torch.randn(8, 6), [8])
+    with pytest.raises(ValueError, match="rule ") as error:
+        madtp.Keep(3, rule=lambda given, counts: Kept(torch.arange(8) < 3, features)).choose(given)
+    assert message in str(error.value)
+
+
+def test_means_of_many_16_bit_tokens():
+    given = Candidates(torch.ones(600, 4, dtype=torch.bfloat16), [600], torch.arange(600.0))
+    merged = keep_rules.tome(given, [1]).features
+    assert merged.dtype == torch.bfloat16 and (merged == 1).all()
+    (context,) = keep_rules.visionzip(given, [1], context=1.0).features
+    assert (context == 2).all(), "itself, and the mean of the rest"
 
 
 def test_a_rule_of_the_user_may_decide_how_many():

@@ -5,6 +5,7 @@ Two oracles: the whole prompt with what is pruned hidden by the mask (`simulated
 and positions indexed by hand, sample by sample, without padding or cache.
 """
 
+import contextlib
 import copy
 import io
 import json
@@ -319,6 +320,68 @@ def test_a_decoding_by_hand_goes_on_at_the_positions_of_the_whole_prompt(name):
         model(input_ids=ids, past_key_values=out.past_key_values, attention_mask=torch.ones(1, 90))
 
 
+def test_decoding_by_hand_needs_the_mask_of_padding(llava):
+    model, inputs = llava
+    words = torch.arange(20, 47)
+    ids = torch.stack([inputs["input_ids"][1], inputs["input_ids"][1]])
+    ids[0, 23:] = words  # as long as the other, with one image in place of two
+    prompt = {"input_ids": ids, "pixel_values": inputs["pixel_values"]}
+    handle = madtp.patch(model, keep={"projector": madtp.Keep(4, rule="uniform")})
+    expected = model.generate(**prompt, **GREEDY)
+    for context in (contextlib.nullcontext(), handle.simulated()):
+        with context:
+            out = model(**prompt)
+            mask, logits = handle.columns >= 0, [out.logits[:, -1]]
+            with pytest.raises(ValueError, match="attention_mask must be given where the cache has padding or hidden"):
+                model(input_ids=ids[:, -1:], past_key_values=out.past_key_values)
+            for _ in range(3):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+                step = logits[-1].argmax(-1)[:, None]
+                out = model(input_ids=step, past_key_values=out.past_key_values, attention_mask=mask)
+                logits.append(out.logits[:, -1])
+            close(torch.stack(logits), answers(expected))
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", pytest.param("Qwen3-VL", marks=pytest.mark.slow)])
+def test_decoding_by_hand_with_mrope_counts_what_the_mask_shows(name):
+    model = make_vlm(name)
+    inputs = vlm_batch(name, model)
+    handle = madtp.patch(model, keep={"projector": madtp.Keep(1, rule="uniform")})
+    expected = model.generate(**inputs, **GREEDY)
+    for context in (contextlib.nullcontext(), handle.simulated()):
+        with context:
+            out = model(**inputs)
+            mask, logits = handle.columns >= 0, [out.logits[:, -1]]
+            for _ in range(3):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+                step = logits[-1].argmax(-1)[:, None]
+                out = model(input_ids=step, past_key_values=out.past_key_values, attention_mask=mask.long())
+                logits.append(out.logits[:, -1])
+            close(torch.stack(logits), answers(expected))
+
+
+def test_the_prompt_comes_back_where_the_longest_has_no_image(llava):
+    model, inputs = llava
+    ids = inputs["input_ids"].clone()
+    ids[1] = torch.arange(20, 70)
+    prompt = {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": inputs["pixel_values"][:1]}
+    handle = madtp.patch(model, keep={"projector": madtp.Keep(4, rule="uniform")})
+    out = model.generate(**prompt, **GREEDY)
+    assert torch.equal(out.sequences[:, :50], ids) and len(out.sequences[0]) == 54
+    assert [len(places) for places in handle.selections["projector"]] == handle.counts(**prompt)["projector"] == [4]
+    with handle.simulated():
+        close(answers(model.generate(**prompt, **GREEDY)), answers(out))
+
+
+def test_removing_twice_does_nothing_to_another_patch(llava):
+    model, _ = llava
+    first = madtp.patch(model, keep={"projector": 4})
+    assert first.remove() is first.remove() is model
+    second = madtp.patch(model, keep={"projector": 4})
+    first.remove()
+    assert model.madtp_handle is second
+
+
 def test_logits_to_keep(llava):
     model, inputs = llava
     handle = madtp.patch(model, keep=DRAWN)
@@ -488,10 +551,18 @@ def test_what_is_refused_is_refused_before_anything_runs(llava):
     with pytest.raises(ValueError, match="mm_encoder_outputs must be a dict by modality, got Tensor"):
         model(ids, mm_encoder_outputs=torch.zeros(3, 16, 32))
     assert len(ran) <= 4, "the model was entered, nothing of it"
-    with pytest.raises(ValueError, match="input_ids must hold one image_token_id .7. for each of the 48 tokens .* 46"):
+    with pytest.raises(ValueError, match="input_ids must hold one image_token_id .7., not masked, for each of .* 46"):
         model(ids.where(torch.arange(50) != 30, 20), **pixels)
+    with pytest.raises(ValueError, match="not masked, for each of the 48 .* got 0"):
+        model(ids, **pixels, attention_mask=(ids != IMAGE).long())
+    with pytest.raises(ValueError, match=r"position_ids, and attention_mask, must have 50 columns, .* got \(2, 3\)"):
+        model.generate(ids, **pixels, attention_mask=torch.ones(2, 3, dtype=torch.long), max_new_tokens=2)
+    with pytest.raises(ValueError, match="pixel_values must be given with images, whose shapes say where one ends"):
+        handle.counts(input_ids=ids)
     with pytest.raises(ValueError, match="input_ids must be a tensor"):
         handle.counts(**pixels)
+    with handle.dense(), pytest.raises(ValueError, match=refused):
+        model.generate(out.sequences, past_key_values=cache, max_new_tokens=2)
 
 
 def test_padding_is_no_placeholder(llava):

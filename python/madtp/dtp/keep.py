@@ -35,7 +35,7 @@ class Keep:
     rule: str | Rule = field(default="received", kw_only=True)
 
     def __post_init__(self) -> None:
-        if not callable(self.rule) and self.rule not in RULES:
+        if not callable(self.rule) and not (isinstance(self.rule, str) and self.rule in RULES):
             raise ValueError(f"rule must be one of {', '.join(RULES)}, or a function, got {self.rule!r}")
         if self.amount is not None and not (_is_share(self.amount) or _is_count(self.amount)):
             raise ValueError(f"amount must be a share, a float in (0, 1], or a count, an int >= 1, got {self.amount!r}")
@@ -82,7 +82,8 @@ class Keep:
             raise ValueError(f"counts must be of a share or a count, got {what}, which decides by what it sees")
         if _is_count(self.amount):
             return [min(int(self.amount), length) for length in lengths]
-        return [math.ceil(round(self.amount * length, 9)) for length in lengths]  # 0.1 * 30 is a little over 3
+        share = self.amount
+        return [max(math.ceil(round(share * length, 9)), min(1, length)) for length in lengths]  # 0.1 * 30 > 3
 
     def choose(self, candidates: Candidates) -> Kept:
         """What the rule keeps.
@@ -123,8 +124,14 @@ class Keep:
             if count != expected if expected is not None else count < min(1, length):
                 words = "at least 1 token" if expected is None else f"{expected} tokens"
                 raise ValueError(f"rule {self.name} must keep {words} of image {number}, got {count}")
-        if kept.features is not None and len(kept.features) != sum(left):
-            raise ValueError(f"rule {self.name} must return {sum(left)} features, got {len(kept.features)}")
+        features, given = kept.features, candidates.features
+        if features is None:
+            return
+        if not isinstance(features, Tensor) or features.shape != (sum(left), given.shape[1]):
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"rule {self.name} must return features ({sum(left)}, {given.shape[1]}), got {got}")
+        if features.dtype != given.dtype:
+            raise ValueError(f"rule {self.name} must return features of {given.dtype}, got {features.dtype}")
 
 
 def _is_share(value: object) -> bool:

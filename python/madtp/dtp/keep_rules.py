@@ -142,8 +142,9 @@ def visionzip(candidates: Candidates, counts: Sequence[int], context: float = 10
             others = (~stay).nonzero().flatten()
             y = _unit(part.detach())
             nearest = target[(y[others] @ y[target].T).argmax(1)]
-            size = part.new_zeros(len(part)).index_add(0, nearest, part.new_ones(len(others))).clamp_min(1)
-            merged = part + torch.zeros_like(part).index_add(0, nearest, part[others]) / size[:, None]
+            wide = _wide(part)
+            size = wide.new_zeros(len(part)).index_add(0, nearest, wide.new_ones(len(others))).clamp_min(1)
+            merged = (wide + torch.zeros_like(wide).index_add(0, nearest, wide[others]) / size[:, None]).to(part)
         keep.append(stay)
         rows.append(merged[stay])
     return Kept(torch.cat(keep), torch.cat(rows))
@@ -247,9 +248,10 @@ def _greedy(
 def _merged(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(n, D) -> the `count` tokens left (their places ascending) and their rows, means of what went into them."""
     left = torch.arange(len(x), device=x.device)
-    total, size = x, x.new_ones(len(x), dtype=torch.float32)
+    total = _wide(x)
+    size = total.new_ones(len(x))
     while len(left) > count:
-        y = _unit((total / size[:, None].to(x)).detach())
+        y = _unit((total / size[:, None]).detach())
         even, odd = (torch.arange(first, len(left), 2, device=x.device) for first in (0, 1))
         score, target = (y[even] @ y[odd].T).max(1)
         goes = score.argsort(descending=True, stable=True)[: min(len(left) - count, len(even))]
@@ -257,7 +259,7 @@ def _merged(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         total, size = total.index_add(0, to, total[even[goes]]), size.index_add(0, to, size[even[goes]])
         stay = ~_mask(even[goes], len(left))
         left, total, size = left[stay], total[stay], size[stay]
-    return left, total / size[:, None].to(x)
+    return left, (total / size[:, None]).to(x)
 
 
 def _best(score: Tensor, candidates: Candidates, counts: Sequence[int]) -> Tensor:
@@ -290,7 +292,12 @@ def _gram(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _unit(x: Tensor) -> Tensor:
     """Rows of length 1, float32 at least: products of 16-bit rows would tie where the tokens do not."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
+    return F.normalize(_wide(x), dim=1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32 at least: a sum of many 16-bit rows stops growing."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _mask(index: Tensor, tokens: int) -> Tensor:

@@ -71,16 +71,19 @@ def find_placeholders(input_ids: Tensor, config: Any, modality: str) -> Tensor:
     return torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids.eq(token)
 
 
-def find_images(input_ids: Tensor, config: Any, modality: str, features: Sequence[Tensor]) -> Images:
-    """Raises ValueError unless there is a placeholder for each of the features, (n, D) an image."""
+def find_images(
+    input_ids: Tensor, config: Any, modality: str, features: Sequence[Tensor], mask: Tensor | None = None
+) -> Images:
+    """Raises ValueError unless there is a placeholder for each of the features, (n, D) an image, that the attention
+    mask (B, S) does not hide."""
     placeholders = find_placeholders(input_ids, config, modality)
     lengths = [len(part) for part in features]
-    found = int(placeholders.sum())
+    found = int((placeholders if mask is None else placeholders & mask.bool()).sum())
     if found != sum(lengths):
         token = f"{modality}_token_id ({token_of(config, modality)})"
         raise ValueError(
-            f"input_ids must hold one {token} for each of the {sum(lengths)} tokens that the projector gives, "
-            f"got {found}"
+            f"input_ids must hold one {token}, not masked, for each of the {sum(lengths)} tokens that the projector "
+            f"gives, got {found}"
         )
     return Images(modality, placeholders, lengths)
 
@@ -95,6 +98,8 @@ def count_images(input_ids: Tensor, config: Any, kwargs: Mapping[str, Any], moda
     runs, total = run_lengths(placeholders), int(placeholders.sum())
     pixels = next((kwargs[name] for name in PIXELS[modality] if kwargs.get(name) is not None), None)
     grids = kwargs.get(f"{modality}_grid_thw")
+    if total and pixels is None and grids is None:
+        raise ValueError(f"{PIXELS[modality][0]} must be given with images, whose shapes say where one ends, got none")
     if grids is not None:
         patches = grids.prod(-1).tolist()
         lengths = [total * count // max(sum(patches), 1) for count in patches]
@@ -115,7 +120,8 @@ def shorten(input_ids: Tensor, kwargs: Mapping[str, Any], kept: Tensor, pad: int
         pad: the token of padding, which is no placeholder.
 
     Raises:
-        ValueError: `logits_to_keep` names places that are not the same in every row, or that are gone.
+        ValueError: `logits_to_keep` names places that are not the same in every row, or that are gone, or positions
+            are not those of the prompt.
     """
     real = _real(input_ids, kwargs)
     alive = real & kept
@@ -130,6 +136,11 @@ def shorten(input_ids: Tensor, kwargs: Mapping[str, Any], kept: Tensor, pad: int
     for name in _per_token(input_ids, kwargs):
         short[name] = kwargs[name].gather(1, index).masked_fill(~mask, FILLS.get(name, 0))
     if (positions := kwargs.get("position_ids")) is not None:  # (B or 1, S), or (3 or 4, B, S)
+        if positions.ndim < 2 or positions.shape[-1] != input_ids.shape[1]:  # `generate` makes them of a mask's length
+            raise ValueError(
+                f"position_ids, and attention_mask, must have {input_ids.shape[1]} columns, as input_ids, got "
+                f"{tuple(positions.shape)}"
+            )
         positions = positions.expand(*positions.shape[:-2], *input_ids.shape)
         short["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], width))
     if isinstance(logits := kwargs.get("logits_to_keep"), Tensor):

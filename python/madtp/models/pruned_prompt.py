@@ -91,7 +91,7 @@ class PrunedPrompt(nn.Module):
             return out
         _mark(getattr(out, "past_key_values", None), record)
         _mark(kwargs.get("past_key_values"), record)
-        if self.config.is_encoder_decoder or not record.dropped or record.input_ids is None:
+        if self.config.is_encoder_decoder or record.hidden or record.input_ids is None:
             return out  # the answer stands alone, or the prompt is whole
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompt = record.input_ids.repeat_interleave(len(sequences) // len(record.input_ids), 0)
@@ -109,10 +109,10 @@ class PrunedPrompt(nn.Module):
                 other placeholders than tokens of the projector.
         """
         run, here = super().forward, self.madtp_projector.here
-        if here.calls or here.dense:
+        if here.calls:
             return run(**kwargs)
         self._check_cache(kwargs, decoding=True)
-        if not has_images(kwargs):
+        if here.dense or not has_images(kwargs):
             return run(**self._continued(kwargs))
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         self._check_prompt(kwargs.get("input_ids"), kwargs)
@@ -123,12 +123,14 @@ class PrunedPrompt(nn.Module):
         if "position_ids" not in kwargs:
             kwargs["position_ids"] = self._positions(input_ids, kwargs)
         kwargs = self._encoded(kwargs)
-        tensors = self._tensors(kwargs)
+        tensors, mask = self._tensors(kwargs), kwargs.get("attention_mask")
+        before: Any = input_ids.shape[1] if mask is None else mask.bool().sum(1, keepdim=True)
         input_ids, kwargs, record = self._prune(input_ids, kwargs)
         self._join(kwargs, tensors)
         base: Any = self.base_model
-        if record.dropped and getattr(base, "rope_deltas", None) is not None:  # decoding goes on at cache length + it
-            base.rope_deltas = base.rope_deltas + record.dropped
+        if getattr(base, "rope_deltas", None) is not None:  # decoding goes on at the number of tokens + it
+            after = (record.columns >= 0).sum(1, keepdim=True)
+            base.rope_deltas = base.rope_deltas + (before - after).to(base.rope_deltas)
         # A forward may ask for pixels, which are encoded here.
         out = run(**{**dict.fromkeys(self._required()), "input_ids": input_ids, **kwargs})
         values = out.values() if isinstance(out, ModelOutput) else out
@@ -181,7 +183,7 @@ class PrunedPrompt(nn.Module):
                 continue
             placeholders = find_placeholders(input_ids, self.config, modality)
             features = _features(output, modality, placeholders)
-            images = find_images(input_ids, self.config, modality, features)
+            images = find_images(input_ids, self.config, modality, features, kwargs.get("attention_mask"))
             chosen = seam.choose(self._candidates(input_ids, kwargs, features, images))
             kept = kept.masked_scatter(images.placeholders, chosen.keep.to(kept.device))
             outputs[modality] = (_hidden if record.hidden else _pruned)(output, features, chosen)
@@ -254,29 +256,43 @@ class PrunedPrompt(nn.Module):
     def _continued(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a step of decoding behind a pruned prompt, at the positions of the whole one."""
         cache = kwargs.get("past_key_values")
-        dropped, ids = getattr(cache, "madtp_dropped", 0), kwargs.get("input_ids")
-        if not dropped or ids is None or cache is None:
+        dropped, ids = getattr(cache, "madtp_dropped", None), kwargs.get("input_ids")
+        if dropped is None or ids is None or cache is None:
             return kwargs
         past, mask = int(cache.get_seq_length()), kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2 and mask.shape[1] != past + ids.shape[1]:
+        if mask is None and bool((cache.madtp_columns < 0).any()):
+            raise ValueError(
+                "attention_mask must be given where the cache has padding or hidden tokens, got none: it is "
+                "madtp_handle.columns >= 0, and ones for what follows"
+            )
+        if dropped and mask is not None and mask.ndim == 2 and mask.shape[1] != past + ids.shape[1]:
             raise ValueError(
                 f"attention_mask must have {past + ids.shape[1]} columns, those of the pruned prompt and of what "
                 f"follows, got {mask.shape[1]}"
             )
-        if kwargs.get("position_ids") is None and not hasattr(self.base_model, "compute_3d_position_ids"):
+        if kwargs.get("position_ids") is not None:
+            return kwargs
+        base: Any = self.base_model
+        if hasattr(base, "compute_3d_position_ids"):
+            deltas = getattr(base, "rope_deltas", None)
+            if mask is not None and mask.ndim == 2 and deltas is not None:  # it would make those of the whole mask
+                positions = mask.long().cumsum(1)[:, -ids.shape[1] :] - 1 + deltas.to(mask.device)
+                kwargs = {**kwargs, "position_ids": positions.expand(3, -1, -1)}
+        elif dropped:
             first = past + dropped + FIRST_POSITION.get(self.config.model_type, 0)
             kwargs = {**kwargs, "position_ids": torch.arange(first, first + ids.shape[1], device=ids.device)[None]}
         return kwargs
 
     def _check_cache(self, kwargs: Mapping[str, Any], decoding: bool = False) -> None:
         cache = kwargs.get("past_key_values")
-        if cache is None or self.madtp_projector.here.dense:
+        if cache is None:
             return
         if int(cache.get_seq_length()) == 0:
-            vars(cache).pop("madtp_dropped", None)  # of what it held before it was reset
+            for name in ("madtp_dropped", "madtp_columns"):  # of what it held before it was reset
+                vars(cache).pop(name, None)
             return
-        pruned = hasattr(cache, "madtp_dropped")
-        if has_images(kwargs) or (pruned and not decoding):
+        pruned, images = hasattr(cache, "madtp_dropped"), has_images(kwargs)
+        if (pruned and (images or not decoding)) or (images and not self.madtp_projector.here.dense):
             what = "a pruned prompt, which the given one does not continue" if pruned else "a prompt"
             raise ValueError(
                 f"past_key_values must be empty, got a cache that holds {what}: give the whole conversation anew"
@@ -354,6 +370,7 @@ def _pruned_layer(layer: Any, keeps: tuple[Tensor, ...]) -> Any:
 
 
 def _mark(cache: Any, record: PromptRecord) -> None:
-    """The cache knows by how many columns its prompt is shorter than the one that was given."""
+    """The cache knows which columns of the prompt it holds, and by how many these are fewer than were given."""
     if isinstance(cache, Cache):
         cache.madtp_dropped = record.dropped  # type: ignore[attr-defined]
+        cache.madtp_columns = record.columns  # type: ignore[attr-defined]

@@ -131,7 +131,9 @@ class VlmHandle:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
     def remove(self) -> nn.Module:
-        """Undoes everything: the model is of its Hugging Face class again, its Linears plain."""
+        """Undoes everything: the model is of its Hugging Face class again, its Linears plain. Once done, no more."""
+        if getattr(self.model, "madtp_handle", None) is not self:  # of another patch, or of none
+            return self.model
         unpack(self.model)
         change_class(self.model, self.source)
         for name in ("madtp_projector", "madtp_handle"):
