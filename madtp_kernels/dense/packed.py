@@ -36,11 +36,10 @@ class _Entry(NamedTuple):
 
     def holds(self, weight: Tensor) -> bool:
         """Whether the weight is that which was packed, with what it held then."""
-        return (
-            self.version == weight._version
-            and self.storage() is weight.untyped_storage()
-            and _same(weight.as_strided(self.size, self.stride), self.sample)
-        )
+        if self.version != weight._version or self.storage() is not weight.untyped_storage():
+            return False
+        values = weight.as_strided(self.size, self.stride)
+        return torch.equal(values, self.sample) or _equal_with_nan(values, self.sample)
 
 
 _entries: dict[_Key, _Entry] = {}
@@ -79,8 +78,8 @@ def forget() -> None:
     _entries.clear()
 
 
-def _same(values: Tensor, sample: Tensor) -> bool:
-    return torch.equal(values, sample) or bool(((values == sample) | (values.isnan() & sample.isnan())).all())
+def _equal_with_nan(values: Tensor, sample: Tensor) -> bool:
+    return bool(((values == sample) | (values.isnan() & sample.isnan())).all())
 
 
 def _make_room(weight: Tensor) -> None:
