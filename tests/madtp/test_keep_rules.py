@@ -113,6 +113,9 @@ def test_cdpruner_takes_the_largest_determinant_at_every_step(rule, sign):
 def test_cdpruner_with_more_tokens_than_dimensions_keeps_its_count():
     given = candidates((40,))
     assert len(chosen("cdpruner", given, [30])[0]) == 30
+    flat = Candidates(torch.randn(400, 3), [400], None, torch.randn(3, 3), [3], [0])
+    for rule in ("cdpruner", "cdpruner_negative"):
+        assert len(chosen(rule, flat, [399])[0]) == 399, "all but three gain nothing"
 
 
 def test_tome_keeps_the_sum():

@@ -358,6 +358,11 @@ def test_decoding_by_hand_with_mrope_counts_what_the_mask_shows(name):
                 out = model(input_ids=step, past_key_values=out.past_key_values, attention_mask=mask.long())
                 logits.append(out.logits[:, -1])
             close(torch.stack(logits), answers(expected))
+    ids, types, mask = (inputs[key] for key in ("input_ids", "mm_token_type_ids", "attention_mask"))
+    given, _ = model.model.get_rope_index(ids, types, inputs["image_grid_thw"], attention_mask=mask)
+    deltas = model.model.rope_deltas
+    model(**inputs, position_ids=given)
+    assert torch.equal(model.model.rope_deltas, deltas), "they are of positions that the model made"
 
 
 def test_the_prompt_comes_back_where_the_longest_has_no_image(llava):

@@ -214,8 +214,9 @@ def _determinantal(candidates: Candidates, relevance: Tensor, counts: Sequence[i
     def update(gain: Tensor, step: int, best: Tensor) -> Tensor:
         before = cholesky[:step]
         known = (before * before[:, sequences, best][:, :, None]).sum(0)
-        pivot = gain[sequences, best].clamp_min(EPSILON).sqrt()
-        cholesky[step] = (kernel[sequences, best] - known) / pivot[:, None]
+        pivot = gain[sequences, best][:, None]
+        row = (kernel[sequences, best] - known) / pivot.clamp_min(EPSILON).sqrt()
+        cholesky[step] = torch.where(pivot > EPSILON, row, 0)  # rounding over rounding would grow without bounds
         return gain - cholesky[step] ** 2
 
     return _greedy(kernel.diagonal(dim1=1, dim2=2), real, counts, update)

@@ -120,7 +120,7 @@ class PrunedPrompt(nn.Module):
 
     def _run_pruned(self, run, kwargs: dict[str, Any]):
         input_ids = kwargs.pop("input_ids")
-        if "position_ids" not in kwargs:
+        if makes_positions := "position_ids" not in kwargs:
             kwargs["position_ids"] = self._positions(input_ids, kwargs)
         kwargs = self._encoded(kwargs)
         tensors, mask = self._tensors(kwargs), kwargs.get("attention_mask")
@@ -128,9 +128,10 @@ class PrunedPrompt(nn.Module):
         input_ids, kwargs, record = self._prune(input_ids, kwargs)
         self._join(kwargs, tensors)
         base: Any = self.base_model
-        if getattr(base, "rope_deltas", None) is not None:  # decoding goes on at the number of tokens + it
-            after = (record.columns >= 0).sum(1, keepdim=True)
-            base.rope_deltas = base.rope_deltas + (before - after).to(base.rope_deltas)
+        deltas, columns = getattr(base, "rope_deltas", None), record.columns
+        if makes_positions and deltas is not None and columns is not None:  # decoding goes on at tokens so far + it
+            after = (columns >= 0).sum(1, keepdim=True)
+            base.rope_deltas = deltas + (before - after).to(deltas)
         # A forward may ask for pixels, which are encoded here.
         out = run(**{**dict.fromkeys(self._required()), "input_ids": input_ids, **kwargs})
         values = out.values() if isinstance(out, ModelOutput) else out
