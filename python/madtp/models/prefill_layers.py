@@ -78,10 +78,10 @@ def eager_attention(attention: nn.Module) -> Any:
 
 
 def watched_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention that the model is set to, whose queries and keys the seam sees."""
-    here, config = module.madtp_prefill.here, vars(module)["config"]  # type: ignore[union-attr]
+    here, config = module.madtp_prefill.here, vars(module)["config"]
     if here.run is not None:
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
