@@ -9,17 +9,17 @@ import copy
 import json
 import math
 import pickle
+import threading
 
 import pytest
 import torch
 import transformers as hf
-from vlm_families import CASES, END, IMAGE, make_vlm, vlm_batch
+from vlm_families import CASES, DECODERS, END, IMAGE, LAYERS_BY_HAND, make_vlm, mixed_prompt, vlm_batch
 
 import madtp
 
 QUICK = ("Qwen2.5-VL", "LLaVA", "SmolVLM")
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-DECODERS = [name for name in CASES if name != "Florence-2"]  # whose layers read the prompt
 STATIC = [name for name in DECODERS if CASES[name].static and name not in ("Gemma 3", "Aya Vision", "Cohere2 Vision")]
 
 
@@ -196,7 +196,7 @@ def ranked(scores, columns, numbers, share):
     return torch.cat(best)
 
 
-@families(of=[name for name in DECODERS if name != "PaliGemma 2"])
+@families(of=LAYERS_BY_HAND)
 def test_layers_by_hand(name):
     model = make_vlm(name)
     inputs = vlm_batch(name, model)
@@ -213,6 +213,19 @@ def test_layers_by_hand(name):
         held, last = widths(out.past_key_values), max(plan)
         assert held[0] == inputs["input_ids"].shape[1] + 3
         assert held[last:] == [handle.columns.shape[1] + 3] * len(held[last:])
+
+
+@families(quick=("Qwen2.5-VL",), of=[name for name, case in CASES.items() if case.video])
+def test_images_and_videos_in_the_order_of_the_prompt(name):
+    model = make_vlm(name)
+    inputs, _ = mixed_prompt(name, model)
+    handle = madtp.patch(model, keep={"projector": madtp.Keep(6, rule="divprune"), "prefill": {2: 3}})
+    out = model.generate(**inputs, **GREEDY)
+    counts, kept = handle.counts(**inputs), handle.selections
+    assert counts["prefill"][2] == [len(part) for part in kept["prefill"][2]] == [3, 3, 3]
+    assert all(within(a, b) for a, b in zip(kept["prefill"][2], kept["projector"], strict=True))
+    with handle.simulated():
+        close(answers(model.generate(**inputs, **GREEDY)), answers(out))
 
 
 @families(quick=("LLaVA",), of=STATIC)
@@ -508,6 +521,37 @@ def test_sampling_and_prompts_without_images(llava):
         assert model(**inputs).logits.shape[1] == width
 
 
+def test_threads_generate_at_the_same_time(llava):
+    model, first = llava
+    second = vlm_batch("LLaVA", model, seed=5)
+    handle = madtp.patch(model, keep={"prefill": {1: 0.5, 2: 0.25}})
+    expected = [model.generate(**inputs, **GREEDY).sequences for inputs in (first, second)]
+    wrong = []
+
+    @torch.no_grad()
+    def work(number, inputs):
+        for _ in range(3):
+            with handle.simulated() if number else handle.dense():
+                model(**inputs)
+            if not torch.equal(model.generate(**inputs, **GREEDY).sequences, expected[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate((first, second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_fewer_operations_are_counted(llava):
+    model, inputs = llava
+    dense = madtp.profile(model, inputs).total.counted_macs
+    madtp.patch(model, keep={"prefill": {1: 0.25}})
+    profile = madtp.profile(model, inputs).total
+    assert profile.counted_macs < profile.dense_macs == dense
+
+
 def test_explain(llava):
     model, inputs = llava
     handle = madtp.patch(model, keep={"prefill": {1: 0.5, 2: madtp.Keep(3, rule="uniform")}})
@@ -541,7 +585,7 @@ def test_saved_and_loaded(llava, tmp_path):
 def test_copies_prune_too(llava):
     model, inputs = llava
     model = make_vlm("LLaVA")  # before a forward, after which transformers puts hooks on LLaVA that no pickle takes
-    madtp.patch(model, keep={"prefill": {1: 0.3}})
+    madtp.patch(model, keep={"projector": 9, "prefill": {1: 0.3}})
     copies = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
     expected = model(**inputs).logits
     for other in copies:

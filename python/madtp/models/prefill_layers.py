@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -91,4 +90,4 @@ def watched_attention(
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register(NAME, torch.compiler.disable(watched_attention))
+AttentionInterface.register(NAME, watched_attention)

@@ -74,7 +74,7 @@ class PromptRun:
             mask: of the attention.
         """
         with torch.no_grad():
-            slots, length = self._current(), query.shape[2]
+            slots, length = self._current().to(query.device), query.shape[2]
             query, key = query[:: self.copies].detach(), key[:: self.copies, :, :length].detach()
             mask = None if mask is None else mask[:: self.copies] if len(mask) > 1 else mask
             if self.seam.keep[layer + 1].rule == "received":
@@ -161,7 +161,7 @@ class PromptRun:
         which = which[images.numbers.flatten()[which].argsort(stable=True)]  # image by image
         lengths = images.counts(images.numbers >= 0)
         features = hidden[:: self.copies].flatten(0, 1)[which.to(hidden.device)].detach()
-        importance = None if self.importance is None else self.importance.flatten()[which]
+        importance = None if self.importance is None else self.importance.flatten()[which.to(self.importance.device)]
         self.importance = None
         chosen = self.seam.choose(layer, Candidates(features, lengths, importance), self.entered)
         keep = torch.zeros(images.numbers.numel(), dtype=torch.bool, device=images.numbers.device)
@@ -226,9 +226,10 @@ def _last(slots: Tensor) -> Tensor:
 
 def _attention(query: Tensor, key: Tensor, rows: Tensor, seen: Tensor, scaling: float, softcap: float | None) -> Tensor:
     """(B, R, N) float32 or float64: what R rows of each sample attend to, summed over heads."""
-    batch, heads, _, dim = query.shape
+    heads = query.shape[1]
     asked = _columns(query, rows[:, None].expand(-1, heads, -1)).unflatten(1, (key.shape[1], -1))  # (B, Hk, G, R, D)
-    scores = (asked @ key[:, :, None].transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scaling
+    scores = (asked.flatten(2, 3) @ key.transpose(2, 3)).unflatten(2, asked.shape[2:4])
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32)) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~seen[:, None, None], -math.inf)

@@ -67,11 +67,8 @@ def prefill_unsupported_reason(model: nn.Module) -> str | None:
         return f"its layers must have full or sliding attention, and some have {', '.join(sorted(kinds))}"
     for layer in decoder.layers:
         attention = getattr(layer, "self_attn", None)
-        if (
-            not hasattr(attention, "layer_idx")
-            or not hasattr(attention, "config")
-            or eager_attention(attention) is None
-        ):
+        named = hasattr(attention, "layer_idx") and hasattr(attention, "config")
+        if attention is None or not named or eager_attention(attention) is None:
             return "its layers must have a self_attn that calls the attention of transformers"
         takes = inspect.signature(layer.forward).parameters.keys()
         if "position_embeddings" not in takes or takes - LAYER_ARGUMENTS:
