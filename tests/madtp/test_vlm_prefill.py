@@ -239,6 +239,45 @@ def test_a_static_cache_answers_the_same(name):
     close(answers(static), answers(out))
 
 
+@pytest.mark.slow
+def test_decoding_on_a_pruned_cache_is_not_compiled(llava):
+    model, inputs = llava
+    madtp.patch(model, keep={"prefill": {1: 0.5}})
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    compiled = hf.CompileConfig(backend="none such", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compiled}
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False, **options), expected)
+
+
+@pytest.mark.slow
+def test_windows_that_the_config_gives_to_all_layers():
+    model = make_vlm("LLaVA-NeXT")
+    inputs = vlm_batch("LLaVA-NeXT", model)
+    model.config.text_config.sliding_window = 12
+    handle = madtp.patch(model, keep={"prefill": {1: madtp.Keep(0.5, rule="uniform"), 2: 0.2}})
+    assert model.model.language_model.layers[2].madtp_window == 12
+    out = model.generate(**inputs, **GREEDY)
+    assert widths(out.past_key_values) == [11, 11, 11]
+    close(answers(model.generate(**inputs, **GREEDY, use_cache=False)), answers(out))
+    with handle.simulated():
+        close(answers(model.generate(**inputs, **GREEDY)), answers(out))
+
+
+def test_padding_among_new_tokens_is_not_seen(llava):
+    model, inputs = llava
+    madtp.patch(model, keep={"prefill": {1: 0.5}})
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    mask[0, -3:-1] = 0  # two tokens for the second sample alone
+    step, where = torch.tensor([[30, 31, 32], [30, 31, 32]]), mask.cumsum(1)[:, -3:] - 1
+    cache = model(**inputs, use_cache=True).past_key_values
+    got = model(input_ids=step, past_key_values=cache, attention_mask=mask, position_ids=where).logits[0, -1]
+    cache = model(**inputs, use_cache=True).past_key_values
+    alone = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    options = {"attention_mask": alone, "position_ids": where[:, -1:]}
+    close(got, model(input_ids=step[:, -1:], past_key_values=cache, **options).logits[0, -1])
+
+
 @families(quick=("LLaVA",), of=QUICK)
 def test_without_a_cache_what_the_prompt_kept_stays(name):
     model = make_vlm(name)

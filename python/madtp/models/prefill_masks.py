@@ -51,7 +51,7 @@ def prompt_mask(
 
 def decoding_mask(
     columns: Tensor, queries: Tensor, window: int | None, implementation: str, dtype: torch.dtype
-) -> Tensor | None:
+) -> Tensor:
     """The mask of new tokens on a cache.
 
     Args:
@@ -62,8 +62,6 @@ def decoding_mask(
     seen = (columns >= 0)[:, None] & (columns[:, None] <= queries[:, None])
     if window is not None:
         seen &= columns[:, None] > queries[:, None] - window
-    if len(queries) == 1 and bool(seen.all()):
-        return None
     return _formed(seen[:, None], implementation, dtype)
 
 

@@ -29,10 +29,12 @@ class HeldPrompt:
     Args:
         width: columns of the prompt as it entered.
         slots: by layer, as `PrefillRecord.slots`.
+        complete: by layer, whether no sample has less than another, which would be padding.
     """
 
     width: int
     slots: Mapping[int, Tensor]
+    complete: Mapping[int, bool]
 
 
 class PromptRun:
@@ -120,9 +122,17 @@ class PromptRun:
         """What a cache holds after the last layer; None where it holds all."""
         if not self.known:
             self.record.slots, self.record.columns = self._held, self._current()
-        copied = {id(slots): slots.repeat_interleave(self.copies, 0) for slots in self._held.values()}
-        held = {layer: copied[id(slots)] for layer, slots in self._held.items()}
-        return HeldPrompt(self.real.shape[1], held) if held else None
+        if not self._held:
+            return None
+        different = {id(slots): slots for slots in self._held.values()}
+        copied = {key: slots.repeat_interleave(self.copies, 0) for key, slots in different.items()}
+        complete = {key: bool((slots >= 0).all()) for key, slots in different.items()}
+        keys = {layer: id(slots) for layer, slots in self._held.items()}
+        return HeldPrompt(
+            self.real.shape[1],
+            {layer: copied[key] for layer, key in keys.items()},
+            {layer: complete[key] for layer, key in keys.items()},
+        )
 
     def _current(self) -> Tensor:
         if self.slots is not None:
@@ -174,7 +184,7 @@ class DecodingRun:
 
     Args:
         held: what the cache has of it.
-        real: (B, W) bool, what is no padding of the prompt and all that follows it; None: all of it.
+        real: (B, W) bool, what is no padding of the prompt and all that follows it; None: all that follows.
     """
 
     def __init__(self, held: HeldPrompt, real: Tensor | None):
@@ -196,7 +206,9 @@ class DecodingRun:
             columns, since = self._held_columns(slots, cache, queries)
             first = self.held.width + since
             new = torch.arange(first, first + queries, device=slots.device)
-            self._masks[key] = decoding_mask(columns, new, window, form, hidden.dtype)
+            sees_all = queries == 1 and window is None and self.real is None and self.held.complete[layer]
+            sees_all = sees_all and columns.shape[1] == slots.shape[1] + since + 1  # a static cache has empty keys
+            self._masks[key] = None if sees_all else decoding_mask(columns, new, window, form, hidden.dtype)
         kwargs["attention_mask"] = self._masks[key]
         return hidden
 

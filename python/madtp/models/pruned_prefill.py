@@ -75,7 +75,7 @@ class PrunedPrefill(PatchedHead):
                     "past_key_values must be empty, got a cache that holds a pruned prompt: give the whole "
                     "conversation anew"
                 )
-            mask = kwargs.get("attention_mask")
+            mask = None if here.calls else kwargs.get("attention_mask")  # generate adds no padding to its own
             real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
             with self._running(DecodingRun(held, real)):
                 return run(**kwargs)
