@@ -361,15 +361,35 @@ def test_gradient_checkpointing_prunes_once(llava):
     assert [len(part) for part in handle.selections["prefill"][2]] == [4, 4, 4]
 
 
-def test_padding_on_either_side_is_the_same(llava):
-    model, left = llava
-    right = vlm_batch("LLaVA", model, right=True)
-    handle = madtp.patch(model, keep={"prefill": {1: 0.5, 2: 0.25}})
+@pytest.mark.parametrize("name", ["LLaVA", "PaliGemma"])  # where the first column is text, and an image's
+def test_padding_on_either_side_is_the_same(name):
+    model = make_vlm(name)
+    left, right = vlm_batch(name, model), vlm_batch(name, model, right=True)
+    handle = madtp.patch(model, keep={"prefill": {1: 0.9, 2: madtp.Keep(0.7, rule="uniform")}})
     logits, kept, columns = model(**left).logits, handle.selections["prefill"], handle.columns
     other = model(**right).logits
-    assert same(handle.selections["prefill"], kept)
+    assert same(handle.selections["prefill"], kept) and [len(part) for part in kept[2]] == [12, 12, 12]
     assert (handle.columns[:, 0] == 0).all() and (columns[:, -1] == left["input_ids"].shape[1] - 1).all()
     close(other[handle.columns >= 0], logits[columns >= 0])
+
+
+def test_caches_of_the_caller(llava):
+    model, inputs = llava
+    madtp.patch(model, keep={"prefill": {1: 0.5, 2: 0.25}})
+    expected = model.generate(**inputs, **GREEDY)
+    cache = hf.DynamicCache()  # whose layers come with what they hold
+    out = model.generate(**inputs, **GREEDY, past_key_values=cache)
+    close(answers(out), answers(expected))
+    assert widths(cache) == widths(expected.past_key_values)
+
+
+def test_what_else_generate_runs_is_not_pruned(llava):
+    model, inputs = llava
+    madtp.patch(model, keep={"prefill": {1: 1.0}})
+    options = {"max_new_tokens": 3, "do_sample": False, "guidance_scale": 1.5}  # a prompt of its own, without images
+    out = model.generate(**inputs, **options)
+    model.madtp_handle.remove()
+    assert torch.equal(out, model.generate(**inputs, **options))
 
 
 @pytest.mark.parametrize("name", ["LLaVA", pytest.param("Qwen2.5-VL", marks=pytest.mark.slow)])

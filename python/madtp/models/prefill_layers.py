@@ -33,7 +33,7 @@ class PrefillLayer(nn.Module):
         if (run := here.run) is not None:
             layer, cache = self.self_attn.layer_idx, kwargs.get("past_key_values")
             form = self.self_attn.config._attn_implementation
-            held = None if cache is None else cache.layers[layer]
+            held = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None  # some grow
             hidden_states = run.enter(layer, hidden_states, kwargs, held, form, self.madtp_window)
             here.watched = layer if run.watches(layer) else None
         try:

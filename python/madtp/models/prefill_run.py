@@ -148,7 +148,9 @@ class PromptRun:
             keep = kept.gather(1, slots.clamp(min=0)) & candidates
         else:
             keep = self._choose(layer, hidden, images)
-            kept = torch.zeros_like(self.real).scatter(1, slots.clamp(min=0), keep)
+            width = self.real.shape[1]
+            kept = F.pad(torch.zeros_like(self.real), (0, 1))  # the last column is for what is none
+            kept = kept.scatter(1, slots.where(slots >= 0, width), keep)[:, :width]
             self.record.kept[layer] = self.record.real & (self.record.images.numbers >= 0) & kept
         if bool((keep | ~candidates).all()):
             return hidden

@@ -82,7 +82,7 @@ class PrunedPrefill(PatchedHead):
         if here.dense or (cache is not None and int(cache.get_seq_length()) > 0):
             return run(**kwargs)
         if here.calls:
-            if (call := here.calls[-1]) is None:  # there are no images
+            if (call := here.calls[-1]) is None or not has_images(kwargs):  # there are none, or it is another prompt
                 return run(**kwargs)
             width = kwargs["input_ids"].shape[1]
             made = PromptRun(self.madtp_prefill, call.record, call.copies, width, call.known)
