@@ -534,6 +534,12 @@ def test_what_is_refused(llava):
         model.generate(out.sequences, past_key_values=out.past_key_values, max_new_tokens=2)
     with pytest.raises(ValueError, match=refused):
         model(**inputs, past_key_values=out.past_key_values)
+    with model.madtp_handle.dense():
+        whole = model.generate(**inputs, **GREEDY).past_key_values
+    ran.clear()
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="past_key_values must be empty, got a cache that holds a prompt"):
+            call(**inputs, past_key_values=whole)
     with pytest.raises(ValueError, match="generate must not be assisted"):
         model.generate(**inputs, max_new_tokens=2, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="prefill_chunk_size must be None where layers prune the prompt, got 7"):

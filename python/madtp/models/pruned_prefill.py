@@ -46,15 +46,11 @@ class PrunedPrefill(PatchedHead):
         """As in Hugging Face.
 
         Raises:
-            ValueError: `past_key_values` hold a pruned prompt; decoding is assisted, or reads the prompt in chunks; or
+            ValueError: `past_key_values` hold a pruned prompt, or anything where there are images; decoding is assisted, or reads the prompt in chunks; or
                 the prompt breaks a rule of `forward`.
         """
-        here, cache = self.madtp_prefill.here, kwargs.get("past_key_values")
-        if _held(cache) is not None:
-            raise ValueError(
-                "past_key_values must be empty, got a cache that holds a pruned prompt, which the given one does not "
-                "continue: give the whole conversation anew"
-            )
+        here = self.madtp_prefill.here
+        self._check_empty(kwargs, decoding=False)
         here.calls.append(None)
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]  # that of Hugging Face
@@ -69,12 +65,9 @@ class PrunedPrefill(PatchedHead):
                 another kind; or an attention implementation whose masks are not known.
         """
         run, here, cache = super().forward, self.madtp_prefill.here, kwargs.get("past_key_values")
+        if not here.calls:
+            self._check_empty(kwargs, decoding=True)
         if (held := _held(cache)) is not None:
-            if has_images(kwargs) and not here.calls:
-                raise ValueError(
-                    "past_key_values must be empty, got a cache that holds a pruned prompt: give the whole "
-                    "conversation anew"
-                )
             mask = None if here.calls else kwargs.get("attention_mask")  # generate adds no padding to its own
             real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
             with self._running(DecodingRun(held, real)):
@@ -146,6 +139,18 @@ class PrunedPrefill(PatchedHead):
         return of_what_is_left
 
     loss_function = PreTrainedModel.loss_function.getter(_loss_of_what_is_left)  # type: ignore[attr-defined]
+
+    def _check_empty(self, kwargs: Mapping[str, Any], decoding: bool) -> None:
+        """Raises ValueError for a cache that its images, or a prompt that is no step of decoding, cannot follow."""
+        cache = kwargs.get("past_key_values")
+        if cache is None or int(cache.get_seq_length()) == 0:
+            return
+        pruned = _held(cache) is not None
+        if (pruned and not decoding) or (has_images(kwargs) and not self.madtp_prefill.here.dense):
+            what = "a pruned prompt, which the given one does not continue" if pruned else "a prompt"
+            raise ValueError(
+                f"past_key_values must be empty, got a cache that holds {what}: give the whole conversation anew"
+            )
 
     @contextmanager
     def _running(self, run: PromptRun | DecodingRun) -> Iterator[None]:
