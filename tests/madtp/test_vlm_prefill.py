@@ -251,6 +251,19 @@ def test_decoding_on_a_pruned_cache_is_not_compiled(llava):
 
 
 @pytest.mark.slow
+def test_prompts_without_images_compile_whole(llava):
+    model, _ = llava
+    ids = torch.tensor([[20, 21, 22, 23]])
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    madtp.patch(model, keep={"projector": 0.5, "prefill": {1: 0.5}})
+    compiled = hf.CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compiled}
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, **options), expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
 def test_windows_that_the_config_gives_to_all_layers():
     model = make_vlm("LLaVA-NeXT")
     inputs = vlm_batch("LLaVA-NeXT", model)

@@ -46,8 +46,8 @@ class PrunedPrefill(PatchedHead):
         """As in Hugging Face.
 
         Raises:
-            ValueError: `past_key_values` hold a pruned prompt, or anything where there are images; decoding is assisted, or reads the prompt in chunks; or
-                the prompt breaks a rule of `forward`.
+            ValueError: `past_key_values` hold a pruned prompt, or anything where there are images; decoding is
+                assisted, or reads the prompt in chunks; or the prompt breaks a rule of `forward`.
         """
         here = self.madtp_prefill.here
         self._check_empty(kwargs, decoding=False)
@@ -72,17 +72,16 @@ class PrunedPrefill(PatchedHead):
             real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
             with self._running(DecodingRun(held, real)):
                 return run(**kwargs)
-        if here.dense or (cache is not None and int(cache.get_seq_length()) > 0):
+        call = here.calls[-1] if here.calls else None
+        if here.dense or (here.calls and call is None):  # there are no images
             return run(**kwargs)
-        if here.calls:
-            if (call := here.calls[-1]) is None or not has_images(kwargs):  # there are none, or it is another prompt
-                return run(**kwargs)
+        if not has_images(kwargs) or (cache is not None and int(cache.get_seq_length()) > 0):  # or it is another prompt
+            return run(**kwargs)
+        if call is not None:
             width = kwargs["input_ids"].shape[1]
             made = PromptRun(self.madtp_prefill, call.record, call.copies, width, call.known)
             call.known = True
         else:
-            if not has_images(kwargs):
-                return run(**kwargs)
             kwargs = {name: value for name, value in kwargs.items() if value is not None}
             self._check_prompt(kwargs.get("input_ids"), kwargs)
             kwargs = self._read(kwargs)
