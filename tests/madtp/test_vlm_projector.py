@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers as hf
 from families import blip2, blip2_inputs
-from vlm_families import BEGIN, CASES, END, IMAGE, PAD, VIDEO, make_vlm, vlm_batch, vlm_table
+from vlm_families import CASES, END, IMAGE, PAD, make_vlm, mixed_prompt, vlm_batch, vlm_table
 
 import madtp
 from madtp.models.prompt import shorten
@@ -205,37 +205,6 @@ def test_florence_encodes_what_is_left():
     close(logits, model(inputs_embeds=short, attention_mask=real.long(), decoder_input_ids=step).logits)
     close(answers(out)[0], logits[:, 0])
     assert out.sequences.shape == (2, 5), "an answer, without the prompt"
-
-
-def mixed_prompt(name, model):
-    """Two samples, left-padded: an image, and a video with an image."""
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.double)
-
-    if name == "OneVision":
-        pixels = {"pixel_values": draw(2, 3, 3, 16, 16), "image_sizes": torch.tensor([[16, 16], [16, 16]])}
-        videos = {"pixel_values_videos": draw(1, 2, 3, 16, 16)}
-    else:
-        pixels = {"pixel_values": draw(48, 96), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 8]])}
-        videos = {"pixel_values_videos": draw(48, 96), "video_grid_thw": torch.tensor([[3, 4, 4]])}
-        if name == "Qwen2.5-VL":
-            videos["second_per_grid_ts"] = torch.ones(1)
-    images = [len(part) for part in model.base_model.get_image_features(**pixels, return_dict=True).pooler_output]
-    encoded = {key: value for key, value in videos.items() if key != "second_per_grid_ts"}
-    frames = sum(len(part) for part in model.base_model.get_video_features(**encoded, return_dict=True).pooler_output)
-    video = [BEGIN, *[VIDEO] * frames, END]
-    if name == "Qwen3-VL":  # a run for each frame
-        video = [token for _ in range(3) for token in (30, BEGIN, *[VIDEO] * (frames // 3), END)]
-    first = [20, 21, BEGIN, *[IMAGE] * images[0], END, 22, 23]
-    second = [24, *video, 25, BEGIN, *[IMAGE] * images[1], END, 26, 27, 28]
-    width = max(len(first), len(second))
-    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in (first, second)])
-    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long(), **pixels, **videos}
-    if name != "OneVision":
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-    return inputs, [images[0], frames, images[1]]
 
 
 @families(quick=("Qwen2.5-VL",), of=[name for name, case in CASES.items() if case.video])
@@ -497,9 +466,9 @@ def test_one_token_of_an_image_stays(llava):
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ({"vision": 0.5}, "keep must be a dict with the seam 'projector', the only one there is, got vision"),
-        (0.5, "keep must be a dict with the seam 'projector', the only one there is, got float"),
-        ({}, "keep must be a dict with the seam 'projector'"),
+        ({"vision": 0.5}, "keep must be a dict with the seams 'projector', 'prefill' or both, got vision"),
+        (0.5, "keep must be a dict with the seams 'projector', 'prefill' or both, got float"),
+        ({}, "keep must be a dict with the seams 'projector', 'prefill' or both, got none"),
         ({"projector": 0}, "amount must be a share"),
         ({"projector": madtp.Keep(0.5)}, "random, uniform, text, divprune, .*or a function; got rule 'received'"),
         ({"projector": madtp.Keep(0.5, rule="cls")}, "got rule 'cls'"),

@@ -262,10 +262,14 @@ CASES = {
     "Gemma 3": VlmCase(_gemma3, _squares, plain=False, chunks=False),
 }
 
+DECODERS = [name for name in CASES if name != "Florence-2"]  # whose layers read the prompt
+LAYERS_BY_HAND = [name for name in DECODERS if name != "PaliGemma 2"]  # whose layers a test runs one by one
+
 
 def vlm_table() -> str:
     """What the tests show of each family, for docs/models.md."""
     header = ("model", "all kept", "some kept", "beams", "video", "static cache", "prefill in chunks", "gradients")
+    header += ("prefill seam",)
     rows = [header, ("---",) * len(header)]
     for name, case in CASES.items():
         decodes = name != "Florence-2"
@@ -279,6 +283,7 @@ def vlm_table() -> str:
                 ("yes" if case.static else "not in transformers") if decodes else "reads no prompt",
                 ("yes" if case.chunks else "not in transformers") if decodes else "reads no prompt",
                 "yes" if case.plain else "",
+                "as hidden" + ", by hand" * (name in LAYERS_BY_HAND) if decodes else "reads no prompt",
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -325,3 +330,34 @@ def vlm_batch(name: str, model, seed: int = 1, right: bool = False) -> dict[str,
     if name == "Gemma 3":
         inputs["token_type_ids"] = (ids == IMAGE).long()
     return inputs
+
+
+def mixed_prompt(name: str, model) -> tuple[dict[str, Any], list[int]]:
+    """Two samples, left-padded: an image, and a video with an image; and the tokens of each."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.double)
+
+    if name == "OneVision":
+        pixels = {"pixel_values": draw(2, 3, 3, 16, 16), "image_sizes": torch.tensor([[16, 16], [16, 16]])}
+        videos = {"pixel_values_videos": draw(1, 2, 3, 16, 16)}
+    else:
+        pixels = {"pixel_values": draw(48, 96), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 8]])}
+        videos = {"pixel_values_videos": draw(48, 96), "video_grid_thw": torch.tensor([[3, 4, 4]])}
+        if name == "Qwen2.5-VL":
+            videos["second_per_grid_ts"] = torch.ones(1)
+    images = [len(part) for part in model.base_model.get_image_features(**pixels, return_dict=True).pooler_output]
+    encoded = {key: value for key, value in videos.items() if key != "second_per_grid_ts"}
+    frames = sum(len(part) for part in model.base_model.get_video_features(**encoded, return_dict=True).pooler_output)
+    video = [BEGIN, *[VIDEO] * frames, END]
+    if name == "Qwen3-VL":  # a run for each frame
+        video = [token for _ in range(3) for token in (30, BEGIN, *[VIDEO] * (frames // 3), END)]
+    first = [20, 21, BEGIN, *[IMAGE] * images[0], END, 22, 23]
+    second = [24, *video, 25, BEGIN, *[IMAGE] * images[1], END, 26, 27, 28]
+    width = max(len(first), len(second))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in (first, second)])
+    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long(), **pixels, **videos}
+    if name != "OneVision":
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    return inputs, [images[0], frames, images[1]]

@@ -85,15 +85,19 @@ class Keep:
         share = self.amount
         return [max(math.ceil(round(share * length, 9)), min(1, length)) for length in lengths]  # 0.1 * 30 > 3
 
-    def choose(self, candidates: Candidates) -> Kept:
+    def choose(self, candidates: Candidates, entered: Sequence[int] | None = None) -> Kept:
         """What the rule keeps.
+
+        Args:
+            entered: tokens of each image of which the amount is a share, where some went before; None is those given.
 
         Raises:
             ValueError: importance is needed and there is none, or a user's function gave what no rule may.
         """
         counts = None
         if self.amount is not None:
-            counts = self.counts(candidates.lengths)
+            counts = self.counts(candidates.lengths if entered is None else entered)
+            counts = [min(pair) for pair in zip(counts, candidates.lengths, strict=True)]
         elif self.mass is not None:
             counts = fewest_with_mass(candidates, self.mass)
         if counts == list(candidates.lengths):

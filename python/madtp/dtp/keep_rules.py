@@ -65,7 +65,10 @@ Rule = Callable[[Candidates, Any], Tensor | Kept]
 
 
 def largest(candidates: Candidates, counts: Sequence[int]) -> Tensor:
-    """Those of the largest importance, of equal ones the first: dominant tokens of VisionZip, EViT, FastV."""
+    """Those of the largest importance, of equal ones the first: dominant tokens of VisionZip, EViT, FastV.
+
+    Of which attention it is, the seam knows by the rule's name.
+    """
     return _best(_importance(candidates), candidates, counts)
 
 
@@ -154,19 +157,21 @@ class RuleEntry(NamedTuple):
     choose: Rule
     needs_importance: bool = False
     needs_text: bool = False
+    merges: bool = False  # whether it returns other rows than it got
 
 
 RULES = {
     "received": RuleEntry(largest, needs_importance=True),
     "cls": RuleEntry(largest, needs_importance=True),
+    "fastv": RuleEntry(largest, needs_importance=True),
     "random": RuleEntry(random),
     "uniform": RuleEntry(uniform),
     "text": RuleEntry(text, needs_text=True),
     "divprune": RuleEntry(divprune),
     "cdpruner": RuleEntry(cdpruner, needs_text=True),
     "cdpruner_negative": RuleEntry(cdpruner_negative, needs_text=True),
-    "tome": RuleEntry(tome),
-    "visionzip": RuleEntry(visionzip, needs_importance=True),
+    "tome": RuleEntry(tome, merges=True),
+    "visionzip": RuleEntry(visionzip, needs_importance=True, merges=True),
 }
 
 

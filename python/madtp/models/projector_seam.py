@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from madtp.dtp.keep import Keep
 from madtp.dtp.keep_rules import Candidates, Kept
 from madtp.models.prompt import Images
+from madtp.models.seam import Seam, ThreadState
 
 
 @dataclass
@@ -55,30 +52,27 @@ class PromptRecord:
         return [length for _, length in sorted(found, key=lambda pair: pair[0])]
 
 
-class ProjectorSeam:
+class ProjectorState(ThreadState):
+    """What one thread knows of the seam, its last prompt too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record = PromptRecord()
+
+
+class ProjectorSeam(Seam):
     """Image tokens are pruned behind the projector, before the prompt enters the decoder.
 
     Args:
         keep: what is left of each image.
     """
 
+    State = ProjectorState
+
     def __init__(self, keep: Keep):
+        super().__init__()
         self.keep = keep
         self._warned = False
-        self._threads = _Threads()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have what is kept; what a prompt left belongs to the thread that ran it."""
-        return {name: value for name, value in vars(self).items() if name != "_threads"}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-        self._threads = _Threads()
-
-    @property
-    def here(self) -> ThreadState:
-        """What holds in this thread alone."""
-        return self._threads.here
 
     def choose(self, candidates: Candidates) -> Kept:
         """What the rule keeps; a count that is larger than an image is said once."""
@@ -90,27 +84,3 @@ class ProjectorSeam:
                 stacklevel=2,
             )
         return self.keep.choose(candidates)
-
-
-class ThreadState:
-    """What one thread knows of the seam: its last prompt, its calls of `generate`, and the contexts it has entered."""
-
-    def __init__(self) -> None:
-        self.record = PromptRecord()
-        self.calls: list[PromptRecord | None] = []  # of each `generate` that runs, its prompt once it is known
-        self.dense = 0  # contexts in which nothing is pruned
-        self.simulated = 0  # contexts in which tokens are hidden and not removed
-
-    @contextmanager
-    def counted(self, name: str) -> Iterator[None]:
-        """A context that counts as one of `dense` or `simulated`."""
-        setattr(self, name, getattr(self, name) + 1)
-        try:
-            yield
-        finally:
-            setattr(self, name, getattr(self, name) - 1)
-
-
-class _Threads(threading.local):
-    def __init__(self) -> None:
-        self.here = ThreadState()

@@ -9,20 +9,17 @@ other arguments, when positions and features are those of the whole prompt and l
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
 from madtp.dtp.keep_rules import Candidates, Kept
-from madtp.handles import handle_of
-from madtp.models.arguments import Arguments
+from madtp.models.patched_head import FIRST_POSITION, PatchedHead, features_of
 from madtp.models.projector_seam import ProjectorSeam, PromptRecord
 from madtp.models.prompt import (
     MODALITIES,
@@ -32,46 +29,15 @@ from madtp.models.prompt import (
     find_placeholders,
     has_images,
     hide,
-    run_lengths,
     shorten,
     token_of,
 )
 
-FIRST_POSITION = {"paligemma": 1}  # by model type, of what counts its positions from another number than 0
 
-
-class PrunedPrompt(nn.Module):
+class PrunedPrompt(PatchedHead):
     """Mixed into the class with the language head."""
 
     madtp_projector: ProjectorSeam
-    madtp_arguments: Arguments
-    config: Any
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        source: Any = cls.__mro__[cls.__mro__.index(PrunedPrompt) + 1]
-        if source is nn.Module:  # a mixin on top of this one
-            return
-        cls.madtp_arguments = Arguments.of(source.forward)
-
-        def forward(self, *args, **kwargs):
-            return self._forward(self.madtp_arguments.bound(type(self).__name__, args, kwargs))
-
-        forward.__doc__ = source.forward.__doc__
-        # `generate`, trainers and pipelines ask it which inputs there are.
-        forward.__signature__ = cls.madtp_arguments.signature  # type: ignore[attr-defined]
-        cls.forward = forward
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """That of the Hugging Face class, which makes a plain model or patches it, as the files say."""
-        kinds = (kind for kind in cls.__mro__ if issubclass(kind, PreTrainedModel))
-        return next(kind for kind in kinds if not issubclass(kind, PrunedPrompt)).from_pretrained(*args, **kwargs)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        write = super().save_pretrained  # type: ignore[misc]  # that of Hugging Face
-        options = inspect.signature(write).bind(save_directory, *args, **kwargs).arguments
-        handle_of(self).save(write, {**options, **options.pop("kwargs", {})})
 
     def generate(self, *args, **kwargs):
         """As in Hugging Face: the prompt that was given, and the new tokens.
@@ -183,7 +149,7 @@ class PrunedPrompt(nn.Module):
             if (output := outputs.get(modality)) is None:
                 continue
             placeholders = find_placeholders(input_ids, self.config, modality)
-            features = _features(output, modality, placeholders)
+            features = features_of(output, modality, placeholders)
             images = find_images(input_ids, self.config, modality, features, kwargs.get("attention_mask"))
             chosen = seam.choose(self._candidates(input_ids, kwargs, features, images))
             kept = kept.masked_scatter(images.placeholders, chosen.keep.to(kept.device))
@@ -214,13 +180,6 @@ class PrunedPrompt(nn.Module):
         text_of = [min(begin // input_ids.shape[1], len(input_ids) - 1) for begin in images.begins()]
         return Candidates(rows, images.lengths, None, text, words.sum(1).tolist(), text_of)
 
-    def _encoded(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments with encoded images in place of pixels, as `generate` makes them."""
-        outputs = dict(kwargs.get("mm_encoder_outputs") or {})
-        return self._prepare_multimodal_encoder_kwargs_for_generation(  # type: ignore[operator]
-            {**kwargs, "mm_encoder_outputs": outputs}
-        )
-
     def _tensors(self, kwargs: Mapping[str, Any]) -> dict[str, bool]:
         """Of each modality that is pruned, whether the model reads one tensor of all images and no list."""
         if self.madtp_projector.here.simulated:
@@ -239,20 +198,6 @@ class PrunedPrompt(nn.Module):
             if joined:
                 output = kwargs["mm_encoder_outputs"][modality]
                 output.pooler_output = torch.cat(output.pooler_output)[None]
-
-    def _positions(self, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """What the model's forward would take by itself, of the whole prompt."""
-        base: Any = self.base_model
-        if hasattr(base, "compute_3d_position_ids"):
-            names = inspect.signature(base.compute_3d_position_ids).parameters
-            given = {name: kwargs.get(name) for name in names}
-            positions = base.compute_3d_position_ids(**{**given, "input_ids": input_ids, "inputs_embeds": None})
-            if positions is not None:
-                return positions
-        elif hasattr(base, "get_rope_index"):
-            raise ValueError(f"position_ids must be given to {type(self).__name__}, which makes them inside, got none")
-        first = FIRST_POSITION.get(self.config.model_type, 0)
-        return torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
 
     def _continued(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a step of decoding behind a pruned prompt, at the positions of the whole one."""
@@ -299,40 +244,13 @@ class PrunedPrompt(nn.Module):
                 f"past_key_values must be empty, got a cache that holds {what}: give the whole conversation anew"
             )
 
-    def _check_prompt(self, input_ids: Tensor | None, kwargs: Mapping[str, Any]) -> None:
-        if input_ids is None or kwargs.get("inputs_embeds") is not None:
-            raise ValueError("input_ids must be given with images, and no inputs_embeds: by them images are found")
-        if (outputs := kwargs.get("mm_encoder_outputs")) is not None and not isinstance(outputs, Mapping):
-            raise ValueError(f"mm_encoder_outputs must be a dict by modality, got {type(outputs).__name__}")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != input_ids.shape):
-            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, as input_ids, got {got}")
-
     def _placeholder_ids(self) -> list[int]:
         return [token for modality in MODALITIES if (token := token_of(self.config, modality)) is not None]
-
-    def _required(self) -> list[str]:
-        """The arguments that the forward of the class has no default for."""
-        parameters = list(self.madtp_arguments.signature.parameters.values())[1:]
-        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds]
 
     def _padding(self) -> int:
         """A token that is no placeholder: that of padding, or the first of the vocabulary."""
         pad, placeholders = self.config.get_text_config().pad_token_id, self._placeholder_ids()
         return next(token for token in (pad, 0, 1, 2) if token is not None and token not in placeholders)
-
-
-def _features(output: Any, modality: str, placeholders: Tensor) -> list[Tensor]:
-    """The tokens of each image, (n, D), as the projector gives them; of those in one row, by the runs of the prompt."""
-    pooled = getattr(output, "pooler_output", None)
-    if pooled is None:
-        raise ValueError(f"mm_encoder_outputs must hold the pooler_output of {modality}, got {type(output).__name__}")
-    if isinstance(pooled, Tensor) and pooled.ndim == 2:
-        runs = run_lengths(placeholders)
-        return list(pooled.split(runs)) if sum(runs) == len(pooled) else [pooled]
-    return [part.flatten(0, -2) for part in pooled]
 
 
 def _pruned(output: Any, features: list[Tensor], chosen: Kept) -> Any:

@@ -10,11 +10,19 @@ import transformers as hf
 from torch import nn
 
 from madtp.models.florence2 import PrunedFlorence2
+from madtp.models.prefill_layers import eager_attention
 from madtp.models.prompt import MODALITIES, token_of
 from madtp.models.pruned_prompt import PrunedPrompt
 
 MIXINS = {hf.Florence2ForConditionalGeneration: PrunedFlorence2}  # by class, of those that need another than most
 HIDDEN_STATES = ("fuyu", "llama4")  # model types that read other fields of an encoder's output than its pooler_output
+
+DECODERS = ("language_model", "text_model")  # what a base model calls its decoder
+LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_ARGUMENTS = {  # of a decoder's layer, whose parts for columns are known
+    *("hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache"),
+    *("output_attentions", "cache_position", "kwargs"),
+}
 
 
 def mixin_of(model: nn.Module) -> Any:
@@ -38,3 +46,43 @@ def unsupported_reason(model: nn.Module) -> str | None:
     if not any(hasattr(model.base_model, f"get_{modality}_features") for modality in MODALITIES):
         return "its base model must have get_image_features or get_video_features"
     return None
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The module whose `layers` read the prompt; None where it is not known."""
+    base: Any = model.base_model
+    found = next((part for name in DECODERS if (part := getattr(base, name, None)) is not None), None)
+    found = getattr(found, "base_model", found)
+    return found if isinstance(getattr(found, "layers", None), nn.ModuleList) else None
+
+
+def prefill_unsupported_reason(model: nn.Module) -> str | None:
+    """Why the layers of a model that has a projector seam cannot prune what they read, or None."""
+    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        return "its decoder must read the prompt, and it has an encoder for that"
+    if (decoder := decoder_of(model)) is None or not len(decoder.layers):
+        return "its layers must be those of language_model or text_model"
+    kinds = set(getattr(decoder.config, "layer_types", None) or ()) - set(LAYER_TYPES)
+    if kinds:
+        return f"its layers must have full or sliding attention, and some have {', '.join(sorted(kinds))}"
+    for layer in decoder.layers:
+        attention = getattr(layer, "self_attn", None)
+        named = hasattr(attention, "layer_idx") and hasattr(attention, "config")
+        if attention is None or not named or eager_attention(attention) is None:
+            return "its layers must have a self_attn that calls the attention of transformers"
+        takes = inspect.signature(layer.forward).parameters.keys()
+        if "position_embeddings" not in takes or takes - LAYER_ARGUMENTS:
+            return "its layers must take rotary tables and masks, and nothing else of a value for each token"
+    return None
+
+
+def first_prefill_layer(model: nn.Module) -> int:
+    """How many layers must have run before tokens can go: one, and those that image features are added to."""
+    deep = getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None)
+    return max(1, len(deep or ()))
+
+
+def window_of(config: Any, layer: int) -> int | None:
+    """How many columns a decoder's layer sees back, by its config; None for all."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    return window if kinds is None or kinds[layer] == "sliding_attention" else None

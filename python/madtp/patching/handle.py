@@ -289,7 +289,8 @@ def patch(
             gradients or in training mode it is as "exact".
         keep: for decoders that read images, in place of all else: by seam, what is left of each image, a share (float),
             a count (int) or a `madtp.Keep`. The seam "projector" is behind the projector, before the decoder: of every
-            class whose forward takes `mm_encoder_outputs`, and Florence-2.
+            class whose forward takes `mm_encoder_outputs`, and Florence-2. The seam "prefill" is inside the decoder: a
+            dict by how many layers have run, such as {2: 0.5, 16: 0.25}, of the tokens that entered.
 
     Returns:
         the model's controls, with `keep` a `VlmHandle`.

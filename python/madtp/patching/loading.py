@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from madtp.dtp.keep import Keep
 from madtp.dtp.settings import EXTRA_STATE
 from madtp.handles import find_handle
 from madtp.hwp.packed_linear import PackedLinear
@@ -24,6 +23,7 @@ from madtp.models.vlm import unsupported_reason
 from madtp.patching.handle import patch
 from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.state import ModelError, Settings, check_files, read_checksums, unreadable
+from madtp.patching.vlm_handle import loaded_keep
 
 FILE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}  # of the parts of int8 layers, by safetensors
 WHERE = f"quantization_config of {CONFIG_FILE}"
@@ -61,7 +61,7 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
         raise ModelError(f"{kind} must have branches {', '.join(settings.branches)}: load it as {saved}")
     try:
         if settings.keep is not None:
-            patch(model, keep={seam: Keep(**amount) for seam, amount in settings.keep.items()})
+            patch(model, keep=loaded_keep(settings.keep))
         else:
             patch(model, settings.config).settings.set(settings.branches)
         layers = {}

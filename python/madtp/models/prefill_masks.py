@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention masks of layers that hold some columns of a prompt: of the mask that the model made for all of them.
+
+`slots` (B, N) int64 are the columns a layer holds, in order, -1 for none (padding, hidden tokens).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from madtp.models.arguments import HIDDEN
+
+KEYS_ONLY = ("madtp",)  # attention implementations that take (B, N) of real tokens in causal self-attention
+
+
+def prompt_mask(
+    given: Tensor | None, slots: Tensor, keys: int, implementation: str, dtype: torch.dtype
+) -> Tensor | None:
+    """The mask of a prompt's layer, in the form of the model's own.
+
+    Args:
+        given: that of the whole prompt: None where it is causal alone; (B, S) or (B, 1, 1, S) real tokens;
+            (B or 1, 1, S, keys) bool or additive, who sees whom.
+        keys: of the layer, N, or more in a static cache, whose last ones are empty.
+    """
+    real, index = slots >= 0, slots.clamp(min=0)
+    if given is None:
+        if bool(real.all()):
+            return None
+        if implementation in KEYS_ONLY and keys == slots.shape[1]:
+            return real
+        seen = real[:, None, None] & _causal(slots.shape[1], slots.device)
+        return _formed(F.pad(seen | _diagonal(real), (0, keys - slots.shape[1])), implementation, dtype)
+    if given.ndim == 2:
+        return given.gather(1, index).bool() & real
+    given = given.expand(len(slots), -1, -1, -1)
+    if given.shape[2] > 1:
+        given = given.gather(2, index[:, None, :, None].expand(-1, 1, -1, given.shape[3]))
+    made = given.gather(3, index[:, None, None].expand(-1, 1, given.shape[2], -1))
+    if made.dtype == torch.bool:
+        made = made & real[:, None, None]
+        if made.shape[2] > 1:
+            made = made | _diagonal(real)
+        return F.pad(made, (0, keys - slots.shape[1]))
+    lowest = torch.finfo(made.dtype).min
+    made = made.masked_fill(~real[:, None, None], lowest).masked_fill(_diagonal(real), 0)
+    return F.pad(made, (0, keys - slots.shape[1]), value=lowest)
+
+
+def decoding_mask(
+    columns: Tensor, queries: Tensor, window: int | None, implementation: str, dtype: torch.dtype
+) -> Tensor:
+    """The mask of new tokens on a cache.
+
+    Args:
+        columns: (B, M), of the keys; -1 is seen by none.
+        queries: (Q,) columns of the new tokens.
+        window: how many columns back a token sees, itself included.
+    """
+    seen = (columns >= 0)[:, None] & (columns[:, None] <= queries[:, None])
+    if window is not None:
+        seen &= columns[:, None] > queries[:, None] - window
+    return _formed(seen[:, None], implementation, dtype)
+
+
+def seen_by(mask: Tensor | None, rows: Tensor, slots: Tensor) -> Tensor:
+    """(B, R, N) bool: which of a prompt's N tokens some of its rows see.
+
+    Args:
+        mask: as attention takes it, of rows that hold `slots`.
+        rows: (B, R) int64.
+    """
+    length = slots.shape[1]
+    causal = torch.arange(length, device=slots.device) <= rows[..., None]
+    real = (slots >= 0)[:, None]
+    if mask is None or mask.ndim == 2:
+        return causal & real
+    mask = mask[..., :length].expand(len(slots), -1, -1, -1)[:, 0]
+    if mask.shape[1] > 1:
+        mask = mask.gather(1, rows[..., None].expand(-1, -1, length))
+    return (mask if mask.dtype == torch.bool else mask > HIDDEN) & real
+
+
+def _causal(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def _diagonal(real: Tensor) -> Tensor:
+    """(B, 1, N, N): rows of nothing see themselves, since a softmax over nothing is no number."""
+    return torch.eye(real.shape[1], dtype=torch.bool, device=real.device) & ~real[:, None, :, None]
+
+
+def _formed(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """Additive for eager attention, which adds it; bool for the others."""
+    if implementation != "eager":
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
