@@ -233,7 +233,14 @@ def test_a_baseline_must_be_a_provider():
         dataclasses.replace(ENTRY, baseline="numpy")
 
 
-SLOW = {"attention_backward", "attention_length", "attention_ragged", "models", "towers"}  # take most of a minute
+SLOW = {
+    "attention",
+    "attention_backward",
+    "attention_length",
+    "attention_ragged",
+    "models",
+    "towers",
+}  # take most of a minute
 
 
 @pytest.mark.parametrize(

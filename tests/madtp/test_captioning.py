@@ -55,6 +55,7 @@ def test_loss_is_of_the_positions_that_count(task, data, model):
     torch.testing.assert_close(task.loss(output, batch), expected)
 
 
+@pytest.mark.slow
 def test_it_learns_to_say_what_it_is_shown(task, data, model):
     pytest.importorskip("pycocoevalcap")
     before = task.evaluate(model, data, batch_size=7)
