@@ -55,6 +55,21 @@ class Timing(NamedTuple):
         return best if default is None or times[best] < margin * default else backends[0]
 
 
+class LinearCall(NamedTuple):
+    """A class of calls of a linear op: what one measurement stands for."""
+
+    rows: int  # the power of two nearest to those of the call
+    out_features: int
+    in_features: int
+    dtype: str
+    epilogue: str
+    threads: int
+
+    def __str__(self) -> str:
+        sizes = f"{self.rows} rows, {self.in_features} to {self.out_features}, {self.dtype}"
+        return f"{sizes}, {self.epilogue}, {self.threads} threads"
+
+
 Call = TypeVar("Call", bound=tuple[Any, ...])
 
 
@@ -200,6 +215,20 @@ def _seconds(function: Callable[[], object]) -> float:
 def power_of_two(rows: int) -> int:
     """The power of two nearest to `rows`."""
     return 1 << (rows**2).bit_length() // 2
+
+
+def linear_call(
+    x: Tensor,
+    shape: Sequence[int],
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    max_rows: int,
+) -> LinearCall:
+    """The class of a call with x (T, C) and a weight of this shape (N, C); one for all rows from max_rows on."""
+    rows = min(power_of_two(x.shape[0]), max_rows)
+    (out_features, in_features), epilogue = shape, epilogue_name(activation, residual, scale)
+    return LinearCall(rows, out_features, in_features, DTYPE_NAMES[x.dtype], epilogue, torch.get_num_threads())
 
 
 def epilogue_name(activation: str | None, residual: Tensor | None, scale: Tensor | None) -> str:

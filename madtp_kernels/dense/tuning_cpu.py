@@ -5,63 +5,44 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from madtp_kernels.dense import onednn, packed, torch_product
-from madtp_kernels.measured import DTYPE_NAMES, Measurements, Timing, epilogue_name, power_of_two, take_turns
+from madtp_kernels.measured import LinearCall, Measurements, Timing, linear_call, take_turns
 
 MAX_ROWS = 512  # the two keep their ratio beyond
 MIN_MACS = 2**22  # below, to ask which is faster costs more than the faster one could gain
 MARGIN = 0.9  # the packed weight takes as much memory again
 
-
-class DenseCall(NamedTuple):
-    """A class of calls of `dense_linear`: what one measurement stands for."""
-
-    rows: int  # the power of two nearest to those of the call
-    out_features: int
-    in_features: int
-    dtype: str
-    epilogue: str
-    threads: int
-
-    def __str__(self) -> str:
-        sizes = f"{self.rows} rows, {self.in_features} to {self.out_features}, {self.dtype}"
-        return f"{sizes}, {self.epilogue}, {self.threads} threads"
-
-
-measurements = Measurements("dense", DenseCall, MARGIN, ", or nearly as fast in half of the memory")
+measurements = Measurements("dense", LinearCall, MARGIN, ", or nearly as fast in half of the memory")
 
 
 def dense_call(
     x: Tensor, weight: Tensor, activation: str | None, residual: Tensor | None, scale: Tensor | None
-) -> DenseCall:
+) -> LinearCall:
     """The class of a call."""
-    rows = min(power_of_two(x.shape[0]), MAX_ROWS)
-    epilogue = epilogue_name(activation, residual, scale)
-    out_features, in_features = weight.shape
-    return DenseCall(rows, out_features, in_features, DTYPE_NAMES[x.dtype], epilogue, torch.get_num_threads())
+    return linear_call(x, weight.shape, activation, residual, scale, MAX_ROWS)
 
 
-def fastest(case: DenseCall) -> str:
+def fastest(case: LinearCall) -> str:
     """dense or onednn."""
     return measurements.fastest(case, backends(case), time_backends)
 
 
-def backends(case: DenseCall) -> tuple[str, ...]:
+def backends(case: LinearCall) -> tuple[str, ...]:
     """Those that a class can run on."""
     runs = is_worth_asking(case) and onednn.unsupported_reason(getattr(torch, case.dtype)) is None
     return ("dense", "onednn") if runs else ("dense",)
 
 
-def is_worth_asking(case: DenseCall) -> bool:
+def is_worth_asking(case: LinearCall) -> bool:
     return case.rows * case.out_features * case.in_features >= MIN_MACS
 
 
-def time_backends(case: DenseCall, backends: Sequence[str]) -> Timing:
+def time_backends(case: LinearCall, backends: Sequence[str]) -> Timing:
     """Runs both in turns on random data. That of oneDNN with the look-up of what was packed, which every call pays."""
     with torch.inference_mode(False):  # whose tensors count no writes
         x, weight, *epilogue = random_call(case)
@@ -81,7 +62,7 @@ def measured_rows(rows: int) -> int:
     return rows if rows < 16 else rows + rows // 8 + 1
 
 
-def random_call(case: DenseCall) -> tuple[Any, ...]:
+def random_call(case: LinearCall) -> tuple[Any, ...]:
     """x, weight, bias, activation, residual and scale, drawn by a generator of its own."""
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, case.dtype)
     activation, *rest = case.epilogue.split("+")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
-from madtp_kernels.measured import DTYPE_NAMES, Measurements, Timing, epilogue_name, power_of_two, take_turns
+from madtp_kernels.measured import LinearCall, Measurements, Timing, linear_call, take_turns
 from madtp_kernels.native import quantized as native
 from madtp_kernels.quantized import backend_dense as dense
 from madtp_kernels.quantized.weight import QuantizedWeight
@@ -25,45 +24,27 @@ MAX_ROWS = 1024  # they keep their ratio beyond
 MARGIN = 0.97  # a tie is ours of 2:4 weights: a dense one takes more memory
 BACKENDS = ("cpu", "dense")
 
-
-class QuantizedCall(NamedTuple):
-    """A class of calls of `quantized_linear` with a 2:4 weight: what one measurement stands for."""
-
-    rows: int  # the power of two nearest to those of the call
-    out_features: int
-    in_features: int
-    dtype: str
-    epilogue: str
-    threads: int
-
-    def __str__(self) -> str:
-        sizes = f"{self.rows} rows, {self.in_features} to {self.out_features}, {self.dtype}"
-        return f"{sizes}, {self.epilogue}, {self.threads} threads"
-
-
-measurements = Measurements("quantized", QuantizedCall, MARGIN, ", or as fast in less memory")
+measurements = Measurements("quantized", LinearCall, MARGIN, ", or as fast in less memory")
 
 
 def quantized_call(
     x: Tensor, weight: QuantizedWeight, activation: str | None, residual: Tensor | None, scale: Tensor | None
-) -> QuantizedCall:
-    """The class of a call."""
-    rows = min(power_of_two(x.shape[0]), MAX_ROWS)
-    (out_features, in_features), epilogue = weight.shape, epilogue_name(activation, residual, scale)
-    return QuantizedCall(rows, out_features, in_features, DTYPE_NAMES[x.dtype], epilogue, torch.get_num_threads())
+) -> LinearCall:
+    """The class of a call; the weight is 2:4."""
+    return linear_call(x, weight.shape, activation, residual, scale, MAX_ROWS)
 
 
-def fastest(case: QuantizedCall) -> str:
+def fastest(case: LinearCall) -> str:
     """cpu or dense."""
     return measurements.fastest(case, BACKENDS, time_backends)
 
 
-def add_timings(choice: dispatch.Choice, case: QuantizedCall) -> dispatch.Choice:
+def add_timings(choice: dispatch.Choice, case: LinearCall) -> dispatch.Choice:
     """`choice`, of cpu, with what is known of it and dense."""
     return measurements.add_timings(choice, case, BACKENDS)
 
 
-def time_backends(case: QuantizedCall, backends: Sequence[str]) -> Timing:
+def time_backends(case: LinearCall, backends: Sequence[str]) -> Timing:
     """Runs both in turns on random data."""
     rows, out_features, in_features, dtype, epilogue, _ = case
     x, weight, indices, *rest = random_call(rows, out_features, in_features, dtype, "float32", epilogue)

@@ -313,7 +313,7 @@ def test_without_the_private_ops_it_is_torchs(onednn_wins, monkeypatch, broken):
 def test_a_measurement_runs_both(mode):
     state = torch.get_rng_state()
     for epilogue in ("none", "gelu+scale+residual", "quick_gelu", "none+residual"):
-        case = tuning.DenseCall(4, 24, 32, "float32", epilogue, 1)
+        case = tuning.LinearCall(4, 24, 32, "float32", epilogue, 1)
         with mode():
             timing = tuning.time_backends(case, ("dense", "onednn"))
         assert timing.times.keys() == {"dense", "onednn"} and min(timing.times.values()) > 0

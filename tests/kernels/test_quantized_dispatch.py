@@ -11,13 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import madtp_kernels as mk
 from madtp_kernels import dispatch, quantize
 from madtp_kernels import measured as kept
-from madtp_kernels.measured import Timing
+from madtp_kernels.measured import LinearCall, Timing
 from madtp_kernels.native import quantized as native
 from madtp_kernels.ops import quantized
 from madtp_kernels.ops.quantized import quantized_pack
 from madtp_kernels.quantized import backend_dense as dense
 from madtp_kernels.quantized import tuning_cpu as tuning
-from madtp_kernels.quantized.tuning_cpu import QuantizedCall
 from madtp_kernels.reference.quantized import to_dense_int8
 
 pytestmark = [
@@ -107,7 +106,7 @@ def test_auto_runs_what_was_faster_and_keeps_the_layout_of_that_alone(measured, 
 
 def test_what_was_measured_outlives_the_process(measured, tmp_path, weight):
     case = tuning.quantized_call(torch.zeros(16, 32), weight, "gelu", None, torch.ones(24))
-    assert case == QuantizedCall(16, 24, 32, "float32", "gelu+scale", torch.get_num_threads())
+    assert case == LinearCall(16, 24, 32, "float32", "gelu+scale", torch.get_num_threads())
     assert tuning.fastest(case) == "dense"
     tuning.measurements.forget()
     assert tuning.fastest(case) == "dense" and measured == [case]
@@ -190,7 +189,7 @@ def test_a_measurement_runs_every_class_of_calls(monkeypatch):
     monkeypatch.setattr(kept.time, "perf_counter", lambda: next(ticks))
     state = torch.get_rng_state()
     for dtype, epilogue in (("float32", "gelu+residual"), ("bfloat16", "none+scale+residual"), ("float16", "relu")):
-        timing = tuning.time_backends(QuantizedCall(4, 24, 32, dtype, epilogue, 1), tuning.BACKENDS)
+        timing = tuning.time_backends(LinearCall(4, 24, 32, dtype, epilogue, 1), tuning.BACKENDS)
         assert timing.times == {"cpu": 1e6, "dense": 1e6}
     assert torch.equal(torch.get_rng_state(), state)
 
