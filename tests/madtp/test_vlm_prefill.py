@@ -14,19 +14,25 @@ import threading
 import pytest
 import torch
 import transformers as hf
-from vlm_families import CASES, DECODERS, END, IMAGE, LAYERS_BY_HAND, make_vlm, mixed_prompt, vlm_batch
+from vlm_families import (
+    CASES,
+    DECODERS,
+    END,
+    GREEDY,
+    IMAGE,
+    LAYERS_BY_HAND,
+    QUICK,
+    answers,
+    close,
+    families,
+    make_vlm,
+    mixed_prompt,
+    vlm_batch,
+)
 
 import madtp
 
-QUICK = ("Qwen2.5-VL", "LLaVA", "SmolVLM")
-GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 STATIC = [name for name in DECODERS if CASES[name].static and name not in ("Gemma 3", "Aya Vision", "Cohere2 Vision")]
-
-
-def families(quick=QUICK, of=DECODERS):
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in of]
-    )
 
 
 def plan_of(name, *amounts):
@@ -46,15 +52,6 @@ def llava():
     return model, vlm_batch("LLaVA", model)
 
 
-def close(a, b):
-    """Rotary tables, eager softmax and the logits of `generate` are float32."""
-    torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
-
-
-def answers(out):
-    return torch.stack(out.logits)
-
-
 def same(selections, others):
     pairs = [pair for layer in selections for pair in zip(selections[layer], others[layer], strict=True)]
     return selections.keys() == others.keys() and all(torch.equal(*pair) for pair in pairs)
@@ -68,7 +65,7 @@ def widths(cache):
     return [layer.keys.shape[2] for layer in cache.layers]
 
 
-@families()
+@families(of=DECODERS)
 def test_all_kept_is_the_model(name):
     model = make_vlm(name)
     inputs = vlm_batch(name, model)
@@ -86,7 +83,7 @@ def test_all_kept_is_the_model(name):
     assert torch.equal(model(**inputs).logits, logits)
 
 
-@families()
+@families(of=DECODERS)
 @pytest.mark.parametrize("projector", [False, True])
 def test_removed_is_hidden(name, projector):
     model = make_vlm(name)
@@ -320,7 +317,7 @@ def test_attention_of_any_implementation_ranks_the_same(name, implementation):
         assert torch.equal(model.generate(**inputs, **GREEDY).sequences, out.sequences)
 
 
-@families(quick=())
+@families(quick=(), of=DECODERS)
 def test_losses_and_gradients_are_those_of_hidden_tokens(name):
     model = make_vlm(name)
     inputs = vlm_batch(name, model, right=True)
@@ -548,6 +545,9 @@ def test_what_is_refused(llava):
     with pytest.raises(ValueError, match=refused):
         model(**inputs, past_key_values=out.past_key_values)
     with model.madtp_handle.dense():
+        with pytest.raises(ValueError, match=refused):
+            model(**inputs, past_key_values=out.past_key_values)
+        assert not ran
         whole = model.generate(**inputs, **GREEDY).past_key_values
     ran.clear()
     for call in (model, model.generate):

@@ -19,20 +19,25 @@ import pytest
 import torch
 import transformers as hf
 from families import blip2, blip2_inputs
-from vlm_families import CASES, END, IMAGE, PAD, make_vlm, mixed_prompt, vlm_batch, vlm_table
+from vlm_families import (
+    CASES,
+    END,
+    GREEDY,
+    IMAGE,
+    PAD,
+    answers,
+    close,
+    families,
+    make_vlm,
+    mixed_prompt,
+    vlm_batch,
+    vlm_table,
+)
 
 import madtp
 from madtp.models.prompt import shorten
 
-QUICK = ("Qwen2.5-VL", "LLaVA", "SmolVLM")
-GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 DRAWN = {"projector": madtp.Keep(0.4, rule="random")}
-
-
-def families(quick=QUICK, of=CASES):
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in of]
-    )
 
 
 PLAIN = [name for name, case in CASES.items() if case.plain]
@@ -48,15 +53,6 @@ def _without_gradients():
 def llava():
     model = make_vlm("LLaVA")
     return model, vlm_batch("LLaVA", model)
-
-
-def close(a, b):
-    """Rotary tables and the logits of `generate` are float32."""
-    torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
-
-
-def answers(out):
-    return torch.stack(out.logits)
 
 
 @families()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import transformers as hf
 
@@ -263,6 +264,8 @@ CASES = {
 }
 
 DECODERS = [name for name in CASES if name != "Florence-2"]  # whose layers read the prompt
+QUICK = ("Qwen2.5-VL", "LLaVA", "SmolVLM")  # that are no slow tests
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 LAYERS_BY_HAND = [name for name in DECODERS if name != "PaliGemma 2"]  # whose layers a test runs one by one
 
 
@@ -361,3 +364,19 @@ def mixed_prompt(name: str, model) -> tuple[dict[str, Any], list[int]]:
     if name != "OneVision":
         inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     return inputs, [images[0], frames, images[1]]
+
+
+def families(quick=QUICK, of=CASES):
+    """A test of each of these families; those that are not quick are slow tests."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in of]
+    )
+
+
+def close(a, b):
+    """Rotary tables, eager softmax and the logits of `generate` are float32."""
+    torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+
+
+def answers(out):
+    return torch.stack(out.logits)

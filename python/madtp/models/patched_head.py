@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation import GenerationMode
 
 from madtp.handles import handle_of
 from madtp.models.arguments import Arguments
@@ -87,6 +88,27 @@ class PatchedHead(nn.Module):
         parameters = list(self.madtp_arguments.signature.parameters.values())[1:]
         kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds]
+
+
+def check_assistance(generation_mode: GenerationMode, dense: bool) -> None:
+    """Raises ValueError where decoding is assisted and a prompt is pruned."""
+    if generation_mode == GenerationMode.ASSISTED_GENERATION and not dense:
+        raise ValueError("generate must not be assisted on a pruned prompt, got an assistant or prompt lookup")
+
+
+def check_follows(pruned: bool, images: bool, decoding: bool, dense: bool) -> None:
+    """Raises ValueError where a call cannot follow what its cache holds.
+
+    Args:
+        pruned: whether that is a pruned prompt.
+        images: whether the call has images.
+        decoding: whether it may be a step of decoding, and is no `generate`.
+    """
+    if (pruned and (images or not decoding)) or (images and not dense):
+        what = "a pruned prompt, which the given one does not continue" if pruned else "a prompt"
+        raise ValueError(
+            f"past_key_values must be empty, got a cache that holds {what}: give the whole conversation anew"
+        )
 
 
 def features_of(output: Any, modality: str, placeholders: Tensor) -> list[Tensor]:

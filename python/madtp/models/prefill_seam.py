@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -114,7 +113,6 @@ class PrefillSeam(Seam):
     def __init__(self, keep: Mapping[int, Keep]):
         super().__init__()
         self.keep = dict(sorted(keep.items()))
-        self._warned = False
 
     def counts(self, lengths: Sequence[int]) -> dict[int, list[int]]:
         """By layer, how many are left of images of which so many tokens enter the decoder.
@@ -131,14 +129,7 @@ class PrefillSeam(Seam):
     def choose(self, layer: int, candidates: Candidates, entered: Sequence[int]) -> Tensor:
         """(T,) bool, what the layer's rule keeps; a count that is larger than an image is said once."""
         keep = self.keep[layer]
-        amount, lengths = keep.amount, [length for length in entered if length]
-        if isinstance(amount, int) and lengths and amount > min(lengths) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"keep of prefill behind layer {layer} is {amount} tokens an image, and an image has {min(lengths)}: "
-                "it keeps all",
-                stacklevel=2,
-            )
+        self.warn_of_large(f"prefill behind layer {layer}", keep.amount, entered)
         chosen = keep.choose(candidates, entered)
         if chosen.features is not None:
             raise ValueError(f"rule {keep.name} must return a bool tensor in prefill, where rows stay as they are")

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from madtp.dtp.keep import Keep
 from madtp.dtp.keep_rules import Candidates, Kept
-from madtp.models.prompt import Images
+from madtp.models.prompt import Images, in_prompt_order
 from madtp.models.seam import Seam, ThreadState
 
 
@@ -40,16 +39,12 @@ class PromptRecord:
 
     def selections(self) -> list[Tensor]:
         """The places kept among the tokens of each image, int64 ascending, in the order of the prompt."""
-        found = []
-        for images, keep in zip(self.images, self.keeps, strict=True):
-            places = [part.nonzero().flatten() for part in keep.split(images.lengths)]
-            found += list(zip(images.begins(), places, strict=True))
-        return [places for _, places in sorted(found, key=lambda pair: pair[0])]
+        parts = (keep.split(images.lengths) for images, keep in zip(self.images, self.keeps, strict=True))
+        return [part.nonzero().flatten() for part in in_prompt_order(self.images, parts)]
 
     def lengths(self) -> list[int]:
         """How many tokens each image had, in the order of the prompt."""
-        found = [pair for images in self.images for pair in zip(images.begins(), images.lengths, strict=True)]
-        return [length for _, length in sorted(found, key=lambda pair: pair[0])]
+        return in_prompt_order(self.images, (images.lengths for images in self.images))
 
 
 class ProjectorState(ThreadState):
@@ -72,15 +67,8 @@ class ProjectorSeam(Seam):
     def __init__(self, keep: Keep):
         super().__init__()
         self.keep = keep
-        self._warned = False
 
     def choose(self, candidates: Candidates) -> Kept:
         """What the rule keeps; a count that is larger than an image is said once."""
-        amount, lengths = self.keep.amount, [length for length in candidates.lengths if length]
-        if isinstance(amount, int) and lengths and amount > min(lengths) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"keep of the projector is {amount} tokens an image, and an image has {min(lengths)}: it keeps all",
-                stacklevel=2,
-            )
+        self.warn_of_large("the projector", self.keep.amount, candidates.lengths)
         return self.keep.choose(candidates)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 MODALITIES = ("image", "video")
 # What begins an encoder's arguments, by modality: as `generate` of transformers knows them.
@@ -36,6 +38,14 @@ class Images(NamedTuple):
             begins.append(places[begin] if length else places[-1])
             begin += length
         return begins
+
+
+def in_prompt_order(modalities: Sequence[Images], values: Iterable[Sequence[Value]]) -> list[Value]:
+    """What each image of each modality has, in the order of the prompt."""
+    found: list[tuple[int, Value]] = []
+    for images, own in zip(modalities, values, strict=True):
+        found += zip(images.begins(), own, strict=True)
+    return [value for _, value in sorted(found, key=lambda pair: pair[0])]
 
 
 class Shortened(NamedTuple):

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticSlidingWindowLayer
-from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
-from madtp.models.patched_head import PatchedHead, features_of
+from madtp.models.patched_head import PatchedHead, check_assistance, check_follows, features_of
 from madtp.models.prefill_layers import IMPLEMENTATIONS
 from madtp.models.prefill_run import DecodingRun, HeldPrompt, PromptRun
 from madtp.models.prefill_seam import ImageMap, PrefillRecord, PrefillSeam
@@ -109,9 +108,8 @@ class PrunedPrefill(PatchedHead):
         )
 
     def _validate_generation_mode(self, generation_mode, generation_config, *args, **kwargs):
+        check_assistance(generation_mode, self.madtp_prefill.here.dense)
         if not self.madtp_prefill.here.dense:
-            if generation_mode == GenerationMode.ASSISTED_GENERATION:
-                raise ValueError("generate must not be assisted on a pruned prompt, got an assistant or prompt lookup")
             if (chunk := generation_config.prefill_chunk_size) is not None:
                 raise ValueError(f"prefill_chunk_size must be None where layers prune the prompt, got {chunk}")
         super()._validate_generation_mode(  # type: ignore[misc]
@@ -144,12 +142,7 @@ class PrunedPrefill(PatchedHead):
         cache = kwargs.get("past_key_values")
         if cache is None or int(cache.get_seq_length()) == 0:
             return
-        pruned = _held(cache) is not None
-        if (pruned and not decoding) or (has_images(kwargs) and not self.madtp_prefill.here.dense):
-            what = "a pruned prompt, which the given one does not continue" if pruned else "a prompt"
-            raise ValueError(
-                f"past_key_values must be empty, got a cache that holds {what}: give the whole conversation anew"
-            )
+        check_follows(_held(cache) is not None, has_images(kwargs), decoding, self.madtp_prefill.here.dense)
 
     @contextmanager
     def _running(self, run: PromptRun | DecodingRun) -> Iterator[None]:

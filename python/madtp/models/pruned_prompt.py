@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
 from madtp.dtp.keep_rules import Candidates, Kept
-from madtp.models.patched_head import FIRST_POSITION, PatchedHead, features_of
+from madtp.models.patched_head import FIRST_POSITION, PatchedHead, check_assistance, check_follows, features_of
 from madtp.models.projector_seam import ProjectorSeam, PromptRecord
 from madtp.models.prompt import (
     MODALITIES,
@@ -136,8 +135,7 @@ class PrunedPrompt(PatchedHead):
         return made
 
     def _validate_generation_mode(self, generation_mode, *args, **kwargs):
-        if generation_mode == GenerationMode.ASSISTED_GENERATION and not self.madtp_projector.here.dense:
-            raise ValueError("generate must not be assisted on a pruned prompt, got an assistant or prompt lookup")
+        check_assistance(generation_mode, self.madtp_projector.here.dense)
         super()._validate_generation_mode(generation_mode, *args, **kwargs)  # type: ignore[misc]
 
     def _prune(self, input_ids: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any], PromptRecord]:
@@ -237,12 +235,8 @@ class PrunedPrompt(PatchedHead):
             for name in ("madtp_dropped", "madtp_columns"):  # of what it held before it was reset
                 vars(cache).pop(name, None)
             return
-        pruned, images = hasattr(cache, "madtp_dropped"), has_images(kwargs)
-        if (pruned and (images or not decoding)) or (images and not self.madtp_projector.here.dense):
-            what = "a pruned prompt, which the given one does not continue" if pruned else "a prompt"
-            raise ValueError(
-                f"past_key_values must be empty, got a cache that holds {what}: give the whole conversation anew"
-            )
+        pruned = hasattr(cache, "madtp_dropped")
+        check_follows(pruned, has_images(kwargs), decoding, self.madtp_projector.here.dense)
 
     def _placeholder_ids(self) -> list[int]:
         return [token for modality in MODALITIES if (token := token_of(self.config, modality)) is not None]

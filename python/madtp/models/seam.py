@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +34,7 @@ class Seam:
     State: Callable[[], Any] = ThreadState
 
     def __init__(self) -> None:
+        self._warned = False
         self._threads = _Threads(self.State)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -47,6 +49,15 @@ class Seam:
     def here(self) -> Any:
         """What holds in this thread alone."""
         return self._threads.here
+
+    def warn_of_large(self, where: str, amount: float | None, lengths: Sequence[int]) -> None:
+        """Says once that a count is larger than an image."""
+        least = min((length for length in lengths if length), default=None)
+        if isinstance(amount, int) and least is not None and amount > least and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"keep of {where} is {amount} tokens an image, and an image has {least}: it keeps all", stacklevel=3
+            )
 
 
 class _Threads(threading.local):

@@ -17,7 +17,7 @@ from madtp.models.mixing import change_class, check_forward, mixed
 from madtp.models.prefill_layers import PrefillLayer, WatchedAttention
 from madtp.models.prefill_seam import RULES_HERE, PrefillSeam
 from madtp.models.projector_seam import ProjectorSeam
-from madtp.models.prompt import MODALITIES, count_images, token_of
+from madtp.models.prompt import MODALITIES, count_images, in_prompt_order, token_of
 from madtp.models.pruned_prefill import PrunedPrefill
 from madtp.models.vlm import (
     decoder_of,
@@ -131,13 +131,10 @@ class VlmHandle:
         input_ids = inputs.get("input_ids")
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise ValueError(f"input_ids must be a tensor (B, S), got {type(input_ids).__name__}")
-        lengths: list[tuple[int, int]] = []
         config: Any = self.model.config
-        for modality in MODALITIES:
-            if token_of(config, modality) is not None:
-                images = count_images(input_ids, config, inputs, modality)
-                lengths += zip(images.begins(), images.lengths, strict=True)
-        ordered = [length for _, length in sorted(lengths, key=lambda pair: pair[0])]
+        known = [modality for modality in MODALITIES if token_of(config, modality) is not None]
+        images = [count_images(input_ids, config, inputs, modality) for modality in known]
+        ordered = in_prompt_order(images, (each.lengths for each in images))
         counts: dict[str, Any] = {}
         if PROJECTOR in self.seams:
             counts[PROJECTOR] = ordered = self.seams[PROJECTOR].keep.counts(ordered)
