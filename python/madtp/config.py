@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from madtp.choices import WEIGHT_DTYPES
-from madtp.dtp.selection_rules import METHOD, SELECTIONS
+from madtp.dtp.keep_rules import Rule, name_of
+from madtp.dtp.selection_rules import METHOD, SELECTIONS, is_selection
 from madtp.migration import CONFIG_NAMES, refuse_old_names
 from madtp_kernels import Pattern
 from madtp_kernels.renamed import renamed
@@ -33,7 +34,9 @@ class CompressionConfig:
 
     alignment_tokens: int = 100  # K
     alignment_dim: int = 768  # d
-    selection: str = METHOD  # which tokens stay: the method, or a rule to compare it with (`madtp.dtp.selection_rules`)
+    # Which tokens stay: the method, or a rule to compare it with (`madtp.dtp.selection_rules`), by its name or as a
+    # function like the rules of `Keep`, which no file can hold.
+    selection: str | Rule = METHOD
 
     temperature: float = 1.0  # where the search for the tau of every branch starts
     temperature_min: float = 1e-4
@@ -88,7 +91,7 @@ class CompressionConfig:
             self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer of at least 1")
         self._require("seed", _is_int(self.seed) and self.seed >= 0, "an integer of at least 0")
         self._number("hwp_ramp", lambda value: 0 <= value <= 1, "a number in [0, 1]")
-        self._require("selection", self.selection in SELECTIONS, f"one of {', '.join(SELECTIONS)}")
+        self._require("selection", is_selection(self.selection), f"one of {', '.join(SELECTIONS)}, or a function")
         self._require("hwp_schedule", self.hwp_schedule in ("gradual", "one_shot"), '"gradual" or "one_shot"')
         scores = ("magnitude", "activation", "token_weighted", "second_order")
         self._require("hwp_score", self.hwp_score in scores, f"one of {', '.join(scores)}")
@@ -112,7 +115,12 @@ class CompressionConfig:
             object.__setattr__(self, name, tuple(value))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Plain values, ready for JSON. Raises ValueError where the selection is a function."""
+        if callable(self.selection):
+            names = ", ".join(SELECTIONS)
+            raise ValueError(
+                f"selection must be one of {names} to be saved, got the function {name_of(self.selection)}"
+            )
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod

@@ -103,11 +103,13 @@ def compress(
 
     Raises:
         ValueError: a target cannot be reached, output_dir cannot be written to, data are empty or do not reach a
-            Linear, the model has int8 weights, which do not train, or the checkpoint is of another config.
+            Linear, the model has int8 weights, which do not train, the selection is a function, which no file holds, or
+            the checkpoint is of another config.
         TypeError: the model's class is not supported.
     """
     require_samples(train_data=train_data, eval_data=eval_data)
     refuse_int8(model)
+    config.to_dict()  # which every file of the run has
     if plan is not None and plan.weight_dtypes:
         config = replace(config, weight_dtype="int8")
     output_dir = require_writable("output_dir", output_dir)

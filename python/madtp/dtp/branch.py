@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from madtp.dtp.keep_rules import Rule
 from madtp.dtp.ragged import RaggedAttention, RaggedBatch
 from madtp.dtp.record import ForwardRecord
 from madtp.dtp.selection_rules import METHOD
@@ -30,10 +31,10 @@ class Branch:
         name: such as "vision".
         guide: alignment tokens and maps, shared with the other branches.
         attention: runs the branch's attention.
-        selection: one of `selection_rules.SELECTIONS`.
+        selection: one of `selection_rules.SELECTIONS`, or a function like the rules of `Keep`.
     """
 
-    def __init__(self, name: str, guide: AlignmentGuide, attention: RaggedAttention, selection: str = METHOD):
+    def __init__(self, name: str, guide: AlignmentGuide, attention: RaggedAttention, selection: str | Rule = METHOD):
         self.name, self.guide, self.attention, self.selection = name, guide, attention, selection
         self.temperature = 0.0
         self.capacity = "exact"  # or "upper_bound", where a forward needs no gradients: of `madtp.patch`

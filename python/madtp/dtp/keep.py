@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from madtp.dtp.keep_rules import RULES, Candidates, Kept, Rule, fewest_with_mass
+from madtp.dtp.keep_rules import RULES, Candidates, Kept, Rule, checked, fewest_with_mass, name_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Keep:
     @property
     def name(self) -> str:
         """Of its rule, to be read."""
-        return self.rule if isinstance(self.rule, str) else getattr(self.rule, "__name__", type(self.rule).__name__)
+        return name_of(self.rule)
 
     def counts(self, lengths: Sequence[int]) -> list[int]:
         """How many are left of images with so many tokens: of an image at least one, and never more than it has.
@@ -104,38 +103,15 @@ class Keep:
             return Kept(candidates.features.new_ones(sum(counts), dtype=torch.bool), None)
         rule = RULES[self.rule].choose if isinstance(self.rule, str) else self.rule
         given = rule(candidates, counts)
-        kept = given if isinstance(given, Kept) else Kept(given, None)
         if callable(self.rule):
-            self._check(kept, candidates, counts)
-        return kept
+            return checked(given, candidates, self.name, counts)
+        return given if isinstance(given, Kept) else Kept(given, None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON. Raises ValueError where the rule is a function."""
         if not isinstance(self.rule, str):
             raise ValueError(f"rule must be one of {', '.join(RULES)} to be saved, got the function {self.name}")
         return {"amount": self.amount, "mass": self.mass, "rule": self.rule}
-
-    def _check(self, kept: Kept, candidates: Candidates, counts: Sequence[int] | None) -> None:
-        keep, tokens = kept.keep, len(candidates.features)
-        if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
-            what = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
-            raise ValueError(f"rule {self.name} must return a bool tensor, or a Kept, got {what}")
-        if keep.shape != (tokens,):
-            raise ValueError(f"rule {self.name} must return one bool a token, ({tokens},), got {tuple(keep.shape)}")
-        left = candidates.counts_of(keep)
-        for number, (length, count) in enumerate(zip(candidates.lengths, left, strict=True)):
-            expected = counts[number] if counts is not None else None
-            if count != expected if expected is not None else count < min(1, length):
-                words = "at least 1 token" if expected is None else f"{expected} tokens"
-                raise ValueError(f"rule {self.name} must keep {words} of image {number}, got {count}")
-        features, given = kept.features, candidates.features
-        if features is None:
-            return
-        if not isinstance(features, Tensor) or features.shape != (sum(left), given.shape[1]):
-            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"rule {self.name} must return features ({sum(left)}, {given.shape[1]}), got {got}")
-        if features.dtype != given.dtype:
-            raise ValueError(f"rule {self.name} must return features of {given.dtype}, got {features.dtype}")
 
 
 def _is_share(value: object) -> bool:

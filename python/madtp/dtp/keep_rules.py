@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens of an image stay, by `Keep(rule=)`: rules without training, on one interface.
+"""Which tokens of an image stay, by `Keep(rule=)` or `CompressionConfig(selection=)`: rules on one interface.
 
 A rule takes `Candidates`, of one token at least, and how many of each image are to stay, and returns which: (T,) bool,
-or `Kept` where rows change too. Equations and sources are in docs/method.md. To add one, write its function and its
-row in `RULES`.
+or `Kept` where rows change too. In a tower a sequence takes the place of an image. Equations and sources are in
+docs/method.md. To add one, write its function and its row in `RULES`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Candidates(NamedTuple):
         text: (M, D), of the instruction, in the space of the features; None where the rule does not ask for it.
         text_lengths: rows of each text.
         text_of: for each image, the number of the text it is asked with.
+        logits: (T, K), the alignment of MAG; None where a rule has none.
     """
 
     features: Tensor
@@ -38,6 +39,7 @@ class Candidates(NamedTuple):
     text: Tensor | None = None
     text_lengths: Sequence[int] = ()
     text_of: Sequence[int] = ()
+    logits: Tensor | None = None
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -72,12 +74,18 @@ def largest(candidates: Candidates, counts: Sequence[int]) -> Tensor:
     return _best(_importance(candidates), candidates, counts)
 
 
-def random(candidates: Candidates, counts: Sequence[int], seed: int = 0) -> Tensor:
+def random(candidates: Candidates, counts: Sequence[int], seed: int | None = 0) -> Tensor:
     """Drawn at random, for each image anew from the seed: who else is in the batch does not matter.
 
-    `functools.partial(random, seed=1)` is a rule with other draws.
+    `functools.partial(random, seed=1)` is a rule with other draws; seed None goes on with those of torch, so that
+    every call has its own.
     """
-    draws = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for length in candidates.lengths]
+
+    def draw(length: int) -> Tensor:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return torch.rand(length, generator=generator)
+
+    draws = [draw(length) for length in candidates.lengths]
     return _best(torch.cat(draws).to(candidates.features.device), candidates, counts)
 
 
@@ -173,6 +181,44 @@ RULES = {
     "tome": RuleEntry(tome, merges=True),
     "visionzip": RuleEntry(visionzip, needs_importance=True, merges=True),
 }
+
+
+def name_of(rule: str | Rule) -> str:
+    """To be read: of a function its own."""
+    return rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
+
+
+def checked(given: Any, candidates: Candidates, name: str, counts: Sequence[int] | None = None) -> Kept:
+    """What a user's rule of that name returned.
+
+    Args:
+        counts: how many it has to keep of each image; None: at least one.
+
+    Raises:
+        ValueError: it is not what a rule returns, or keeps another number.
+    """
+    kept = given if isinstance(given, Kept) else Kept(given, None)
+    keep, tokens = kept.keep, len(candidates.features)
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+        what = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+        raise ValueError(f"rule {name} must return a bool tensor, or a Kept, got {what}")
+    if keep.shape != (tokens,):
+        raise ValueError(f"rule {name} must return one bool a token, ({tokens},), got {tuple(keep.shape)}")
+    left = candidates.counts_of(keep)
+    for number, (length, count) in enumerate(zip(candidates.lengths, left, strict=True)):
+        expected = counts[number] if counts is not None else None
+        if count != expected if expected is not None else count < min(1, length):
+            words = "at least 1 token" if expected is None else f"{expected} tokens"
+            raise ValueError(f"rule {name} must keep {words} of image {number}, got {count}")
+    features, entered = kept.features, candidates.features
+    if features is None:
+        return kept
+    if not isinstance(features, Tensor) or features.shape != (sum(left), entered.shape[1]):
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"rule {name} must return features ({sum(left)}, {entered.shape[1]}), got {got}")
+    if features.dtype != entered.dtype:
+        raise ValueError(f"rule {name} must return features of {entered.dtype}, got {features.dtype}")
+    return kept
 
 
 def relevance(candidates: Candidates) -> Tensor:

@@ -1,51 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens stay, by `CompressionConfig.selection`: the method's own rule and those it is compared with.
+"""Which tokens of a tower stay, by `CompressionConfig.selection`: the method's own rule and those it is compared with.
 
-A rule takes (stats, logits, cu_seqlens, temperature, summary_index) and returns the importance (T,) by which pruned
-tokens are merged, and the `Selection`. To add one, write its function and its row in `RULES`; the configuration and
-the branches read the names from here.
+A rule takes `Tokens` and a temperature and returns an `Outcome`. Those here threshold by the temperature; the others
+are the rules of `Keep`, or a user's function like them, which get a count for each sequence: of n prunable tokens
+ceil(n / (1 + temperature / HALF)). To add one, write its function and its row in `RULES`, or in
+`madtp.dtp.keep_rules.RULES`; the configuration and the branches read the names from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from madtp.dtp import keep_rules
+from madtp.dtp.keep_rules import Candidates, Kept, Rule
 from madtp_kernels import AttentionStats, Selection, score_and_select, select_tokens, token_importance
 from madtp_kernels.ragged import segment_sum, sequence_ids, summary_rows
 from madtp_kernels.selection import layout
 
-HALF = 10.0  # the temperature at which a rule of a fixed share keeps half of the tokens that enter a block
+HALF = 10.0  # the temperature at which a rule of counts keeps half of the tokens that enter a block
 
 
-def batch_max(
-    stats: AttentionStats, logits: Tensor, cu_seqlens: Tensor, temperature: float, summary_index: Tensor | None
-) -> tuple[Tensor, Selection]:
+class Tokens(NamedTuple):
+    """The tokens of a block, ragged, behind its attention."""
+
+    x: Tensor  # (T, C)
+    stats: AttentionStats
+    logits: Tensor | None  # (T, K), the alignment of MAG, of a guided rule
+    cu_seqlens: Tensor  # (B+1,) int32
+    summary_index: Tensor | None  # (B,) int32
+
+    def prunable(self) -> Tensor:
+        """(T,) bool: all but the summary tokens."""
+        return ~summary_rows(self.cu_seqlens, self.summary_index, self.x.shape[0])
+
+
+class Outcome(NamedTuple):
+    importance: Tensor  # (T,), by which pruned tokens are merged
+    selection: Selection
+    x: Tensor | None = None  # (T, C), where a rule changes the rows it keeps; no pruned token is merged then
+
+
+def batch_max(tokens: Tokens, temperature: float) -> Outcome:
     """The published rule: every sample keeps as many tokens as the sample that keeps most, its best.
 
     A sample with fewer than 2 tokens over that number keeps all. One host read per layer, as published.
     """
-    importance, own = score_and_select(stats, logits, cu_seqlens, temperature, summary_index=summary_index)
-    prunable = ~summary_rows(cu_seqlens, summary_index, importance.shape[0])
-    counts = _count(own.keep & prunable, cu_seqlens)
+    assert tokens.logits is not None, "the rule is guided"
+    importance, own = score_and_select(
+        tokens.stats, tokens.logits, tokens.cu_seqlens, temperature, summary_index=tokens.summary_index
+    )
+    counts = _count(own.keep & tokens.prunable(), tokens.cu_seqlens)
     most = counts.max().expand_as(counts) if len(counts) else counts
-    return importance, _best(importance, importance, most, cu_seqlens, summary_index)
+    return Outcome(importance, _best(importance, most, tokens))
 
 
-def unguided(
-    stats: AttentionStats, logits: None, cu_seqlens: Tensor, temperature: float, summary_index: Tensor | None
-) -> tuple[Tensor, Selection]:
+def unguided(tokens: Tokens, temperature: float) -> Outcome:
     """The method without MAG: what attention says decides alone.
 
     S = (S_cls + S_self) / 3, and in the threshold the softmax of A / tau is that of -z / tau, z the importances with
     mean 0 and deviation 1: near the least importance at a low temperature, at the mean at a high one, as with MAG.
     """
+    stats, cu_seqlens, summary_index = tokens.stats, tokens.cu_seqlens, tokens.summary_index
     nothing = stats.summary_attention.new_zeros(stats.summary_attention.shape[0], 1)
     importance = token_importance(stats, nothing, cu_seqlens, summary_index=summary_index)
-    values = importance.detach()
-    prunable = ~summary_rows(cu_seqlens, summary_index, values.shape[0])
+    values, prunable = importance.detach(), tokens.prunable()
     sequence, counts = sequence_ids(cu_seqlens, values.shape[0]), _count(prunable, cu_seqlens).clamp(min=1)
 
     def mean(of: Tensor) -> Tensor:  # over the prunable tokens of each sequence, at each token
@@ -53,58 +77,95 @@ def unguided(
 
     centred = values - mean(values)
     z = centred / mean(centred.square()).sqrt().clamp(min=torch.finfo(values.dtype).tiny)
-    return importance, select_tokens(importance, -z[:, None], cu_seqlens, temperature, summary_index=summary_index)
+    selection = select_tokens(importance, -z[:, None], cu_seqlens, temperature, summary_index=summary_index)
+    return Outcome(importance, selection)
 
 
-def static(
-    stats: AttentionStats, logits: None, cu_seqlens: Tensor, temperature: float, summary_index: Tensor | None
-) -> tuple[Tensor, Selection]:
-    """In every block a fixed share, those the summary token attends to most (EViT, arXiv 2202.07800)."""
-    attention = stats.summary_attention
-    importance = attention.masked_fill(summary_rows(cu_seqlens, summary_index, attention.shape[0]), 0)
-    return importance, _share(importance, importance, cu_seqlens, temperature, summary_index)
+def by_count(rule: Rule, attention: str | None, tokens: Tokens, temperature: float) -> Outcome:
+    """A rule of `Keep` in a tower, on the prunable tokens of each sequence.
+
+    Args:
+        attention: which of the statistics is the importance, by which pruned tokens are merged as well; None: the
+            attention that tokens receive is at hand, and they are averaged.
+    """
+    prunable = tokens.prunable()
+    lengths = [int(count) for count in _count(prunable, tokens.cu_seqlens).tolist()]
+    counts = [math.ceil(length / (1 + temperature / HALF)) for length in lengths]
+    counts = [length if length - count < 2 else count for length, count in zip(lengths, counts, strict=True)]
+    given = getattr(tokens.stats, attention or "received_attention")
+    importance = (torch.ones_like(given) if attention is None else given).masked_fill(~prunable, 0)
+    if counts == lengths:
+        return Outcome(importance, _laid_out(torch.ones_like(prunable), importance, tokens))
+    logits = None if tokens.logits is None else tokens.logits[prunable]
+    chosen = rule(Candidates(tokens.x[prunable], lengths, given[prunable], logits=logits), counts)
+    kept = chosen if isinstance(chosen, Kept) else Kept(chosen, None)
+    keep = torch.ones_like(prunable).masked_scatter(prunable, kept.keep)
+    selection = _laid_out(keep, importance, tokens)
+    if kept.features is None:
+        return Outcome(importance, selection)
+    ends = torch.nn.functional.pad(_count(keep, tokens.cu_seqlens).cumsum(0), (1, 0)).int()
+    selection = selection._replace(
+        cu_seqlens_out=ends, source=keep.nonzero().flatten().int(), merge_weight=torch.zeros_like(importance)
+    )
+    return Outcome(importance, selection, tokens.x.index_put(((keep & prunable).nonzero().flatten(),), kept.features))
 
 
-def random(
-    stats: AttentionStats, logits: None, cu_seqlens: Tensor, temperature: float, summary_index: Tensor | None
-) -> tuple[Tensor, Selection]:
-    """In every block a fixed share, drawn at random; the others are averaged."""
-    importance = torch.ones_like(stats.summary_attention)
-    importance = importance.masked_fill(summary_rows(cu_seqlens, summary_index, importance.shape[0]), 0)
-    return importance, _share(torch.rand_like(importance), importance, cu_seqlens, temperature, summary_index)
+def checked(rule: Rule) -> Rule:
+    """A user's function, of whose result is made sure that it is one."""
+
+    def choose(candidates: Candidates, counts: Sequence[int]) -> Tensor | Kept:
+        return keep_rules.checked(rule(candidates, counts), candidates, keep_rules.name_of(rule))
+
+    return choose
 
 
 METHOD = "instance"  # each sample keeps its own number of tokens: `madtp_kernels.prune_tokens`, one call for all of it
-RULES: dict[str, Callable[..., tuple[Tensor, Selection]]] = {
+ATTENTION = {"received": "received_attention", "cls": "summary_attention", "visionzip": "summary_attention"}
+# What a tower has not: a text in the space of its tokens, and the last token of a prompt.
+ELSEWHERE = [name for name, entry in keep_rules.RULES.items() if entry.needs_text or name == "fastv"]
+RULES: dict[str, Callable[[Tokens, float], Outcome]] = {
     "batch_max": batch_max,
     "unguided": unguided,
-    "static": static,
-    "random": random,
+    "static": partial(by_count, keep_rules.largest, "summary_attention"),  # "cls" by the name it had first
+    **{
+        name: partial(by_count, entry.choose, ATTENTION.get(name))
+        for name, entry in keep_rules.RULES.items()
+        if name not in ELSEWHERE
+    },
+    "random": partial(by_count, partial(keep_rules.random, seed=None), None),  # other tokens in every block and step
 }
 GUIDED = (METHOD, "batch_max")  # those that need the alignment of MAG; the others get None for their logits
 SELECTIONS = (METHOD, *RULES)
 
 
-def _share(score, importance, cu_seqlens, temperature, summary_index) -> Selection:
-    prunable = ~summary_rows(cu_seqlens, summary_index, score.shape[0])
-    counts = (_count(prunable, cu_seqlens) / (1 + temperature / HALF)).ceil()
-    return _best(score, importance, counts, cu_seqlens, summary_index)
+def choose(selection: str | Rule, tokens: Tokens, temperature: float) -> Outcome:
+    """What a selection other than the method's own does."""
+    if callable(selection):
+        return by_count(checked(selection), None, tokens, temperature)
+    return RULES[selection](tokens, temperature)
 
 
-def _best(score, importance, counts, cu_seqlens, summary_index) -> Selection:
+def is_selection(value: object) -> bool:
+    return callable(value) or (isinstance(value, str) and value in SELECTIONS)
+
+
+def _best(score: Tensor, counts: Tensor, tokens: Tokens) -> Selection:
     """Keeps the `counts` (B,) prunable tokens with the largest scores, of equal ones the first; all where fewer than 2
     would go."""
-    tokens = score.shape[0]
-    is_summary = summary_rows(cu_seqlens, summary_index, tokens)
-    sequence = sequence_ids(cu_seqlens, tokens)
-    order = score.detach().masked_fill(is_summary, float("inf")).argsort(descending=True, stable=True)
+    rows, prunable = score.shape[0], tokens.prunable()
+    sequence = sequence_ids(tokens.cu_seqlens, rows)
+    order = score.detach().masked_fill(~prunable, float("inf")).argsort(descending=True, stable=True)
     order = order[sequence[order].argsort(stable=True)]  # by sequence, the best first; row i is the (i - begin)th best
-    few_would_go = _count(~is_summary, cu_seqlens) - counts < 2
-    limit = torch.where(few_would_go, tokens, counts + _count(is_summary, cu_seqlens))
-    keep = torch.empty_like(is_summary)
-    keep[order] = torch.arange(tokens, device=score.device) - cu_seqlens[sequence] < limit[sequence]
-    keep, cu_seqlens_out, source, merge_weight = layout(keep, importance, cu_seqlens)
-    return Selection(keep, cu_seqlens, cu_seqlens_out, source[: int(cu_seqlens_out[-1])], merge_weight)
+    few_would_go = _count(prunable, tokens.cu_seqlens) - counts < 2
+    limit = torch.where(few_would_go, rows, counts + _count(~prunable, tokens.cu_seqlens))
+    keep = torch.empty_like(prunable)
+    keep[order] = torch.arange(rows, device=score.device) - tokens.cu_seqlens[sequence] < limit[sequence]
+    return _laid_out(keep, score, tokens)
+
+
+def _laid_out(keep: Tensor, importance: Tensor, tokens: Tokens) -> Selection:
+    keep, cu_seqlens_out, source, merge_weight = layout(keep, importance, tokens.cu_seqlens)
+    return Selection(keep, tokens.cu_seqlens, cu_seqlens_out, source[: int(cu_seqlens_out[-1])], merge_weight)
 
 
 def _count(which: Tensor, cu_seqlens: Tensor) -> Tensor:

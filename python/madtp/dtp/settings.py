@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from madtp.dtp.selection_rules import METHOD, SELECTIONS
+from madtp.dtp.selection_rules import METHOD, SELECTIONS, is_selection
 
 if TYPE_CHECKING:
     from madtp.dtp.branch import Branch
@@ -66,7 +66,12 @@ class BranchSettings(nn.Module):
                 raise ValueError(f'capacity of {name} must be "exact" with selection {selection!r}')
 
     def get_extra_state(self) -> Tensor:
-        text = json.dumps({"version": VERSION, "branches": self.values()}).encode()
+        # A function is not JSON; a state dict without a setting leaves what is set.
+        branches = {
+            name: {key: value for key, value in values.items() if not callable(value)}
+            for name, values in self.values().items()
+        }
+        text = json.dumps({"version": VERSION, "branches": branches}).encode()
         text = text.ljust(-(-len(text) // SIZE_MULTIPLE) * SIZE_MULTIPLE)
         return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
 
@@ -101,7 +106,7 @@ def _is_number(value: object) -> bool:
 _RULES = {  # setting -> its rule in words, and as a function
     "temperature": ("a finite number >= 0", lambda value: _is_number(value) and 0 <= value and math.isfinite(value)),
     "capacity": (f"one of {', '.join(CAPACITIES)}", lambda value: value in CAPACITIES),
-    "selection": (f"one of {', '.join(SELECTIONS)}", lambda value: value in SELECTIONS),
+    "selection": (f"one of {', '.join(SELECTIONS)}, or a function", is_selection),
     "samples_per_feature": (
         "an integer of at least 1",
         lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,

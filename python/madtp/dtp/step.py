@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from madtp.dtp.keep_rules import Rule
 from madtp.dtp.ragged import RaggedAttention, RaggedBatch
-from madtp.dtp.selection_rules import GUIDED, METHOD, RULES
+from madtp.dtp.selection_rules import GUIDED, METHOD, Tokens, choose
 from madtp.hooks import is_watched
 from madtp.mag import AlignmentGuide, aligned_feature
 from madtp_kernels import AttentionStats, Selection, gather_merge, gather_merge_layernorm, prune_tokens
@@ -25,7 +26,7 @@ class PruningStep:
     name: str  # of the branch
     guide: AlignmentGuide
     attention: RaggedAttention
-    selection: str
+    selection: str | Rule
     temperature: float
     align: bool
     observer: Callable[[Tensor, Selection], None] | None
@@ -94,8 +95,9 @@ class PruningStep:
                 capacity="upper_bound" if batch.fixed else "exact",
             )
         else:
-            rule = RULES[self.selection]
-            importance, selection = rule(stats, logits, batch.cu_seqlens, self.temperature, batch.summary_index)
+            tokens = Tokens(x, stats, logits, batch.cu_seqlens, batch.summary_index)
+            importance, selection, changed = choose(self.selection, tokens, self.temperature)
+            x = x if changed is None else changed
             if norm is None:
                 x = gather_merge(x, selection)
             else:
