@@ -14,7 +14,7 @@ needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is 
 
 
 def pruned(name):
-    """A patched model in float32 with 2:4 weights wherever its inputs go, its inputs, and the names of those Linears."""
+    """A patched model in float32 whose Linears are 2:4 where inputs reach them, its inputs, and those names."""
     model = make_vlm(name)
     inputs = {key: x.float() if x.is_floating_point() else x for key, x in vlm_batch(name, model).items()}
     model.float()

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoders that read images: the time to the first token and of a short answer, with image tokens pruned at each seam.
+
+Weights and images are random, in the shapes of published models. `--set tiles=4` cuts the image of SmolVLM2 into
+others, `--set layers=4` measures shallower towers and decoders.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import madtp
+from benchmarks.entry import Case, Entry, Thunk
+
+EAGER, SDPA = "Hugging Face eager", "Hugging Face SDPA"
+ANSWER = 16  # tokens
+TOLERANCE = 2e-3  # relative, of the logits, in float32
+BOUND_OF_LAYERS = 999
+PREFILL_LAYER = 2
+IMAGE_ID, PAD_ID, WORD_IDS = 3, 0, (10, 900)
+
+
+def _smolvlm(case: Case) -> nn.Module:
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 512}
+    text = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    text |= {"num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49280, "pad_token_id": PAD_ID}
+    config = hf.SmolVLMConfig(
+        vision_config=vision | {"patch_size": 16, "num_hidden_layers": min(12, case["layers"])},
+        text_config=text | {"num_hidden_layers": min(30, case["layers"])},
+        image_token_id=IMAGE_ID,
+        scale_factor=4,
+    )
+    return hf.SmolVLMForConditionalGeneration(config)
+
+
+def _smolvlm_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """An image cut into tiles, and itself; each is 64 tokens behind a mark."""
+    tiles = case["tiles"] + 1
+    words = [WORD_IDS[0]] * 3
+    prompt = sum(([*words, *[IMAGE_ID] * 64] for _ in range(tiles)), []) + _words(case)
+    return {"input_ids": torch.tensor([prompt]), "pixel_values": draw(1, tiles, 3, 512, 512)}
+
+
+def _llava(case: Case) -> nn.Module:
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336}
+    vision |= {"model_type": "clip_vision_model", "patch_size": 14, "projection_dim": 768}
+    text = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14}
+    text |= {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "pad_token_id": PAD_ID}
+    config = hf.LlavaConfig(
+        vision_config=vision | {"num_hidden_layers": min(24, case["layers"])},
+        text_config=text | {"num_hidden_layers": min(24, case["layers"])},
+        image_token_index=IMAGE_ID,
+    )
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def _llava_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+    prompt = [WORD_IDS[0], *[IMAGE_ID] * 576, *_words(case)]
+    return {"input_ids": torch.tensor([prompt]), "pixel_values": draw(1, 3, 336, 336)}
+
+
+def _words(case: Case) -> list[int]:
+    low, high = WORD_IDS
+    return [low + 7 * i % (high - low) for i in range(case["words"])]
+
+
+class Shape(NamedTuple):
+    build: Callable[[Case], nn.Module]
+    inputs: Callable[[Case, Callable[..., Tensor]], dict[str, Tensor]]
+
+
+SHAPES = {
+    "SmolVLM2-256M": Shape(_smolvlm, _smolvlm_inputs),
+    "LLaVA, 0.5B decoder": Shape(_llava, _llava_inputs),
+}
+CASES = [
+    {"model": "SmolVLM2-256M", "tiles": 12, "words": 60, "layers": BOUND_OF_LAYERS},
+    {"model": "LLaVA, 0.5B decoder", "words": 60, "layers": BOUND_OF_LAYERS},
+]
+SEAMS: dict[str, Callable[[float], dict[str, Any]]] = {
+    "tower": lambda share: {"vision": share},
+    "projector": lambda share: {"projector": share},
+    "prefill": lambda share: {"prefill": {PREFILL_LAYER: share}},
+}
+KEEPS: dict[str, Mapping[str, Any]] = {
+    "madtp dense": {"projector": 1.0},
+    **{f"madtp {seam} 1/{part}": of(1 / part) for seam, of in SEAMS.items() for part in (2, 4)},
+}
+
+
+class Models:
+    """A random model, and patched ones that share its weights."""
+
+    def __init__(self, case: Case, device: torch.device):
+        torch.manual_seed(0)
+        self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.plain = SHAPES[case["model"]].build(case).eval().requires_grad_(False).to(device, self.dtype)
+        self.plain.generation_config.eos_token_id = None
+        self.patched: dict[str, nn.Module] = {}
+
+    def with_attention(self, name: str) -> nn.Module:
+        model = _sharing_weights(self.plain)
+        model.set_attn_implementation(name)
+        return model
+
+    @functools.cached_property
+    def sdpa(self) -> nn.Module:
+        return self.with_attention("sdpa")
+
+    def keeping(self, provider: str) -> nn.Module:
+        if provider not in self.patched:
+            model = self.with_attention("sdpa")
+            madtp.patch(model, keep=KEEPS[provider])
+            self.patched[provider] = model
+        return self.patched[provider]
+
+
+class DecoderInputs(NamedTuple):
+    models: Models
+    tensors: dict[str, Tensor]
+
+
+def _sharing_weights(model: nn.Module) -> nn.Module:
+    shared = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+@functools.lru_cache(maxsize=1)
+def _models(device: torch.device, **case: Any) -> Models:
+    return Models(case, device)
+
+
+def decoder_inputs(case: Case, device: torch.device, seed: int) -> DecoderInputs:
+    models = _models(device, **{key: value for key, value in case.items() if key not in ("tiles", "words")})
+    generator = torch.Generator().manual_seed(seed)
+    tensors = SHAPES[case["model"]].inputs(case, lambda *shape: torch.randn(shape, generator=generator))
+    tensors["pixel_values"] = tensors["pixel_values"].to(models.dtype)
+    tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
+    return DecoderInputs(models, {name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def first_token(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+    """(1, V): the logits that the first token of an answer is chosen by, with a cache for those that follow."""
+    with torch.inference_mode():
+        return model(**tensors, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def answer(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+    """(1, ANSWER) token ids, greedy."""
+    out = model.generate(**tensors, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False)  # type: ignore[operator]
+    return out[:, tensors["input_ids"].shape[1] :]
+
+
+Task = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+
+
+def providers(task: Task) -> dict[str, Callable[[DecoderInputs], Thunk]]:
+    def plain(attention: str) -> Callable[[DecoderInputs], Thunk]:
+        def prepare(i: DecoderInputs) -> Thunk:
+            model = i.models.sdpa if attention == "sdpa" else i.models.with_attention(attention)
+            return lambda: task(model, i.tensors)
+
+        return prepare
+
+    def ours(name: str) -> Callable[[DecoderInputs], Thunk]:
+        def prepare(i: DecoderInputs) -> Thunk:
+            model = i.models.keeping(name)
+            return lambda: task(model, i.tensors)
+
+        return prepare
+
+    return {EAGER: plain("eager"), SDPA: plain("sdpa")} | {name: ours(name) for name in KEEPS}
+
+
+def check_first(i: DecoderInputs, result: Tensor, provider: str) -> None:
+    """Without pruning: Hugging Face's logits. With: as many image tokens as were asked for."""
+    if provider in KEEPS and provider != "madtp dense":
+        return check_counts(i, result, provider)
+    expected = first_token(i.models.sdpa, i.tensors).float()
+    error = ((result.float() - expected).norm() / expected.norm()).item()
+    assert error <= (TOLERANCE if i.models.dtype == torch.float32 else 5e-2), f"relative error {error:.1e}"
+    return None
+
+
+def check_answer(i: DecoderInputs, result: Tensor, provider: str) -> None:
+    assert result.shape == (1, ANSWER), f"an answer of {tuple(result.shape)}"
+    if provider in KEEPS:
+        check_counts(i, result, provider)
+
+
+def check_counts(i: DecoderInputs, result: Tensor, provider: str) -> None:
+    assert result.isfinite().all(), "the logits are not finite"
+    handle: Any = i.models.keeping(provider).madtp_handle
+    wanted = handle.counts(**i.tensors)
+    for seam, found in handle.selections.items():
+        left = (
+            {layer: [len(part) for part in parts] for layer, parts in found.items()} if isinstance(found, dict) else []
+        )
+        left = left or [len(part) for part in (found[-1] if seam == "vision" else found)]
+        assert left == wanted[seam], f"{seam} keeps {left}, and {wanted[seam]} were asked for"
+
+
+def weight_bytes(case: Case, i: DecoderInputs) -> int:
+    return sum(p.nbytes for p in i.models.plain.parameters()) + sum(t.nbytes for t in i.tensors.values())
+
+
+ENTRIES = tuple(
+    Entry(
+        name=name,
+        summary=summary,
+        cases=CASES,
+        inputs=decoder_inputs,
+        providers=providers(task),
+        baseline=SDPA,
+        gate=gate,
+        bytes=weight_bytes,
+        sets=1,
+        rounds=5,
+        seconds=60,
+        packages=("transformers",),
+        memory=False,
+    )
+    for name, summary, task, gate in (
+        ("decoders_first_token", "time to the first token of decoders that read an image", first_token, check_first),
+        ("decoders_answer", f"an answer of {ANSWER} tokens of decoders that read an image", answer, check_answer),
+    )
+)
