@@ -265,7 +265,9 @@ CASES = {
 
 # Towers that other cases do not have, for the seam inside of them.
 TOWER_CASES = {
-    "LLaVA with SigLIP": VlmCase(lambda: _llava(SIGLIP, vision_feature_select_strategy="full"), _squares),
+    "LLaVA with SigLIP": VlmCase(
+        lambda: _llava(SIGLIP, vision_feature_layer=-1, vision_feature_select_strategy="full"), _squares
+    ),
     "InternVL 6B": VlmCase(lambda: _internvl(use_qk_norm=True, norm_type="rms_norm"), _squares),
 }
 UNSOUND = ("LLaVA-NeXT", "OneVision", "Florence-2")  # whose towers cannot prune
