@@ -462,9 +462,9 @@ def test_one_token_of_an_image_stays(llava):
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ({"vision": 0.5}, "keep must be a dict with the seams 'projector', 'prefill' or both, got vision"),
-        (0.5, "keep must be a dict with the seams 'projector', 'prefill' or both, got float"),
-        ({}, "keep must be a dict with the seams 'projector', 'prefill' or both, got none"),
+        ({"tower": 0.5}, "keep must be a dict with some of the seams 'vision', 'projector', 'prefill', got tower"),
+        (0.5, "keep must be a dict with some of the seams 'vision', 'projector', 'prefill', got float"),
+        ({}, "keep must be a dict with some of the seams 'vision', 'projector', 'prefill', got none"),
         ({"projector": 0}, "amount must be a share"),
         ({"projector": madtp.Keep(0.5)}, "random, uniform, text, divprune, .*or a function; got rule 'received'"),
         ({"projector": madtp.Keep(0.5, rule="cls")}, "got rule 'cls'"),

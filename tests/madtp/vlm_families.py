@@ -80,8 +80,8 @@ def _qwen(kind: str):
     return getattr(hf, f"{kind}ForConditionalGeneration")(config)
 
 
-def _llava():
-    config = hf.LlavaConfig(vision_config=CLIP, text_config=_text("llama"), image_token_index=IMAGE)
+def _llava(vision: dict[str, Any] = CLIP, **more: Any):
+    config = hf.LlavaConfig(vision_config=vision, text_config=_text("llama"), image_token_index=IMAGE, **more)
     return hf.LlavaForConditionalGeneration(config)
 
 
@@ -111,8 +111,8 @@ def _onevision():
     return hf.LlavaOnevisionForConditionalGeneration(config)
 
 
-def _internvl():
-    vision = TOWER | {"image_size": [16, 16], "patch_size": [2, 2]}
+def _internvl(**more: Any):
+    vision = TOWER | {"image_size": [16, 16], "patch_size": [2, 2]} | more
     config = hf.InternVLConfig(
         vision_config=vision, text_config=_text("qwen2"), image_token_id=IMAGE, image_seq_length=16
     )
@@ -146,7 +146,7 @@ def _gemma3():
     layers = ["sliding_attention", "full_attention"] * 2
     text = TEXT | {"head_dim": 8, "sliding_window": 12, "num_hidden_layers": 4, "layer_types": layers}
     config = hf.Gemma3Config(
-        vision_config=SIGLIP,
+        vision_config=SIGLIP | {"patch_size": 2},
         text_config=text,
         image_token_index=IMAGE,
         boi_token_index=BEGIN,
@@ -263,6 +263,16 @@ CASES = {
     "Gemma 3": VlmCase(_gemma3, _squares, plain=False, chunks=False),
 }
 
+# Towers that other cases do not have, for the seam inside of them.
+TOWER_CASES = {
+    "LLaVA with SigLIP": VlmCase(
+        lambda: _llava(SIGLIP, vision_feature_layer=-1, vision_feature_select_strategy="full"), _squares
+    ),
+    "InternVL 6B": VlmCase(lambda: _internvl(use_qk_norm=True, norm_type="rms_norm"), _squares),
+}
+UNSOUND = ("LLaVA-NeXT", "OneVision", "Florence-2")  # whose towers cannot prune
+UNDESCRIBED = ("Mistral 3", "Janus", "GLM-4V")
+TOWERS = [name for name in (*CASES, *TOWER_CASES) if name not in UNSOUND + UNDESCRIBED]
 DECODERS = [name for name in CASES if name != "Florence-2"]  # whose layers read the prompt
 QUICK = ("Qwen2.5-VL", "LLaVA", "SmolVLM")  # that are no slow tests
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -272,7 +282,7 @@ LAYERS_BY_HAND = [name for name in DECODERS if name != "PaliGemma 2"]  # whose l
 def vlm_table() -> str:
     """What the tests show of each family, for docs/models.md."""
     header = ("model", "all kept", "some kept", "beams", "video", "static cache", "prefill in chunks", "gradients")
-    header += ("prefill seam",)
+    header += ("prefill seam", "vision seam")
     rows = [header, ("---",) * len(header)]
     for name, case in CASES.items():
         decodes = name != "Florence-2"
@@ -287,6 +297,7 @@ def vlm_table() -> str:
                 ("yes" if case.chunks else "not in transformers") if decodes else "reads no prompt",
                 "yes" if case.plain else "",
                 "as hidden" + ", by hand" * (name in LAYERS_BY_HAND) if decodes else "reads no prompt",
+                "by hand" if name in TOWERS else "refused",
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -295,7 +306,7 @@ def vlm_table() -> str:
 def make_vlm(name: str):
     """In eval mode and float64, with weights large enough for tokens to differ."""
     torch.manual_seed(0)
-    model = CASES[name].make()
+    model = (CASES | TOWER_CASES)[name].make()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.25)
@@ -306,7 +317,7 @@ def make_vlm(name: str):
 def vlm_batch(name: str, model, seed: int = 1, right: bool = False) -> dict[str, Any]:
     """The arguments of a forward of two samples, with one image and with two."""
     generator = torch.Generator().manual_seed(seed)
-    pixels = CASES[name].pixels(generator)
+    pixels = (CASES | TOWER_CASES)[name].pixels(generator)
     with torch.no_grad():
         rows = model.base_model.get_image_features(**pixels, return_dict=True).pooler_output
     counts = [len(part) for part in rows]

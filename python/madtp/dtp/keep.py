@@ -99,6 +99,10 @@ class Keep:
             counts = [min(pair) for pair in zip(counts, candidates.lengths, strict=True)]
         elif self.mass is not None:
             counts = fewest_with_mass(candidates, self.mass)
+        return self.choose_so_many(candidates, counts)
+
+    def choose_so_many(self, candidates: Candidates, counts: Sequence[int] | None) -> Kept:
+        """`choose`, with how many of each image are to stay; None where the rule decides."""
         if counts == list(candidates.lengths):
             return Kept(candidates.features.new_ones(sum(counts), dtype=torch.bool), None)
         rule = RULES[self.rule].choose if isinstance(self.rule, str) else self.rule

@@ -51,20 +51,18 @@ class WatchedAttention(nn.Module):
     @property
     def config(self) -> Any:
         config = vars(self)["config"]
-        return _Watched(config) if self.madtp_prefill.here.watched == self.layer_idx else config
+        return Watched(config, NAME) if self.madtp_prefill.here.watched == self.layer_idx else config
 
     @config.setter
     def config(self, config: Any) -> None:
         vars(self)["config"] = config
 
 
-class _Watched:
+class Watched:
     """A config as it is, with another attention."""
 
-    _attn_implementation = NAME
-
-    def __init__(self, config: Any):
-        self.config = config
+    def __init__(self, config: Any, attention: str):
+        self.config, self._attn_implementation = config, attention
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.config, name)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from madtp.dtp.keep import Keep
 from madtp.dtp.keep_rules import Candidates, Kept
 from madtp.models.prompt import Images, in_prompt_order
 from madtp.models.seam import Seam, ThreadState
+from madtp.models.vision_seam import TowerRecord
 
 
 @dataclass
@@ -19,6 +21,7 @@ class PromptRecord:
 
     Args:
         images, keeps: of each modality its images, and (T,) bool, which of their tokens were kept.
+        towers: of each modality what the tower left; None where it kept all.
         width: columns of the whole prompt.
         columns: (B, S') int64, those that were left; -1 for padding.
         input_ids: (B, S), the prompt that was given.
@@ -27,6 +30,7 @@ class PromptRecord:
 
     images: list[Images] = field(default_factory=list)
     keeps: list[Tensor] = field(default_factory=list)
+    towers: list[TowerRecord | None] = field(default_factory=list)
     width: int = 0
     columns: Tensor | None = None
     input_ids: Tensor | None = None
@@ -41,6 +45,15 @@ class PromptRecord:
         """The places kept among the tokens of each image, int64 ascending, in the order of the prompt."""
         parts = (keep.split(images.lengths) for images, keep in zip(self.images, self.keeps, strict=True))
         return [part.nonzero().flatten() for part in in_prompt_order(self.images, parts)]
+
+    def tower_selections(self) -> list[list[Tensor]]:
+        """By layer of the tower, of each image the units kept behind it, as `selections` has the places."""
+        depth = max((len(tower.kept) for tower in self.towers if tower is not None), default=0)
+        found = [
+            [[torch.arange(length) for length in images.lengths]] * depth if tower is None else tower.selections()
+            for images, tower in zip(self.images, self.towers, strict=True)
+        ]
+        return [in_prompt_order(self.images, (layers[number] for layers in found)) for number in range(depth)]
 
     def lengths(self) -> list[int]:
         """How many tokens each image had, in the order of the prompt."""

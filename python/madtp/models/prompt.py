@@ -82,12 +82,11 @@ def find_placeholders(input_ids: Tensor, config: Any, modality: str) -> Tensor:
 
 
 def find_images(
-    input_ids: Tensor, config: Any, modality: str, features: Sequence[Tensor], mask: Tensor | None = None
+    input_ids: Tensor, config: Any, modality: str, lengths: Sequence[int], mask: Tensor | None = None
 ) -> Images:
-    """Raises ValueError unless there is a placeholder for each of the features, (n, D) an image, that the attention
-    mask (B, S) does not hide."""
+    """Of images with so many tokens. Raises ValueError unless there is a placeholder for each, that the attention mask
+    (B, S) does not hide."""
     placeholders = find_placeholders(input_ids, config, modality)
-    lengths = [len(part) for part in features]
     found = int((placeholders if mask is None else placeholders & mask.bool()).sum())
     if found != sum(lengths):
         token = f"{modality}_token_id ({token_of(config, modality)})"
@@ -95,7 +94,7 @@ def find_images(
             f"input_ids must hold one {token}, not masked, for each of the {sum(lengths)} tokens that the projector "
             f"gives, got {found}"
         )
-    return Images(modality, placeholders, lengths)
+    return Images(modality, placeholders, list(lengths))
 
 
 def count_images(input_ids: Tensor, config: Any, kwargs: Mapping[str, Any], modality: str) -> Images:

@@ -174,8 +174,8 @@ class PrunedPrefill(PatchedHead):
         for modality in MODALITIES:
             if (output := kwargs["mm_encoder_outputs"].get(modality)) is not None:
                 placeholders = find_placeholders(input_ids, self.config, modality)
-                features = features_of(output, modality, placeholders)
-                found.append(find_images(input_ids, self.config, modality, features))
+                lengths = [len(part) for part in features_of(output, modality, placeholders)]
+                found.append(find_images(input_ids, self.config, modality, lengths))
         columns = torch.arange(input_ids.shape[1], device=input_ids.device).masked_fill(~real, -1)
         return PrefillRecord(ImageMap.of(input_ids, found).at(columns), real, hidden)
 

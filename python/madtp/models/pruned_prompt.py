@@ -146,14 +146,20 @@ class PrunedPrompt(PatchedHead):
         for modality in MODALITIES:
             if (output := outputs.get(modality)) is None:
                 continue
-            placeholders = find_placeholders(input_ids, self.config, modality)
+            placeholders, left = (
+                find_placeholders(input_ids, self.config, modality),
+                getattr(output, "madtp_left", None),
+            )
             features = features_of(output, modality, placeholders)
-            images = find_images(input_ids, self.config, modality, features, kwargs.get("attention_mask"))
+            lengths = [len(part) for part in features] if left is None else left.lengths
+            images = find_images(input_ids, self.config, modality, lengths, kwargs.get("attention_mask"))
             chosen = seam.choose(self._candidates(input_ids, kwargs, features, images))
-            kept = kept.masked_scatter(images.placeholders, chosen.keep.to(kept.device))
+            keep = chosen.keep if left is None else left.kept[-1].masked_scatter(left.kept[-1], chosen.keep)
+            kept = kept.masked_scatter(images.placeholders, keep.to(kept.device))
             outputs[modality] = (_hidden if record.hidden else _pruned)(output, features, chosen)
+            record.towers.append(left)
             record.images.append(images)
-            record.keeps.append(chosen.keep)
+            record.keeps.append(keep)
         if record.hidden:
             made: Shortened = hide(input_ids, kwargs, kept)
         else:
@@ -165,9 +171,9 @@ class PrunedPrompt(PatchedHead):
     def _candidates(
         self, input_ids: Tensor, kwargs: Mapping[str, Any], features: list[Tensor], images: Images
     ) -> Candidates:
-        rows = torch.cat(features)
+        rows, lengths = torch.cat(features), [len(part) for part in features]
         if not self.madtp_projector.keep.needs_text:
-            return Candidates(rows, images.lengths)
+            return Candidates(rows, lengths)
         words = torch.ones_like(input_ids, dtype=torch.bool)
         if kwargs.get("attention_mask") is not None:
             words &= kwargs["attention_mask"].bool()
@@ -176,7 +182,7 @@ class PrunedPrompt(PatchedHead):
         with torch.no_grad():
             text = self.get_input_embeddings()(input_ids[words].to(rows.device))  # type: ignore[operator]
         text_of = [min(begin // input_ids.shape[1], len(input_ids) - 1) for begin in images.begins()]
-        return Candidates(rows, images.lengths, None, text, words.sum(1).tolist(), text_of)
+        return Candidates(rows, lengths, None, text, words.sum(1).tolist(), text_of)
 
     def _tensors(self, kwargs: Mapping[str, Any]) -> dict[str, bool]:
         """Of each modality that is pruned, whether the model reads one tensor of all images and no list."""
@@ -185,7 +191,7 @@ class PrunedPrompt(PatchedHead):
         outputs = kwargs["mm_encoder_outputs"]
         given = {modality: outputs.get(modality) for modality in MODALITIES}
         return {
-            modality: isinstance(getattr(output, "pooler_output", None), Tensor)
+            modality: getattr(output, "madtp_joined", isinstance(getattr(output, "pooler_output", None), Tensor))
             for modality, output in given.items()
             if output is not None
         }
@@ -261,16 +267,27 @@ def _pruned(output: Any, features: list[Tensor], chosen: Kept) -> Any:
 
 
 def _hidden(output: Any, features: list[Tensor], chosen: Kept) -> Any:
-    """An encoder's output with all tokens, in which those that are kept are as the rule has changed them."""
-    if chosen.features is None:
+    """An encoder's output with all tokens, in which those that are kept are as the rule has changed them, and those
+    that a tower has lost are zeros."""
+    left = getattr(output, "madtp_left", None)
+    if chosen.features is None and left is None:
         return output
-    rows: Any = torch.cat(features).masked_scatter(chosen.keep[:, None], chosen.features)
-    if isinstance(output.pooler_output, Tensor):
-        rows = rows.view_as(output.pooler_output)
+    rows: Any = torch.cat(features)
+    if chosen.features is not None:
+        rows = rows.masked_scatter(chosen.keep[:, None], chosen.features)
+    if left is not None:
+        parts = left.whole(rows)
+        fields = {"pooler_output": torch.stack(parts) if output.madtp_joined else parts}
+        if (layers := output.get("deepstack_features")) is not None:
+            fields["deepstack_features"] = [left.whole(torch.cat(layer)) for layer in layers]
+    elif isinstance(output.pooler_output, Tensor):
+        fields = {"pooler_output": rows.view_as(output.pooler_output)}
     else:
         parts = rows.split([len(part) for part in features])
-        rows = [part.view_as(given) for part, given in zip(parts, output.pooler_output, strict=True)]
-    return type(output)(**{**output, "pooler_output": rows})
+        fields = {
+            "pooler_output": [part.view_as(given) for part, given in zip(parts, output.pooler_output, strict=True)]
+        }
+    return type(output)(**{**output, **fields})
 
 
 def _pruned_layer(layer: Any, keeps: tuple[Tensor, ...]) -> Any:

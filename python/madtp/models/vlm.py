@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from operator import attrgetter
 from typing import Any
 
 import transformers as hf
@@ -13,6 +14,10 @@ from madtp.models.florence2 import PrunedFlorence2
 from madtp.models.prefill_layers import eager_attention
 from madtp.models.prompt import MODALITIES, token_of
 from madtp.models.pruned_prompt import PrunedPrompt
+from madtp.models.pruned_vision import depth_of, parts_of
+from madtp.models.vision_connectors import CONNECTORS, UNSOUND, summary_reason
+from madtp.models.vision_layers import attention_of
+from madtp.models.vision_towers import TOWERS
 
 MIXINS = {hf.Florence2ForConditionalGeneration: PrunedFlorence2}  # by class, of those that need another than most
 HIDDEN_STATES = ("fuyu", "llama4")  # model types that read other fields of an encoder's output than its pooler_output
@@ -86,3 +91,28 @@ def window_of(config: Any, layer: int) -> int | None:
     """How many columns a decoder's layer sees back, by its config; None for all."""
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     return window if kinds is None or kinds[layer] == "sliding_attention" else None
+
+
+def tower_layers(model: nn.Module) -> list[Any]:
+    """The layers of the vision tower that run, of a model that `vision_unsupported_reason` has nothing against."""
+    _, tower, spec = parts_of(model.base_model)
+    return list(attrgetter(spec.layers)(tower))[: depth_of(model.base_model)]
+
+
+def vision_unsupported_reason(model: nn.Module, rule: Any) -> str | None:
+    """Why the vision tower of a model that has a projector seam cannot prune by a rule, or None."""
+    base: Any = model.base_model
+    kind = base.config.model_type
+    if kind not in CONNECTORS:
+        return UNSOUND.get(kind, f"its class must be known: of the model types {', '.join(CONNECTORS)}")
+    tower: Any = getattr(base, CONNECTORS[kind].tower)
+    if tower.config.model_type not in TOWERS:
+        return f"its tower must be of the model types {', '.join(TOWERS)}, and is {tower.config.model_type}"
+    _, _, spec = parts_of(base)
+    if (reason := summary_reason(base, spec.summary)) is not None:
+        return reason
+    if any(attention_of(layer) is None for layer in attrgetter(spec.layers)(tower)) or not depth_of(base):
+        return "its tower must have layers that call the attention of transformers"
+    if rule == "cls" and not spec.summary:
+        return "its tower must have a CLS token for the rule 'cls'"
+    return None

@@ -23,7 +23,7 @@ from madtp.models.vlm import unsupported_reason
 from madtp.patching.handle import patch
 from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.state import ModelError, Settings, check_files, read_checksums, unreadable
-from madtp.patching.vlm_handle import loaded_keep
+from madtp.patching.vlm_keep import loaded_keep
 
 FILE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}  # of the parts of int8 layers, by safetensors
 WHERE = f"quantization_config of {CONFIG_FILE}"

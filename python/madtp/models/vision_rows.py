@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The patches of images as rows, one image after another, while they go through a vision tower and get fewer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Rows:
+    """T rows, of which m make a unit: the patches that become one token of the decoder.
+
+    Args:
+        x: (T, C).
+        unit: (T,) int64, the number of the unit that a row is of, among those of all images in the order of their
+            tokens; -1 for rows that are of none, as CLS and registers, and always stay. Rows of a unit are in reading
+            order.
+        size: m.
+        lengths: how many units each image has at first.
+        ends: (S + 1,) int32, the ends of the segments that attend to themselves: of frames, or of images.
+        windows: of those that do so in layers with windows; None where no layer has some.
+        rotary: (T, D) each, the cosines and sines of every row; None where positions are in x.
+        longest: at least the longest segment.
+    """
+
+    x: Tensor
+    unit: Tensor
+    size: int
+    lengths: list[int]
+    ends: Tensor
+    longest: int
+    windows: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of_grids(cls, hidden: Tensor, grid: tuple[int, int], side: int, tiles: Sequence[int]) -> Rows:
+        """hidden (B, P + height * width, C): P rows of no unit, then a grid in reading order, of each tile.
+
+        Args:
+            grid: height, width.
+            side: patches of a unit along each axis.
+            tiles: how many of the B make up each image.
+        """
+        batch, length, channels = hidden.shape
+        order = unit_major(*grid, side).to(hidden.device)
+        protected, units = length - len(order), len(order) // side**2
+        x = torch.cat([hidden[:, :protected], hidden[:, protected:][:, order]], 1)
+        unit = torch.arange(batch * units, device=hidden.device).repeat_interleave(side**2)
+        unit = F.pad(unit.view(batch, len(order)), (protected, 0), value=-1)
+        ends = torch.arange(batch + 1, dtype=torch.int32, device=hidden.device) * length
+        lengths = [count * units for count in tiles]
+        return cls(x.reshape(-1, channels), unit.flatten(), side**2, lengths, ends, length)
+
+    def with_x(self, x: Tensor) -> Rows:
+        return replace(self, x=x)
+
+    def in_order(self, units: Tensor, windows: Tensor) -> Rows:
+        """These rows, unit by unit so far, in another order of units (U,), and with the ends of windows of rows."""
+        index = (units[:, None] * self.size + torch.arange(self.size, device=units.device)).flatten()
+        rotary = None if self.rotary is None else (self.rotary[0][index], self.rotary[1][index])
+        return replace(self, x=self.x[index], unit=self.unit[index], rotary=rotary, windows=windows)
+
+    def keep(self, alive: Tensor) -> tuple[Rows, Tensor]:
+        """The rows of the units that are alive (U,), and their numbers among the rows."""
+        stay = (self.unit < 0) | alive[self.unit]
+        index, before = stay.nonzero().flatten(), F.pad(stay.cumsum(0, dtype=torch.int32), (1, 0))
+        rotary = None if self.rotary is None else (self.rotary[0][index], self.rotary[1][index])
+        ends, windows = before[self.ends.long()], None if self.windows is None else before[self.windows.long()]
+        return (
+            replace(self, x=self.x[index], unit=self.unit[index], ends=ends, windows=windows, rotary=rotary),
+            index,
+        )
+
+    def importance(self, of_rows: Tensor) -> Tensor:
+        """(T,) -> (U,), the sum of each unit's rows; 0 of those that are gone."""
+        return of_rows.new_zeros(sum(self.lengths) + 1).index_add(0, self.unit + 1, of_rows)[1:]
+
+    def units(self, x: Tensor) -> Tensor:
+        """Of these rows x (T, C) -> (U', m, C), those of the units that are left, in the order of tokens."""
+        order = self.unit.argsort(stable=True)[int((self.unit < 0).sum()) :]
+        return x[order].unflatten(0, (-1, self.size))
+
+
+def unit_major(height: int, width: int, side: int) -> Tensor:
+    """(height * width,) int64: the rows of a grid in reading order, unit by unit."""
+    if height % side or width % side:
+        raise ValueError(
+            f"pixel_values must have patches in multiples of {side} along each axis, got {height} x {width}"
+        )
+    rows = torch.arange(height * width).reshape(height // side, side, width // side, side)
+    return rows.transpose(1, 2).flatten()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seam inside the vision tower: how many units are left behind each of its layers, and which.
+
+A unit is the patches that become one token of the decoder. What is left falls evenly from layer to layer: of a share r
+behind the last of L layers, r^(l/L) of the units are left behind layer l.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madtp.dtp.keep import Keep
+from madtp.dtp.keep_rules import RULES, Candidates, Rule, fewest_with_mass
+from madtp.models.seam import Seam, ThreadState
+
+NAME = "vision"
+RULES_HERE = ("received", "cls", "divprune", "uniform", "random")
+PLANNED = ("uniform", "random")  # which look at nothing: what they keep is known before the tower runs
+
+
+@dataclass
+class TowerRecord:
+    """What a tower left of some images.
+
+    Args:
+        lengths: how many units each has.
+        kept: by layer, (U,) bool, the units of all of them that were left behind it.
+    """
+
+    lengths: list[int]
+    kept: list[Tensor]
+
+    def selections(self) -> list[list[Tensor]]:
+        """By layer, for each image the units kept, int64 ascending."""
+        return [[part.nonzero().flatten() for part in kept.split(self.lengths)] for kept in self.kept]
+
+    def whole(self, rows: Tensor) -> list[Tensor]:
+        """rows (U', D) of the units left at the end -> for each image (n, D), with zeros where one is gone."""
+        left = self.kept[-1]
+        return list(rows.new_zeros(len(left), rows.shape[1]).masked_scatter(left[:, None], rows).split(self.lengths))
+
+
+class VisionState(ThreadState):
+    """What one thread knows of the seam: the attention that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attending: Any = None
+
+
+class VisionSeam(Seam):
+    """Units are pruned inside the tower, behind each of its layers.
+
+    Args:
+        keep: what is left of each image behind the last layer.
+        layers: how many layers run: those behind the one that the projector reads do not.
+    """
+
+    State = VisionState
+
+    def __init__(self, keep: Keep, layers: int):
+        super().__init__()
+        self.keep, self.layers = keep, layers
+
+    def counts(self, lengths: Sequence[int]) -> list[list[int]]:
+        """By layer, how many units are left of images that have so many: of an image at least one.
+
+        Raises:
+            ValueError: what is left depends on more than lengths.
+        """
+        last = self.keep.counts(lengths)
+        shares = [
+            self.keep.amount if isinstance(self.keep.amount, float) else n / max(length, 1)
+            for n, length in zip(last, lengths, strict=True)
+        ]
+        return [
+            [_left(length, share ** (layer / self.layers)) for length, share in zip(lengths, shares, strict=True)]
+            for layer in range(1, self.layers + 1)
+        ]
+
+
+class UnitSelection:
+    """The units that are left while a tower runs.
+
+    Args:
+        lengths: how many units each image has.
+        device: of the tower.
+    """
+
+    def __init__(self, seam: VisionSeam, lengths: Sequence[int], device: torch.device):
+        self.seam, self.record = seam, TowerRecord(list(lengths), [])
+        self.alive = torch.ones(sum(lengths), dtype=torch.bool, device=device)
+        self.left = list(lengths)  # of each image
+        keep = seam.keep
+        seam.warn_of_large(f"the seam {NAME!r}", keep.amount, lengths)
+        self._counts = seam.counts(lengths) if keep.is_fixed else None
+        self._planned: list[Tensor] | None = None
+        if self._counts is not None and isinstance(keep.rule, str) and keep.rule in PLANNED:
+            self._planned = [kept.to(device) for kept in nested(RULES[keep.rule].choose, lengths, self._counts)]
+
+    def prunes(self, layer: int) -> bool:
+        """Whether units may go behind a layer; layers count from 0."""
+        return self._counts is None or self._counts[layer] != self.left
+
+    def watches(self, layer: int) -> bool:
+        """Whether what goes behind a layer depends on its attention."""
+        keep = self.seam.keep
+        return self._planned is None and self.prunes(layer) and (keep.mass is not None or keep.rule != "divprune")
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the rule looks at the units themselves."""
+        return callable(self.seam.keep.rule) or self.seam.keep.rule == "divprune"
+
+    def prune(self, layer: int, importance: Tensor | None, features: Tensor | None) -> Tensor | None:
+        """Chooses behind a layer; to be called behind each.
+
+        Args:
+            importance: (U,), of all units; None unless the layer is watched.
+            features: of the units that are left, (U', m C); None unless they are needed.
+
+        Returns:
+            (U,) bool, the units that are left; None where none has gone.
+        """
+        before, keep = self.alive, self.seam.keep
+        if self._planned is not None:
+            self.alive = self._planned[layer]
+        elif self.prunes(layer):
+            counts = None if self._counts is None else self._counts[layer]
+            importance = None if importance is None else importance[before]
+            candidates = Candidates(_rows(features, importance), self.left, importance)
+            if keep.mass is not None:
+                counts = fewest_with_mass(candidates, keep.mass ** (1 / self.seam.layers))
+            chosen = keep.choose_so_many(candidates, counts)
+            if chosen.features is not None:
+                raise ValueError(f"rule {keep.name} must return a bool tensor in a tower, where units stay as they are")
+            self.alive = before.masked_scatter(before, chosen.keep)
+            if counts is None:
+                self.left = [int(part.sum()) for part in self.alive.split(self.record.lengths)]
+            else:
+                self.left = list(counts)
+        if self._counts is not None:
+            self.left = self._counts[layer]
+        self.record.kept.append(self.alive)
+        return None if self.alive is before else self.alive
+
+
+def nested(rule: Rule, lengths: Sequence[int], counts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """By layer, (U,) bool, what a rule keeps that looks at nothing: behind the last layer what it takes of all units,
+    and from there back those, and what it takes of the others."""
+    keep, before = torch.zeros(sum(lengths), dtype=torch.bool), [0] * len(lengths)
+    kept = []
+    for wanted in reversed(counts):
+        rest = (~keep).nonzero()
+        others = [length - taken for length, taken in zip(lengths, before, strict=True)]
+        more = [count - taken for count, taken in zip(wanted, before, strict=True)]
+        taken = rule(Candidates(rest.float(), others), more)
+        keep = keep.index_fill(0, rest.flatten()[taken], True)
+        kept.append(keep)
+        before = list(wanted)
+    return kept[::-1]
+
+
+def _left(length: int, share: float) -> int:
+    """A share of an image, rounded up, and at least one."""
+    return max(math.ceil(round(share * length, 9)), min(1, length))
+
+
+def _rows(features: Tensor | None, importance: Tensor | None) -> Tensor:
+    """What stands for the features where the rule does not look at them."""
+    if features is not None:
+        return features
+    assert importance is not None, "a rule looks at one of them"
+    return importance[:, None]

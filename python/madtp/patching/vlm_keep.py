@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `keep=` of a decoder may be: by seam an amount and a rule, checked, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from madtp.dtp.keep import Keep
+from madtp.dtp.keep_rules import RULES
+from madtp.models.prefill_seam import RULES_HERE as PREFILL_RULES
+from madtp.models.vision_seam import RULES_HERE as TOWER_RULES
+from madtp.models.vlm import decoder_of, first_prefill_layer, prefill_unsupported_reason, vision_unsupported_reason
+
+VISION, PROJECTOR, PREFILL = "vision", "projector", "prefill"
+DEFAULT_RULES = {VISION: "received", PROJECTOR: "divprune", PREFILL: "fastv"}  # of a plain share or count, by seam
+Amounts = Keep | dict[int, Keep]  # of a seam; of prefill by layer
+
+
+def check_keep(keep: Mapping[str, Any]) -> dict[str, Amounts]:
+    """By seam. Raises ValueError for an unknown seam, a bad amount, or a rule that cannot run there."""
+    if not isinstance(keep, Mapping) or not keep or set(keep) - set(DEFAULT_RULES):
+        got = ", ".join(map(str, keep)) if isinstance(keep, Mapping) else type(keep).__name__
+        seams = ", ".join(map(repr, DEFAULT_RULES))
+        raise ValueError(f"keep must be a dict with some of the seams {seams}, got {got or 'none'}")
+    checked: dict[str, Amounts] = {}
+    if VISION in keep:
+        checked[VISION] = value = Keep.of(keep[VISION], DEFAULT_RULES[VISION])
+        if isinstance(value.rule, str) and value.rule not in TOWER_RULES:
+            raise ValueError(
+                f"keep of {VISION!r} must have one of the rules {', '.join(TOWER_RULES)}, or a function, got "
+                f"{value.rule!r}"
+            )
+    if PROJECTOR in keep:
+        checked[PROJECTOR] = value = Keep.of(keep[PROJECTOR], DEFAULT_RULES[PROJECTOR])
+        if value.needs_importance:
+            runs = ", ".join(rule for rule, entry in RULES.items() if not entry.needs_importance)
+            what = f"mass {value.mass}" if value.mass is not None else f"rule {value.name!r}"
+            raise ValueError(
+                f"keep of {PROJECTOR!r} must do without the importance of attention, which is not computed there: an "
+                f"amount and one of the rules {runs}, or a function; got {what}"
+            )
+    if PREFILL in keep:
+        checked[PREFILL] = _check_prefill(keep[PREFILL])
+    return checked
+
+
+def _check_prefill(given: Any) -> dict[int, Keep]:
+    if not isinstance(given, Mapping) or not given:
+        got = f"{given!r}" if isinstance(given, float | int) else type(given).__name__
+        raise ValueError(
+            f"keep of {PREFILL!r} must be a dict by how many layers have run, such as {{2: 0.5}}, got {got}"
+        )
+    for layer in given:
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+            raise ValueError(f"keep of {PREFILL!r} must be by a number of layers, an int >= 1, got {layer!r}")
+    checked = {layer: Keep.of(given[layer], DEFAULT_RULES[PREFILL]) for layer in sorted(given)}
+    for layer, value in checked.items():
+        if isinstance(value.rule, str) and value.rule not in PREFILL_RULES:
+            raise ValueError(
+                f"keep of {PREFILL!r} behind layer {layer} must have one of the rules {', '.join(PREFILL_RULES)}, or a "
+                f"function, got {value.rule!r}"
+            )
+    for (before, first), (layer, value) in pairwise(checked.items()):
+        one, other, where = first.amount, value.amount, f"keep of {PREFILL!r}"
+        if one is not None and other is not None and type(one) is type(other) and other > one:
+            raise ValueError(
+                f"{where} must not grow from layer to layer, got {one} behind {before} and {other} behind {layer}"
+            )
+    return checked
+
+
+def saved_keep(keep: Mapping[str, Amounts]) -> dict[str, Any]:
+    """Plain values, ready for JSON. Raises ValueError where a rule is a function."""
+    return {
+        seam: value.to_dict() if isinstance(value, Keep) else {str(n): part.to_dict() for n, part in value.items()}
+        for seam, value in keep.items()
+    }
+
+
+def loaded_keep(keep: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `saved_keep`. Raises ValueError and TypeError where it is none."""
+    loaded: dict[str, Any] = {}
+    for seam, value in keep.items():
+        by_layer = seam == PREFILL
+        loaded[seam] = {int(n): Keep(**part) for n, part in value.items()} if by_layer else Keep(**value)
+    return loaded
+
+
+def check_tower(model: nn.Module, keep: Keep) -> None:
+    """Raises TypeError for a tower that cannot prune by the rule."""
+    if (reason := vision_unsupported_reason(model, keep.rule)) is not None:
+        raise TypeError(f"model must have a {VISION} seam, {reason}, got {type(model).__name__}")
+
+
+def check_layers(model: nn.Module, keep: Mapping[int, Keep]) -> None:
+    """Raises TypeError for a decoder that is not known, ValueError for layers that are not there."""
+    if (reason := prefill_unsupported_reason(model)) is not None:
+        raise TypeError(
+            f"model must have a prefill seam, {reason}, got {type(model).__name__}: Qwen-VL, LLaVA, InternVL, SmolVLM, "
+            "PaliGemma, Gemma 3 and decoders like theirs have one"
+        )
+    first, last = first_prefill_layer(model), len(decoder_of(model).layers) - 1
+    wrong = next((layer for layer in keep if not first <= layer <= last), None)
+    if wrong is not None:
+        raise ValueError(f"keep of {PREFILL!r} must be behind layers {first} to {last} of this model, got {wrong}")

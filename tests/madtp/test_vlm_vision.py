@@ -1,0 +1,589 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`madtp.patch(keep={"vision": ...})`: units that go inside the vision tower, family by family.
+
+The towers are held against Hugging Face's own, whole and dense, whose attention is one of the test: plain softmax, in
+which keys of units that are gone are hidden. It chooses by itself.
+"""
+
+import copy
+import itertools
+import json
+import math
+import re
+import threading
+import warnings
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.vision_utils import get_vision_window_index
+from vlm_families import (
+    CASES,
+    END,
+    GREEDY,
+    IMAGE,
+    TOWER_CASES,
+    TOWERS,
+    UNDESCRIBED,
+    UNSOUND,
+    answers,
+    close,
+    families,
+    make_vlm,
+    mixed_prompt,
+    vlm_batch,
+)
+
+import madtp
+from madtp.dtp.keep_rules import RULES, Candidates, Kept
+from madtp.models.vision_seam import nested
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def llava():
+    model = make_vlm("LLaVA")
+    return model, vlm_batch("LLaVA", model)
+
+
+class Oracle:
+    """What a dense tower's attention does, layer after layer, with `share` of the units left at the end.
+
+    Args:
+        unit: (R,) the unit that each row is of, -1 for none, in the order of the tower's rows.
+        lengths: units of each image.
+        depth: layers after which some go.
+    """
+
+    def __init__(self, unit, lengths, depth, share):
+        self.unit, self.lengths, self.depth, self.share = unit, lengths, depth, share
+        self.alive = torch.ones(sum(lengths), dtype=torch.bool)
+        self.kept, self.received, self.row = [], torch.zeros(len(unit), dtype=torch.double), 0
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        rows = slice(self.row, self.row + query.shape[0] * query.shape[2])
+        unit = self.unit[rows].view(query.shape[0], -1)
+        gone = (unit >= 0) & ~self.alive[unit]
+        scores = (query @ key.transpose(2, 3) * scaling).masked_fill(gone[:, None, None], -torch.inf)
+        p = scores.softmax(-1).nan_to_num(0)  # a segment of which nothing is left
+        seen = p.amax(1).masked_fill((gone | (unit < 0))[:, :, None], 0)  # by tokens, and not by CLS
+        self.received[rows] = seen.sum(1).flatten().double()
+        self.row = rows.stop
+        if self.row == len(self.unit):
+            self.choose()
+        return (p @ value).transpose(1, 2), None
+
+    def choose(self):
+        self.row = 0
+        layer = len(self.kept) + 1
+        if layer > self.depth:
+            return
+        score = torch.zeros(len(self.alive), dtype=torch.double).index_add(
+            0, self.unit.clamp(min=0), self.received * (self.unit >= 0)
+        )
+        score = score.masked_fill(~self.alive, -1)
+        kept = []
+        for part, n in zip(score.split(self.lengths), self.lengths, strict=True):
+            count = max(math.ceil(round(n * self.share ** (layer / self.depth), 9)), 1)
+            kept.append(part.topk(count).indices.sort().values)
+        self.kept.append(kept)
+        ends = torch.tensor([0, *self.lengths]).cumsum(0)
+        self.alive = torch.zeros_like(self.alive)
+        for begin, part in zip(ends, kept, strict=False):
+            self.alive[begin + part] = True
+
+
+def oracle(model, inputs, share, modality="image"):
+    """-> the features of each image that are left, those for layers of the decoder, and by layer what was kept."""
+    base, depth = model.base_model, None
+    tower = getattr(base, "visual", None) or getattr(base, "vision_tower", None) or base.vision_model
+    layers = len(next(part for part in tower.modules() if isinstance(part, torch.nn.ModuleList) and len(part) > 1))
+    names = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}[modality]
+    pixels = {name: inputs[name] for name in names if name in inputs}
+    encode = getattr(base, f"get_{modality}_features")
+    whole = encode(**pixels, return_dict=True).pooler_output
+    lengths = [len(part) for part in whole]
+    if names[1] in inputs:
+        unit = torch.arange(sum(lengths)).repeat_interleave(4)
+        if hasattr(tower, "window_size"):
+            index = get_vision_window_index(inputs[names[1]], 2, tower.window_size, tower.patch_size)[0]
+            unit = unit.view(-1, 4)[index].flatten()
+    else:
+        rows = (
+            tower.embeddings.patch_embedding
+            if hasattr(tower.embeddings, "patch_embedding")
+            else tower.embeddings.patch_embeddings.projection
+        )
+        side = pixels["pixel_values"].shape[-1] // rows.kernel_size[0]
+        images = int((pixels["pixel_values"].flatten(0, -4) != 0).flatten(1).any(1).sum())  # without tiles of padding
+        units = sum(lengths) // images
+        s = round((side**2 / units) ** 0.5)
+        grid = torch.arange(side) // s
+        unit = (grid[:, None] * (side // s) + grid).flatten()[None] + torch.arange(images)[:, None] * units
+        if hasattr(tower.embeddings, "class_embedding") or hasattr(tower.embeddings, "cls_token"):
+            unit = torch.nn.functional.pad(unit, (1, 0), value=-1)
+        unit = unit.flatten()
+    depth = max(
+        n % (layers + 1)
+        for n in torch.tensor(
+            getattr(base.config, "vision_feature_layer", getattr(base.config, "vision_feature_layers", -1))
+        )
+        .flatten()
+        .tolist()
+    )
+    watching = Oracle(unit, lengths, depth, share)
+    AttentionInterface.register("vision_oracle", watching)
+    before, tower.config._attn_implementation = tower.config._attn_implementation, "vision_oracle"
+    try:
+        out = encode(**pixels, return_dict=True)
+    finally:
+        tower.config._attn_implementation = before
+    left = [part[kept] for part, kept in zip(out.pooler_output, watching.kept[-1], strict=True)]
+    deep = [
+        [part[kept] for part, kept in zip(layer, watching.kept[-1], strict=True)]
+        for layer in out.get("deepstack_features") or ()
+    ]
+    return left, deep, watching.kept
+
+
+def features(model, inputs):
+    names = ("pixel_values", "image_grid_thw")
+    return model.base_model.get_image_features(**{name: inputs[name] for name in names if name in inputs})
+
+
+@families(quick=TOWERS, of=TOWERS)
+def test_towers_by_hand(name):
+    model = make_vlm(name)
+    inputs = vlm_batch(name, model)
+    for share in (0.5, 0.15):
+        expected, deep, kept = oracle(model, inputs, share)
+        handle = madtp.patch(model, keep={"vision": share})
+        out = features(model, inputs)
+        assert [[a.tolist() for a in layer] for layer in out.madtp_left.selections()] == [
+            [a.tolist() for a in layer] for layer in kept
+        ]
+        for a, b in zip(out.pooler_output, expected, strict=True):
+            close(a, b)
+        for layer, by_hand in zip(out.get("deepstack_features") or [], deep, strict=True):
+            for a, b in zip(layer, by_hand, strict=True):
+                close(a, b)
+        handle.remove()
+
+
+@families(of=TOWERS)
+def test_all_kept_is_the_model(name):
+    model = make_vlm(name)
+    inputs, source, base = vlm_batch(name, model), type(model), type(model.base_model)
+    logits, out = model(**inputs).logits, model.generate(**inputs, **GREEDY)
+    handle = madtp.patch(model, keep={"vision": 1.0})
+    close(model(**inputs).logits, logits)
+    again = model.generate(**inputs, **GREEDY)
+    assert torch.equal(again.sequences, out.sequences)
+    close(answers(again), answers(out))
+    layers = handle.counts(**inputs)["vision"]
+    assert len(layers) == handle.seams["vision"].layers and layers[0] == layers[-1]
+    assert [[places.tolist() for places in layer] for layer in handle.selections["vision"]] == [
+        [list(range(count)) for count in layer] for layer in layers
+    ]
+    with handle.dense():
+        assert torch.equal(model(**inputs).logits, logits)
+    assert handle.remove() is model and type(model) is source and type(model.base_model) is base
+    assert not any(hasattr(module, "madtp_vision") for module in model.modules())
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+@families(of=TOWERS)
+def test_the_prompt_of_what_is_left_is_the_whole_with_the_rest_hidden(name):
+    """The dense model on features by hand, at the positions of the whole prompt."""
+    case, model = (CASES | TOWER_CASES)[name], make_vlm(name)
+    inputs = vlm_batch(name, model)
+    handle = madtp.patch(model, keep={"vision": 0.5})
+    out, logits = model.generate(**inputs, **GREEDY), model(**inputs).logits
+    columns, kept = handle.columns, handle.selections["vision"]
+    assert [[len(places) for places in layer] for layer in kept] == handle.counts(**inputs)["vision"]
+    assert all(places.dtype == torch.long and (places.diff() > 0).all() for layer in kept for places in layer)
+    with handle.simulated():
+        hidden, whole = model.generate(**inputs, **GREEDY), model(**inputs).logits
+        assert [[a.tolist() for a in b] for b in handle.selections["vision"]] == [[a.tolist() for a in b] for b in kept]
+    assert whole.shape[1] == inputs["input_ids"].shape[1] > logits.shape[1]
+    if case.plain:
+        left = columns >= 0
+        close(logits[left], whole[torch.arange(2)[:, None].expand_as(columns)[left], columns[left]])
+        assert torch.equal(out.sequences, hidden.sequences)
+        close(answers(out), answers(hidden))
+
+
+@families(quick=("LLaVA",), of=[name for name in TOWERS if name in CASES])
+def test_decoding_in_other_ways_is_the_same(name):
+    case, model = CASES[name], make_vlm(name)
+    inputs = vlm_batch(name, model)
+    handle = madtp.patch(model, keep={"vision": 0.5})
+    expected = model.generate(**inputs, **GREEDY)
+    ways = [{"use_cache": False}]
+    ways += [{"cache_implementation": "static", "disable_compile": True}] * case.static
+    ways += [{"prefill_chunk_size": 7}] * case.chunks
+    for way in ways:
+        out = model.generate(**inputs, **GREEDY, **way)
+        assert torch.equal(out.sequences, expected.sequences), way
+        close(answers(out), answers(expected))
+    beams = model.generate(**inputs, **GREEDY, num_beams=3, num_return_sequences=2, output_scores=True)
+    width = inputs["input_ids"].shape[1]
+    assert torch.equal(beams.sequences[:, :width], inputs["input_ids"].repeat_interleave(2, 0))
+    if case.plain and case.beams:
+        with handle.simulated():
+            hidden = model.generate(**inputs, **GREEDY, num_beams=3, num_return_sequences=2, output_scores=True)
+        assert torch.equal(beams.sequences, hidden.sequences)
+        close(beams.sequences_scores, hidden.sequences_scores)
+
+
+@families(quick=("Qwen2.5-VL",), of=("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"))
+def test_videos_beside_images(name):
+    model = make_vlm(name)
+    inputs, lengths = mixed_prompt(name, model)
+    image, video = oracle(model, inputs, 0.4), oracle(model, inputs, 0.4, "video")
+    dense = model.generate(**inputs, **GREEDY)
+    handle = madtp.patch(model, keep={"vision": 1.0})
+    assert torch.equal(model.generate(**inputs, **GREEDY).sequences, dense.sequences)
+    handle.remove()
+    handle = madtp.patch(model, keep={"vision": 0.4})
+    out = model.generate(**inputs, **GREEDY)
+    for layer, pictures, frames in zip(handle.selections["vision"], image[2], video[2], strict=True):
+        assert [a.tolist() for a in layer] == [a.tolist() for a in (pictures[0], frames[0], pictures[1])]
+    assert handle.counts(**inputs)["vision"][-1] == [math.ceil(0.4 * length) for length in lengths]
+    with handle.simulated():
+        close(answers(out), answers(model.generate(**inputs, **GREEDY)))
+
+
+@families(quick=("Qwen2.5-VL",), of=[name for name in TOWERS if name in CASES])
+def test_the_other_seams_get_what_the_tower_left(name):
+    model = make_vlm(name)
+    inputs = vlm_batch(name, model)
+    keep = {"vision": 0.6, "projector": madtp.Keep(0.7, rule="divprune"), "prefill": {2: 0.5}}
+    handle = madtp.patch(model, keep=keep)
+    out, counts = model.generate(**inputs, **GREEDY), handle.counts(**inputs)
+    tower, behind, inside = (handle.selections[seam] for seam in keep)
+    assert counts["projector"] == [math.ceil(round(0.7 * count, 9)) for count in counts["vision"][-1]]
+    for left, some, fewer in zip(tower[-1], behind, inside[2], strict=True):
+        assert torch.isin(some, left).all() and torch.isin(fewer, some).all()
+    assert [len(places) for places in behind] == counts["projector"]
+    assert [len(places) for places in inside[2]] == counts["prefill"][2]
+    for before, after in itertools.pairwise(tower):
+        assert all(torch.isin(a, b).all() for b, a in zip(before, after, strict=True))
+    if CASES[name].plain:
+        with handle.simulated():
+            close(answers(out), answers(model.generate(**inputs, **GREEDY)))
+
+
+@families(quick=("Qwen2.5-VL",), of=TOWERS)
+def test_gradients_by_hand(name):
+    model = make_vlm(name)
+    inputs = vlm_batch(name, model)
+    base = model.base_model
+    tower = getattr(base, "visual", None) or getattr(base, "vision_tower", None) or base.vision_model
+
+    def gradients(parts):
+        model.zero_grad()
+        (torch.cat(list(parts)) ** 2).sum().backward()
+        return {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
+
+    with torch.enable_grad():
+        expected = gradients(oracle(model, inputs, 0.5)[0])
+        madtp.patch(model, keep={"vision": 0.5})
+        found = gradients(features(model, inputs).pooler_output)
+        assert found.keys() == expected.keys() and len(found) > 20
+        for key in found:
+            close(found[key], expected[key])
+        model.train()
+        model.gradient_checkpointing_enable()
+        again = gradients(features(model, inputs).pooler_output)
+        for key in found:
+            close(again[key], found[key])
+
+
+@pytest.mark.parametrize("right", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_losses_are_those_of_hidden_tokens(right):
+    model = make_vlm("LLaVA")
+    inputs = vlm_batch("LLaVA", model, right=right)
+    ids = inputs["input_ids"]
+    text = (ids > END) & (ids != IMAGE) & (ids.roll(1, 1) > END) & (ids.roll(1, 1) != IMAGE)
+    handle = madtp.patch(model, keep={"vision": 0.5})
+
+    def loss_and_gradients():
+        model.zero_grad()
+        with torch.enable_grad():
+            loss = model(**inputs, labels=ids.masked_fill(~text, -100)).loss
+            loss.backward()
+        return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    loss, gradients = loss_and_gradients()
+    with handle.simulated():
+        expected, hidden = loss_and_gradients()
+    close(loss, expected)
+    for key in gradients:
+        close(gradients[key], hidden[key])
+
+
+def test_rules(llava):
+    model, inputs = llava
+    seen = []
+
+    def least(given, counts):
+        seen.append(given)
+        return torch.cat(
+            [
+                torch.zeros(len(part), dtype=torch.bool).index_fill(0, part.topk(count, largest=False).indices, True)
+                for part, count in zip(given.importance.split(list(given.lengths)), counts, strict=True)
+            ]
+        )
+
+    last = {}
+    for rule in ("received", "cls", "divprune", "uniform", "random", least):
+        handle = madtp.patch(model, keep={"vision": madtp.Keep(5, rule=rule)})
+        out = features(model, inputs)
+        layers = [[len(a) for a in layer] for layer in out.madtp_left.selections()]
+        assert layers == [[9] * 3, [5] * 3]  # 16 sqrt(5 / 16) is 8.9
+        last[rule] = [a.tolist() for a in out.madtp_left.selections()[-1]]
+        assert [len(part) for part in out.pooler_output] == [5, 5, 5]
+        handle.remove()
+    assert len({str(value) for value in last.values()}) == len(last)
+    assert last["uniform"] == [[1, 4, 8, 11, 14]] * 3, "what the rule keeps at once"
+    handle = madtp.patch(model, keep={"projector": madtp.Keep(5, rule="random")})
+    model(**inputs)
+    assert last["random"] == [a.tolist() for a in handle.selections["projector"]]
+    assert [tuple(given.features.shape) for given in seen] == [(48, 32), (27, 32)] and seen[1].text is None
+
+
+def test_cls_by_hand(llava):
+    """Of the first layer: heads weighted by their share of the norm of what they give."""
+    model, inputs = llava
+    tower = model.model.vision_tower
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(6, rule="cls")})
+    kept = features(model, inputs).madtp_left.selections()[0]
+    handle.remove()
+    layer = tower.encoder.layers[0]
+    x = layer.layer_norm1(tower.pre_layrnorm(tower.embeddings(inputs["pixel_values"])))
+    q, k, v = (
+        f(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        for f in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+    )
+    p = (q @ k.transpose(2, 3) / 4).softmax(-1)
+    norm = (p @ v).norm(dim=-1)  # (B, H, N)
+    weight = norm / norm.sum(1, keepdim=True)
+    score = (p[:, :, 0] * weight).sum(1)[:, 1:]
+    for chosen, part in zip(kept, score, strict=True):
+        assert chosen.tolist() == part.topk(10).indices.sort().values.tolist()  # 16 sqrt(6 / 16) is 9.8
+
+
+def test_rules_that_say_how_many(llava):
+    model, inputs = llava
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(mass=0.8)})
+    model(**inputs)
+    counts = [[len(a) for a in layer] for layer in handle.selections["vision"]]
+    assert all(0 < a < b < 16 for b, a in zip(*counts, strict=True))
+    with pytest.raises(ValueError, match="counts must be of a share or a count, got mass"):
+        handle.counts(**inputs)
+    handle.remove()
+    wanted = iter([7, 3])
+
+    def some(given, counts):
+        assert counts is None
+        count = next(wanted)
+        return torch.cat([torch.arange(length) < count for length in given.lengths])
+
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(rule=some)})
+    logits = model(**inputs).logits
+    assert [[a.tolist() for a in layer] for layer in handle.selections["vision"]] == [
+        [list(range(7))] * 3,
+        [[0, 1, 2]] * 3,
+    ]
+    assert logits.shape[1] == inputs["input_ids"].shape[1] - 26
+
+
+def test_what_looks_at_nothing_is_nested():
+    lengths, counts = [20, 7], [[15, 6], [11, 3], [4, 1]]
+    for name in ("uniform", "random"):
+        choose = RULES[name].choose
+        kept = nested(choose, lengths, counts)
+        assert [[int(part.sum()) for part in keep.split(lengths)] for keep in kept] == counts
+        assert (kept[0] >= kept[1]).all() and (kept[1] >= kept[2]).all()
+        assert torch.equal(kept[2], choose(Candidates(torch.zeros(27, 1), lengths), counts[2]))
+
+
+def test_counts_larger_than_an_image_and_ones_that_would_leave_nothing(llava):
+    model, inputs = llava
+    logits = model(**inputs).logits
+    handle = madtp.patch(model, keep={"vision": 64})
+    with pytest.warns(UserWarning, match="keep of the seam 'vision' is 64 tokens an image, and an image has 16"):
+        close(model(**inputs).logits, logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs)
+    handle.remove()
+    handle = madtp.patch(model, keep={"vision": 0.0001})
+    model(**inputs)
+    assert [[len(a) for a in layer] for layer in handle.selections["vision"]] == [[1] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (0, "amount must be a share"),
+        (
+            madtp.Keep(0.5, rule="fastv"),
+            "must have one of the rules received, cls, divprune, uniform, random, or a fun",
+        ),
+        (madtp.Keep(0.5, rule="text"), "or a function, got 'text'"),
+        (madtp.Keep(0.5, rule="tome"), "or a function, got 'tome'"),
+    ],
+)
+def test_what_cannot_be_kept_is_one_line(llava, keep, message):
+    with pytest.raises(ValueError, match=message) as error:
+        madtp.patch(llava[0], keep={"vision": keep})
+    assert "\n" not in str(error.value) and not hasattr(llava[0], "madtp_handle")
+
+
+@families(quick=("LLaVA-NeXT",), of=UNSOUND + UNDESCRIBED)
+def test_towers_that_cannot_prune(name):
+    model = make_vlm(name)
+    reason = (
+        "its class must be known: of the model types qwen2_vl, "
+        if name in UNDESCRIBED
+        else "its (images|tokens|tower) must"
+    )
+    with pytest.raises(TypeError, match=f"model must have a vision seam, {reason}") as error:
+        madtp.patch(model, keep={"vision": 0.5})
+    assert "\n" not in str(error.value) and not hasattr(model, "madtp_handle")
+    assert not any(hasattr(module, "madtp_vision") for module in model.modules())
+
+
+def test_what_a_tower_must_have(llava):
+    model, inputs = llava
+    model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(
+        TypeError, match="of patches alone, and CLS is one of them: vision_feature_select_strategy is 'full'"
+    ):
+        madtp.patch(model, keep={"vision": 0.5})
+    model.config.vision_feature_select_strategy = "default"
+    handle = madtp.patch(model, keep={"vision": 0.5})
+    with pytest.raises(
+        ValueError, match="vision_feature_layer must be that of the config, -2, at the vision seam, got -1"
+    ):
+        model(**inputs, vision_feature_layer=-1)
+    handle.remove()
+    with pytest.raises(TypeError, match="its tower must have a CLS token for the rule 'cls'"):
+        madtp.patch(make_vlm("PaliGemma"), keep={"vision": madtp.Keep(0.5, rule="cls")})
+    model.model.vision_tower.encoder.layers[0].self_attn = torch.nn.Identity()
+    with pytest.raises(TypeError, match="its tower must have layers that call the attention of transformers"):
+        madtp.patch(model, keep={"vision": 0.5})
+
+
+def test_tiles_with_hidden_patches_are_refused():
+    model = make_vlm("SmolVLM")
+    inputs = vlm_batch("SmolVLM", model)
+    mask = torch.ones(2, 2, 32, 32, dtype=torch.long)
+    madtp.patch(model, keep={"vision": 0.5})
+    expected = model(**inputs).logits
+    assert torch.equal(model(**inputs, pixel_attention_mask=mask).logits, expected)
+    mask[1, 1, 24:] = 0
+    with pytest.raises(ValueError, match="pixel_attention_mask must hide no patch of an image where its tower prunes"):
+        model(**inputs, pixel_attention_mask=mask)
+
+
+def test_a_rule_that_changes_units_is_refused(llava):
+    model, inputs = llava
+
+    def rule(given, counts):
+        keep = torch.cat([torch.arange(n) < c for n, c in zip(given.lengths, counts, strict=True)])
+        return Kept(keep, given.features[keep])
+
+    madtp.patch(model, keep={"vision": madtp.Keep(0.5, rule=rule)})
+    with pytest.raises(ValueError, match="rule rule must return a bool tensor in a tower"):
+        model(**inputs)
+
+
+def test_explain_and_profile(llava):
+    model, inputs = llava
+    handle = madtp.patch(model, keep={"vision": 4})
+    assert handle.explain().splitlines()[0].split() == [
+        "vision",
+        "rule",
+        "received",
+        "4",
+        "of",
+        "each",
+        "image,",
+        "layers:",
+        "2",
+    ]
+    model(**inputs)
+    table = [re.split(r"\s{2,}", line) for line in handle.explain().splitlines()]
+    assert [line[:3] for line in table[1:5]] == [
+        ["vision", "units", "48 -> 12"],
+        ["vision", "by layer", "24, 12"],
+        ["vision", "columns", "50 -> 26"],
+        ["vision", "cache", "26"],
+    ]
+    profile = madtp.profile(model, inputs).total
+    assert profile.counted_macs < profile.dense_macs
+
+
+def test_only_rows_that_are_left_are_computed(llava):
+    model, inputs = llava
+    madtp.patch(model, keep={"vision": 4})
+    rows = []
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[1]))
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    model(**inputs)
+    assert rows == [3 * 17, 3 * 9, 3 * 4], "the third layer, which nothing reads, does not run"
+
+
+def test_copies_threads_and_images_encoded_before(llava):
+    model, inputs = llava
+    handle = madtp.patch(model, keep={"vision": 0.5})
+    expected = model(**inputs).logits
+    other = copy.deepcopy(model)
+    assert other.madtp_handle.model is other and torch.equal(other(**inputs).logits, expected)
+    assert other.model.madtp_vision is not model.model.madtp_vision
+    encoded = {"image": model.get_image_features(inputs["pixel_values"])}
+    ready = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    assert torch.equal(model(**ready, mm_encoder_outputs=encoded).logits, expected)
+    found = []
+    with handle.dense():
+        dense = {"image": model.get_image_features(inputs["pixel_values"])}
+        thread = threading.Thread(target=lambda: found.append(model.get_image_features(inputs["pixel_values"])))
+        thread.start()
+        thread.join()
+    assert [len(part) for part in found[0].pooler_output] == [8, 8, 8], "what holds in one thread holds there alone"
+    assert model(**ready, mm_encoder_outputs=dense).logits.shape[1] == 50 and handle.selections["vision"] == []
+
+
+def test_saved_and_loaded(llava, tmp_path):
+    model, inputs = llava
+    handle = madtp.patch(model, keep={"vision": 0.5, "projector": madtp.Keep(5, rule="cdpruner")})
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path / "pruned")
+    settings = json.loads((tmp_path / "pruned" / "config.json").read_text())["quantization_config"]
+    assert settings["keep"]["vision"] == {"amount": 0.5, "mass": None, "rule": "received"}
+    loaded = madtp.from_pretrained(tmp_path / "pruned")
+    assert loaded.madtp_handle.keep == handle.keep
+    assert torch.equal(loaded(**inputs).logits, expected)
+
+
+@pytest.mark.slow
+def test_packed_towers():
+    model = make_vlm("Qwen2-VL").float()
+    inputs = vlm_batch("Qwen2-VL", model.double())
+    model.float()
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    handle = madtp.patch(model, keep={"vision": 0.5})
+    before = model(**inputs).logits
+    madtp.hwp.pack(model, names=["model.visual.blocks.1.mlp.fc1"], dtype="int8")
+    after = model(**inputs).logits
+    assert after.shape == before.shape and not torch.equal(after, before)
+    assert type(handle.remove().model.visual.blocks[1].mlp.fc1) is torch.nn.Linear
