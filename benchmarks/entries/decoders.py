@@ -200,11 +200,15 @@ def check_counts(i: DecoderInputs, result: Tensor, provider: str) -> None:
     handle: Any = i.models.keeping(provider).madtp_handle
     wanted = handle.counts(**i.tensors)
     for seam, found in handle.selections.items():
-        left = (
-            {layer: [len(part) for part in parts] for layer, parts in found.items()} if isinstance(found, dict) else []
-        )
-        left = left or [len(part) for part in (found[-1] if seam == "vision" else found)]
+        left = _lengths(found)
         assert left == wanted[seam], f"{seam} keeps {left}, and {wanted[seam]} were asked for"
+
+
+def _lengths(found: Any) -> Any:
+    """Of tensors, as they are nested."""
+    if isinstance(found, Mapping):
+        return {key: _lengths(value) for key, value in found.items()}
+    return [len(part) if isinstance(part, Tensor) else _lengths(part) for part in found]
 
 
 def weight_bytes(case: Case, i: DecoderInputs) -> int:
