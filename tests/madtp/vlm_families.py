@@ -29,6 +29,7 @@ TEXT = {
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP = TOWER | {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, "num_hidden_layers": 3}
 SIGLIP = TOWER | {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4, "vision_use_head": False}
+PIXTRAL = TOWER | {"model_type": "pixtral", "image_size": 16, "patch_size": 4, "head_dim": 16}
 GRID = [[16, 32], [32, 16], [32, 32]]
 
 
@@ -178,9 +179,8 @@ def _cohere(kind: str, **more: Any):
 
 
 def _mistral3():
-    vision = TOWER | {"model_type": "pixtral", "image_size": 16, "patch_size": 4, "head_dim": 16}
     text = _text("mistral", head_dim=8, sliding_window=None)
-    config = hf.Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE, spatial_merge_size=2)
+    config = hf.Mistral3Config(vision_config=PIXTRAL, text_config=text, image_token_index=IMAGE, spatial_merge_size=2)
     return hf.Mistral3ForConditionalGeneration(config)
 
 
@@ -211,6 +211,26 @@ def _janus():
         image_token_id=IMAGE,
     )
     return hf.JanusForConditionalGeneration(config)
+
+
+def _lfm2():
+    text = _text("lfm2", layer_types=["conv", "full_attention", "conv"], block_ff_dim=48, conv_L_cache=3)
+    vision = TOWER | {
+        "model_type": "siglip2_vision_model",
+        "patch_size": 4,
+        "num_patches": 16,
+        "vision_use_head": False,
+    }
+    config = hf.Lfm2VlConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, downsample_factor=2, projector_hidden_size=32
+    )
+    return hf.Lfm2VlForConditionalGeneration(config)
+
+
+def _naflex(generator: torch.Generator) -> dict[str, Any]:
+    shapes = torch.tensor([[4, 8], [4, 4], [6, 4]])
+    real = torch.arange(32) < shapes.prod(1)[:, None]
+    return {"pixel_values": _draw(generator, 3, 32, 48), "spatial_shapes": shapes, "pixel_attention_mask": real.long()}
 
 
 def _grids(generator: torch.Generator) -> dict[str, Any]:
@@ -268,11 +288,14 @@ TOWER_CASES = {
     "LLaVA with SigLIP": VlmCase(
         lambda: _llava(SIGLIP, vision_feature_layer=-1, vision_feature_select_strategy="full"), _squares
     ),
+    "LLaVA with Pixtral": VlmCase(
+        lambda: _llava(PIXTRAL, vision_feature_layer=-1, vision_feature_select_strategy="full"), _sized
+    ),
+    "LFM2-VL": VlmCase(_lfm2, _naflex, plain=False, static=False),
     "InternVL 6B": VlmCase(lambda: _internvl(use_qk_norm=True, norm_type="rms_norm"), _squares),
 }
 UNSOUND = ("LLaVA-NeXT", "OneVision", "Florence-2")  # whose towers cannot prune
-UNDESCRIBED = ("Mistral 3", "Janus", "GLM-4V")
-TOWERS = [name for name in (*CASES, *TOWER_CASES) if name not in UNSOUND + UNDESCRIBED]
+TOWERS = [name for name in (*CASES, *TOWER_CASES) if name not in UNSOUND]
 DECODERS = [name for name in CASES if name != "Florence-2"]  # whose layers read the prompt
 QUICK = ("Qwen2.5-VL", "LLaVA", "SmolVLM")  # that are no slow tests
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

@@ -8,13 +8,14 @@ there, are given each unit as an image of one token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from madtp.models.prompt import PIXELS
 
+SIZES = ("image_sizes", "spatial_shapes")
 Prepared = tuple[dict[str, Any], list[int]]  # the arguments of the tower, and tiles of each image
 
 
@@ -46,9 +47,10 @@ class Connector:
 
 
 def pictures(base: Any, arguments: Mapping[str, Any], modality: str) -> Prepared:
-    """An image each."""
+    """An image each, with what says its size, where there is something."""
+    given = {name: arguments[name] for name in SIZES if arguments.get(name) is not None}
     pixels = arguments["pixel_values"]
-    return {"pixel_values": pixels.to(base.dtype)}, [1] * len(pixels)
+    return {"pixel_values": pixels.to(base.dtype), **given}, [1] * len(pixels)
 
 
 def grids(base: Any, arguments: Mapping[str, Any], modality: str) -> Prepared:
@@ -104,6 +106,26 @@ def project_mean(base: Any, units: Tensor) -> Tensor:
     return (projector.mm_soft_emb_norm(units.mean(1)) @ projector.mm_input_projection_weight).type_as(units)
 
 
+def project_grid(base: Any, units: Tensor) -> Tensor:
+    """Of LFM2-VL, whose projector reads grids (B, height, width, C)."""
+    side = base.config.downsample_factor
+    return base.multi_modal_projector(units.unflatten(1, (side, side))).flatten(0, -2)
+
+
+def project_mistral(base: Any, units: Tensor) -> Tensor:
+    """Of Mistral 3, which merges the patches of a token channel by channel."""
+    projector = base.multi_modal_projector
+    merged = projector.patch_merger.merging_layer(projector.norm(units).transpose(1, 2).flatten(1))
+    return projector.linear_2(projector.act(projector.linear_1(merged)))
+
+
+def project_glm(base: Any, units: Tensor) -> Tensor:
+    """Of GLM-4V, which convolves them."""
+    tower = base.visual
+    side = tower.spatial_merge_size
+    return tower.merger(tower.downsample(units.unflatten(1, (side, side)).permute(0, 3, 1, 2)).flatten(1))
+
+
 def project_qwen(base: Any, units: Tensor) -> Tensor:
     return base.visual.merger(units.flatten(0, 1))
 
@@ -117,6 +139,8 @@ def side_of_factor(base: Any) -> int:
 
 
 QWEN = Connector("visual", project_qwen, lambda base: base.visual.spatial_merge_size, grids, read_last)
+GLM = replace(QWEN, project=project_glm)
+ALIGNED = Connector("vision_model", project("aligner"), single, pictures, read_last, joined=True)
 IDEFICS = Connector("vision_model", project("connector"), lambda base: base.config.scale_factor, tiles, read_last)
 PROJECTED = project("multi_modal_projector")
 # By the model type of the config.
@@ -125,6 +149,11 @@ CONNECTORS = {
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
     "qwen3_vl_moe": QWEN,
+    "qwen3_5": QWEN,
+    "qwen3_5_moe": QWEN,
+    "glm4v": GLM,
+    "glm4v_moe": GLM,
+    "glm46v": GLM,
     "llava": Connector("vision_tower", PROJECTED, single, pictures, read("vision_feature_layer")),
     "vipllava": Connector(
         "vision_tower",
@@ -153,6 +182,16 @@ CONNECTORS = {
         read_internvl,
         joined=True,
     ),
+    "janus": ALIGNED,
+    "deepseek_vl": ALIGNED,
+    "mistral3": Connector(
+        "vision_tower",
+        project_mistral,
+        lambda base: base.config.spatial_merge_size,
+        pictures,
+        read("vision_feature_layer"),
+    ),
+    "lfm2_vl": Connector("vision_tower", project_grid, side_of_factor, pictures, read_last),
     "aya_vision": Connector(
         "vision_tower", PROJECTED, side_of_factor, pictures, read("vision_feature_layer"), joined=True
     ),

@@ -56,6 +56,14 @@ class Rows:
         lengths = [count * units for count in tiles]
         return cls(x.reshape(-1, channels), unit.flatten(), side**2, lengths, ends, length)
 
+    @classmethod
+    def of_images(cls, images: Sequence[Tensor], grids: Sequence[tuple[int, int]], side: int) -> Rows:
+        """Images (height * width, C) of grids of their own, in reading order."""
+        parts = [image[unit_major(*grid, side).to(image.device)] for image, grid in zip(images, grids, strict=True)]
+        x, size, lengths = torch.cat(parts), side**2, [len(part) // side**2 for part in parts]
+        ends = F.pad(torch.tensor([len(part) for part in parts]).cumsum(0), (1, 0)).int().to(x.device)
+        return cls(x, torch.arange(len(x), device=x.device) // size, size, lengths, ends, max(map(len, parts)))
+
     def with_x(self, x: Tensor) -> Rows:
         return replace(self, x=x)
 

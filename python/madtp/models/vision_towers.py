@@ -7,12 +7,13 @@ What a layer does is not described: it runs as Hugging Face wrote it (`vision_la
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import vision_utils
 
 from madtp.models.vision_rows import Rows
 
@@ -69,19 +70,39 @@ def embedded_tiles(tower: Any, arguments: Arguments) -> Tensor:
     return tower.embeddings(pixel_values=pixels, patch_attention_mask=real)
 
 
+def pixtral_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) -> Rows:
+    """Of Pixtral, whose images have sizes of their own: `image_sizes`, height and width of each in pixels."""
+    pixels = arguments["pixel_values"]
+    sizes = arguments.get("image_sizes")
+    sizes = [pixels.shape[-2:]] * len(pixels) if sizes is None else [tuple(map(int, size)) for size in sizes]
+    grids = [(height // tower.patch_size, width // tower.patch_size) for height, width in sizes]
+    embedded = tower.patch_conv(pixels.to(tower.patch_conv.weight.dtype))
+    images = [image[:, :height, :width].flatten(1).T for image, (height, width) in zip(embedded, grids, strict=True)]
+    rows = Rows.of_images(images, grids, side)
+    rows = rows.with_x(tower.ln_pre(rows.x))
+    frames = torch.tensor([(1, *grid) for grid in grids], device=pixels.device)
+    positions = vision_utils.get_vision_position_ids(frames, side)
+    return replace(rows, rotary=tower.patch_positional_embedding(rows.x, positions))
+
+
+def naflex_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) -> Rows:
+    """Of SigLIP 2, whose images are padded: `spatial_shapes`, height and width of each in patches."""
+    grids = [(int(height), int(width)) for height, width in arguments["spatial_shapes"]]
+    hidden = tower.embeddings(arguments["pixel_values"], arguments["spatial_shapes"])
+    images = [image[: height * width] for image, (height, width) in zip(hidden, grids, strict=True)]
+    return Rows.of_images(images, grids, side)
+
+
 def qwen_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) -> Rows:
-    """Of Qwen's towers: patches of any grids, which come unit by unit, and with windows go window by window.
+    """Of Qwen's towers: patches of any grids, which come unit by unit.
 
     Args:
         arguments: pixel_values (T, ...), and grid_thw (B, 3): frames, height, width.
     """
-    from transformers import vision_utils as hf
-
-    pixels, grids = arguments["pixel_values"], arguments["grid_thw"]
-    size = side**2
-    x = tower.patch_embed(pixels)
+    grids = arguments["grid_thw"]
+    x = tower.patch_embed(arguments["pixel_values"])
     if hasattr(tower, "pos_embed"):
-        taps, weights = hf.get_vision_interpolation_indices_and_weights(
+        taps, weights = vision_utils.get_vision_interpolation_indices_and_weights(
             grids,
             num_grid_per_side=tower.num_grid_per_side,
             mode=tower.interpolation_mode,
@@ -89,18 +110,32 @@ def qwen_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int])
             spatial_merge_size=side,
         )
         x = x + (tower.pos_embed(taps) * weights[:, :, None]).sum(1).to(x.dtype)
-    x = x.reshape(len(x), -1)
-    cos, sin = tower.rotary_pos_emb(x, hf.get_vision_position_ids(grids, side))
-    ends = hf.get_vision_cu_seqlens(grids).int()
-    longest = int((grids[:, 1] * grids[:, 2]).max())
-    lengths = (grids.prod(1) // size).tolist()
-    rows = Rows(x, torch.arange(len(x), device=x.device) // size, size, lengths, ends, longest, rotary=(cos, sin))
+    rows = _of_frames(tower, x.reshape(len(x), -1), grids, side)
     if not hasattr(tower, "fullatt_block_indexes"):
         return rows
-    order, windows = hf.get_vision_window_index(
+    order, windows = vision_utils.get_vision_window_index(
         grids, spatial_merge_size=side, window_size=tower.window_size, patch_size=tower.patch_size
     )
     return rows.in_order(order.to(x.device), windows.int())
+
+
+def glm_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) -> Rows:
+    """Of GLM-4V: as those of Qwen, with positions added to them that are interpolated frame by frame."""
+    grids = arguments["grid_thw"]
+    x = tower.post_conv_layernorm(tower.patch_embed(arguments["pixel_values"]))
+    frames = grids.repeat_interleave(grids[:, 0], 0).index_fill(1, grids.new_zeros(1), 1)
+    y, z = vision_utils.get_vision_position_ids(grids, side).to(x.device).unbind(1)
+    return _of_frames(tower, tower.embeddings(x, frames.prod(1), frames, y, z), grids, side)
+
+
+def _of_frames(tower: Any, x: Tensor, grids: Tensor, side: int) -> Rows:
+    """Rows (T, C), unit by unit, of which each frame attends to itself."""
+    size = side**2
+    rotary = tower.rotary_pos_emb(x, vision_utils.get_vision_position_ids(grids, side))
+    ends = vision_utils.get_vision_cu_seqlens(grids).int()
+    longest = int((grids[:, 1] * grids[:, 2]).max())
+    lengths = (grids.prod(1) // size).tolist()
+    return Rows(x, torch.arange(len(x), device=x.device) // size, size, lengths, ends, longest, rotary=rotary)
 
 
 def _pair(size: int | Sequence[int]) -> Sequence[int]:
@@ -108,16 +143,27 @@ def _pair(size: int | Sequence[int]) -> Sequence[int]:
 
 
 QWEN = VisionTower(qwen_rows, layers="blocks")
+QWEN3 = VisionTower(
+    qwen_rows, layers="blocks", deep=lambda tower: [layer + 1 for layer in tower.deepstack_visual_indexes]
+)
+GLM = VisionTower(glm_rows, layers="blocks", norm="post_layernorm")
+SIGLIP = VisionTower(grid_rows(embedded), norm="post_layernorm")
 IDEFICS = VisionTower(grid_rows(embedded_tiles), norm="post_layernorm")
 # By the model type of a tower's config.
 TOWERS = {
     "qwen2_vl_vision": QWEN,
     "qwen2_5_vl_vision": VisionTower(qwen_rows, layers="blocks", whole=attrgetter("fullatt_block_indexes")),
-    "qwen3_vl_vision": VisionTower(
-        qwen_rows, layers="blocks", deep=lambda tower: [layer + 1 for layer in tower.deepstack_visual_indexes]
-    ),
+    "qwen3_vl_vision": QWEN3,
+    "qwen3_vl_moe_vision": QWEN3,
+    "qwen3_5_vision": QWEN,
+    "qwen3_5_moe_vision": QWEN,
+    "glm4v_vision": GLM,
+    "glm4v_moe_vision": GLM,
     "clip_vision_model": VisionTower(grid_rows(embedded_clip), summary=True),
-    "siglip_vision_model": VisionTower(grid_rows(embedded), norm="post_layernorm"),
+    "siglip_vision_model": SIGLIP,
+    "janus_vision_model": SIGLIP,
+    "siglip2_vision_model": VisionTower(naflex_rows, norm="post_layernorm"),
+    "pixtral": VisionTower(pixtral_rows, layers="transformer.layers"),
     "smolvlm_vision": IDEFICS,
     "idefics3_vision": IDEFICS,
     "internvl_vision": VisionTower(grid_rows(embedded), layers="encoder.layer", norm="layernorm", summary=True),
