@@ -76,10 +76,16 @@ def data():
     return Questions(48)
 
 
+@pytest.fixture(scope="module")
+def few():
+    """Enough for a run whose figures do not matter."""
+    return Questions(16)
+
+
 def test_compress_reaches_the_target_and_reports_what_was_saved(tmp_path, data):
     dense = tiny_blip()
     before = copy.deepcopy(dense.state_dict())
-    training = {"max_steps": 30, "per_device_train_batch_size": 16, "disable_tqdm": True, "save_strategy": "no"}
+    training = {"max_steps": 12, "per_device_train_batch_size": 16, "disable_tqdm": True, "save_strategy": "no"}
     result = madtp.compress(dense, Task(), data, data, CONFIG, output_dir=tmp_path, training=training)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     report = json.loads(json.dumps(result.report))
@@ -114,10 +120,9 @@ def test_the_error_of_the_counted_macs_is_the_standard_error_of_their_mean(monke
 
 
 @pytest.mark.parametrize("score", ["activation", "token_weighted", "second_order"])
-def test_weights_are_chosen_by_every_score_on_permuted_channels(tmp_path, data, score):
+def test_weights_are_chosen_by_every_score_on_permuted_channels(tmp_path, few, score):
     config = dataclasses.replace(CONFIG, hwp_score=score, hwp_permute=True, hwp_schedule="one_shot")
-    dense = tiny_blip()
-    result = madtp.compress(dense, Task(), data, data, config, output_dir=tmp_path, training=BRIEF)
+    result = madtp.compress(tiny_blip(), Task(), few, None, config, output_dir=tmp_path, training=BRIEF)
     plan = result.report["plan"]
     assert plan["packed_modules"] == sorted(plan["sparse_modules"])
     assert len(plan["permutations"]) == 4
@@ -158,7 +163,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(tmp_path, d
         madtp.compress(tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path / "file", training=BRIEF)
 
 
-def test_a_failing_save_keeps_the_model_that_was_there(tmp_path, data, monkeypatch):
+def test_a_failing_save_keeps_the_model_that_was_there(tmp_path, few, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious").touch()
 
@@ -167,7 +172,7 @@ def test_a_failing_save_keeps_the_model_that_was_there(tmp_path, data, monkeypat
 
     monkeypatch.setattr(Task, "save_processor", fail)
     with pytest.raises(OSError, match="disk full"):
-        madtp.compress(tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path, training=BRIEF)
+        madtp.compress(tiny_blip(), Task(), few, few, CONFIG, output_dir=tmp_path, training=BRIEF)
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["precious"]
     assert not (tmp_path / "model.partial").exists()
 

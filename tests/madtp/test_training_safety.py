@@ -63,7 +63,7 @@ def test_weights_in_shards_are_refused(tmp_path, data):
 
 
 def test_a_full_disk_leaves_the_checkpoint_that_was_whole(tmp_path, data, monkeypatch):
-    trainer = make_trainer(tmp_path, data, 12)
+    trainer = make_trainer(tmp_path, data, 8)
     save = type(trainer)._save
 
     def full(self, output_dir=None, state_dict=None):
@@ -76,9 +76,9 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_whole(tmp_path, data, monkey
         trainer.train()
     assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4"
     monkeypatch.undo()
-    resumed = make_trainer(tmp_path, data, 12)
+    resumed = make_trainer(tmp_path, data, 8)
     resumed.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "checkpoints")))
-    assert resumed.state.global_step == 12
+    assert resumed.state.global_step == 8
 
 
 def _train(folder, steps):
@@ -126,6 +126,7 @@ def _as_one_of_two(rank, folder, port):
         torch.save([trainer.model.state_dict(), trainer.controller.state_dict()], folder / "end.pt")
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, data):
     one = make_trainer(tmp_path / "one", data, 6, **PLAIN)
     before = {name: value.clone() for name, value in one.model.state_dict().items()}
