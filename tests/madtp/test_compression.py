@@ -119,7 +119,9 @@ def test_the_error_of_the_counted_macs_is_the_standard_error_of_their_mean(monke
     assert figures["counted_gmacs_error"] == pytest.approx(torch.tensor(costs).std().item() / 5**0.5)
 
 
-@pytest.mark.parametrize("score", ["activation", "token_weighted", "second_order"])
+@pytest.mark.parametrize(
+    "score", [pytest.param("activation", marks=pytest.mark.slow), "token_weighted", "second_order"]
+)
 def test_weights_are_chosen_by_every_score_on_permuted_channels(tmp_path, few, score):
     config = dataclasses.replace(CONFIG, hwp_score=score, hwp_permute=True, hwp_schedule="one_shot")
     result = madtp.compress(tiny_blip(), Task(), few, None, config, output_dir=tmp_path, training=BRIEF)
