@@ -267,11 +267,14 @@ def document(results: list[dict], preset: str, picture: str) -> str:
     text = [
         f"# Accuracy against compute, preset {preset}\n",
         "Made by `python -m experiments.table` from the files in `experiments/results/`; a task's rows are made by "
-        "`python -m experiments.run TASK`. Each compression starts from the same dense model; it plans its budgets, "
-        "trains, and calibrates its temperatures on samples that are not of the test (where concepts are split, of "
-        "some that are in neither part); all figures are of the saved model on the test set. Where there are several "
-        "seeds, the mean, and least to most. Behind ± is the standard error: samples keep different numbers of tokens, "
-        "so the mean cost of a test set misses its target by chance too. [What was tried](experiments-notes.md).\n",
+        "`python -m experiments.run TASK`.\n"
+        "Each compression starts from the same dense model; it plans its budgets, trains, and calibrates its "
+        "temperatures on samples that are not of the test (where concepts are split, of some that are in neither "
+        "part); all figures are of the saved model on the test set.\n"
+        "Where there are several seeds, the mean, and least to most.\n"
+        "Behind ± is the standard error: samples keep different numbers of tokens, so the mean cost of a test set "
+        "misses its target by chance too.\n"
+        "[What was tried](experiments-notes.md).\n",
         f"![Metric against counted MACs]({picture})\n",
         "## Budgets\n",
         budgets(results),
@@ -280,10 +283,12 @@ def document(results: list[dict], preset: str, picture: str) -> str:
         "## int8 weights\n",
         "The same training twice on one machine, from one dense model, with one plan and one seed: all weights in "
         "float32, those of the chosen Linears 2:4; and with all Linears that could go 2:4 in int8, which compute so in "
-        "the last fifth of the training too. These pairs are of another machine than the rows above, and their float32 "
-        "models differ from those by what that does to a training. Behind ± is the standard error of the difference, "
-        "from the answers of both models to the same samples. Weight bytes are of all parameters, those that stay in "
-        "float32 included; bit operations count a multiply-add by the bits of both its operands, 8 x 8 or 32 x 32.\n",
+        "the last fifth of the training too.\n"
+        "These pairs are of another machine than the rows above, and their float32 models differ from those by what "
+        "that does to a training.\n"
+        "Behind ± is the standard error of the difference, from the answers of both models to the same samples.\n"
+        "Weight bytes are of all parameters, those that stay in float32 included; bit operations count a multiply-add "
+        "by the bits of both its operands, 8 x 8 or 32 x 32.\n",
         int8(results),
         "## What was aimed at\n",
         targets(results),

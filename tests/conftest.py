@@ -11,6 +11,11 @@ if not torch.cuda.is_available():
 os.environ["MADTP_TUNE"] = "off"  # no test measures, or reads what this machine has measured
 
 
+def pytest_collection_modifyitems(items):
+    """What takes long comes first, so that no worker is left with it when the others have nothing to do."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """A test draws the same numbers whatever ran before it."""

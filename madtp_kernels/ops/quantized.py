@@ -117,6 +117,12 @@ def quantized_linear(
     return y
 
 
+def _dtype(x: Tensor, *_: object, **__: object) -> torch.dtype:
+    """For `explain`: that of x, which every backend refuses where it is another."""
+    check_tensor("x", x, x.ndim, dispatch.FAST_DTYPES)
+    return x.dtype
+
+
 def _has_its_scale(weight: QuantizedWeight) -> bool:
     """What a write through `.data` can change of the scales that kernels read at every call, and the key has not."""
     scale = weight.scale
@@ -272,6 +278,7 @@ dispatch.register(
     dense=dense.quantized_linear,
     runs_with={"dense": "cpu"},
     auto_order={"cpu": ("cpu", "reference")},
+    dtype=_dtype,
     tuned=_tuned,
     layout_checks={"cpu": _check_layout, "dense": _check_dense_layout},
 )

@@ -31,21 +31,31 @@ def run(name, *arguments):
     return done.stdout
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """`run` in this process, which has torch loaded."""
+
+    def run(name, *arguments):
+        monkeypatch.syspath_prepend(ROOT / "examples")
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize("name", BRIEF)
-def test_runs(name):
+def test_runs(run_here, name):
     arguments, promised = BRIEF[name]
-    assert promised in run(name, *arguments)
+    assert promised in run_here(name, *arguments)
 
 
 @pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
-def test_decoders_answer_with_fewer_image_tokens(name, tmp_path, monkeypatch, capsys):
+def test_decoders_answer_with_fewer_image_tokens(run_here, name, tmp_path):
     if name == "qwen2_5_vl":
         pytest.importorskip("torchvision", reason="its processor of videos needs it")
     save_tiny(name, tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    monkeypatch.setattr(sys, "argv", [name, "--model", str(tmp_path), "--keep", "9", "--new-tokens", "3"])
-    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
-    out = capsys.readouterr().out
+    out = run_here(name, "--model", tmp_path, "--keep", 9, "--new-tokens", 3)
     assert "image tokens left: 9" in out and "dense: " in out and "pruned: " in out
 
 

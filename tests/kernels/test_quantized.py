@@ -269,6 +269,10 @@ def test_explain_names_the_kernel():
     assert choice.backend == "cpu"
     choice = mk.explain("quantized_linear", torch.randn(3, 32), quantize(torch.ones(0, 32), "int8"))
     assert choice.backend == "reference" and "no elements" in choice.rejected["cpu"]
+    message = "x must be a 2-dimensional tensor of float32 or bfloat16 or float16, got float64"
+    for run in (mk.quantized_linear, lambda *call: mk.explain("quantized_linear", *call)):
+        with pytest.raises(ValueError, match=message):
+            run(torch.randn(3, 32).double(), weight_of(24, 32, "int8_24"))
 
 
 def with_value(tensor, index, value):

@@ -5,7 +5,6 @@ import pytest
 import torch
 from sparse24_cases import dense24
 from sparse24_cases import epilogue as arguments
-from test_sparse24_fast_path import Recorder, Subclass
 from torch.utils.flop_counter import FlopCounterMode
 
 import madtp_kernels as mk
@@ -228,40 +227,6 @@ def test_rows_of_other_shapes_are_direct_too(weight, checked):
     flat = mk.quantized_linear(x.view(6, 32), weight, residual=residual.view(6, 24), backend="cpu")
     assert all(torch.equal(y.view(6, 24), flat) for y in calls)
     assert [args["x"].ndim for args in checked] == [3, 2, 3]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_call_that_others_see_goes_the_long_way(weight, checked):
-    x = torch.randn(6, 32)
-    run = lambda x: mk.quantized_linear(x, weight, backend="cpu")  # noqa: E731
-    assert torch.equal(run(x), run(x)) and len(checked) == 1
-    with FlopCounterMode(display=False) as counter:
-        run(x)
-    assert counter.get_total_flops() == 6 * 24 * 32 and len(checked) == 2
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        run(x)
-    assert "madtp::quantized_linear" in [event.name for event in profiler.events()] and len(checked) == 3
-    with Recorder() as recorder:
-        run(x)
-    assert any("madtp.quantized_linear" in name for name in recorder.names) and len(checked) == 4
-    assert isinstance(run(x.as_subclass(Subclass)), Subclass) and len(checked) == 5
-    traced = torch.jit.trace(run, x, check_trace=False)
-    assert "madtp::quantized_linear" in str(traced.graph) and len(checked) == 6
-
-
-def test_gradients_flow_through_a_known_class(weight, checked):
-    x, bias = torch.randn(6, 32), torch.nn.Parameter(torch.randn(24))
-    with torch.no_grad():
-        for _ in range(2):
-            assert mk.quantized_linear(x, weight, bias, backend="cpu").grad_fn is None
-    mk.quantized_linear(x, weight, bias, backend="cpu").sum().backward()
-    torch.testing.assert_close(bias.grad, torch.full((24,), 6.0))
-    x.requires_grad_()
-    mk.quantized_linear(x, weight, bias.detach(), backend="cpu").sum().backward()
-    torch.testing.assert_close(x.grad, weight.to_dense().sum(0).expand(6, 32))
-    with torch.inference_mode():
-        mk.quantized_linear(x, weight, bias, backend="cpu")
-    assert len(checked) == 3
 
 
 def test_writes_and_variables_are_noticed(weight, monkeypatch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int8 weights on disk: what comes back, the names in the file, and which files are refused."""
+"""int8 weights on disk: the names in the file, and which weights are refused. The rest is in test_weight_files."""
 
 import json
 import math
@@ -7,17 +7,14 @@ import math
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sparse24_cases import dense24
 
 from madtp_kernels import (
     QuantizedWeight,
     load_quantized,
-    load_sparse24,
     quantize,
     save_quantized,
-    save_sparse24,
-    sparse24_compress,
     weight_files,
 )
 from madtp_kernels.quantized import files
@@ -39,20 +36,10 @@ def saved(tmp_path):
     return tmp_path / "w.safetensors"
 
 
-def same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        if isinstance(weight, QuantizedWeight):
-            assert found[name].scheme == weight.scheme
-            assert all(map(torch.equal, found[name]._parts(), weight._parts()))
-        else:
-            assert found[name].dtype == weight.dtype and torch.equal(found[name], weight)
-    return True
-
-
-def test_round_trip_and_names(saved):
-    assert same(load_quantized(saved), mixed())
-    assert [path.name for path in saved.parent.iterdir()] == ["w.safetensors"]
+def test_names(saved):
+    found = load_quantized(saved)
+    assert {name: found[name].scheme for name in ("fc1", "fc2")} == {"fc1": "int8_24", "fc2": "int8"}
+    assert all(map(torch.equal, found["fc2"]._parts(), mixed()["fc2"]._parts()))
     stored = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in load_file(saved).items()}
     assert stored == {
         "fc1.weight": (torch.int8, (16, 16)),
@@ -74,45 +61,6 @@ def test_size_on_disk(tmp_path):
     for scheme, share in (("int8", 0.25), ("int8_24", 0.16)):
         save_quantized(tmp_path / scheme, {"weight": quantize(dense, scheme)})
         assert (tmp_path / scheme).stat().st_size <= (share + 0.01) * dense.nbytes
-
-
-def test_every_flipped_bit_is_noticed(saved):
-    whole = saved.read_bytes()
-    for at in range(0, len(whole), 13):
-        changed = bytearray(whole)
-        changed[at] ^= 1 << at % 8
-        saved.write_bytes(changed)
-        try:
-            found = load_quantized(saved)
-        except ValueError as error:
-            assert "path must be" in str(error)
-        else:  # blanks around JSON
-            assert same(found, mixed())
-            assert at < 8 + int.from_bytes(whole[:8], "little")
-
-
-def test_files_of_others_are_refused(saved, tmp_path, monkeypatch):
-    whole = saved.read_bytes()
-    for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
-        saved.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="path must be a whole madtp-quantized file, got .*w.safetensors"):
-            load_quantized(saved)
-    save_sparse24(saved, {"a": sparse24_compress(dense24(8, 16))})
-    message = "path must be a file of format madtp-quantized, version 1, got .*w.safetensors of format "
-    with pytest.raises(ValueError, match=message + "madtp-sparse24, version 1"):
-        load_quantized(saved)
-    save_file({"a": torch.ones(1)}, saved)
-    with pytest.raises(ValueError, match=message + "None"):
-        load_quantized(saved)
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "VERSION", "2")
-        save_quantized(saved, mixed())
-    with pytest.raises(ValueError, match=message + "madtp-quantized, version 2"):
-        load_quantized(saved)
-    with pytest.raises(ValueError, match="format madtp-sparse24, version 1, got .* of format madtp-quantized"):
-        load_sparse24(saved)
-    with pytest.raises(FileNotFoundError):
-        load_quantized(tmp_path / "absent")
 
 
 def at(index, value):
@@ -179,23 +127,10 @@ def on_meta():
     return QuantizedWeight(torch.ones(8, 16, dtype=torch.int8, device="meta"), torch.ones(8, device="meta"))
 
 
-def test_tensors_that_are_views_are_stored_as_what_they_hold(tmp_path):
-    views = {"neg": torch._neg_view(torch.ones(2)), "t": torch.arange(6.0).view(2, 3).t(), "e": torch.ones(1).expand(5)}
-    save_quantized(tmp_path / "v.safetensors", views)
-    loaded = load_quantized(tmp_path / "v.safetensors")
-    assert loaded.keys() == views.keys() and all(torch.equal(loaded[name], view) for name, view in views.items())
-
-
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"a": 3}, r"weights\['a'\] must be a QuantizedWeight or a tensor, got int 3"),
-        ({"a": mixed()["fc1"], "a.weight": torch.ones(1)}, "weights must be of names that differ once stored, got a"),
         ({"a": negative()}, r"weights\['a'\].scale must be positive and finite, got -1.0 at row 2"),
-        ([negative()], "weights must be a mapping of names to weights, got list"),
-        ({1: torch.ones(1)}, "weights must be named by strings, got int 1"),
-        ({"a": torch.eye(3).to_sparse()}, r"weights\['a'\] must be strided and not on meta, got float32 \(3, 3\)"),
-        ({"a": torch.ones(2, device="meta")}, r"weights\['a'\] must be strided and not on meta, got float32 \(2,\)"),
         ({"a": on_meta()}, r"weights\['a'\] must be strided and not on meta, got int8 \(8, 16\)"),
     ],
 )

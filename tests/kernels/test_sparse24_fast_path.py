@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which calls of `sparse24_linear` go straight to their backend: those that nothing but the caller sees."""
+"""Which calls of `sparse24_linear` go straight to their backend; test_fast_path has those that others see."""
 
 import pytest
 import torch
 from sparse24_cases import dense24
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import madtp_kernels as mk
 from madtp_kernels import dispatch, sparse24_compress
@@ -52,57 +50,6 @@ def test_the_second_of_a_class_is_direct_and_has_the_same_bits(backend, weight, 
     mk.sparse24_linear(x.bfloat16(), weight, backend=backend)
     mk.sparse24_linear(x, weight, activation="relu", backend=backend)
     assert len(checked) == 6
-
-
-class Recorder(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-class Subclass(torch.Tensor):
-    pass
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_call_that_others_see_goes_the_long_way(weight, checked):
-    x = torch.randn(6, 32)
-    expected = mk.sparse24_linear(x, weight, backend="cpu")
-    run = lambda x: mk.sparse24_linear(x, weight, backend="cpu")  # noqa: E731
-    run(x)
-    assert len(checked) == 1
-    with FlopCounterMode(display=False) as counter:
-        run(x)
-    assert counter.get_total_flops() == 6 * 24 * 32 and len(checked) == 2
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        run(x)
-    assert "madtp::sparse24_linear" in [event.name for event in profiler.events()] and len(checked) == 3
-    with Recorder() as recorder:
-        run(x)
-    assert any("madtp.sparse24_linear" in name for name in recorder.names) and len(checked) == 4
-    assert isinstance(run(x.as_subclass(Subclass)), Subclass) and len(checked) == 5
-    traced = torch.jit.trace(run, x, check_trace=False)
-    assert "madtp::sparse24_linear" in str(traced.graph) and len(checked) == 6
-    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), expected)
-
-
-def test_gradients_flow_through_a_known_class(weight, checked):
-    x, bias = torch.randn(6, 32), torch.nn.Parameter(torch.randn(24))
-    with torch.no_grad():
-        for _ in range(2):
-            assert mk.sparse24_linear(x, weight, bias, backend="cpu").grad_fn is None
-    mk.sparse24_linear(x, weight, bias, backend="cpu").sum().backward()
-    torch.testing.assert_close(bias.grad, torch.full((24,), 6.0))
-    x.requires_grad_()
-    mk.sparse24_linear(x, weight, bias.detach(), backend="cpu").sum().backward()
-    torch.testing.assert_close(x.grad, weight.to_dense().sum(0).expand(6, 32))
-    with torch.inference_mode():
-        mk.sparse24_linear(x, weight, bias, backend="cpu")
-    assert len(checked) == 3
 
 
 def test_views_that_a_pointer_does_not_tell(weight):

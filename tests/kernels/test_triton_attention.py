@@ -90,20 +90,20 @@ def equal(got, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", with_slow([16, 80], [32, 64, 96, 128]))
+@pytest.mark.parametrize("dim", with_slow([80], [16, 32, 64, 96, 128]))
 def test_head_dims(dtype, dim):
     Case([33, 1, 0, 2], dim=dim, dtype=dtype, causal=dim % 64 == 0, index=[32, 0, -1, 1]).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", with_slow([True], [False]))
-@pytest.mark.parametrize("index", [INDEX, [-1] * len(INDEX)], ids=["any", "none"])
+@pytest.mark.parametrize("index", with_slow([INDEX], [[-1] * len(INDEX)]), ids=["any", "none"])
 def test_summary_tokens(dtype, causal, index):
     Case(LENGTHS, dtype=dtype, causal=causal, index=index).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", with_slow([True], [False]))
 def test_without_statistics(dtype, causal):
     case = Case([37, 1, 0, 5], dtype=dtype, dim=32, causal=causal, stats=False)
     case.check()
@@ -171,7 +171,7 @@ def test_slabs_of_queries(causal, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype_and_length", with_slow([(torch.float32, 18)], [(torch.float16, 130)]))
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", with_slow([True], [False]))
 def test_a_sequence_does_not_depend_on_the_batch(dtype_and_length, causal, monkeypatch):
     dtype, length = dtype_and_length
     monkeypatch.setattr(attention_backward, "SLAB", 128)
@@ -235,7 +235,7 @@ def test_corner_batches(lengths):
     assert case.run()[1].numel() == 0
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", with_slow([1, 2], [0]))
 def test_nan_stays_in_its_sequence(part):
     case = Case([40, 30, 50], dtype=torch.float16, index=[0, 29, -1])
     clean = case.run()

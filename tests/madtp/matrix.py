@@ -11,6 +11,20 @@ from families import CASES
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 
+# Families that have, between them, every tower, every way of pooling and every class with a forward of ours.
+VARIED = (
+    "BlipForQuestionAnswering",
+    "BlipForNLVR",
+    "CLIPModel",
+    "SiglipModel",
+    "VisionTextDualEncoderModel (DINOv2, BERT)",
+    "Blip2ForImageTextRetrieval",
+    "ViTForImageClassification",
+    "Dinov2Model (SwiGLU)",
+    "BertForTokenClassification",
+)
+
+
 class Column(NamedTuple):
     """What is tested of every family, why one has no such thing, and the families that are no slow test (None: all)."""
 

@@ -70,21 +70,22 @@ def test_env(madtp):
     assert code == 0 and "torch" in json.loads(out)
 
 
+@pytest.mark.long
 def test_demo_from_start_to_finish(madtp, refused, drawn, short, tmp_path):
-    run = tmp_path / "run"
-    code, out, err = madtp("demo", "--steps", 4, "--out", run)
-    assert code == 0 and "accuracy, 144 samples" in out and "Traceback" not in err
+    run, few = tmp_path / "run", ("--limit", 24)
+    code, out, err = madtp("demo", "--steps", 4, *few, "--out", run)
+    assert code == 0 and "accuracy, 24 samples" in out and "Traceback" not in err
     report = json.loads((run / "report.json").read_text())
     assert set(report) == {"metric", "dense", "compressed", "plan", "training", "config", "versions"}
     assert report["config"]["macs_reduction"] == 0.6
-    assert f"`madtp demo --steps 4 --out {run}`" in (run / "report.md").read_text()
+    assert f"`madtp demo --steps 4 --limit 24 --out {run}`" in (run / "report.md").read_text()
     assert "(tokens.png)" in (run / "report.md").read_text()
     with Image.open(run / "tokens.png") as picture:
         picture.verify()
 
-    code, out, _ = madtp("evaluate", run / "model")
-    assert code == 0 and out == f"accuracy {100 * report['compressed']['metrics']['accuracy']:.2f} % on 144 samples\n"
-    code, out, _ = madtp("profile", run / "model")
+    code, out, _ = madtp("evaluate", run / "model", *few)
+    assert code == 0 and out == f"accuracy {100 * report['compressed']['metrics']['accuracy']:.2f} % on 24 samples\n"
+    code, out, _ = madtp("profile", run / "model", *few)
     assert code == 0 and all(branch in out for branch in ("vision", "text", "decoder", "total"))
     assert f"{report['compressed']['counted_gmacs']:.4g}" in out
     code, out, _ = madtp("visualize", run / "model", "--out", run / "few.png", "--rows", 2)

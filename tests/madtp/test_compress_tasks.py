@@ -11,7 +11,7 @@ from madtp.tasks.nlvr import NlvrTask
 from madtp.tasks.retrieval import RetrievalTask
 
 CONFIG = madtp.CompressionConfig(macs_reduction=0.5, alignment_tokens=8, alignment_dim=32, controller_interval=2)
-TRAINING = {"max_steps": 12, "per_device_train_batch_size": 8, "disable_tqdm": True, "save_strategy": "no"}
+TRAINING = {"max_steps": 6, "per_device_train_batch_size": 8, "disable_tqdm": True, "save_strategy": "no"}
 
 
 class Items(Dataset):

@@ -76,10 +76,16 @@ def data():
     return Questions(48)
 
 
+@pytest.fixture(scope="module")
+def few():
+    """Enough for a run whose figures do not matter."""
+    return Questions(16)
+
+
 def test_compress_reaches_the_target_and_reports_what_was_saved(tmp_path, data):
     dense = tiny_blip()
     before = copy.deepcopy(dense.state_dict())
-    training = {"max_steps": 30, "per_device_train_batch_size": 16, "disable_tqdm": True, "save_strategy": "no"}
+    training = {"max_steps": 12, "per_device_train_batch_size": 16, "disable_tqdm": True, "save_strategy": "no"}
     result = madtp.compress(dense, Task(), data, data, CONFIG, output_dir=tmp_path, training=training)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     report = json.loads(json.dumps(result.report))
@@ -113,11 +119,12 @@ def test_the_error_of_the_counted_macs_is_the_standard_error_of_their_mean(monke
     assert figures["counted_gmacs_error"] == pytest.approx(torch.tensor(costs).std().item() / 5**0.5)
 
 
-@pytest.mark.parametrize("score", ["activation", "token_weighted", "second_order"])
-def test_weights_are_chosen_by_every_score_on_permuted_channels(tmp_path, data, score):
+@pytest.mark.parametrize(
+    "score", [pytest.param("activation", marks=pytest.mark.slow), "token_weighted", "second_order"]
+)
+def test_weights_are_chosen_by_every_score_on_permuted_channels(tmp_path, few, score):
     config = dataclasses.replace(CONFIG, hwp_score=score, hwp_permute=True, hwp_schedule="one_shot")
-    dense = tiny_blip()
-    result = madtp.compress(dense, Task(), data, data, config, output_dir=tmp_path, training=BRIEF)
+    result = madtp.compress(tiny_blip(), Task(), few, None, config, output_dir=tmp_path, training=BRIEF)
     plan = result.report["plan"]
     assert plan["packed_modules"] == sorted(plan["sparse_modules"])
     assert len(plan["permutations"]) == 4
@@ -158,7 +165,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(tmp_path, d
         madtp.compress(tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path / "file", training=BRIEF)
 
 
-def test_a_failing_save_keeps_the_model_that_was_there(tmp_path, data, monkeypatch):
+def test_a_failing_save_keeps_the_model_that_was_there(tmp_path, few, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious").touch()
 
@@ -167,7 +174,7 @@ def test_a_failing_save_keeps_the_model_that_was_there(tmp_path, data, monkeypat
 
     monkeypatch.setattr(Task, "save_processor", fail)
     with pytest.raises(OSError, match="disk full"):
-        madtp.compress(tiny_blip(), Task(), data, data, CONFIG, output_dir=tmp_path, training=BRIEF)
+        madtp.compress(tiny_blip(), Task(), few, few, CONFIG, output_dir=tmp_path, training=BRIEF)
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["precious"]
     assert not (tmp_path / "model.partial").exists()
 
@@ -209,7 +216,10 @@ def test_samples_are_spread_over_the_data(data, monkeypatch):
     assert [len(batch["pixel_values"]) for batch in sample_batches(Shared(), data, 7)] == [4, 3]
 
 
-def make_trainer(tmp_path, data, steps, config=CONFIG, sparse_modules=(FC1,), eval_dataset=None, **training):
+def make_trainer(
+    tmp_path, data, steps, config=CONFIG, sparse_modules=(FC1,), eval_dataset=None, find_start=True, **training
+):
+    """find_start: without, the first temperatures are those of the config: to seek them takes as long as the steps."""
     from madtp.compression.pipeline import _training_arguments
     from madtp.training.controller import branch_targets
 
@@ -220,7 +230,7 @@ def make_trainer(tmp_path, data, steps, config=CONFIG, sparse_modules=(FC1,), ev
     targets = branch_targets(madtp.profile(student, probe), 0.3, tuple(handle.pruning))
     arguments = {"max_steps": steps, "save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 8}
     args = _training_arguments(tmp_path, config, arguments | {"disable_tqdm": True} | training)
-    return MadtpTrainer(
+    trainer = MadtpTrainer(
         student,
         teacher,
         Task(),
@@ -233,6 +243,9 @@ def make_trainer(tmp_path, data, steps, config=CONFIG, sparse_modules=(FC1,), ev
         eval_dataset=eval_dataset,
         data_collator=Task.collate,
     )
+    if not find_start:
+        trainer.find_start = lambda: None
+    return trainer
 
 
 class Interrupt(TrainerCallback):
@@ -263,16 +276,16 @@ def test_an_interrupted_training_resumes_where_it_would_have_been(tmp_path, data
 
 
 def test_a_finished_training_that_is_resumed_makes_no_step(tmp_path, data):
-    finished = make_trainer(tmp_path, data, 4)  # of 6 in an epoch
+    finished = make_trainer(tmp_path, data, 4, find_start=False)  # of 6 in an epoch
     finished.train()
     folder = tmp_path / "checkpoints"
-    resumed = make_trainer(tmp_path, data, 4)
+    resumed = make_trainer(tmp_path, data, 4, find_start=False)
     resumed.train(resume_from_checkpoint=str(last_checkpoint(folder)))
     assert resumed.state.global_step == 4 and last_checkpoint(folder).name == "checkpoint-4"
     assert same_bits(resumed.model, finished.model)
     assert resumed.handle.temperatures == finished.handle.temperatures
     assert resumed.state.log_history[:-1] == finished.state.log_history[:-1]  # the last says how long it took
-    longer = make_trainer(tmp_path, data, 5)
+    longer = make_trainer(tmp_path, data, 5, find_start=False)
     longer.train(resume_from_checkpoint=str(last_checkpoint(folder)))
     assert longer.state.global_step == 5
 
@@ -296,10 +309,10 @@ def test_the_loss_is_the_sum_of_its_parts(tmp_path, data):
 
 
 def test_accumulated_steps_average_their_losses(tmp_path, data):
-    plain = make_trainer(tmp_path, data, 1, logging_steps=1)
+    plain = make_trainer(tmp_path, data, 1, find_start=False, logging_steps=1)
     plain.train()
     halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 1}
-    accumulated = make_trainer(tmp_path, data, 1, **halves)
+    accumulated = make_trainer(tmp_path, data, 1, find_start=False, **halves)
     accumulated.train()
     losses = [trainer.state.log_history[0]["loss"] for trainer in (plain, accumulated)]
     assert losses[0] == pytest.approx(losses[1], rel=0.1)

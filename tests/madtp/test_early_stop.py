@@ -36,13 +36,15 @@ def worse_every_time(monkeypatch):
 
 def test_patience_begins_when_the_masks_are_final(tmp_path, data, monkeypatch):
     worse_every_time(monkeypatch)
-    trainer = make_trainer(tmp_path, data, 40, save_strategy="no", eval_dataset=data, **EVALUATE)
+    trainer = make_trainer(
+        tmp_path, data, 20, save_strategy="no", eval_dataset=Questions(8), find_start=False, **EVALUATE
+    )
     trainer.add_callback(EarlyStoppingCallback(2))
     trainer.train()
-    # 2:4 from the step after the 20th on: 22 is the first that counts, 24 and 26 are worse.
-    assert trainer.state.global_step == 26 and trainer.state.best_metric == 11
+    # 2:4 from the step after the 10th on: 12 is the first that counts, 14 and 16 are worse.
+    assert trainer.state.global_step == 16 and trainer.state.best_metric == 6
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(evaluations) == 13
+    assert len(evaluations) == 8
 
 
 def test_evaluations_are_of_the_loss_and_stay_out_of_what_is_logged(tmp_path, data):
@@ -58,7 +60,7 @@ def test_evaluations_are_of_the_loss_and_stay_out_of_what_is_logged(tmp_path, da
 def test_the_best_checkpoint_brings_its_temperatures_back(tmp_path, data, monkeypatch):
     worse_every_time(monkeypatch)
     keep = {"save_steps": 2, "save_total_limit": None, "load_best_model_at_end": True}
-    trainer = make_trainer(tmp_path, data, 8, eval_dataset=data, **EVALUATE, **keep)
+    trainer = make_trainer(tmp_path, data, 8, eval_dataset=Questions(8), find_start=False, **EVALUATE, **keep)
     trainer.train()
     best = tmp_path / "checkpoints" / "checkpoint-6"
     assert trainer.state.best_model_checkpoint == str(best), "the first with masks of the final pattern"
@@ -73,7 +75,8 @@ def test_a_training_that_stopped_early_is_not_resumed(tmp_path, data, monkeypatc
     one_shot = dataclasses.replace(CONFIG, hwp_schedule="one_shot")
 
     def train(checkpoint=None):
-        trainer = make_trainer(tmp_path, data, 9, one_shot, eval_dataset=data, save_steps=2, **EVALUATE)
+        options = EVALUATE | {"save_steps": 2, "find_start": False}
+        trainer = make_trainer(tmp_path, data, 9, one_shot, eval_dataset=Questions(8), **options)
         trainer.add_callback(EarlyStoppingCallback(1))
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer

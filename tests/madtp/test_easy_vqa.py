@@ -40,7 +40,10 @@ def one_line(error: pytest.ExceptionInfo) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("split, images, questions", [("train", 4000, 38575), ("test", 1000, 9673)])
+@pytest.mark.parametrize(
+    "split, images, questions",
+    [pytest.param("train", 4000, 38575, marks=pytest.mark.slow), ("test", 1000, 9673)],
+)
 def test_counts_and_answers(data_there, dense, split, images, questions):
     data = EasyVqa(split, dense[1])
     assert data.images.shape == (images, 3, 64, 64) and data.images.dtype == torch.uint8

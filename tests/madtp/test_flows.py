@@ -16,7 +16,7 @@ import torch
 import transformers as hf
 from families import CASES, CONFIG, build, outputs, patched, total
 from linear_blocks import saved_and_loaded
-from matrix import Column
+from matrix import VARIED, Column
 from peft import LoraConfig, get_peft_model
 from test_hf_trainer import trains_evaluates_and_resumes
 from test_like_hugging_face import (
@@ -260,21 +260,21 @@ def _checkpoints(family):
 
 
 FLOWS = {
-    "deepcopy": Column(is_copied),
-    "pickle, torch.save": Column(is_pickled),
+    "deepcopy": Column(is_copied, quick=VARIED),
+    "pickle, torch.save": Column(is_pickled, quick=VARIED),
     "spawn": Column(goes_to_a_spawned_process, quick=("CLIPModel",)),
-    "AveragedModel": Column(is_averaged),
-    "functional_call": Column(runs_as_a_function),
-    "threads": Column(takes_turns_with_itself),
-    "no graph kept": Column(keeps_no_graph),
-    "checkpointing, both modes": Column(is_checkpointed_in_every_mode, _checkpoints),
-    "hooks": Column(fires_the_hooks_of_others),
-    "state dict": Column(arrives_by_state_dict),
+    "AveragedModel": Column(is_averaged, quick=VARIED),
+    "functional_call": Column(runs_as_a_function, quick=VARIED),
+    "threads": Column(takes_turns_with_itself, quick=VARIED),
+    "no graph kept": Column(keeps_no_graph, quick=VARIED),
+    "checkpointing, both modes": Column(is_checkpointed_in_every_mode, _checkpoints, quick=VARIED),
+    "hooks": Column(fires_the_hooks_of_others, quick=VARIED),
+    "state dict": Column(arrives_by_state_dict, quick=VARIED),
     "its own class, and Auto": Column(is_loaded_by_its_class),
     "keywords, return_dict, hidden states": Column(takes_the_keywords_of_hugging_face),
     "attention maps": Column(has_no_attention_maps),
     "signature": Column(says_which_inputs_there_are),
-    "LoRA": Column(takes_lora),
+    "LoRA": Column(takes_lora, quick=VARIED),
     "Trainer": Column(trains_with_the_trainer, _classifies, quick=()),  # test_hf_trainer has a quick one
 }
 

@@ -41,10 +41,11 @@ def test_import_madtp_loads_nothing():
     assert loaded("import madtp; dir(madtp)") == []
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_loads_nothing_heavy(command):
-    arguments = ["madtp", *command.split(), "--help"]
-    show = f"sys.argv = {arguments}; import madtp.cli\ntry: madtp.cli.main()\nexcept SystemExit: pass"
+def test_help_loads_nothing_heavy():
+    """That of all commands, one after another."""
+    lines = [["madtp", *command.split(), "--help"] for command in ("", *COMMANDS)]
+    show = "import madtp.cli\ndef show():\n try: madtp.cli.main()\n except SystemExit: pass\n"
+    show += f"for sys.argv in {lines}: show()"
     assert not set(loaded(show)) & set(HEAVY)
 
 
@@ -89,7 +90,7 @@ print(ALL_ATTENTION_FUNCTIONS["madtp"] is attention_forward)
 @pytest.mark.parametrize(
     "imports",
     [
-        "import madtp, transformers",
+        pytest.param("import madtp, transformers", marks=pytest.mark.slow),
         pytest.param("import transformers.modeling_utils, madtp", marks=pytest.mark.slow),
         "import madtp; from transformers import CLIPModel; import transformers; from madtp.models import FAMILIES",
     ],
@@ -148,7 +149,7 @@ def test_what_is_missing_is_named():
     ("package", "arguments", "what"),
     [
         ("transformers", ["evaluate", "nowhere"], "madtp evaluate"),
-        ("rich", ["demo"], "madtp demo"),
+        pytest.param("rich", ["demo"], "madtp demo", marks=pytest.mark.slow),
         ("typer", ["--help"], "madtp"),
     ],
 )

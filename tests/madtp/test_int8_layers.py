@@ -96,12 +96,34 @@ def test_sizes_of_any_kind_go_int8_and_what_cannot_stays():
     model["own"].weight_scale = 3.0  # of the user, and no scale
     model["other"] = nn.Linear(16, 8)
     model["other"].weight = model["tied"].weight
+    model["nan"] = copy.deepcopy(model["inf"])
     with torch.no_grad():
         model["inf"].weight[0, 0] = torch.inf
+        model["nan"].weight[0, 0] = torch.nan
     x = torch.randn(3, 13)
     expected = model["odd"](x)
+    assert hwp.explain_linears(model, dtype="int8") == {
+        "odd": "dense, but pack makes it int8",
+        "inf": "dense: weight has a NaN or an infinity",
+        "tied": "dense: weight is shared with other",
+        "own": "dense: weight_scale is an attribute of it already",
+        "other": "dense: weight is shared with tied",
+        "nan": "dense: weight has a NaN or an infinity",
+    }
+    assert hwp.explain_linears(model)["nan"] == "dense: weight has NaN"
     assert list(hwp.pack(model, list(model), dtype="int8")) == ["odd"]
     torch.testing.assert_close(model["odd"](x), expected, atol=0.05, rtol=0.05)
+
+
+def test_a_layer_that_was_packed_24_and_cannot_go_int8_says_why():
+    made = block()
+    hwp.pack(made)
+    with torch.no_grad():
+        made.fc1.weight[0, 0] = torch.nan
+    assert hwp.pack(made, dtype="int8") == {} and made.fc1.scheme == "sparse24"
+    assert hwp.explain_linears(made, dtype="int8")["fc1"].endswith("; not int8: weight has a NaN or an infinity")
+    with pytest.raises(ValueError, match="dtype must be None or int8, got 'int4'"):
+        hwp.explain_linears(made, dtype="int4")
 
 
 def test_a_layer_that_was_packed_24_goes_int8_and_keeps_what_it_took_over():

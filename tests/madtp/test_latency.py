@@ -142,6 +142,6 @@ def test_medians_take_turns_and_do_not_count_the_first_round(monkeypatch):
     assert found == {"a": 2, "b": 20} and calls == list("abababab")
 
 
-def test_a_dry_run_plans_for_time(machine, data):
-    targets = compression.predict_targets(tiny_blip(), Task(), data, LATENCY)
+def test_a_dry_run_plans_for_time(machine):
+    targets = compression.predict_targets(tiny_blip(), Task(), Questions(8), LATENCY)
     assert targets.latency_reduction == 0.35 and 0 < targets.macs_reduction < 1

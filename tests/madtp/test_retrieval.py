@@ -153,6 +153,7 @@ def test_other_models_are_refused(task, data):
         task.evaluate(CASES["BlipForNLVR"].build(), data)
 
 
+@pytest.mark.slow  # test_compress_tasks has a quick one
 def test_compress(task, data, tmp_path):
     config = madtp.CompressionConfig(macs_reduction=0.5, alignment_tokens=8, alignment_dim=32, controller_interval=2)
     training = {"max_steps": 6, "per_device_train_batch_size": 8, "disable_tqdm": True, "save_strategy": "no"}

@@ -33,7 +33,7 @@ class At(TrainerCallback):
 
 @pytest.mark.parametrize(("name", "value"), [("task", "nan"), pytest.param("kd", "inf", marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_training_and_is_named(tmp_path, data, name, value):
-    trainer = make_trainer(tmp_path, data, 8)
+    trainer = make_trainer(tmp_path, data, 8, find_start=False)
 
     def spoil():
         if name == "task":
@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_is_named(tmp_path, data, n
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, data):
-    trainer = make_trainer(tmp_path, data, 8)
+    trainer = make_trainer(tmp_path, data, 8, find_start=False)
     trainer.add_callback(At(4, lambda: next(trainer.model.parameters()).data.fill_(float("nan"))))
     with pytest.raises(DivergedError, match="at step 4, not finite is the weight: .*; there is no checkpoint yet"):
         trainer.train()
@@ -63,7 +63,7 @@ def test_weights_in_shards_are_refused(tmp_path, data):
 
 
 def test_a_full_disk_leaves_the_checkpoint_that_was_whole(tmp_path, data, monkeypatch):
-    trainer = make_trainer(tmp_path, data, 12)
+    trainer = make_trainer(tmp_path, data, 8, find_start=False)
     save = type(trainer)._save
 
     def full(self, output_dir=None, state_dict=None):
@@ -76,9 +76,9 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_whole(tmp_path, data, monkey
         trainer.train()
     assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4"
     monkeypatch.undo()
-    resumed = make_trainer(tmp_path, data, 12)
+    resumed = make_trainer(tmp_path, data, 8, find_start=False)
     resumed.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "checkpoints")))
-    assert resumed.state.global_step == 12
+    assert resumed.state.global_step == 8
 
 
 def _train(folder, steps):
@@ -126,6 +126,7 @@ def _as_one_of_two(rank, folder, port):
         torch.save([trainer.model.state_dict(), trainer.controller.state_dict()], folder / "end.pt")
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, data):
     one = make_trainer(tmp_path / "one", data, 6, **PLAIN)
     before = {name: value.clone() for name, value in one.model.state_dict().items()}

@@ -9,6 +9,10 @@ from datetime import timedelta
 
 from torch import distributed, multiprocessing
 
+CONTEXT = multiprocessing.get_context("forkserver")
+# What a process of ours needs, loaded once for all: the server has no threads yet that a fork would lose.
+CONTEXT.set_forkserver_preload(["torch", "transformers.trainer", "madtp.models", "madtp.training.trainer"])
+
 
 def run(function: Callable, *arguments, store: str, seconds: float) -> None:
     """function(rank, *arguments) in a gloo group of two; raises what it raises, and TimeoutError after `seconds`.
@@ -18,7 +22,7 @@ def run(function: Callable, *arguments, store: str, seconds: float) -> None:
         store: a file that does not exist, where the two meet.
     """
     context = multiprocessing.start_processes(
-        _enter, (function, store, seconds, *arguments), nprocs=2, join=False, start_method="spawn"
+        _enter, (function, store, seconds, *arguments), nprocs=2, join=False, start_method="forkserver"
     )
     deadline = time.monotonic() + seconds + 10  # by then a process that hangs has said where
     try:

@@ -57,8 +57,8 @@ def pack(
     hold the same Linear keep it as it is; but where they hold the module around it, it is packed for them as well.
 
     Args:
-        names: of the Linears to pack; None takes all that can be. Those that cannot stay as they are: `explain_linears`
-            says why.
+        names: of the Linears to pack; None takes all that can be. Those that cannot stay as they are:
+            `explain_linears`, with the same dtype, says why.
         epilogues: name of a Linear -> what follows it, which is folded into the kernel where it is known, and where
             nothing else sees it: no forward or backward hook on the Linear, none at all on what follows, and no Linear
             in front of it that is not packed. None takes what is known of a patched model.
@@ -72,7 +72,7 @@ def pack(
             weight_scale is of another shape or device, or not positive and finite. After this and any other error the
             model is as it was.
     """
-    require(dtype is None or dtype in WEIGHT_DTYPES, "dtype", f"None or {' or '.join(WEIGHT_DTYPES)}", repr(dtype))
+    _check_dtype(dtype)
     tree = ModuleTree(model)
     if epilogues is None:
         epilogues = known_epilogues(model, tree)
@@ -103,17 +103,28 @@ def pack(
     return {name: epilogue for name, epilogue in epilogues_of(model).items() if id(model.get_submodule(name)) in new}
 
 
-def explain_linears(model: nn.Module) -> dict[str, str]:
-    """For every Linear of the model, by name: how it is packed (2:4, int8, int8 2:4), or whether it could go 2:4."""
+def explain_linears(model: nn.Module, *, dtype: str | None = None) -> dict[str, str]:
+    """For every Linear of the model, by name: how it is packed (2:4, int8, int8 2:4), or whether `pack` could.
+
+    Args:
+        dtype: as in `pack`. None: whether it could go 2:4; "int8": whether it could go int8, where it is named.
+
+    Raises:
+        ValueError: dtype is another.
+    """
+    _check_dtype(dtype)
     tree, verdicts = ModuleTree(model), dict[int, str]()
     for module in tree.modules.values():
         if id(module) in verdicts:
             continue
         if isinstance(module, PackedLinear):
             sparse = "runs sparse" if module.executes_sparse else "runs dense: faster, or all there is"
-            verdicts[id(module)] = f"{module.form}, {sparse if module.sparse else f'runs on {module.choice.backend}'}"
+            verdict = f"{module.form}, {sparse if module.sparse else f'runs on {module.choice.backend}'}"
+            if dtype is not None and isinstance(module, Sparse24Linear) and (why := _staying_reason(module, tree)):
+                verdict += f"; not {dtype}: {why}"
+            verdicts[id(module)] = verdict
         elif isinstance(module, nn.Linear):
-            verdicts[id(module)] = _dense_reason(module, tree) or "dense, but 2:4: pack makes it run sparse"
+            verdicts[id(module)] = _dense_verdict(module, tree, dtype)
     return {name: verdicts[id(module)] for name, module in tree.modules.items() if id(module) in verdicts}
 
 
@@ -204,6 +215,10 @@ def _nearest(name: str, modules: Iterable[nn.Module], tree: ModuleTree) -> str |
     return max(names, key=lambda path: len(os.path.commonprefix((path, name))), default=None)
 
 
+def _check_dtype(dtype: str | None) -> None:
+    require(dtype is None or dtype in WEIGHT_DTYPES, "dtype", f"None or {' or '.join(WEIGHT_DTYPES)}", repr(dtype))
+
+
 Weight = Sparse24Weight | QuantizedWeight
 
 _OF_LINEAR = own_names(nn.Linear(1, 1, device="meta"))  # which draws no random numbers
@@ -212,13 +227,13 @@ _OF_LINEAR = own_names(nn.Linear(1, 1, device="meta"))  # which draws no random 
 def _new_weight(name: str, module: nn.Module, tree: ModuleTree, dtype: str | None, dense: bool) -> Weight | None:
     """What the weight of a layer becomes, or None where the layer stays as it is; dense: even if it is not 2:4."""
     if isinstance(module, Sparse24Linear) and dtype is not None:
-        free = _held_reason(module, tree) is None and _can_round(module)
-        return _quantized(name, module, module.sparse_weight, "int8_24") if free else None
+        stays = _staying_reason(module, tree)
+        return None if stays else _quantized(name, module, module.sparse_weight, "int8_24")
     if not isinstance(module, nn.Linear):
         return None
     if dtype is None:
-        return None if _dense_reason(module, tree) else sparse24_compress(module.weight)
-    if _unsupported_reason(module, tree) or not _can_round(module):
+        return None if _dense_reason(module, tree, dtype) else sparse24_compress(module.weight)
+    if _dense_reason(module, tree, dtype):
         return None
     if _misfit(module.weight) is None:
         return _quantized(name, module, module.weight, "int8_24")
@@ -285,10 +300,16 @@ def _unfolded(folded: Folded, layer: PackedLinear) -> nn.Module:
     return kept
 
 
-def _dense_reason(module: nn.Linear, tree: ModuleTree) -> str | None:
-    """Why a Linear stays dense, or None."""
-    reason = _unsupported_reason(module, tree) or _misfit(module.weight)
-    return None if reason is None else f"dense: {reason}"
+def _dense_verdict(module: nn.Linear, tree: ModuleTree, dtype: str | None) -> str:
+    if reason := _dense_reason(module, tree, dtype):
+        return f"dense: {reason}"
+    return "dense, but 2:4: pack makes it run sparse" if dtype is None else f"dense, but pack makes it {dtype}"
+
+
+def _dense_reason(module: nn.Linear, tree: ModuleTree, dtype: str | None) -> str | None:
+    """Why a Linear stays dense when weights of this dtype are packed, or None."""
+    reason = _unsupported_reason(module, tree)
+    return reason or (_misfit(module.weight) if dtype is None else _rounding_reason(module))
 
 
 def _unsupported_reason(module: nn.Linear, tree: ModuleTree) -> str | None:
@@ -309,6 +330,11 @@ def _unsupported_reason(module: nn.Linear, tree: ModuleTree) -> str | None:
     return replaced_forward_reason(module) or shared_reason(module, "weight", tree)
 
 
+def _staying_reason(module: Sparse24Linear, tree: ModuleTree) -> str | None:
+    """Why a layer that is packed 2:4 cannot go int8, or None."""
+    return _held_reason(module, tree) or _rounding_reason(module)
+
+
 def _held_reason(module: nn.Module, tree: ModuleTree) -> str | None:
     """Why nothing could take the place of a module where it is."""
     if any(not attribute for _, attribute in tree.places(module)):
@@ -318,22 +344,33 @@ def _held_reason(module: nn.Module, tree: ModuleTree) -> str | None:
     return None
 
 
-def _can_round(module: nn.Linear | Sparse24Linear) -> bool:
-    """Whether the weight of a layer can go int8, and the layer has no attribute where the scales go."""
+def _rounding_reason(module: nn.Linear | Sparse24Linear) -> str | None:
+    """Why the weight of a layer cannot go int8, or its scales not to where they belong, or None."""
     weight = module.weight
-    known = not weight.is_meta and weight.dtype in DTYPES and module.in_features <= MAX_IN_FEATURES
-    return known and isinstance(getattr(module, SCALE, None), Tensor | None) and bool(weight.isfinite().all())
+    if reason := _dtype_reason(weight):
+        return reason
+    if module.in_features > MAX_IN_FEATURES:
+        return f"in_features {module.in_features} is above {MAX_IN_FEATURES}"
+    if not isinstance(getattr(module, SCALE, None), Tensor | None):
+        return f"{SCALE} is an attribute of it already"
+    return None if weight.isfinite().all() else "weight has a NaN or an infinity"
 
 
 def _misfit(weight: Tensor) -> str | None:
+    """Why a weight cannot go 2:4, or None."""
     out_features, in_features = weight.shape
     if not supports_shape(out_features, in_features):
         return f"{out_features} x {in_features} must be multiples of 8 and 16"
-    if weight.is_meta or weight.dtype not in DTYPES:
-        return f"weight is {'on the meta device' if weight.is_meta else weight.dtype}"
-    if not is_pattern(weight, "2:4"):
-        return "has more than 2 non-zeros in an aligned 4"
-    return "weight has NaN" if weight.isnan().any() else None
+    if reason := _dtype_reason(weight):
+        return reason
+    if weight.isnan().any():  # before the pattern, in which a NaN is a non-zero
+        return "weight has NaN"
+    return None if is_pattern(weight, "2:4") else "has more than 2 non-zeros in an aligned 4"
+
+
+def _dtype_reason(weight: Tensor) -> str | None:
+    known = not weight.is_meta and weight.dtype in DTYPES
+    return None if known else f"weight is {'on the meta device' if weight.is_meta else weight.dtype}"
 
 
 def check_scheme(scheme: object) -> None:
