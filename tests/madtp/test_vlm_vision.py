@@ -25,6 +25,7 @@ from vlm_families import (
     END,
     GREEDY,
     IMAGE,
+    QUICK,
     TOWER_CASES,
     TOWERS,
     UNSOUND,
@@ -174,7 +175,7 @@ def features(model, inputs):
     return model.base_model.get_image_features(**pixels_of(inputs))
 
 
-@families(quick=TOWERS, of=TOWERS)
+@families(quick=(*QUICK, "Qwen2-VL", "Qwen3-VL", "InternVL", "Gemma 3", "GLM-4V", "Mistral 3", "LFM2-VL"), of=TOWERS)
 def test_towers_by_hand(name):
     model = make_vlm(name)
     inputs = vlm_batch(name, model)
@@ -451,12 +452,10 @@ def test_counts_larger_than_an_image_and_ones_that_would_leave_nothing(llava):
     ("keep", "message"),
     [
         (0, "amount must be a share"),
-        (
-            madtp.Keep(0.5, rule="fastv"),
-            "must have one of the rules received, cls, divprune, uniform, random, or a fun",
-        ),
-        (madtp.Keep(0.5, rule="text"), "or a function, got 'text'"),
-        (madtp.Keep(0.5, rule="tome"), "or a function, got 'tome'"),
+        (madtp.Keep(0.5, rule="fastv"), "as its rule one of received, cls, divprune, uniform, random, a function, got"),
+        (madtp.Keep(0.5, rule="text"), "a function, got 'text'"),
+        (madtp.Keep(0.5, rule="tome"), "a function, got 'tome'"),
+        (madtp.Keep(mass=0.5, rule="uniform"), "as its rule with a mass one of received, cls, a function, got 'unif"),
     ],
 )
 def test_what_cannot_be_kept_is_one_line(llava, keep, message):
@@ -603,3 +602,18 @@ def test_packed_towers():
     after = model(**inputs).logits
     assert after.shape == before.shape and not torch.equal(after, before)
     assert type(handle.remove().model.visual.blocks[1].mlp.fc1) is torch.nn.Linear
+
+
+def test_half_precision_and_heads_of_any_size():
+    """Towers as they are published: bfloat16, and 72 channels a head."""
+    model = make_vlm("PaliGemma")
+    config = copy.deepcopy(model.config)
+    config.vision_config.hidden_size, config.vision_config.num_attention_heads = 144, 2
+    torch.manual_seed(0)
+    model = type(model)(config).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    madtp.patch(model, keep={"vision": madtp.Keep(0.5, rule="uniform")})
+    expected = torch.cat(model.get_image_features(pixels).pooler_output)
+    found = torch.cat(model.bfloat16().get_image_features(pixels.bfloat16()).pooler_output)
+    assert found.dtype == torch.bfloat16 and found.shape == expected.shape == (16, 32)
+    assert torch.cosine_similarity(found.float(), expected).min() > 0.99
