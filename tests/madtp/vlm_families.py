@@ -322,8 +322,7 @@ TOWER_CASES = {
     "LFM2-VL": VlmCase(_lfm2, _naflex, plain=False, static=False),
     "InternVL 6B": VlmCase(lambda: _internvl(use_qk_norm=True, norm_type="rms_norm"), _squares),
 }
-UNSOUND = ("LLaVA-NeXT", "OneVision", "Florence-2")  # whose towers cannot prune
-TOWERS = [name for name in (*CASES, *TOWER_CASES) if name not in UNSOUND]
+TOWERS = [name for name in (*CASES, *TOWER_CASES) if name != "Florence-2"]
 DECODERS = [name for name in CASES if name != "Florence-2"]  # whose layers read the prompt
 QUICK = ("Qwen2.5-VL", "LLaVA", "SmolVLM")  # that are no slow tests
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
