@@ -25,9 +25,9 @@ from vlm_families import (
     END,
     GREEDY,
     IMAGE,
+    QUICK,
     TOWER_CASES,
     TOWERS,
-    UNSOUND,
     answers,
     close,
     families,
@@ -53,11 +53,15 @@ def llava():
     return model, vlm_batch("LLaVA", model)
 
 
+ABSENT = -2
+
+
 class Oracle:
     """What a dense tower's attention does, layer after layer, with `share` of the units left at the end.
 
     Args:
-        unit: (R,) the unit that each row is of, -1 for none, in the order of the tower's rows.
+        unit: (R,) the unit that each row is of, in the order of the tower's rows; -1 for one that is cut off, ABSENT
+            for one that is not counted as a query: CLS, padding.
         lengths: units of each image.
         depth: layers after which some go.
     """
@@ -77,7 +81,7 @@ class Oracle:
             scores = scores.masked_fill(hidden, -torch.inf)
         scores = scores.masked_fill(gone[:, None, None], -torch.inf)
         p = scores.softmax(-1).nan_to_num(0)  # a segment of which nothing is left
-        seen = p.amax(1).masked_fill((gone | (unit < 0))[:, :, None], 0)  # by tokens, and not by CLS
+        seen = p.amax(1).masked_fill((gone | (unit == ABSENT))[:, :, None], 0)  # by tokens, and not by CLS
         self.received[rows] = seen.sum(1).flatten().double()
         self.row = rows.stop
         if self.row == len(self.unit):
@@ -104,8 +108,12 @@ class Oracle:
             self.alive[begin + part] = True
 
 
+def has_cls(tower):
+    return any(hasattr(getattr(tower, "embeddings", None), name) for name in ("class_embedding", "cls_token"))
+
+
 def units_of_rows(tower, pixels, lengths):
-    """(R,) the unit that each row of a tower is of, by coordinates; -1 where it is of none."""
+    """(R,) the unit that each row of a tower is of, by coordinates."""
     grids = next((pixels[name] for name in pixels if name.endswith("grid_thw")), None)
     if grids is not None:
         unit = torch.arange(sum(lengths)).repeat_interleave(4)
@@ -129,9 +137,9 @@ def units_of_rows(tower, pixels, lengths):
         rows.append((y * (width // side) + x).flatten() + begin)
         begin += height * width // side**2
     if "spatial_shapes" in pixels:
-        rows = [torch.nn.functional.pad(row, (0, size[1] - len(row)), value=-1) for row in rows]
-    if any(hasattr(getattr(tower, "embeddings", None), name) for name in ("class_embedding", "cls_token")):
-        rows = [torch.nn.functional.pad(row, (1, 0), value=-1) for row in rows]
+        rows = [torch.nn.functional.pad(row, (0, size[1] - len(row)), value=ABSENT) for row in rows]
+    if has_cls(tower):
+        rows = [torch.nn.functional.pad(row, (1, 0), value=ABSENT) for row in rows]
     return torch.cat(rows)
 
 
@@ -145,17 +153,36 @@ def tower_of(base):
     return next(part for name in ("visual", "vision_tower", "vision_model") if (part := getattr(base, name, None)))
 
 
+def packed_places(model, pixels):
+    """Where tiles are packed: of each image the patch at each place, -1 for newlines, by what the projector gives."""
+    seen = []
+    hook = model.base_model.multi_modal_projector.register_forward_hook(lambda *given: seen.append(given[2]))
+    whole = model.base_model.get_image_features(**pixels, return_dict=True).pooler_output
+    hook.remove()
+    same = [(part[:, None] == seen[0].flatten(0, 1)).all(-1) for part in whole]
+    return [torch.where(part.any(1), part.int().argmax(1), -1) for part in same], seen[0].shape[:2]
+
+
 def oracle(model, inputs, share, modality="image"):
     """-> the features of each image that are left, those for layers of the decoder, and by layer what was kept."""
     base = model.base_model
     tower, encode = tower_of(base), getattr(base, f"get_{modality}_features")
     pixels = pixels_of(inputs, modality)
-    lengths = [len(part) for part in encode(**pixels, return_dict=True).pooler_output]
+    if packed := base.config.model_type in ("llava_next", "llava_onevision"):
+        places, (tiles, patches) = packed_places(model, pixels)
+        own = torch.cat(places)
+        rows = torch.full((tiles * patches,), -1)
+        rows[own[own >= 0]] = torch.arange(int((own >= 0).sum()))
+        lengths = [int((part >= 0).sum()) for part in places]
+        rows = torch.nn.functional.pad(rows.view(tiles, patches), (int(has_cls(tower)), 0), value=ABSENT).flatten()
+    else:
+        lengths = [len(part) for part in encode(**pixels, return_dict=True).pooler_output]
+        rows = units_of_rows(tower, pixels, lengths)
     layers = len(next(part for part in tower.modules() if isinstance(part, torch.nn.ModuleList) and len(part) > 1))
     config = base.config
     read = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
     depth = max(number % (layers + 1) for number in ([read] if isinstance(read, int) else read))
-    watching = Oracle(units_of_rows(tower, pixels, lengths), lengths, depth, share)
+    watching = Oracle(rows, lengths, depth, share)
     AttentionInterface.register("vision_oracle", watching)
     AttentionMaskInterface.register("vision_oracle", sdpa_mask)
     before, tower.config._attn_implementation = tower.config._attn_implementation, "vision_oracle"
@@ -163,18 +190,25 @@ def oracle(model, inputs, share, modality="image"):
         out = encode(**pixels, return_dict=True)
     finally:
         tower.config._attn_implementation = before
+    kept = watching.kept
+    if packed:  # by places, and newlines stay
+        patch = [(part >= 0).nonzero().flatten() for part in places]
+        lines = [(part < 0).nonzero().flatten() for part in places]
+        kept = [
+            [torch.cat([p[k], n]).sort().values for k, p, n in zip(layer, patch, lines, strict=True)] for layer in kept
+        ]
 
     def left(parts):
-        return [part[kept] for part, kept in zip(parts, watching.kept[-1], strict=True)]
+        return [part[own] for part, own in zip(parts, kept[-1], strict=True)]
 
-    return left(out.pooler_output), [left(layer) for layer in out.get("deepstack_features") or ()], watching.kept
+    return left(out.pooler_output), [left(layer) for layer in out.get("deepstack_features") or ()], kept
 
 
 def features(model, inputs):
     return model.base_model.get_image_features(**pixels_of(inputs))
 
 
-@families(quick=TOWERS, of=TOWERS)
+@families(quick=(*QUICK, "Qwen2-VL", "Qwen3-VL", "InternVL", "Gemma 3", "GLM-4V", "Mistral 3", "LLaVA-NeXT"), of=TOWERS)
 def test_towers_by_hand(name):
     model = make_vlm(name)
     inputs = vlm_batch(name, model)
@@ -451,12 +485,10 @@ def test_counts_larger_than_an_image_and_ones_that_would_leave_nothing(llava):
     ("keep", "message"),
     [
         (0, "amount must be a share"),
-        (
-            madtp.Keep(0.5, rule="fastv"),
-            "must have one of the rules received, cls, divprune, uniform, random, or a fun",
-        ),
-        (madtp.Keep(0.5, rule="text"), "or a function, got 'text'"),
-        (madtp.Keep(0.5, rule="tome"), "or a function, got 'tome'"),
+        (madtp.Keep(0.5, rule="fastv"), "as its rule one of received, cls, divprune, uniform, random, a function, got"),
+        (madtp.Keep(0.5, rule="text"), "a function, got 'text'"),
+        (madtp.Keep(0.5, rule="tome"), "a function, got 'tome'"),
+        (madtp.Keep(mass=0.5, rule="uniform"), "as its rule with a mass one of received, cls, a function, got 'unif"),
     ],
 )
 def test_what_cannot_be_kept_is_one_line(llava, keep, message):
@@ -465,13 +497,23 @@ def test_what_cannot_be_kept_is_one_line(llava, keep, message):
     assert "\n" not in str(error.value) and not hasattr(llava[0], "madtp_handle")
 
 
-@families(quick=("LLaVA-NeXT",), of=UNSOUND)
-def test_towers_that_cannot_prune(name):
-    model = make_vlm(name)
-    with pytest.raises(TypeError, match="model must have a vision seam, its (images|tokens|tower) must") as error:
+@pytest.mark.slow
+def test_towers_that_cannot_prune():
+    model = make_vlm("Florence-2")
+    with pytest.raises(TypeError, match="model must have a vision seam, its tower must be of one grid") as error:
         madtp.patch(model, keep={"vision": 0.5})
     assert "\n" not in str(error.value) and not hasattr(model, "madtp_handle")
     assert not any(hasattr(module, "madtp_vision") for module in model.modules())
+
+
+def test_what_is_interpolated_or_pooled_is_refused():
+    model = make_vlm("OneVision")
+    inputs = vlm_batch("OneVision", model)
+    madtp.patch(model, keep={"vision": 0.5})
+    with pytest.raises(ValueError, match=r"image_sizes must be such that .*, got \[32, 16\] of image 0"):
+        model.get_image_features(**pixels_of(inputs), vision_aspect_ratio="anyres_max_1")
+    with pytest.raises(ValueError, match="pixel_values_videos must be None at the vision seam of this model"):
+        model.get_video_features(inputs["pixel_values"])
 
 
 def test_what_a_tower_must_have(llava):
@@ -603,3 +645,18 @@ def test_packed_towers():
     after = model(**inputs).logits
     assert after.shape == before.shape and not torch.equal(after, before)
     assert type(handle.remove().model.visual.blocks[1].mlp.fc1) is torch.nn.Linear
+
+
+def test_half_precision_and_heads_of_any_size():
+    """Towers as they are published: bfloat16, and 72 channels a head."""
+    model = make_vlm("PaliGemma")
+    config = copy.deepcopy(model.config)
+    config.vision_config.hidden_size, config.vision_config.num_attention_heads = 144, 2
+    torch.manual_seed(0)
+    model = type(model)(config).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    madtp.patch(model, keep={"vision": madtp.Keep(0.5, rule="uniform")})
+    expected = torch.cat(model.get_image_features(pixels).pooler_output)
+    found = torch.cat(model.bfloat16().get_image_features(pixels.bfloat16()).pooler_output)
+    assert found.dtype == torch.bfloat16 and found.shape == expected.shape == (16, 32)
+    assert torch.cosine_similarity(found.float(), expected).min() > 0.99

@@ -30,6 +30,7 @@ TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 CLIP = TOWER | {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, "num_hidden_layers": 3}
 SIGLIP = TOWER | {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4, "vision_use_head": False}
 PIXTRAL = TOWER | {"model_type": "pixtral", "image_size": 16, "patch_size": 4, "head_dim": 16}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GRID = [[16, 32], [32, 16], [32, 32]]
 
 
@@ -59,8 +60,8 @@ def _text(kind: str, **more: Any) -> dict[str, Any]:
     return TEXT | {"model_type": kind} | more
 
 
-def _qwen(kind: str):
-    mrope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+def _qwen(kind: str, **more: Any):
+    mrope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}} | more
     vision = {"depth": 3, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
     wide = vision | {"num_heads": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48}
     if kind == "Qwen2VL":
@@ -69,7 +70,9 @@ def _qwen(kind: str):
         vision = wide | {"window_size": 16, "fullatt_block_indexes": [1]}
     else:
         mrope |= {"head_dim": 8}
-        vision = wide | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+        vision = wide | {"num_position_embeddings": 64}
+        if not kind.startswith("Qwen3_5"):
+            vision |= {"deepstack_visual_indexes": [0, 1]}
     config = getattr(hf, f"{kind}Config")(
         text_config=TEXT | mrope,
         vision_config=vision,
@@ -79,6 +82,18 @@ def _qwen(kind: str):
         vision_end_token_id=END,
     )
     return getattr(hf, f"{kind}ForConditionalGeneration")(config)
+
+
+def _qwen3_5(kind: str = "Qwen3_5", **more: Any):
+    heads = more | {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    heads |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    return _qwen(kind, layer_types=["linear_attention", "full_attention", "linear_attention"], **heads)
+
+
+def _in_float64(model: Any) -> Any:
+    """With experts that run in it."""
+    model.set_experts_implementation("eager")
+    return model
 
 
 def _llava(vision: dict[str, Any] = CLIP, **more: Any):
@@ -184,19 +199,24 @@ def _mistral3():
     return hf.Mistral3ForConditionalGeneration(config)
 
 
-def _glm4v():
+def _glm4v(kind: str = "Glm4v", **more: Any):
     vision = {"depth": 2, "num_heads": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48}
     vision |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "image_size": 16, "in_channels": 3}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
-    config = hf.Glm4vConfig(
+    config = getattr(hf, f"{kind}Config")(
         vision_config=vision,
-        text_config=TEXT | {"rope_parameters": rope},
+        text_config=TEXT | {"rope_parameters": rope} | more,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         image_start_token_id=BEGIN,
         image_end_token_id=END,
     )
-    return hf.Glm4vForConditionalGeneration(config)
+    return getattr(hf, f"{kind}ForConditionalGeneration")(config)
+
+
+def _deepseek():
+    config = hf.DeepseekVLConfig(vision_config=SIGLIP, text_config=_text("llama"), image_token_id=IMAGE)
+    return hf.DeepseekVLForConditionalGeneration(config)
 
 
 def _janus():
@@ -291,11 +311,18 @@ TOWER_CASES = {
     "LLaVA with Pixtral": VlmCase(
         lambda: _llava(PIXTRAL, vision_feature_layer=-1, vision_feature_select_strategy="full"), _sized
     ),
+    "Qwen3-VL MoE": VlmCase(lambda: _in_float64(_qwen("Qwen3VLMoe", **EXPERTS, num_experts=4)), _grids),
+    "Qwen3.5": VlmCase(_qwen3_5, _grids, plain=False),
+    "Qwen3.5 MoE": VlmCase(lambda: _in_float64(_qwen3_5("Qwen3_5Moe", **EXPERTS, num_experts=4)), _grids, plain=False),
+    "GLM-4.6V": VlmCase(lambda: _glm4v("Glm46V", model_type="glm4v_text"), _grids),
+    "GLM-4.5V": VlmCase(
+        lambda: _in_float64(_glm4v("Glm4vMoe", **EXPERTS, n_routed_experts=4, n_group=1, topk_group=1)), _grids
+    ),
+    "DeepSeek-VL": VlmCase(_deepseek, _squares),
     "LFM2-VL": VlmCase(_lfm2, _naflex, plain=False, static=False),
     "InternVL 6B": VlmCase(lambda: _internvl(use_qk_norm=True, norm_type="rms_norm"), _squares),
 }
-UNSOUND = ("LLaVA-NeXT", "OneVision", "Florence-2")  # whose towers cannot prune
-TOWERS = [name for name in (*CASES, *TOWER_CASES) if name not in UNSOUND]
+TOWERS = [name for name in (*CASES, *TOWER_CASES) if name != "Florence-2"]
 DECODERS = [name for name in CASES if name != "Florence-2"]  # whose layers read the prompt
 QUICK = ("Qwen2.5-VL", "LLaVA", "SmolVLM")  # that are no slow tests
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

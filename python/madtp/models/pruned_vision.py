@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from madtp.models.prompt import MODALITIES
+from madtp.models.prompt import MODALITIES, Images
 from madtp.models.vision_connectors import CONNECTORS, Connector
+from madtp.models.vision_packing import Packing, tile_counts
 from madtp.models.vision_run import run_tower
 from madtp.models.vision_seam import VisionSeam
 from madtp.models.vision_towers import TOWERS, VisionTower
@@ -40,6 +41,7 @@ class PrunedVision(nn.Module):
 
     madtp_vision: VisionSeam
     config: Any
+    image_newline: Any
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -55,12 +57,17 @@ class PrunedVision(nn.Module):
         side, layers = connector.side(self), len(attrgetter(spec.layers)(tower))
         given, tiles = connector.prepare(self, arguments, modality)
         rows = spec.rows(tower, given, side, tiles)
+        packing = Packing.of(self, arguments, tiles) if connector.packed else None
+        if packing is not None:
+            rows = packing.of_places(rows)
         numbers, deep = connector.taken(self, layers), spec.deep(tower)
         features, record = run_tower(tower, spec, self.madtp_vision, rows, {*numbers, *deep})
         if connector.hidden(self) is None and spec.norm is not None:
             features[layers] = attrgetter(spec.norm)(tower)(features[layers])
         read = [features[number] for number in numbers]
         tokens = connector.project(self, read[0] if len(read) == 1 else torch.cat(read, -1))
+        if packing is not None:
+            record, tokens = packing.tokens(record, tokens, self.image_newline)
         left = [int(part.sum()) for part in record.kept[-1].split(record.lengths)]
         output = TowerOutput(pooler_output=list(tokens.split(left)))
         if deep:
@@ -102,3 +109,14 @@ def depth_of(base: Any) -> int:
     """How many layers of the tower run."""
     connector, tower, spec = parts_of(base)
     return max([*connector.taken(base, len(attrgetter(spec.layers)(tower))), *spec.deep(tower)])
+
+
+def newlines_of(base: Any, images: Images, arguments: Mapping[str, Any]) -> list[int]:
+    """How many tokens of each image are newlines, which are no units and stay.
+
+    Raises:
+        ValueError: tokens are no single patches.
+    """
+    if not images.lengths or images.modality != "image" or not CONNECTORS[base.config.model_type].packed:
+        return [0] * len(images.lengths)
+    return Packing.of(base, arguments, tile_counts(base, arguments)).newlines()

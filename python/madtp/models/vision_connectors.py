@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from madtp.models.prompt import PIXELS
+from madtp.models.vision_packing import tile_counts
 
 SIZES = ("image_sizes", "spatial_shapes")
 Prepared = tuple[dict[str, Any], list[int]]  # the arguments of the tower, and tiles of each image
@@ -31,6 +33,7 @@ class Connector:
         hidden: (base) -> the numbers of the hidden states that it reads, side by side; None where it reads
             last_hidden_state. As in transformers 0 is what enters the first layer.
         joined: whether the model reads one tensor of all images, and no list.
+        packed: whether it packs the tiles of an image into a row of tokens, with newlines.
     """
 
     tower: str
@@ -39,6 +42,7 @@ class Connector:
     prepare: Callable[[Any, Mapping[str, Any], str], Prepared]
     hidden: Callable[[Any], list[int] | None]
     joined: bool = False
+    packed: bool = False
 
     def taken(self, base: Any, layers: int) -> list[int]:
         """By how many of the tower's layers have run, the features that it reads."""
@@ -70,6 +74,16 @@ def tiles(base: Any, arguments: Mapping[str, Any], modality: str) -> Prepared:
         if not bool(patches[real].all()):
             raise ValueError("pixel_attention_mask must hide no patch of an image where its tower prunes, got some")
     return {"pixel_values": pixels[real]}, real.sum(1).tolist()
+
+
+def anyres(base: Any, arguments: Mapping[str, Any], modality: str) -> Prepared:
+    """Tiles of LLaVA-NeXT and OneVision, padded to the most that an image has."""
+    if modality == "video":
+        raise ValueError("pixel_values_videos must be None at the vision seam of this model, which pools their frames")
+    pixels, counts = arguments["pixel_values"], tile_counts(base, arguments)
+    if pixels.ndim == 5:
+        pixels = torch.cat([image[:count] for image, count in zip(pixels, counts, strict=True)])
+    return {"pixel_values": pixels.to(base.dtype)}, counts
 
 
 def read(name: str) -> Callable[[Any], list[int]]:
@@ -143,6 +157,7 @@ GLM = replace(QWEN, project=project_glm)
 ALIGNED = Connector("vision_model", project("aligner"), single, pictures, read_last, joined=True)
 IDEFICS = Connector("vision_model", project("connector"), lambda base: base.config.scale_factor, tiles, read_last)
 PROJECTED = project("multi_modal_projector")
+ANYRES = Connector("vision_tower", PROJECTED, single, anyres, read("vision_feature_layer"), packed=True)
 # By the model type of the config.
 CONNECTORS = {
     "qwen2_vl": QWEN,
@@ -163,6 +178,8 @@ CONNECTORS = {
         read("vision_feature_layers"),
         joined=True,
     ),
+    "llava_next": ANYRES,
+    "llava_onevision": ANYRES,
     "smolvlm": IDEFICS,
     "idefics3": IDEFICS,
     "paligemma": Connector("vision_tower", PROJECTED, single, pictures, read_last, joined=True),
@@ -199,9 +216,7 @@ CONNECTORS = {
 }
 # Why the towers of others cannot prune, by model type.
 UNSOUND = {
-    "llava_next": "its images must be of patches alone, and newlines are put between rows of the grid of its tiles",
-    "llava_next_video": "its images must be of patches alone, and frames are pooled over patches of several tokens",
-    "llava_onevision": "its tokens must come of patches of their own, and the grid of its tiles is interpolated",
+    "llava_next_video": "its tokens must be patches of their own, and those of frames are pooled over several",
     "florence2": "its tower must be of one grid, and windows, channels and convolutions go over that of every stage",
 }
 

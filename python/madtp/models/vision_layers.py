@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from madtp.models.prefill_layers import Watched, eager_attention
-from madtp.models.vision_rows import Rows
+from madtp.models.vision_rows import Rows, Segments
 from madtp.models.vision_seam import VisionSeam
 from madtp_kernels import AttentionStats, varlen_attention
 
@@ -28,16 +28,16 @@ class AttentionCall:
     """What the attention of a layer runs on.
 
     Args:
-        ends: (S + 1,) int32, of the segments that attend to themselves.
-        longest: at least the longest.
+        segments: what attends to itself.
         summary: whether each begins with a CLS.
         watched: whether `stats` are to be computed.
     """
 
-    def __init__(self, ends: Tensor, longest: int, summary: bool, watched: bool):
-        self.ends, self.longest, self.watched = ends, longest, watched
-        nobody = torch.full((len(ends) - 1,), -1, dtype=torch.int32, device=ends.device)
-        self.summary = None if summary else nobody
+    def __init__(self, segments: Segments, summary: bool, watched: bool):
+        self.segments, self.watched = segments, watched
+        self.summary: Tensor | None = None  # of each segment the first
+        if watched and not summary:
+            self.summary = torch.full_like(segments.ends[1:], -1)  # there is none
         self.stats: AttentionStats | None = None
 
 
@@ -90,7 +90,7 @@ def run_layer(layer: Any, rows: Rows, call: AttentionCall) -> Tensor:
     if "position_embeddings" in names:
         given["position_embeddings"] = rows.rotary
     if "cu_seqlens" in names:  # it takes rows
-        return layer(rows.x, cu_seqlens=call.ends, max_seqlen=call.longest, **given)
+        return layer(rows.x, cu_seqlens=call.segments.ends, max_seqlen=call.segments.longest, **given)
     if "attention_mask" in names:
         given["attention_mask"] = None
     return layer(rows.x[None], **given)[0]
@@ -101,11 +101,12 @@ def tower_attention(
 ) -> tuple[Tensor, None]:
     """(1, H, T, D) each -> (1, T, H, D), of the segments of the call that runs."""
     call = module.madtp_vision.here.attending
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-    options = {"max_seqlen_q": min(call.longest, len(q)), "softmax_scale": kwargs.get("scaling")}
+    ends, longest = call.segments
+    q, k, v = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))  # autocast leaves norms wide
+    options = {"max_seqlen_q": min(longest, len(q)), "softmax_scale": kwargs.get("scaling")}
     if not call.watched:
-        return varlen_attention(q, k, v, call.ends, **options)[None], None
-    out, call.stats = varlen_attention(q, k, v, call.ends, **options, summary_index=call.summary, return_stats=True)
+        return varlen_attention(q, k, v, ends, **options)[None], None
+    out, call.stats = varlen_attention(q, k, v, ends, **options, summary_index=call.summary, return_stats=True)
     return out[None], None
 
 

@@ -5,10 +5,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Segments(NamedTuple):
+    """Rows that attend to themselves.
+
+    Args:
+        ends: (S + 1,) int32.
+        longest: at least the longest.
+    """
+
+    ends: Tensor
+    longest: int
+
+    def kept(self, before: Tensor) -> Segments:
+        """Of rows of which `before` (T + 1,) int32 are left before each."""
+        return Segments(before[self.ends.long()], self.longest)
 
 
 @dataclass(frozen=True)
@@ -22,19 +39,17 @@ class Rows:
             order.
         size: m.
         lengths: how many units each image has at first.
-        ends: (S + 1,) int32, the ends of the segments that attend to themselves: of frames, or of images.
-        windows: of those that do so in layers with windows; None where no layer has some.
+        whole: frames, or images, which attend to themselves.
+        windows: what does so in layers with windows; None where no layer has some.
         rotary: (T, D) each, the cosines and sines of every row; None where positions are in x.
-        longest: at least the longest segment.
     """
 
     x: Tensor
     unit: Tensor
     size: int
     lengths: list[int]
-    ends: Tensor
-    longest: int
-    windows: Tensor | None = None
+    whole: Segments
+    windows: Segments | None = None
     rotary: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -54,7 +69,7 @@ class Rows:
         unit = F.pad(unit.view(batch, len(order)), (protected, 0), value=-1)
         ends = torch.arange(batch + 1, dtype=torch.int32, device=hidden.device) * length
         lengths = [count * units for count in tiles]
-        return cls(x.reshape(-1, channels), unit.flatten(), side**2, lengths, ends, length)
+        return cls(x.reshape(-1, channels), unit.flatten(), side**2, lengths, Segments(ends, length))
 
     @classmethod
     def of_images(cls, images: Sequence[Tensor], grids: Sequence[tuple[int, int]], side: int) -> Rows:
@@ -62,13 +77,15 @@ class Rows:
         parts = [image[unit_major(*grid, side).to(image.device)] for image, grid in zip(images, grids, strict=True)]
         x, size, lengths = torch.cat(parts), side**2, [len(part) // side**2 for part in parts]
         ends = F.pad(torch.tensor([len(part) for part in parts]).cumsum(0), (1, 0)).int().to(x.device)
-        return cls(x, torch.arange(len(x), device=x.device) // size, size, lengths, ends, max(map(len, parts)))
+        return cls(
+            x, torch.arange(len(x), device=x.device) // size, size, lengths, Segments(ends, max(map(len, parts)))
+        )
 
     def with_x(self, x: Tensor) -> Rows:
         return replace(self, x=x)
 
-    def in_order(self, units: Tensor, windows: Tensor) -> Rows:
-        """These rows, unit by unit so far, in another order of units (U,), and with the ends of windows of rows."""
+    def in_order(self, units: Tensor, windows: Segments) -> Rows:
+        """These rows, unit by unit so far, in another order of units (U,), which goes window by window."""
         index = (units[:, None] * self.size + torch.arange(self.size, device=units.device)).flatten()
         rotary = None if self.rotary is None else (self.rotary[0][index], self.rotary[1][index])
         return replace(self, x=self.x[index], unit=self.unit[index], rotary=rotary, windows=windows)
@@ -78,11 +95,9 @@ class Rows:
         stay = (self.unit < 0) | alive[self.unit]
         index, before = stay.nonzero().flatten(), F.pad(stay.cumsum(0, dtype=torch.int32), (1, 0))
         rotary = None if self.rotary is None else (self.rotary[0][index], self.rotary[1][index])
-        ends, windows = before[self.ends.long()], None if self.windows is None else before[self.windows.long()]
-        return (
-            replace(self, x=self.x[index], unit=self.unit[index], ends=ends, windows=windows, rotary=rotary),
-            index,
-        )
+        whole, windows = self.whole.kept(before), None if self.windows is None else self.windows.kept(before)
+        rows = replace(self, x=self.x[index], unit=self.unit[index], whole=whole, windows=windows, rotary=rotary)
+        return rows, index
 
     def importance(self, of_rows: Tensor) -> Tensor:
         """(T,) -> (U,), the sum of each unit's rows; 0 of those that are gone."""

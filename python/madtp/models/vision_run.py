@@ -27,19 +27,19 @@ def run_tower(
     selection = UnitSelection(seam, rows.lengths, rows.x.device)
     features = {0: rows.x} if 0 in taken else {}
     for number, layer in enumerate(attrgetter(spec.layers)(tower)[: max(taken)]):
-        windows = rows.windows is not None and number not in spec.whole(tower)
-        ends = rows.windows if windows and rows.windows is not None else rows.ends
-        call = AttentionCall(ends, rows.longest, spec.summary, selection.watches(number))
+        segments = rows.whole if rows.windows is None or number in spec.whole(tower) else rows.windows
+        call = AttentionCall(segments, spec.summary, selection.watches(number))
         rows = rows.with_x(run_layer(layer, rows, call))
-        importance = None if call.stats is None else rows.importance(_received(call.stats, seam))
-        units = rows.units(rows.x).flatten(1) if selection.prunes(number) and selection.needs_features else None
+        importance = None if call.stats is None else rows.importance(_importance(call.stats, seam))
+        units = rows.units(rows.x).flatten(1) if selection.sees(number) else None
         if (alive := selection.prune(number, importance, units)) is not None:
             rows, index = rows.keep(alive)
-            features = {taken: x[index] for taken, x in features.items()}
+            features = {before: x[index] for before, x in features.items()}
         if number + 1 in taken:
             features[number + 1] = rows.x
     return {number: rows.units(x) for number, x in features.items()}, selection.record
 
 
-def _received(stats: AttentionStats, seam: VisionSeam) -> Tensor:
+def _importance(stats: AttentionStats, seam: VisionSeam) -> Tensor:
+    """(T,), of rows."""
     return stats.summary_attention if seam.keep.rule == "cls" else stats.received_attention

@@ -110,45 +110,46 @@ class UnitSelection:
 
     def watches(self, layer: int) -> bool:
         """Whether what goes behind a layer depends on its attention."""
-        keep = self.seam.keep
-        return self._planned is None and self.prunes(layer) and (keep.mass is not None or keep.rule != "divprune")
+        return self._planned is None and self.prunes(layer) and self.seam.keep.rule != "divprune"
 
-    @property
-    def needs_features(self) -> bool:
-        """Whether the rule looks at the units themselves."""
-        return callable(self.seam.keep.rule) or self.seam.keep.rule == "divprune"
+    def sees(self, layer: int) -> bool:
+        """Whether what goes behind a layer depends on the features of its units."""
+        rule = self.seam.keep.rule
+        return self.prunes(layer) and (callable(rule) or rule == "divprune")
 
     def prune(self, layer: int, importance: Tensor | None, features: Tensor | None) -> Tensor | None:
         """Chooses behind a layer; to be called behind each.
 
         Args:
-            importance: (U,), of all units; None unless the layer is watched.
-            features: of the units that are left, (U', m C); None unless they are needed.
+            importance: (U,), of all units, where the layer is watched.
+            features: of the units that are left, (U', m C), where they are seen.
 
         Returns:
-            (U,) bool, the units that are left; None where none has gone.
+            (U,) bool, the units that are left; None where none can have gone.
         """
-        before, keep = self.alive, self.seam.keep
-        if self._planned is not None:
-            self.alive = self._planned[layer]
-        elif self.prunes(layer):
-            counts = None if self._counts is None else self._counts[layer]
-            importance = None if importance is None else importance[before]
-            candidates = Candidates(_rows(features, importance), self.left, importance)
-            if keep.mass is not None:
-                counts = fewest_with_mass(candidates, keep.mass ** (1 / self.seam.layers))
-            chosen = keep.choose_so_many(candidates, counts)
-            if chosen.features is not None:
-                raise ValueError(f"rule {keep.name} must return a bool tensor in a tower, where units stay as they are")
-            self.alive = before.masked_scatter(before, chosen.keep)
-            if counts is None:
+        pruned = self.prunes(layer)
+        if pruned:
+            planned = self._planned
+            self.alive = self._chosen(layer, importance, features) if planned is None else planned[layer]
+            if self._counts is None:
                 self.left = [int(part.sum()) for part in self.alive.split(self.record.lengths)]
             else:
-                self.left = list(counts)
-        if self._counts is not None:
-            self.left = self._counts[layer]
+                self.left = self._counts[layer]
         self.record.kept.append(self.alive)
-        return None if self.alive is before else self.alive
+        return self.alive if pruned else None
+
+    def _chosen(self, layer: int, importance: Tensor | None, features: Tensor | None) -> Tensor:
+        keep, counts = self.seam.keep, None if self._counts is None else self._counts[layer]
+        importance = None if importance is None else importance[self.alive]
+        rows = features if features is not None else importance
+        assert rows is not None, "a rule looks at one of them"
+        candidates = Candidates(rows.view(len(rows), -1), self.left, importance)
+        if keep.mass is not None:
+            counts = fewest_with_mass(candidates, keep.mass ** (1 / self.seam.layers))
+        chosen = keep.choose_so_many(candidates, counts)
+        if chosen.features is not None:
+            raise ValueError(f"rule {keep.name} must return a bool tensor in a tower, where units stay as they are")
+        return self.alive.masked_scatter(self.alive, chosen.keep)
 
 
 def nested(rule: Rule, lengths: Sequence[int], counts: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -170,11 +171,3 @@ def nested(rule: Rule, lengths: Sequence[int], counts: Sequence[Sequence[int]]) 
 def _left(length: int, share: float) -> int:
     """A share of an image, rounded up, and at least one."""
     return max(math.ceil(round(share * length, 9)), min(1, length))
-
-
-def _rows(features: Tensor | None, importance: Tensor | None) -> Tensor:
-    """What stands for the features where the rule does not look at them."""
-    if features is not None:
-        return features
-    assert importance is not None, "a rule looks at one of them"
-    return importance[:, None]

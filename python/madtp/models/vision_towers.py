@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import vision_utils
 
-from madtp.models.vision_rows import Rows
+from madtp.models.vision_rows import Rows, Segments
 
 Arguments = Mapping[str, Any]  # of a tower, by name
 
@@ -116,7 +116,7 @@ def qwen_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int])
     order, windows = vision_utils.get_vision_window_index(
         grids, spatial_merge_size=side, window_size=tower.window_size, patch_size=tower.patch_size
     )
-    return rows.in_order(order.to(x.device), windows.int())
+    return rows.in_order(order.to(x.device), _segments(windows, x.device))
 
 
 def glm_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) -> Rows:
@@ -132,10 +132,13 @@ def _of_frames(tower: Any, x: Tensor, grids: Tensor, side: int) -> Rows:
     """Rows (T, C), unit by unit, of which each frame attends to itself."""
     size = side**2
     rotary = tower.rotary_pos_emb(x, vision_utils.get_vision_position_ids(grids, side))
-    ends = vision_utils.get_vision_cu_seqlens(grids).int()
-    longest = int((grids[:, 1] * grids[:, 2]).max())
+    frames = _segments(vision_utils.get_vision_cu_seqlens(grids), x.device)
     lengths = (grids.prod(1) // size).tolist()
-    return Rows(x, torch.arange(len(x), device=x.device) // size, size, lengths, ends, longest, rotary=rotary)
+    return Rows(x, torch.arange(len(x), device=x.device) // size, size, lengths, frames, rotary=rotary)
+
+
+def _segments(ends: Tensor, device: torch.device) -> Segments:
+    return Segments(ends.to(device, torch.int32), int(ends.diff().max()))
 
 
 def _pair(size: int | Sequence[int]) -> Sequence[int]:

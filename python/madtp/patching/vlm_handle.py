@@ -17,7 +17,7 @@ from madtp.models.prefill_seam import PrefillSeam
 from madtp.models.projector_seam import ProjectorSeam
 from madtp.models.prompt import MODALITIES, count_images, in_prompt_order, token_of
 from madtp.models.pruned_prefill import PrunedPrefill
-from madtp.models.pruned_vision import PrunedVision
+from madtp.models.pruned_vision import PrunedVision, newlines_of
 from madtp.models.vision_layers import TowerAttention, TowerLayer, attention_of
 from madtp.models.vision_seam import VisionSeam
 from madtp.models.vlm import decoder_of, mixin_of, tower_layers, unsupported_reason, window_of
@@ -163,7 +163,10 @@ class VlmHandle:
         ordered = in_prompt_order(images, (each.lengths for each in images))
         counts: dict[str, Any] = {}
         if VISION in self.seams:
-            counts[VISION] = self.seams[VISION].counts(ordered)
+            others = (newlines_of(self.model.base_model, each, inputs) for each in images)
+            lines = in_prompt_order(images, others)
+            left = self.seams[VISION].counts([length - more for length, more in zip(ordered, lines, strict=True)])
+            counts[VISION] = [[count + more for count, more in zip(layer, lines, strict=True)] for layer in left]
             ordered = counts[VISION][-1]
         if PROJECTOR in self.seams:
             counts[PROJECTOR] = ordered = self.seams[PROJECTOR].keep.counts(ordered)

@@ -28,12 +28,7 @@ def check_keep(keep: Mapping[str, Any]) -> dict[str, Amounts]:
         raise ValueError(f"keep must be a dict with some of the seams {seams}, got {got or 'none'}")
     checked: dict[str, Amounts] = {}
     if VISION in keep:
-        checked[VISION] = value = Keep.of(keep[VISION], DEFAULT_RULES[VISION])
-        if isinstance(value.rule, str) and value.rule not in TOWER_RULES:
-            raise ValueError(
-                f"keep of {VISION!r} must have one of the rules {', '.join(TOWER_RULES)}, or a function, got "
-                f"{value.rule!r}"
-            )
+        checked[VISION] = _check_vision(Keep.of(keep[VISION], DEFAULT_RULES[VISION]))
     if PROJECTOR in keep:
         checked[PROJECTOR] = value = Keep.of(keep[PROJECTOR], DEFAULT_RULES[PROJECTOR])
         if value.needs_importance:
@@ -46,6 +41,16 @@ def check_keep(keep: Mapping[str, Any]) -> dict[str, Amounts]:
     if PREFILL in keep:
         checked[PREFILL] = _check_prefill(keep[PREFILL])
     return checked
+
+
+def _check_vision(keep: Keep) -> Keep:
+    runs: tuple[str, ...] = (*TOWER_RULES, "a function")
+    what = ""
+    if keep.mass is not None:  # of importance, which the others do not look at
+        runs, what = ("received", "cls", "a function"), " with a mass"
+    if isinstance(keep.rule, str) and keep.rule not in runs:
+        raise ValueError(f"keep of {VISION!r} must have as its rule{what} one of {', '.join(runs)}, got {keep.rule!r}")
+    return keep
 
 
 def _check_prefill(given: Any) -> dict[int, Keep]:
