@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from madtp_kernels.triton.attention.tiles import zero_tail
 from madtp_kernels.triton.common import OPTIONS, on_device, power_of_two, sequence_bounds
 
 LOG2_E = 1.4426950408889634
@@ -98,10 +99,10 @@ def row_softmax_kernel(
         b_highest = b_new
     o_out = (i_row * tl.num_programs(1) + i_h) * GROUP + o_g
     tl.store(p_highest + o_out, tl.where(seen > 0, b_highest, 0.0), mask=m_g)
-    tl.store(p_weight + o_out, tl.where(seen > 0, 1 / b_sum, 0.0), mask=m_g)
+    tl.store(p_weight + o_out, tl.where(seen > 0, 1 / tl.where(seen > 0, b_sum, 1.0), 0.0), mask=m_g)
 
 
-@triton.jit(do_not_specialize=["R", "T", "Hk"])
+@triton.jit(do_not_specialize=["R", "T", "B", "Hk"])
 def attention_rows_kernel(
     p_q,  # (R, H, D)
     p_k,  # (T, Hk, D)
@@ -118,6 +119,7 @@ def attention_rows_kernel(
     scale,
     R,
     T,
+    B,
     Hk,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -126,6 +128,7 @@ def attention_rows_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One block of keys of one sequence, against all of its rows and heads."""
+    zero_tail(p_attention, p_cu_seqlens_k, B, T, 1)
     blocks = tl.cdiv(T, BLOCK_N)
     i_n, i_b = (tl.program_id(0) % blocks).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
     begin, end = sequence_bounds(p_cu_seqlens_k, i_b, T)
@@ -198,9 +201,9 @@ def attention_rows(
     row_position = None if row_position is None else row_position.contiguous()
     (rows, heads, head_dim), (tokens, key_heads, _) = q_rows.shape, k.shape
     batch, group = cu_seqlens_k.numel() - 1, heads // key_heads
-    attention = torch.zeros(tokens, dtype=torch.float32, device=k.device)
     if rows == 0 or tokens == 0 or batch == 0:
-        return attention
+        return torch.zeros(tokens, dtype=torch.float32, device=k.device)
+    attention = torch.empty(tokens, dtype=torch.float32, device=k.device)
     softmax = torch.empty(2, rows, heads, dtype=torch.float32, device=k.device)
     strides = (q_rows.stride(0), q_rows.stride(1), k.stride(0), k.stride(1))
     scale, blocks = softmax_scale * LOG2_E, _blocks(head_dim, group, k.dtype)
@@ -234,6 +237,7 @@ def attention_rows(
             scale,
             rows,
             tokens,
+            batch,
             key_heads,
             **blocks,
             BLOCK_M=MIN_DOT,
