@@ -15,7 +15,7 @@ import madtp_kernels as mk
 pytestmark = pytest.mark.sanitized
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROWS, KEYS = [3, 0, 17, 1, 2], [70, 5, 41, 33, 0]
+ROWS, KEYS = [2, 0, 9, 1, 2], [37, 5, 18, 9, 0]
 
 
 class Case:
@@ -81,7 +81,8 @@ def test_adds_up_to_one_where_a_row_sees_a_key(backend):
     none = torch.full_like(case.position, -1)
     assert not case.run(none).any()
     none[1] = 0  # of the first sequence: it sees one key, and the others of that sequence count for nothing
-    assert case.run(none)[0] == 1 and case.run(none).sum() == 1
+    one = case.run(none)
+    assert one[0] == 1 and one.sum() == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -171,9 +172,9 @@ def test_large_scores_do_not_overflow(backend):
 
 
 def test_gradients_in_float64():
-    case = Case(4, 2, 8, [2, 0, 3], [7, 2, 5], dtype=torch.float64)
+    case = Case(2, 1, 3, [2, 0, 1], [4, 1, 3], dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (case.q, case.k)]
-    for position in (None, torch.tensor([3, -1, 9, 0, 4], dtype=torch.int32)):
+    for position in (None, torch.tensor([2, -1, 9], dtype=torch.int32)):
 
         def attend(q, k, position=position):
             return mk.attention_rows(q, k, *case.cu, position)
