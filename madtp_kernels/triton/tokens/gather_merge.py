@@ -144,8 +144,10 @@ def copy_norm_kernel(
     b_squares = tl.zeros((BLOCK_R,), tl.float32)
     for c in range(0, C, BLOCK_C):
         b_x = _stored_rows(p_x, p_out, b_source, o_row, m_kept, m_merged, x_stride, c, C, BLOCK_C)
-        m_c = (c + tl.arange(0, BLOCK_C) < C)[None, :]
-        b_centred = tl.where(m_c, b_x.to(tl.float32) - b_mean[:, None], 0.0)
+        b_centred = b_x.to(tl.float32)
+        if not RMS:
+            m_c = (c + tl.arange(0, BLOCK_C) < C)[None, :]
+            b_centred = tl.where(m_c, b_centred - b_mean[:, None], 0.0)
         b_squares += tl.sum(b_centred * b_centred, axis=1)
     b_rstd = tl.div_rn(1.0, tl.sqrt_rn(b_squares / C + eps))
 
