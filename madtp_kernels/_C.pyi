@@ -21,10 +21,12 @@ def build_info() -> BuildInfo:
 
 _Record4 = tuple[int, int, int, int]
 _Record8 = tuple[int, int, int, int, int, int, int, int]
+_Record9 = tuple[int, int, int, int, int, int, int, int, int]
 
 _Strided = tuple[int, int, int]  # address, row stride, head stride
 # Fields of structs of madtp/tokens.h, in their order.
-_ScoreInputs = _Record8  # mag_logits, dtype, stride, alignment_tokens, cu_seqlens, tokens, batch, summary_index
+# mag_logits, dtype, stride, alignment_tokens, cu_seqlens, tokens, batch, summary_index, protected_rows
+_ScoreInputs = _Record9
 _TokenSelection = _Record8  # keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, tokens, capacity, batch
 _SelectionOutputs = _Record4  # keep, cu_seqlens_out, source, merge_weight
 
@@ -91,6 +93,32 @@ class cpu:
         """Bytes."""
     @staticmethod
     def varlen_attention_backward_workspace(inputs: AttentionInputs, statistics: bool, threads: int, /) -> int:
+        """Bytes."""
+    class AttentionRowsInputs:
+        """madtp::AttentionRowsInputs: it points into tensors, which must outlive it."""
+
+        def __init__(
+            self,
+            dtype: int,
+            q_rows: _Strided,
+            k: _Strided,
+            cu_seqlens_q: int,
+            cu_seqlens_k: int,
+            rows: int,
+            tokens: int,
+            batch: int,
+            heads: int,
+            key_heads: int,
+            head_dim: int,
+            softmax_scale: float,
+            row_position: int,
+            /,
+        ) -> None: ...
+
+    @staticmethod
+    def attention_rows(inputs: AttentionRowsInputs, attention: int, workspace: int, threads: int, /) -> None: ...
+    @staticmethod
+    def attention_rows_workspace(inputs: AttentionRowsInputs, threads: int, /) -> int:
         """Bytes."""
     @staticmethod
     def sparse24_layout_bytes(out_features: int, in_features: int, weight_dtype: int, /) -> int: ...
@@ -215,6 +243,21 @@ class cpu:
         normed: int,
         mean: int,
         rstd: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def gather_merge_rmsnorm(
+        x: int,
+        x_dtype: int,
+        x_stride: int,
+        channels: int,
+        selection: _TokenSelection,
+        weight: int,
+        affine_dtype: int,
+        eps: float,
+        x_out: int,
+        normed: int,
         threads: int,
         /,
     ) -> None: ...

@@ -9,12 +9,20 @@ from madtp_kernels.dispatch import explain
 from madtp_kernels.nm_masks import nm_mask, transposable_mask
 from madtp_kernels.nm_patterns import Pattern, explain_pattern
 from madtp_kernels.ops.attention import AttentionStats, varlen_attention
+from madtp_kernels.ops.attention_rows import attention_rows
 from madtp_kernels.ops.dense import dense_linear
 from madtp_kernels.ops.prune import Pruned, prune_tokens, score_and_select
 from madtp_kernels.ops.quantized import quantized_linear
 from madtp_kernels.ops.sparse24 import sparse24_linear
 from madtp_kernels.ops.sparse24_prune import sparse24_prune
-from madtp_kernels.ops.tokens import Selection, gather_merge, gather_merge_layernorm, select_tokens, token_importance
+from madtp_kernels.ops.tokens import (
+    Selection,
+    gather_merge,
+    gather_merge_layernorm,
+    gather_merge_rmsnorm,
+    select_tokens,
+    token_importance,
+)
 from madtp_kernels.quantized.files import load_quantized, save_quantized
 from madtp_kernels.quantized.weight import QuantizedWeight, quantize
 from madtp_kernels.sparse24.files import load_sparse24, save_sparse24
@@ -28,11 +36,13 @@ __all__ = [
     "Selection",
     "Sparse24Weight",
     "__version__",
+    "attention_rows",
     "dense_linear",
     "explain",
     "explain_pattern",
     "gather_merge",
     "gather_merge_layernorm",
+    "gather_merge_rmsnorm",
     "load_quantized",
     "load_sparse24",
     "nm_mask",

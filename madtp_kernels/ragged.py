@@ -23,6 +23,12 @@ def summary_rows(cu_seqlens: Tensor, summary_index: Tensor | None, rows: int) ->
     return position == torch.nn.functional.pad(summary_index, (0, 1), value=-1)[ids]
 
 
+def prunable_rows(cu_seqlens: Tensor, summary_index: Tensor | None, protected: Tensor | None, rows: int) -> Tensor:
+    """(T,) bool: the candidates of a selection, neither the summary token of a sequence nor `protected` (T,) bool."""
+    prunable = ~summary_rows(cu_seqlens, summary_index, rows)
+    return prunable if protected is None else prunable & ~protected
+
+
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(B,) sums of (T,) values over each sequence, in a fixed order (no atomics)."""
     # A trailing sentinel keeps the kernel away from T = 0; lengths are trusted here, ops check them.

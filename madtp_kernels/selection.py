@@ -31,9 +31,10 @@ def layout(
         source += (begin + kept.nonzero().flatten()).tolist()
         if not kept.all():
             source.append(-(sequence + 1))
+            pruned = importance[begin:end].masked_fill(kept, 0)  # masked, not multiplied: a kept row may hold NaN
             pruned_importance = importance[begin:end][~kept].sum()
             uniform = (~kept).to(importance.dtype) / (~kept).sum()
-            weights.append(importance[begin:end] * ~kept / pruned_importance if pruned_importance > 0 else uniform)
+            weights.append(pruned / pruned_importance if pruned_importance > 0 else uniform)
         else:
             weights.append(torch.zeros_like(importance[begin:end]))
         ends.append(len(source))

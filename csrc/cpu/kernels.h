@@ -9,6 +9,7 @@
 #define MADTP_ISA baseline
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/attention_backward.h"
+#include "cpu/kernels/attention_rows.h"
 #include "cpu/kernels/quantized.h"
 #include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"
@@ -18,6 +19,7 @@
 #define MADTP_ISA avx2
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/attention_backward.h"
+#include "cpu/kernels/attention_rows.h"
 #include "cpu/kernels/quantized.h"
 #include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"
@@ -37,6 +39,7 @@ using namespace avx2;  // what is not declared here itself
 #define MADTP_ISA avx512
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/attention_backward.h"
+#include "cpu/kernels/attention_rows.h"
 #include "cpu/kernels/quantized.h"
 #include "cpu/kernels/sparse24.h"
 #include "cpu/kernels/tokens.h"

@@ -37,6 +37,13 @@ bool is_input(const void* x, DType dtype, std::int64_t x_stride, std::int64_t ch
 
 bool is_temperature(double value) { return value >= 0 && std::isfinite(value); }
 
+// The weight or the bias of a norm.
+bool is_affine(const void* data, std::int64_t channels, DType affine_dtype, DType dtype) {
+  return is_present(data, channels) && (affine_dtype == dtype || affine_dtype == DType::float32);
+}
+
+bool is_eps(double value) { return value > 0 && std::isfinite(value); }
+
 }  // namespace
 
 Status token_importance(const float* summary_attention, const float* received_attention,
@@ -92,13 +99,25 @@ Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,
                               float* rstd, int threads) {
   if (!is_valid(selection) || !is_input(x, dtype, x_stride, channels, selection) ||
       !is_matrix(x_out, dtype, selection.capacity, channels) ||
-      !is_matrix(normed, dtype, selection.capacity, channels) || !is_present(weight, channels) ||
-      !is_present(bias, channels) || (affine_dtype != dtype && affine_dtype != DType::float32) ||
-      !(eps > 0 && std::isfinite(eps)) || !is_present(mean, selection.capacity) ||
-      !is_present(rstd, selection.capacity) || threads < 1)
+      !is_matrix(normed, dtype, selection.capacity, channels) ||
+      !is_affine(weight, channels, affine_dtype, dtype) || !is_affine(bias, channels, affine_dtype, dtype) ||
+      !is_eps(eps) || !is_present(mean, selection.capacity) || !is_present(rstd, selection.capacity) ||
+      threads < 1)
     return Status::invalid_argument;
   MADTP_DISPATCH(gather_merge_layernorm(x, dtype, x_stride, channels, selection, weight, bias, affine_dtype,
                                         eps, x_out, normed, mean, rstd, threads));
+}
+
+Status gather_merge_rmsnorm(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
+                            const TokenSelection& selection, const void* weight, DType affine_dtype,
+                            double eps, void* x_out, void* normed, int threads) {
+  if (!is_valid(selection) || !is_input(x, dtype, x_stride, channels, selection) ||
+      !is_matrix(x_out, dtype, selection.capacity, channels) ||
+      !is_matrix(normed, dtype, selection.capacity, channels) ||
+      !is_affine(weight, channels, affine_dtype, dtype) || !is_eps(eps) || threads < 1)
+    return Status::invalid_argument;
+  MADTP_DISPATCH(gather_merge_rmsnorm(x, dtype, x_stride, channels, selection, weight, affine_dtype, eps,
+                                      x_out, normed, threads));
 }
 
 }  // namespace madtp::cpu

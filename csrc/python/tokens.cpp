@@ -38,7 +38,7 @@ SelectionOutputs selection_outputs(const Record<4>& r) {
           pointer<float>(r[3])};
 }
 
-ScoreInputs score_inputs(const Record<8>& r) {
+ScoreInputs score_inputs(const Record<9>& r) {
   return {pointer<const void>(r[0]),
           dtype(static_cast<int>(r[1])),
           size(r[2]),
@@ -46,10 +46,11 @@ ScoreInputs score_inputs(const Record<8>& r) {
           pointer<const std::int32_t>(r[4]),
           size(r[5]),
           size(r[6]),
-          pointer<const std::int32_t>(r[7])};
+          pointer<const std::int32_t>(r[7]),
+          pointer<const std::uint8_t>(r[8])};
 }
 
-void token_importance(Address summary_attention, Address received_attention, const Record<8>& inputs,
+void token_importance(Address summary_attention, Address received_attention, const Record<9>& inputs,
                       Address importance, int threads) {
   check(
       cpu::token_importance(pointer<const float>(summary_attention), pointer<const float>(received_attention),
@@ -57,14 +58,14 @@ void token_importance(Address summary_attention, Address received_attention, con
       "madtp::cpu::token_importance");
 }
 
-void select_tokens(Address importance, const Record<8>& inputs, double temperature,
+void select_tokens(Address importance, const Record<9>& inputs, double temperature,
                    const Record<4>& selection, int threads) {
   check(cpu::select_tokens(pointer<const float>(importance), score_inputs(inputs), temperature,
                            selection_outputs(selection), threads),
         "madtp::cpu::select_tokens");
 }
 
-void score_and_select(Address summary_attention, Address received_attention, const Record<8>& inputs,
+void score_and_select(Address summary_attention, Address received_attention, const Record<9>& inputs,
                       double temperature, Address importance, const Record<4>& selection, int threads) {
   check(cpu::score_and_select(pointer<const float>(summary_attention),
                               pointer<const float>(received_attention), score_inputs(inputs), temperature,
@@ -108,6 +109,16 @@ auto gather_merge_layernorm(Function function, const char* name) {
   };
 }
 
+void gather_merge_rmsnorm(Address x, int x_dtype, std::int64_t x_stride, std::int64_t channels,
+                          const Record<8>& selection, Address weight, int affine_dtype, double eps,
+                          Address x_out, Address normed, int threads) {
+  check(
+      cpu::gather_merge_rmsnorm(pointer<const void>(x), dtype(x_dtype), x_stride, channels,
+                                token_selection(selection), pointer<const void>(weight), dtype(affine_dtype),
+                                eps, pointer<void>(x_out), pointer<void>(normed), threads),
+      "madtp::cpu::gather_merge_rmsnorm");
+}
+
 }  // namespace
 
 void bind_tokens(py::module_& cpu_module, [[maybe_unused]] py::module_* cuda_module) {
@@ -123,6 +134,7 @@ void bind_tokens(py::module_& cpu_module, [[maybe_unused]] py::module_* cuda_mod
       "gather_merge_layernorm",
       gather_merge_layernorm<int>(&cpu::gather_merge_layernorm, "madtp::cpu::gather_merge_layernorm"),
       unlocked);
+  cpu_module.def("gather_merge_rmsnorm", &gather_merge_rmsnorm, unlocked);
 #if MADTP_HAS_CUDA
   cuda_module->def("gather_merge", gather_merge<Address>(&cuda::gather_merge, "madtp::cuda::gather_merge"),
                    unlocked);

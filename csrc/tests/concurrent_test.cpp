@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "madtp/attention.h"
+#include "madtp/attention_rows.h"
 #include "madtp/sparse24.h"
 #include "madtp/tokens.h"
 #include "tests/test.h"
@@ -132,6 +133,30 @@ void attention(const Inputs& in, int threads, Results& results) {
   for (const auto* result : {&out, &lse, &summary, &received, &grad_q, &grad_k, &grad_v}) results << *result;
 }
 
+void attention_rows(const Inputs& in, int threads, Results& results) {
+  auto attended = floats(kTokens);
+  const AttentionRowsInputs inputs{DType::float32,
+                                   in.q.data(),
+                                   in.k.data(),
+                                   {kRow, kDim},
+                                   {kRow, kDim},
+                                   in.cu_seqlens.data(),
+                                   in.cu_seqlens.data(),
+                                   kTokens,
+                                   kTokens,
+                                   in.batch(),
+                                   kHeads,
+                                   kHeads,
+                                   kDim,
+                                   0.2f,
+                                   nullptr};
+  std::int64_t bytes = 0;
+  results << cpu::attention_rows_workspace(inputs, threads, &bytes);
+  std::vector<char> workspace(static_cast<std::size_t>(bytes));
+  results << cpu::attention_rows(inputs, attended.data(), workspace.data(), threads);
+  results << attended;
+}
+
 void scores(const Inputs& in, int threads, Results& results) {
   auto importance = floats(kTokens), again = importance;
   Selection two(in), one(in);
@@ -160,6 +185,9 @@ void gathers(const Inputs& in, int threads, Results& results) {
   results << cpu::gather_merge_layernorm(in.q.data(), DType::float32, kRow, kRow, selection, in.bias.data(),
                                          in.bias.data(), DType::float32, 1e-5, out.data(), normed.data(),
                                          mean.data(), rstd.data(), threads);
+  results << cpu::gather_merge_rmsnorm(in.q.data(), DType::float32, kRow, kRow, selection, in.bias.data(),
+                                       DType::float32, 1e-5, out.data(), grad_x.data(), threads);
+  results << grad_x;
   results << cpu::gather_merge_backward(in.v.data(), kRow, in.q.data(), DType::float32, kRow, kRow, selection,
                                         grad_x.data(), grad_weight.data(), threads);
   for (const auto* result : {&out, &normed, &mean, &rstd, &grad_x, &grad_weight}) results << *result;
@@ -184,7 +212,8 @@ void sparse24(const Inputs& in, int threads, Results& results) {
   results << layout;
 }
 
-constexpr void (*kOps[])(const Inputs&, int threads, Results&) = {attention, scores, gathers, sparse24};
+constexpr void (*kOps[])(const Inputs&, int threads, Results&) = {attention, attention_rows, scores, gathers,
+                                                                  sparse24};
 constexpr std::size_t kOpCount = std::size(kOps);
 
 // Every op, from the one at `first` on.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "madtp/attention.h"
+#include "madtp/attention_rows.h"
 #include "madtp/sparse24.h"
 #include "madtp/tokens.h"
 #include "tests/test.h"
@@ -170,6 +171,8 @@ TEST(token_sizes_of_zero) {
                                               grad_x.get(), merge_weight.get(), 2) == Status::ok);
             for (std::int64_t i = 0; dtype == DType::float32 && i < capacity * channels; ++i)
               EXPECT(out.data[i] == 0 && normed.data[i] == 0);
+            EXPECT(cpu::gather_merge_rmsnorm(x.get(), dtype, channels, channels, s, x.get(), dtype, 1e-5,
+                                             out.get(), normed.get(), 2) == Status::ok);
             for (std::int64_t i = tokens; i < capacity; ++i) EXPECT(mean.data[i] == 0);
           }
         }
@@ -206,6 +209,21 @@ TEST(sizes_that_are_too_large_are_refused) {
       attention([&](AttentionInputs& a) { a.tokens_q = size; });
       attention([&](AttentionInputs& a) { a.tokens_k = size; });
 
+      const AttentionRowsInputs rows{DType::float32, m, m, {32, 16}, {32, 16}, cu_seqlens, cu_seqlens, tokens,
+                                     tokens,         1, 2, 2,        16,       1.0f,       nullptr};
+      const auto attention_rows = [&](auto change) {
+        AttentionRowsInputs a = rows;
+        change(a);
+        refused(cpu::attention_rows_workspace(a, 1, &bytes));
+        refused(cpu::attention_rows(a, m, m, 1));
+      };
+      attention_rows([&](AttentionRowsInputs& a) { a.heads = size; });
+      attention_rows([&](AttentionRowsInputs& a) { a.key_heads = size; });
+      attention_rows([&](AttentionRowsInputs& a) { a.head_dim = size; });
+      attention_rows([&](AttentionRowsInputs& a) { a.batch = size; });
+      attention_rows([&](AttentionRowsInputs& a) { a.rows = size; });
+      attention_rows([&](AttentionRowsInputs& a) { a.tokens = size; });
+
       const ScoreInputs scores{m, DType::float32, 4, 4, cu_seqlens, tokens, 1, nullptr};
       const SelectionOutputs outputs{memory.bytes(), ints.data(), ints.data(), m};
       const auto score = [&](auto change) {
@@ -226,6 +244,8 @@ TEST(sizes_that_are_too_large_are_refused) {
         refused(cpu::gather_merge_backward(m, 4, m, DType::float32, 4, channels, s, m, m, 1));
         refused(cpu::gather_merge_layernorm(m, DType::float32, 4, channels, s, m, m, DType::float32, 1e-5, m,
                                             m, m, m, 1));
+        refused(
+            cpu::gather_merge_rmsnorm(m, DType::float32, 4, channels, s, m, DType::float32, 1e-5, m, m, 1));
       };
       gather(selection, size);
       TokenSelection odd = selection;
@@ -270,6 +290,16 @@ TEST(strides_and_workspaces_that_are_too_large_are_refused) {
         const std::int64_t before = strides[i];
         strides[i] = stride;
         refused(cpu::varlen_attention_workspace(a, false, 1, &bytes));
+        strides[i] = before;
+      }
+    }
+    AttentionRowsInputs rows{
+        DType::float32, m, m, {32, 16}, {32, 16}, cu_seqlens, cu_seqlens, 3, 3, 1, 2, 2, 16, 1.0f, nullptr};
+    for (std::int64_t* strides : {rows.q_strides, rows.k_strides}) {
+      for (int i : {0, 1}) {
+        const std::int64_t before = strides[i];
+        strides[i] = stride;
+        refused(cpu::attention_rows_workspace(rows, 1, &bytes));
         strides[i] = before;
       }
     }

@@ -179,6 +179,45 @@ TEST(layernorm_normalises_the_stored_rows) {
   }
 }
 
+TEST(rmsnorm_normalises_the_stored_rows) {
+  const Fixture f;
+  for (std::int64_t channels : {1, 5, 64, 131}) {
+    const std::vector<float> x = ramp(9 * channels), weight = ramp(channels);
+    std::vector<float> out(9 * channels, kNaN), normed(9 * channels, kNaN);
+    EXPECT(cpu::gather_merge_rmsnorm(x.data(), DType::float32, channels, channels, f.selection(),
+                                     weight.data(), DType::float32, 1e-3, out.data(), normed.data(),
+                                     2) == Status::ok);
+    for (std::int64_t row = 0; row < 9; ++row) {
+      double squares = 0;
+      for (std::int64_t c = 0; c < channels; ++c)
+        squares += double(out[row * channels + c]) * out[row * channels + c] / double(channels);
+      const double scale = row > 6 ? 0 : 1 / std::sqrt(squares + 1e-3);
+      for (std::int64_t c = 0; c < channels; ++c)
+        EXPECT_NEAR(normed[row * channels + c], out[row * channels + c] * scale * weight[c], 2e-4);
+    }
+  }
+}
+
+TEST(rmsnorm_rounds_before_the_weight) {
+  const auto narrowed = [](double value) { return narrow(value, DType::bfloat16); };
+  const std::int64_t channels = 33;
+  std::vector<std::uint16_t> x(channels, narrowed(1)), out(channels), normed(channels);
+  x[5] = narrowed(1.0078125);
+  const std::vector<float> weight(channels, 257);
+  const std::uint8_t keep[1] = {1};
+  const std::int32_t cu_seqlens[2] = {0, 1}, source[1] = {0};
+  const float merge_weight[1] = {0};
+  const TokenSelection selection{keep, cu_seqlens, cu_seqlens, source, merge_weight, 1, 1, 1};
+  EXPECT(cpu::gather_merge_rmsnorm(x.data(), DType::bfloat16, channels, channels, selection, weight.data(),
+                                   DType::float32, 1e-6, out.data(), normed.data(), 1) == Status::ok);
+  double squares = 0;
+  for (const std::uint16_t value : x) squares += std::pow(widen(value, DType::bfloat16), 2) / channels;
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const float scaled = float(widen(x[c], DType::bfloat16) / std::sqrt(squares + 1e-6));
+    EXPECT(normed[c] == narrowed(widen(narrowed(scaled), DType::bfloat16) * weight[c]));
+  }
+}
+
 TEST(backward_is_the_transpose_of_forward) {
   const Fixture f;
   const std::int64_t channels = 21;
@@ -281,6 +320,42 @@ TEST(score_and_select_writes_what_the_two_write) {
   }
 }
 
+// Protected rows hold what would decide everything, and the summary token is among them.
+TEST(protected_rows_stay_and_take_no_part) {
+  const std::int64_t tokens = 40, alignment_tokens = 11;
+  const std::vector<std::int32_t> cu_seqlens{0, 1, 1, 40}, summary_index{0, -1, 2};
+  std::vector<std::uint8_t> protected_rows(tokens, 0);
+  for (const std::int64_t row : {3, 9, 10, 39}) protected_rows[row] = 1;
+  std::vector<float> statistic(tokens), logits = ramp(tokens * alignment_tokens);
+  for (std::int64_t j = 0; j < tokens; ++j) statistic[j] = 1 + float(j * 7 % 5);
+  ScoreInputs inputs = score_inputs(logits, alignment_tokens, cu_seqlens, summary_index);
+  inputs.protected_rows = protected_rows.data();
+  Selected clean(tokens, 3), got(tokens, 3), two(tokens, 3), everything(tokens, 3);
+  std::vector<float> clean_importance(tokens, kNaN), importance(tokens, kNaN);
+  EXPECT(cpu::score_and_select(statistic.data(), statistic.data(), inputs, 1, clean_importance.data(),
+                               clean.outputs(), 1) == Status::ok);
+  EXPECT(clean.cu_seqlens_out.back() < tokens);
+  for (std::int64_t j = 0; j < tokens; ++j) {
+    if (!protected_rows[j]) continue;
+    EXPECT(clean.keep[j] == 1 && clean_importance[j] == 0 && clean.merge_weight[j] == 0);
+    statistic[j] = kNaN;
+    for (std::int64_t k = 0; k < alignment_tokens; ++k) logits[j * alignment_tokens + k] = kInfinity;
+  }
+  EXPECT(cpu::score_and_select(statistic.data(), statistic.data(), inputs, 1, importance.data(),
+                               got.outputs(), 2) == Status::ok);
+  EXPECT(importance == clean_importance && got.keep == clean.keep && got.source == clean.source);
+  EXPECT(got.merge_weight == clean.merge_weight && got.cu_seqlens_out == clean.cu_seqlens_out);
+  for (std::int64_t j = 0; j < tokens; ++j)
+    if (protected_rows[j]) importance[j] = kNaN;
+  EXPECT(cpu::select_tokens(importance.data(), inputs, 1, two.outputs(), 1) == Status::ok);
+  EXPECT(two.keep == clean.keep && two.merge_weight == clean.merge_weight);
+
+  protected_rows.assign(tokens, 1);
+  protected_rows[20] = 0;  // one candidate alone never goes
+  EXPECT(cpu::select_tokens(importance.data(), inputs, 1e6, everything.outputs(), 1) == Status::ok);
+  EXPECT(everything.keep == std::vector<std::uint8_t>(tokens, 1) && everything.cu_seqlens_out == cu_seqlens);
+}
+
 // Sums whose reciprocal a float cannot hold: below 2^-128, where numbers are subnormal, and near its largest.
 TEST(shares_of_tiny_and_of_large_sums) {
   const std::vector<std::int32_t> cu_seqlens{0, 4}, summary_index{-1};
@@ -349,6 +424,13 @@ TEST(bad_arguments_are_refused_and_nothing_is_written) {
   refused(cpu::gather_merge_layernorm(x.data(), DType::float32, 4, 4, f.selection(), x.data(), x.data(),
                                       DType::float32, 0, out.data(), out.data(), statistics.data(),
                                       statistics.data(), 1));
+  const auto rmsnorm = [&](const void* weight, DType affine_dtype, double eps) {
+    return cpu::gather_merge_rmsnorm(x.data(), DType::float32, 4, 4, f.selection(), weight, affine_dtype, eps,
+                                     out.data(), out.data(), 1);
+  };
+  refused(rmsnorm(nullptr, DType::float32, 1e-5));
+  refused(rmsnorm(x.data(), DType::float16, 1e-5));
+  refused(rmsnorm(x.data(), DType::float32, 0));
   refused(cpu::gather_merge_backward(x.data(), 4, x.data(), DType::float32, 4, 4, f.selection(), out.data(),
                                      nullptr, 1));
   for (const std::vector<std::int32_t>& broken :

@@ -30,6 +30,16 @@ def row_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
+def head_contiguous(x: Tensor) -> Tensor:
+    """x (T, H, D), or a copy of it when the elements of a head are not contiguous. Any other strides will do."""
+    return x if x.shape[2] <= 1 or x.stride(2) == 1 else x.contiguous()
+
+
+def strided_heads(x: Tensor) -> tuple[int, int, int]:
+    """Of x (T, H, D) the address, the row stride and the head stride."""
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy of it that is contiguous from a 16-byte boundary on, as CUDA kernels read."""
     x = x.contiguous()

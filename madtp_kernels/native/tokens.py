@@ -17,9 +17,10 @@ def token_importance(
     mag_logits: Tensor,
     cu_seqlens: Tensor,
     summary_index: Tensor | None,
+    protected: Tensor | None,
 ) -> Tensor:
     summary_attention, received_attention = summary_attention.contiguous(), received_attention.contiguous()
-    inputs, _alive = _score_inputs(mag_logits, cu_seqlens, summary_index)
+    inputs, _alive = _score_inputs(mag_logits, cu_seqlens, summary_index, protected)
     importance = torch.empty_like(summary_attention)
     call(
         "token_importance",
@@ -33,10 +34,15 @@ def token_importance(
 
 
 def select_tokens(
-    importance: Tensor, mag_logits: Tensor, cu_seqlens: Tensor, temperature: float, summary_index: Tensor | None
+    importance: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    temperature: float,
+    summary_index: Tensor | None,
+    protected: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     importance = importance.contiguous()
-    inputs, _alive = _score_inputs(mag_logits, cu_seqlens, summary_index)
+    inputs, _alive = _score_inputs(mag_logits, cu_seqlens, summary_index, protected)
     selection, outputs = _empty_selection(importance, cu_seqlens)
     call("select_tokens", importance.device, address(importance), inputs, temperature, outputs)
     return selection
@@ -49,9 +55,10 @@ def score_and_select(
     cu_seqlens: Tensor,
     temperature: float,
     summary_index: Tensor | None,
+    protected: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     summary_attention, received_attention = summary_attention.contiguous(), received_attention.contiguous()
-    inputs, _alive = _score_inputs(mag_logits, cu_seqlens, summary_index)
+    inputs, _alive = _score_inputs(mag_logits, cu_seqlens, summary_index, protected)
     importance = torch.empty_like(summary_attention)
     selection, outputs = _empty_selection(importance, cu_seqlens)
     call(
@@ -68,11 +75,11 @@ def score_and_select(
 
 
 def _score_inputs(
-    mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
+    mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None, protected: Tensor | None
 ) -> tuple[tuple[int, ...], tuple[Tensor | None, ...]]:
     """The fields of madtp::ScoreInputs, and the tensors it points to, which must outlive it."""
     mag_logits, cu_seqlens = row_contiguous(mag_logits), cu_seqlens.contiguous()
-    summary_index = contiguous(summary_index)
+    summary_index, protected = contiguous(summary_index), contiguous(protected)
     inputs = (
         *matrix(mag_logits),
         mag_logits.shape[1],
@@ -80,8 +87,9 @@ def _score_inputs(
         mag_logits.shape[0],
         cu_seqlens.numel() - 1,
         address(summary_index),
+        address(protected),
     )
-    return inputs, (mag_logits, cu_seqlens, summary_index)
+    return inputs, (mag_logits, cu_seqlens, summary_index, protected)
 
 
 def _empty_selection(
@@ -144,6 +152,27 @@ def gather_merge_layernorm(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, 
         address(rstd),
     )
     return x_out, normed, mean, rstd
+
+
+def gather_merge_rmsnorm(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *selection, weight, eps = arguments
+    x, weight = row_contiguous(x), weight.contiguous()
+    record, capacity, _alive = _token_selection(*selection)
+    x_out = x.new_empty(capacity, x.shape[1])
+    normed = torch.empty_like(x_out)
+    call(
+        "gather_merge_rmsnorm",
+        x.device,
+        *matrix(x),
+        x.shape[1],
+        record,
+        address(weight),
+        DTYPES[weight.dtype],
+        eps,
+        address(x_out),
+        address(normed),
+    )
+    return x_out, normed
 
 
 def _token_selection(

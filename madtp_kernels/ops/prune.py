@@ -19,7 +19,7 @@ class Pruned(NamedTuple):
     """What the prune step leaves of a ragged batch, and how it came to it."""
 
     x: Tensor  # (T_out, C)
-    normed: Tensor | None  # (T_out, C), the LayerNorm of x; None without `norm`
+    normed: Tensor | None  # (T_out, C), the LayerNorm or RMSNorm of x; None without `norm`
     selection: Selection
     importance: Tensor  # (T,) float32
 
@@ -32,13 +32,14 @@ def score_and_select(
     temperature: float,
     *,
     summary_index: Tensor | None = None,
+    protected: Tensor | None = None,
     capacity: str = "exact",
     backend: str | None = None,
 ) -> tuple[Tensor, Selection]:
     """`token_importance` and `select_tokens` in one pass per sequence, one launch on a GPU; bit-equal to the two.
 
     Args:
-        stats, mag_logits, cu_seqlens, summary_index: as in `token_importance`.
+        stats, mag_logits, cu_seqlens, summary_index, protected: as in `token_importance`.
         temperature, capacity: as in `select_tokens`.
         backend: auto, reference, cpu or triton.
 
@@ -49,9 +50,9 @@ def score_and_select(
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
-    check_statistics_types(stats, mag_logits, cu_seqlens, summary_index)
+    check_statistics_types(stats, mag_logits, cu_seqlens, summary_index, protected)
     check_choice(temperature, capacity)
-    return _score_and_select(stats, mag_logits, cu_seqlens, temperature, summary_index, capacity, backend)
+    return _score_and_select(stats, mag_logits, cu_seqlens, temperature, summary_index, protected, capacity, backend)
 
 
 def prune_tokens(
@@ -61,14 +62,16 @@ def prune_tokens(
     cu_seqlens: Tensor,
     temperature: float,
     *,
-    norm: tuple[Tensor, Tensor, float] | None = None,
+    norm: tuple[Tensor, Tensor, float] | tuple[Tensor, float] | None = None,
     summary_index: Tensor | None = None,
+    protected: Tensor | None = None,
     capacity: str = "exact",
     backend: str | None = None,
 ) -> Pruned:
     """The whole prune step of MADTP (arXiv 2403.02991, section 3.3): what follows attention in a pruned block.
 
-    `score_and_select`, then `gather_merge`, or with `norm` `gather_merge_layernorm`; `explain` knows each by its name.
+    `score_and_select`, then `gather_merge`, or with `norm` `gather_merge_layernorm` or `gather_merge_rmsnorm`; all of
+    which `explain` knows by name.
 
     Args:
         x: (T, C) float32, bfloat16 or float16, the features after attention and its residual; any row stride.
@@ -76,8 +79,10 @@ def prune_tokens(
         mag_logits: (T, K) alignment logits q E^T, float32, bfloat16 or float16.
         cu_seqlens: (B+1,) int32.
         temperature: tau >= 0. Larger prunes more; 0 keeps everything.
-        norm: (weight, bias, eps) of the LayerNorm that follows: (C,) dtype of x or float32, (C,) likewise, > 0.
+        norm: (weight, bias, eps) of the LayerNorm that follows: (C,) dtype of x or float32, (C,) likewise, > 0; or
+            (weight, eps) of the RMSNorm.
         summary_index: (B,) int32, the summary token's row inside its sequence, always kept; None is row 0, -1 is none.
+        protected: (T,) bool, rows that are always kept besides, and no candidates; None is none.
         capacity: "exact" reads the number of rows once; "upper_bound" returns T rows and reads nothing on the host.
         backend: auto, reference, cpu or triton.
 
@@ -90,7 +95,7 @@ def prune_tokens(
     """
     # The ops check the rest; this is what the second would say after the first has run.
     check_tensor("x", x, 2, FLOATS)
-    check_statistics_types(stats, mag_logits, cu_seqlens, summary_index)
+    check_statistics_types(stats, mag_logits, cu_seqlens, summary_index, protected)
     check_choice(temperature, capacity)
     summary_attention = stats[0]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -99,18 +104,20 @@ def prune_tokens(
     check_rows("x", x, summary_attention.shape[0], "stats.summary_attention")
     check_device(summary_attention.device, x=x)
     if norm is not None:
-        require(isinstance(norm, tuple) and len(norm) == 3, "norm", "(weight, bias, eps) or None", norm)
-        check_types(**{"norm.weight": norm[0], "norm.bias": norm[1]})
-        check_number("norm.eps", norm[2])
-        check_norm(x, *norm, of="norm.")
+        ok = isinstance(norm, tuple) and len(norm) in (2, 3)
+        require(ok, "norm", "(weight, bias, eps), (weight, eps) or None", norm)
+        weight, *biases, eps = norm
+        check_types(**dict(zip(("norm.weight", "norm.bias"), norm[:-1], strict=False)))
+        check_number("norm.eps", eps)
+        check_norm(x, weight, biases[0] if biases else None, eps, of="norm.")
     importance, selection = _score_and_select(
-        stats, mag_logits, cu_seqlens, temperature, summary_index, capacity, backend
+        stats, mag_logits, cu_seqlens, temperature, summary_index, protected, capacity, backend
     )
     backend = dispatch.as_argument(backend)
     if norm is None:
         return Pruned(torch.ops.madtp.gather_merge(x, *selection, backend), None, selection, importance)
-    weight, bias, eps = norm
-    out, normed, _, _ = torch.ops.madtp.gather_merge_layernorm(x, *selection, weight, bias, float(eps), backend)
+    gather = torch.ops.madtp.gather_merge_layernorm if biases else torch.ops.madtp.gather_merge_rmsnorm
+    out, normed, *_ = gather(x, *selection, weight, *biases, float(eps), backend)
     return Pruned(out, normed, selection, importance)
 
 
@@ -120,11 +127,12 @@ def _score_and_select(
     cu_seqlens: Tensor,
     temperature: float,
     summary_index: Tensor | None,
+    protected: Tensor | None,
     capacity: str,
     backend: str | None,
 ) -> tuple[Tensor, Selection]:
     importance, keep, cu_seqlens_out, source, merge_weight = torch.ops.madtp.score_and_select(
-        *stats, mag_logits, cu_seqlens, float(temperature), summary_index, dispatch.as_argument(backend)
+        *stats, mag_logits, cu_seqlens, float(temperature), summary_index, dispatch.as_argument(backend), protected
     )
     source = sized(source, cu_seqlens_out, capacity)
     return importance, Selection(keep, cu_seqlens, cu_seqlens_out, source, merge_weight)

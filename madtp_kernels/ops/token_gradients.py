@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients of importance and selection as functions of tensors, without a host read."""
+"""The gradients of importance, selection and RMSNorm as functions of tensors, without a host read."""
 
 import torch
 from torch import Tensor
 
-from madtp_kernels.ragged import segment_sum, sequence_ids, summary_rows
+from madtp_kernels.ragged import prunable_rows, segment_sum, sequence_ids
 
 
 def importance_gradient(
@@ -13,17 +13,20 @@ def importance_gradient(
     mag_logits: Tensor,  # (T, K)
     cu_seqlens: Tensor,  # (B+1,) int32
     summary_index: Tensor | None,  # (B,) int32
+    protected: Tensor | None,  # (T,) bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> the gradients of summary_attention (T,), received_attention (T,) and mag_logits (T, K)."""
-    prunable = ~summary_rows(cu_seqlens, summary_index, received_attention.shape[0])
-    grad = grad * prunable / 3
+    prunable = prunable_rows(cu_seqlens, summary_index, protected, received_attention.shape[0])
+    # Masked, not multiplied by zero: what is no candidate takes no part, whatever it holds.
+    grad = grad.masked_fill(~prunable, 0) / 3
     best, alignment_token = mag_logits.max(dim=1)
-    guidance = best.to(received_attention.dtype).relu() * prunable
+    guidance = best.to(received_attention.dtype).relu().masked_fill(~prunable, 0)
     grad_guidance = _share_backward(grad, guidance, cu_seqlens) * (prunable & (best > 0))
     grad_logits = torch.zeros_like(mag_logits).scatter(
         1, alignment_token[:, None], grad_guidance.to(mag_logits.dtype)[:, None]
     )
-    grad_received_attention = _share_backward(grad, received_attention * prunable, cu_seqlens) * prunable
+    received_attention = received_attention.masked_fill(~prunable, 0)
+    grad_received_attention = _share_backward(grad, received_attention, cu_seqlens) * prunable
     return grad, grad_received_attention, grad_logits
 
 
@@ -39,11 +42,29 @@ def selection_gradient(
     merge_weight_j = S_j / their sum over the pruned; constant (uniform) where that sum is not positive.
     """
     rows = importance.shape[0]
-    pruned_importance = _per_row(segment_sum(importance * ~keep, cu_seqlens), cu_seqlens, rows)
+    pruned_importance = _per_row(segment_sum(importance.masked_fill(keep, 0), cu_seqlens), cu_seqlens, rows)
     mean = _per_row(segment_sum(grad * merge_weight, cu_seqlens), cu_seqlens, rows)
     live = ~keep & (pruned_importance > 0)
     divisor = torch.where(live, pruned_importance, torch.ones_like(pruned_importance))
     return torch.where(live, (grad - mean) / divisor, 0)
+
+
+def rmsnorm_gradient(
+    grad: Tensor,  # (R, C), of the normalised rows
+    rows: Tensor,  # (R, C)
+    weight: Tensor,  # (C,)
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """-> the gradients of rows (R, C) and weight (C,), float32 or wider; roundings count for nothing.
+
+    The scale of a row is made again here: it depends on rows, which a second derivative has to see.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    grad, rows, weight = grad.to(wide), rows.to(wide), weight.to(wide)
+    scale = (rows.square().mean(dim=1, keepdim=True) + eps).rsqrt()
+    normed, through_weight = rows * scale, grad * weight
+    along = (through_weight * normed).mean(dim=1, keepdim=True)
+    return (through_weight - normed * along) * scale, (grad * normed).sum(dim=0)
 
 
 def _per_row(values: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ from madtp_kernels import checks, dispatch
 from madtp_kernels.checks import check_device, check_rows, check_tensor, require
 from madtp_kernels.native import tokens as native
 from madtp_kernels.ops.autograd import register_autograd, register_second_order
-from madtp_kernels.ops.token_gradients import importance_gradient, selection_gradient
+from madtp_kernels.ops.token_gradients import importance_gradient, rmsnorm_gradient, selection_gradient
 from madtp_kernels.reference import tokens as reference
 from madtp_kernels.selection import PADDING
 
@@ -24,19 +24,17 @@ SELECTION = ", ".join(f"Tensor {name}" for name in FIELDS)
 STATS = "Tensor summary_attention, Tensor received_attention"
 SCORES = "Tensor mag_logits, Tensor cu_seqlens"
 
-torch.library.define(
-    "madtp::token_importance",
-    f"({STATS}, {SCORES}, Tensor? summary_index, str backend) -> Tensor",
-)
+# `protected` came later: behind the rest and with a default, so that a program that was exported before still loads.
+KEPT_ROWS = "Tensor? summary_index, str backend, Tensor? protected=None"
+
+torch.library.define("madtp::token_importance", f"({STATS}, {SCORES}, {KEPT_ROWS}) -> Tensor")
 torch.library.define(
     "madtp::select_tokens",
-    f"(Tensor importance, {SCORES}, float temperature, Tensor? summary_index, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor importance, {SCORES}, float temperature, {KEPT_ROWS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "madtp::score_and_select",
-    f"({STATS}, {SCORES}, float temperature, Tensor? summary_index, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({STATS}, {SCORES}, float temperature, {KEPT_ROWS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define("madtp::gather_merge", f"(Tensor x, {SELECTION}, str backend) -> Tensor")
 torch.library.define(
@@ -45,6 +43,10 @@ torch.library.define(
 torch.library.define(
     "madtp::gather_merge_layernorm",
     f"(Tensor x, {SELECTION}, Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "madtp::gather_merge_rmsnorm",
+    f"(Tensor x, {SELECTION}, Tensor weight, float eps, str backend) -> (Tensor, Tensor)",
 )
 
 
@@ -66,6 +68,12 @@ for _op in ("gather_merge", "gather_merge_backward", "gather_merge_layernorm"):
         triton=dispatch.triton_launcher("tokens.gather_merge", _op),
         cuda=getattr(native, _op),
     )
+dispatch.register(
+    "gather_merge_rmsnorm",
+    reference=reference.gather_merge_rmsnorm,
+    cpu=native.gather_merge_rmsnorm,
+    triton=dispatch.triton_launcher("tokens.gather_merge", "gather_merge_rmsnorm"),
+)
 
 
 # --- checks, of which the fakes run those that read no tensor
@@ -77,24 +85,39 @@ def _check_statistics(
     mag_logits: Tensor,
     cu_seqlens: Tensor,
     summary_index: Tensor | None,
+    protected: Tensor | None,
 ) -> None:
     check_tensor("stats.summary_attention", summary_attention, 1, STATISTICS)
     check_tensor("stats.received_attention", received_attention, 1, (summary_attention.dtype,))
     rows = summary_attention.shape[0]
     check_rows("stats.received_attention", received_attention, rows, "stats.summary_attention")
     check_device(summary_attention.device, **{"stats.received_attention": received_attention})
-    _check_scores("stats.summary_attention", summary_attention, mag_logits, cu_seqlens, summary_index)
+    _check_scores("stats.summary_attention", summary_attention, mag_logits, cu_seqlens, summary_index, protected)
 
 
 def _check_scores(
-    name: str, scores: Tensor, mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
+    name: str,
+    scores: Tensor,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    summary_index: Tensor | None,
+    protected: Tensor | None,
 ) -> None:
     check_tensor(name, scores, 1, STATISTICS)
     check_tensor("mag_logits", mag_logits, 2, FLOATS)
     require(mag_logits.shape[1] > 0, "mag_logits", "of at least one alignment token, (T, K)", mag_logits)
     check_rows("mag_logits", mag_logits, scores.shape[0], name)
     checks.check_ragged(scores.shape[0], cu_seqlens, summary_index, name)
-    check_device(scores.device, mag_logits=mag_logits, cu_seqlens=cu_seqlens, summary_index=summary_index)
+    if protected is not None:
+        check_tensor("protected", protected, 1, (torch.bool,))
+        check_rows("protected", protected, scores.shape[0], name)
+    check_device(
+        scores.device,
+        mag_logits=mag_logits,
+        cu_seqlens=cu_seqlens,
+        summary_index=summary_index,
+        protected=protected,
+    )
 
 
 def _check_gather(x: Tensor, selection: Sequence[Tensor]) -> None:
@@ -122,12 +145,13 @@ def _check_gather_values(x: Tensor, selection: Sequence[Tensor]) -> None:
     checks.check_cu_seqlens_values("selection.cu_seqlens_out", cu_seqlens_out, source.shape[0], at_most=True)
 
 
-def check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, of: str = "") -> None:
-    """The LayerNorm of the rows of x; `of` goes before the names of its arguments."""
+def check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, of: str = "") -> None:
+    """The LayerNorm of the rows of x, or without bias the RMSNorm; `of` goes before the names of its arguments."""
     for name, value in ((f"{of}weight", weight), (f"{of}bias", bias)):
-        check_tensor(name, value, 1, tuple(dict.fromkeys((x.dtype, torch.float32))))
-        require(value.shape[0] == x.shape[1], name, f"of shape ({x.shape[1]},) like the channels of x", value)
-    require(weight.dtype == bias.dtype, f"{of}bias", f"{weight.dtype} like {of}weight", bias)
+        if value is not None:
+            check_tensor(name, value, 1, tuple(dict.fromkeys((x.dtype, torch.float32))))
+            require(value.shape[0] == x.shape[1], name, f"of shape ({x.shape[1]},) like the channels of x", value)
+    require(bias is None or weight.dtype == bias.dtype, f"{of}bias", f"{weight.dtype} like {of}weight", bias)
     check_device(x.device, **{f"{of}weight": weight, f"{of}bias": bias})
     require(0 < eps < math.inf, f"{of}eps", "a finite number > 0", eps)
 
@@ -152,12 +176,13 @@ def _token_importance(
     cu_seqlens: Tensor,
     summary_index: Tensor | None,
     backend: str,
+    protected: Tensor | None = None,
 ) -> Tensor:
-    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
+    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index, protected)
     _check_score_values(summary_attention, cu_seqlens, summary_index)
     dtype = _score_dtype(summary_attention, mag_logits)
     run: Callable[..., Tensor] = dispatch.implementation("token_importance", backend, dtype, summary_attention.device)
-    return run(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
+    return run(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index, protected)
 
 
 @torch.library.impl("madtp::select_tokens", "CompositeExplicitAutograd")
@@ -168,13 +193,16 @@ def _select_tokens(
     temperature: float,
     summary_index: Tensor | None,
     backend: str,
+    protected: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check_scores("importance", importance, mag_logits, cu_seqlens, summary_index)
+    _check_scores("importance", importance, mag_logits, cu_seqlens, summary_index, protected)
     checks.check_temperature(temperature)
     _check_score_values(importance, cu_seqlens, summary_index)
     dtype = _score_dtype(importance, mag_logits)
     run = dispatch.implementation("select_tokens", backend, dtype, importance.device)
-    keep, cu_seqlens_out, source, merge_weight = run(importance, mag_logits, cu_seqlens, temperature, summary_index)
+    keep, cu_seqlens_out, source, merge_weight = run(
+        importance, mag_logits, cu_seqlens, temperature, summary_index, protected
+    )
     return merge_weight, keep, cu_seqlens_out, source  # not in the order of a Selection: opcheck needs a float first
 
 
@@ -187,14 +215,15 @@ def _score_and_select(
     temperature: float,
     summary_index: Tensor | None,
     backend: str,
+    protected: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
+    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index, protected)
     checks.check_temperature(temperature)
     _check_score_values(summary_attention, cu_seqlens, summary_index)
     run: Callable[..., tuple[Tensor, ...]] = dispatch.implementation(
         "score_and_select", backend, _score_dtype(summary_attention, mag_logits), summary_attention.device
     )
-    return run(summary_attention, received_attention, mag_logits, cu_seqlens, temperature, summary_index)
+    return run(summary_attention, received_attention, mag_logits, cu_seqlens, temperature, summary_index, protected)
 
 
 @torch.library.impl("madtp::gather_merge", "CompositeExplicitAutograd")
@@ -230,6 +259,16 @@ def _gather_merge_layernorm(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return run(x, *selection, weight, bias, eps)
 
 
+@torch.library.impl("madtp::gather_merge_rmsnorm", "CompositeExplicitAutograd")
+def _gather_merge_rmsnorm(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *selection, weight, eps, backend = arguments
+    _check_gather(x, selection)
+    check_norm(x, weight, None, eps)
+    _check_gather_values(x, selection)
+    run: Callable[..., tuple[Tensor, ...]] = dispatch.implementation("gather_merge_rmsnorm", backend, x.dtype, x.device)
+    return run(x, *selection, weight, eps)
+
+
 # --- fake
 
 
@@ -241,8 +280,9 @@ def _(
     cu_seqlens: Tensor,
     summary_index: Tensor | None,
     backend: str,
+    protected: Tensor | None = None,
 ) -> Tensor:
-    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
+    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index, protected)
     return torch.empty_like(summary_attention)
 
 
@@ -254,8 +294,9 @@ def _fake_select_tokens(
     temperature: float,
     summary_index: Tensor | None,
     backend: str,
+    protected: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check_scores("importance", importance, mag_logits, cu_seqlens, summary_index)
+    _check_scores("importance", importance, mag_logits, cu_seqlens, summary_index, protected)
     checks.check_temperature(temperature)
     rows = importance.shape[0]
     return (
@@ -275,11 +316,12 @@ def _(
     temperature: float,
     summary_index: Tensor | None,
     backend: str,
+    protected: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
+    _check_statistics(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index, protected)
     importance = torch.empty_like(summary_attention)
     merge_weight, *selection = _fake_select_tokens(
-        importance, mag_logits, cu_seqlens, temperature, summary_index, backend
+        importance, mag_logits, cu_seqlens, temperature, summary_index, backend, protected
     )
     return importance, *selection, merge_weight
 
@@ -310,16 +352,25 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return out, torch.empty_like(out), statistic, torch.empty_like(statistic)
 
 
+@torch.library.register_fake("madtp::gather_merge_rmsnorm")
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *selection, weight, eps, _ = arguments
+    _check_gather(x, selection)
+    check_norm(x, weight, None, eps)
+    out = x.new_empty(selection[3].shape[0], x.shape[1])
+    return out, torch.empty_like(out)
+
+
 # --- autograd
 
 
 def _importance_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, received_attention, mag_logits, cu_seqlens, summary_index, _ = inputs
-    ctx.save_for_backward(received_attention, mag_logits, cu_seqlens, summary_index)
+    _, received_attention, mag_logits, cu_seqlens, summary_index, _, protected = inputs
+    ctx.save_for_backward(received_attention, mag_logits, cu_seqlens, summary_index, protected)
 
 
 def _importance_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *importance_gradient(grad, *ctx.saved_tensors), None, None, None
+    return *importance_gradient(grad, *ctx.saved_tensors), None, None, None, None
 
 
 register_autograd("madtp::token_importance", _importance_backward, _importance_setup)
@@ -335,17 +386,17 @@ def _selection_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _selection_backward(
     ctx: Any, grad_merge_weight: Tensor, grad_keep: Tensor, grad_cu_seqlens_out: Tensor, grad_source: Tensor
 ) -> tuple[Tensor | None, ...]:
-    return selection_gradient(grad_merge_weight, *ctx.saved_tensors), None, None, None, None, None
+    return selection_gradient(grad_merge_weight, *ctx.saved_tensors), *(None,) * 6
 
 
 register_autograd("madtp::select_tokens", _selection_backward, _selection_setup)
 
 
 def _score_and_select_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, received_attention, mag_logits, cu_seqlens, _, summary_index, _ = inputs
+    _, *scores, _, summary_index, _, protected = inputs
     importance, keep, _, _, merge_weight = output
     ctx.mark_non_differentiable(*output[1:4])
-    ctx.save_for_backward(received_attention, mag_logits, cu_seqlens, summary_index, importance, keep, merge_weight)
+    ctx.save_for_backward(*scores, summary_index, protected, importance, keep, merge_weight)
 
 
 def _score_and_select_backward(
@@ -360,7 +411,7 @@ def _score_and_select_backward(
     *inputs, importance, keep, merge_weight = ctx.saved_tensors
     cu_seqlens = inputs[2]
     grad = grad_importance + selection_gradient(grad_merge_weight, importance, cu_seqlens, keep, merge_weight)
-    return *importance_gradient(grad, *inputs), None, None, None, None
+    return *importance_gradient(grad, *inputs), *(None,) * 5
 
 
 register_autograd("madtp::score_and_select", _score_and_select_backward, _score_and_select_setup)
@@ -423,3 +474,19 @@ def _layernorm_backward(
 
 
 register_autograd("madtp::gather_merge_layernorm", _layernorm_backward, _layernorm_setup)
+
+
+def _rmsnorm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[0])
+
+
+def _rmsnorm_backward(ctx: Any, grad_out: Tensor, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
+    x, *selection, weight, x_out = ctx.saved_tensors
+    grad_rows, grad_weight = rmsnorm_gradient(grad_normed, x_out, weight, ctx.eps)
+    grad_rows = (grad_rows + grad_out).to(x.dtype)
+    grad_x, grad_merge_weight = torch.ops.madtp.gather_merge_backward(grad_rows, x, *selection, ctx.backend)
+    return grad_x, None, None, None, None, grad_merge_weight, grad_weight.to(weight.dtype), None, None
+
+
+register_autograd("madtp::gather_merge_rmsnorm", _rmsnorm_backward, _rmsnorm_setup)

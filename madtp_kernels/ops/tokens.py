@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token pruning ops: `token_importance` -> `select_tokens` -> `gather_merge` or `gather_merge_layernorm`.
+"""Token pruning ops: `token_importance` -> `select_tokens` -> `gather_merge`, alone or with the norm that follows.
 
 All take a ragged batch: B sequences one after another in T rows, sequence b in rows cu_seqlens[b]:cu_seqlens[b+1]. Each
 sequence keeps its own number of tokens, in order, and its result is bit-equal whoever else is in the batch.
@@ -42,6 +42,7 @@ def token_importance(
     cu_seqlens: Tensor,
     *,
     summary_index: Tensor | None = None,
+    protected: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Importance of every token: S = (S_cls + S_self + S_mag) / 3 (MADTP, arXiv 2403.02991, section 3.3).
@@ -51,18 +52,20 @@ def token_importance(
         mag_logits: (T, K) alignment logits q E^T, float32, bfloat16 or float16.
         cu_seqlens: (B+1,) int32.
         summary_index: (B,) int32, the summary token's row inside its sequence; None is row 0, -1 is none.
+        protected: (T,) bool, rows that are never pruned besides the summary token: registers, text; None is none.
         backend: auto, reference, cpu or triton.
 
     Returns:
         (T,) float32. `received_attention` and relu(max_k mag_logits) are divided by their sums over the prunable tokens
-        of the sequence (a zero sum gives zeros); the summary token has 0. Differentiable in stats and mag_logits.
+        of the sequence (a zero sum gives zeros); the summary token and protected rows have 0, and what they hold takes
+        no part. Differentiable in stats and mag_logits.
 
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
-    check_statistics_types(stats, mag_logits, cu_seqlens, summary_index)
+    check_statistics_types(stats, mag_logits, cu_seqlens, summary_index, protected)
     importance: Tensor = torch.ops.madtp.token_importance(
-        *stats, mag_logits, cu_seqlens, summary_index, dispatch.as_argument(backend)
+        *stats, mag_logits, cu_seqlens, summary_index, dispatch.as_argument(backend), protected
     )
     return importance
 
@@ -75,6 +78,7 @@ def select_tokens(
     temperature: float,
     *,
     summary_index: Tensor | None = None,
+    protected: Tensor | None = None,
     capacity: str = "exact",
     backend: str | None = None,
 ) -> Selection:
@@ -87,23 +91,25 @@ def select_tokens(
         temperature: tau >= 0. Larger prunes more; below 0.01 the threshold goes to the least importance, in proportion
             to tau, and 0 switches pruning off.
         summary_index: (B,) int32, always kept; None is row 0, -1 is none.
+        protected: (T,) bool, rows that are always kept besides the summary token; None is none.
         capacity: "exact" reads the number of rows once and returns that many `source` rows; "upper_bound" returns T
             rows, those past that number being padding, and reads nothing on the host.
         backend: auto, reference, cpu or triton.
 
     Returns:
-        A `Selection`. If fewer than 2 tokens of a sequence would go, none goes. A sequence whose importance is not
-        finite, or whose thresholds are NaN, keeps everything: what is broken stays visible, others are untouched.
-        Differentiable from `merge_weight` to importance.
+        A `Selection`. The summary token and protected rows are no candidates: the threshold is that of the others
+        alone, whatever these hold. If fewer than 2 tokens of a sequence would go, none goes. A sequence whose
+        candidates have an importance that is not finite, or thresholds that are NaN, keeps everything: what is broken
+        stays visible, others are untouched. Differentiable from `merge_weight` to importance.
 
     Raises:
         ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
     """
     check_types(importance=importance, mag_logits=mag_logits, cu_seqlens=cu_seqlens)
-    check_optional_types(summary_index=summary_index)
+    check_optional_types(summary_index=summary_index, protected=protected)
     check_choice(temperature, capacity)
     merge_weight, keep, cu_seqlens_out, source = torch.ops.madtp.select_tokens(
-        importance, mag_logits, cu_seqlens, float(temperature), summary_index, dispatch.as_argument(backend)
+        importance, mag_logits, cu_seqlens, float(temperature), summary_index, dispatch.as_argument(backend), protected
     )
     return Selection(keep, cu_seqlens, cu_seqlens_out, sized(source, cu_seqlens_out, capacity), merge_weight)
 
@@ -156,6 +162,35 @@ def gather_merge_layernorm(
     return x_out, normed
 
 
+@dispatch.public
+def gather_merge_rmsnorm(
+    x: Tensor, selection: Selection, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`gather_merge` and the RMSNorm that follows it (Zhang and Sennrich, arXiv 1910.07467), in one pass over memory.
+
+    Args:
+        x, selection: as in `gather_merge`.
+        weight: (C,) dtype of x or float32; where a model multiplies by 1 + weight, as Gemma's do, that sum.
+        eps: > 0, added to the mean square.
+        backend: auto, reference, cpu or triton.
+
+    Returns:
+        (x_out, normed), both (T_out, C) dtype of x; padding rows are zero. x_out / sqrt(mean(x_out^2) + eps) is formed
+        in float32 and rounded to the dtype of x before the weight multiplies it, as in Qwen2RMSNorm and LlamaRMSNorm of
+        transformers. Differentiable in x, selection.merge_weight and weight.
+
+    Raises:
+        ValueError: an argument breaks a rule. RuntimeError: the backend cannot run here.
+    """
+    _check_gather_types(x, selection)
+    check_types(weight=weight)
+    check_number("eps", eps)
+    x_out, normed = torch.ops.madtp.gather_merge_rmsnorm(
+        x, *selection, weight, float(eps), dispatch.as_argument(backend)
+    )
+    return x_out, normed
+
+
 def sized(source: Tensor, cu_seqlens_out: Tensor, capacity: str) -> Tensor:
     """`source` with as many rows as the capacity says; "exact" reads that number on the host."""
     if capacity == "upper_bound":
@@ -167,12 +202,16 @@ def sized(source: Tensor, cu_seqlens_out: Tensor, capacity: str) -> Tensor:
 
 
 def check_statistics_types(
-    stats: AttentionStats, mag_logits: Tensor, cu_seqlens: Tensor, summary_index: Tensor | None
+    stats: AttentionStats,
+    mag_logits: Tensor,
+    cu_seqlens: Tensor,
+    summary_index: Tensor | None,
+    protected: Tensor | None,
 ) -> None:
     require(isinstance(stats, tuple) and len(stats) == 2, "stats", "an AttentionStats", stats)
     check_types(**{"stats.summary_attention": stats[0], "stats.received_attention": stats[1]})
     check_types(mag_logits=mag_logits, cu_seqlens=cu_seqlens)
-    check_optional_types(summary_index=summary_index)
+    check_optional_types(summary_index=summary_index, protected=protected)
 
 
 def check_choice(temperature: float, capacity: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from madtp_kernels.ragged import summary_rows
+from madtp_kernels.ragged import prunable_rows
 from madtp_kernels.selection import ARGMAX_TEMPERATURE, bounds, layout
 
 
@@ -24,13 +24,15 @@ def token_importance(
     mag_logits: Tensor,  # (T, K)
     cu_seqlens: Tensor,  # (B+1,) int32
     summary_index: Tensor | None = None,  # (B,) int32
+    protected: Tensor | None = None,  # (T,) bool
 ) -> Tensor:  # (T,)
-    """S = (S_cls + S_self + S_mag) / 3 over the prunable tokens of each sequence; 0 at its summary token."""
-    prunable = ~summary_rows(cu_seqlens, summary_index, summary_attention.numel())
+    """S = (S_cls + S_self + S_mag) / 3 over the prunable tokens of each sequence; 0 at its summary token and where
+    protected."""
+    prunable = prunable_rows(cu_seqlens, summary_index, protected, summary_attention.numel())
     guidance = mag_logits.to(summary_attention.dtype).max(dim=1).values.relu()  # (T,)
     parts = []
     for begin, end in bounds(cu_seqlens):
-        # Masked, not multiplied by zero: the summary token takes no part, whatever it holds.
+        # Masked, not multiplied by zero: what is no candidate takes no part, whatever it holds.
         parts_of_s = (summary_attention, received_attention, guidance)
         s, r, g = (t[begin:end].masked_fill(~prunable[begin:end], 0) for t in parts_of_s)
         parts.append((s + _share(r) + _share(g)) / 3)
@@ -62,11 +64,12 @@ def select_tokens(
     cu_seqlens: Tensor,  # (B+1,) int32
     temperature: float,
     summary_index: Tensor | None = None,  # (B,) int32
+    protected: Tensor | None = None,  # (T,) bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> keep (T,) bool, cu_seqlens_out (B+1,) int32, source (T,) int32, merge_weight (T,)."""
     keep = torch.ones_like(importance, dtype=torch.bool)
     if temperature != 0:
-        prunable = ~summary_rows(cu_seqlens, summary_index, importance.numel())
+        prunable = prunable_rows(cu_seqlens, summary_index, protected, importance.numel())
         for begin, end in bounds(cu_seqlens):
             rows = begin + prunable[begin:end].nonzero().flatten()
             keep[rows] = _kept(importance[rows], mag_logits[rows], temperature)
@@ -80,10 +83,13 @@ def score_and_select(
     cu_seqlens: Tensor,  # (B+1,) int32
     temperature: float,
     summary_index: Tensor | None = None,  # (B,) int32
+    protected: Tensor | None = None,  # (T,) bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`token_importance` and `select_tokens` of it: importance (T,), then what `select_tokens` returns."""
-    importance = token_importance(summary_attention, received_attention, mag_logits, cu_seqlens, summary_index)
-    return importance, *select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index)
+    importance = token_importance(
+        summary_attention, received_attention, mag_logits, cu_seqlens, summary_index, protected
+    )
+    return importance, *select_tokens(importance, mag_logits, cu_seqlens, temperature, summary_index, protected)
 
 
 def gather_merge(
@@ -154,3 +160,26 @@ def gather_merge_layernorm(
     rstd = (variance + eps).rsqrt()
     normed = layer_norm(rows, (x.shape[1],), weight.to(wide), bias.to(wide), eps).to(x.dtype)
     return x_out, normed * real, mean * real[:, 0], rstd * real[:, 0]
+
+
+def gather_merge_rmsnorm(
+    x: Tensor,  # (T, C)
+    keep: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    source: Tensor,
+    merge_weight: Tensor,
+    weight: Tensor,  # (C,)
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # x_out (R, C), normed (R, C)
+    """`gather_merge`, then RMSNorm of the rows as stored; both are zero past the last sequence.
+
+    Computed in float32, rounded to the dtype of x, then multiplied by the weight: as in Qwen2RMSNorm and LlamaRMSNorm
+    of transformers.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_out = gather_merge(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight)
+    real = _is_row(source, x.shape[0], cu_seqlens_in.numel() - 1)[:, None]
+    rows = x_out.to(wide)
+    scaled = (rows * (rows.square().mean(dim=1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+    return x_out, (scaled * weight).to(x.dtype) * real

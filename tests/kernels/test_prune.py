@@ -3,43 +3,22 @@
 
 import contextlib
 import math
-import os
 from unittest import mock
 
 import pytest
 import torch
+from backend_cases import BACKENDS, ON_GPU, device_of
 from ragged_cases import LENGTHS, SUMMARIES, cu_seqlens_of, scores
 from torch.library import opcheck
 
 import madtp_kernels as mk
-from madtp_kernels import dispatch
 
-ON_GPU = torch.cuda.is_available()
-BACKENDS = [
-    "reference",
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
-    ),
-    pytest.param(
-        "triton",
-        marks=[
-            pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # numpy, on masked lanes
-            pytest.mark.skipif(
-                not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or the interpreter"
-            ),
-        ],
-    ),
-]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 pytestmark = [
     pytest.mark.sanitized,
     pytest.mark.filterwarnings(r"ignore:var\(\). degrees of freedom:UserWarning"),  # the reference on no rows
 ]
-
-
-def device_of(backend):
-    return "cuda" if backend == "triton" and ON_GPU else "cpu"
 
 
 def batch(lengths, backend=None, channels=24, dtype=torch.float32, **options):
@@ -291,7 +270,15 @@ NORM = (torch.ones(2), torch.ones(2), 1e-5)
         ({"temperature": math.inf}, "temperature must be a finite number >= 0, got float inf"),
         ({"capacity": "half"}, 'capacity must be "exact" or "upper_bound"'),
         ({"summary_index": torch.tensor([0, 4], dtype=torch.int32)}, r"sequence 1 has 4 rows\), got 4"),
-        ({"norm": NORM[:2]}, r"norm must be \(weight, bias, eps\) or None, got tuple"),
+        ({"norm": NORM[:1]}, r"norm must be \(weight, bias, eps\), \(weight, eps\) or None, got tuple"),
+        ({"norm": NORM[:2]}, "norm.eps must be a number, got float32"),
+        ({"norm": (1.0, 1e-5)}, "norm.weight must be a tensor, got float 1.0"),
+        ({"norm": (torch.ones(3), 1e-5)}, r"norm.weight must be of shape \(2,\) like the channels of x"),
+        ({"norm": (NORM[0], 0.0)}, "norm.eps must be a finite number > 0, got float 0.0"),
+        ({"protected": torch.zeros(8)}, "protected must be a 1-dimensional tensor of bool, got float32"),
+        ({"protected": torch.zeros(7, dtype=torch.bool)}, "protected must be of 8 rows like stats.summary_attention"),
+        ({"protected": [True] * 8}, "protected must be a tensor or None, got list"),
+        ({"protected": torch.zeros(8, dtype=torch.bool, device="meta")}, "protected must be on cpu, got .* on meta"),
         ({"norm": (torch.ones(3), *NORM[1:])}, r"norm.weight must be of shape \(2,\) like the channels of x"),
         ({"norm": (NORM[0], torch.ones(2).half(), 1e-5)}, "norm.bias must be a 1-dimensional tensor of float32"),
         ({"norm": (*NORM[:2], 0)}, "norm.eps must be a finite number > 0, got int 0"),

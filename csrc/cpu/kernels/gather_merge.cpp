@@ -112,6 +112,22 @@ void normalise(const T* x, std::int64_t channels, const A* weight, const A* bias
   *rstd = scale;
 }
 
+// normed = x / sqrt(mean(x^2) + eps), rounded to T, times the weight, over one row: in this order models of
+// transformers round.
+template <typename T, typename A>
+void normalise_rms(const T* x, std::int64_t channels, const A* weight, double eps, T* normed) {
+  Vec squares = {};
+  for_each_vector(channels, [&](std::int64_t i, auto load, auto) {
+    const Vec value = load(x + i);
+    squares = value * value + squares;
+  });
+  const float scale = float(1.0 / std::sqrt(double(sum(squares)) / double(channels) + eps));
+  for_each_vector(channels, [&](std::int64_t i, auto load, auto store) {
+    store(normed + i, load(x + i) * broadcast(scale));
+    store(normed + i, load(normed + i) * load(weight + i));
+  });
+}
+
 // <x, y> over one row.
 template <typename T>
 float dot(const T* x, const T* y, std::int64_t channels) {
@@ -119,6 +135,35 @@ float dot(const T* x, const T* y, std::int64_t channels) {
   for_each_vector(channels,
                   [&](std::int64_t i, auto load, auto) { total = load(x + i) * load(y + i) + total; });
   return sum(total);
+}
+
+// Gathers the rows, then norm(row, normed row, A{}, number) for each, A being the type of affine_dtype, or
+// padding(number) and zeros.
+template <typename Norm, typename Padding>
+void gather_and_normalise(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
+                          const TokenSelection& selection, DType affine_dtype, void* x_out, void* normed,
+                          int threads, Norm norm, Padding padding) {
+  const auto run = [&](auto element, auto affine) {
+    using T = decltype(element);
+    const Rows<const T> input{static_cast<const T*>(x), x_stride};
+    const Rows<T> rows{static_cast<T*>(x_out), channels}, normed_rows{static_cast<T*>(normed), channels};
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, kRowsPerTask)
+    for (std::int64_t row = 0; row < selection.capacity; ++row) {
+      if (gather_row(input, channels, selection, row, rows[row])) {
+        norm(rows[row], normed_rows[row], affine, row);
+      } else {
+        zero_row(channels, normed_rows[row]);
+        padding(row);
+      }
+    }
+  };
+  with_type(dtype, [&](auto element) {
+    if (affine_dtype == DType::float32) {
+      run(element, float{});
+    } else {
+      run(element, element);
+    }
+  });
 }
 
 }  // namespace
@@ -140,30 +185,26 @@ Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,
                               const TokenSelection& selection, const void* weight, const void* bias,
                               DType affine_dtype, double eps, void* x_out, void* normed, float* mean,
                               float* rstd, int threads) {
-  const auto run = [&](auto element, auto affine) {
-    using T = decltype(element);
-    using A = decltype(affine);
-    const Rows<const T> input{static_cast<const T*>(x), x_stride};
-    const Rows<T> rows{static_cast<T*>(x_out), channels}, normed_rows{static_cast<T*>(normed), channels};
-    const A* const w = static_cast<const A*>(weight);
-    const A* const b = static_cast<const A*>(bias);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, kRowsPerTask)
-    for (std::int64_t row = 0; row < selection.capacity; ++row) {
-      if (gather_row(input, channels, selection, row, rows[row])) {
-        normalise(rows[row], channels, w, b, eps, normed_rows[row], mean + row, rstd + row);
-      } else {
-        zero_row(channels, normed_rows[row]);
-        mean[row] = rstd[row] = 0;
-      }
-    }
-  };
-  with_type(dtype, [&](auto element) {
-    if (affine_dtype == DType::float32) {
-      run(element, float{});
-    } else {
-      run(element, element);
-    }
-  });
+  gather_and_normalise(
+      x, dtype, x_stride, channels, selection, affine_dtype, x_out, normed, threads,
+      [&](auto* row, auto* normed_row, auto affine, std::int64_t at) {
+        using A = decltype(affine);
+        normalise(row, channels, static_cast<const A*>(weight), static_cast<const A*>(bias), eps, normed_row,
+                  mean + at, rstd + at);
+      },
+      [&](std::int64_t at) { mean[at] = rstd[at] = 0; });
+  return Status::ok;
+}
+
+Status gather_merge_rmsnorm(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
+                            const TokenSelection& selection, const void* weight, DType affine_dtype,
+                            double eps, void* x_out, void* normed, int threads) {
+  gather_and_normalise(
+      x, dtype, x_stride, channels, selection, affine_dtype, x_out, normed, threads,
+      [&](auto* row, auto* normed_row, auto affine, std::int64_t) {
+        normalise_rms(row, channels, static_cast<const decltype(affine)*>(weight), eps, normed_row);
+      },
+      [](std::int64_t) {});
   return Status::ok;
 }
 

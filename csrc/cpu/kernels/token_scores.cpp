@@ -16,13 +16,19 @@ constexpr double kArgmaxTemperature = 0.01;
 
 struct Sequence {
   std::int64_t begin, end;
-  std::int64_t summary_row;  // of the batch, -1: none
+  std::int64_t summary_row;            // of the batch, -1: none
+  const std::uint8_t* protected_rows;  // of the batch, null: none
+
+  // A candidate. What the others hold reaches no result.
+  bool is_prunable(std::int64_t j) const {
+    return j != summary_row && (protected_rows == nullptr || protected_rows[j] == 0);
+  }
 };
 
 Sequence sequence(const ScoreInputs& inputs, std::int64_t b) {
   const std::int64_t begin = inputs.cu_seqlens[b], end = inputs.cu_seqlens[b + 1];
   const std::int64_t index = inputs.summary_index == nullptr ? 0 : inputs.summary_index[b];
-  return {begin, end, index >= 0 && index < end - begin ? begin + index : -1};
+  return {begin, end, index >= 0 && index < end - begin ? begin + index : -1, inputs.protected_rows};
 }
 
 // max over the row, NaN if one is.
@@ -46,7 +52,7 @@ void sequence_importance(const Sequence& s, const float* summary_attention, cons
                          float* importance) {
   double received_sum = 0, guidance_sum = 0;
   for (std::int64_t j = s.begin; j < s.end; ++j) {
-    if (j == s.summary_row) continue;
+    if (!s.is_prunable(j)) continue;
     const float best = row_max(logits + j * stride, alignment_tokens);
     importance[j] = best < 0 ? 0 : best;  // NaN stays
     received_sum += received_attention[j];
@@ -57,7 +63,7 @@ void sequence_importance(const Sequence& s, const float* summary_attention, cons
   const double received_scale = received_sum == 0 ? 0 : 1 / received_sum;
   const double guidance_scale = guidance_sum == 0 ? 0 : 1 / guidance_sum;
   for (std::int64_t j = s.begin; j < s.end; ++j)
-    importance[j] = j == s.summary_row
+    importance[j] = !s.is_prunable(j)
                         ? 0
                         : (summary_attention[j] + float(received_attention[j] * received_scale) +
                            float(importance[j] * guidance_scale)) /
@@ -82,12 +88,12 @@ float block_threshold(const Sequence& s, const float* importance, float highest,
   Vec a[N], best[N], weight[N] = {}, weighted[N] = {};
   for (int n = 0; n < N; ++n) best[n] = broadcast(-INFINITY);
   for (std::int64_t j = s.begin; j < s.end; ++j) {
-    if (j == s.summary_row) continue;
+    if (!s.is_prunable(j)) continue;
     lanes(j, a);
     for (int n = 0; n < N; ++n) best[n] = max(a[n], best[n]);
   }
   for (std::int64_t j = s.begin; j < s.end; ++j) {
-    if (j == s.summary_row) continue;
+    if (!s.is_prunable(j)) continue;
     lanes(j, a);
     const Vec deficit = broadcast(highest - importance[j]);
     for (int n = 0; n < N; ++n) {
@@ -110,12 +116,14 @@ template <typename T>
 std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* logits, std::int64_t stride,
                            std::int64_t alignment_tokens, double temperature, std::uint8_t* keep) {
   for (std::int64_t j = s.begin; j < s.end; ++j) keep[j] = 1;
-  const std::int64_t length = s.end - s.begin, prunable = length - (s.summary_row >= 0);
+  const std::int64_t length = s.end - s.begin;
+  std::int64_t prunable = 0;
+  for (std::int64_t j = s.begin; j < s.end; ++j) prunable += s.is_prunable(j);
   if (temperature == 0 || prunable < 2) return length;
 
   float highest = -INFINITY, lowest = INFINITY;
   for (std::int64_t j = s.begin; j < s.end; ++j) {
-    if (j == s.summary_row) continue;
+    if (!s.is_prunable(j)) continue;
     if (!std::isfinite(importance[j])) return length;
     if (importance[j] > highest) highest = importance[j];
     if (importance[j] < lowest) lowest = importance[j];
@@ -133,7 +141,7 @@ std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* 
   if (temperature < kArgmaxTemperature)
     threshold += float(1 - temperature / kArgmaxTemperature) * (highest - lowest - threshold);
   const auto goes = [&](std::int64_t j) {
-    return j != s.summary_row && !(highest - importance[j] < threshold);
+    return s.is_prunable(j) && !(highest - importance[j] < threshold);
   };
   std::int64_t pruned = 0;
   for (std::int64_t j = s.begin; j < s.end; ++j) pruned += goes(j);

@@ -28,4 +28,8 @@ Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,
                               DType affine_dtype, double eps, void* x_out, void* normed, float* mean,
                               float* rstd, int threads);
 
+Status gather_merge_rmsnorm(const void* x, DType dtype, std::int64_t x_stride, std::int64_t channels,
+                            const TokenSelection& selection, const void* weight, DType affine_dtype,
+                            double eps, void* x_out, void* normed, int threads);
+
 }  // namespace madtp::cpu::MADTP_ISA

@@ -46,6 +46,8 @@ struct ScoreInputs {
   const std::int32_t* cu_seqlens;                // (batch + 1,)
   std::int64_t tokens, batch;
   const std::int32_t* summary_index;  // (batch,) row inside its sequence, -1: none; null: row 0 of each
+  // (tokens,) 0 or 1: always kept, and no candidate, as the summary token; null: none
+  const std::uint8_t* protected_rows = nullptr;
 };
 
 // What select_tokens writes: the fields of a TokenSelection but cu_seqlens_in, in their order.
@@ -59,7 +61,8 @@ struct SelectionOutputs {
 namespace cpu {
 
 // importance = (S_cls + S_self + S_mag) / 3: `summary_attention`, and the shares of `received_attention` and
-// of relu(max_k mag_logits) in their sums over the prunable tokens of the sequence; 0 at the summary token.
+// of relu(max_k mag_logits) in their sums over the prunable tokens of the sequence; 0 at the summary token
+// and in protected rows.
 Status token_importance(const float* summary_attention,   // (tokens,)
                         const float* received_attention,  // (tokens,)
                         const ScoreInputs& inputs,
@@ -67,8 +70,9 @@ Status token_importance(const float* summary_attention,   // (tokens,)
                         int threads);
 
 // keep j when S_j > min_k sum_j softmax_j(A_jk / temperature) S_j, or all of a sequence where fewer than 2
-// would go or a value is not finite. Below a temperature of 0.01 the threshold goes on to the least S_j, in
-// proportion to it. temperature 0 keeps everything; it must be finite and not negative.
+// would go or a value is not finite; j runs over the prunable tokens, and no other is looked at. Below a
+// temperature of 0.01 the threshold goes on to the least S_j, in proportion to it. temperature 0 keeps
+// everything; it must be finite and not negative.
 Status select_tokens(const float* importance,  // (tokens,)
                      const ScoreInputs& inputs, double temperature, const SelectionOutputs& selection,
                      int threads);
@@ -97,6 +101,7 @@ Status gather_merge_backward(const void* grad, std::int64_t grad_stride,  // (ca
                              int threads);
 
 // gather_merge, then LayerNorm of the rows as stored, statistics in float32; all zero past the last sequence.
+// affine_dtype is float32 or dtype.
 Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,  // (tokens, channels)
                               std::int64_t channels, const TokenSelection& selection, const void* weight,
                               const void* bias,  // (channels,)
@@ -105,6 +110,16 @@ Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,
                               void* normed,              // (capacity, channels)
                               float* mean, float* rstd,  // (capacity,)
                               int threads);
+
+// gather_merge, then RMSNorm of the rows as stored: x / sqrt(mean(x^2) + eps) in float32, rounded to dtype,
+// times the weight; zero past the last sequence.
+Status gather_merge_rmsnorm(const void* x, DType dtype, std::int64_t x_stride,  // (tokens, channels)
+                            std::int64_t channels, const TokenSelection& selection,
+                            const void* weight,  // (channels,)
+                            DType affine_dtype, double eps,
+                            void* x_out,   // (capacity, channels)
+                            void* normed,  // (capacity, channels)
+                            int threads);
 
 }  // namespace cpu
 

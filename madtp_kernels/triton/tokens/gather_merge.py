@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of `gather_merge`, its backward and `gather_merge_layernorm`.
+"""Triton kernels of `gather_merge`, its backward, `gather_merge_layernorm` and `gather_merge_rmsnorm`.
 
 All are bound by memory: at B = 32, N = 577, C = 768, bfloat16, half of the rows kept, `gather_merge` reads 28 MB and
 writes 14 MB (13 us at 3.35 TB/s), its backward moves 57 MB, `gather_merge_layernorm` 57 MB. So rows move in 16-byte
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from madtp_kernels.triton.common import OPTIONS, PADDING, on_device, power_of_two, rows, sequence_bounds
 
-COPY_BLOCK, BACKWARD_BLOCK, LAYERNORM_BLOCK = 8192, 4096, 4096  # elements of a block of rows
+COPY_BLOCK, BACKWARD_BLOCK, NORM_BLOCK = 8192, 4096, 4096  # elements of a block of rows
 MAX_ROWS = 32  # of a block: what a row needs besides its channels takes registers too
 PRUNED_BLOCKS = 4  # blocks of rows per program of the backward, at the mean sequence length
 
@@ -104,12 +104,12 @@ def _stored_rows(p_x, p_out, b_source, o_row, m_kept, m_merged, x_stride, c, C: 
 
 
 @triton.jit(do_not_specialize=["T", "R", "B"])
-def copy_layernorm_kernel(
+def copy_norm_kernel(
     p_x,  # (T, C), row stride x_stride
     p_cu_seqlens_out,  # (B+1,) int32
     p_source,  # (R,) int32
     p_weight,  # (C,)
-    p_bias,  # (C,)
+    p_bias,  # (C,); None with RMS, as are p_mean and p_rstd
     p_out,  # (R, C): merged rows are read, the others written
     p_normed,  # (R, C), out
     p_mean,  # (R,) fp32, out
@@ -122,28 +122,32 @@ def copy_layernorm_kernel(
     C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    RMS: tl.constexpr,
 ):
-    """Copies BLOCK_R rows and normalises them.
+    """Copies BLOCK_R rows and normalises them, by LayerNorm or RMSNorm.
 
-    C is known when compiling: up to BLOCK_C the three loops fold into one block, loaded once and kept in registers, as
-    long as nothing is stored before the last.
+    C is known when compiling: up to BLOCK_C the loops fold into one block, loaded once and kept in registers, as long
+    as nothing is stored before the last.
     """
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
     m_row = o_row < R
     b_source, m_kept, m_merged = _row_sources(p_cu_seqlens_out, p_source, o_row, T, R, B)
     m_real = m_kept | m_merged
 
-    b_sum = tl.zeros((BLOCK_R,), tl.float32)
-    for c in range(0, C, BLOCK_C):
-        b_x = _stored_rows(p_x, p_out, b_source, o_row, m_kept, m_merged, x_stride, c, C, BLOCK_C)
-        b_sum += tl.sum(b_x.to(tl.float32), axis=1)
-    b_mean = b_sum / C
+    b_mean = tl.zeros((BLOCK_R,), tl.float32)
+    if not RMS:
+        for c in range(0, C, BLOCK_C):
+            b_x = _stored_rows(p_x, p_out, b_source, o_row, m_kept, m_merged, x_stride, c, C, BLOCK_C)
+            b_mean += tl.sum(b_x.to(tl.float32), axis=1)
+        b_mean = b_mean / C
 
     b_squares = tl.zeros((BLOCK_R,), tl.float32)
     for c in range(0, C, BLOCK_C):
         b_x = _stored_rows(p_x, p_out, b_source, o_row, m_kept, m_merged, x_stride, c, C, BLOCK_C)
-        m_c = (c + tl.arange(0, BLOCK_C) < C)[None, :]
-        b_centred = tl.where(m_c, b_x.to(tl.float32) - b_mean[:, None], 0.0)
+        b_centred = b_x.to(tl.float32)
+        if not RMS:
+            m_c = (c + tl.arange(0, BLOCK_C) < C)[None, :]
+            b_centred = tl.where(m_c, b_centred - b_mean[:, None], 0.0)
         b_squares += tl.sum(b_centred * b_centred, axis=1)
     b_rstd = tl.div_rn(1.0, tl.sqrt_rn(b_squares / C + eps))
 
@@ -152,14 +156,19 @@ def copy_layernorm_kernel(
         o_c = c + tl.arange(0, BLOCK_C)
         m_c = o_c < C
         b_weight = tl.load(p_weight + o_c, mask=m_c, other=0.0).to(tl.float32)
-        b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
-        b_normed = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
+        if RMS:  # rounded before the weight, as models of transformers round
+            b_scaled = (b_x.to(tl.float32) * b_rstd[:, None]).to(p_normed.dtype.element_ty)
+            b_normed = b_scaled.to(tl.float32) * b_weight[None, :]
+        else:
+            b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+            b_normed = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None] * b_weight[None, :] + b_bias[None, :]
         b_normed = tl.where(m_real[:, None], b_normed, 0.0).to(p_normed.dtype.element_ty)
         o_out = o_row[:, None] * C + o_c[None, :]
         tl.store(p_out + o_out, b_x, mask=(m_row & ~m_merged)[:, None] & m_c[None, :])
         tl.store(p_normed + o_out, b_normed, mask=m_row[:, None] & m_c[None, :])
-    tl.store(p_mean + o_row, tl.where(m_real, b_mean, 0.0), mask=m_row)
-    tl.store(p_rstd + o_row, tl.where(m_real, b_rstd, 0.0), mask=m_row)
+    if not RMS:
+        tl.store(p_mean + o_row, tl.where(m_real, b_mean, 0.0), mask=m_row)
+        tl.store(p_rstd + o_row, tl.where(m_real, b_rstd, 0.0), mask=m_row)
 
 
 @triton.jit(do_not_specialize=["T", "R", "B", "splits"])
@@ -269,37 +278,33 @@ def gather_merge(
     return _gather_merge(rows(x), keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, copy=True)
 
 
-def gather_merge_layernorm(
-    x: Tensor,  # (T, C)
-    keep: Tensor,
-    cu_seqlens_in: Tensor,
-    cu_seqlens_out: Tensor,
-    source: Tensor,
-    merge_weight: Tensor,
-    weight: Tensor,  # (C,) dtype of x or fp32
-    bias: Tensor,  # (C,)
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # x_out (R, C), normed (R, C), mean (R,), rstd (R,) fp32
-    """As `reference.tokens.gather_merge_layernorm`, in two launches.
+def _gather_merge_norm(
+    x: Tensor, selection: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x_out (R, C), normed (R, C), and of LayerNorm mean and rstd (R,) fp32; without bias it is RMSNorm.
 
-    The first sums the merged rows over blocks of channels, the second copies the kept rows and normalises all: a merged
-    row needs its whole sum before its statistics.
+    In two launches: the first sums the merged rows over blocks of channels, the second copies the kept rows and
+    normalises all. A merged row needs its whole sum before its statistics.
     """
+    keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight = selection
     x, source, cu_seqlens_out = rows(x), source.contiguous(), cu_seqlens_out.contiguous()
     out = _gather_merge(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight, copy=False)
     capacity, channels = out.shape
     normed = torch.empty(capacity, channels, dtype=x.dtype, device=x.device)
-    mean = torch.empty(capacity, dtype=torch.float32, device=x.device)
-    rstd = torch.empty(capacity, dtype=torch.float32, device=x.device)
-    blocks = _row_blocks(channels, LAYERNORM_BLOCK, LAYERNORM_BLOCK)
+    mean = rstd = None
+    if bias is not None:
+        bias = bias.contiguous()
+        mean = torch.empty(capacity, dtype=torch.float32, device=x.device)
+        rstd = torch.empty(capacity, dtype=torch.float32, device=x.device)
+    blocks = _row_blocks(channels, NORM_BLOCK, NORM_BLOCK)
     if capacity > 0:
         with on_device(x.device):
-            copy_layernorm_kernel[(triton.cdiv(capacity, blocks["BLOCK_R"]),)](
+            copy_norm_kernel[(triton.cdiv(capacity, blocks["BLOCK_R"]),)](
                 x,
                 cu_seqlens_out,
                 source,
                 weight.contiguous(),
-                bias.contiguous(),
+                bias,
                 out,
                 normed,
                 mean,
@@ -310,9 +315,41 @@ def gather_merge_layernorm(
                 capacity,
                 cu_seqlens_out.numel() - 1,
                 **blocks,
+                RMS=bias is None,
                 **OPTIONS,
             )
     return out, normed, mean, rstd
+
+
+def gather_merge_layernorm(
+    x: Tensor,  # (T, C)
+    keep: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    source: Tensor,
+    merge_weight: Tensor,
+    weight: Tensor,  # (C,) dtype of x or fp32
+    bias: Tensor,  # (C,)
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # x_out (R, C), normed (R, C), mean (R,), rstd (R,) fp32
+    """As `reference.tokens.gather_merge_layernorm`."""
+    selection = (keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight)
+    return _gather_merge_norm(x, selection, weight, bias, eps)
+
+
+def gather_merge_rmsnorm(
+    x: Tensor,  # (T, C)
+    keep: Tensor,
+    cu_seqlens_in: Tensor,
+    cu_seqlens_out: Tensor,
+    source: Tensor,
+    merge_weight: Tensor,
+    weight: Tensor,  # (C,) dtype of x or fp32
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # x_out (R, C), normed (R, C)
+    """As `reference.tokens.gather_merge_rmsnorm`."""
+    selection = (keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight)
+    return _gather_merge_norm(x, selection, weight, None, eps)[:2]
 
 
 def gather_merge_backward(

@@ -25,24 +25,31 @@ def _selection() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return keep, cu_seqlens(), cu_seqlens(), source, meta(ROWS)
 
 
+def _protected(sizes: Sizes) -> Tensor | None:
+    return meta(ROWS, dtype=torch.bool) if sizes.optional else None
+
+
 def _affine(dtype: torch.dtype, sizes: Sizes) -> Tensor:
-    """The weight or the bias of a LayerNorm."""
+    """The weight or the bias of a norm."""
     return meta(sizes.channels, dtype=torch.float32 if sizes.optional else dtype)
 
 
 LAUNCHES: dict[str, Callable[[torch.dtype, Sizes], object]] = {
     "token_importance": lambda dtype, sizes: scores.token_importance(
-        meta(ROWS), meta(ROWS), _logits(dtype, sizes), cu_seqlens(), summary_index(sizes)
+        meta(ROWS), meta(ROWS), _logits(dtype, sizes), cu_seqlens(), summary_index(sizes), _protected(sizes)
     ),
     "select_tokens": lambda dtype, sizes: scores.select_tokens(
-        meta(ROWS), _logits(dtype, sizes), cu_seqlens(), 1.0, summary_index(sizes)
+        meta(ROWS), _logits(dtype, sizes), cu_seqlens(), 1.0, summary_index(sizes), _protected(sizes)
     ),
     "score_and_select": lambda dtype, sizes: scores.score_and_select(
-        meta(ROWS), meta(ROWS), _logits(dtype, sizes), cu_seqlens(), 1.0, summary_index(sizes)
+        meta(ROWS), meta(ROWS), _logits(dtype, sizes), cu_seqlens(), 1.0, summary_index(sizes), _protected(sizes)
     ),
     "gather_merge": lambda dtype, sizes: gather_merge.gather_merge(_x(dtype, sizes), *_selection()),
     "gather_merge_layernorm": lambda dtype, sizes: gather_merge.gather_merge_layernorm(
         _x(dtype, sizes), *_selection(), _affine(dtype, sizes), _affine(dtype, sizes), 1e-5
+    ),
+    "gather_merge_rmsnorm": lambda dtype, sizes: gather_merge.gather_merge_rmsnorm(
+        _x(dtype, sizes), *_selection(), _affine(dtype, sizes), 1e-6
     ),
     "gather_merge_backward": lambda dtype, sizes: gather_merge.gather_merge_backward(
         _x(dtype, sizes, OUT_ROWS), _x(dtype, sizes), *_selection()

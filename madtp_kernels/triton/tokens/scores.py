@@ -28,6 +28,7 @@ def importance_kernel(
     p_logits,  # (T, K), row stride STRIDE
     p_cu_seqlens,  # (B+1,) int32
     p_summary_index,  # (B,) int32 or None
+    p_protected,  # (T,) uint8 or None
     p_importance,  # (T,) fp32, out
     T,
     K: tl.constexpr,
@@ -40,7 +41,7 @@ def importance_kernel(
     summary_row = load_summary_row(p_summary_index, i_b)
     sequence_importance(
         p_summary_attention, p_received_attention, p_logits, p_importance, begin, end, summary_row,
-        K, STRIDE, BLOCK_T, BLOCK_K,
+        p_protected, K, STRIDE, BLOCK_T, BLOCK_K,
     )  # fmt: skip
 
 
@@ -50,6 +51,7 @@ def select_kernel(
     p_logits,  # (T, K), row stride STRIDE
     p_cu_seqlens,  # (B+1,) int32
     p_summary_index,  # (B,) int32 or None
+    p_protected,  # (T,) uint8 or None
     p_keep,  # (T,) uint8, out
     p_count,  # (B,) int32, out: rows of the sequence after pruning, the merged one included
     p_pruned_importance,  # (B,) fp32, out: its sum over the pruned tokens
@@ -65,7 +67,7 @@ def select_kernel(
     summary_row = load_summary_row(p_summary_index, i_b)
     sequence_keep(
         p_importance, p_logits, p_keep, p_count, p_pruned_importance, scale, i_b, begin, end, summary_row,
-        K, STRIDE, BLOCK_T, BLOCK_K,
+        p_protected, K, STRIDE, BLOCK_T, BLOCK_K,
     )  # fmt: skip
 
 
@@ -76,6 +78,7 @@ def score_and_select_kernel(
     p_logits,  # (T, K), row stride STRIDE
     p_cu_seqlens,  # (B+1,) int32
     p_summary_index,  # (B,) int32 or None
+    p_protected,  # (T,) uint8 or None
     p_importance,  # (T,) fp32, out
     p_keep,  # (T,) uint8, out
     p_count,  # (B,) int32, out
@@ -92,12 +95,12 @@ def score_and_select_kernel(
     summary_row = load_summary_row(p_summary_index, i_b)
     sequence_importance(
         p_summary_attention, p_received_attention, p_logits, p_importance, begin, end, summary_row,
-        K, STRIDE, BLOCK_T, BLOCK_K,
+        p_protected, K, STRIDE, BLOCK_T, BLOCK_K,
     )  # fmt: skip
     tl.debug_barrier()  # what one thread wrote others read
     sequence_keep(
         p_importance, p_logits, p_keep, p_count, p_pruned_importance, scale, i_b, begin, end, summary_row,
-        K, STRIDE, BLOCK_T, BLOCK_K,
+        p_protected, K, STRIDE, BLOCK_T, BLOCK_K,
     )  # fmt: skip
 
 
@@ -122,14 +125,19 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def _as_bytes(protected: Tensor | None) -> Tensor | None:
+    return None if protected is None else protected.contiguous().view(torch.uint8)
+
+
 def token_importance(
     summary_attention: Tensor,  # (T,) fp32
     received_attention: Tensor,  # (T,) fp32
     mag_logits: Tensor,  # (T, K)
     cu_seqlens: Tensor,  # (B+1,) int32
     summary_index: Tensor | None = None,  # (B,) int32
+    protected: Tensor | None = None,  # (T,) bool
 ) -> Tensor:  # (T,) fp32
-    """As `reference.tokens.token_importance`; what the summary token itself receives has no influence."""
+    """As `reference.tokens.token_importance`; what rows that are no candidates receive has no influence."""
     mag_logits = rows(mag_logits)
     importance = torch.empty(summary_attention.shape, dtype=torch.float32, device=summary_attention.device)
     batch = cu_seqlens.numel() - 1
@@ -141,6 +149,7 @@ def token_importance(
                 mag_logits,
                 cu_seqlens.contiguous(),
                 _contiguous(summary_index),
+                _as_bytes(protected),
                 importance,
                 summary_attention.shape[0],
                 **_blocks(mag_logits),
@@ -170,6 +179,7 @@ def select_tokens(
     cu_seqlens: Tensor,  # (B+1,) int32
     temperature: float,
     summary_index: Tensor | None = None,  # (B,) int32
+    protected: Tensor | None = None,  # (T,) bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> keep (T,) bool, cu_seqlens_out (B+1,) int32, source (T,) int32, merge_weight (T,) fp32."""
     importance, mag_logits, cu_seqlens = importance.contiguous(), rows(mag_logits), cu_seqlens.contiguous()
@@ -182,6 +192,7 @@ def select_tokens(
                 mag_logits,
                 cu_seqlens,
                 _contiguous(summary_index),
+                _as_bytes(protected),
                 keep.view(torch.uint8),
                 count,
                 pruned_importance,
@@ -199,6 +210,7 @@ def score_and_select(
     cu_seqlens: Tensor,  # (B+1,) int32
     temperature: float,
     summary_index: Tensor | None = None,  # (B,) int32
+    protected: Tensor | None = None,  # (T,) bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> importance (T,) fp32, then what `select_tokens` returns."""
     mag_logits, cu_seqlens = rows(mag_logits), cu_seqlens.contiguous()
@@ -213,6 +225,7 @@ def score_and_select(
                 mag_logits,
                 cu_seqlens,
                 _contiguous(summary_index),
+                _as_bytes(protected),
                 importance,
                 keep.view(torch.uint8),
                 count,

@@ -11,6 +11,15 @@ ARGMAX_SCALE = tl.constexpr(LOG2_E / ARGMAX_TEMPERATURE)
 
 
 @triton.jit
+def prunable_rows(p_protected, o_t, begin, end, summary_row):
+    """Which rows of the batch are candidates of the sequence [begin, end)."""
+    m_t = (o_t < end) & (o_t - begin != summary_row)
+    if p_protected is not None:
+        m_t = m_t & (tl.load(p_protected + o_t, mask=o_t < end, other=1) == 0)
+    return m_t
+
+
+@triton.jit
 def _logits(p_logits, o_t, m_t, k, K: tl.constexpr, STRIDE: tl.constexpr, BLOCK_K: tl.constexpr):
     """(BLOCK_T, BLOCK_K) float32 from alignment token k on; -inf where masked or past K."""
     o_k = k + tl.arange(0, BLOCK_K)
@@ -27,6 +36,7 @@ def sequence_importance(
     begin,
     end,
     summary_row,  # inside the sequence
+    p_protected,  # or None
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -37,7 +47,7 @@ def sequence_importance(
     b_guidance_sum = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(begin, end, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        m_t = (o_t < end) & (o_t - begin != summary_row)
+        m_t = prunable_rows(p_protected, o_t, begin, end, summary_row)
         b_best = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
         for k in range(0, K, BLOCK_K):
             b_a = _logits(p_logits, o_t, m_t, k, K, STRIDE, BLOCK_K)
@@ -54,7 +64,7 @@ def sequence_importance(
 
     for start in range(begin, end, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        m_t = (o_t < end) & (o_t - begin != summary_row)
+        m_t = prunable_rows(p_protected, o_t, begin, end, summary_row)
         b_received = tl.load(p_received_attention + o_t, mask=m_t, other=0.0)
         b_guidance = tl.load(p_importance + o_t, mask=m_t, other=0.0)
         b_received = tl.where(received_sum == 0, 0.0, b_received / received_sum)
@@ -75,6 +85,7 @@ def sequence_keep(
     begin,
     end,
     summary_row,
+    p_protected,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -87,7 +98,7 @@ def sequence_keep(
     b_broken = tl.zeros((BLOCK_T,), tl.int32)
     for start in range(begin, end, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        m_t = (o_t < end) & (o_t - begin != summary_row)
+        m_t = prunable_rows(p_protected, o_t, begin, end, summary_row)
         b_s = tl.load(p_importance + o_t, mask=m_t, other=0.0)
         b_highest = tl.where(m_t, tl.maximum(b_highest, b_s), b_highest)
         b_lowest = tl.where(m_t, tl.minimum(b_lowest, b_s), b_lowest)
@@ -105,7 +116,7 @@ def sequence_keep(
         b_best = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
         for start in range(begin, end, BLOCK_T):
             o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-            m_t = (o_t < end) & (o_t - begin != summary_row)
+            m_t = prunable_rows(p_protected, o_t, begin, end, summary_row)
             b_best = tl.maximum(b_best, _logits(p_logits, o_t, m_t, k, K, STRIDE, BLOCK_K))
         b_max = tl.max(b_best, axis=0)
         b_max = tl.where(b_max == float("-inf"), 0.0, b_max)  # -inf - -inf would be NaN on rows that do not exist
@@ -114,7 +125,7 @@ def sequence_keep(
         b_weighted = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
         for start in range(begin, end, BLOCK_T):
             o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-            m_t = (o_t < end) & (o_t - begin != summary_row)
+            m_t = prunable_rows(p_protected, o_t, begin, end, summary_row)
             b_deficit = highest - tl.load(p_importance + o_t, mask=m_t, other=0.0)
             b_deficit = tl.where(m_t, b_deficit, 0.0)
             b_e = tl.exp2((_logits(p_logits, o_t, m_t, k, K, STRIDE, BLOCK_K) - b_max[None, :]) * scale)
@@ -132,7 +143,7 @@ def sequence_keep(
     b_pruned_importance = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(begin, end, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        m_t = (o_t < end) & (o_t - begin != summary_row)
+        m_t = prunable_rows(p_protected, o_t, begin, end, summary_row)
         b_s = tl.load(p_importance + o_t, mask=m_t, other=0.0)
         m_pruned = m_t & (highest - b_s >= threshold)
         b_pruned += m_pruned.to(tl.int32)
@@ -144,7 +155,7 @@ def sequence_keep(
 
     for start in range(begin, end, BLOCK_T):
         o_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        m_t = (o_t < end) & (o_t - begin != summary_row)
+        m_t = prunable_rows(p_protected, o_t, begin, end, summary_row)
         b_s = tl.load(p_importance + o_t, mask=m_t, other=0.0)
         m_pruned = m_t & (highest - b_s >= threshold)
         b_keep = tl.where(m_pruned, 0, 1) | everything.to(tl.int32)

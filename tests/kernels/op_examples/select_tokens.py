@@ -12,6 +12,7 @@ def arguments(sizes):
         "cu_seqlens": sizes.cu_seqlens,
         "temperature": 5.0,
         "summary_index": sizes.summary_index,
+        "protected": torch.arange(sizes.rows) % 5 == 2,
         "backend": "cpu",
     }
 

@@ -12,6 +12,7 @@ def arguments(sizes):
         "mag_logits": torch.rand(sizes.rows, 3),
         "cu_seqlens": sizes.cu_seqlens,
         "summary_index": sizes.summary_index,
+        "protected": torch.arange(sizes.rows) % 5 == 2,
         "backend": "cpu",
     }
 

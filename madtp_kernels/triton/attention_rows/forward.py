@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of `attention_rows`: the softmax of every row and head, then the sums of the probabilities by key.
+
+Scores are formed twice, since a key needs all rows and a row all keys; they stay in the log2 domain. A program has the
+query heads that read one key head, which is read where it is. Blocks of keys are counted from the start of their
+sequence and rows are added in their order, so a result does not depend on the batch; no atomics.
+Bound: the keys, read once from memory and from cache after that.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from madtp_kernels.triton.attention.tiles import zero_tail
+from madtp_kernels.triton.common import OPTIONS, on_device, power_of_two, sequence_bounds
+
+LOG2_E = 1.4426950408889634
+MAX_STRIDE = 2**24  # elements from row to row: a tile has 32-bit offsets
+MIN_DOT = 16  # rows of the smallest product
+SEQUENCES = tl.constexpr(256)  # whose ends are looked at together
+
+
+# --- kernels
+
+
+@triton.jit
+def _sequence_of(p_cu_seqlens, i_row, B):
+    """The sequence that row i_row belongs to, B past the last."""
+    b_count = tl.zeros((SEQUENCES,), tl.int32)
+    for first in range(0, B, SEQUENCES):
+        o_b = first + tl.arange(0, SEQUENCES)
+        b_end = tl.load(p_cu_seqlens + 1 + o_b, mask=o_b < B, other=2147483647)
+        b_count += (b_end <= i_row).to(tl.int32)
+    return tl.sum(b_count).to(tl.int64)
+
+
+@triton.jit
+def _visible(p_row_position, o_row, m_row, keys):
+    """How many keys a row sees, from the first on: 0 where masked."""
+    b_seen = tl.where(m_row, keys, 0)
+    if p_row_position is not None:
+        b_position = tl.load(p_row_position + o_row, mask=m_row, other=-1).to(tl.int64)
+        b_seen = tl.minimum(tl.maximum(b_position + 1, 0), keys)
+    return b_seen
+
+
+@triton.jit
+def _key_tile(p_k, begin, start, keys, k_row, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(BLOCK_N, BLOCK_D) of one head, zeros where there is no key."""
+    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    m_tile = (start + o_n < keys)[:, None] & (o_d < D)[None, :]
+    return tl.load(p_k + (begin + start) * k_row + (o_n[:, None] * k_row + o_d[None, :]), mask=m_tile, other=0.0)
+
+
+@triton.jit(do_not_specialize=["R", "T", "B"])
+def row_softmax_kernel(
+    p_q,  # (R, H, D)
+    p_k,  # (T, Hk, D)
+    p_cu_seqlens_q,  # (B+1,) int32
+    p_cu_seqlens_k,  # (B+1,) int32
+    p_row_position,  # (R,) int32 or None
+    p_highest,  # (R, H) fp32, out: the largest score, to base 2
+    p_weight,  # (R, H) fp32, out: 1 / the sum of the exponentials; 0 where a row sees no key
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    scale,  # softmax_scale * log2(e)
+    R,
+    T,
+    B,
+    GROUP: tl.constexpr,  # query heads of a key head
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # GROUP or more
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One row and the heads that read one key head."""
+    i_row, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_b = _sequence_of(p_cu_seqlens_q, i_row, B)
+    begin, end = sequence_bounds(p_cu_seqlens_k, tl.minimum(i_b, B - 1), T)
+    seen = tl.max(_visible(p_row_position, i_row + tl.arange(0, 1), tl.arange(0, 1) < B - i_b, end - begin))
+
+    o_g, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    m_g = o_g < GROUP
+    p_heads = p_q + i_row * q_row + (i_h * GROUP + o_g)[:, None] * q_head + o_d[None, :]
+    b_q = tl.load(p_heads, mask=m_g[:, None] & (o_d < D)[None, :], other=0.0)
+    p_k += i_h * k_head
+
+    b_highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, seen, BLOCK_N):
+        b_k = _key_tile(p_k, begin, start, seen, k_row, D, BLOCK_N, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+        b_s = tl.where((start + tl.arange(0, BLOCK_N) < seen)[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_highest, tl.max(b_s, axis=1))
+        b_sum = b_sum * tl.exp2(b_highest - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), axis=1)
+        b_highest = b_new
+    o_out = (i_row * tl.num_programs(1) + i_h) * GROUP + o_g
+    tl.store(p_highest + o_out, tl.where(seen > 0, b_highest, 0.0), mask=m_g)
+    tl.store(p_weight + o_out, tl.where(seen > 0, 1 / tl.where(seen > 0, b_sum, 1.0), 0.0), mask=m_g)
+
+
+@triton.jit(do_not_specialize=["R", "T", "B", "Hk"])
+def attention_rows_kernel(
+    p_q,  # (R, H, D)
+    p_k,  # (T, Hk, D)
+    p_cu_seqlens_q,  # (B+1,) int32
+    p_cu_seqlens_k,  # (B+1,) int32
+    p_row_position,  # (R,) int32 or None
+    p_highest,  # (R, H) fp32
+    p_weight,  # (R, H) fp32
+    p_attention,  # (T,) fp32, out
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    scale,
+    R,
+    T,
+    B,
+    Hk,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One block of keys of one sequence, against all of its rows and heads."""
+    zero_tail(p_attention, p_cu_seqlens_k, B, T, 1)
+    blocks = tl.cdiv(T, BLOCK_N)
+    i_n, i_b = (tl.program_id(0) % blocks).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
+    begin, end = sequence_bounds(p_cu_seqlens_k, i_b, T)
+    start = i_n * BLOCK_N
+    if start >= end - begin:
+        return
+    first, last = sequence_bounds(p_cu_seqlens_q, i_b, R)
+    pairs = (last - first) * GROUP
+    o_n, o_d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+
+    b_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for _ in range(Hk):
+        b_k = _key_tile(p_k, begin, start, end - begin, k_row, D, BLOCK_N, BLOCK_D)
+        for pair in range(0, pairs, BLOCK_M):
+            o_pair = pair + tl.arange(0, BLOCK_M).to(tl.int64)
+            m_pair = o_pair < pairs
+            o_row, o_head = first + o_pair // GROUP, o_pair % GROUP
+            p_rows = p_q + (o_row * q_row + o_head * q_head)[:, None] + o_d[None, :]
+            b_q = tl.load(p_rows, mask=m_pair[:, None] & (o_d < D)[None, :], other=0.0)
+            o_softmax = o_row * (Hk * GROUP) + o_head
+            b_highest = tl.load(p_highest + o_softmax, mask=m_pair, other=0.0)
+            b_weight = tl.load(p_weight + o_softmax, mask=m_pair, other=0.0)
+            b_seen = _visible(p_row_position, o_row, m_pair, end - begin)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+            m_seen = o_n[None, :] < b_seen[:, None]
+            b_p = tl.exp2(b_s - b_highest[:, None]) * b_weight[:, None]
+            b_sum += tl.sum(tl.where(m_seen, b_p, 0.0), axis=0)
+        p_q += GROUP * q_head
+        p_k += k_head
+        p_highest += GROUP
+        p_weight += GROUP
+
+    b_count = tl.zeros((BLOCK_M,), tl.int32)
+    for row in range(first, last, BLOCK_M):
+        o_row = row + tl.arange(0, BLOCK_M).to(tl.int64)
+        b_count += (_visible(p_row_position, o_row, o_row < last, end - begin) > 0).to(tl.int32)
+    rows = tl.maximum(tl.sum(b_count), 1).to(tl.float32)
+    tl.store(p_attention + begin + o_n, b_sum / (rows * (Hk * GROUP)), mask=o_n < end - begin)
+
+
+# --- launcher
+
+
+def _heads(x: Tensor) -> Tensor:
+    """x (T, H, D), or a copy when its channels are not contiguous or its rows too far apart for 32-bit offsets."""
+    return x if x.stride(2) == 1 and x.stride(0) < MAX_STRIDE else x.contiguous()
+
+
+def _blocks(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, int]:
+    block_d = power_of_two(head_dim, MIN_DOT, 256)
+    return {
+        "GROUP": group,
+        "D": head_dim,
+        "BLOCK_N": 32 if dtype == torch.float32 else 64,
+        "BLOCK_D": block_d,
+    }
+
+
+def attention_rows(
+    q_rows: Tensor,  # (R, H, D)
+    k: Tensor,  # (T, Hk, D)
+    cu_seqlens_q: Tensor,  # (B+1,) int32
+    cu_seqlens_k: Tensor,  # (B+1,) int32
+    row_position: Tensor | None,  # (R,) int32
+    softmax_scale: float,
+) -> Tensor:  # (T,) fp32
+    """As `reference.attention_rows.attention_rows`; 0 in rows past the last sequence."""
+    q_rows, k = _heads(q_rows), _heads(k)
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    row_position = None if row_position is None else row_position.contiguous()
+    (rows, heads, head_dim), (tokens, key_heads, _) = q_rows.shape, k.shape
+    batch, group = cu_seqlens_k.numel() - 1, heads // key_heads
+    if rows == 0 or tokens == 0 or batch == 0:
+        return torch.zeros(tokens, dtype=torch.float32, device=k.device)
+    attention = torch.empty(tokens, dtype=torch.float32, device=k.device)
+    softmax = torch.empty(2, rows, heads, dtype=torch.float32, device=k.device)
+    strides = (q_rows.stride(0), q_rows.stride(1), k.stride(0), k.stride(1))
+    scale, blocks = softmax_scale * LOG2_E, _blocks(head_dim, group, k.dtype)
+    with on_device(k.device):
+        row_softmax_kernel[(rows, key_heads)](
+            q_rows,
+            k,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            row_position,
+            *softmax,
+            *strides,
+            scale,
+            rows,
+            tokens,
+            batch,
+            **blocks,
+            BLOCK_M=max(triton.next_power_of_2(group), MIN_DOT),
+            **OPTIONS,
+        )
+        # A sequence may have all keys: no length is read on the host, and a program without keys ends at once.
+        attention_rows_kernel[(triton.cdiv(tokens, blocks["BLOCK_N"]) * batch,)](
+            q_rows,
+            k,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            row_position,
+            *softmax,
+            attention,
+            *strides,
+            scale,
+            rows,
+            tokens,
+            batch,
+            key_heads,
+            **blocks,
+            BLOCK_M=MIN_DOT,
+            **OPTIONS,
+        )
+    return attention
