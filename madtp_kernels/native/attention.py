@@ -35,10 +35,16 @@ def _attention_inputs(
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
     summary_index: Tensor | None,
     return_stats: bool,
 ) -> tuple[_C.cpu.AttentionInputs, tuple[Tensor | None, ...]]:
     """madtp::AttentionInputs, and the tensors it points to, which must outlive it."""
+    if window_left >= 0 or window_right >= 0 or softcap or alibi_slopes is not None or k.shape[1] != q.shape[1]:
+        raise NotImplementedError
     q, k, v = (_heads(x) for x in (q, k, v))
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     summary_index = contiguous(summary_index)
