@@ -43,11 +43,9 @@ def _attention_inputs(
     return_stats: bool,
 ) -> tuple[_C.cpu.AttentionInputs, tuple[Tensor | None, ...]]:
     """madtp::AttentionInputs, and the tensors it points to, which must outlive it."""
-    if window_left >= 0 or window_right >= 0 or softcap or alibi_slopes is not None or k.shape[1] != q.shape[1]:
-        raise NotImplementedError
     q, k, v = (_heads(x) for x in (q, k, v))
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    summary_index = contiguous(summary_index)
+    summary_index, alibi_slopes = contiguous(summary_index), contiguous(alibi_slopes)
     inputs = dispatch.extension().cpu.AttentionInputs(
         DTYPES[q.dtype],
         _strided(q),
@@ -63,8 +61,14 @@ def _attention_inputs(
         softmax_scale,
         causal,
         address(summary_index),
+        k.shape[1],
+        window_left,
+        window_right,
+        softcap,
+        address(alibi_slopes),
+        q.shape[1] if alibi_slopes is not None and alibi_slopes.ndim == 2 else 0,
     )
-    return inputs, (q, k, v, cu_seqlens_q, cu_seqlens_k, summary_index)
+    return inputs, (q, k, v, cu_seqlens_q, cu_seqlens_k, summary_index, alibi_slopes)
 
 
 def _workspace(op: str, inputs: _C.cpu.AttentionInputs, return_stats: bool) -> Tensor:
