@@ -178,13 +178,15 @@ def test_cpu_within_twice_the_reference_error(dtype, causal, dim):
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length", [17, 18, 33, 34, 50, 65, 82, 577])
-def test_equal_tokens_have_equal_statistics(dtype, length):
-    q, k, v = torch.randn(3, length, 3, 32).to(dtype)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_equal_tokens_have_equal_statistics(dtype, length, softcap):
+    q, k, v = torch.randn(3, length, 3, 24).to(dtype)
     twins = [1, 7, length - 3, length - 2, length - 1]  # in every part of a panel, and in the last keys of it
     for x in (q, k, v):
         x[twins] = x[5].clone()
     out, stats = mk.varlen_attention(
-        q, k, v, cu_seqlens_of([length]), max_seqlen_q=length, return_stats=True, backend="cpu"
+        *(q, k, v, cu_seqlens_of([length])),
+        **{"max_seqlen_q": length, "softcap": softcap, "return_stats": True, "backend": "cpu"},
     )
     for result in (out, *stats):
         assert all(torch.equal(result[twin], result[5]) for twin in twins)

@@ -50,7 +50,7 @@ class Attention {
     const std::int64_t end = last * kBlocksPerChunk < blocks.number ? last * kBlocksPerChunk : blocks.number;
     const std::int64_t first_row = blocks.begin(begin),
                        group = a_.key_heads > 0 ? a_.heads / a_.key_heads : 0;
-    Packed packed(a_, s, first_row, blocks.begin(end) - first_row);
+    const Packed packed(a_, s, first_row, blocks.begin(end) - first_row);
     const std::int64_t first_key = s.key + packed.first, count = packed.count;
     for (std::int64_t key_head = 0; key_head < a_.key_heads; ++key_head) {
       pack_keys<Operand>(head_row<T>(a_.k, a_.k_strides, first_key, key_head), a_.k_strides[0], count,

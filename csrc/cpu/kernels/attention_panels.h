@@ -133,9 +133,10 @@ void pack_keys(const T* rows, std::int64_t stride, std::int64_t count, std::int6
       for (int i = 0; i < kWidth; ++i)
         tile[i] = first + i < count ? S::load_row(rows + (first + i) * stride + d, head_dim - d) : Vec{};
       transpose(tile);
-      // Known at compile time where no head ends inside a vector.
-      const bool part = kWidth * S::kTerms > kHeadStep && cells - c < kWidth;
-      for (int i = 0; i < (part ? cells - c : kWidth); ++i) store(to + (c + i) * kPanel, tile[i]);
+      // Where no head ends inside a vector this is known at compile time.
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i)
+        if (kWidth * S::kTerms <= kHeadStep || c + i < cells) store(to + (c + i) * kPanel, tile[i]);
     }
   }
 }
