@@ -59,6 +59,12 @@ class cpu:
             softmax_scale: float,
             causal: bool,
             summary_index: int,
+            key_heads: int,
+            window_left: int,
+            window_right: int,
+            softcap: float,
+            alibi_slopes: int,
+            alibi_stride: int,
             /,
         ) -> None: ...
 

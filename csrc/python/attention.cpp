@@ -14,7 +14,9 @@ using Strided = std::array<std::uintptr_t, 3>;  // address, row stride, head str
 AttentionInputs inputs(int dtype, const Strided& q, const Strided& k, const Strided& v, Address cu_seqlens_q,
                        Address cu_seqlens_k, std::int64_t tokens_q, std::int64_t tokens_k, std::int64_t batch,
                        std::int64_t heads, std::int64_t head_dim, float softmax_scale, bool causal,
-                       Address summary_index) {
+                       Address summary_index, std::int64_t key_heads, std::int64_t window_left,
+                       std::int64_t window_right, float softcap, Address alibi_slopes,
+                       std::int64_t alibi_stride) {
   const auto stride = [](std::uintptr_t value) { return static_cast<std::int64_t>(value); };
   return {static_cast<DType>(dtype),
           pointer<const void>(q[0]),
@@ -32,7 +34,13 @@ AttentionInputs inputs(int dtype, const Strided& q, const Strided& k, const Stri
           head_dim,
           softmax_scale,
           causal,
-          pointer<const std::int32_t>(summary_index)};
+          pointer<const std::int32_t>(summary_index),
+          key_heads,
+          window_left,
+          window_right,
+          softcap,
+          pointer<const float>(alibi_slopes),
+          alibi_stride};
 }
 
 void varlen_attention(const AttentionInputs& inputs, Address out, Address lse, Address summary_attention,

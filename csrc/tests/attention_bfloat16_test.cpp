@@ -92,7 +92,7 @@ void expect_within_rounding(const Bits& got, const std::vector<float>& wanted) {
 }  // namespace
 
 TEST(bfloat16_with_statistics) {
-  for (std::int64_t dim : {16, 32, 48, 64, 80, 96, 112, 128}) {
+  for (std::int64_t dim : {8, 16, 24, 32, 40, 48, 64, 72, 80, 96, 112, 128, 248}) {
     for (bool causal : {false, true}) {
       const std::vector<std::int32_t> lengths{1, 0, 33, 2, 3, 130, 64, 0, 17, 47};
       Problem p(lengths, lengths, 3, dim, causal);
@@ -119,6 +119,20 @@ TEST(bfloat16_cross_attention) {
     EXPECT(attend(x.inputs(p), out.data(), nullptr, nullptr, nullptr, 2) == Status::ok);
     expect_within_rounding(out, expected(p, false).out);
   }
+}
+
+TEST(bfloat16_under_masks_and_biases) {
+  with_options([](auto change) {
+    Problem p({150, 0, 3, 64, 121}, {150, 0, 3, 64, 121}, 4, 24, false, 2);
+    change(p);
+    const Rounded x(p);
+    const Outputs wanted = expected(p, true);
+    const Results one = run(x.inputs(p), 1);
+    expect_within_rounding(one.out, wanted.out);
+    expect_equal(one.lse, wanted.lse, 2e-5);
+    expect_equal(one.received_attention, wanted.received_attention, 1e-4);
+    EXPECT(run(x.inputs(p), 40) == one);
+  });
 }
 
 TEST(bfloat16_rows_may_be_an_odd_number_of_elements_apart) {

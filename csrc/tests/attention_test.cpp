@@ -5,7 +5,7 @@ using namespace madtp;
 using namespace madtp::test;
 
 TEST(self_attention_with_statistics) {
-  for (std::int64_t dim : {16, 32, 64, 80, 128}) {
+  for (std::int64_t dim : {8, 16, 24, 32, 40, 64, 72, 80, 128, 200, 256}) {
     for (bool causal : {false, true}) {
       const Problem p({1, 0, 33, 2, 130, 64, 17}, {1, 0, 33, 2, 130, 64, 17}, 3, dim, causal);
       const Outputs wanted = expected(p, true);
@@ -33,6 +33,61 @@ TEST(cross_attention) {
   Outputs got(p);
   EXPECT(attend(p.inputs(), got.out.data(), nullptr, nullptr, nullptr, 2) == Status::ok);
   expect_equal(got.out, expected(p, false).out, 1e-5);
+}
+
+// Fewer queries than keys, none, as many, and more: those see no key where the mask ends at the last one.
+TEST(masks_biases_and_grouped_heads) {
+  with_options([](auto change) {
+    for (std::int64_t key_heads : {1, 2, 4}) {
+      Problem p({40, 0, 3, 64, 120}, {150, 7, 3, 90, 20}, 4, 24, false, key_heads);
+      change(p);
+      const Outputs wanted = expected(p, false);
+      Outputs one(p), more(p);
+      EXPECT(attend(p.inputs(), one.out.data(), one.lse.data(), nullptr, nullptr, 1) == Status::ok);
+      expect_equal(one.out, wanted.out, 2e-5);
+      expect_equal(one.lse, wanted.lse, 2e-5);
+      EXPECT(attend(p.inputs(), more.out.data(), more.lse.data(), nullptr, nullptr, 7) == Status::ok);
+      EXPECT(more.out == one.out && more.lse == one.lse);
+    }
+  });
+}
+
+TEST(statistics_under_masks_and_biases) {
+  with_options([](auto change) {
+    for (std::int64_t key_heads : {1, 4}) {
+      Problem p({150, 0, 3, 64, 121, 1}, {150, 0, 3, 64, 121, 1}, 4, 40, false, key_heads);
+      change(p);
+      const Outputs wanted = expected(p, true);
+      Outputs one(p), more(p);
+      EXPECT(attend(p.inputs(), one.out.data(), nullptr, one.summary_attention.data(),
+                    one.received_attention.data(), 1) == Status::ok);
+      expect_equal(one.out, wanted.out, 2e-5);
+      expect_equal(one.summary_attention, wanted.summary_attention, 1e-5);
+      expect_equal(one.received_attention, wanted.received_attention, 1e-4);
+      EXPECT(attend(p.inputs(), more.out.data(), nullptr, more.summary_attention.data(),
+                    more.received_attention.data(), 40) == Status::ok);
+      EXPECT(more.out == one.out && more.summary_attention == one.summary_attention &&
+             more.received_attention == one.received_attention);
+    }
+  });
+}
+
+// A window of all keys is none, and one without keys behind the query is a causal mask; caps that no score
+// reaches do nothing.
+TEST(windows_and_caps_without_an_end) {
+  const auto run = [](auto change) {
+    Problem p({70, 200}, {90, 130}, 2, 32, false);
+    change(p);
+    Outputs got(p);
+    EXPECT(attend(p.inputs(), got.out.data(), nullptr, nullptr, nullptr, 1) == Status::ok);
+    return got.out;
+  };
+  EXPECT(run([](Problem& p) { p.window_left = INT64_MAX, p.window_right = 0; }) ==
+         run([](Problem& p) { p.causal = true; }));
+  const std::vector<float> plain = run([](Problem&) {});
+  EXPECT(run([](Problem& p) { p.window_left = p.window_right = INT64_MAX; }) == plain);
+  EXPECT(run([](Problem& p) { p.slopes.assign(4, 0); }) == plain);
+  expect_equal(run([](Problem& p) { p.softcap = 3e38f; }), plain, 1e-5);
 }
 
 // Tokens 1, 9 and the last three are the same; lengths end just behind a panel, and in every part of one.
@@ -108,8 +163,14 @@ TEST(bad_attention_arguments_are_refused) {
                   statistics ? statistic.data() : nullptr, 1) == Status::invalid_argument);
   };
   const std::int32_t other_keys[] = {0, 3, 7}, no_keys[] = {0, 7, 7};
-  refused([](AttentionInputs& a) { a.head_dim = 24; });
-  refused([](AttentionInputs& a) { a.head_dim = 144; });
+  refused([](AttentionInputs& a) { a.head_dim = 20; });
+  refused([](AttentionInputs& a) { a.head_dim = 264; });
+  refused([](AttentionInputs& a) { a.key_heads = 3; });
+  refused([](AttentionInputs& a) { a.key_heads = -1; });
+  refused([](AttentionInputs& a) { a.window_left = -2; });
+  refused([](AttentionInputs& a) { a.window_right = -2; });
+  refused([](AttentionInputs& a) { a.softcap = -1; });
+  refused([](AttentionInputs& a) { a.softcap = kNaN; });
   refused([](AttentionInputs& a) { a.dtype = DType(3); });
   refused([](AttentionInputs& a) { a.k = nullptr; });
   refused([](AttentionInputs& a) { a.tokens_q = 6; });
@@ -179,6 +240,32 @@ TEST(gradients_are_the_slopes_of_the_equations) {
       check(p.v, got.v);
     }
   }
+}
+
+TEST(gradients_under_masks_and_biases) {
+  with_options([](auto change) {
+    for (bool statistics : {false, true}) {
+      const std::vector<std::int32_t> queries{3, 0, 20, 60}, keys{30, 4, 20, 41};
+      Problem p(queries, statistics ? queries : keys, 4, 24, false, 2);
+      change(p);
+      const Gradients got = gradients(p, statistics, 1), more = gradients(p, statistics, 5);
+      EXPECT(more.q == got.q && more.k == got.k && more.v == got.v);
+      const auto check = [&](std::vector<float>& x, const std::vector<float>& grad) {
+        for (std::size_t i = 0; i < x.size(); i += 997) {
+          const float before = x[i], step = 1.0f / 1024;
+          x[i] = before + step;
+          const double above = weighted(p, statistics);
+          x[i] = before - step;
+          const double below = weighted(p, statistics);
+          x[i] = before;
+          EXPECT_NEAR(grad[i], (above - below) / (2 * step), 2e-3);
+        }
+      };
+      check(p.q, got.q);
+      check(p.k, got.k);
+      check(p.v, got.v);
+    }
+  });
 }
 
 TEST(gradients_do_not_depend_on_threads_and_all_are_written) {

@@ -204,6 +204,7 @@ TEST(sizes_that_are_too_large_are_refused) {
         refused(cpu::varlen_attention_backward(a, {m, m, m, m, m, m, m, m}, m, 1));
       };
       attention([&](AttentionInputs& a) { a.heads = size; });
+      attention([&](AttentionInputs& a) { a.key_heads = size; });
       attention([&](AttentionInputs& a) { a.head_dim = size; });
       attention([&](AttentionInputs& a) { a.batch = size; });
       attention([&](AttentionInputs& a) { a.tokens_q = size; });
@@ -303,6 +304,9 @@ TEST(strides_and_workspaces_that_are_too_large_are_refused) {
         strides[i] = before;
       }
     }
+    a.alibi_slopes = m;
+    a.alibi_stride = stride;
+    refused(cpu::varlen_attention_workspace(a, false, 1, &bytes));
     refused(cpu::token_importance(m, m, {m, DType::float32, stride, 4, cu_seqlens, 3, 1, nullptr}, m, 1));
     const TokenSelection s{memory.bytes(), cu_seqlens, cu_seqlens, source, m, 3, 3, 1};
     refused(cpu::gather_merge(m, DType::float32, stride, 4, s, m, 1));

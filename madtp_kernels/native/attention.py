@@ -35,13 +35,17 @@ def _attention_inputs(
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
     summary_index: Tensor | None,
     return_stats: bool,
 ) -> tuple[_C.cpu.AttentionInputs, tuple[Tensor | None, ...]]:
     """madtp::AttentionInputs, and the tensors it points to, which must outlive it."""
     q, k, v = (_heads(x) for x in (q, k, v))
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    summary_index = contiguous(summary_index)
+    summary_index, alibi_slopes = contiguous(summary_index), contiguous(alibi_slopes)
     inputs = dispatch.extension().cpu.AttentionInputs(
         DTYPES[q.dtype],
         _strided(q),
@@ -57,8 +61,14 @@ def _attention_inputs(
         softmax_scale,
         causal,
         address(summary_index),
+        k.shape[1],
+        window_left,
+        window_right,
+        softcap,
+        address(alibi_slopes),
+        q.shape[1] if alibi_slopes is not None and alibi_slopes.ndim == 2 else 0,
     )
-    return inputs, (q, k, v, cu_seqlens_q, cu_seqlens_k, summary_index)
+    return inputs, (q, k, v, cu_seqlens_q, cu_seqlens_k, summary_index, alibi_slopes)
 
 
 def _workspace(op: str, inputs: _C.cpu.AttentionInputs, return_stats: bool) -> Tensor:

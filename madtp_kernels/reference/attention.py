@@ -16,29 +16,55 @@ class _Maps(NamedTuple):
     """The padded intermediates that forward and backward share; B sequences, at most Nq and Nk rows."""
 
     queries: Tensor  # (B, Nq, H, D), scaled
-    keys: Tensor  # (B, Nk, H, D)
-    values: Tensor  # (B, Nk, H, D)
-    probabilities: Tensor  # (B, H, Nq, Nk)
+    keys: Tensor  # (B, Nk, H, D), those of a group repeated
+    values: Tensor  # (B, Nk, H, D), likewise
+    slopes: Tensor | None  # (B, H, Nq, Nk) derivative of the soft cap
+    probabilities: Tensor  # (B, H, Nq, Nk), zeros in the row of a query that sees no key
     out: Tensor  # (B, Nq, H, D)
     lse: Tensor  # (B, H, Nq)
     visible: Tensor  # (B, Nq, Nk) bool
     real_queries: Tensor  # (B, Nq) bool
 
 
-def _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal) -> _Maps:
+def _attend(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+    causal, window_left, window_right, softcap, alibi_slopes,
+) -> _Maps:  # fmt: skip
     wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
     queries, real_queries = pad(q.to(wide) * softmax_scale, cu_seqlens_q, max_seqlen_q)
-    keys, real_keys = pad(k.to(wide), cu_seqlens_k, max_seqlen_k)
-    values, _ = pad(v.to(wide), cu_seqlens_k, max_seqlen_k)
+    keys, real_keys = pad(k.to(wide).repeat_interleave(group, dim=1), cu_seqlens_k, max_seqlen_k)
+    values, _ = pad(v.to(wide).repeat_interleave(group, dim=1), cu_seqlens_k, max_seqlen_k)
+    distance = _distances(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     visible = real_keys[:, None, :].expand(-1, max_seqlen_q, -1)
-    if causal:
-        visible = visible & torch.ones(max_seqlen_q, max_seqlen_k, dtype=torch.bool, device=q.device).tril()
-    scores = torch.einsum("bihd,bjhd->bhij", queries, keys)
-    # A finite floor keeps the softmax of padding rows defined; `unpad` drops them.
+    if causal or window_right >= 0:
+        visible = visible & (distance >= -(0 if causal else window_right))
+    if window_left >= 0:
+        visible = visible & (distance <= window_left)
+    scores, slopes = torch.einsum("bihd,bjhd->bhij", queries, keys), None
+    if softcap > 0:
+        bent = (scores / softcap).tanh()
+        scores, slopes = softcap * bent, 1 - bent**2
+    if alibi_slopes is not None:
+        slope = alibi_slopes.to(wide).expand(cu_seqlens_q.numel() - 1, -1)
+        scores = scores - slope[:, :, None, None] * distance.abs()[:, None]
+    # A finite floor keeps the softmax defined where nothing is seen; padding rows are dropped by `unpad`.
     scores = scores.masked_fill(~visible[:, None], torch.finfo(wide).min)
     probabilities = scores.softmax(dim=-1)
+    lse = scores.logsumexp(dim=-1)
+    blind = ~visible.any(dim=-1)[:, None]  # (B, 1, Nq)
+    probabilities = probabilities.masked_fill(blind[..., None], 0)
+    lse = lse.masked_fill(blind, -torch.inf)
     out = torch.einsum("bhij,bjhd->bihd", probabilities, values)
-    return _Maps(queries, keys, values, probabilities, out, scores.logsumexp(dim=-1), visible, real_queries)
+    return _Maps(queries, keys, values, slopes, probabilities, out, lse, visible, real_queries)
+
+
+def _distances(cu_seqlens_q, cu_seqlens_k, max_seqlen_q: int, max_seqlen_k: int) -> Tensor:
+    """(B, Nq, Nk): how far key j lies before query i; the last query stands at the last key."""
+    device = cu_seqlens_q.device
+    shift = cu_seqlens_k.diff() - cu_seqlens_q.diff()
+    position = torch.arange(max_seqlen_q, device=device) + shift[:, None]
+    return position[:, :, None] - torch.arange(max_seqlen_k, device=device)
 
 
 class _Sharing(NamedTuple):
@@ -52,10 +78,10 @@ class _Sharing(NamedTuple):
     from_summary: Tensor  # (B, N, H) P[h,s,j]
 
 
-def _share_heads(maps: _Maps, cu_seqlens, summary_index, rows: int, causal: bool) -> _Sharing:
+def _share_heads(maps: _Maps, cu_seqlens, summary_index, rows: int, masked: bool) -> _Sharing:
     is_summary, _ = pad(summary_rows(cu_seqlens, summary_index, rows), cu_seqlens, maps.out.shape[1])
     counted = (maps.real_queries & ~is_summary)[:, :, None] & maps.visible
-    observers = counted.sum(dim=1).clamp_min(1) if causal else torch.ones_like(is_summary, dtype=torch.int64)
+    observers = counted.sum(dim=1).clamp_min(1) if masked else torch.ones_like(is_summary, dtype=torch.int64)
     norms = torch.linalg.vector_norm(maps.out, dim=-1)
     head_share = norms / norms.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
     from_summary = (maps.probabilities * is_summary[:, None, :, None]).sum(dim=2).transpose(1, 2)
@@ -64,31 +90,43 @@ def _share_heads(maps: _Maps, cu_seqlens, summary_index, rows: int, causal: bool
 
 def varlen_attention(
     q: Tensor,  # (Tq, H, D)
-    k: Tensor,  # (Tk, H, D)
-    v: Tensor,  # (Tk, H, D)
+    k: Tensor,  # (Tk, Hk, D)
+    v: Tensor,  # (Tk, Hk, D)
     cu_seqlens_q: Tensor,  # (B+1,) int32
     cu_seqlens_k: Tensor,  # (B+1,) int32
     max_seqlen_q: int,
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
+    window_left: int,  # -1: no bound
+    window_right: int,
+    softcap: float,  # 0: none
+    alibi_slopes: Tensor | None,  # (H,) or (B, H) float32
     summary_index: Tensor | None,  # (B,) int32
     return_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Softmax attention inside each sequence; with statistics (self-attention only) also, per token j,
+    """Softmax attention inside each sequence: P[h,i] = softmax over the keys j that query i sees of
+
+    softcap tanh(softmax_scale q_i k_j / softcap) - alibi_slopes[h] |p_i - j|, at p_i = i + Nk - Nq: the last query
+    stands at the last key. It sees p_i - window_left <= j <= p_i + window_right, and j <= p_i where causal.
+    Head h reads key head h // (H / Hk). With statistics (self-attention only) also, per token j,
 
     summary_attention_j = sum_h P[h,s,j] ||O[h,j]|| / sum_h ||O[h,j]||
-    received_attention_j = sum over queries i != s of max_h P[h,i,j]; causal: divided by the number that see j.
+    received_attention_j = sum over queries i != s of max_h P[h,i,j]; masked: divided by the number that see j.
 
-    -> out (Tq, H, D), summary_attention (Tk,) and received_attention (Tk,), empty without statistics, and lse (H, Tq),
-    log sum_j exp(softmax_scale q_i k_j).
+    -> out (Tq, H, D), zeros for a query that sees no key; summary_attention (Tk,) and received_attention (Tk,), empty
+    without statistics; and lse (H, Tq), the logarithm of the sum that the softmax divides by, -inf where it is empty.
     """
-    maps = _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)
+    maps = _attend(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+        causal, window_left, window_right, softcap, alibi_slopes,
+    )  # fmt: skip
     out = unpad(maps.out, cu_seqlens_q, q.shape[0]).to(q.dtype)
     lse = unpad(maps.lse.transpose(1, 2), cu_seqlens_q, q.shape[0]).T.contiguous()
     if not return_stats:
         return out, maps.out.new_empty(0), maps.out.new_empty(0), lse
-    sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], causal)
+    masked = causal or window_left >= 0 or window_right >= 0
+    sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], masked)
     summary_attention = (sharing.from_summary * sharing.head_share).sum(dim=-1)  # (B, N)
     received_attention = (maps.probabilities.amax(dim=1) * sharing.counted).sum(dim=1) / sharing.observers  # (B, N)
     summary_attention = unpad(summary_attention, cu_seqlens_q, q.shape[0])
@@ -111,16 +149,24 @@ def varlen_attention_backward(
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
     summary_index: Tensor | None,
     return_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # like q, k, v
     """Exact through the output and both statistics; the head maximum sends its gradient to the first arg-max head."""
-    maps = _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)
+    maps = _attend(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+        causal, window_left, window_right, softcap, alibi_slopes,
+    )  # fmt: skip
     probabilities = maps.probabilities
     d_out, _ = pad(grad_out.to(probabilities.dtype), cu_seqlens_q, max_seqlen_q)  # (B, Nq, H, D)
     d_probabilities = torch.zeros_like(probabilities)
     if return_stats:
-        sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], causal)
+        masked = causal or window_left >= 0 or window_right >= 0
+        sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], masked)
         d_summary = pad(grad_summary_attention, cu_seqlens_q, max_seqlen_q)[0][:, :, None]  # (B, N, 1)
         d_received = pad(grad_received_attention, cu_seqlens_q, max_seqlen_q)[0] / sharing.observers  # (B, N)
 
@@ -141,11 +187,18 @@ def varlen_attention_backward(
     d_probabilities = d_probabilities + torch.einsum("bihd,bjhd->bhij", d_out, maps.values)
     mean = (d_probabilities * probabilities).sum(dim=-1, keepdim=True)
     d_scores = probabilities * (d_probabilities - mean)
+    if maps.slopes is not None:
+        d_scores = d_scores * maps.slopes
     d_queries = torch.einsum("bhij,bjhd->bihd", d_scores, maps.keys) * softmax_scale
     d_keys = torch.einsum("bhij,bihd->bjhd", d_scores, maps.queries)
     d_values = torch.einsum("bhij,bihd->bjhd", probabilities, d_out)
     return (
         unpad(d_queries, cu_seqlens_q, q.shape[0]).to(q.dtype),
-        unpad(d_keys, cu_seqlens_k, k.shape[0]).to(k.dtype),
-        unpad(d_values, cu_seqlens_k, v.shape[0]).to(v.dtype),
+        _sum_groups(unpad(d_keys, cu_seqlens_k, k.shape[0]), k.shape[1]).to(k.dtype),
+        _sum_groups(unpad(d_values, cu_seqlens_k, v.shape[0]), v.shape[1]).to(v.dtype),
     )
+
+
+def _sum_groups(gradient: Tensor, heads: int) -> Tensor:
+    """(Tk, H, D) -> (Tk, heads, D): over the query heads that read the same key head."""
+    return gradient.unflatten(1, (heads, -1)).sum(dim=2)

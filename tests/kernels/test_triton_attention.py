@@ -41,7 +41,7 @@ class Case:
 
     def arguments(self):
         ragged = (self.cu, self.cu, self.longest, self.longest)
-        return *ragged, self.scale, self.causal, self.index, self.stats
+        return *ragged, self.scale, self.causal, -1, -1, 0.0, None, self.index, self.stats
 
     def run(self, qkv=None):
         """out, summary_attention, received_attention, lse, dq, dk, dv of the kernels."""
@@ -313,7 +313,7 @@ def test_every_backend_takes_any_finite_scale(scale, causal):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 7, 1, 16)
     cu = cu_seqlens_of([2, 0, 5])
-    arguments = (cu, cu, 5, 5, scale, causal, None, True)
+    arguments = (cu, cu, 5, 5, scale, causal, -1, -1, 0.0, None, None, True)
 
     def run(backend, dtype=torch.float32):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]

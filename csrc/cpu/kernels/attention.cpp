@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention with statistics in one pass. A task is a run of query rows of one sequence: for each head it
-// packs keys and values into panels, then runs row blocks (attention_block.h) whose head-maximum stays in
-// cache; at the end it sums the columns of that maximum, chunk by chunk. Chunks depend on the sequence alone
-// and are added in order, so neither threads nor the rest of the batch change a bit.
+// Attention with statistics in one pass. A task is a run of query rows of one sequence: for each key head it
+// packs the keys and values that those rows see into panels, then runs row blocks (attention_block.h) of all
+// query heads that read it, whose head-maximum stays in cache; at the end it sums the columns of that
+// maximum, chunk by chunk. Chunks depend on the sequence alone and are added in order, so neither threads nor
+// the rest of the batch change a bit.
 
 #include "cpu/kernels/attention.h"
 
@@ -47,26 +48,33 @@ class Attention {
     const Blocks blocks(s.queries);
     const std::int64_t begin = first * kBlocksPerChunk;
     const std::int64_t end = last * kBlocksPerChunk < blocks.number ? last * kBlocksPerChunk : blocks.number;
-    const std::int64_t first_row = blocks.begin(begin);
-    for (std::int64_t h = 0; h < a_.heads; ++h) {
-      // Whole cells, so that what they hold does not depend on the task.
-      std::int64_t seen = a_.causal ? cells_across<Operand>(blocks.begin(end)) * Operand::kTerms : s.keys;
-      if (seen > s.keys) seen = s.keys;
-      pack_keys<Operand>(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], seen, a_.head_dim,
-                         w.keys);
-      pack_values<Operand>(head_row<T>(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], seen, a_.head_dim,
-                           w.values);
+    const std::int64_t first_row = blocks.begin(begin),
+                       group = a_.key_heads > 0 ? a_.heads / a_.key_heads : 0;
+    const Packed packed(a_, s, first_row, blocks.begin(end) - first_row);
+    const std::int64_t first_key = s.key + packed.first, count = packed.count;
+    for (std::int64_t key_head = 0; key_head < a_.key_heads; ++key_head) {
+      pack_keys<Operand>(head_row<T>(a_.k, a_.k_strides, first_key, key_head), a_.k_strides[0], count,
+                         a_.head_dim, w.keys);
+      pack_values<Operand>(head_row<T>(a_.v, a_.v_strides, first_key, key_head), a_.v_strides[0], count,
+                           a_.head_dim, w.values);
+      std::int64_t step = 0;
+      const std::int64_t steps = (end - begin) * group;
       for (std::int64_t block = begin; block < end; ++block) {
         const std::int64_t i = blocks.begin(block), rows = blocks.begin(block + 1) - i;
-        QueryBlock task;
-        task.next_queries = upcoming(a_.q, a_.q_strides, s.query + i + rows, h, block + 1 < end ? rows : 0);
-        if (h + 1 < a_.heads) {  // each block fetches its share of the next head
-          const std::int64_t from = seen * (block - begin) / (end - begin);
-          const std::int64_t share = seen * (block + 1 - begin) / (end - begin) - from;
-          task.next_keys = upcoming(a_.k, a_.k_strides, s.key + from, h + 1, share);
-          task.next_values = upcoming(a_.v, a_.v_strides, s.key + from, h + 1, share);
+        for (std::int64_t h = key_head * group; h < (key_head + 1) * group; ++h, ++step) {
+          QueryBlock task;
+          if (h + 1 < (key_head + 1) * group)
+            task.next_queries = upcoming(a_.q, a_.q_strides, s.query + i, h + 1, rows);
+          else
+            task.next_queries = upcoming(a_.q, a_.q_strides, s.query + i + rows, key_head * group,
+                                         block + 1 < end ? rows : 0);
+          if (key_head + 1 < a_.key_heads) {  // each block fetches its share of the next head
+            const std::int64_t from = count * step / steps, share = count * (step + 1) / steps - from;
+            task.next_keys = upcoming(a_.k, a_.k_strides, first_key + from, key_head + 1, share);
+            task.next_values = upcoming(a_.v, a_.v_strides, first_key + from, key_head + 1, share);
+          }
+          attend_block(s, h, i, rows, packed, w.maxima + (i - first_row) * padded(s.keys), w, task);
         }
-        attend_block(s, h, i, rows, seen, w.maxima + (i - first_row) * padded(s.keys), w, task);
       }
     }
     if (!statistics_) return;
@@ -76,13 +84,34 @@ class Attention {
       for (std::int64_t block = chunk * kBlocksPerChunk; block < (chunk + 1) * kBlocksPerChunk && block < end;
            ++block) {
         const std::int64_t i = blocks.begin(block), rows = blocks.begin(block + 1) - i;
-        const std::int64_t keys = a_.causal ? i + rows : s.keys;
-        add_columns(w.maxima + (i - first_row) * padded(s.keys), rows, s.summary_row - i, padded(keys), sums);
+        const Visible visible(a_, s, i, rows);
+        add_columns(w.maxima + (i - first_row) * padded(s.keys), rows, s.summary_row - i,
+                    padded(visible.count), sums + visible.first);
       }
     }
   }
 
+  // The results of queries that see no key.
+  void clear_blind(const Sequence& s) const {
+    const std::int64_t first = s.query - s.blind, row = a_.heads * a_.head_dim;
+    __builtin_memset(static_cast<void*>(out_ + first * row), 0, std::size_t(s.blind * row) * sizeof(T));
+    for (std::int64_t h = 0; lse_ != nullptr && h < a_.heads; ++h)
+      for (std::int64_t i = first; i < s.query; ++i) lse_[h * a_.tokens_q + i] = -INFINITY;
+  }
+
  private:
+  // The keys that a task packs: those that its rows see, and whole cells of them, so that what these hold
+  // does not depend on the task.
+  struct Packed {
+    std::int64_t first, count;
+    Packed(const AttentionInputs& a, const Sequence& s, std::int64_t i, std::int64_t rows) {
+      const Visible visible(a, s, i, rows);
+      first = visible.first;
+      count = cells_across<Operand>(visible.count) * Operand::kTerms;
+      if (count > s.keys - first) count = s.keys - first;
+    }
+  };
+
   Upcoming upcoming(const void* base, const std::int64_t (&strides)[2], std::int64_t first, std::int64_t head,
                     std::int64_t rows) const {
     const std::int64_t size = sizeof(T);
@@ -91,23 +120,26 @@ class Attention {
   }
 
   void attend_block(const Sequence& s, std::int64_t h, std::int64_t i, std::int64_t rows,
-                    std::int64_t value_rows, float* maxima, const Workspace& w, QueryBlock& block) const {
+                    const Packed& packed, float* maxima, const Workspace& w, QueryBlock& block) const {
     const std::int64_t dim = a_.head_dim;
+    const Visible visible(a_, s, i, rows);
+    const std::int64_t skipped = visible.first - packed.first;
     load_queries<Operand, T>(a_, s.query + i, rows, h, w.queries);
     T* const out = out_ + ((s.query + i) * a_.heads + h) * dim;
-    const bool direct = sizeof(T) == sizeof(float);
+    const bool direct = sizeof(T) == sizeof(float) && (kWidth <= kHeadStep || dim % kWidth == 0);
     float norms[kRowLanes], inverse[kRowLanes];
     block.queries = w.queries;
-    block.keys = w.keys;
-    block.values = w.values;
-    block.value_rows = cells_across<Operand>(value_rows);
-    block.key_count = a_.causal ? i + rows : s.keys;
+    block.keys = w.keys + skipped / Operand::kTerms * dim;
+    block.values = w.values + skipped / Operand::kTerms * kPanel;
+    block.value_rows = cells_across<Operand>(packed.count);
     block.head_dim = dim;
-    block.first_limit = a_.causal ? i + 1 : s.keys;
-    block.limit_step = a_.causal ? 1 : 0;
+    block.visible = visible;
+    block.bias = Bias(a_, s, h, visible);
+    block.plain_begin = visible.first_key(rows - 1);
+    block.plain_end = block.bias ? 0 : visible.end_key(0);
     block.scores = w.scores;
     block.out = direct ? reinterpret_cast<float*>(out) : w.out;
-    block.out_stride = direct ? a_.heads * dim : dim;
+    block.out_stride = direct ? a_.heads * dim : padded(dim);
     block.maxima = statistics_ ? maxima : nullptr;
     block.first_head = h == 0;
     block.norms = norms;
@@ -119,13 +151,16 @@ class Attention {
     if (!direct)
       for (std::int64_t r = 0; r < rows; ++r)
         for (std::int64_t d = 0; d < dim; d += kWidth)
-          store(out + r * a_.heads * dim + d, load(w.out + r * dim + d));
+          store_head(out + r * a_.heads * dim + d, load(w.out + r * padded(dim) + d), dim - d);
     if (!statistics_) return;
     for (std::int64_t r = 0; r < rows; ++r) results_.norms[(s.query + i + r) * a_.heads + h] = norms[r];
     if (const std::int64_t r = s.summary_row - i; r >= 0 && r < rows)
-      for (std::int64_t j = 0; j < s.keys; ++j)
-        results_.from_summary[(s.query + j) * a_.heads + h] =
-            j < block.key_count ? w.scores[(j / kPanel * rows + r) * kPanel + j % kPanel] * inverse[r] : 0;
+      for (std::int64_t key = 0; key < s.keys; ++key) {
+        const std::int64_t j = key - visible.first;
+        const bool seen = j >= 0 && j < visible.count;
+        results_.from_summary[(s.query + key) * a_.heads + h] =
+            seen ? w.scores[(j / kPanel * rows + r) * kPanel + j % kPanel] * inverse[r] : 0;
+      }
   }
 
   // sums[j] += maxima of rows 0 to `rows` but `skipped`, column j.
@@ -154,11 +189,7 @@ void finish(const AttentionInputs& a, const Sequence& s, const Results& results,
   for (std::int64_t j = 0; j < s.queries; ++j) {
     float observed = 0;
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) observed += column_sums[chunk * padded(s.keys) + j];
-    if (a.causal) {
-      const std::int64_t observers = s.queries - j - (s.summary_row >= j ? 1 : 0);
-      observed /= float(observers > 1 ? observers : 1);
-    }
-    received_attention[s.query + j] = observed;
+    received_attention[s.query + j] = observed / observers(a, s, j);
 
     const float* const norms = results.norms + (s.query + j) * a.heads;
     const float* const weights = results.from_summary + (s.query + j) * a.heads;
@@ -216,8 +247,8 @@ struct Plan {
             arena.take({keys, kMaxBlockRows}),
             arena.take({terms > 1 ? cells : 0, kMaxBlockRows}),
             arena.take({statistics ? keys : 0, task_rows}),
-            arena.take({kMaxBlockRows, kMaxHeadDim}),
-            arena.take({kMaxBlockRows, a.head_dim})};
+            arena.take({kMaxBlockRows, kBlockStride}),
+            arena.take({kMaxBlockRows, padded(a.head_dim)})};
   }
 };
 
@@ -246,6 +277,7 @@ Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* 
       for (std::int64_t task = 0; task < plan.tasks(); ++task) {
         const std::int64_t b = task / plan.tasks_of_sequence, part = task % plan.tasks_of_sequence;
         const Sequence s(a, b);
+        if (part == 0 && s.blind > 0) attention.clear_blind(s);
         const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
         const std::int64_t first = chunks * part / plan.tasks_of_sequence;
         const std::int64_t last = chunks * (part + 1) / plan.tasks_of_sequence;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward of attention. Per head, a sequence's queries go through in chunks of a few blocks
-// (attention_backward_block.h): a chunk's probabilities and gradients of scores stay in cache until its keys
-// and values have taken their part. With statistics, a pass over all heads finds first, for a slab of query
-// rows, which head reaches the maximum of each pair; slabs bound the memory that takes. Every sum runs in an
-// order that depends on the sequence alone.
+// The backward of attention. Per key head, the queries of a sequence go through, head by head, in chunks of a
+// few blocks (attention_backward_block.h): a chunk's probabilities and gradients of scores stay in cache
+// until its keys and values have taken their part. With statistics, a pass over all heads finds first, for a
+// slab of query rows, which head reaches the maximum of each pair; slabs bound the memory that takes. Every
+// sum runs in an order that depends on the sequence alone.
 
 #include "cpu/kernels/attention_backward.h"
 
@@ -35,16 +35,17 @@ struct StatisticGradients {
 
 // Scratch of one thread.
 struct Workspace {
-  float* keys;            // panels [panel][head_dim][kPanel] of one head
+  float* keys;            // panels [panel][head_dim][kPanel] of one head, of the keys that are seen
   float* values;          // likewise
   float* key_rows;        // panels [panel of head_dim][key][kPanel]
-  float* queries;         // (kMaxBlockRows, kMaxHeadDim), scaled
-  float* grad_out;        // (kMaxBlockRows, kMaxHeadDim)
+  float* queries;         // (kMaxBlockRows, kBlockStride), scaled
+  float* grad_out;        // (kMaxBlockRows, kBlockStride)
   float* chunk_queries;   // panels [panel of head_dim][row of the chunk][kPanel]
   float* chunk_grad_out;  // likewise
   float* probabilities;   // panels of every block of the chunk
   float* grad_scores;     // likewise
-  float* grad_queries;    // (kMaxBlockRows, kMaxHeadDim)
+  float* derivatives;     // panels of one block
+  float* grad_queries;    // (kMaxBlockRows, kBlockStride)
   float* maxima;          // panels of every block of a slab
 };
 
@@ -60,10 +61,9 @@ class AttentionBackward {
   void prepare(const Sequence& s, std::int64_t begin, std::int64_t end) const {
     for (std::int64_t j = begin; j < end; ++j) {
       const std::int64_t row = s.query + j;
-      const std::int64_t observers = s.queries - j - (s.summary_row >= j ? 1 : 0);
-      prepared_.grad_maximum[row] =
-          g_.grad_received_attention[row] / float(a_.causal && observers > 1 ? observers : 1);
-      const bool seen = s.summary_row >= 0 && (!a_.causal || j <= s.summary_row);
+      prepared_.grad_maximum[row] = g_.grad_received_attention[row] / observers(a_, s, j);
+      const bool seen = s.summary_row >= 0 && (a_.window_right < 0 || j - s.summary_row <= a_.window_right) &&
+                        (a_.window_left < 0 || s.summary_row - j <= a_.window_left);
       float* const gain = prepared_.norm_gain + row * a_.heads;
       float* const through = prepared_.through_summary + row;
       float norm_sum = 0, mean = 0;
@@ -88,15 +88,16 @@ class AttentionBackward {
                  const Workspace& w) const {
     const Range r(s, a_, first, last);
     for (std::int64_t h = 0; h < a_.heads; ++h) {
-      pack_keys<Floats>(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, a_.head_dim,
-                        w.keys);
+      if (h % group() == 0)
+        pack_keys<Floats>(head_row<T>(a_.k, a_.k_strides, s.key + r.first_key, h / group()), a_.k_strides[0],
+                          r.seen, a_.head_dim, w.keys);
       for (std::int64_t block = r.begin; block < r.end; ++block) {
         const std::int64_t i = r.blocks.begin(block), rows = r.blocks.begin(block + 1) - i;
         const std::int64_t at = (i - r.first_row) * padded(s.keys);
-        GradientBlock task = block_of(s, h, i, rows, w);
+        GradientBlock task = block_of(s, r, h, i, rows, w);
         load_queries<Floats, T>(a_, s.query + i, rows, h, w.queries);
         gradient_functions(rows, true).recompute(task);
-        const std::int64_t count = task.panels() * rows * kPanel;
+        const std::int64_t count = task.visible.panels() * rows * kPanel;
         const IntVec head = IntVec{} + std::int32_t(h);
         for (std::int64_t v = 0; v < count; v += kWidth) {
           const Vec probability = load(w.probabilities + v);
@@ -114,32 +115,78 @@ class AttentionBackward {
     }
   }
 
-  // Chunks [first, last) of one head: their gradients of the queries, and what they add to those of the keys
-  // and values, panels [panel of head_dim][key][kPanel].
-  void differentiate(const Sequence& s, std::int64_t h, std::int64_t first, std::int64_t last,
+  // Chunks [first, last) of the query heads that read one key head: their gradients of the queries, and what
+  // they add to those of the keys and values, panels [panel of head_dim][key][kPanel].
+  void differentiate(const Sequence& s, std::int64_t key_head, std::int64_t first, std::int64_t last,
                      const std::int32_t* best, float* grad_keys, float* grad_values,
                      const Workspace& w) const {
     const Range r(s, a_, first, last);
+    const std::int64_t dim = a_.head_dim, key = s.key + r.first_key;
+    const T* const k = head_row<T>(a_.k, a_.k_strides, key, key_head);
+    pack_keys<Floats>(k, a_.k_strides[0], r.seen, dim, w.keys);
+    pack_keys<Floats>(head_row<T>(a_.v, a_.v_strides, key, key_head), a_.v_strides[0], r.seen, dim, w.values);
+    pack_values<Floats>(k, a_.k_strides[0], r.seen, dim, w.key_rows);
+    for (std::int64_t h = key_head * group(); h < (key_head + 1) * group(); ++h)
+      differentiate_head(s, r, h, first, last, best, grad_keys, grad_values, w);
+  }
+
+  // Panels [panel of head_dim][key][kPanel] of one head -> its rows of a gradient.
+  void store_rows(const Sequence& s, std::int64_t h, const float* panels, void* grad) const {
+    const std::int64_t row = a_.key_heads * a_.head_dim;
+    T* const to = static_cast<T*>(grad) + s.key * row + h * a_.head_dim;
+    for (std::int64_t j = 0; j < s.keys; ++j)
+      for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
+        store_head(to + j * row + d, load(panels + (d / kPanel * padded(s.keys) + j) * kPanel + d % kPanel),
+                   a_.head_dim - d);
+  }
+
+  // The gradient of queries that see no key.
+  void clear_blind(const Sequence& s) const {
+    const std::int64_t row = a_.heads * a_.head_dim;
+    __builtin_memset(static_cast<void*>(static_cast<T*>(g_.grad_q) + (s.query - s.blind) * row), 0,
+                     std::size_t(s.blind * row) * sizeof(T));
+  }
+
+ private:
+  // The blocks of some chunks, and the keys that they see.
+  struct Range {
+    Blocks blocks;
+    std::int64_t begin, end, first_row;
+    std::int64_t first_key, seen;
+    Range(const Sequence& s, const AttentionInputs& a, std::int64_t first, std::int64_t last)
+        : blocks(s.queries),
+          begin(first * kBlocksPerChunk),
+          end(last * kBlocksPerChunk < blocks.number ? last * kBlocksPerChunk : blocks.number),
+          first_row(blocks.begin(begin)) {
+      const Visible visible(a, s, first_row, blocks.begin(end) - first_row);
+      first_key = visible.first;
+      seen = visible.count;
+    }
+  };
+
+  // Query heads that read the same key head.
+  std::int64_t group() const { return a_.heads / a_.key_heads; }
+
+  void differentiate_head(const Sequence& s, const Range& r, std::int64_t h, std::int64_t first,
+                          std::int64_t last, const std::int32_t* best, float* grad_keys, float* grad_values,
+                          const Workspace& w) const {
     const std::int64_t dim = a_.head_dim, capacity = padded(s.keys);
-    pack_keys<Floats>(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.keys);
-    pack_keys<Floats>(head_row<T>(a_.v, a_.v_strides, s.key, h), a_.v_strides[0], r.seen, dim, w.values);
-    pack_values<Floats>(head_row<T>(a_.k, a_.k_strides, s.key, h), a_.k_strides[0], r.seen, dim, w.key_rows);
     for (std::int64_t chunk = first; chunk < last; ++chunk) {
-      std::int64_t row_counts[kBlocksPerChunk], panels[kBlocksPerChunk], offsets[kBlocksPerChunk];
-      GradientChunk sums{0, row_counts, panels, offsets};
+      std::int64_t row_counts[kBlocksPerChunk], first_panels[kBlocksPerChunk], panels[kBlocksPerChunk],
+          offsets[kBlocksPerChunk];
+      GradientChunk sums{0, row_counts, first_panels, panels, offsets};
       const std::int64_t begin = chunk * kBlocksPerChunk;
       const std::int64_t chunk_row = r.blocks.begin(begin);
-      std::int64_t seen = 0, chunk_rows = 0;
+      std::int64_t first_key = 0, end_key = 0;
       for (std::int64_t block = begin; block < begin + kBlocksPerChunk && block < r.end; ++block) {
         const std::int64_t i = r.blocks.begin(block), rows = r.blocks.begin(block + 1) - i;
-        GradientBlock task = block_of(s, h, i, rows, w);
+        GradientBlock task = block_of(s, r, h, i, rows, w);
         const std::int64_t at = (i - chunk_row) * capacity;
         task.probabilities += at;
         task.grad_scores += at;
         if (statistics_) task.best = best + (i - r.first_row) * capacity;
-        task.key_capacity = r.seen;
         T* const grad_q = static_cast<T*>(g_.grad_q) + ((s.query + i) * a_.heads + h) * dim;
-        const bool direct = sizeof(T) == sizeof(float);
+        const bool direct = sizeof(T) == sizeof(float) && (kWidth <= kHeadStep || dim % kWidth == 0);
         if (direct) task.grad_queries = reinterpret_cast<float*>(grad_q), task.grad_stride = a_.heads * dim;
         load_queries<Floats, T>(a_, s.query + i, rows, h, w.queries);
         load_grad_out(s, h, i, rows, w);
@@ -147,79 +194,69 @@ class AttentionBackward {
         if (!direct)
           for (std::int64_t q = 0; q < rows; ++q)
             for (std::int64_t d = 0; d < dim; d += kWidth)
-              store(grad_q + q * a_.heads * dim + d, load(w.grad_queries + q * kMaxHeadDim + d));
+              store_head(grad_q + q * a_.heads * dim + d, load(w.grad_queries + q * kBlockStride + d),
+                         dim - d);
         to_chunk(w.queries, rows, i - chunk_row, 1 / kLog2E, w.chunk_queries);
         to_chunk(w.grad_out, rows, i - chunk_row, 1, w.chunk_grad_out);
+        if (sums.blocks == 0) first_key = task.visible.first;
+        end_key = task.visible.first + task.visible.count;
         row_counts[sums.blocks] = rows;
-        panels[sums.blocks] = task.panels();
+        first_panels[sums.blocks] = task.visible.first / kPanel;
+        panels[sums.blocks] = task.visible.panels();
         offsets[sums.blocks++] = at;
-        seen = task.key_count;
-        chunk_rows += rows;
       }
-      add(sums, seen, capacity, w.probabilities, w.chunk_grad_out, grad_values);
-      add(sums, seen, capacity, w.grad_scores, w.chunk_queries, grad_keys);
+      add(sums, first_key, end_key, capacity, w.probabilities, w.chunk_grad_out, grad_values);
+      add(sums, first_key, end_key, capacity, w.grad_scores, w.chunk_queries, grad_keys);
     }
   }
 
-  // Panels [panel of head_dim][key][kPanel] of one head -> its rows of a gradient.
-  void store_rows(const Sequence& s, std::int64_t h, const float* panels, void* grad) const {
-    T* const to = static_cast<T*>(grad) + (s.key * a_.heads + h) * a_.head_dim;
-    for (std::int64_t j = 0; j < s.keys; ++j)
-      for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
-        store(to + j * a_.heads * a_.head_dim + d,
-              load(panels + (d / kPanel * padded(s.keys) + j) * kPanel + d % kPanel));
-  }
-
- private:
-  // The blocks of some chunks, and the keys that the last of them sees.
-  struct Range {
-    Blocks blocks;
-    std::int64_t begin, end, first_row, seen;
-    Range(const Sequence& s, const AttentionInputs& a, std::int64_t first, std::int64_t last)
-        : blocks(s.queries),
-          begin(first * kBlocksPerChunk),
-          end(last * kBlocksPerChunk < blocks.number ? last * kBlocksPerChunk : blocks.number),
-          first_row(blocks.begin(begin)),
-          seen(a.causal ? blocks.begin(end) : s.keys) {}
-  };
-
   float dot(const T* x, const T* y) const {
     Vec total = {};
-    for (std::int64_t d = 0; d < a_.head_dim; d += kWidth) total = load(x + d) * load(y + d) + total;
+    for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
+      total = load_head(x + d, a_.head_dim - d) * load_head(y + d, a_.head_dim - d) + total;
     return sum(total);
   }
 
-  // P[h, s, j] of the summary row s.
+  // P[h, s, j] of the summary row s, which sees j.
   float from_summary(const Sequence& s, std::int64_t h, std::int64_t j) const {
     const std::int64_t query = s.query + s.summary_row;
-    const float score =
-        dot(head_row<T>(a_.q, a_.q_strides, query, h), head_row<T>(a_.k, a_.k_strides, s.key + j, h)) *
-        a_.softmax_scale;
-    return exp2_nonpositive(broadcast((score - g_.lse[h * a_.tokens_q + query]) * kLog2E))[0];
+    const float product = dot(head_row<T>(a_.q, a_.q_strides, query, h),
+                              head_row<T>(a_.k, a_.k_strides, s.key + j, h / group()));
+    const float lse = g_.lse[h * a_.tokens_q + query];
+    const Bias bias(a_, s, h, Visible(a_, s, s.summary_row, 1));
+    if (!bias) return exp2_nonpositive(broadcast((product * a_.softmax_scale - lse) * kLog2E))[0];
+    const std::int64_t distance = s.summary_row > j ? s.summary_row - j : j - s.summary_row;
+    Vec derivative{};
+    const Vec score =
+        bias.apply(broadcast(product * score_scale(a_)), broadcast(float(distance)), derivative);
+    return exp2_nonpositive(score - lse * kLog2E)[0];
   }
 
-  GradientBlock block_of(const Sequence& s, std::int64_t h, std::int64_t i, std::int64_t rows,
+  GradientBlock block_of(const Sequence& s, const Range& r, std::int64_t h, std::int64_t i, std::int64_t rows,
                          const Workspace& w) const {
     GradientBlock block{};
+    block.visible = Visible(a_, s, i, rows);
+    block.bias = Bias(a_, s, h, block.visible);
+    const std::int64_t skipped = block.visible.first - r.first_key;
     block.queries = w.queries;
     block.grad_out = w.grad_out;
-    block.keys = w.keys;
-    block.values = w.values;
-    block.key_rows = w.key_rows;
-    block.key_count = a_.causal ? i + rows : s.keys;
+    block.keys = w.keys + skipped * a_.head_dim;
+    block.values = w.values + skipped * a_.head_dim;
+    block.key_rows = w.key_rows + skipped * kPanel;
+    block.key_capacity = r.seen;
     block.head_dim = a_.head_dim;
-    block.first_limit = a_.causal ? i + 1 : s.keys;
-    block.limit_step = a_.causal ? 1 : 0;
+    block.derivatives = a_.softcap > 0 ? w.derivatives : nullptr;
     block.lse = g_.lse + h * a_.tokens_q + s.query + i;
     block.probabilities = w.probabilities;
     block.grad_scores = w.grad_scores;
     block.grad_queries = w.grad_queries;
-    block.grad_stride = kMaxHeadDim;
+    block.grad_stride = kBlockStride;
     block.grad_scale = a_.softmax_scale;
     if (statistics_) {
       block.head = std::int32_t(h);
-      block.grad_maximum = prepared_.grad_maximum + s.query;
-      block.through_summary = prepared_.through_summary + h * prepared_.stride + s.query;
+      const std::int64_t first = s.query + block.visible.first;  // self-attention: queries are keys
+      block.grad_maximum = prepared_.grad_maximum + first;
+      block.through_summary = prepared_.through_summary + h * prepared_.stride + first;
       block.summary_row = s.summary_row < 0 ? -1 : s.summary_row - i;
     }
     return block;
@@ -231,32 +268,34 @@ class AttentionBackward {
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t at = ((s.query + i + r) * a_.heads + h) * a_.head_dim;
       const T* const grad = static_cast<const T*>(g_.grad_out) + at;
-      float* const to = w.grad_out + r * kMaxHeadDim;
+      float* const to = w.grad_out + r * kBlockStride;
       for (std::int64_t d = 0; d < a_.head_dim; d += kWidth) {
-        Vec x = load(grad + d);
+        const std::int64_t left = a_.head_dim - d;
+        Vec x = load_head(grad + d, left);
         if (statistics_)
           x += broadcast(prepared_.norm_gain[(s.query + i + r) * a_.heads + h]) *
-               load(static_cast<const T*>(g_.out) + at + d);
+               load_head(static_cast<const T*>(g_.out) + at + d, left);
         store(to + d, x);
       }
     }
   }
 
-  // rows (count, kMaxHeadDim) -> rows [first, first + count) of panels [panel of
+  // rows (count, kBlockStride) -> rows [first, first + count) of panels [panel of
   // head_dim][kChunkRows][kPanel].
   void to_chunk(const float* rows, std::int64_t count, std::int64_t first, float scale, float* panels) const {
     for (std::int64_t d = 0; d < a_.head_dim; d += kWidth)
       for (std::int64_t r = 0; r < count; ++r)
         store(panels + (d / kPanel * kChunkRows + first + r) * kPanel + d % kPanel,
-              load(rows + r * kMaxHeadDim + d) * scale);
+              load(rows + r * kBlockStride + d) * scale);
   }
 
-  void add(const GradientChunk& chunk, std::int64_t seen, std::int64_t capacity, const float* left,
-           const float* right, float* to) const {
+  void add(const GradientChunk& chunk, std::int64_t first_key, std::int64_t end_key, std::int64_t capacity,
+           const float* left, const float* right, float* to) const {
     for (std::int64_t d = 0; d < a_.head_dim; d += kPanel) {
       const std::int64_t panel = d / kPanel;
       const auto run = a_.head_dim - d > kWidth ? &add_products<2> : &add_products<1>;
-      run(chunk, seen, left, right + panel * kChunkRows * kPanel, to + panel * capacity * kPanel);
+      run(chunk, first_key, end_key, left, right + panel * kChunkRows * kPanel,
+          to + panel * capacity * kPanel);
     }
   }
 
@@ -310,7 +349,7 @@ struct Plan {
                   arena.take({a.tokens_q, a.heads})};
     }
     // A slot for the head that a thread is at, or for every head of the wave when they wait for another slab.
-    const std::int64_t slots = max_slabs == 1 ? threads : wave * a.heads;
+    const std::int64_t slots = max_slabs == 1 ? threads : wave * a.key_heads;
     float* const grads = arena.take({slots, 2, grad_size()});
     return {prepared, grads, reinterpret_cast<std::int32_t*>(arena.take({wave, best_size()}))};
   }
@@ -321,13 +360,14 @@ struct Plan {
     return {arena.take({keys, dim}),
             arena.take({keys, dim}),
             arena.take({keys, dim}),
-            arena.take({kMaxBlockRows, kMaxHeadDim}),
-            arena.take({kMaxBlockRows, kMaxHeadDim}),
+            arena.take({kMaxBlockRows, kBlockStride}),
+            arena.take({kMaxBlockRows, kBlockStride}),
             arena.take({kChunkRows, dim}),
             arena.take({kChunkRows, dim}),
             arena.take({kChunkRows, keys}),
             arena.take({kChunkRows, keys}),
-            arena.take({kMaxBlockRows, kMaxHeadDim}),
+            arena.take({a.softcap > 0 ? kMaxBlockRows : 0, keys}),
+            arena.take({kMaxBlockRows, kBlockStride}),
             arena.take({best_size()})};
   }
 };
@@ -395,14 +435,16 @@ struct ThreadSteps {
     }
   }
 
-  // One task for each head of each sequence.
+  // One task for each key head of each sequence.
   void differentiate(const Slab& slab) const {
+    const std::int64_t heads = a.key_heads;
 #pragma omp for schedule(dynamic)
-    for (std::int64_t task = 0; task < slab.sequences * a.heads; ++task)
-      differentiate_head(slab, task / a.heads, task % a.heads, plan.max_slabs == 1 ? thread_number() : task);
+    for (std::int64_t task = 0; task < slab.sequences * heads; ++task)
+      differentiate_head(slab, task / heads, task % heads, plan.max_slabs == 1 ? thread_number() : task);
   }
 
-  // Head h of the sequence `index` places into the slab, whose gradients of keys and values add up in `slot`.
+  // Key head h of the sequence `index` places into the slab, whose gradients of keys and values add up in
+  // `slot`.
   void differentiate_head(const Slab& slab, std::int64_t index, std::int64_t h, std::int64_t slot) const {
     const Sequence s(a, slab.first_sequence + index);
     const std::int64_t slabs = slabs_of(s), last_slab = slabs > 0 ? slabs - 1 : 0;
@@ -410,6 +452,7 @@ struct ThreadSteps {
     float* const grad_keys = results.grads + slot * 2 * plan.grad_size();
     float* const grad_values = grad_keys + plan.grad_size();
     if (slab.number == 0) {
+      if (h == 0 && s.blind > 0) backward.clear_blind(s);
       const std::int64_t size = padded(s.keys) * padded(a.head_dim);
       for (std::int64_t i = 0; i < size; i += kWidth)
         store(grad_keys + i, Vec{}), store(grad_values + i, Vec{});

@@ -5,6 +5,7 @@
 // the scores and of the queries. A chunk of blocks then adds to the gradients of its keys and values.
 // Panels are those of attention_panels.h: probabilities and gradients of scores [panel of keys][R][kPanel].
 
+#include "cpu/kernels/attention_bias.h"
 #include "cpu/kernels/attention_panels.h"
 
 namespace madtp::cpu::MADTP_ISA {
@@ -17,34 +18,28 @@ constexpr int kKeyTile = 4;
 #endif
 
 struct GradientBlock {
-  const float* queries;       // (R, kMaxHeadDim), scaled by softmax_scale * log2(e)
-  const float* grad_out;      // (R, kMaxHeadDim)
-  const float* keys;          // panels [panel][head_dim][kPanel]
-  const float* values;        // panels [panel][head_dim][kPanel]
-  const float* key_rows;      // panels [panel of head_dim][key][kPanel]
+  const float* queries;       // (R, kBlockStride), scaled by softmax_scale * log2(e)
+  const float* grad_out;      // (R, kBlockStride)
+  const float* keys;          // panels [panel][head_dim][kPanel], from the first that the block sees on
+  const float* values;        // likewise
+  const float* key_rows;      // panels [panel of head_dim][key][kPanel], from the first key on
   std::int64_t key_capacity;  // keys in a panel of key_rows
-  std::int64_t key_count;     // keys that some row of the block sees
   std::int64_t head_dim;
-  std::int64_t first_limit;  // row r sees keys below first_limit + r * limit_step, and below key_count
-  std::int64_t limit_step;   // 1 under a causal mask, else 0
-  const float* lse;          // (R,) of the scores
+  Visible visible;
+  Bias bias;
+  const float* lse;  // (R,) of the scores
   float* probabilities;
   float* grad_scores;
-  float* grad_queries;  // (R, head_dim), row stride grad_stride
+  float* derivatives;   // panels of R rows: those of what the soft cap makes of the scores; null without one
+  float* grad_queries;  // (R, head_dim up to the end of its last vector), row stride grad_stride
   std::int64_t grad_stride;
   float grad_scale;  // of grad_queries
   // What the statistics add to the gradient of the probabilities; null without them.
   const std::int32_t* best;  // the head that reaches the maximum, panels of R rows
   std::int32_t head;
-  const float* grad_maximum;     // (key_count,) gradient of that maximum
-  const float* through_summary;  // (key_count,) gradient of the summary row's probabilities
+  const float* grad_maximum;     // of each key, gradient of that maximum
+  const float* through_summary;  // of each key, gradient of the summary row's probabilities
   std::int64_t summary_row;      // that row in the block, if it is there
-
-  std::int64_t panels() const { return (key_count + kPanel - 1) / kPanel; }
-  std::int64_t limit(std::int64_t row) const {
-    const std::int64_t own = first_limit + row * limit_step;
-    return own < key_count ? own : key_count;
-  }
 };
 
 // to[r] = left[r] . panel, for V vectors of one panel: to is [R][kPanel].
@@ -52,7 +47,7 @@ template <int R, int V>
 inline __attribute__((always_inline)) void product_panel(const float* left, const float* panel,
                                                          std::int64_t head_dim, float* to) {
   Vec acc[R][V] = {};
-  accumulate<Floats, R, V, kMaxHeadDim>(left, panel, head_dim, acc);
+  accumulate<Floats, R, V, kBlockStride>(left, panel, head_dim, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -63,7 +58,7 @@ inline __attribute__((always_inline)) void product_panel(const float* left, cons
 template <int R>
 inline __attribute__((always_inline)) void product(const GradientBlock& block, const float* left,
                                                    const float* panels, float* to) {
-  const std::int64_t whole = block.key_count / kPanel, rest = block.key_count % kPanel;
+  const std::int64_t whole = block.visible.count / kPanel, rest = block.visible.count % kPanel;
   const std::int64_t size = block.head_dim * kPanel;
   for (std::int64_t p = 0; p < whole; ++p)
     product_panel<R, 2>(left, panels + p * size, block.head_dim, to + p * R * kPanel);
@@ -76,15 +71,40 @@ inline __attribute__((always_inline)) void product(const GradientBlock& block, c
 // Zeros where a row sees no key, up to the end of the last panel.
 template <int R>
 inline void clear_unseen(const GradientBlock& block, float* panels) {
-  for (int r = 0; r < R; ++r)
-    for (std::int64_t j = block.limit(r); j < block.panels() * kPanel; ++j)
-      panels[(j / kPanel * R + r) * kPanel + j % kPanel] = 0;
+  for (int r = 0; r < R; ++r) {
+    const auto clear = [&](std::int64_t j) { panels[(j / kPanel * R + r) * kPanel + j % kPanel] = 0; };
+    for (std::int64_t j = 0; j < block.visible.first_key(r); ++j) clear(j);
+    for (std::int64_t j = block.visible.end_key(r); j < block.visible.panels() * kPanel; ++j) clear(j);
+  }
+}
+
+// Makes the rows of the probabilities add up to 1. Slopes can lower all scores of a row so far that its
+// log-sum-exp is too coarse for that.
+template <int R>
+inline void normalize(const GradientBlock& block) {
+  const std::int64_t panels = block.visible.panels();
+  for (int r = 0; r < R; ++r) {
+    float* const row = block.probabilities + r * kPanel;
+    Vec total = {};
+    for (std::int64_t p = 0; p < panels; ++p)
+      total += load(row + p * R * kPanel) + load(row + p * R * kPanel + kWidth);
+    const float all = sum(total);
+    const Vec inverse = broadcast(all > 0 ? 1 / all : all);  // NaN stays
+    for (std::int64_t p = 0; p < panels; ++p)
+      for (int v = 0; v < 2; ++v) {
+        float* const at = row + p * R * kPanel + v * kWidth;
+        store(at, load(at) * inverse);
+      }
+  }
 }
 
 template <int R>
 inline void recompute_probabilities(const GradientBlock& block) {
   product<R>(block, block.queries, block.keys, block.probabilities);
-  const std::int64_t panels = block.panels();
+  const std::int64_t panels = block.visible.panels();
+  for (std::int64_t p = 0; block.bias && p < panels; ++p)
+    apply_bias(block.bias, p, R, 2, block.probabilities + p * R * kPanel,
+               block.derivatives == nullptr ? nullptr : block.derivatives + p * R * kPanel);
   for (int r = 0; r < R; ++r) {
     const Vec lse = broadcast(block.lse[r] * kLog2E);
     float* row = block.probabilities + r * kPanel;
@@ -94,6 +114,7 @@ inline void recompute_probabilities(const GradientBlock& block) {
     }
   }
   clear_unseen<R>(block, block.probabilities);
+  if (block.bias.slope != 0) normalize<R>(block);
 }
 
 // Adds what the statistics send back to the gradient of the probabilities of one panel.
@@ -119,7 +140,7 @@ inline void add_statistics(const GradientBlock& block, std::int64_t panel, float
 template <int R, bool kStatistics>
 inline void score_gradients(const GradientBlock& block) {
   product<R>(block, block.grad_out, block.values, block.grad_scores);
-  const std::int64_t panels = block.panels();
+  const std::int64_t panels = block.visible.panels();
   if (kStatistics)
     for (std::int64_t p = 0; p < panels; ++p) add_statistics<R>(block, p, block.grad_scores + p * R * kPanel);
   clear_unseen<R>(block, block.grad_scores);
@@ -139,6 +160,9 @@ inline void score_gradients(const GradientBlock& block) {
       }
     }
   }
+  for (std::int64_t i = 0; block.derivatives != nullptr && i < panels * R * kPanel; i += kWidth)
+    store(block.grad_scores + i, load(block.grad_scores + i) * load(block.derivatives + i));
+  if (block.derivatives != nullptr) clear_unseen<R>(block, block.grad_scores);
 }
 
 // V vectors of the gradient of the queries.
@@ -147,8 +171,8 @@ inline __attribute__((always_inline)) void query_gradient_panel(const GradientBl
                                                                 std::int64_t panel) {
   const float* const keys = block.key_rows + panel * block.key_capacity * kPanel;
   Vec acc[R][V] = {};
-  for (std::int64_t p = 0; p < block.panels(); ++p) {
-    const std::int64_t left = block.key_count - p * kPanel;
+  for (std::int64_t p = 0; p < block.visible.panels(); ++p) {
+    const std::int64_t left = block.visible.count - p * kPanel;
     accumulate<Floats, R, V, kPanel>(block.grad_scores + p * R * kPanel, keys + p * kPanel * kPanel,
                                      left < kPanel ? left : kPanel, acc);
   }
@@ -170,9 +194,9 @@ template <int R, bool kStatistics>
 __attribute__((noinline)) void differentiate(const GradientBlock& block) {
   recompute_probabilities<R>(block);
   score_gradients<R, kStatistics>(block);
-  const std::int64_t pairs = block.head_dim / kPanel;
+  const std::int64_t pairs = (block.head_dim + kWidth - 1) / kPanel;
   for (std::int64_t p = 0; p < pairs; ++p) query_gradient_panel<R, 2>(block, p);
-  if (block.head_dim % kPanel != 0) query_gradient_panel<R, 1>(block, pairs);
+  if (block.head_dim > pairs * kPanel) query_gradient_panel<R, 1>(block, pairs);
 }
 
 using GradientFunction = void (*)(const GradientBlock&);
@@ -196,7 +220,8 @@ inline GradientFunctions gradient_functions(std::int64_t rows, bool statistics) 
 struct GradientChunk {
   std::int64_t blocks;
   const std::int64_t* rows;         // (blocks,)
-  const std::int64_t* panels;       // (blocks,) of keys that the block sees
+  const std::int64_t* first_panel;  // (blocks,) of keys that the block sees
+  const std::int64_t* panels;       // (blocks,) how many those are
   const std::int64_t* first_value;  // (blocks,) offset of its probabilities
 };
 
@@ -213,8 +238,9 @@ inline __attribute__((always_inline)) void add_tile(const GradientChunk& chunk, 
     for (int v = 0; v < V; ++v) acc[j][v] = load(to + j * kPanel + v * kWidth);
   for (std::int64_t b = 0; b < chunk.blocks; ++b) {
     const std::int64_t rows = chunk.rows[b];
-    if (panel < chunk.panels[b]) {
-      const float* const columns = left + chunk.first_value[b] + panel * rows * kPanel + key;
+    const std::int64_t own = panel - chunk.first_panel[b];
+    if (own >= 0 && own < chunk.panels[b]) {
+      const float* const columns = left + chunk.first_value[b] + own * rows * kPanel + key;
       accumulate<Floats, kKeyTile, V, 1, kPanel>(columns, right, rows, acc);
     }
     right += rows * kPanel;
@@ -225,11 +251,13 @@ inline __attribute__((always_inline)) void add_tile(const GradientChunk& chunk, 
     for (int v = 0; v < V; ++v) store(to + j * kPanel + v * kWidth, acc[j][v]);
 }
 
-// The same for all keys below key_count and one panel of head_dim; to is [key][kPanel].
+// The same for all keys in [first_key, end_key), the first one that of a panel, and one panel of head_dim; to
+// is [key][kPanel].
 template <int V>
-__attribute__((noinline)) void add_products(const GradientChunk& chunk, std::int64_t key_count,
-                                            const float* left, const float* right, float* to) {
-  for (std::int64_t j = 0; j < key_count; j += kKeyTile)
+__attribute__((noinline)) void add_products(const GradientChunk& chunk, std::int64_t first_key,
+                                            std::int64_t end_key, const float* left, const float* right,
+                                            float* to) {
+  for (std::int64_t j = first_key; j < end_key; j += kKeyTile)
     add_tile<V>(chunk, j / kPanel, j % kPanel, left, right, to + j * kPanel);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// A block of R query rows of one head against all keys of its sequence, in registers and L1: scores, softmax,
+// A block of R query rows of one head against all keys that it sees, in registers and L1: scores, softmax,
 // output, and the running maximum over heads of the probabilities.
 //
 // Everything is laid out in panels of two vectors: keys [panel][cells of head_dim][kPanel], values [panel of
@@ -11,27 +11,27 @@
 
 #include <cmath>
 
+#include "cpu/kernels/attention_bias.h"
 #include "cpu/kernels/attention_panels.h"
 
 namespace madtp::cpu::MADTP_ISA {
 
 constexpr float kMasked = -INFINITY;  // its exponential is nothing; every row sees a key that is not masked
 
-constexpr float kLogE2 = 0.693147180559945309f;
 // Floats for a number per row of a block, rounded up to whole vectors.
 constexpr int kRowLanes = (kMaxBlockRows + kWidth - 1) / kWidth * kWidth;
 
 struct QueryBlock {
-  const float* queries;     // (R, cells of kMaxHeadDim), as load_queries leaves them
-  const float* keys;        // panels of the head
-  const float* values;      // panels of the head
+  const float* queries;     // (R, cells of kBlockStride), as load_queries leaves them
+  const float* keys;        // panels of the head, from the first that the block sees on
+  const float* values;      // likewise
   std::int64_t value_rows;  // cells across keys in a panel of values
-  std::int64_t key_count;   // keys that some row of the block sees
   std::int64_t head_dim;
-  std::int64_t first_limit;  // row r sees keys below first_limit + r * limit_step, and below key_count
-  std::int64_t limit_step;   // 1 under a causal mask, else 0
-  float* scores;             // panels of R rows; probabilities before normalisation when the block is done
-  float* out;                // (R, head_dim)
+  Visible visible;
+  std::int64_t plain_begin, plain_end;  // keys that all rows see and whose scores stay as they are
+  Bias bias;
+  float* scores;  // panels of R rows; probabilities before normalisation when the block is done
+  float* out;     // (R, head_dim up to the end of its last vector)
   std::int64_t out_stride;
   float* maxima;    // panels of R rows, the maximum over the heads so far; null: no statistics
   bool first_head;  // maxima hold nothing yet
@@ -43,22 +43,18 @@ struct QueryBlock {
   float scale;   // of the products with the keys that is not in the queries; of Pairs only
 };
 
-inline Vec lane_numbers() {
-  Vec v;
-  for (int i = 0; i < kWidth; ++i) v[i] = float(i);
-  return v;
-}
-
-// Masks the stored scores of a panel that some row sees in part, and takes their row maxima. Out of line:
-// inlined, its constants would cost the products their registers.
+// Masks the stored scores of a panel that is not plain, and takes their row maxima. Out of line: inlined, its
+// constants would cost the products their registers.
 template <int R, int V>
 __attribute__((noinline)) void mask_panel(const QueryBlock& block, std::int64_t panel, Vec (&highest)[R]) {
+  if (block.bias) apply_bias(block.bias, panel, R, V, block.scores + panel * R * kPanel, nullptr);
   for (int r = 0; r < R; ++r) {
-    std::int64_t limit = block.first_limit + r * block.limit_step;
-    limit = (limit < block.key_count ? limit : block.key_count) - panel * kPanel;
+    const std::int64_t first = block.visible.first_key(r) - panel * kPanel;
+    const std::int64_t end = block.visible.end_key(r) - panel * kPanel;
     for (int v = 0; v < V; ++v) {
       float* const at = block.scores + (panel * R + r) * kPanel + v * kWidth;
-      const IntVec seen = lane_numbers() < broadcast(float(limit - v * kWidth));
+      const IntVec seen = (lane_numbers() >= broadcast(float(first - v * kWidth))) &
+                          (lane_numbers() < broadcast(float(end - v * kWidth)));
       const Vec masked = select(seen, load(at), broadcast(kMasked));
       store(at, masked);
       highest[r] = max(masked, highest[r]);
@@ -72,8 +68,8 @@ inline __attribute__((always_inline)) void score_panel(const QueryBlock& block, 
                                                        Vec (&highest)[R]) {
   Vec acc[R][V] = {};
   const std::int64_t cells = block.head_dim / S::kTerms;
-  accumulate<S, R, V, kMaxHeadDim / S::kTerms>(block.queries, block.keys + panel * cells * kPanel, cells,
-                                               acc);
+  accumulate<S, R, V, kBlockStride / S::kTerms>(block.queries, block.keys + panel * cells * kPanel, cells,
+                                                acc);
   if constexpr (S::kTerms > 1) {
     const Vec scale = broadcast(block.scale);
 #pragma GCC unroll 16
@@ -82,8 +78,7 @@ inline __attribute__((always_inline)) void score_panel(const QueryBlock& block, 
       for (int v = 0; v < V; ++v) acc[r][v] *= scale;
   }
   float* const scores = block.scores + panel * R * kPanel;
-  const std::int64_t end = panel * kPanel + V * kWidth;
-  if (end > block.first_limit || end > block.key_count) {
+  if (panel * kPanel < block.plain_begin || panel * kPanel + V * kWidth > block.plain_end) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -105,12 +100,12 @@ inline __attribute__((always_inline)) void score_panel(const QueryBlock& block, 
 template <typename S, int R, int V, bool kStatistics>
 inline __attribute__((always_inline)) void value_panel(const QueryBlock& block, std::int64_t panel,
                                                        Vec (&squares)[R]) {
-  const std::int64_t panels = (block.key_count + kPanel - 1) / kPanel, last = panels - 1;
+  const std::int64_t panels = block.visible.panels(), last = panels - 1;
   const std::int64_t value_panels = (block.head_dim + kPanel - 1) / kPanel;
   const float* const values = block.values + panel * block.value_rows * kPanel;
   Vec acc[R][V] = {};
   for (std::int64_t p = 0; p < panels; ++p) {
-    const std::int64_t count = p < last ? kPanel : block.key_count - last * kPanel;
+    const std::int64_t count = p < last ? kPanel : block.visible.count - last * kPanel;
     const float* const scores = block.scores + p * R * kPanel;
     const std::int64_t step = panel * panels + p;
     block.next_keys.fetch(step, panels * value_panels);
@@ -147,7 +142,7 @@ inline __attribute__((always_inline)) void value_panel(const QueryBlock& block, 
 
 template <typename S, int R>
 inline void softmax(const QueryBlock& block, const Vec (&highest)[R]) {
-  const std::int64_t vectors = (block.key_count + kWidth - 1) / kWidth;
+  const std::int64_t vectors = (block.visible.count + kWidth - 1) / kWidth;
   float tops[kRowLanes], sums[kRowLanes];
   reduce_rows(highest, max_or_nan, tops);
   Vec totals[R];
@@ -192,7 +187,7 @@ template <typename S, int R, bool kStatistics>
 __attribute__((noinline)) void attend(const QueryBlock& block) {
   Vec highest[R];
   for (int r = 0; r < R; ++r) highest[r] = broadcast(-INFINITY);
-  const std::int64_t whole = block.key_count / kPanel, rest = block.key_count % kPanel;
+  const std::int64_t whole = block.visible.count / kPanel, rest = block.visible.count % kPanel;
   for (std::int64_t p = 0; p < whole; ++p) score_panel<S, R, 2>(block, p, highest);
   if (rest > kWidth) {
     score_panel<S, R, 2>(block, whole, highest);
@@ -202,9 +197,9 @@ __attribute__((noinline)) void attend(const QueryBlock& block) {
   softmax<S, R>(block, highest);
 
   Vec squares[R] = {};
-  const std::int64_t pairs = block.head_dim / kPanel;
+  const std::int64_t pairs = (block.head_dim + kWidth - 1) / kPanel;
   for (std::int64_t p = 0; p < pairs; ++p) value_panel<S, R, 2, kStatistics>(block, p, squares);
-  if (block.head_dim % kPanel != 0) value_panel<S, R, 1, kStatistics>(block, pairs, squares);
+  if (block.head_dim > pairs * kPanel) value_panel<S, R, 1, kStatistics>(block, pairs, squares);
   if (kStatistics) {
     reduce_rows(squares, add, block.norms);
     for (int r = 0; r < R; ++r) block.norms[r] = std::sqrt(block.norms[r]);

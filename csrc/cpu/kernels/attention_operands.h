@@ -8,18 +8,36 @@
 
 namespace madtp::cpu::MADTP_ISA {
 
+// head_dim is a multiple of it: where vectors are wider, the last one of a head may be half full.
+constexpr std::int64_t kHeadStep = 8;
+
+// A vector of a head that has `left` more elements; zeros past its end.
+template <typename T>
+inline Vec load_head(const T* from, std::int64_t left) {
+  if constexpr (kWidth > kHeadStep)
+    if (left < kWidth) return load_part(from, kHeadStep);
+  return load(from);
+}
+
+template <typename T>
+inline void store_head(T* to, Vec v, std::int64_t left) {
+  if constexpr (kWidth > kHeadStep)
+    if (left < kWidth) return store_part(to, v, kHeadStep);
+  store(to, v);
+}
+
 struct Floats {
   static constexpr int kTerms = 1;  // elements of a cell
 
   // A vector of cells along a row, which has `left` more elements.
   template <typename T>
-  static Vec load_row(const T* row, std::int64_t) {
-    return load(row);
+  static Vec load_row(const T* row, std::int64_t left) {
+    return load_head(row, left);
   }
-  // A vector of cells across rows, of which `left` are left.
+  // A vector of cells across rows, of which `rows_left` are left; each has `left` more elements.
   template <typename T>
-  static Vec load_rows(const T* rows, std::int64_t, std::int64_t) {
-    return load(rows);
+  static Vec load_rows(const T* rows, std::int64_t, std::int64_t, std::int64_t left) {
+    return load_head(rows, left);
   }
   static Vec spread(const float* cell) { return broadcast(*cell); }
   static Vec add(Vec a, Vec b, Vec sum) { return a * b + sum; }
@@ -37,9 +55,9 @@ struct Pairs {
 
   static Vec load_row(const BFloat16* row, std::int64_t left) { return load_pairs(row, left); }
   // The second row is zeros where there is none.
-  static Vec load_rows(const BFloat16* rows, std::int64_t stride, std::int64_t left) {
-    const BitVec first = bit_cast<BitVec>(load(rows)) >> 16;
-    return bit_cast<Vec>(left > 1 ? first | bit_cast<BitVec>(load(rows + stride)) : first);
+  static Vec load_rows(const BFloat16* rows, std::int64_t stride, std::int64_t rows_left, std::int64_t left) {
+    const BitVec first = bit_cast<BitVec>(load_head(rows, left)) >> 16;
+    return bit_cast<Vec>(rows_left > 1 ? first | bit_cast<BitVec>(load_head(rows + stride, left)) : first);
   }
   static Vec spread(const float* cell) {
     std::int32_t bits;

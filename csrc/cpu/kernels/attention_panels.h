@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// What the forward and the backward of attention share: how rows are cut into blocks, how keys and values are
-// laid out in panels of two vectors of cells (attention_operands.h), and the inner loop of every product.
+// What the forward and the backward of attention share: how rows are cut into blocks, which keys those see,
+// how keys and values are laid out in panels of two vectors of cells (attention_operands.h), and the inner
+// loop of every product.
 
 #include "cpu/kernels/attention_operands.h"
 #include "cpu/kernels/threads.h"
@@ -18,7 +19,8 @@ constexpr int kMaxBlockRows = 14;
 #else
 constexpr int kMaxBlockRows = 6;
 #endif
-constexpr std::int64_t kMaxHeadDim = 128;
+// Between rows of a block: the largest head_dim, and a cache line, so that rows lie in different sets of L1.
+constexpr std::int64_t kBlockStride = 256 + 16;
 
 // Rows 0 to count, split evenly into blocks of at most kMaxBlockRows.
 struct Blocks {
@@ -34,16 +36,71 @@ struct Blocks {
 inline std::int64_t padded(std::int64_t keys) { return (keys + kPanel - 1) / kPanel * kPanel; }
 
 struct Sequence {
-  std::int64_t query, queries, key, keys;  // first row and number of rows
-  std::int64_t summary_row;                // row inside the sequence, -1: none
+  std::int64_t number;
+  // First row and number of rows. Queries that see no key, the first ones if any, are not among them.
+  std::int64_t query, queries, key, keys;
+  std::int64_t blind;        // how many those are, before `query`
+  std::int64_t summary_row;  // row inside the sequence, -1: none
 
   Sequence(const AttentionInputs& a, std::int64_t b)
-      : query(a.cu_seqlens_q[b]),
+      : number(b),
+        query(a.cu_seqlens_q[b]),
         queries(a.cu_seqlens_q[b + 1] - query),
         key(a.cu_seqlens_k[b]),
         keys(a.cu_seqlens_k[b + 1] - key),
+        blind(a.window_right < 0 ? 0 : queries - keys - a.window_right),
         summary_row(a.summary_index == nullptr ? 0 : a.summary_index[b]) {
+    if (blind < 0) blind = 0;
+    query += blind;
+    queries -= blind;
     if (summary_row >= queries) summary_row = -1;  // a row that does not exist is none
+  }
+};
+
+// Whether some key is hidden from some query, as far as the arguments say.
+inline bool is_masked(const AttentionInputs& a) { return a.window_left >= 0 || a.window_right >= 0; }
+
+// Self-attention: by how many queries that see key j, the summary token not among them, what j receives is
+// divided.
+inline float observers(const AttentionInputs& a, const Sequence& s, std::int64_t j) {
+  if (!is_masked(a)) return 1;
+  const std::int64_t first = a.window_right < 0 || j < a.window_right ? 0 : j - a.window_right;
+  const std::int64_t end =
+      a.window_left < 0 || s.queries - j <= a.window_left ? s.queries : j + a.window_left + 1;
+  const std::int64_t count = end - first - (s.summary_row >= first && s.summary_row < end ? 1 : 0);
+  return float(count > 1 ? count : 1);
+}
+
+// The keys that a block of query rows sees. They are counted from `first` on, the first of a panel.
+struct Visible {
+  std::int64_t first;                 // in the sequence
+  std::int64_t count;                 // up to the last one that some row sees
+  std::int64_t begin, end;            // row 0 sees keys from begin on and below end, if below count
+  std::int64_t begin_step, end_step;  // how far these move from row to row: 1 in a window, else 0
+  std::int64_t position;              // where row 0 stands among the keys
+
+  Visible() = default;
+  // Rows [i, i + rows) of a sequence.
+  Visible(const AttentionInputs& a, const Sequence& s, std::int64_t i, std::int64_t rows)
+      : begin_step(a.window_left < 0 ? 0 : 1), end_step(a.window_right < 0 ? 0 : 1) {
+    position = i + s.keys - s.queries;
+    const std::int64_t lowest = a.window_left < 0 ? 0 : position - a.window_left;
+    first = lowest > 0 ? lowest / kPanel * kPanel : 0;
+    const std::int64_t last = position + rows + a.window_right;
+    count = (a.window_right < 0 || last > s.keys ? s.keys : last) - first;
+    begin = lowest - first;
+    end = a.window_right < 0 ? count : position + a.window_right + 1 - first;
+    position -= first;
+  }
+
+  std::int64_t panels() const { return (count + kPanel - 1) / kPanel; }
+  std::int64_t first_key(std::int64_t row) const {
+    const std::int64_t own = begin + row * begin_step;
+    return own > 0 ? own : 0;
+  }
+  std::int64_t end_key(std::int64_t row) const {
+    const std::int64_t own = end + row * end_step;
+    return own < count ? own : count;
   }
 };
 
@@ -76,9 +133,10 @@ void pack_keys(const T* rows, std::int64_t stride, std::int64_t count, std::int6
       for (int i = 0; i < kWidth; ++i)
         tile[i] = first + i < count ? S::load_row(rows + (first + i) * stride + d, head_dim - d) : Vec{};
       transpose(tile);
-      // Pairs of 16 elements, the least that head_dim grows by, are half a vector.
-      const std::int64_t full = S::kTerms == 1 || cells - c >= kWidth ? kWidth : kWidth / 2;
-      for (int i = 0; i < full; ++i) store(to + (c + i) * kPanel, tile[i]);
+      // Where no head ends inside a vector this is known at compile time.
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i)
+        if (kWidth * S::kTerms <= kHeadStep || c + i < cells) store(to + (c + i) * kPanel, tile[i]);
     }
   }
 }
@@ -96,11 +154,12 @@ void pack_values(const T* rows, std::int64_t stride, std::int64_t count, std::in
   for (std::int64_t d = 0; d < head_dim; d += kWidth) {
     float* const to = panels + d / kPanel * kPanel * cells_across<S>(count) + d % kPanel;
     for (std::int64_t j = 0; j < count; j += S::kTerms)
-      store(to + j / S::kTerms * kPanel, S::load_rows(rows + j * stride + d, stride, count - j));
+      store(to + j / S::kTerms * kPanel,
+            S::load_rows(rows + j * stride + d, stride, count - j, head_dim - d));
   }
 }
 
-constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLog2E = 1.44269504088896341f, kLogE2 = 0.693147180559945309f;
 
 // One head of one row.
 template <typename T>
@@ -111,7 +170,7 @@ const T* head_row(const void* base, const std::int64_t (&strides)[2], std::int64
 // What makes a product of a query and a key a score to base 2.
 inline float score_scale(const AttentionInputs& a) { return a.softmax_scale * kLog2E; }
 
-// Query rows [first, first + count) of the batch, one head -> (count, cells of kMaxHeadDim). Floats are
+// Query rows [first, first + count) of the batch, one head -> (count, cells of kBlockStride). Floats are
 // multiplied with the scale of the scores; pairs would be rounded by that.
 template <typename S, typename T>
 void load_queries(const AttentionInputs& a, std::int64_t first, std::int64_t count, std::int64_t head,
@@ -121,7 +180,7 @@ void load_queries(const AttentionInputs& a, std::int64_t first, std::int64_t cou
     const T* const q = head_row<T>(a.q, a.q_strides, first + r, head);
     for (std::int64_t d = 0; d < a.head_dim; d += S::kTerms * kWidth) {
       const Vec cells = S::load_row(q + d, a.head_dim - d);
-      store(queries + (r * kMaxHeadDim + d) / S::kTerms, S::kTerms == 1 ? cells * scale : cells);
+      store(queries + (r * kBlockStride + d) / S::kTerms, S::kTerms == 1 ? cells * scale : cells);
     }
   }
 }

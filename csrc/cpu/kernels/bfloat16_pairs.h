@@ -10,9 +10,10 @@
 #if defined(__AVX512BF16__)
 namespace madtp::cpu::MADTP_ISA {
 
-// The first `count` elements, 16 or a whole vector's 32, in pairs; the other lanes are zero.
+// The first `count` elements, a whole vector's 32 at most, in pairs; the other lanes are zero.
 inline Vec load_pairs(const BFloat16* from, std::int64_t count) {
-  return bit_cast<Vec>(_mm512_maskz_loadu_epi32(count < 2 * kWidth ? 0xff : 0xffff, from));
+  const unsigned lanes = count < 2 * kWidth ? (1u << count / 2) - 1 : 0xffffu;
+  return bit_cast<Vec>(_mm512_maskz_loadu_epi32(__mmask16(lanes), from));
 }
 
 // Lane by lane sum + a.first * b.first + a.second * b.second.

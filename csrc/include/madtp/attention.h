@@ -13,12 +13,13 @@
 namespace madtp {
 
 // Queries, keys and values of B sequences. Self-attention passes the same cu_seqlens twice. The head_dim
-// elements of a head are contiguous; strides count elements.
+// elements of a head are contiguous; strides count elements. Query i of Nq stands at position
+// p = i + Nk - Nq among the Nk keys of its sequence: the last query at the last key.
 struct AttentionInputs {
   DType dtype;
   const void* q;              // (tokens_q, heads, head_dim)
-  const void* k;              // (tokens_k, heads, head_dim)
-  const void* v;              // (tokens_k, heads, head_dim)
+  const void* k;              // (tokens_k, key_heads, head_dim)
+  const void* v;              // (tokens_k, key_heads, head_dim)
   std::int64_t q_strides[2];  // between rows, between heads
   std::int64_t k_strides[2];
   std::int64_t v_strides[2];
@@ -26,23 +27,32 @@ struct AttentionInputs {
   const std::int32_t* cu_seqlens_k;  // (batch + 1,)
   std::int64_t tokens_q, tokens_k, batch, heads, head_dim;
   float softmax_scale;
-  bool causal;                        // query i sees keys 0 to i of its sequence; self-attention only
+  bool causal;                        // a query sees no key after its position
   const std::int32_t* summary_index;  // (batch,) row inside its sequence, -1: none; null: row 0 of each
+  // Query head h reads key head h / (heads / key_heads). A divisor of heads; 0 is as many as those.
+  std::int64_t key_heads = 0;
+  std::int64_t window_left = -1;   // how many keys before its position a query sees; -1: all
+  std::int64_t window_right = -1;  // likewise after it
+  float softcap = 0;               // above 0: a score s becomes softcap tanh(s / softcap)
+  // A slope for each head: slope |p - j| is taken off the score of key j, after softcap. Null: none.
+  const float* alibi_slopes = nullptr;  // (heads,), or (batch, heads) with alibi_stride
+  std::int64_t alibi_stride = 0;        // between sequences: 0 where all have the same slopes
 };
 
 namespace cpu {
 
-// out_i = sum_j softmax_j(softmax_scale q_i k_j) v_j. With statistics, which are for self-attention of at
+// out_i = sum_j softmax_j(score_ij) v_j over the keys that query i sees, zeros where it sees none; score_ij
+// is softmax_scale q_i k_j, after softcap and slopes. With statistics, which are for self-attention of at
 // least one head: summary_attention_j = sum_h P[h,s,j] ||out[h,j]|| / sum_h ||out[h,j]|| for the summary
-// token s, and received_attention_j = sum over queries i != s of max_h P[h,i,j], under a causal mask divided
-// by the number that see j. head_dim is a multiple of 16, at most 128. Computes in float32; where the
-// CPU multiplies pairs of bfloat16, subnormal inputs of that type may count as zero, and probabilities are
-// rounded to it before they multiply v. A softmax_scale q_i k_j that is 88 or more below the largest of its
+// token s, and received_attention_j = sum over queries i != s of max_h P[h,i,j], under a causal mask or in a
+// window divided by the number that see j. head_dim is a multiple of 8, at most 256. Computes in float32;
+// where the CPU multiplies pairs of bfloat16, subnormal inputs of that type may count as zero, and
+// probabilities are rounded to it before they multiply v. A score that is 88 or more below the largest of its
 // row counts for nothing. Tokens of a sequence whose q, k and v are equal have the same bits in every result,
-// unless a causal mask makes them see other keys.
+// unless a mask makes them see other keys or slopes tell them apart.
 Status varlen_attention(const AttentionInputs& inputs,
                         void* out,   // (tokens_q, heads, head_dim), contiguous
-                        float* lse,  // (heads, tokens_q) log_e of sum_j exp(softmax_scale q_i k_j), or null
+                        float* lse,  // (heads, tokens_q) log_e of sum_j exp(score_ij), -inf of none; or null
                         float* summary_attention,   // (tokens_q,); both null: no statistics
                         float* received_attention,  // (tokens_q,)
                         void* workspace,            // as many bytes as varlen_attention_workspace says
@@ -61,8 +71,8 @@ struct AttentionGradients {
   const float* grad_summary_attention;   // (tokens_q,); both null: the forward gave no statistics
   const float* grad_received_attention;  // (tokens_q,)
   void* grad_q;                          // (tokens_q, heads, head_dim), contiguous
-  void* grad_k;                          // (tokens_k, heads, head_dim), contiguous
-  void* grad_v;                          // (tokens_k, heads, head_dim), contiguous
+  void* grad_k;                          // (tokens_k, key_heads, head_dim), contiguous
+  void* grad_v;                          // (tokens_k, key_heads, head_dim), contiguous
 };
 
 // Exact through the output and both statistics; the maximum over heads hands its gradient to the first head

@@ -116,6 +116,10 @@ def varlen_attention_backward(
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,  # (H,) or (B, H) fp32
     summary_index: Tensor | None,
     return_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # like q, k, v
@@ -142,6 +146,10 @@ def varlen_attention_backward(
             max_seqlen_k,
             -softmax_scale,
             causal,
+            window_left,
+            window_right,
+            softcap,
+            alibi_slopes,
             summary_index,
             return_stats,
         )

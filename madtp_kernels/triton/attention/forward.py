@@ -160,6 +160,10 @@ def varlen_attention(
     max_seqlen_k: int,
     softmax_scale: float,
     causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,  # (H,) or (B, H) fp32
     summary_index: Tensor | None,  # (B,) int32
     return_stats: bool,
 ) -> tuple[

@@ -16,7 +16,7 @@ def _arguments(dtype: torch.dtype, sizes: Sizes, statistics: bool) -> tuple[Any,
     """All arguments of the forward: q, k and v of a fused projection; causal where the optional arguments are given."""
     qkv = meta(ROWS, 3, sizes.channels // sizes.head_dim, sizes.head_dim, dtype=dtype).unbind(1)
     ragged = (cu_seqlens(), cu_seqlens(), LONGEST, LONGEST)
-    return *qkv, *ragged, sizes.head_dim**-0.5, sizes.optional, summary_index(sizes), statistics
+    return *qkv, *ragged, sizes.head_dim**-0.5, sizes.optional, -1, -1, 0.0, None, summary_index(sizes), statistics
 
 
 def _backward(dtype: torch.dtype, sizes: Sizes, statistics: bool) -> None:

@@ -5,7 +5,10 @@ from op_examples import varlen_attention
 
 # Where the inputs of the forward change, what it left (out, lse) is not theirs any more.
 DERIVED = frozenset(
-    {"out", "lse", "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "softmax_scale", "causal", "summary_index"}
+    {
+        *("out", "lse", "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "softmax_scale"),
+        *("causal", "window_left", "window_right", "softcap", "alibi_slopes", "summary_index"),
+    }
 )
 
 
