@@ -198,10 +198,14 @@ torch.library.define(
 )
 
 
+_HEAD_DIMS = {"cpu": (16, 128), "triton": (8, 256)}  # backend -> multiples of, up to
+
+
 def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    step, largest = _HEAD_DIMS[backend]
     head_dim = shape[-1]
-    if head_dim % 16 or not 16 <= head_dim <= 128:
-        return f"head_dim must be a multiple of 16 from 16 to 128, got {head_dim}"
+    if head_dim % step or not step <= head_dim <= largest:
+        return f"head_dim must be a multiple of {step} from {step} to {largest}, got {head_dim}"
     return None
 
 

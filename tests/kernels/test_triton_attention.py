@@ -142,7 +142,7 @@ def test_cross_attention(dtype):
         out = mk.varlen_attention(*inputs, cu_q, cu_k, max_seqlen_q=34, max_seqlen_k=66, backend="reference")
         return out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))
 
-    arguments = (q, k, v, cu_q, cu_k, 34, 66, 32**-0.5, False, None, False)
+    arguments = (q, k, v, cu_q, cu_k, 34, 66, 32**-0.5, False, -1, -1, 0.0, None, None, False)
     out, summary_attention, received_attention, lse = varlen_attention(*arguments)
     grads = varlen_attention_backward(grad, summary_attention, received_attention, out, lse, *arguments)
     within_bound((out, *grads), reference(torch.float64), reference(dtype))
@@ -151,7 +151,7 @@ def test_cross_attention(dtype):
 def test_queries_without_keys_give_zeros():
     cu_q, cu_k = cu_seqlens_of([3, 2]).to(DEVICE), cu_seqlens_of([0, 4]).to(DEVICE)
     q, k = torch.randn(5, 2, 16, device=DEVICE), torch.randn(4, 2, 16, device=DEVICE)
-    arguments = (q, k, k, cu_q, cu_k, 3, 4, 0.25, False, None, False)
+    arguments = (q, k, k, cu_q, cu_k, 3, 4, 0.25, False, -1, -1, 0.0, None, None, False)
     out, *empty, lse = varlen_attention(*arguments)
     dq, *_ = varlen_attention_backward(torch.ones_like(q), *empty, out, lse, *arguments)
     assert not out[:3].any() and not dq[:3].any() and out[3:].all()
@@ -280,7 +280,7 @@ def test_no_value_makes_a_kernel_write_out_of_bounds(causal, seed, monkeypatch):
         case.run()
     q, k, v = case.qkv.unbind(1)
     cu_k = wild_integers(7, generator)
-    arguments = (q, k[:30], v[:30], case.cu, cu_k, 40, 30, 1.0, False, None, False)
+    arguments = (q, k[:30], v[:30], case.cu, cu_k, 40, 30, 1.0, False, -1, -1, 0.0, None, None, False)
     out, *empty, lse = varlen_attention(*arguments)
     varlen_attention_backward(out, *empty, out, lse, *arguments)
 

@@ -2,8 +2,8 @@
 """What the attention kernels share: how a program finds its tile, and how tiles are read.
 
 Sequences are cut into blocks of rows counted from their own start, and block sizes depend on the head dimension and the
-dtype only: a result does not depend on the batch. Scores stay in the log2 domain, `s * scale` with
-scale = softmax_scale * log2(e). A head dimension that is no power of two is padded with zeros inside the tile.
+dtype only: a result does not depend on the batch. A head dimension that is no power of two is padded with zeros inside
+the tile.
 """
 
 import torch
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from madtp_kernels.triton.common import load_summary_row, sequence_bounds
 
-LOG2_E = 1.4426950408889634
 MAX_STRIDE = 2**24  # elements from row to row
 TAIL_BLOCK = tl.constexpr(1024)
-_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
 def program_of(blocks, H):
-    """(block, head, sequence) of this program; blocks of one head run side by side and share its K and V in cache."""
+    """(block, head, sequence) of this program.
+
+    Blocks of one head, and query heads of one key head, run side by side and share K and V in cache.
+    """
     i_program = tl.program_id(0)
     return i_program % blocks, i_program // blocks % H, (i_program // blocks // H).to(tl.int64)
 
@@ -38,15 +39,6 @@ def summary_row_or_none(p_summary_index, i_b, n):
     """The summary token's row inside sequence i_b of n rows; -1 if there is none."""
     row = load_summary_row(p_summary_index, i_b)
     return tl.where((row >= 0) & (row < n), row, -1)
-
-
-@triton.jit
-def observers(o_n, n, summary_row, CAUSAL: tl.constexpr):
-    """How many counted queries `received_attention` of key o_n is divided by."""
-    b_count = o_n * 0 + 1
-    if CAUSAL:
-        b_count = tl.maximum(n - o_n - tl.where(summary_row >= o_n, 1, 0), 1)
-    return b_count.to(tl.float32)
 
 
 @triton.jit
@@ -81,12 +73,6 @@ def store_tile(p_x, row, stride, m_rows, b_x, ROWS: tl.constexpr, D: tl.constexp
 def head_tile(p_head, row, column, slab, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers to (ROWS, COLUMNS) of the arg-max heads: keys from `row` (int64), queries of the slab from `column`."""
     return p_head + row * slab + (column + tl.arange(0, ROWS)[:, None] * slab + tl.arange(0, COLUMNS)[None, :])
-
-
-@triton.jit
-def load_lse(p_lse, o_rows, m_rows, other):
-    """Log-sum-exp of rows, to base 2."""
-    return tl.load(p_lse + o_rows, mask=m_rows, other=other) * _LOG2_E
 
 
 @triton.jit
