@@ -167,9 +167,11 @@ def delta_kernel(
 # --- launcher
 
 
-def _blocks(dtype: torch.dtype) -> dict[str, int]:
+def _blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+    if head_dim > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
@@ -179,8 +181,8 @@ class HeadArgmax:
     def __init__(self, q: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, slab: int):
         self.q, self.k, self.lse, self.cu_seqlens = q, k, lse, cu_seqlens
         self.max_seqlen, self.slab = max_seqlen, slab
-        self.blocks = _blocks(q.dtype)
-        length, head_count, _ = q.shape
+        length, head_count, head_dim = q.shape
+        self.blocks = _blocks(head_dim, q.dtype)
         self.heads = torch.empty((length, slab), dtype=torch.uint8, device=q.device)
         block_count = length // self.blocks["BLOCK_N"] + cu_seqlens.numel() - 1
         self.partial = statistic(q, block_count, head_count, slab)

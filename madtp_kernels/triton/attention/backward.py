@@ -31,7 +31,7 @@ from madtp_kernels.triton.attention.tiles import (
 )
 from madtp_kernels.triton.common import OPTIONS, on_device
 
-ROWS = 64  # of a program of the preparing kernel
+ELEMENTS = 8192  # of a program of the preparing kernel
 SLAB = 1024  # queries of a sequence whose arg-max heads are held at a time
 MAX_HEADS = 255
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -168,6 +168,7 @@ def varlen_attention_backward(
     mask = masking(causal, window_left, window_right, max_seqlen_q, max_seqlen_k)
     score = scoring(softmax_scale, softcap, alibi_slopes)
     delta = statistic(q, head_count, rows)
+    block = min(ELEMENTS // triton.next_power_of_2(head_dim), 64)
     prepared, argmax = None, None
     with on_device(q.device):
         if return_stats:
@@ -188,7 +189,7 @@ def varlen_attention_backward(
                 d_maximum,
             )
             argmax = HeadArgmax(q, k, lse, cu_seqlens_q, max_seqlen_q, slab)
-        prepare_kernel[(triton.cdiv(max_seqlen_q, ROWS) * head_count * batch,)](
+        prepare_kernel[(triton.cdiv(max_seqlen_q, block) * head_count * batch,)](
             grad_out,
             out,
             cu_seqlens_q,
@@ -201,7 +202,7 @@ def varlen_attention_backward(
             max_seqlen=max_seqlen_q,
             **dims(head_dim),
             **mask,
-            BLOCK=ROWS,
+            BLOCK=block,
             **OPTIONS,
         )
         slabs = range(0, max_seqlen_q, slab)

@@ -161,6 +161,8 @@ def _blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """The largest tiles that keep everything in registers on sm_80 and sm_90."""
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+    if head_dim > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 128, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 8, "num_stages": 3}
 
 

@@ -285,16 +285,20 @@ def query_gradient_kernel(
 # --- launcher
 
 
-def _key_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def _key_blocks(head_dim: int, dtype: torch.dtype, crowded: bool) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 32, "BLOCK_N": 128 if head_dim <= 64 else 64, "num_warps": 8, "num_stages": 2}
+    if head_dim > 128:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 32, "BLOCK_N": 128 if head_dim <= 64 and not crowded else 64, "num_warps": 8, "num_stages": 2}
 
 
-def _query_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def _query_blocks(head_dim: int, dtype: torch.dtype, crowded: bool) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 128 if head_dim <= 64 else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    if head_dim > 128:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 128 if head_dim <= 64 and not crowded else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 
 def launch_gradients(
@@ -326,11 +330,12 @@ def launch_gradients(
         "GROUP": head_count // key_heads,
     }
     dq, dk, dv = grads
-    blocks = _key_blocks(head_dim, q.dtype)
+    crowded = statistics is not None and score["bias"] is not None  # of registers
+    blocks = _key_blocks(head_dim, q.dtype, crowded)
     key_gradient_kernel[(triton.cdiv(max_seqlen_k, blocks["BLOCK_N"]) * key_heads * batch,)](
         inputs, statistics, dk, dv, **shared, ACCUMULATE=slab_begin > 0, **OPTIONS | blocks
     )
-    blocks = _query_blocks(head_dim, q.dtype)
+    blocks = _query_blocks(head_dim, q.dtype, crowded)
     slab_rows = min(max_seqlen_q - slab_begin, slab)
     query_gradient_kernel[(triton.cdiv(slab_rows, blocks["BLOCK_M"]) * head_count * batch,)](
         inputs, statistics, dq, **shared, **OPTIONS | blocks

@@ -204,10 +204,12 @@ def finish_kernel(
 # --- launchers
 
 
-def _blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def _blocks(head_dim: int, dtype: torch.dtype, biased: bool) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 128 if head_dim <= 64 else 64, "num_warps": 8, "num_stages": 2}
+    if head_dim > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 128, "BLOCK_N": 128 if head_dim <= 64 and not biased else 64, "num_warps": 8, "num_stages": 2}
 
 
 def launch_from_summary(
@@ -253,7 +255,7 @@ def attention_statistics(
 ) -> tuple[Tensor, Tensor]:  # summary_attention (T,), received_attention (T,) fp32
     summary_index = None if summary_index is None else summary_index.contiguous()
     (length, head_count, head_dim), batch = q.shape, cu_seqlens.numel() - 1
-    blocks = _blocks(head_dim, q.dtype)
+    blocks = _blocks(head_dim, q.dtype, score["bias"] is not None)
     query_blocks, key_blocks = (triton.cdiv(max_seqlen, blocks[name]) for name in ("BLOCK_M", "BLOCK_N"))
     partial = statistic(q, query_blocks, length)
     head_maximum_kernel[(key_blocks * query_blocks * batch,)](
