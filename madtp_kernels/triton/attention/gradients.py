@@ -330,7 +330,8 @@ def launch_gradients(
         "GROUP": head_count // key_heads,
     }
     dq, dk, dv = grads
-    crowded = statistics is not None and score["bias"] is not None  # of registers
+    options = head_count > key_heads or any(x is not None for x in (score["bias"], mask["left"], mask["right"]))
+    crowded = statistics is not None and options  # of registers
     blocks = _key_blocks(head_dim, q.dtype, crowded)
     key_gradient_kernel[(triton.cdiv(max_seqlen_k, blocks["BLOCK_N"]) * key_heads * batch,)](
         inputs, statistics, dk, dv, **shared, ACCUMULATE=slab_begin > 0, **OPTIONS | blocks
