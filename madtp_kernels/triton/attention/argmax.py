@@ -15,6 +15,7 @@ from madtp_kernels.triton.attention.masks import keys_of, right_of, visible
 from madtp_kernels.triton.attention.scores import capped, load_lse, slant, slope_of
 from madtp_kernels.triton.attention.tiles import (
     dims,
+    eights,
     head_tile,
     load_tile,
     program_of,
@@ -86,8 +87,8 @@ def head_argmax_kernel(
         b_log = b_s - load_lse(p_lse, begin + o_m, m_m, 0.0)[:, None]
         b_head = tl.where(b_log > b_best, i_h, b_head)
         b_best = tl.maximum(b_best, b_log)
-        p_q += q_head
-        p_k += tl.where(i_h % GROUP == GROUP - 1, k_head, 0)
+        p_q += eights(q_head, D)
+        p_k += tl.where(i_h % GROUP == GROUP - 1, eights(k_head, D), 0)
         p_lse += T
 
     m_counted = m_m & (o_m != summary_row_or_none(p_summary_index, i_b, n))

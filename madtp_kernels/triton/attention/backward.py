@@ -20,6 +20,7 @@ from madtp_kernels.triton.attention.scores import scoring
 from madtp_kernels.triton.attention.statistics import head_sums, launch_from_summary
 from madtp_kernels.triton.attention.tiles import (
     dims,
+    eights,
     heads,
     load_tile,
     program_of,
@@ -78,7 +79,9 @@ def prepare_kernel(
     m_m = o_m < n
     o_head = i_h.to(tl.int64) * T + begin + o_m
     b_out = load_tile(p_out + i_h * D, begin + i_m * BLOCK, H * D, m_m, BLOCK, D, BLOCK_D).to(tl.float32)
-    b_grad = load_tile(p_grad_out + i_h.to(tl.int64) * grad_head, begin + i_m * BLOCK, grad_row, m_m, BLOCK, D, BLOCK_D)
+    b_grad = load_tile(
+        p_grad_out + i_h.to(tl.int64) * eights(grad_head, D), begin + i_m * BLOCK, grad_row, m_m, BLOCK, D, BLOCK_D
+    )
     b_grad = b_grad.to(tl.float32)
     if statistics is not None:
         p_grad_summary, p_grad_received, p_from_summary, p_norms, p_d_out, p_through, p_d_maximum = statistics

@@ -16,6 +16,7 @@ from madtp_kernels.triton.attention.scores import capped, scoring, slant, slope_
 from madtp_kernels.triton.attention.statistics import attention_statistics
 from madtp_kernels.triton.attention.tiles import (
     dims,
+    eights,
     heads,
     load_tile,
     program_of,
@@ -121,9 +122,9 @@ def attention_kernel(
 
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < n_q
-    p_k += (i_h // GROUP).to(tl.int64) * k_head
-    p_v += (i_h // GROUP).to(tl.int64) * v_head
-    b_q = load_tile(p_q + i_h.to(tl.int64) * q_head, begin + i_m * BLOCK_M, q_row, m_m, BLOCK_M, D, BLOCK_D)
+    p_k += (i_h // GROUP).to(tl.int64) * eights(k_head, D)
+    p_v += (i_h // GROUP).to(tl.int64) * eights(v_head, D)
+    b_q = load_tile(p_q + i_h.to(tl.int64) * eights(q_head, D), begin + i_m * BLOCK_M, q_row, m_m, BLOCK_M, D, BLOCK_D)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     b_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -160,7 +161,7 @@ def attention_kernel(
 def _blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """The largest tiles that keep everything in registers on sm_80 and sm_90."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 32 if head_dim <= 128 else 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
     if head_dim > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 128, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 8, "num_stages": 3}

@@ -19,6 +19,7 @@ from madtp_kernels.triton.attention.masks import keys_of, queries_of, right_of, 
 from madtp_kernels.triton.attention.scores import capped, load_lse, slant, slope_of, uncapped
 from madtp_kernels.triton.attention.tiles import (
     dims,
+    eights,
     head_tile,
     load_tile,
     program_of,
@@ -123,8 +124,12 @@ def key_gradient_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < n_k
     row = first + i_n * BLOCK_N
-    b_k = load_tile(p_k + i_key_head.to(tl.int64) * strides.k_head, row, strides.k_row, m_n, BLOCK_N, D, BLOCK_D)
-    b_v = load_tile(p_v + i_key_head.to(tl.int64) * strides.v_head, row, strides.v_row, m_n, BLOCK_N, D, BLOCK_D)
+    b_k = load_tile(
+        p_k + i_key_head.to(tl.int64) * eights(strides.k_head, D), row, strides.k_row, m_n, BLOCK_N, D, BLOCK_D
+    )
+    b_v = load_tile(
+        p_v + i_key_head.to(tl.int64) * eights(strides.v_head, D), row, strides.v_row, m_n, BLOCK_N, D, BLOCK_D
+    )
     if statistics is not None:
         p_summary_index, p_head, p_through, p_d_maximum = statistics
         summary_row = summary_row_or_none(p_summary_index, i_b, n_q)
@@ -137,8 +142,8 @@ def key_gradient_kernel(
     earliest, end = queries_of(i_n * BLOCK_N, shift, slab_begin, slab_end, left, right, BLOCK_M, BLOCK_N)
     for i_group in range(GROUP):
         i_h = i_key_head * GROUP + i_group
-        p_q_head = p_q + i_h.to(tl.int64) * strides.q_head
-        p_d_out_head = p_d_out + i_h.to(tl.int64) * strides.d_out_head
+        p_q_head = p_q + i_h.to(tl.int64) * eights(strides.q_head, D)
+        p_d_out_head = p_d_out + i_h.to(tl.int64) * eights(strides.d_out_head, D)
         o_head = i_h.to(tl.int64) * Tq + begin
         slope = slope_of(bias, i_b, i_h)
         if statistics is not None:
@@ -249,10 +254,10 @@ def query_gradient_kernel(
 
     o_m = top + tl.arange(0, BLOCK_M)
     m_m = o_m < n_q
-    p_k += (i_h // GROUP).to(tl.int64) * strides.k_head
-    p_v += (i_h // GROUP).to(tl.int64) * strides.v_head
-    p_q += i_h.to(tl.int64) * strides.q_head
-    p_d_out += i_h.to(tl.int64) * strides.d_out_head
+    p_k += (i_h // GROUP).to(tl.int64) * eights(strides.k_head, D)
+    p_v += (i_h // GROUP).to(tl.int64) * eights(strides.v_head, D)
+    p_q += i_h.to(tl.int64) * eights(strides.q_head, D)
+    p_d_out += i_h.to(tl.int64) * eights(strides.d_out_head, D)
     o_head = i_h.to(tl.int64) * Tq
     heads = None
     if statistics is not None:
@@ -287,7 +292,7 @@ def query_gradient_kernel(
 
 def _key_blocks(head_dim: int, dtype: torch.dtype, crowded: bool) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4 if head_dim <= 128 else 8, "num_stages": 1}
     if head_dim > 128:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": 32, "BLOCK_N": 128 if head_dim <= 64 and not crowded else 64, "num_warps": 8, "num_stages": 2}

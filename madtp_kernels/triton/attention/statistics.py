@@ -19,6 +19,7 @@ from madtp_kernels.triton.attention.masks import observers, queries_of, right_of
 from madtp_kernels.triton.attention.scores import capped, load_lse, slant, slope_of
 from madtp_kernels.triton.attention.tiles import (
     dims,
+    eights,
     load_tile,
     program_of,
     sequence_rows,
@@ -81,8 +82,8 @@ def head_maximum_kernel(
         b_s = slant(b_s * scale, slope_of(bias, i_b, i_h), o_m[:, None], o_n[None, :])
         b_log = b_s - load_lse(p_lse, begin + o_m, m_m, 0.0)[:, None]
         b_best = tl.maximum(b_best, b_log, propagate_nan=tl.PropagateNan.ALL)
-        p_q += q_head
-        p_k += tl.where(i_h % GROUP == GROUP - 1, k_head, 0)
+        p_q += eights(q_head, D)
+        p_k += tl.where(i_h % GROUP == GROUP - 1, eights(k_head, D), 0)
         p_lse += T
 
     m_counted = (m_m & (o_m != summary_row_or_none(p_summary_index, i_b, n)))[:, None] & m_n[None, :]
@@ -130,8 +131,10 @@ def from_summary_kernel(
     o_d = tl.arange(0, BLOCK_D)
     row = begin + tl.maximum(summary_row, 0)
     i_h = i_h.to(tl.int64)
-    b_q = tl.load(p_q + i_h * q_head + row * q_row + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    b_k = load_tile(p_k + i_h // GROUP * k_head, begin + i_n * BLOCK, k_row, m_seen, BLOCK, D, BLOCK_D).to(tl.float32)
+    b_q = tl.load(p_q + i_h * eights(q_head, D) + row * q_row + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_k = load_tile(p_k + i_h // GROUP * eights(k_head, D), begin + i_n * BLOCK, k_row, m_seen, BLOCK, D, BLOCK_D).to(
+        tl.float32
+    )
     b_s = capped(tl.sum(b_k * b_q[None, :], 1), bias)
     b_s = slant(b_s * scale, slope_of(bias, i_b, i_h), summary_row, o_n)
     b_log = b_s - load_lse(p_lse, i_h * T + row, None, None)

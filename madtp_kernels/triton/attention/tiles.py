@@ -42,8 +42,18 @@ def summary_row_or_none(p_summary_index, i_b, n):
 
 
 @triton.jit
-def _tile(p_x, row, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def eights(stride, D: tl.constexpr):
+    """The stride, seen to be a multiple of 8 where D is one but not of 16, which triton sees by itself: `heads` has
+    made it so, and rows are then read 16 bytes at a time."""
+    if D % 16 != 0:
+        stride = stride // 8 * 8
+    return stride
+
+
+@triton.jit
+def _tile(p_x, row, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers to rows row, row + 1, ...: one 64-bit address, and 32-bit offsets, which take half the registers."""
+    stride = eights(stride, D)
     return p_x + row * stride + (tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :])
 
 
@@ -51,7 +61,7 @@ def _tile(p_x, row, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 def load_tile(p_x, row, stride, m_rows, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """(ROWS, BLOCK_D) of one head from `row` (int64) on; zeros where masked. m_rows None: all rows exist."""
     o_d = tl.arange(0, BLOCK_D)
-    p_tile = _tile(p_x, row, stride, ROWS, BLOCK_D)
+    p_tile = _tile(p_x, row, stride, ROWS, D, BLOCK_D)
     if m_rows is None and D == BLOCK_D:
         return tl.load(p_tile)
     elif m_rows is None:
@@ -66,7 +76,7 @@ def load_tile(p_x, row, stride, m_rows, ROWS: tl.constexpr, D: tl.constexpr, BLO
 def store_tile(p_x, row, stride, m_rows, b_x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
     m_tile = m_rows[:, None] if D == BLOCK_D else m_rows[:, None] & (o_d < D)[None, :]
-    tl.store(_tile(p_x, row, stride, ROWS, BLOCK_D), b_x.to(p_x.dtype.element_ty), mask=m_tile)
+    tl.store(_tile(p_x, row, stride, ROWS, D, BLOCK_D), b_x.to(p_x.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
@@ -89,8 +99,11 @@ def zero_tail(p_x, p_cu_seqlens, B, T, WIDTH):
 
 
 def heads(x: Tensor) -> Tensor:
-    """x (T, H, D), or a copy when its channels are not contiguous or its rows too far apart for 32-bit offsets."""
-    return x if x.stride(2) == 1 and x.stride(0) < MAX_STRIDE else x.contiguous()
+    """x (T, H, D), or a copy when its channels are not contiguous, its rows too far apart for 32-bit offsets, or one
+    of its strides is not what `eights` makes of it."""
+    fits = x.stride(2) == 1 and x.stride(0) < MAX_STRIDE
+    even = x.shape[2] % 16 == 0 or (x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0)
+    return x if fits and even else x.contiguous()
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
