@@ -198,17 +198,10 @@ torch.library.define(
 )
 
 
-# By backend: what head_dim is a multiple of, and the largest.
-_HEAD_DIMS = {
-    "cpu": (8, 256),
-    "triton": (16, 128),
-}
-
-
 def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    (least, largest), head_dim = _HEAD_DIMS[backend], shape[-1]
-    if head_dim % least or not least <= head_dim <= largest:
-        return f"head_dim must be a multiple of {least} from {least} to {largest}, got {head_dim}"
+    head_dim = shape[-1]
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        return f"head_dim must be a multiple of 8 from 8 to 256, got {head_dim}"
     return None
 
 

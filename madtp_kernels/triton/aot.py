@@ -35,7 +35,7 @@ TARGETS = (80, 90)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # what triton specialises pointers and sizes on
 WIDTHS = {  # columns of the report
-    "op": 43,
+    "op": 48,
     "kernel": 30,
     "target": 8,
     "dtype": 10,
@@ -66,6 +66,8 @@ OTHERS = [
     Sizes(17, 1, 16, False),
     Sizes(768, 100, 96, False),
     Sizes(768, 100, 64, True),
+    Sizes(1152, 100, 72, False),
+    Sizes(2048, 7, 256, True),
 ]
 
 

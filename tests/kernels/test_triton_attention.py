@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from ragged_cases import cu_seqlens_of
+from test_attention_masks import OPTIONS, SLOPES
 from triton_cases import DEVICE, DTYPES, MARKS, largest, wild_integers, with_slow, within_twice
 
 import madtp_kernels as mk
@@ -90,7 +91,7 @@ def equal(got, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", with_slow([80], [16, 32, 64, 96, 128]))
+@pytest.mark.parametrize("dim", with_slow([72], [8, 16, 24, 32, 64, 80, 96, 128, 200, 256]))
 def test_head_dims(dtype, dim):
     Case([33, 1, 0, 2], dim=dim, dtype=dtype, causal=dim % 64 == 0, index=[32, 0, -1, 1]).check()
 
@@ -142,7 +143,7 @@ def test_cross_attention(dtype):
         out = mk.varlen_attention(*inputs, cu_q, cu_k, max_seqlen_q=34, max_seqlen_k=66, backend="reference")
         return out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))
 
-    arguments = (q, k, v, cu_q, cu_k, 34, 66, 32**-0.5, False, None, False)
+    arguments = (q, k, v, cu_q, cu_k, 34, 66, 32**-0.5, False, -1, -1, 0.0, None, None, False)
     out, summary_attention, received_attention, lse = varlen_attention(*arguments)
     grads = varlen_attention_backward(grad, summary_attention, received_attention, out, lse, *arguments)
     within_bound((out, *grads), reference(torch.float64), reference(dtype))
@@ -151,7 +152,7 @@ def test_cross_attention(dtype):
 def test_queries_without_keys_give_zeros():
     cu_q, cu_k = cu_seqlens_of([3, 2]).to(DEVICE), cu_seqlens_of([0, 4]).to(DEVICE)
     q, k = torch.randn(5, 2, 16, device=DEVICE), torch.randn(4, 2, 16, device=DEVICE)
-    arguments = (q, k, k, cu_q, cu_k, 3, 4, 0.25, False, None, False)
+    arguments = (q, k, k, cu_q, cu_k, 3, 4, 0.25, False, -1, -1, 0.0, None, None, False)
     out, *empty, lse = varlen_attention(*arguments)
     dq, *_ = varlen_attention_backward(torch.ones_like(q), *empty, out, lse, *arguments)
     assert not out[:3].any() and not dq[:3].any() and out[3:].all()
@@ -280,9 +281,128 @@ def test_no_value_makes_a_kernel_write_out_of_bounds(causal, seed, monkeypatch):
         case.run()
     q, k, v = case.qkv.unbind(1)
     cu_k = wild_integers(7, generator)
-    arguments = (q, k[:30], v[:30], case.cu, cu_k, 40, 30, 1.0, False, None, False)
+    arguments = (q, k[:30], v[:30], case.cu, cu_k, 40, 30, 1.0, causal, 3 if causal else -1, -1, 0.0, None, None, False)
     out, *empty, lse = varlen_attention(*arguments)
     varlen_attention_backward(out, *empty, out, lse, *arguments)
+
+
+# --- grouped-query heads, unequal lengths, masks and biases: options by the names of the public function
+
+
+class OptionsCase:
+    """Inputs of one call; `keys` None is self-attention with statistics."""
+
+    def __init__(self, options, queries, keys=None, heads=4, key_heads=2, dim=8, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(0)
+        self.stats, keys = keys is None, keys or queries
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator).to(DEVICE)
+
+        self.inputs = [random(sum(queries), heads, dim).to(dtype)]
+        self.inputs += [random(sum(keys), key_heads, dim).to(dtype) for _ in range(2)]
+        self.grads = [random(sum(queries), heads, dim).to(dtype)]
+        self.grads += [random(sum(queries) if self.stats else 0) for _ in range(2)]
+        self.cu = [cu_seqlens_of(lengths).to(DEVICE) for lengths in (queries, keys)]
+        index = [n - 1 if b % 2 else 0 for b, n in enumerate(queries)]
+        index = torch.tensor(index, dtype=torch.int32, device=DEVICE) if self.stats else None
+        slopes = options.get("alibi_slopes")
+        if slopes is not None:
+            slopes = (slopes[: len(queries), :heads] if slopes.ndim == 2 else slopes[:heads]).to(DEVICE)
+        mask = options.get("causal", False), *options.get("window_size", (-1, -1))
+        options = dim**-0.5, *mask, options.get("softcap", 0.0), slopes, index, self.stats
+        self.arguments = *self.cu, max(queries), max(keys), *options
+
+    def run(self):
+        """Outputs, lse, dq, dk and dv of the kernels."""
+        out, *stats, lse = varlen_attention(*self.inputs, *self.arguments)
+        grads = varlen_attention_backward(*self.grads, out, lse, *self.inputs, *self.arguments)
+        return *([out, *stats] if self.stats else [out]), lse, *grads
+
+    def reference(self, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in self.inputs]
+        *outputs, lse = torch.ops.madtp.varlen_attention(*inputs, *self.arguments, "reference")
+        outputs = outputs if self.stats else outputs[:1]
+        upstream = [g.to(o.dtype) for g, o in zip(self.grads, outputs, strict=False)]
+        grads = torch.autograd.grad(outputs, inputs, upstream)
+        return *(o.detach() for o in outputs), lse, *grads
+
+    def check(self):
+        got, exact, same_dtype = self.run(), self.reference(torch.float64), self.reference(self.inputs[0].dtype)
+        lse = got[-4]
+        blind = lse.isneginf()  # (H, Tq)
+        assert torch.equal(blind, exact[-4].isneginf())
+        torch.testing.assert_close(lse.double(), exact[-4], rtol=1e-6, atol=2e-6)
+        for x in (got[0], got[-3]):  # out and dq
+            assert not x.transpose(0, 1)[blind].any()
+        without_lse = [(*results[:-4], *results[-3:]) for results in (got, exact, same_dtype)]
+        within_bound(*without_lse)
+
+
+FEWER, MORE = [4, 1, 9], [5, 3, 7]  # queries and keys: the last has more queries than keys
+QUICK = ["causal window", "all"]
+SLOW = [name for name in OPTIONS if name not in QUICK]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", with_slow(QUICK, SLOW))
+def test_options(dtype, name):
+    OptionsCase(OPTIONS[name], FEWER, MORE, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", with_slow(["all"], [name for name in OPTIONS if name != "all"]))
+def test_options_with_statistics(dtype, name):
+    OptionsCase(OPTIONS[name], [9, 1, 4], dtype=dtype).check()
+
+
+WIDE = {
+    "window": {"window_size": (20, 9)},
+    "left": {"window_size": (20, -1), "softcap": 50.0},
+    "right": {"window_size": (-1, 20), "alibi_slopes": SLOPES},
+    "causal window": {"causal": True, "window_size": (40, -1)},
+    "all": {"causal": True, "window_size": (40, -1), "softcap": 5.0, "alibi_slopes": SLOPES},
+}
+
+
+@pytest.mark.parametrize("lengths", with_slow([([37], [53])], [([53], [37]), ([90, 37], None)]), ids=str)
+@pytest.mark.parametrize("name", with_slow(["window"], [name for name in WIDE if name != "window"]))
+def test_windows_over_several_blocks(lengths, name):
+    OptionsCase(WIDE[name], *lengths, heads=2, key_heads=1, dim=16).check()
+
+
+@pytest.mark.slow
+def test_options_over_slabs_of_queries(monkeypatch):
+    monkeypatch.setattr(attention_backward, "SLAB", 128)
+    OptionsCase(WIDE["all"], [140], heads=2, key_heads=1, dim=16).check()
+
+
+@pytest.mark.parametrize("dim", with_slow([24], [8, 72, 200, 256]))
+def test_options_at_head_dims(dim):
+    OptionsCase(OPTIONS["all"], [5], [7], heads=2, key_heads=1, dim=dim, dtype=torch.float16).check()
+
+
+def test_options_do_not_depend_on_the_batch():
+    options = OPTIONS["all"]
+    case = OptionsCase(options, [3, 5], [4, 2], heads=2, key_heads=1)
+    together = case.run()
+    alone = OptionsCase(options, [5], [2], heads=2, key_heads=1)
+    alone.inputs, alone.grads[0] = (
+        [x[len(x) - n :] for x, n in zip(case.inputs, (5, 2, 2), strict=True)],
+        case.grads[0][3:],
+    )
+    out, lse, dq, dk, dv = alone.run()
+    assert equal(
+        (out, lse, dq, dk, dv),
+        [together[0][3:], together[1][:, 3:], *(g[-n:] for g, n in zip(together[2:], (5, 2, 2), strict=True))],
+    )
+
+
+def test_a_window_of_any_size_is_taken():
+    causal = OptionsCase({"causal": True}, [5], [7], heads=2, key_heads=1).run()
+    assert equal(OptionsCase({"window_size": (2**40, 0)}, [5], [7], heads=2, key_heads=1).run(), causal)
+    plain = OptionsCase({}, [5], [7], heads=2, key_heads=1).run()
+    assert equal(OptionsCase({"window_size": (2**40, 2**40)}, [5], [7], heads=2, key_heads=1).run(), plain)
 
 
 def test_refuses_more_heads_than_a_byte_holds():

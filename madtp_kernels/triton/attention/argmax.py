@@ -11,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from madtp_kernels.triton.attention.masks import keys_of, right_of, visible
+from madtp_kernels.triton.attention.scores import capped, load_lse, slant, slope_of
 from madtp_kernels.triton.attention.tiles import (
     dims,
+    eights,
     head_tile,
-    load_lse,
     load_tile,
     program_of,
     sequence_rows,
@@ -28,10 +30,10 @@ ROWS = 128  # of a program of the delta kernel
 NO_HEAD = tl.constexpr(255)  # pairs whose query is not counted; heads are numbered up to 254
 
 
-@triton.jit(do_not_specialize=["T", "H", "max_seqlen", "slab_begin"])
+@triton.jit(do_not_specialize=["T", "H", "max_seqlen", "slab_begin", "left", "right"])
 def head_argmax_kernel(
     p_q,  # (T, H, D)
-    p_k,  # (T, H, D)
+    p_k,  # (T, H / GROUP, D)
     p_lse,  # (H, T) fp32
     p_grad,  # (T,) fp32: of the maximum, per key
     p_cu_seqlens,  # (B+1,) int32
@@ -43,6 +45,9 @@ def head_argmax_kernel(
     k_row,
     k_head,
     scale,
+    bias,  # Bias or None
+    left,
+    right,
     T,
     H,
     max_seqlen,
@@ -52,6 +57,7 @@ def head_argmax_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """One tile of queries and keys."""
@@ -63,8 +69,12 @@ def head_argmax_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if (i_n * BLOCK_N >= n) | (top >= n):
         return
-    if CAUSAL:
-        if i_n * BLOCK_N >= top + BLOCK_M:
+    right = right_of(right, CAUSAL)
+    if right is not None:
+        if i_n * BLOCK_N >= top + BLOCK_M + right:
+            return
+    if left is not None:
+        if (i_n + 1) * BLOCK_N <= top - left:
             return
     m_m, m_n = o_m < n, o_n < n
     b_best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
@@ -72,12 +82,13 @@ def head_argmax_kernel(
     for i_h in range(H):
         b_q = load_tile(p_q, begin + top, q_row, m_m, BLOCK_M, D, BLOCK_D)
         b_k = load_tile(p_k, begin + i_n * BLOCK_N, k_row, m_n, BLOCK_N, D, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_log = b_s * scale - load_lse(p_lse, begin + o_m, m_m, 0.0)[:, None]
+        b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), bias)
+        b_s = slant(b_s * scale, slope_of(bias, i_b, i_h), o_m[:, None], o_n[None, :])
+        b_log = b_s - load_lse(p_lse, begin + o_m, m_m, 0.0)[:, None]
         b_head = tl.where(b_log > b_best, i_h, b_head)
         b_best = tl.maximum(b_best, b_log)
-        p_q += q_head
-        p_k += k_head
+        p_q += eights(q_head, D)
+        p_k += tl.where(i_h % GROUP == GROUP - 1, eights(k_head, D), 0)
         p_lse += T
 
     m_counted = m_m & (o_m != summary_row_or_none(p_summary_index, i_b, n))
@@ -85,9 +96,7 @@ def head_argmax_kernel(
     p_tile = tl.trans(head_tile(p_head, begin + i_n * BLOCK_N, i_m * BLOCK_M, slab, BLOCK_N, BLOCK_M))
     tl.store(p_tile, b_head.to(tl.uint8), mask=m_m[:, None] & m_n[None, :])
 
-    m_pair = m_counted[:, None] & m_n[None, :]
-    if CAUSAL:
-        m_pair = m_pair & (o_n[None, :] <= o_m[:, None])
+    m_pair = visible(m_counted[:, None] & m_n[None, :], o_m[:, None], o_n[None, :], left, right)
     b_grad = tl.load(p_grad + begin + o_n, mask=m_n, other=0.0)
     b_share = tl.where(m_pair, tl.exp2(b_best) * b_grad[None, :], 0.0)
     p_partial += _partial_block(begin, i_n, i_b, BLOCK_N) * H * slab
@@ -103,7 +112,7 @@ def _partial_block(begin, i_n, i_b, BLOCK_N: tl.constexpr):
     return begin // BLOCK_N + i_n + i_b
 
 
-@triton.jit(do_not_specialize=["T", "H", "max_seqlen", "slab_begin"])
+@triton.jit(do_not_specialize=["T", "H", "max_seqlen", "slab_begin", "left", "right"])
 def delta_kernel(
     p_partial,  # (blocks of keys, H, slab) fp32
     p_from_summary,  # (H, T) fp32: P[h,s,j]
@@ -111,6 +120,8 @@ def delta_kernel(
     p_cu_seqlens,  # (B+1,) int32
     p_summary_index,  # (B,) int32 or None
     p_delta,  # (H, T) fp32, in and out
+    left,
+    right,
     T,
     H,
     max_seqlen,
@@ -131,10 +142,15 @@ def delta_kernel(
     m_m = o_m < n
     o_head = i_h.to(tl.int64) * T + begin
     b_delta = tl.load(p_delta + o_head + o_m, mask=m_m, other=0.0)
-    p_partial += (_partial_block(begin, 0, i_b, BLOCK_N) * H + i_h) * slab
-    last = tl.minimum(n, slab_begin + (i_m + 1) * BLOCK) if CAUSAL else n
-    for start in range(0, last, BLOCK_N):
-        m_part = m_m & (start <= o_m) if CAUSAL else m_m
+    right = right_of(right, CAUSAL)
+    first, _, _, end = keys_of(slab_begin + i_m * BLOCK, 0, n, left, right, BLOCK, BLOCK_N)
+    p_partial += (_partial_block(begin, first // BLOCK_N, i_b, BLOCK_N) * H + i_h) * slab
+    for start in range(first, end, BLOCK_N):
+        m_part = m_m  # where a query sees nothing of a block of keys there is no sum
+        if right is not None:
+            m_part = m_part & (start <= o_m + right)
+        if left is not None:
+            m_part = m_part & (start + BLOCK_N > o_m - left)
         b_delta += tl.load(p_partial + o_slab, mask=m_part, other=0.0)
         p_partial += H.to(tl.int64) * slab
 
@@ -152,9 +168,11 @@ def delta_kernel(
 # --- launcher
 
 
-def _blocks(dtype: torch.dtype) -> dict[str, int]:
+def _blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+    if head_dim > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
@@ -164,17 +182,23 @@ class HeadArgmax:
     def __init__(self, q: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, slab: int):
         self.q, self.k, self.lse, self.cu_seqlens = q, k, lse, cu_seqlens
         self.max_seqlen, self.slab = max_seqlen, slab
-        self.blocks = _blocks(q.dtype)
-        length, head_count, _ = q.shape
+        length, head_count, head_dim = q.shape
+        self.blocks = _blocks(head_dim, q.dtype)
         self.heads = torch.empty((length, slab), dtype=torch.uint8, device=q.device)
         block_count = length // self.blocks["BLOCK_N"] + cu_seqlens.numel() - 1
         self.partial = statistic(q, block_count, head_count, slab)
 
-    def fill(self, slab_begin, grad, from_summary, through, delta, scale, causal, summary_index) -> None:
+    def fill(self, slab_begin, grad, from_summary, through, delta, score, mask, summary_index) -> None:
         """Writes `heads` for queries from slab_begin on, and completes their delta."""
         (length, head_count, head_dim), batch = self.q.shape, self.cu_seqlens.numel() - 1
         rows = min(self.max_seqlen - slab_begin, self.slab)
-        sizes = (length, head_count, self.max_seqlen, slab_begin, self.slab)
+        sizes = {
+            "T": length,
+            "H": head_count,
+            "max_seqlen": self.max_seqlen,
+            "slab_begin": slab_begin,
+            "slab": self.slab,
+        }
         tiles = triton.cdiv(rows, self.blocks["BLOCK_M"]) * triton.cdiv(self.max_seqlen, self.blocks["BLOCK_N"])
         head_argmax_kernel[(tiles * batch,)](
             self.q,
@@ -186,10 +210,11 @@ class HeadArgmax:
             self.heads,
             self.partial,
             *strides(self.q, self.k),
-            scale,
-            *sizes,
+            **sizes,
             **dims(head_dim),
-            CAUSAL=causal,
+            GROUP=head_count // self.k.shape[1],
+            **score,
+            **mask,
             **OPTIONS | self.blocks,
         )
         delta_kernel[(triton.cdiv(rows, ROWS) * head_count * batch,)](
@@ -199,9 +224,9 @@ class HeadArgmax:
             self.cu_seqlens,
             summary_index,
             delta,
-            *sizes,
+            **sizes,
             BLOCK_N=self.blocks["BLOCK_N"],
             BLOCK=ROWS,
-            CAUSAL=causal,
+            **mask,
             **OPTIONS,
         )

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from madtp_kernels.triton.attention.argmax import HeadArgmax
 from madtp_kernels.triton.attention.gradients import Inputs, StatisticGradients, launch_gradients
+from madtp_kernels.triton.attention.masks import masking, observers, right_of
+from madtp_kernels.triton.attention.scores import scoring
 from madtp_kernels.triton.attention.statistics import head_sums, launch_from_summary
 from madtp_kernels.triton.attention.tiles import (
-    LOG2_E,
     dims,
+    eights,
     heads,
     load_tile,
-    observers,
     program_of,
     sequence_rows,
     statistic,
@@ -31,7 +32,7 @@ from madtp_kernels.triton.attention.tiles import (
 )
 from madtp_kernels.triton.common import OPTIONS, on_device
 
-ROWS = 64  # of a program of the preparing kernel
+ELEMENTS = 8192  # of a program of the preparing kernel
 SLAB = 1024  # queries of a sequence whose arg-max heads are held at a time
 MAX_HEADS = 255
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -49,7 +50,7 @@ class PreparedStatistics(NamedTuple):
     d_maximum: Tensor  # (T,) fp32, out: gradient of max_h P[h,i,j], the same for all counted queries
 
 
-@triton.jit(do_not_specialize=["T", "H", "max_seqlen"])
+@triton.jit(do_not_specialize=["T", "H", "max_seqlen", "left", "right"])
 def prepare_kernel(
     p_grad_out,  # (T, H, D), row stride grad_row, head stride grad_head
     p_out,  # (T, H, D) contiguous
@@ -59,6 +60,8 @@ def prepare_kernel(
     p_delta,  # (H, T) fp32, out: d_out O, or without statistics grad_out O
     grad_row,
     grad_head,
+    left,
+    right,
     T,
     H,
     max_seqlen,
@@ -76,7 +79,9 @@ def prepare_kernel(
     m_m = o_m < n
     o_head = i_h.to(tl.int64) * T + begin + o_m
     b_out = load_tile(p_out + i_h * D, begin + i_m * BLOCK, H * D, m_m, BLOCK, D, BLOCK_D).to(tl.float32)
-    b_grad = load_tile(p_grad_out + i_h.to(tl.int64) * grad_head, begin + i_m * BLOCK, grad_row, m_m, BLOCK, D, BLOCK_D)
+    b_grad = load_tile(
+        p_grad_out + i_h.to(tl.int64) * eights(grad_head, D), begin + i_m * BLOCK, grad_row, m_m, BLOCK, D, BLOCK_D
+    )
     b_grad = b_grad.to(tl.float32)
     if statistics is not None:
         p_grad_summary, p_grad_received, p_from_summary, p_norms, p_d_out, p_through, p_d_maximum = statistics
@@ -92,7 +97,8 @@ def prepare_kernel(
         b_grad = b_grad.to(tl.float32)
         tl.store(p_through + o_head, b_d_summary * b_norm / b_norms, mask=m_m)
         if i_h == 0:
-            b_observers = observers(o_m, n, summary_row_or_none(p_summary_index, i_b, n), CAUSAL)
+            summary_row = summary_row_or_none(p_summary_index, i_b, n)
+            b_observers = observers(o_m, n, summary_row, left, right_of(right, CAUSAL))
             b_d_received = tl.load(p_grad_received + begin + o_m, mask=m_m, other=0.0)
             tl.store(p_d_maximum + begin + o_m, b_d_received / b_observers, mask=m_m)
     tl.store(p_delta + o_head, tl.sum(b_grad * b_out, 1), mask=m_m)
@@ -161,14 +167,17 @@ def varlen_attention_backward(
     q, k, v, grad_out, out, lse = heads(q), heads(k), heads(v), heads(grad_out), out.contiguous(), lse.contiguous()
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     summary_index = None if summary_index is None else summary_index.contiguous()
-    scale, slab = softmax_scale * LOG2_E, triton.cdiv(max_seqlen_q, 128) * 128
+    slab = triton.cdiv(max_seqlen_q, 128) * 128
+    mask = masking(causal, window_left, window_right, max_seqlen_q, max_seqlen_k)
+    score = scoring(softmax_scale, softcap, alibi_slopes)
     delta = statistic(q, head_count, rows)
+    block = min(ELEMENTS // triton.next_power_of_2(head_dim), 64)
     prepared, argmax = None, None
     with on_device(q.device):
         if return_stats:
             slab = min(slab, SLAB)
             from_summary, norms = launch_from_summary(
-                q, k, lse, out, cu_seqlens_q, max_seqlen_q, scale, causal, summary_index
+                q, k, lse, out, cu_seqlens_q, max_seqlen_q, score, mask, summary_index
             )
             d_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             through, d_maximum = statistic(q, head_count, rows), statistic(q, rows)
@@ -183,7 +192,7 @@ def varlen_attention_backward(
                 d_maximum,
             )
             argmax = HeadArgmax(q, k, lse, cu_seqlens_q, max_seqlen_q, slab)
-        prepare_kernel[(triton.cdiv(max_seqlen_q, ROWS) * head_count * batch,)](
+        prepare_kernel[(triton.cdiv(max_seqlen_q, block) * head_count * batch,)](
             grad_out,
             out,
             cu_seqlens_q,
@@ -191,12 +200,12 @@ def varlen_attention_backward(
             prepared,
             delta,
             *strides(grad_out),
-            rows,
-            head_count,
-            max_seqlen_q,
+            T=rows,
+            H=head_count,
+            max_seqlen=max_seqlen_q,
             **dims(head_dim),
-            BLOCK=ROWS,
-            CAUSAL=causal,
+            **mask,
+            BLOCK=block,
             **OPTIONS,
         )
         slabs = range(0, max_seqlen_q, slab)
@@ -210,9 +219,18 @@ def varlen_attention_backward(
             statistics = None
             if prepared is not None and argmax is not None:
                 through, d_maximum = prepared.through, prepared.d_maximum
-                argmax.fill(slab_begin, d_maximum, prepared.from_summary, through, delta, scale, causal, summary_index)
+                argmax.fill(slab_begin, d_maximum, prepared.from_summary, through, delta, score, mask, summary_index)
                 statistics = StatisticGradients(summary_index, argmax.heads, through, d_maximum)
             launch_gradients(
-                inputs, statistics, (dq, dk, dv), max_seqlen_q, max_seqlen_k, softmax_scale, causal, slab_begin, slab
+                inputs,
+                statistics,
+                (dq, dk, dv),
+                max_seqlen_q,
+                max_seqlen_k,
+                softmax_scale,
+                score,
+                mask,
+                slab_begin,
+                slab,
             )
     return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -6,17 +6,17 @@ same time, so both are overlapped by resident programs rather than inside one. f
 which costs an order of magnitude and keeps the error of the reference.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from madtp_kernels.triton.attention.masks import keys_of, masking, right_of, visible
+from madtp_kernels.triton.attention.scores import capped, scoring, slant, slope_of
 from madtp_kernels.triton.attention.statistics import attention_statistics
 from madtp_kernels.triton.attention.tiles import (
-    LOG2_E,
     dims,
+    eights,
     heads,
     load_tile,
     program_of,
@@ -28,8 +28,9 @@ from madtp_kernels.triton.attention.tiles import (
 )
 from madtp_kernels.triton.common import OPTIONS, on_device
 
-TINY = torch.finfo(torch.float32).tiny
-LN_2 = tl.constexpr(math.log(2))
+LN_2 = tl.constexpr(0.6931471805599453)
+# What the running maximum starts from: finite, so that a block of which a query sees nothing leaves its sum at 0.
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -42,27 +43,31 @@ def _attend(
     p_v,
     first,
     start,
-    o_m,
+    o_p,  # (BLOCK_M,) positions of the queries
     n,
     k_row,
     v_row,
     scale,
+    bias,
+    slope,
+    left,
+    right,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One block of keys into the running softmax; unless MASKED every query sees every key of it."""
     o_n = start + tl.arange(0, BLOCK_N)
     m_n = o_n < n if MASKED else None
     b_k = load_tile(p_k, first + start, k_row, m_n, BLOCK_N, D, BLOCK_D)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), bias)
+    if slope is not None:
+        b_s = slant(b_s * scale, slope, o_p[:, None], o_n[None, :])
+        scale = 1.0
     if MASKED:
-        m_visible = m_n[None, :]  # type: ignore[index]  # MASKED: it is not None
-        if CAUSAL:
-            m_visible = m_visible & (o_n[None, :] <= o_m[:, None])
-        b_s = tl.where(m_visible, b_s, float("-inf"))
+        m_pairs = m_n[None, :]  # type: ignore[index]  # MASKED: it is not None
+        b_s = tl.where(visible(m_pairs, o_p[:, None], o_n[None, :], left, right), b_s, float("-inf"))
     b_next = tl.maximum(b_max, tl.max(b_s, 1) * scale)
     b_p = tl.exp2(b_s * scale - b_next[:, None])
     b_shrink = tl.exp2(b_max - b_next)
@@ -71,11 +76,11 @@ def _attend(
     return b_acc, b_next, b_sum * b_shrink + tl.sum(b_p, 1)
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "H", "B", "max_seqlen_q", "max_seqlen_k"])
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "B", "max_seqlen_q", "max_seqlen_k", "left", "right"])
 def attention_kernel(
     p_q,  # (Tq, H, D), row stride q_row, head stride q_head
-    p_k,  # (Tk, H, D)
-    p_v,  # (Tk, H, D)
+    p_k,  # (Tk, H / GROUP, D)
+    p_v,  # (Tk, H / GROUP, D)
     p_cu_seqlens_q,  # (B+1,) int32
     p_cu_seqlens_k,  # (B+1,) int32
     p_out,  # (Tq, H, D), out
@@ -87,7 +92,10 @@ def attention_kernel(
     k_head,
     v_row,
     v_head,
-    scale,  # softmax_scale * log2(e), not negative
+    scale,  # not negative
+    bias,  # Bias or None
+    left,
+    right,
     Tq,
     Tk,
     H,
@@ -98,6 +106,7 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a key head
     CAUSAL: tl.constexpr,
 ):
     """One block of queries of one head."""
@@ -113,29 +122,35 @@ def attention_kernel(
 
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < n_q
-    p_k += i_h.to(tl.int64) * k_head
-    p_v += i_h.to(tl.int64) * v_head
-    b_q = load_tile(p_q + i_h.to(tl.int64) * q_head, begin + i_m * BLOCK_M, q_row, m_m, BLOCK_M, D, BLOCK_D)
+    p_k += (i_h // GROUP).to(tl.int64) * eights(k_head, D)
+    p_v += (i_h // GROUP).to(tl.int64) * eights(v_head, D)
+    b_q = load_tile(p_q + i_h.to(tl.int64) * eights(q_head, D), begin + i_m * BLOCK_M, q_row, m_m, BLOCK_M, D, BLOCK_D)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    if CAUSAL:
-        n_k = tl.minimum(n_k, (i_m + 1) * BLOCK_M)
-        whole = tl.minimum(i_m * BLOCK_M, n_k) // BLOCK_N * BLOCK_N
-    else:
-        whole = n_k // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
+    slope = slope_of(bias, i_b, i_h)
+    right = right_of(right, CAUSAL)
+    shift = n_k - n_q
+    o_p = o_m + shift
+    begin_n, whole, edge, end = keys_of(i_m * BLOCK_M, shift, n_k, left, right, BLOCK_M, BLOCK_N)
+    if left is not None:
+        for start in range(begin_n, whole, BLOCK_N):
+            b_acc, b_max, b_sum = _attend(
+                b_acc, b_max, b_sum, b_q, p_k, p_v, first, start, o_p, end, k_row, v_row, scale, bias, slope,
+                left, right, D, BLOCK_D, BLOCK_N, True,
+            )  # fmt: skip
+    for start in range(whole, edge, BLOCK_N):
         b_acc, b_max, b_sum = _attend(
-            b_acc, b_max, b_sum, b_q, p_k, p_v, first, start, o_m, n_k, k_row, v_row, scale,
-            D, BLOCK_D, BLOCK_N, CAUSAL, False,
+            b_acc, b_max, b_sum, b_q, p_k, p_v, first, start, o_p, end, k_row, v_row, scale, bias, slope,
+            left, right, D, BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
-    for start in range(whole, n_k, BLOCK_N):
+    for start in range(edge, end, BLOCK_N):
         b_acc, b_max, b_sum = _attend(
-            b_acc, b_max, b_sum, b_q, p_k, p_v, first, start, o_m, n_k, k_row, v_row, scale,
-            D, BLOCK_D, BLOCK_N, CAUSAL, True,
+            b_acc, b_max, b_sum, b_q, p_k, p_v, first, start, o_p, end, k_row, v_row, scale, bias, slope,
+            left, right, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
 
-    b_out = b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None]  # 0: a sequence without keys
+    b_out = b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None]  # 0: a query that sees no key
     o_head = i_h.to(tl.int64) * Tq + begin + o_m
     store_tile(p_out + i_h * D, begin + i_m * BLOCK_M, H * D, m_m, b_out, BLOCK_M, D, BLOCK_D)
     tl.store(p_lse + o_head, (b_max + tl.log2(b_sum)) * LN_2, mask=m_m)
@@ -146,7 +161,9 @@ def attention_kernel(
 def _blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """The largest tiles that keep everything in registers on sm_80 and sm_90."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 32 if head_dim <= 128 else 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+    if head_dim > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 128, "BLOCK_N": 64 if head_dim <= 64 else 32, "num_warps": 8, "num_stages": 3}
 
 
@@ -184,8 +201,8 @@ def varlen_attention(
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     norms = statistic(q, head_count, rows) if return_stats else None
-    # A masked score, -inf, stays one when it is scaled, and all others vanish: 0 would make it NaN.
-    scale = max(softmax_scale * LOG2_E, TINY)
+    mask = masking(causal, window_left, window_right, max_seqlen_q, max_seqlen_k)
+    score = scoring(softmax_scale, softcap, alibi_slopes)
     with on_device(q.device):
         attention_kernel[(programs,)](
             q,
@@ -197,20 +214,21 @@ def varlen_attention(
             lse,
             norms,
             *strides(q, k, v),
-            scale,
-            rows,
-            k.shape[0],
-            head_count,
-            batch,
-            max_seqlen_q,
-            max_seqlen_k,
+            Tq=rows,
+            Tk=k.shape[0],
+            H=head_count,
+            B=batch,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
             **dims(head_dim),
-            CAUSAL=causal,
+            GROUP=head_count // k.shape[1],
+            **score,
+            **mask,
             **OPTIONS | blocks,
         )
         if norms is None:
             return out, statistic(q, 0), statistic(q, 0), lse
         summary_attention, received_attention = attention_statistics(
-            q, k, lse, norms, cu_seqlens_q, max_seqlen_q, scale, causal, summary_index
+            q, k, lse, norms, cu_seqlens_q, max_seqlen_q, score, mask, summary_index
         )
     return out, summary_attention, received_attention, lse

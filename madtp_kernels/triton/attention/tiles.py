@@ -2,8 +2,8 @@
 """What the attention kernels share: how a program finds its tile, and how tiles are read.
 
 Sequences are cut into blocks of rows counted from their own start, and block sizes depend on the head dimension and the
-dtype only: a result does not depend on the batch. Scores stay in the log2 domain, `s * scale` with
-scale = softmax_scale * log2(e). A head dimension that is no power of two is padded with zeros inside the tile.
+dtype only: a result does not depend on the batch. A head dimension that is no power of two is padded with zeros inside
+the tile.
 """
 
 import torch
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from madtp_kernels.triton.common import load_summary_row, sequence_bounds
 
-LOG2_E = 1.4426950408889634
 MAX_STRIDE = 2**24  # elements from row to row
 TAIL_BLOCK = tl.constexpr(1024)
-_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
 def program_of(blocks, H):
-    """(block, head, sequence) of this program; blocks of one head run side by side and share its K and V in cache."""
+    """(block, head, sequence) of this program.
+
+    Blocks of one head, and query heads of one key head, run side by side and share K and V in cache.
+    """
     i_program = tl.program_id(0)
     return i_program % blocks, i_program // blocks % H, (i_program // blocks // H).to(tl.int64)
 
@@ -41,17 +42,18 @@ def summary_row_or_none(p_summary_index, i_b, n):
 
 
 @triton.jit
-def observers(o_n, n, summary_row, CAUSAL: tl.constexpr):
-    """How many counted queries `received_attention` of key o_n is divided by."""
-    b_count = o_n * 0 + 1
-    if CAUSAL:
-        b_count = tl.maximum(n - o_n - tl.where(summary_row >= o_n, 1, 0), 1)
-    return b_count.to(tl.float32)
+def eights(stride, D: tl.constexpr):
+    """The stride, seen to be a multiple of 8 where D is one but not of 16, which triton sees by itself: `heads` has
+    made it so, and rows are then read 16 bytes at a time."""
+    if D % 16 != 0:
+        stride = stride // 8 * 8
+    return stride
 
 
 @triton.jit
-def _tile(p_x, row, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _tile(p_x, row, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers to rows row, row + 1, ...: one 64-bit address, and 32-bit offsets, which take half the registers."""
+    stride = eights(stride, D)
     return p_x + row * stride + (tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :])
 
 
@@ -59,7 +61,7 @@ def _tile(p_x, row, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 def load_tile(p_x, row, stride, m_rows, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """(ROWS, BLOCK_D) of one head from `row` (int64) on; zeros where masked. m_rows None: all rows exist."""
     o_d = tl.arange(0, BLOCK_D)
-    p_tile = _tile(p_x, row, stride, ROWS, BLOCK_D)
+    p_tile = _tile(p_x, row, stride, ROWS, D, BLOCK_D)
     if m_rows is None and D == BLOCK_D:
         return tl.load(p_tile)
     elif m_rows is None:
@@ -74,19 +76,13 @@ def load_tile(p_x, row, stride, m_rows, ROWS: tl.constexpr, D: tl.constexpr, BLO
 def store_tile(p_x, row, stride, m_rows, b_x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
     m_tile = m_rows[:, None] if D == BLOCK_D else m_rows[:, None] & (o_d < D)[None, :]
-    tl.store(_tile(p_x, row, stride, ROWS, BLOCK_D), b_x.to(p_x.dtype.element_ty), mask=m_tile)
+    tl.store(_tile(p_x, row, stride, ROWS, D, BLOCK_D), b_x.to(p_x.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
 def head_tile(p_head, row, column, slab, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers to (ROWS, COLUMNS) of the arg-max heads: keys from `row` (int64), queries of the slab from `column`."""
     return p_head + row * slab + (column + tl.arange(0, ROWS)[:, None] * slab + tl.arange(0, COLUMNS)[None, :])
-
-
-@triton.jit
-def load_lse(p_lse, o_rows, m_rows, other):
-    """Log-sum-exp of rows, to base 2."""
-    return tl.load(p_lse + o_rows, mask=m_rows, other=other) * _LOG2_E
 
 
 @triton.jit
@@ -103,8 +99,11 @@ def zero_tail(p_x, p_cu_seqlens, B, T, WIDTH):
 
 
 def heads(x: Tensor) -> Tensor:
-    """x (T, H, D), or a copy when its channels are not contiguous or its rows too far apart for 32-bit offsets."""
-    return x if x.stride(2) == 1 and x.stride(0) < MAX_STRIDE else x.contiguous()
+    """x (T, H, D), or a copy when its channels are not contiguous, its rows too far apart for 32-bit offsets, or one
+    of its strides is not what `eights` makes of it."""
+    fits = x.stride(2) == 1 and x.stride(0) < MAX_STRIDE
+    even = x.shape[2] % 16 == 0 or (x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0)
+    return x if fits and even else x.contiguous()
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
