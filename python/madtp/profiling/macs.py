@@ -26,6 +26,7 @@ from madtp.handles import find_handle, handle_of
 from madtp.hwp import PackedLinear, is_pattern, matches
 from madtp.inference import evaluating, leading_size
 from madtp.models.registry import family_of
+from madtp.models.vlm_branches import branches_of
 
 OTHER = "other"
 
@@ -76,7 +77,8 @@ def profile(
         samples: what to divide by; None is the leading size of the first tensor in inputs.
         branches: names of the modules of each branch, shell-style patterns allowed; a matmul belongs to the branch of
             the innermost running module that matches, anything else to "other". None takes what is known of the model's
-            class (`madtp.models.FAMILIES`), of any other model nothing; `madtp_handle.branches` if it is patched.
+            class (`madtp.models.FAMILIES`), of a decoder that reads images "vision", "projector" and "decoder", of any
+            other model nothing; `madtp_handle.branches` if it is patched.
         planned_sparse: names of Linear modules to count as 2:4 whatever their weights hold yet.
 
     Returns:
@@ -87,7 +89,7 @@ def profile(
         samples = leading_size(inputs)
     if branches is None:
         source = find_handle(model) or family_of(model)
-        branches = source.branches if source else {}
+        branches = source.branches if source else branches_of(model)
     bits: Counter[tuple[str, ...]] = Counter()
     kept = _forward_macs(model, inputs, bits)
     dense = kept
