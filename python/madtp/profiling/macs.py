@@ -181,7 +181,7 @@ def count_macs(model: nn.Module, bits: Counter | None = None) -> Iterator[Counte
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
+        hooks.append(module.register_forward_hook(lambda *_: _leave(stack), always_call=True))
     fused = torch.backends.mha.get_fastpath_enabled()  # one op for a whole encoder layer, and no formula for it
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -236,6 +236,11 @@ def _operand_bits(op: Any, args: Sequence[Any]) -> int:
     if op is torch.ops.madtp.quantized_linear:
         return 8
     return 8 * next(arg.element_size() for arg in args if isinstance(arg, Tensor))
+
+
+def _leave(stack: list[str]) -> None:
+    """As a hook: what it returns, were it not None, would be the output of the module."""
+    stack.pop()
 
 
 def _forward_macs(model: nn.Module, inputs, bits: Counter | None = None) -> Counter:

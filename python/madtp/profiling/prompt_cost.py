@@ -100,6 +100,8 @@ def prompt_cost(
     _check(model)
     seams = _seams(model, keep)
     prompt = _Prompt.of(model, inputs)
+    if not prompt.modalities:  # a prompt without images is read as ever
+        seams = {}
     left = _left(model, seams, prompt.lengths, counts)
     vision = projector = rules = 0
     for modality, places in prompt.modalities.items():
@@ -135,8 +137,11 @@ class _Prompt(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> _Prompt:
         input_ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be a tensor (B, S), got {type(input_ids).__name__}")
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_meta:
+            got = f"{tuple(input_ids.shape)} on {input_ids.device}" if isinstance(input_ids, Tensor) else input_ids
+            raise ValueError(f"input_ids must be a tensor (B, S) with values, got {got}")
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, as input_ids, got {tuple(mask.shape)}")
         input_ids = input_ids.cpu()
         batch, width = input_ids.shape
         real = [width] * batch if mask is None else mask.cpu().bool().sum(1).tolist()
@@ -208,7 +213,7 @@ def _left(
             _check_counts(name, given[name], seam, lengths)
         elif dynamic := next((keep for keep in keeps if not keep.is_fixed), None):
             what = f"the rule {dynamic.name}" if dynamic.mass is None else f"a mass of {dynamic.mass}"
-            raise ValueError(f"counts must be given of the seam {name!r}, where {what} decides by what it sees, got none")
+            raise ValueError(f"counts must be given for {name!r}, where {what} decides by what it sees, got none")
         else:
             left[name] = seam.keep.counts(lengths) if name == PROJECTOR else seam.counts(lengths)
         lengths = left[name][-1] if name == VISION else left[name] if name == PROJECTOR else lengths
@@ -295,7 +300,7 @@ def _decoder(
         prefill += batch * (width * weights + 2 * channels * width**2)
         decode += batch * (weights + 2 * channels * (cached + 1))
         held += batch * cached * 2 * _heads(attention, keys=True) * attention.head_dim
-    return prefill, rules, decode, held * model.dtype.itemsize  # type: ignore[union-attr]
+    return prefill, rules, decode, held * decoder.dtype.itemsize
 
 
 def _products(keep: Keep, before: Sequence[int], after: Sequence[int]) -> int:
@@ -337,7 +342,9 @@ def _pooling(tower: Any, rows: int) -> int:
     if head is None or not isinstance(attention, nn.MultiheadAttention):
         return 0
     channels = attention.embed_dim
-    return _weights(head) + 2 * (rows - 1) * channels**2 + 2 * rows * channels  # keys and values are of all rows
+    return (
+        sum(map(_weights, head.children())) + 2 * (rows - 1) * channels**2 + 2 * rows * channels
+    )  # keys and values are of all rows
 
 
 def _heads(attention: Any, keys: bool = False) -> int:
