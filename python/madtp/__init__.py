@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from madtp.budgets.allocate import allocate as allocate
     from madtp.budgets.allocate import pareto as pareto
     from madtp.budgets.plan import Plan as Plan
+    from madtp.budgets.seam_pareto import seam_pareto as seam_pareto
     from madtp.compression import Result as Result
     from madtp.compression import compress as compress
     from madtp.config import CompressionConfig as CompressionConfig
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from madtp.patching.state import ModelError as ModelError
     from madtp.profiling.figures import measure as measure
     from madtp.profiling.macs import profile as profile
+    from madtp.profiling.prompt_cost import prompt_cost as prompt_cost
     from madtp.training.trainer import MadtpTrainer as MadtpTrainer
     from madtp_kernels import __version__ as __version__
 
@@ -43,6 +45,8 @@ _API = {
     "pareto": "madtp.budgets.allocate",
     "patch": "madtp.patching.handle",
     "profile": "madtp.profiling.macs",
+    "prompt_cost": "madtp.profiling.prompt_cost",
+    "seam_pareto": "madtp.budgets.seam_pareto",
 }
 _ROOMS = ("budgets", "data", "dtp", "hwp", "models", "patching", "profiling", "reporting", "tasks", "training")
 

@@ -161,11 +161,37 @@ def visionzip(candidates: Candidates, counts: Sequence[int], context: float = 10
     return Kept(torch.cat(keep), torch.cat(rows))
 
 
+def _no_products(tokens: int, count: int) -> int:
+    return 0
+
+
+def _all_products(tokens: int, count: int) -> int:
+    return tokens**2
+
+
+def _products_of_tome(tokens: int, count: int) -> int:
+    """Of the even ones with the odd ones, round after round."""
+    products = 0
+    while tokens > count:
+        even, odd = (tokens + 1) // 2, tokens // 2
+        products, tokens = products + even * odd, tokens - min(tokens - count, even)
+    return products
+
+
 class RuleEntry(NamedTuple):
+    """A rule.
+
+    Args:
+        merges: whether it returns other rows than it got.
+        products: (tokens of an image, how many stay) -> products of two rows that matrix products make there; fewer
+            than there are tokens are not counted.
+    """
+
     choose: Rule
     needs_importance: bool = False
     needs_text: bool = False
-    merges: bool = False  # whether it returns other rows than it got
+    merges: bool = False
+    products: Callable[[int, int], int] = _no_products
 
 
 RULES = {
@@ -175,10 +201,10 @@ RULES = {
     "random": RuleEntry(random),
     "uniform": RuleEntry(uniform),
     "text": RuleEntry(text, needs_text=True),
-    "divprune": RuleEntry(divprune),
-    "cdpruner": RuleEntry(cdpruner, needs_text=True),
-    "cdpruner_negative": RuleEntry(cdpruner_negative, needs_text=True),
-    "tome": RuleEntry(tome, merges=True),
+    "divprune": RuleEntry(divprune, products=_all_products),
+    "cdpruner": RuleEntry(cdpruner, needs_text=True, products=_all_products),
+    "cdpruner_negative": RuleEntry(cdpruner_negative, needs_text=True, products=_all_products),
+    "tome": RuleEntry(tome, merges=True, products=_products_of_tome),
     "visionzip": RuleEntry(visionzip, needs_importance=True, merges=True),
 }
 

@@ -21,6 +21,7 @@ from madtp.models.pruned_vision import PrunedVision, newlines_of
 from madtp.models.vision_layers import TowerAttention, TowerLayer, attention_of
 from madtp.models.vision_seam import VisionSeam
 from madtp.models.vlm import decoder_of, mixin_of, tower_layers, unsupported_reason, window_of
+from madtp.models.vlm_branches import branches_of
 from madtp.patching.saving import save
 from madtp.patching.state import Packed, Settings
 from madtp.patching.vlm_explain import explained
@@ -44,7 +45,6 @@ class VlmHandle:
     """
 
     pruning: Mapping[str, Any] = {}  # there are no branches with a temperature
-    branches: Mapping[str, tuple[str, ...]] = {}
     epilogues: Mapping[str, Epilogue] = {}
 
     def __init__(self, model: nn.Module, keep: Mapping[str, Any]):
@@ -111,6 +111,12 @@ class VlmHandle:
             return []
         layers = tower_layers(self.model)
         return [self.model.base_model, *layers, *map(attention_of, layers)]
+
+    @property
+    def branches(self) -> dict[str, tuple[str, ...]]:
+        """The modules of each branch, for accounting; what the seams do between modules is of the projector."""
+        found = branches_of(self.model)
+        return {**found, "projector": (*found["projector"], "")}
 
     @property
     def keep(self) -> dict[str, Amounts]:

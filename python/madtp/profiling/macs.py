@@ -26,6 +26,7 @@ from madtp.handles import find_handle, handle_of
 from madtp.hwp import PackedLinear, is_pattern, matches
 from madtp.inference import evaluating, leading_size
 from madtp.models.registry import family_of
+from madtp.models.vlm_branches import branches_of
 
 OTHER = "other"
 
@@ -76,7 +77,8 @@ def profile(
         samples: what to divide by; None is the leading size of the first tensor in inputs.
         branches: names of the modules of each branch, shell-style patterns allowed; a matmul belongs to the branch of
             the innermost running module that matches, anything else to "other". None takes what is known of the model's
-            class (`madtp.models.FAMILIES`), of any other model nothing; `madtp_handle.branches` if it is patched.
+            class (`madtp.models.FAMILIES`), of a decoder that reads images "vision", "projector" and "decoder", of any
+            other model nothing; `madtp_handle.branches` if it is patched.
         planned_sparse: names of Linear modules to count as 2:4 whatever their weights hold yet.
 
     Returns:
@@ -87,7 +89,7 @@ def profile(
         samples = leading_size(inputs)
     if branches is None:
         source = find_handle(model) or family_of(model)
-        branches = source.branches if source else {}
+        branches = source.branches if source else branches_of(model)
     bits: Counter[tuple[str, ...]] = Counter()
     kept = _forward_macs(model, inputs, bits)
     dense = kept
@@ -179,7 +181,7 @@ def count_macs(model: nn.Module, bits: Counter | None = None) -> Iterator[Counte
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
+        hooks.append(module.register_forward_hook(lambda *_: _leave(stack), always_call=True))
     fused = torch.backends.mha.get_fastpath_enabled()  # one op for a whole encoder layer, and no formula for it
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -234,6 +236,11 @@ def _operand_bits(op: Any, args: Sequence[Any]) -> int:
     if op is torch.ops.madtp.quantized_linear:
         return 8
     return 8 * next(arg.element_size() for arg in args if isinstance(arg, Tensor))
+
+
+def _leave(stack: list[str]) -> None:
+    """As a hook: what it returns, were it not None, would be the output of the module."""
+    stack.pop()
 
 
 def _forward_macs(model: nn.Module, inputs, bits: Counter | None = None) -> Counter:
