@@ -26,6 +26,23 @@ from tiny_models import (
 
 from madtp.models import attention_interface
 
+BROKEN = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 1], [1, 0, 1, 0, 1, 0, 1]])
+
+
+def gemma2():
+    """A layer with a window of 3, one without; soft caps in both."""
+    config = hf.Gemma2Config(
+        **SHAPE,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=40,
+        attn_logit_softcapping=5.0,
+        sliding_window=3,
+        attention_dropout=0.0,
+    )
+    return build(hf.Gemma2ForCausalLM, config)
+
+
 # name -> (model, inputs, real output positions, attention calls that pack)
 CASES = {
     "vit": lambda: (build(hf.ViTModel, hf.ViTConfig(**IMAGE, **NO_DROPOUT)), {"pixel_values": images()}, None, 2),
@@ -65,6 +82,18 @@ CASES = {
         LEFT,
         2,
     ),
+    **{
+        f"mistral, window of 3, {side} padding": lambda mask=mask: (
+            build(
+                hf.MistralForCausalLM, hf.MistralConfig(**SHAPE, num_key_value_heads=1, vocab_size=40, sliding_window=3)
+            ),
+            text_inputs(mask),
+            mask,
+            2,
+        )
+        for side, mask in (("left", LEFT), ("right", RIGHT), ("no", torch.ones_like(LEFT)))
+    },
+    "gemma 2, soft caps and windows": lambda: (gemma2(), text_inputs(LEFT), LEFT, 2),
     "bart": lambda: (bart(), bart_inputs(), bart_inputs()["decoder_attention_mask"], 6),
     "bart, equal lengths": lambda: (bart(), bart_inputs(7), bart_inputs(7)["decoder_attention_mask"], 6),
 }
@@ -174,10 +203,10 @@ def test_padding_compiles_through_sdpa():
 # What the ragged op does not have: exactly SDPA.
 
 FALLBACKS = {
-    "sliding window": lambda: (
+    "window over padding between tokens": lambda: (
         build(hf.MistralForCausalLM, hf.MistralConfig(**SHAPE, num_key_value_heads=1, vocab_size=40, sliding_window=3)),
-        text_inputs(LEFT),
-        LEFT,
+        text_inputs(BROKEN),
+        BROKEN,
         0,
     ),
     "position bias": lambda: (
@@ -203,13 +232,48 @@ def test_fallbacks_are_exact(case):
     compare(*FALLBACKS[case]())
 
 
-def test_several_new_tokens_on_a_cache():
-    model, ids = llama(), tokens()
-    expected, _ = run(model, {"input_ids": ids}, "madtp")
-    for mask in (None, torch.ones(3, 7)):
-        cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
-        later = model(input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cache).logits
-        torch.testing.assert_close(later, expected[:, 3:], rtol=2e-5, atol=2e-5)
+@pytest.mark.parametrize("make", [llama, gemma2, lambda: CASES["mistral, window of 3, left padding"]()[0]])
+@pytest.mark.parametrize("mask", [None, torch.ones_like(LEFT), LEFT, RIGHT])
+def test_several_new_tokens_on_a_cache(make, mask):
+    model, ids = make(), tokens()
+    real = torch.ones_like(LEFT) if mask is None else mask
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    expected, _ = run(model, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, "eager")
+    model.set_attn_implementation("madtp")
+    with torch.no_grad():
+        first = None if mask is None else mask[:, :3]
+        cache = model(input_ids=ids[:, :3], attention_mask=first, position_ids=positions[:, :3], use_cache=True)
+        with Calls() as calls:
+            later = model(
+                input_ids=ids[:, 3:],
+                attention_mask=mask,
+                position_ids=positions[:, 3:],
+                past_key_values=cache.past_key_values,
+            ).logits
+    assert len(calls.seen) == 2, "it runs ragged"
+    kept = real[:, 3:].bool()
+    torch.testing.assert_close(later[kept], expected[:, 3:][kept], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("make", [gemma2, lambda: CASES["mistral, window of 3, left padding"]()[0]])
+def test_windows_and_soft_caps_generate_as_eager(make, cache):
+    model, answers = make(), []
+    for implementation in ("eager", "madtp"):
+        model.set_attn_implementation(implementation)
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        options |= {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+        answers.append(model.generate(**text_inputs(LEFT), **options))
+    assert torch.equal(*answers)
+
+
+def test_chunks_are_no_windows():
+    from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
+
+    chunked = chunked_causal_mask_function(3, torch.zeros(3, dtype=torch.int64))
+    window = sliding_window_causal_mask_function(3)
+    assert not attention_interface._is_window(chunked, 3) and attention_interface._is_window(window, 3)
+    assert not attention_interface._is_window(window, 4)
 
 
 def test_several_texts_in_one_row():
@@ -239,9 +303,6 @@ def test_refuses_attention_weights_from_a_model():
         model(**text_inputs(RIGHT), output_attentions=True)
 
 
-def test_refuses_a_model_with_soft_caps():
-    config = hf.Gemma2Config(**SHAPE, num_key_value_heads=1, head_dim=16, vocab_size=40, attn_logit_softcapping=5.0)
-    model = build(hf.Gemma2ForCausalLM, config)
-    model.set_attn_implementation("madtp")
-    with pytest.raises(ValueError, match="^softcap must be unset"):
-        model(**text_inputs(LEFT))
+def test_soft_caps_under_a_mask_of_ones_own():
+    mask = torch.randn(3, 1, 7, 7, generator=torch.Generator().manual_seed(4))
+    compare(gemma2(), {"input_ids": tokens(), "attention_mask": mask}, None, 0)

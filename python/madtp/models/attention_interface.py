@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from madtp_kernels import varlen_attention
 
 NAME = "madtp"
 
 # What an attention may ask of its implementation that neither the ragged op nor SDPA computes.
-_UNSUPPORTED = ("softcap", "s_aux", "sinks", "block_indices", "cache", "output_attentions")
+_UNSUPPORTED = ("s_aux", "sinks", "block_indices", "cache", "output_attentions")
 
 # A module whose forward takes no other sequence than `hidden_states` attends to itself.
 _SELF_ATTENTION = {
@@ -61,34 +62,64 @@ def attention_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
-    local_size: int | None = None,
     **kwargs,
 ) -> Tensor | None:
     """The mask "madtp" attends under, in the cheapest form that says it; called by transformers' mask builders.
 
     Returns:
         None: the module's `is_causal` says it all, exactly where SDPA's mask is None;
-        (B, M) bool, the real tokens: causal self-attention with padding;
+        (B, M) bool, the real tokens: causal attention, of which the last query stands at the last key;
+        (B, M) int32: the same in a sliding window, whose size stands at the real tokens, and 0 at the others;
         (B, 1, 1, M) bool, the real keys: every query sees the same ones (padding, one query on a cache);
-        (B, 1, N, M) bool, who sees whom: everything else (windows, several queries on a cache, custom patterns).
+        (B, 1, N, M) bool, who sees whom: everything else (chunks, blocks of an image, custom patterns).
     """
     whole = local_size is None or kv_length < local_size  # else a window or chunk hides something
-    if whole and allow_is_causal_skip and q_length == kv_length and not torch.compiler.is_compiling():
-        if attention_mask is not None and attention_mask.shape == (batch_size, kv_length):
-            return None if attention_mask.all() else attention_mask.bool()
+    together = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # no slots that wait
+    if allow_is_causal_skip and q_length > 1 and together and not torch.compiler.is_compiling():
+        real = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        if real is None:
+            real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+        else:
+            real = real[:, kv_offset : kv_offset + kv_length].bool()
+        if whole:
+            return None if q_length == kv_length and real.all() else real
+        if _is_window(mask_function, local_size) and _is_one_run(real):
+            return real * torch.tensor(local_size, dtype=torch.int32, device=real.device)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=1 if whole and allow_is_bidirectional_skip else q_length,  # its rows are all alike
         kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
         attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip,
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         local_size=local_size,
         **kwargs,
     )
+
+
+def _is_window(mask_function: Callable[..., Tensor], size: int | None) -> bool:
+    """Whether it is the sliding window of this size, and not chunks or something else: it is asked at its edges."""
+    zero, one, last = (torch.tensor(position) for position in (0, 1, size))
+    try:
+        seen = [bool(mask_function(zero, zero, *pair)) for pair in ((last, one), (last, zero), (zero, one))]
+    except (RuntimeError, IndexError):  # it reads tables of this batch
+        return False
+    return seen == [True, False, False]
+
+
+def _is_one_run(real: Tensor) -> bool:
+    """Whether padding lies before or behind the tokens of each sequence, so that counting tokens counts columns."""
+    return bool(((real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, :1].sum(1) <= 1).all())
 
 
 def attention_forward(
@@ -106,11 +137,12 @@ def attention_forward(
     """Attention of a transformers module, ragged inside. H is a multiple of Hk: grouped heads share keys and values.
 
     What the ragged op does not have runs exactly on `torch.nn.functional.scaled_dot_product_attention`: dropout,
-    additive masks and position biases, masks that differ between queries other than causal self-attention, values of
-    another head dim, and padding under `torch.compile` (a size without it depends on the data). So does a single query,
-    a generated token: leaving padding out would copy its whole cache.
+    additive masks and position biases, masks that differ between queries other than causal ones and sliding windows,
+    values of another head dim, and padding under `torch.compile` (a size without it depends on the data). So does a
+    single query, a generated token: leaving padding out would copy its whole cache. With soft caps, which SDPA has not,
+    these run as eager attention does, all scores at once.
 
-    Padding queries get zeros in causal self-attention, and in bidirectional one where the module can do nothing else
+    Padding queries get zeros in causal attention, and in bidirectional one where the module can do nothing else
     (`hidden_states` is the only sequence its forward takes); elsewhere they attend like real queries. Sequences
     without a real key get zeros.
 
@@ -121,19 +153,28 @@ def attention_forward(
         out (B, N, H, D), and None: there are no attention weights.
 
     Raises:
-        ValueError: the module asks for soft caps, attention sinks, key blocks, a paged cache or attention weights, or
-            a (B, M) mask meets attention that is not causal self-attention.
+        ValueError: the module asks for attention sinks, key blocks, a paged cache or attention weights, or a (B, M)
+            mask meets attention that is not causal.
     """
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f'{name} must be unset with attn_implementation="{NAME}"; set "eager" for this model')
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None  # (B, M), of causal
-    if real is not None:
-        _check_real_tokens(real, query, key, causal)
+    softcap = kwargs.get("softcap") or 0.0
+    real, window = None, None  # (B, M), of causal attention
+    if attention_mask is not None and attention_mask.ndim == 2:
+        _check_real_tokens(attention_mask, query, key, causal)
+        real = attention_mask.bool()
+        if attention_mask.dtype == torch.int32:
+            window = kwargs.get("sliding_window") or int(attention_mask.max())
+        attention_mask = real
     if not _runs_ragged(query, key, value, attention_mask, dropout, position_bias):
         if real is not None:
-            attention_mask = real[:, None, None] & _lower_triangle(query)  # (B, 1, N, N)
+            attention_mask = real[:, None, None] & seen_columns(query.shape[2], key.shape[2], window, query.device)
+        if softcap:
+            if attention_mask is None and causal:
+                attention_mask = seen_columns(query.shape[2], key.shape[2], None, query.device)
+            return _capped_attention(query, key, value, attention_mask, dropout, scaling, softcap), None
         return sdpa_attention_forward(
             module,
             query,
@@ -153,24 +194,28 @@ def attention_forward(
     queried, read = _sequences(module, query, key, attention_mask)
     out = varlen_attention(
         queried.from_padded(query),
-        *_share_heads(read.from_padded(key), read.from_padded(value), query.shape[1]),
+        read.from_padded(key),
+        read.from_padded(value),
         queried.cu_seqlens,
         None if queried is read else read.cu_seqlens,
         max_seqlen_q=queries,
         max_seqlen_k=key.shape[2],
         softmax_scale=scaling,
         causal=causal,
+        window_size=(-1 if window is None else window - 1, -1),
+        softcap=softcap,
     )
     return queried.to_padded(out, batch, queries), None
 
 
 def _check_real_tokens(mask: Tensor, query: Tensor, key: Tensor, causal: bool) -> None:
     batch, _, queries, _ = query.shape
-    expected = (batch, queries)
-    if not causal or mask.dtype != torch.bool or mask.shape != expected or key.shape[2] != queries:
+    keys = key.shape[2]
+    known = mask.dtype in (torch.bool, torch.int32)
+    if not causal or not known or mask.shape != (batch, keys) or keys < queries:
         raise ValueError(
-            f"attention_mask of two dimensions must be bool {expected} in causal self-attention, got "
-            f"{mask.dtype} {tuple(mask.shape)}, is_causal={causal}, {queries} queries, {key.shape[2]} keys"
+            f"attention_mask of two dimensions must be bool or int32 {(batch, keys)} in causal attention, got "
+            f"{mask.dtype} {tuple(mask.shape)}, is_causal={causal}, {queries} queries, {keys} keys"
         )
 
 
@@ -187,9 +232,34 @@ def _runs_ragged(query, key, value, mask, dropout, position_bias) -> bool:
     return mask.dtype == torch.bool and same_for_queries and not torch.compiler.is_compiling()
 
 
-def _lower_triangle(query: Tensor) -> Tensor:
-    length = query.shape[2]
-    return torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+def _capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """(B, N, H, D): softmax(softcap tanh(q k / softcap)) v, with a mask as SDPA takes it."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * (scores / softcap).tanh()
+    if mask is not None:
+        hidden = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
+    weights = nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    return (weights @ value).transpose(1, 2)
+
+
+def seen_columns(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) bool: which keys a query sees under a causal mask, in a window if one is given; the last query
+    stands at the last key."""
+    key = torch.arange(keys, device=device)
+    position = key[keys - queries :, None]
+    seen = key <= position
+    return seen if window is None else seen & (key > position - window)
 
 
 def _sequences(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[_Sequences, _Sequences]:
@@ -202,6 +272,8 @@ def _sequences(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | Non
         return queried, queried if keys == queries else _Sequences.every(batch, keys, query.device)
     real = mask if mask.ndim == 2 else mask[:, 0, 0].expand(batch, -1)  # (B, M)
     read = _Sequences.where(real)
+    if mask.ndim == 2 and queries < keys:
+        return _Sequences.where(real[:, keys - queries :]), read
     if mask.ndim == 2 or (queries == keys and _attends_to_itself(kind)):
         return read, read
     has_key = real.any(dim=1)  # a sequence without keys has nothing to average: zeros
@@ -214,13 +286,6 @@ def _sequences(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | Non
 def _attends_to_itself(kind: type[nn.Module]) -> bool:
     """Equal lengths do not tell self-attention from cross-attention; a forward with one sequence does."""
     return inspect.signature(kind.forward).parameters.keys() <= _SELF_ATTENTION
-
-
-def _share_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:  # (T, Hk, D) -> (T, H, D)
-    groups = heads // key.shape[1]
-    if groups == 1:
-        return key, value
-    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 AttentionInterface.register(NAME, attention_forward)

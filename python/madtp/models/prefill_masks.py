@@ -21,8 +21,9 @@ def prompt_mask(
     """The mask of a prompt's layer, in the form of the model's own.
 
     Args:
-        given: that of the whole prompt: None where it is causal alone; (B, S) or (B, 1, 1, S) real tokens;
-            (B or 1, 1, S, keys) bool or additive, who sees whom.
+        given: that of the whole prompt: None where it is causal alone; (B, S) or (B, 1, 1, S) real tokens; (B, S)
+            int32, the same with the size of the window they are seen in; (B or 1, 1, S, keys) bool or additive, who
+            sees whom.
         keys: of the layer, N, or more in a static cache, whose last ones are empty.
     """
     real, index = slots >= 0, slots.clamp(min=0)
@@ -34,7 +35,10 @@ def prompt_mask(
         seen = real[:, None, None] & _causal(slots.shape[1], slots.device)
         return _formed(F.pad(seen | _diagonal(real), (0, keys - slots.shape[1])), implementation, dtype)
     if given.ndim == 2:
-        return given.gather(1, index).bool() & real
+        kept = given.gather(1, index).bool() & real
+        if given.dtype == torch.bool:
+            return kept
+        return kept[:, None, None] & _in_window(slots, slots, int(given.max())) | _diagonal(kept)
     given = given.expand(len(slots), -1, -1, -1)
     if given.shape[2] > 1:
         given = given.gather(2, index[:, None, :, None].expand(-1, 1, -1, given.shape[3]))
@@ -59,10 +63,8 @@ def decoding_mask(
         queries: (Q,) columns of the new tokens.
         window: how many columns back a token sees, itself included.
     """
-    seen = (columns >= 0)[:, None] & (columns[:, None] <= queries[:, None])
-    if window is not None:
-        seen &= columns[:, None] > queries[:, None] - window
-    return _formed(seen[:, None], implementation, dtype)
+    seen = (columns >= 0)[:, None, None] & _in_window(queries[None], columns, window)
+    return _formed(seen, implementation, dtype)
 
 
 def seen_by(mask: Tensor | None, rows: Tensor, slots: Tensor) -> Tensor:
@@ -75,12 +77,21 @@ def seen_by(mask: Tensor | None, rows: Tensor, slots: Tensor) -> Tensor:
     length = slots.shape[1]
     causal = torch.arange(length, device=slots.device) <= rows[..., None]
     real = (slots >= 0)[:, None]
-    if mask is None or mask.ndim == 2:
+    if mask is None or (mask.ndim == 2 and mask.dtype == torch.bool):
         return causal & real
+    if mask.ndim == 2:
+        return _in_window(slots.gather(1, rows), slots, int(mask.max()))[:, 0] & real
     mask = mask[..., :length].expand(len(slots), -1, -1, -1)[:, 0]
     if mask.shape[1] > 1:
         mask = mask.gather(1, rows[..., None].expand(-1, -1, length))
     return (mask if mask.dtype == torch.bool else mask > HIDDEN) & real
+
+
+def _in_window(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """(B, 1, N, M) bool: which columns `keys` (B, M) the columns `queries` (B or 1, N) see, at most `window` back."""
+    query, key = queries[:, None, :, None], keys[:, None, None]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
 
 
 def _causal(length: int, device: torch.device) -> Tensor:
