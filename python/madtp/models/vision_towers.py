@@ -123,7 +123,8 @@ def glm_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) 
     """Of GLM-4V: as those of Qwen, with positions added to them that are interpolated frame by frame."""
     grids = arguments["grid_thw"]
     x = tower.post_conv_layernorm(tower.patch_embed(arguments["pixel_values"]))
-    frames = grids.repeat_interleave(grids[:, 0], 0).index_fill(1, grids.new_zeros(1), 1)
+    frames = grids.repeat_interleave(grids[:, 0], 0)
+    frames[:, 0] = 1
     y, z = vision_utils.get_vision_position_ids(grids, side).to(x.device).unbind(1)
     return _of_frames(tower, tower.embeddings(x, frames.prod(1), frames, y, z), grids, side)
 
