@@ -17,7 +17,6 @@ from madtp_kernels.ops.autograd import register_autograd, register_second_order
 from madtp_kernels.reference import attention_rows as reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_TRITON_HEAD_DIM = 256
 
 
 @dispatch.public
@@ -72,18 +71,11 @@ torch.library.define("madtp::attention_rows", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define("madtp::attention_rows_backward", f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)")
 
 
-def _limits(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    if backend == "triton" and shape[-1] > MAX_TRITON_HEAD_DIM:
-        return f"head_dim must be at most {MAX_TRITON_HEAD_DIM}, got {shape[-1]}"
-    return None
-
-
 dispatch.register(
     "attention_rows",
     reference=reference.attention_rows,
     cpu=native.attention_rows,
     triton=dispatch.triton_launcher("attention_rows.forward", "attention_rows"),
-    limits=_limits,
 )
 dispatch.register("attention_rows_backward", reference=reference.attention_rows_backward)
 

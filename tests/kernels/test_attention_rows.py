@@ -60,7 +60,7 @@ def test_follows_its_equation():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "key_heads", "dim"), [(2, 2, 8), (4, 1, 72), (14, 2, 64), (3, 3, 20), (2, 1, 256)])
+@pytest.mark.parametrize(("heads", "key_heads", "dim"), [(2, 2, 8), (4, 1, 72), (14, 2, 64), (3, 3, 20), (2, 1, 264)])
 def test_within_twice_the_reference_error(backend, dtype, heads, key_heads, dim):
     if backend == "triton" and dtype == torch.bfloat16 and not ON_GPU:
         pytest.skip("the interpreter does bfloat16 arithmetic on the bits of its storage")
@@ -258,10 +258,7 @@ def test_refuses(change, message):
         mk.attention_rows(**(good | change))
 
 
-def test_dispatch(monkeypatch):
-    q, k, cu = torch.zeros(1, 1, 272), torch.zeros(4, 1, 272), (cu_seqlens_of([1]), cu_seqlens_of([4]))
-    choice = mk.explain("attention_rows", q, k, *cu)
-    assert choice.backend in ("cpu", "reference")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(RuntimeError, match="'triton'.*head_dim must be at most 256, got 272; auto would run"):
-        mk.attention_rows(q, k, *cu, backend="triton")
+def test_explains_itself():
+    q, k, cu = torch.zeros(1, 1, 8), torch.zeros(4, 1, 8), (cu_seqlens_of([1]), cu_seqlens_of([4]))
+    assert mk.explain("attention_rows", q, k, *cu).backend in ("cpu", "reference")
+    assert mk.explain("attention_rows", q.double(), k.double(), *cu).backend == "reference"

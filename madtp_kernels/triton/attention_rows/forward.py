@@ -7,6 +7,8 @@ sequence and rows are added in their order, so a result does not depend on the b
 Bound: the keys, read once from memory and from cache after that.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -46,11 +48,27 @@ def _visible(p_row_position, o_row, m_row, keys):
 
 
 @triton.jit
-def _key_tile(p_k, begin, start, keys, k_row, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(BLOCK_N, BLOCK_D) of one head, zeros where there is no key."""
-    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    m_tile = (start + o_n < keys)[:, None] & (o_d < D)[None, :]
-    return tl.load(p_k + (begin + start) * k_row + (o_n[:, None] * k_row + o_d[None, :]), mask=m_tile, other=0.0)
+def _scores(
+    p_rows,  # (BLOCK_M,) pointers to queries
+    p_keys,  # pointer to the first of BLOCK_N keys
+    k_row,
+    m_rows,
+    m_keys,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_N) fp32, 0 where masked; by BLOCK_D channels, so that registers hold any head dimension."""
+    b_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        o_d = d + tl.arange(0, BLOCK_D)
+        m_d = (o_d < D)[None, :]
+        b_q = tl.load(p_rows[:, None] + o_d[None, :], mask=m_rows[:, None] & m_d, other=0.0)
+        p_tile = p_keys + (tl.arange(0, BLOCK_N)[:, None] * k_row + o_d[None, :])
+        b_k = tl.load(p_tile, mask=m_keys[:, None] & m_d, other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), acc=b_s, input_precision="ieee")
+    return b_s
 
 
 @triton.jit(do_not_specialize=["R", "T", "B"])
@@ -82,18 +100,17 @@ def row_softmax_kernel(
     begin, end = sequence_bounds(p_cu_seqlens_k, tl.minimum(i_b, B - 1), T)
     seen = tl.max(_visible(p_row_position, i_row + tl.arange(0, 1), tl.arange(0, 1) < B - i_b, end - begin))
 
-    o_g, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    o_g = tl.arange(0, BLOCK_M)
     m_g = o_g < GROUP
-    p_heads = p_q + i_row * q_row + (i_h * GROUP + o_g)[:, None] * q_head + o_d[None, :]
-    b_q = tl.load(p_heads, mask=m_g[:, None] & (o_d < D)[None, :], other=0.0)
-    p_k += i_h * k_head
+    p_heads = p_q + i_row * q_row + (i_h * GROUP + o_g) * q_head
+    p_k += i_h * k_head + begin * k_row
 
     b_highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, seen, BLOCK_N):
-        b_k = _key_tile(p_k, begin, start, seen, k_row, D, BLOCK_N, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-        b_s = tl.where((start + tl.arange(0, BLOCK_N) < seen)[None, :], b_s, float("-inf"))
+        m_n = start + tl.arange(0, BLOCK_N) < seen
+        b_s = _scores(p_heads, p_k + start * k_row, k_row, m_g, m_n, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_highest, tl.max(b_s, axis=1))
         b_sum = b_sum * tl.exp2(b_highest - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), axis=1)
         b_highest = b_new
@@ -137,22 +154,22 @@ def attention_rows_kernel(
         return
     first, last = sequence_bounds(p_cu_seqlens_q, i_b, R)
     pairs = (last - first) * GROUP
-    o_n, o_d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    o_n = start + tl.arange(0, BLOCK_N)
+    m_n = o_n < end - begin
+    p_k += (begin + start) * k_row
 
     b_sum = tl.zeros((BLOCK_N,), tl.float32)
     for _ in range(Hk):
-        b_k = _key_tile(p_k, begin, start, end - begin, k_row, D, BLOCK_N, BLOCK_D)
         for pair in range(0, pairs, BLOCK_M):
             o_pair = pair + tl.arange(0, BLOCK_M).to(tl.int64)
             m_pair = o_pair < pairs
             o_row, o_head = first + o_pair // GROUP, o_pair % GROUP
-            p_rows = p_q + (o_row * q_row + o_head * q_head)[:, None] + o_d[None, :]
-            b_q = tl.load(p_rows, mask=m_pair[:, None] & (o_d < D)[None, :], other=0.0)
+            p_rows = p_q + o_row * q_row + o_head * q_head
             o_softmax = o_row * (Hk * GROUP) + o_head
             b_highest = tl.load(p_highest + o_softmax, mask=m_pair, other=0.0)
             b_weight = tl.load(p_weight + o_softmax, mask=m_pair, other=0.0)
             b_seen = _visible(p_row_position, o_row, m_pair, end - begin)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+            b_s = _scores(p_rows, p_k, k_row, m_pair, m_n, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
             m_seen = o_n[None, :] < b_seen[:, None]
             b_p = tl.exp2(b_s - b_highest[:, None]) * b_weight[:, None]
             b_sum += tl.sum(tl.where(m_seen, b_p, 0.0), axis=0)
@@ -166,7 +183,7 @@ def attention_rows_kernel(
         o_row = row + tl.arange(0, BLOCK_M).to(tl.int64)
         b_count += (_visible(p_row_position, o_row, o_row < last, end - begin) > 0).to(tl.int32)
     rows = tl.maximum(tl.sum(b_count), 1).to(tl.float32)
-    tl.store(p_attention + begin + o_n, b_sum / (rows * (Hk * GROUP)), mask=o_n < end - begin)
+    tl.store(p_attention + begin + o_n, b_sum / (rows * (Hk * GROUP)), mask=m_n)
 
 
 # --- launcher
@@ -177,14 +194,10 @@ def _heads(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(0) < MAX_STRIDE else x.contiguous()
 
 
-def _blocks(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, int]:
-    block_d = power_of_two(head_dim, MIN_DOT, 256)
-    return {
-        "GROUP": group,
-        "D": head_dim,
-        "BLOCK_N": 32 if dtype == torch.float32 else 64,
-        "BLOCK_D": block_d,
-    }
+def _options(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
+    block_n, most_d, warps = (32, 16, 8) if dtype == torch.float32 else (64, 64, 4)
+    block_d = power_of_two(head_dim, MIN_DOT, most_d)
+    return OPTIONS | {"GROUP": group, "D": head_dim, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps}
 
 
 def attention_rows(
@@ -206,7 +219,7 @@ def attention_rows(
     attention = torch.empty(tokens, dtype=torch.float32, device=k.device)
     softmax = torch.empty(2, rows, heads, dtype=torch.float32, device=k.device)
     strides = (q_rows.stride(0), q_rows.stride(1), k.stride(0), k.stride(1))
-    scale, blocks = softmax_scale * LOG2_E, _blocks(head_dim, group, k.dtype)
+    scale, options = softmax_scale * LOG2_E, _options(head_dim, group, k.dtype)
     with on_device(k.device):
         row_softmax_kernel[(rows, key_heads)](
             q_rows,
@@ -220,12 +233,11 @@ def attention_rows(
             rows,
             tokens,
             batch,
-            **blocks,
+            **options,
             BLOCK_M=max(triton.next_power_of_2(group), MIN_DOT),
-            **OPTIONS,
         )
         # A sequence may have all keys: no length is read on the host, and a program without keys ends at once.
-        attention_rows_kernel[(triton.cdiv(tokens, blocks["BLOCK_N"]) * batch,)](
+        attention_rows_kernel[(triton.cdiv(tokens, options["BLOCK_N"]) * batch,)](
             q_rows,
             k,
             cu_seqlens_q,
@@ -239,8 +251,7 @@ def attention_rows(
             tokens,
             batch,
             key_heads,
-            **blocks,
+            **options,
             BLOCK_M=MIN_DOT,
-            **OPTIONS,
         )
     return attention
