@@ -293,7 +293,10 @@ class AttentionBackward {
            const float* left, const float* right, float* to) const {
     for (std::int64_t d = 0; d < a_.head_dim; d += kPanel) {
       const std::int64_t panel = d / kPanel;
-      const auto run = a_.head_dim - d > kWidth ? &add_products<2> : &add_products<1>;
+      const bool two = a_.head_dim - d > kWidth, apart = group() > 1;
+      const auto run = apart ? two ? &add_products<2, true> : &add_products<1, true>
+                       : two ? &add_products<2, false>
+                             : &add_products<1, false>;
       run(chunk, first_key, end_key, left, right + panel * kChunkRows * kPanel,
           to + panel * capacity * kPanel);
     }

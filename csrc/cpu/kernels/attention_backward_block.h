@@ -79,7 +79,7 @@ inline void clear_unseen(const GradientBlock& block, float* panels) {
 }
 
 // Makes the rows of the probabilities add up to 1. Slopes can lower all scores of a row so far that its
-// log-sum-exp is too coarse for that.
+// log-sum-exp is too coarse for that, and a row that sees one key alone hands exactly nothing to its scores.
 template <int R>
 inline void normalize(const GradientBlock& block) {
   const std::int64_t panels = block.visible.panels();
@@ -89,12 +89,13 @@ inline void normalize(const GradientBlock& block) {
     for (std::int64_t p = 0; p < panels; ++p)
       total += load(row + p * R * kPanel) + load(row + p * R * kPanel + kWidth);
     const float all = sum(total);
-    const Vec inverse = broadcast(all > 0 ? 1 / all : all);  // NaN stays
-    for (std::int64_t p = 0; p < panels; ++p)
+    const Vec divisor = broadcast(all == 0 ? 1 : all);
+    for (std::int64_t p = 0; p < panels; ++p) {
       for (int v = 0; v < 2; ++v) {
         float* const at = row + p * R * kPanel + v * kWidth;
-        store(at, load(at) * inverse);
+        store(at, load(at) / divisor);
       }
+    }
   }
 }
 
@@ -114,7 +115,7 @@ inline void recompute_probabilities(const GradientBlock& block) {
     }
   }
   clear_unseen<R>(block, block.probabilities);
-  if (block.bias.slope != 0) normalize<R>(block);
+  if (block.bias.slope != 0 || block.visible.begin_step != 0) normalize<R>(block);
 }
 
 // Adds what the statistics send back to the gradient of the probabilities of one panel.
@@ -226,8 +227,9 @@ struct GradientChunk {
 };
 
 // to[j] += sum over the chunk's rows i of left[i, j] * right[i], for a tile of keys and V vectors of a panel
-// of head_dim: right is [row][kPanel].
-template <int V>
+// of head_dim: right is [row][kPanel]. With kApart the chunk is summed by itself first, which is more exact
+// where the chunks of many heads meet in one sum.
+template <int V, bool kApart>
 inline __attribute__((always_inline)) void add_tile(const GradientChunk& chunk, std::int64_t panel,
                                                     std::int64_t key, const float* left, const float* right,
                                                     float* to) {
@@ -235,7 +237,7 @@ inline __attribute__((always_inline)) void add_tile(const GradientChunk& chunk, 
 #pragma GCC unroll 16
   for (int j = 0; j < kKeyTile; ++j)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[j][v] = load(to + j * kPanel + v * kWidth);
+    for (int v = 0; v < V; ++v) acc[j][v] = kApart ? Vec{} : load(to + j * kPanel + v * kWidth);
   for (std::int64_t b = 0; b < chunk.blocks; ++b) {
     const std::int64_t rows = chunk.rows[b];
     const std::int64_t own = panel - chunk.first_panel[b];
@@ -246,19 +248,23 @@ inline __attribute__((always_inline)) void add_tile(const GradientChunk& chunk, 
     right += rows * kPanel;
   }
 #pragma GCC unroll 16
-  for (int j = 0; j < kKeyTile; ++j)
+  for (int j = 0; j < kKeyTile; ++j) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) store(to + j * kPanel + v * kWidth, acc[j][v]);
+    for (int v = 0; v < V; ++v) {
+      float* const at = to + j * kPanel + v * kWidth;
+      store(at, kApart ? load(at) + acc[j][v] : acc[j][v]);
+    }
+  }
 }
 
 // The same for all keys in [first_key, end_key), the first one that of a panel, and one panel of head_dim; to
 // is [key][kPanel].
-template <int V>
+template <int V, bool kApart>
 __attribute__((noinline)) void add_products(const GradientChunk& chunk, std::int64_t first_key,
                                             std::int64_t end_key, const float* left, const float* right,
                                             float* to) {
   for (std::int64_t j = first_key; j < end_key; j += kKeyTile)
-    add_tile<V>(chunk, j / kPanel, j % kPanel, left, right, to + j * kPanel);
+    add_tile<V, kApart>(chunk, j / kPanel, j % kPanel, left, right, to + j * kPanel);
 }
 
 }  // namespace madtp::cpu::MADTP_ISA
