@@ -300,7 +300,7 @@ def _key_blocks(head_dim: int, dtype: torch.dtype, crowded: bool) -> dict[str, i
 
 def _query_blocks(head_dim: int, dtype: torch.dtype, crowded: bool) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8 if head_dim <= 128 else 16, "num_stages": 1}
     if head_dim > 128:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": 128 if head_dim <= 64 and not crowded else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
