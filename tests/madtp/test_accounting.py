@@ -270,6 +270,13 @@ def test_counts_what_fvcore_does(build, size, output):
     assert counted.total() - counted.by_operator()["layer_norm"] == total
 
 
+def test_counting_leaves_outputs_alone():
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.randn(2, 4)
+    with count_macs(model) as macs:
+        out = model(x)
+    assert torch.equal(out, model(x)) and dict(macs) == {("", "0"): 24}
+
+
 def test_disk_bytes(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.bin").write_bytes(b"12345")

@@ -113,8 +113,8 @@ def make_shape(name: str) -> tuple[Any, dict[str, Any]]:
 def shapes_table() -> str:
     """What the models cost, for docs/method.md."""
     rows: list[tuple[str, ...]] = [("GMAC", "tower", "projector", "prefill")]
-    rows[0] += tuple(f"{seam} {', '.join(KEPT)}" for seam in ("vision", "projector"))
-    rows[0] += (f"layer 2 {', '.join(KEPT)}", "a token more", "cache, MB")
+    rows[0] += tuple(f"{seam}: {', '.join(KEPT)}" for seam in ("vision", "projector"))
+    rows[0] += (f"layer 2: {', '.join(KEPT)}", "a token more", "cache, MB")
     rows.append(("---",) * len(rows[0]))
     for name in IN_TABLE:
         model, inputs = make_shape(name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +62,9 @@ def attention_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,  # a tensor of a static cache
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
@@ -107,7 +107,7 @@ def attention_mask(
     )
 
 
-def _is_window(mask_function: Callable[..., Tensor], size: int | None) -> bool:
+def _is_window(mask_function: Callable[..., Any], size: int | None) -> bool:
     """Whether it is the sliding window of this size, and not chunks or something else: it is asked at its edges."""
     zero, one, last = (torch.tensor(position) for position in (0, 1, size))
     try:

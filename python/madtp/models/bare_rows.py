@@ -12,7 +12,7 @@ from transformers import vision_utils
 
 from madtp.models.prompt import PIXELS
 from madtp.models.pruned_vision import parts_of
-from madtp.models.vision_rows import Rows
+from madtp.models.vision_rows import Rows, Segments
 from madtp.models.vision_towers import naflex_rows, pixtral_rows
 
 
@@ -68,10 +68,10 @@ def _of_grids(tower: Any, grids: Tensor, side: int) -> Rows:
     size, lengths = side**2, (grids.prod(1) // side**2).tolist()
     ends = vision_utils.get_vision_cu_seqlens(grids).int()
     unit = torch.arange(int(ends[-1])) // size
-    rows = Rows(torch.empty(len(unit), 1), unit, size, lengths, ends, int(ends.diff().max()))
+    rows = Rows(torch.empty(len(unit), 1), unit, size, lengths, Segments(ends, int(ends.diff().max())))
     if not hasattr(tower, "fullatt_block_indexes"):
         return rows
     order, windows = vision_utils.get_vision_window_index(
         grids, spatial_merge_size=side, window_size=tower.window_size, patch_size=tower.patch_size
     )
-    return rows.in_order(order, windows.int())
+    return rows.in_order(order, Segments(windows.int(), int(windows.diff().max())))

@@ -259,7 +259,8 @@ def _tower(
     before = rows.lengths
     for number, layer in enumerate(layers):
         windowed = rows.windows is not None and number not in spec.whole(tower)
-        ends = rows.windows if windowed and rows.windows is not None else rows.ends
+        segments = rows.windows if windowed and rows.windows is not None else rows.whole
+        ends = segments.ends
         if seam is None and spec.rows is pixtral_rows:  # a single segment of all images, told apart by a mask
             ends = torch.tensor([0, len(rows.unit)])
         attention = attention_of(layer)
