@@ -521,9 +521,7 @@ def test_what_a_tower_must_have(llava):
     with pytest.raises(TypeError, match="vision seam, its class must be known: of the model types qwen2_vl, "):
         madtp.patch(blip, keep={"vision": 0.5})
     model.config.vision_feature_select_strategy = "full"
-    with pytest.raises(
-        TypeError, match="of patches alone, and CLS is one of them: vision_feature_select_strategy is 'full'"
-    ):
+    with pytest.raises(TypeError, match="its patches, and vision_feature_select_strategy 'full' makes CLS one of them"):
         madtp.patch(model, keep={"vision": 0.5})
     model.config.vision_feature_select_strategy = "default"
     handle = madtp.patch(model, keep={"vision": 0.5})

@@ -227,5 +227,5 @@ def summary_reason(base: Any, summary: bool) -> str | None:
     strategy = "default" if config.model_type == "vipllava" else getattr(config, "vision_feature_select_strategy", None)
     if strategy is None or (strategy == "default") == summary:
         return None
-    what = "and drops the first of them" if strategy == "default" else "and CLS is one of them"
-    return f"its tokens must be of patches alone, {what}: vision_feature_select_strategy is {strategy!r}"
+    what = "drops the first of them" if strategy == "default" else "makes CLS one of them"
+    return f"its tokens must be its patches, and vision_feature_select_strategy {strategy!r} {what}"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `VlmHandle.explain` prints: seam by seam what is kept and what was, and what is refused."""
+"""What `VlmHandle.explain` prints: seam by seam what is kept and what was, how Linears run, and what is refused."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from itertools import groupby, pairwise
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from madtp.dtp.keep import Keep
+from madtp.hwp.packed_linear import PackedLinear
 from madtp.models.prefill_seam import PrefillSeam
 from madtp.models.projector_seam import ProjectorSeam, PromptRecord
 from madtp.models.vision_seam import VisionSeam
@@ -45,6 +47,7 @@ def explained(model: nn.Module, given: Mapping[str, Any], seams: Mapping[str, An
         lines += _of_prompt(given, seams[PROJECTOR])
     if PREFILL in given:
         lines += _of_prefill(model, given[PREFILL])
+    lines += _of_linears(model)
     lines += [("all", "refused", what, why) for what, why in REFUSED.items()]
     if PREFILL in given:
         lines += [(PREFILL, "refused", what, why) for what, why in REFUSED_BY_PREFILL.items()]
@@ -97,6 +100,13 @@ def _of_prefill(model: nn.Module, seam: PrefillSeam) -> list[Line]:
         first, *_, last = [*group] * 2
         lines.append((PREFILL, "cache", str(width), f"columns after the prompt, layers {first} to {last}"))
     return lines
+
+
+def _of_linears(model: nn.Module) -> list[Line]:
+    """How many run packed, by form and backend; the others are torch's."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    kinds = Counter(f"{module.form} on {module.choice.backend}" for module in packed)
+    return [("all", "Linears", str(count), kind) for kind, count in kinds.items()]
 
 
 def _amount(keep: Keep) -> str:
