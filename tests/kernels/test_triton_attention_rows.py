@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from triton_cases import DEVICE, MARKS, wild_integers
+from triton_cases import DEVICE, MARKS, wild_integers, with_slow
 
 pytest.importorskip("triton")
 from madtp_kernels.triton.attention_rows.forward import attention_rows
@@ -11,15 +11,13 @@ from madtp_kernels.triton.attention_rows.forward import attention_rows
 pytestmark = MARKS
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", with_slow(range(2), range(2, 8)))
 def test_no_value_makes_a_kernel_write_out_of_bounds(seed):
     """On a GPU values are not checked: the guards of the outputs see a write past the end, the process a wild read."""
     generator = torch.Generator().manual_seed(seed)
-    q, k = torch.randn(40, 4, 8, device=DEVICE), torch.randn(40, 2, 8, device=DEVICE)
-    for _ in range(3):
-        ends_q, ends_k, position = (wild_integers(n, generator) for n in (7, 7, 40))
-        got = attention_rows(q, k, ends_q, ends_k, position, 0.3)
-        assert got.shape == (40,)
+    q, k = torch.randn(10, 2, 8, device=DEVICE), torch.randn(40, 1, 8, device=DEVICE)
+    ends_q, ends_k, position = (wild_integers(n, generator) for n in (4, 4, 10))
+    assert attention_rows(q, k, ends_q, ends_k, position, 0.3).shape == (40,)
 
 
 def test_rows_past_the_last_sequence_are_zero():

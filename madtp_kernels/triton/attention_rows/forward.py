@@ -161,14 +161,15 @@ def attention_rows_kernel(
     b_sum = tl.zeros((BLOCK_N,), tl.float32)
     for _ in range(Hk):
         for pair in range(0, pairs, BLOCK_M):
-            o_pair = pair + tl.arange(0, BLOCK_M).to(tl.int64)
-            m_pair = o_pair < pairs
-            o_row, o_head = first + o_pair // GROUP, o_pair % GROUP
-            p_rows = p_q + o_row * q_row + o_head * q_head
+            # A scalar row of 64 bits, and from there on offsets of 32: vectors of 64 would fill the registers.
+            row, o_pair = first + pair // GROUP, (pair % GROUP + tl.arange(0, BLOCK_M)).to(tl.int32)
+            m_pair = tl.arange(0, BLOCK_M) < pairs - pair
+            o_row, o_head = o_pair // GROUP, o_pair % GROUP
+            p_rows = p_q + row * q_row + (o_row * q_row + o_head.to(tl.int64) * q_head)
             o_softmax = o_row * (Hk * GROUP) + o_head
-            b_highest = tl.load(p_highest + o_softmax, mask=m_pair, other=0.0)
-            b_weight = tl.load(p_weight + o_softmax, mask=m_pair, other=0.0)
-            b_seen = _visible(p_row_position, o_row, m_pair, end - begin)
+            b_highest = tl.load(p_highest + row * (Hk * GROUP) + o_softmax, mask=m_pair, other=0.0)
+            b_weight = tl.load(p_weight + row * (Hk * GROUP) + o_softmax, mask=m_pair, other=0.0)
+            b_seen = _visible(p_row_position, row + o_row, m_pair, end - begin)
             b_s = _scores(p_rows, p_k, k_row, m_pair, m_n, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
             m_seen = o_n[None, :] < b_seen[:, None]
             b_p = tl.exp2(b_s - b_highest[:, None]) * b_weight[:, None]
@@ -195,9 +196,9 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def _options(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
-    block_n, most_d, warps = (32, 16, 8) if dtype == torch.float32 else (64, 64, 4)
+    block_n, most_d = (32, 16) if dtype == torch.float32 else (64, 64)
     block_d = power_of_two(head_dim, MIN_DOT, most_d)
-    return OPTIONS | {"GROUP": group, "D": head_dim, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps}
+    return OPTIONS | {"GROUP": group, "D": head_dim, "BLOCK_N": block_n, "BLOCK_D": block_d}
 
 
 def attention_rows(
