@@ -311,6 +311,16 @@ def test_experts_are_refused():
 # Published shapes, on the meta device.
 
 
+def test_a_model_without_weights_is_patched_and_counted():
+    model, inputs = make_shape("Qwen2.5-VL-3B, 1036 x 756")
+    keep = {"vision": 0.25, "projector": 100, "prefill": {2: 0.5}}
+    cost = madtp.prompt_cost(model, keep, **inputs)
+    handle = madtp.patch(model, keep=keep)
+    assert madtp.prompt_cost(model, **inputs) == cost
+    handle.remove()
+    assert cost.first_token < 0.4 * madtp.prompt_cost(model, **inputs).first_token
+
+
 def macs_of(call):
     with FlopCounterMode(display=False) as counter:
         call()

@@ -45,7 +45,8 @@ def bare_rows(base: Any, inputs: Mapping[str, Any], modality: str) -> BareRows:
     pixels: Tensor = inputs[name]
     if pixels.is_meta:
         pixels = torch.ones((), dtype=pixels.dtype).expand(pixels.shape)
-    given, tiles = connector.prepare(base, {**inputs, name: pixels}, modality)
+    known = {key: value for key, value in inputs.items() if not (isinstance(value, Tensor) and value.is_meta)}
+    given, tiles = connector.prepare(base, {**known, name: pixels}, modality)
     pixels = given["pixel_values"]
     if (grids := given.get("grid_thw")) is not None:
         return BareRows(_of_grids(tower, grids.cpu(), side), len(pixels), 0)
