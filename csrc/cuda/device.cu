@@ -28,6 +28,7 @@ bool ask(int id, Device* device) {
       !get(&device->block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin) ||
       !get(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor))
     return false;
+  device->id = id;
   device->capability = 10 * major + minor;
   device->has_code = has_code(library_archs(), device->capability);
   device->specific_code = specific_code(library_archs(), device->capability);

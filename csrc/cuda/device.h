@@ -16,6 +16,7 @@ struct Device {
   int shared_bytes;        // what a multiprocessor has
   bool has_code;           // whether the library has code for it
   int specific_code;       // N where that is of this architecture (sm_<N>a) or family (sm_<N>f) alone, or 0
+  int id = 0;              // as the CUDA runtime numbers it
 };
 
 // Whether a library built for `archs` (as in MADTP_CUDA_ARCHS) has code for a device. "80" is for that and

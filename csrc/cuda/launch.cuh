@@ -29,31 +29,54 @@ inline Status to_status(cudaError_t error) {
   return error == cudaErrorInvalidResourceHandle ? Status::invalid_argument : Status::cuda_error;
 }
 
-// Status::invalid_argument for more blocks than a grid can count.
-template <typename... Parameters, typename... Arguments>
-Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
-              const Arguments&... arguments) {
-  if (!is_count(shape.blocks)) return Status::invalid_argument;
-  constexpr int kUnasked = 48 * 1024;
-  if (shape.shared_bytes > kUnasked) {
-    const Status status = to_status(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
-    if (status != Status::ok) return status;
-  }
+// A launch as the runtime wants it. Not to be copied: it points into itself.
+struct LaunchConfig {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute cluster = {};
-  if (shape.cluster > 1) {
+
+  LaunchConfig(const LaunchShape& shape, void* stream) {
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    if (shape.cluster == 1) return;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     config.attrs = &cluster;
     config.numAttrs = 1;
   }
-  return to_status(cudaLaunchKernelEx(&config, kernel, arguments...));
+  LaunchConfig(const LaunchConfig&) = delete;
+};
+
+template <typename... Parameters>
+Status allow_shared_bytes(void (*kernel)(Parameters...), int bytes) {
+  constexpr int kUnasked = 48 * 1024;
+  if (bytes <= kUnasked) return Status::ok;
+  return to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+// Status::invalid_argument for more blocks than a grid can count.
+template <typename... Parameters, typename... Arguments>
+Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+              const Arguments&... arguments) {
+  if (!is_count(shape.blocks)) return Status::invalid_argument;
+  const Status status = allow_shared_bytes(kernel, shape.shared_bytes);
+  if (status != Status::ok) return status;
+  const LaunchConfig launch(shape, stream);
+  return to_status(cudaLaunchKernelEx(&launch.config, kernel, arguments...));
+}
+
+// How many clusters of a launch the current device runs at once: fewer than its multiprocessors have room
+// for, where groups of these are no multiple of a cluster. 0 where it does not say.
+template <typename... Parameters>
+int resident_clusters(void (*kernel)(Parameters...), const LaunchShape& shape) {
+  int clusters = 0;
+  const LaunchConfig launch(shape, nullptr);
+  if (allow_shared_bytes(kernel, shape.shared_bytes) != Status::ok ||
+      to_status(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config)) != Status::ok)
+    return 0;
+  return clusters;
 }
 
 template <typename... Parameters, typename... Arguments>

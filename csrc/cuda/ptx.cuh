@@ -71,6 +71,19 @@ __device__ __forceinline__ void mma_sp_m16n8k32(float (&d)[4], const std::uint32
 #undef MADTP_MMA_SP
 }
 
+// --- approximate functions: error below 2^-22 relative, results that are subnormal are zero
+
+__device__ __forceinline__ float ex2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // --- barriers
 
 // Barrier `id` (1 to 15; __syncthreads is 0) of `threads` threads of the block.

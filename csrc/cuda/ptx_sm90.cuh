@@ -31,22 +31,26 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(std::uint32_t barrier,
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-// At the barrier of block `rank` of the cluster that has the same address there.
+// At the barrier of block `rank` of the cluster that has the same address there. Orders nothing but what this
+// block did to its own shared memory: a release at the scope of the cluster would be a barrier to all memory
+// of the GPU.
 __device__ __forceinline__ void mbarrier_arrive_cluster(std::uint32_t barrier, int rank) {
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive(std::uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Whether the phase of this parity is complete; may wait a while for it.
+// Whether the phase of this parity is complete; may wait a while for it. What copies wrote into this block is
+// visible then: their bytes are what completes the phase. An acquire at the scope of the cluster would also
+// throw away the L1 cache.
 __device__ __forceinline__ bool mbarrier_try_wait(std::uint32_t barrier, int parity) {
   std::uint32_t complete;
   asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p; }"
       : "=r"(complete)
       : "r"(barrier), "r"(parity)

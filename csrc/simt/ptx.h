@@ -7,6 +7,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
+
 #include "simt/copies.h"
 #include "simt/matrix.h"
 
@@ -41,6 +43,11 @@ void mma_sp_m16n8k32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint
   static_assert(kSelector == 0 || kSelector == 1, "of four lanes, the first or the last two");
   simt::mma_sp_m16n8k32(d, a, b, metadata, kSelector, std::is_same_v<T, __half>);
 }
+
+// --- approximate functions: exact here
+
+inline float ex2_approx(float x) { return std::exp2(x); }
+inline float rcp_approx(float x) { return 1 / x; }
 
 // --- barriers
 

@@ -18,15 +18,19 @@
 //    64        128     192        544  416  352    366
 //
 // So L2 binds, and next to it shared memory; a weight in shared memory would add 72 clocks of reads and as
-// many of writes. That, 2000 clocks for the ends of a tile, and what the last wave leaves idle is what
-// `clocks` counts; it takes a dense kernel for 4 N clocks of wgmma a step and 16384 bytes of weight. What it
-// expected before anything was measured is in docs/performance-notes.md ("sm_90a: predictions").
+// many of writes. That, the epilogue, 1000 clocks for the other ends of a tile, and what the last wave leaves
+// idle is what `clocks` counts. The epilogue is a matter of issue slots, 128 a clock for 128 N values, so N
+// clocks for every instruction that a value takes, and nothing overlaps it. A dense kernel is taken for 4 N
+// clocks of wgmma a step, 16384 bytes of weight and the same epilogue. What it expected before anything was
+// measured is in docs/performance-notes.md ("sm_90a: predictions").
 //
 // A sum runs over the input features in ascending order. With split_k > 1 (few tokens) parts of it are added
 // in ascending order too, by the block that comes last: a row has the same bits whatever the others hold, but
 // they follow the configuration, which follows the number of tokens.
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 
 #include "cuda/launch.cuh"
 #include "cuda/ptx_sm90.cuh"
@@ -52,12 +56,15 @@ struct Tile {
   static constexpr int kSums = kTokens / 2;  // that a thread holds
   static constexpr int kStageBytes = kTokens * kRowBytes;
   static_assert(kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
+  // With as many sums as the largest tile has there are no registers left to add parts up in.
+  static constexpr bool kSplits = kTokens < 256;
 
   struct Shared {
     alignas(1024) unsigned char x[kStages][kStageBytes];
     alignas(16) float staged[kConsumers][kStagedTokens * kStagedStride];
     std::uint64_t full[kStages], empty[kStages];
     int is_last[kConsumers];
+    int valid_tokens;  // read once a tile: a register would be held through the product
   };
 };
 
@@ -155,17 +162,13 @@ template <typename Tile, int kCluster, typename T>
 class Consumer {
  public:
   __device__ Consumer(const Params<T>& p, typename Tile::Shared& shared, int warpgroup)
-      : p_(p),
-        shared_(shared),
-        warpgroup_(warpgroup),
-        thread_(int(threadIdx.x) % kWarpgroup),
-        rank_(kCluster == 1 ? 0 : ptx::cluster_rank()) {}
+      : p_(p), shared_(shared), warpgroup_(warpgroup), thread_(int(threadIdx.x) % kWarpgroup) {}
 
-  __device__ void run(int first_work_tile, int work_tiles, int step, int valid_tokens) {
+  __device__ void run(int first_work_tile, int work_tiles, int step) {
     for (int index = first_work_tile; index < work_tiles; index += step) {
       const WorkTile work = work_tile_at(p_, index, Tile::kTokens);
-      first_feature_ = (work.feature_group * kCluster + rank_) * kFeatures + warpgroup_ * kTileFeatures;
-      if (work.first_token >= valid_tokens) {
+      first_feature_ = (work.feature_group * kCluster + rank()) * kFeatures + warpgroup_ * kTileFeatures;
+      if (work.first_token >= shared_.valid_tokens) {
         if (work.split == 0)
           RowWriter<T>(p_.output, first_feature_, thread_)
               .template clear<kWarpgroup>(work.first_token, Tile::kTokens);
@@ -173,8 +176,10 @@ class Consumer {
       }
       float sums[Tile::kSums];
       multiply(work, sums);
-      if (p_.splits > 1 && !reduce(work, sums)) continue;
-      write(work.first_token, valid_tokens, sums);
+      if constexpr (Tile::kSplits) {
+        if (p_.splits > 1 && !reduce(work, sums)) continue;
+      }
+      write(work.first_token, shared_.valid_tokens, sums);
     }
   }
 
@@ -233,7 +238,7 @@ class Consumer {
   // is this block, which then has the sums of the whole.
   __device__ bool reduce(const WorkTile& work, float (&sums)[Tile::kSums]) {
     const auto part_of = [&](int split) {
-      const std::int64_t part = (std::int64_t(work.tile) * p_.splits + split) * kCluster + rank_;
+      const std::int64_t part = (std::int64_t(work.tile) * p_.splits + split) * kCluster + rank();
       return reinterpret_cast<float4*>(p_.partial) +
              (part * kConsumers + warpgroup_) * (Tile::kSums / 4) * kWarpgroup + thread_;
     };
@@ -245,7 +250,7 @@ class Consumer {
     sync();
     if (thread_ == 0) {
       unsigned* const arrivals =
-          p_.arrivals + (std::int64_t(work.tile) * kCluster + rank_) * kConsumers + warpgroup_;
+          p_.arrivals + (std::int64_t(work.tile) * kCluster + rank()) * kConsumers + warpgroup_;
       const bool is_last = atomicAdd(arrivals, 1u) == unsigned(p_.splits) - 1;
       if (is_last) *arrivals = 0;
       __threadfence();
@@ -287,10 +292,11 @@ class Consumer {
   }
 
   __device__ void sync() const { ptx::barrier_sync(1 + warpgroup_, kWarpgroup); }
+  __device__ static int rank() { return kCluster == 1 ? 0 : ptx::cluster_rank(); }
 
   const Params<T>& p_;
   typename Tile::Shared& shared_;
-  int warpgroup_, thread_, rank_, first_feature_ = 0;
+  int warpgroup_, thread_, first_feature_ = 0;
   PipelineState<Tile::kStages> state_;
 };
 
@@ -311,6 +317,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::mbarrier_init(ptx::shared_address(&shared.empty[stage]), kCluster * kConsumers);
     }
     ptx::fence_mbarrier_init();
+    shared.valid_tokens = p.output.valid_tokens();
   }
   if constexpr (kCluster == 1) {
     __syncthreads();
@@ -318,17 +325,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_sync();
   }
 
-  const int valid_tokens = p.output.valid_tokens();
   const int work_tiles = p.token_tiles * p.feature_groups * p.splits;
   const int first = int(blockIdx.x) / kCluster, step = int(gridDim.x) / kCluster;
   if (warpgroup == kConsumers) {
     ptx::setmaxnreg_dec<40>();
     if (threadIdx.x == kConsumers * kWarpgroup)
-      produce<Tile, kCluster>(p, x, shared, first, work_tiles, step, valid_tokens);
+      produce<Tile, kCluster>(p, x, shared, first, work_tiles, step, shared.valid_tokens);
     __syncwarp();
   } else {
     ptx::setmaxnreg_inc<232>();
-    Consumer<Tile, kCluster, T>(p, shared, warpgroup).run(first, work_tiles, step, valid_tokens);
+    Consumer<Tile, kCluster, T>(p, shared, warpgroup).run(first, work_tiles, step);
   }
   if constexpr (kCluster > 1) ptx::cluster_sync();  // others may still copy into this block, and tell it so
 #endif
@@ -342,6 +348,45 @@ void for_each_tile(Body&& body) {
   body(Tile<64, 8, 4>{});
 }
 
+template <typename Tile, int kCluster>
+LaunchShape launch_shape(std::int64_t clusters) {
+  return {clusters * kCluster, kThreads, int(sizeof(typename Tile::Shared)), kCluster};
+}
+
+// How many clusters run at once; asked once of a device.
+template <typename Tile, int kCluster, typename T>
+int clusters_at_once(const Device& device) {
+  if constexpr (kCluster == 1) return device.multiprocessors;
+  static std::array<std::atomic<int>, 64> known{};  // by device; of those with higher numbers none
+  const std::size_t id = std::size_t(device.id);
+  int clusters = id < known.size() ? known[id].load(std::memory_order_relaxed) : 0;
+  if (clusters == 0) {
+    clusters =
+        resident_clusters(sparse24_linear_sm90_kernel<Tile, kCluster, T>, launch_shape<Tile, kCluster>(1));
+    if (clusters == 0) clusters = std::max(device.multiprocessors / kCluster, 1);
+    if (id < known.size()) known[id].store(clusters, std::memory_order_relaxed);
+  }
+  return clusters;
+}
+
+// use(tile, cluster, element) with the types of a configuration and a dtype.
+template <typename Use>
+void with_kernel(const Sparse24Config& config, DType dtype, Use&& use) {
+  for_each_tile([&](auto tile) {
+    if (config.tile_tokens != decltype(tile)::kTokens) return;
+    const auto with_element = [&](auto element) {
+      if (config.cluster == 1) use(tile, std::integral_constant<int, 1>{}, element);
+      if (config.cluster == 2) use(tile, std::integral_constant<int, 2>{}, element);
+      if (config.cluster == 4) use(tile, std::integral_constant<int, 4>{}, element);
+    };
+    if (dtype == DType::bfloat16) {
+      with_element(BFloat16{});
+    } else {
+      with_element(Float16{});
+    }
+  });
+}
+
 struct Counts {
   std::int64_t token_tiles, feature_groups, work_tiles;
   Counts(const Sparse24Linear& a, const Sparse24Config& config)
@@ -350,14 +395,33 @@ struct Counts {
         work_tiles(token_tiles * feature_groups * config.split_k) {}
 };
 
+// Of one value from the accumulator to the output, residual, bias and scale included, as compiled for sm_90a.
+double instructions(Activation activation) {
+  switch (activation) {
+    case Activation::gelu:
+      return 29;
+    case Activation::gelu_tanh:
+      return 22;
+    case Activation::quick_gelu:
+      return 20;
+    case Activation::relu:
+      return 18;
+    default:
+      return 15;
+  }
+}
+
 // Clocks of a launch by the model above. A part of the input features also writes its sums and reads them
 // again.
 double clocks(const Sparse24Linear& a, const Sparse24Config& config, const Device& device) {
   const double n = config.tile_tokens;
   const double step = std::max(3 * n, (128 * n / config.cluster + 9216) / 32);
-  const double ends = 2000 + (config.split_k > 1 ? 1500 + 16 * n : 0);
+  const double ends = 1000 + n * instructions(a.activation) + (config.split_k > 1 ? 1500 + 16 * n : 0);
   const std::int64_t steps = quotient_up(quotient_up(a.in_features, kBlockColumns), config.split_k);
-  const std::int64_t clusters = std::max(device.multiprocessors / config.cluster, 1);
+  std::int64_t clusters = 1;
+  with_kernel(config, a.dtype, [&](auto tile, auto cluster, auto element) {
+    clusters = clusters_at_once<decltype(tile), cluster, decltype(element)>(device);
+  });
   const std::int64_t rounds = quotient_up(Counts(a, config).work_tiles, clusters);
   return double(rounds) * (double(steps) * step + ends);
 }
@@ -385,8 +449,9 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sp
     if (cleared != Status::ok) return cleared;
   }
   ptx::TensorMap x;
+  const std::int64_t x_stride = a.tokens > 1 ? a.x_stride : a.in_features;  // one row may have any
   const Status encoded =
-      encode_matrix(&x, a.x, a.dtype, a.tokens, a.in_features, a.x_stride, Tile::kTokens / kCluster);
+      encode_matrix(&x, a.x, a.dtype, a.tokens, a.in_features, x_stride, Tile::kTokens / kCluster);
   if (encoded != Status::ok) return encoded;
   const Params<T> params{a.layout,
                          int(layout.blocks),
@@ -400,18 +465,22 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sp
                           out_stride, a.residual_stride, a.num_rows, int(a.tokens), int(a.out_features),
                           a.activation, a.bias_dtype == DType::float32, a.scale_dtype == DType::float32}};
   const std::int64_t clusters =
-      std::min<std::int64_t>(counts.work_tiles, std::max(device.multiprocessors / kCluster, 1));
-  const LaunchShape shape{clusters * kCluster, kThreads, int(sizeof(typename Tile::Shared)), kCluster};
-  return launch(sparse24_linear_sm90_kernel<Tile, kCluster, T>, shape, stream, params, x);
+      std::min<std::int64_t>(counts.work_tiles, clusters_at_once<Tile, kCluster, T>(device));
+  return launch(sparse24_linear_sm90_kernel<Tile, kCluster, T>, launch_shape<Tile, kCluster>(clusters),
+                stream, params, x);
 }
 
 // use(config) for every configuration that can run the inputs on the device.
 template <typename Use>
 void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& use) {
-  if (device.specific_code != 90 || inputs.in_features == 0) return;  // TMA knows no matrix without columns
+  // TMA knows no matrix without columns, and none whose rows overlap.
+  const bool has_map =
+      inputs.in_features > 0 && (inputs.tokens <= 1 || inputs.x_stride >= inputs.in_features);
+  if (device.specific_code != 90 || !has_map) return;
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
       for (int splits : {1, 2, 3, 4, 6, 8}) {
+        if (splits > 1 && tokens == 256) break;
         const Sparse24Config config{90, tokens, kFeatures, splits, cluster};
         if (splits <= quotient_up(inputs.in_features, kBlockColumns) &&
             is_count(Counts(inputs, config).work_tiles))
@@ -442,23 +511,9 @@ Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device
 Status run_config(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
                   const Sparse24Config& config, const Device& device, void* workspace, void* stream) {
   Status status = Status::invalid_argument;
-  for_each_tile([&](auto tile) {
-    using Tile = decltype(tile);
-    if (config.tile_tokens != Tile::kTokens) return;
-    const auto with_cluster = [&](auto element, auto cluster) {
-      status =
-          run<Tile, cluster, decltype(element)>(inputs, out, out_stride, config, device, workspace, stream);
-    };
-    const auto with_element = [&](auto element) {
-      if (config.cluster == 1) with_cluster(element, std::integral_constant<int, 1>{});
-      if (config.cluster == 2) with_cluster(element, std::integral_constant<int, 2>{});
-      if (config.cluster == 4) with_cluster(element, std::integral_constant<int, 4>{});
-    };
-    if (inputs.dtype == DType::bfloat16) {
-      with_element(BFloat16{});
-    } else {
-      with_element(Float16{});
-    }
+  with_kernel(config, inputs.dtype, [&](auto tile, auto cluster, auto element) {
+    status = run<decltype(tile), cluster, decltype(element)>(inputs, out, out_stride, config, device,
+                                                             workspace, stream);
   });
   return status;
 }

@@ -104,6 +104,15 @@ template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaError_t(madtp::simt::options.error);
 }
+// Multiprocessors come in groups of 16, the last one smaller; a cluster lies in one group.
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t* config) {
+  const madtp::simt::Options& o = madtp::simt::options;
+  if (o.error != 0) return cudaError_t(o.error);
+  const int cluster = config->numAttrs == 0 ? 1 : int(config->attrs[0].val.clusterDim.x);
+  *clusters = o.multiprocessors / 16 * (16 / cluster) + o.multiprocessors % 16 / cluster;
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);
   return cudaSuccess;
