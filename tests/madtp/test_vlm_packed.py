@@ -41,6 +41,8 @@ def test_sparse_layers_answer_as_their_dense_weights(name):
     got = model.generate(**inputs, **GREEDY)
     assert torch.equal(got.sequences, want.sequences)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=1e-4, atol=1e-4)
+    lines = [line.split() for line in model.madtp_handle.explain().splitlines()]
+    assert sum(int(line[2]) for line in lines if line[:2] == ["all", "Linears"]) == len(packed)
     verdicts = madtp.hwp.explain_linears(model)
     assert all(verdicts[name] == "2:4, runs sparse" for name in packed)
     madtp.hwp.unpack(model)
