@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine code of the 2:4 products on CUDA: what must not stand in their loops, and how long an epilogue is."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.aot_cuda import ROOT, SOURCES, tool
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(tool("nvcc") is None or tool("cuobjdump") is None, reason="needs nvcc and cuobjdump"),
+]
+TARGETS = {"90a": "HGMMA", "80": "HMMA"}
+FORBIDDEN = re.compile(r"^(MEMBAR|CCTL|BRX|BRXU|CALL|LDL|STL)\b")
+LONGEST_EPILOGUE = 30  # instructions a value, GELU with residual, bias and scale
+VALUES_OF_A_STORE = 4
+
+
+class Instruction:
+    def __init__(self, address: str, text: str):
+        self.address, self.text = int(address, 16), re.sub(r"^@!?U?P\w+ ", "", text.strip())
+
+    def target(self) -> int | None:
+        found = re.match(r"BRA\b.*?(0x[0-9a-f]+)", self.text)
+        return int(found[1], 16) if found else None
+
+
+def headers(folder: Path) -> Path:
+    """What CMake makes of version.h.in, and of the architectures of the build."""
+    found = next((path.parents[2] for path in ROOT.glob("build/*/include/madtp/version.h")), None)
+    if found is None or not (found / "private").is_dir():
+        pytest.skip("needs a build folder, for the headers that CMake makes")
+    return found
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def kernels(request, tmp_path_factory):
+    """The target, and by name the instructions of each kernel."""
+    folder, target = tmp_path_factory.mktemp("sass"), request.param
+    build, cubin = headers(folder), folder / "out.cubin"
+    source = SOURCES / "sparse24" / f"linear_sm{target.rstrip('a')}.cu"
+    command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-o", str(cubin), str(source)]
+    command += [f"-gencode=arch=compute_{target},code=sm_{target}"]
+    command += [
+        f"-I{path}" for path in (ROOT / "csrc", ROOT / "csrc" / "include", build / "include", build / "private")
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    sass = subprocess.run([tool("cuobjdump"), "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+    found = {}
+    for part in sass.split("Function : ")[1:]:
+        name = part.split("\n", 1)[0].strip()
+        found[name] = [Instruction(*pair) for pair in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", part)]
+    assert found
+    return target, found
+
+
+def loops(code):
+    """Every loop, as its instructions: from where a branch goes back to, to that branch."""
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    for last, instruction in enumerate(code):
+        first = index.get(instruction.target())
+        if first is not None and first < last:
+            yield code[first : last + 1]
+
+
+def innermost(code, *needed):
+    """The shortest loops that have all of these instructions and no other such loop inside."""
+    found = [body for body in loops(code) if all(any(i.text.startswith(n) for i in body) for n in needed)]
+    spans = [(body[0].address, body[-1].address) for body in found]
+    return [
+        body
+        for body, (first, last) in zip(found, spans, strict=True)
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
+    ]
+
+
+def test_nothing_stalls_the_products(kernels):
+    target, found = kernels
+    for name, code in found.items():
+        bodies = innermost(code, TARGETS[target])
+        assert bodies, f"{name} has no loop of products"
+        for body in bodies:
+            products = [i for i, instruction in enumerate(body) if instruction.text.startswith(TARGETS[target])]
+            between = body[products[0] : products[-1] + 1]
+            wrong = [instruction.text for instruction in between if FORBIDDEN.match(instruction.text)]
+            assert not wrong, f"{name}: {wrong}"
+
+
+def test_epilogues_are_short(kernels):
+    _, found = kernels
+    for name, code in found.items():
+        bodies = innermost(code, "STG", "LDS")
+        assert len(bodies) >= 5, f"{name} has {len(bodies)} loops that write rows, and 5 activations"
+        for body in bodies:
+            values = VALUES_OF_A_STORE * sum(instruction.text.startswith("STG") for instruction in body)
+            assert len(body) / values <= LONGEST_EPILOGUE, f"{name}: {len(body)} instructions for {values} values"
