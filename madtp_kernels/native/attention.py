@@ -9,20 +9,10 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
-from madtp_kernels.native.common import DTYPES, address, call, contiguous
+from madtp_kernels.native.common import DTYPES, address, call, contiguous, head_contiguous, strided_heads
 
 if TYPE_CHECKING:
     from madtp_kernels import _C
-
-
-def _heads(x: Tensor) -> Tensor:
-    """x (T, H, D), or a copy of it when the elements of a head are not contiguous."""
-    return x if x.shape[2] <= 1 or x.stride(2) == 1 else x.contiguous()
-
-
-def _strided(x: Tensor) -> tuple[int, int, int]:
-    """Address, row stride and head stride."""
-    return x.data_ptr(), x.stride(0), x.stride(1)
 
 
 def _attention_inputs(
@@ -43,14 +33,14 @@ def _attention_inputs(
     return_stats: bool,
 ) -> tuple[_C.cpu.AttentionInputs, tuple[Tensor | None, ...]]:
     """madtp::AttentionInputs, and the tensors it points to, which must outlive it."""
-    q, k, v = (_heads(x) for x in (q, k, v))
+    q, k, v = (head_contiguous(x) for x in (q, k, v))
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     summary_index, alibi_slopes = contiguous(summary_index), contiguous(alibi_slopes)
     inputs = dispatch.extension().cpu.AttentionInputs(
         DTYPES[q.dtype],
-        _strided(q),
-        _strided(k),
-        _strided(v),
+        strided_heads(q),
+        strided_heads(k),
+        strided_heads(v),
         address(cu_seqlens_q),
         address(cu_seqlens_k),
         q.shape[0],

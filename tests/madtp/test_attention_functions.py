@@ -5,7 +5,11 @@ import pytest
 import torch
 import transformers as hf
 from tiny_models import RIGHT, SHAPE, Calls
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    sliding_window_causal_mask_function,
+)
 
 from madtp.models.attention_interface import attention_forward, attention_mask
 
@@ -118,12 +122,20 @@ def test_forms_of_the_mask():
     # Whoever forbids the short forms gets the whole mask.
     assert create_causal_mask(config, embeds, RIGHT, None, allow_is_causal_skip=False).shape == (3, 1, 7, 7)
     assert create_bidirectional_mask(config, embeds, None, allow_is_bidirectional_skip=False).shape == (3, 1, 7, 7)
-    # Several queries on a cache.
-    assert attention_mask(batch_size=3, q_length=2, kv_length=7, q_offset=5).shape == (3, 1, 2, 7)
+    # Several queries on a cache: the real tokens, where the last query stands at the last key.
+    several = attention_mask(batch_size=3, q_length=2, kv_length=7, q_offset=5)
+    assert several.shape == (3, 7) and several.all()
+    padded = attention_mask(batch_size=3, q_length=2, kv_length=7, q_offset=5, attention_mask=RIGHT.bool())
+    assert torch.equal(padded, RIGHT.bool())
+    assert attention_mask(batch_size=3, q_length=2, kv_length=7) is None  # an empty static cache
+    # A sliding window says its size at the real tokens.
+    window = sliding_window_causal_mask_function(3)
+    sizes = attention_mask(3, 7, 7, mask_function=window, attention_mask=RIGHT.bool(), local_size=3)
+    assert sizes.dtype == torch.int32 and torch.equal(sizes, 3 * RIGHT.int())
     assert attention_mask(batch_size=3, q_length=1, kv_length=7, q_offset=6) is None
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks", "block_indices", "cache", "output_attentions"])
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "block_indices", "cache", "output_attentions"])
 def test_refuses_what_it_would_ignore(name):
     q = heads()
     with pytest.raises(ValueError, match=f'^{name} must be unset with attn_implementation="madtp"'):
@@ -143,10 +155,11 @@ def test_a_mask_of_another_length_never_runs_ragged():
         (RIGHT, True, 7),
         (RIGHT.bool()[:, :5], True, 7),
         (RIGHT.bool(), True, 9),
+        (RIGHT.bool()[:, :5], True, 5),
     ],
-    ids=["not causal", "not bool", "other length", "more keys"],
+    ids=["not causal", "not bool", "other length", "more keys", "more queries"],
 )
 def test_refuses_a_mask_of_two_dimensions_elsewhere(mask, causal, keys):
-    rule = r"^attention_mask of two dimensions must be bool \(3, 7\) in causal self-attention, got torch\."
+    rule = r"^attention_mask of two dimensions must be bool or int32 \(3, [579]\) in causal attention, got torch\."
     with pytest.raises(ValueError, match=rule):
         attention_forward(SelfAttention(), heads(), heads(keys), heads(keys), mask, is_causal=causal)
