@@ -174,6 +174,8 @@ def _check(model: nn.Module) -> None:
         raise TypeError(f"model must have a decoder that is known, {reason}, got {kind}")
     if (reason := vision_unsupported_reason(model, None)) is not None:
         raise TypeError(f"model must have a vision tower that is known, {reason}, got {kind}")
+    if parts_of(model.base_model)[0].packed:
+        raise TypeError(f"model must have a vision tower that is known, its tiles are packed with newlines, got {kind}")
 
 
 def _seams(model: nn.Module, keep: Mapping[str, Any] | None) -> dict[str, Any]:
