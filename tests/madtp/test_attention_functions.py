@@ -124,14 +124,14 @@ def test_forms_of_the_mask():
     assert create_bidirectional_mask(config, embeds, None, allow_is_bidirectional_skip=False).shape == (3, 1, 7, 7)
     # Several queries on a cache: the real tokens, where the last query stands at the last key.
     several = attention_mask(batch_size=3, q_length=2, kv_length=7, q_offset=5)
-    assert several.shape == (3, 7) and several.all()
+    assert several.dtype == torch.int32 and torch.equal(several, torch.full((3, 1, 1, 7), 7, dtype=torch.int32))
     padded = attention_mask(batch_size=3, q_length=2, kv_length=7, q_offset=5, attention_mask=RIGHT.bool())
-    assert torch.equal(padded, RIGHT.bool())
+    assert torch.equal(padded, 7 * RIGHT.int()[:, None, None])
     assert attention_mask(batch_size=3, q_length=2, kv_length=7) is None  # an empty static cache
     # A sliding window says its size at the real tokens.
     window = sliding_window_causal_mask_function(3)
     sizes = attention_mask(3, 7, 7, mask_function=window, attention_mask=RIGHT.bool(), local_size=3)
-    assert sizes.dtype == torch.int32 and torch.equal(sizes, 3 * RIGHT.int())
+    assert sizes.dtype == torch.int32 and torch.equal(sizes, 3 * RIGHT.int()[:, None, None])
     assert attention_mask(batch_size=3, q_length=1, kv_length=7, q_offset=6) is None
 
 
@@ -160,6 +160,6 @@ def test_a_mask_of_another_length_never_runs_ragged():
     ids=["not causal", "not bool", "other length", "more keys", "more queries"],
 )
 def test_refuses_a_mask_of_two_dimensions_elsewhere(mask, causal, keys):
-    rule = r"^attention_mask of two dimensions must be bool or int32 \(3, [579]\) in causal attention, got torch\."
+    rule = r"^attention_mask of two dimensions must be bool \(3, [579]\) in causal attention, got torch\."
     with pytest.raises(ValueError, match=rule):
         attention_forward(SelfAttention(), heads(), heads(keys), heads(keys), mask, is_causal=causal)

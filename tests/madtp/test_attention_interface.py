@@ -263,8 +263,9 @@ def test_windows_and_soft_caps_generate_as_eager(make, cache):
         model.set_attn_implementation(implementation)
         options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         options |= {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
-        answers.append(model.generate(**text_inputs(LEFT), **options))
-    assert torch.equal(*answers)
+        for chunk in (None, 2):
+            answers.append(model.generate(**text_inputs(LEFT), **options, prefill_chunk_size=chunk))
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
 def test_chunks_are_no_windows():

@@ -75,8 +75,9 @@ def attention_mask(
 
     Returns:
         None: the module's `is_causal` says it all, exactly where SDPA's mask is None;
-        (B, M) bool, the real tokens: causal attention, of which the last query stands at the last key;
-        (B, M) int32: the same in a sliding window, whose size stands at the real tokens, and 0 at the others;
+        (B, M) bool, the real tokens: causal self-attention with padding;
+        (B, 1, 1, M) int32: causal attention of which the last query stands at the last key, in a sliding window whose
+            size stands at the real tokens, and 0 at the others (windows, several queries on a cache);
         (B, 1, 1, M) bool, the real keys: every query sees the same ones (padding, one query on a cache);
         (B, 1, N, M) bool, who sees whom: everything else (chunks, blocks of an image, custom patterns).
     """
@@ -88,10 +89,11 @@ def attention_mask(
             real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
         else:
             real = real[:, kv_offset : kv_offset + kv_length].bool()
-        if whole:
-            return None if q_length == kv_length and real.all() else real
-        if _is_window(mask_function, local_size) and _is_one_run(real):
-            return real * torch.tensor(local_size, dtype=torch.int32, device=real.device)
+        if whole and q_length == kv_length:
+            return None if real.all() else real
+        if whole or (_is_window(mask_function, local_size) and _is_one_run(real)):
+            # Of four dimensions, or transformers takes it for padding that it has to make a mask of.
+            return (real.int() * (kv_length if local_size is None or whole else local_size))[:, None, None]
     return sdpa_mask(
         batch_size=batch_size,
         q_length=1 if whole and allow_is_bidirectional_skip else q_length,  # its rows are all alike
@@ -105,6 +107,11 @@ def attention_mask(
         local_size=local_size,
         **kwargs,
     )
+
+
+def is_windowed(mask: Tensor) -> bool:
+    """Whether it is a mask (B, 1, 1, M) of causal attention in a window, as `attention_mask` makes it."""
+    return mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[1:3] == (1, 1)
 
 
 def _is_window(mask_function: Callable[..., Any], size: int | None) -> bool:
@@ -162,12 +169,12 @@ def attention_forward(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     softcap = kwargs.get("softcap") or 0.0
     real, window = None, None  # (B, M), of causal attention
+    if attention_mask is not None and is_windowed(attention_mask):
+        window = int(attention_mask.max())
+        attention_mask = attention_mask[:, 0, 0] > 0
     if attention_mask is not None and attention_mask.ndim == 2:
         _check_real_tokens(attention_mask, query, key, causal)
-        real = attention_mask.bool()
-        if attention_mask.dtype == torch.int32:
-            window = kwargs.get("sliding_window") or int(attention_mask.max())
-        attention_mask = real
+        real = attention_mask
     if not _runs_ragged(query, key, value, attention_mask, dropout, position_bias):
         if real is not None:
             attention_mask = real[:, None, None] & seen_columns(query.shape[2], key.shape[2], window, query.device)
@@ -211,10 +218,9 @@ def attention_forward(
 def _check_real_tokens(mask: Tensor, query: Tensor, key: Tensor, causal: bool) -> None:
     batch, _, queries, _ = query.shape
     keys = key.shape[2]
-    known = mask.dtype in (torch.bool, torch.int32)
-    if not causal or not known or mask.shape != (batch, keys) or keys < queries:
+    if not causal or mask.dtype != torch.bool or mask.shape != (batch, keys) or keys < queries:
         raise ValueError(
-            f"attention_mask of two dimensions must be bool or int32 {(batch, keys)} in causal attention, got "
+            f"attention_mask of two dimensions must be bool {(batch, keys)} in causal attention, got "
             f"{mask.dtype} {tuple(mask.shape)}, is_causal={causal}, {queries} queries, {keys} keys"
         )
 

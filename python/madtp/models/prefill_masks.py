@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from madtp.models.arguments import HIDDEN
+from madtp.models.attention_interface import is_windowed
 
 KEYS_ONLY = ("madtp",)  # attention implementations that take (B, N) of real tokens in causal self-attention
 
@@ -21,9 +22,9 @@ def prompt_mask(
     """The mask of a prompt's layer, in the form of the model's own.
 
     Args:
-        given: that of the whole prompt: None where it is causal alone; (B, S) or (B, 1, 1, S) real tokens; (B, S)
-            int32, the same with the size of the window they are seen in; (B or 1, 1, S, keys) bool or additive, who
-            sees whom.
+        given: that of the whole prompt: None where it is causal alone; (B, S) or (B, 1, 1, S) real tokens; (B, 1, 1, S)
+            int32, those of a causal mask with the size of the window they are seen in; (B or 1, 1, S, keys) bool or
+            additive, who sees whom.
         keys: of the layer, N, or more in a static cache, whose last ones are empty.
     """
     real, index = slots >= 0, slots.clamp(min=0)
@@ -35,9 +36,9 @@ def prompt_mask(
         seen = real[:, None, None] & _causal(slots.shape[1], slots.device)
         return _formed(F.pad(seen | _diagonal(real), (0, keys - slots.shape[1])), implementation, dtype)
     if given.ndim == 2:
-        kept = given.gather(1, index).bool() & real
-        if given.dtype == torch.bool:
-            return kept
+        return given.gather(1, index).bool() & real
+    if is_windowed(given):
+        kept = (given[:, 0, 0].gather(1, index) > 0) & real
         return kept[:, None, None] & _in_window(slots, slots, int(given.max())) | _diagonal(kept)
     given = given.expand(len(slots), -1, -1, -1)
     if given.shape[2] > 1:
@@ -77,9 +78,9 @@ def seen_by(mask: Tensor | None, rows: Tensor, slots: Tensor) -> Tensor:
     length = slots.shape[1]
     causal = torch.arange(length, device=slots.device) <= rows[..., None]
     real = (slots >= 0)[:, None]
-    if mask is None or (mask.ndim == 2 and mask.dtype == torch.bool):
+    if mask is None or mask.ndim == 2:
         return causal & real
-    if mask.ndim == 2:
+    if is_windowed(mask):
         return _in_window(slots.gather(1, rows), slots, int(mask.max()))[:, 0] & real
     mask = mask[..., :length].expand(len(slots), -1, -1, -1)[:, 0]
     if mask.shape[1] > 1:
