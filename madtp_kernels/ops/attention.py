@@ -110,7 +110,8 @@ def varlen_attention(
     """Softmax attention inside each sequence of a ragged batch: out_i = sum_j softmax_j(softmax_scale q_i k_j) v_j.
 
     Masks and biases are those of flash-attention's varlen functions, by the same names. Query i of Nq stands at
-    position p = i + Nk - Nq among the Nk keys: the last query at the last key. One that sees no key gets zeros.
+    position p = i + Nk - Nq among the Nk keys: the last query at the last key. One that sees no key gets zeros; a
+    sequence with queries has a key at least.
 
     Args:
         q: (Tq, H, D) float32, bfloat16 or float16.
@@ -462,9 +463,9 @@ def _flops(
     """Two matrix products over the query-key pairs of each sequence that are seen, 2 FLOP per multiply-add."""
     pairs = 0
     for queries, keys in zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True):
-        position = torch.arange(keys - queries, keys)
-        last = position if causal else position + right if right >= 0 else torch.full_like(position, keys - 1)
-        first = position - left if left >= 0 else torch.zeros_like(position)
+        position, far = torch.arange(keys - queries, keys), keys + queries
+        last = position if causal else position + min(right, far) if right >= 0 else torch.full_like(position, keys - 1)
+        first = position - min(left, far) if left >= 0 else torch.zeros_like(position)
         pairs += int((last.clamp(max=keys - 1) - first.clamp(min=0) + 1).clamp(min=0).sum())
     heads, head_dim = q.shape[1:]
     return 4 * pairs * heads * head_dim

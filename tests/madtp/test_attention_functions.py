@@ -149,17 +149,11 @@ def test_a_mask_of_another_length_never_runs_ragged():
 
 
 @pytest.mark.parametrize(
-    "mask, causal, keys",
-    [
-        (RIGHT.bool(), False, 7),
-        (RIGHT, True, 7),
-        (RIGHT.bool()[:, :5], True, 7),
-        (RIGHT.bool(), True, 9),
-        (RIGHT.bool()[:, :5], True, 5),
-    ],
-    ids=["not causal", "not bool", "other length", "more keys", "more queries"],
+    "mask, keys",
+    [(RIGHT, 7), (RIGHT.bool()[:, :5], 7), (RIGHT.bool(), 9), (RIGHT.bool()[:, :5], 5)],
+    ids=["not bool", "other length", "more keys", "more queries"],
 )
-def test_refuses_a_mask_of_two_dimensions_elsewhere(mask, causal, keys):
-    rule = r"^attention_mask of two dimensions must be bool \(3, [579]\) in causal attention, got torch\."
+def test_refuses_a_mask_of_two_dimensions_elsewhere(mask, keys):
+    rule = r"^attention_mask of two dimensions must be bool \(3, [579]\) of causal attention, got torch\."
     with pytest.raises(ValueError, match=rule):
-        attention_forward(SelfAttention(), heads(), heads(keys), heads(keys), mask, is_causal=causal)
+        attention_forward(SelfAttention(), heads(), heads(keys), heads(keys), mask, is_causal=True)

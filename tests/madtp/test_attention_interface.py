@@ -23,6 +23,7 @@ from tiny_models import (
     text_inputs,
     tokens,
 )
+from vlm_families import make_vlm, vlm_batch
 
 from madtp.models import attention_interface
 
@@ -307,3 +308,28 @@ def test_refuses_attention_weights_from_a_model():
 def test_soft_caps_under_a_mask_of_ones_own():
     mask = torch.randn(3, 1, 7, 7, generator=torch.Generator().manual_seed(4))
     compare(gemma2(), {"input_ids": tokens(), "attention_mask": mask}, None, 0)
+
+
+@pytest.mark.parametrize("name", ["PaliGemma", "PaliGemma 2"])
+def test_a_causal_mask_of_a_module_that_has_other_masks_too(name):
+    """Attention of PaliGemma says that it is not causal; a second turn on a cache is."""
+    model, logits = make_vlm(name).float(), []
+    inputs = {key: x.float() if x.is_floating_point() else x for key, x in vlm_batch(name, make_vlm(name)).items()}
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)
+    for implementation in ("eager", "madtp"):
+        model.set_attn_implementation(implementation)
+        cache = hf.DynamicCache(config=model.config.get_text_config())
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache, use_cache=True)
+            later = {"input_ids": torch.arange(20, 26).view(2, 3), "token_type_ids": torch.zeros(2, 3).long()}
+            logits.append(model(**later, attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_masks_on_the_meta_device():
+    config = hf.MistralConfig(**SHAPE, num_key_value_heads=1, vocab_size=40, sliding_window=3)
+    with torch.device("meta"):
+        model = hf.MistralForCausalLM(config)
+        model.set_attn_implementation("madtp")
+        for mask in (None, torch.ones(2, 7, dtype=torch.long)):
+            assert model(input_ids=torch.ones(2, 7, dtype=torch.long), attention_mask=mask).logits.is_meta

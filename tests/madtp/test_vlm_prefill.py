@@ -671,3 +671,20 @@ def test_copies_prune_too(llava):
         assert torch.equal(other(**inputs).logits, expected)
         assert type(other.madtp_handle.remove()) is hf.LlavaForConditionalGeneration
     model.madtp_handle.remove()
+
+
+@pytest.mark.parametrize("rule", ["fastv", "received"])
+def test_soft_caps_take_part_in_the_ranking(rule):
+    kept = {}
+    for implementation in ("eager", "madtp"):
+        model = make_vlm("PaliGemma 2")
+        inputs = vlm_batch("PaliGemma 2", model)
+        for module in model.modules():
+            if hasattr(module, "attn_logit_softcapping"):
+                module.attn_logit_softcapping = 0.5
+        model.set_attn_implementation(implementation)
+        handle = madtp.patch(model, keep={"prefill": {1: madtp.Keep(0.5, rule=rule)}})
+        with torch.no_grad():
+            model(**inputs)
+        kept[implementation] = [places.tolist() for places in handle.selections["prefill"][1]]
+    assert kept["madtp"] == kept["eager"]

@@ -83,15 +83,15 @@ def attention_mask(
     """
     whole = local_size is None or kv_length < local_size  # else a window or chunk hides something
     together = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # no slots that wait
-    if allow_is_causal_skip and q_length > 1 and together and not torch.compiler.is_compiling():
+    readable = attention_mask is None or not attention_mask.is_meta
+    if allow_is_causal_skip and q_length > 1 and together and readable and not torch.compiler.is_compiling():
         real = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        if real is None:
-            real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
-        else:
-            real = real[:, kv_offset : kv_offset + kv_length].bool()
+        real = None if real is None else real[:, kv_offset : kv_offset + kv_length].bool()
         if whole and q_length == kv_length:
-            return None if real.all() else real
-        if whole or (_is_window(mask_function, local_size) and _is_one_run(real)):
+            return None if real is None or real.all() else real
+        if whole or (_is_window(mask_function, local_size) and (real is None or _is_one_run(real))):
+            if real is None:
+                real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
             # Of four dimensions, or transformers takes it for padding that it has to make a mask of.
             return (real.int() * (kv_length if local_size is None or whole else local_size))[:, None, None]
     return sdpa_mask(
@@ -160,21 +160,22 @@ def attention_forward(
         out (B, N, H, D), and None: there are no attention weights.
 
     Raises:
-        ValueError: the module asks for attention sinks, key blocks, a paged cache or attention weights, or a (B, M)
-            mask meets attention that is not causal.
+        ValueError: the module asks for attention sinks, key blocks, a paged cache or attention weights, or a mask of
+            two dimensions is not (B, M) bool, with as many keys as queries at least.
     """
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f'{name} must be unset with attn_implementation="{NAME}"; set "eager" for this model')
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     softcap = kwargs.get("softcap") or 0.0
     real, window = None, None  # (B, M), of causal attention
     if attention_mask is not None and is_windowed(attention_mask):
         window = int(attention_mask.max())
         attention_mask = attention_mask[:, 0, 0] > 0
     if attention_mask is not None and attention_mask.ndim == 2:
-        _check_real_tokens(attention_mask, query, key, causal)
+        _check_real_tokens(attention_mask, query, key)
         real = attention_mask
+    # A mask of real tokens is that of a causal mask, whatever a module that may have others says of itself.
+    causal = real is not None or (is_causal if is_causal is not None else getattr(module, "is_causal", True))
     if not _runs_ragged(query, key, value, attention_mask, dropout, position_bias):
         if real is not None:
             attention_mask = real[:, None, None] & seen_columns(query.shape[2], key.shape[2], window, query.device)
@@ -215,13 +216,13 @@ def attention_forward(
     return queried.to_padded(out, batch, queries), None
 
 
-def _check_real_tokens(mask: Tensor, query: Tensor, key: Tensor, causal: bool) -> None:
+def _check_real_tokens(mask: Tensor, query: Tensor, key: Tensor) -> None:
     batch, _, queries, _ = query.shape
     keys = key.shape[2]
-    if not causal or mask.dtype != torch.bool or mask.shape != (batch, keys) or keys < queries:
+    if mask.dtype != torch.bool or mask.shape != (batch, keys) or keys < queries:
         raise ValueError(
-            f"attention_mask of two dimensions must be bool {(batch, keys)} in causal attention, got "
-            f"{mask.dtype} {tuple(mask.shape)}, is_causal={causal}, {queries} queries, {keys} keys"
+            f"attention_mask of two dimensions must be bool {(batch, keys)} of causal attention, got "
+            f"{mask.dtype} {tuple(mask.shape)}, {queries} queries, {keys} keys"
         )
 
 

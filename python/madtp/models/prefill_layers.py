@@ -82,7 +82,8 @@ def watched_attention(
     if here.run is not None:
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        softcap = kwargs.get("softcap") if config._attn_implementation == "eager" else None  # no other computes it
+        caps = config._attn_implementation in ("eager", "madtp")  # no other computes it
+        softcap = kwargs.get("softcap") if caps else None
         here.run.observe(module.layer_idx, query, key, attention_mask, scaling, softcap)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention(module))
     return attend(module, query, key, value, attention_mask, **kwargs)

@@ -134,10 +134,15 @@ class PromptRun:
             {layer: complete[key] for layer, key in keys.items()},
         )
 
-    def _current(self) -> Tensor:
-        if self.slots is not None:
-            return self.slots
+    def columns(self) -> Tensor:
+        """(B, S) int64: what the first layer holds, -1 for padding; of each row of the batch."""
+        return self._columns().repeat_interleave(self.copies, 0)
+
+    def _columns(self) -> Tensor:
         return torch.arange(self.real.shape[1], device=self.real.device).masked_fill(~self.real, -1)
+
+    def _current(self) -> Tensor:
+        return self._columns() if self.slots is None else self.slots
 
     def _prune(self, layer: int, hidden: Tensor) -> Tensor:
         slots = self._current()

@@ -68,6 +68,7 @@ class PrunedPrefill(PatchedHead):
             self._check_empty(kwargs, decoding=True)
         if (held := _held(cache)) is not None:
             mask = None if here.calls else kwargs.get("attention_mask")  # generate adds no padding to its own
+            _check_width(cache, mask, kwargs.get("input_ids"))
             real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
             with self._running(DecodingRun(held, real)):
                 return run(**kwargs)
@@ -96,6 +97,7 @@ class PrunedPrefill(PatchedHead):
         for given in (cache, *(value for value in values if isinstance(value, Cache))):
             if isinstance(given, Cache) and held is not None:
                 given.madtp_prefill = held  # type: ignore[attr-defined]
+                given.madtp_columns = made.columns()  # type: ignore[attr-defined]
         return out
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
@@ -195,6 +197,18 @@ class PrunedPrefill(PatchedHead):
         for layer in layers[min(self.madtp_prefill.keep) :]:
             if isinstance(layer, StaticSlidingWindowLayer):
                 raise ValueError("past_key_values must have no static sliding window where layers prune, got one")
+
+
+def _check_width(cache: Any, mask: Any, input_ids: Any) -> None:
+    """Raises ValueError for a mask of a step of decoding that is not as long as what the first layer holds."""
+    if not (isinstance(mask, Tensor) and mask.ndim == 2 and isinstance(input_ids, Tensor)):
+        return
+    width = int(cache.get_seq_length()) + input_ids.shape[1]
+    if mask.shape[1] != width:
+        raise ValueError(
+            f"attention_mask must have {width} columns, those of the cache's first layer and of what follows: "
+            f"past_key_values.madtp_columns >= 0, and ones, got {mask.shape[1]}"
+        )
 
 
 def _held(cache: Any) -> HeldPrompt | None:

@@ -213,7 +213,7 @@ class PrunedPrompt(PatchedHead):
         if mask is None and bool((cache.madtp_columns < 0).any()):
             raise ValueError(
                 "attention_mask must be given where the cache has padding or hidden tokens, got none: it is "
-                "madtp_handle.columns >= 0, and ones for what follows"
+                "past_key_values.madtp_columns >= 0, and ones for what follows"
             )
         if dropped and mask is not None and mask.ndim == 2 and mask.shape[1] != past + ids.shape[1]:
             raise ValueError(
