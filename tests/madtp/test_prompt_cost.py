@@ -270,6 +270,10 @@ def test_packed_sparse_layers_count_at_half(llava):
         ({"prefill": {2: [1, 1, 1]}}, "counts must be of the seams vision, got prefill"),
         ({"vision": [[8, 8, 8]]}, "counts of the seam 'vision' must be of 2 layers, each of 3 images"),
         ({"vision": [[8, 8, 8], [8, 9, 8]]}, "counts of the seam 'vision' must not grow"),
+        ({"vision": [8, 8]}, "counts of the seam 'vision' must be of 2 layers, each of 3 images"),
+        ({"vision": [[8, 8, 8], [8.5, 8, 8]]}, "counts of the seam 'vision' must be of 2 layers, each of 3 images"),
+        ({"vision": torch.full((2, 3), 8)}, "counts of the seam 'vision' must be of 2 layers, each of 3 images"),
+        ([8], "counts must be a mapping by seam, as VlmHandle.counts gives it, got list"),
     ],
 )
 def test_counts_that_do_not_fit(llava, counts, message):

@@ -125,6 +125,11 @@ def test_what_is_refused(llava):
     model, inputs = llava
     with pytest.raises(ValueError, match="batches must hold a calibration prompt, got none"):
         madtp.seam_pareto(model, [])
+    with pytest.raises(ValueError, match="batches must be a sequence of mappings, got one mapping"):
+        madtp.seam_pareto(model, inputs)
+    nothing = torch.full_like(inputs["input_ids"], -100)
+    with pytest.raises(ValueError, match="labels must ask for a token, got none but -100"):
+        madtp.seam_pareto(model, [inputs | {"labels": nothing}], keeps=[{"vision": 0.5}])
     with pytest.raises(ValueError, match="batches must have images, got one with input_ids alone"):
         madtp.seam_pareto(model, [{"input_ids": inputs["input_ids"]}])
     with pytest.raises(ValueError, match=r"shares must be in \(0, 1\], got 1.5"):

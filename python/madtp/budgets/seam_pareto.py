@@ -108,6 +108,8 @@ def seam_pareto(
     """
     if find_handle(model) is not None:
         raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
+    if isinstance(batches, Mapping):
+        raise ValueError("batches must be a sequence of mappings, got one mapping: put it into a list")
     batches = list(batches)
     if not batches:
         raise ValueError("batches must hold a calibration prompt, got none")
@@ -117,12 +119,14 @@ def seam_pareto(
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     dense_macs = sum(prompt_cost(model, {}, **batch).first_token for batch in inputs)
     settings = _settings(model, shares, prefill_layer) if keeps is None else list(keeps)
+    costs = [sum(prompt_cost(model, keep, **batch).first_token for batch in inputs) for keep in settings]
+    asked = [_asked(batch) for batch in batches]
+    if not any(places.any() for places in asked):
+        raise ValueError("labels must ask for a token, got none but -100")
     with evaluating(model):
-        asked = [_asked(batch) for batch in batches]
         dense = [_distributions(model, batch, places) for batch, places in zip(inputs, asked, strict=True)]
         found: list[tuple[Mapping[str, Any], float, float]] = [({}, 1.0, 0.0)]
-        for keep in progress(settings):
-            macs = sum(prompt_cost(model, keep, **batch).first_token for batch in inputs)
+        for keep, macs in zip(progress(settings), costs, strict=True):
             found.append((keep, macs / dense_macs, _divergence(model, keep, inputs, asked, dense)))
     found.sort(key=lambda point: point[1:])
     return SeamPareto(tuple(SeamPoint(*point, dominated=_is_dominated(point[1:], found)) for point in found))

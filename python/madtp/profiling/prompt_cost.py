@@ -201,6 +201,8 @@ def _left(
     model: nn.Module, seams: Mapping[str, Any], lengths: list[int], counts: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What is left of each image, in the order of the prompt, as `VlmHandle.counts` says it."""
+    if counts is not None and not isinstance(counts, Mapping):
+        raise ValueError(f"counts must be a mapping by seam, as VlmHandle.counts gives it, got {type(counts).__name__}")
     given = dict(counts or {})
     if unknown := set(given) - set(seams):
         raise ValueError(f"counts must be of the seams {', '.join(seams) or 'there are'}, got {', '.join(unknown)}")
@@ -224,16 +226,16 @@ def _left(
 
 def _check_counts(name: str, given: Any, seam: Any, lengths: Sequence[int]) -> None:
     """Raises ValueError for counts that a seam cannot leave of images with so many tokens."""
-    steps = list(given) if name == VISION else [given]
-    expected = f"{len(lengths)} images"
-    fits = True
+    steps, expected, fits = [given], f"{len(lengths)} images", True
     if name == VISION:
-        fits, expected = len(steps) == seam.layers, f"{seam.layers} layers, each of {expected}"
+        fits = isinstance(given, list | tuple) and len(given) == seam.layers
+        steps, expected = list(given) if fits else [], f"{seam.layers} layers, each of {expected}"
     elif name == PREFILL:
         fits = isinstance(given, Mapping) and set(given) == set(seam.keep)
         steps = [given[layer] for layer in seam.keep] if fits else []
         expected = f"the layers {', '.join(map(str, seam.keep))}, each of {expected}"
-    fits = fits and all(len(step) == len(lengths) for step in steps)
+    fits = fits and all(isinstance(step, list | tuple) and len(step) == len(lengths) for step in steps)
+    fits = fits and all(type(count) is int for step in steps for count in step)
     if not fits:
         raise ValueError(f"counts of the seam {name!r} must be of {expected}, got {given}")
     for before, after in pairwise([list(lengths), *map(list, steps)]):
