@@ -49,6 +49,10 @@ constexpr int kFeatures = kConsumers * kTileFeatures;
 constexpr int kRowBytes = kBlockColumns * 2;
 constexpr int kStagedTokens = 32;  // that the epilogue stages at a time
 
+// The most tokens of a tile whose input features may be split: with more sums no registers are left to add
+// parts up in.
+constexpr int kSplitTokens = 128;
+
 template <int kTokens_, int kStages_, int kAhead_>
 struct Tile {
   static constexpr int kTokens = kTokens_, kStages = kStages_;
@@ -56,8 +60,6 @@ struct Tile {
   static constexpr int kSums = kTokens / 2;  // that a thread holds
   static constexpr int kStageBytes = kTokens * kRowBytes;
   static_assert(kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
-  // With as many sums as the largest tile has there are no registers left to add parts up in.
-  static constexpr bool kSplits = kTokens < 256;
 
   struct Shared {
     alignas(1024) unsigned char x[kStages][kStageBytes];
@@ -176,7 +178,7 @@ class Consumer {
       }
       float sums[Tile::kSums];
       multiply(work, sums);
-      if constexpr (Tile::kSplits) {
+      if constexpr (Tile::kTokens <= kSplitTokens) {
         if (p_.splits > 1 && !reduce(work, sums)) continue;
       }
       write(work.first_token, shared_.valid_tokens, sums);
@@ -480,7 +482,7 @@ void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& u
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
       for (int splits : {1, 2, 3, 4, 6, 8}) {
-        if (splits > 1 && tokens == 256) break;
+        if (splits > 1 && tokens > kSplitTokens) break;
         const Sparse24Config config{90, tokens, kFeatures, splits, cluster};
         if (splits <= quotient_up(inputs.in_features, kBlockColumns) &&
             is_count(Counts(inputs, config).work_tiles))
