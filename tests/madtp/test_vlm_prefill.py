@@ -688,3 +688,17 @@ def test_soft_caps_take_part_in_the_ranking(rule):
             model(**inputs)
         kept[implementation] = [places.tolist() for places in handle.selections["prefill"][1]]
     assert kept["madtp"] == kept["eager"]
+
+
+@pytest.mark.parametrize("keep", [{"prefill": {1: 0.5}}, {"projector": 0.5, "prefill": {1: 0.5}}])
+def test_a_step_by_hand_takes_the_mask_of_the_first_layer(llava, keep):
+    model, inputs = llava
+    madtp.patch(model, keep=keep)
+    want = torch.stack(model.generate(**inputs, **GREEDY).logits)[1]
+    with torch.no_grad():
+        out = model(**inputs)
+        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        mask = torch.cat([cache.madtp_columns >= 0, torch.ones(2, 1, dtype=torch.bool)], 1).long()
+        with pytest.raises(ValueError, match=rf"attention_mask must have {mask.shape[1]} columns, .* got 7"):
+            model(input_ids=token, attention_mask=mask[:, :7], past_key_values=cache)
+        close(model(input_ids=token, attention_mask=mask, past_key_values=cache).logits[:, -1], want)
