@@ -24,6 +24,7 @@ class _Maps(NamedTuple):
     lse: Tensor  # (B, H, Nq)
     visible: Tensor  # (B, Nq, Nk) bool
     real_queries: Tensor  # (B, Nq) bool
+    masked: bool  # whether some keys are hidden from some queries
 
 
 def _attend(
@@ -56,7 +57,8 @@ def _attend(
     probabilities = probabilities.masked_fill(blind[..., None], 0)
     lse = lse.masked_fill(blind, -torch.inf)
     out = torch.einsum("bhij,bjhd->bihd", probabilities, values)
-    return _Maps(queries, keys, values, slopes, probabilities, out, lse, visible, real_queries)
+    masked = causal or window_left >= 0 or window_right >= 0
+    return _Maps(queries, keys, values, slopes, probabilities, out, lse, visible, real_queries, masked)
 
 
 def _distances(cu_seqlens_q, cu_seqlens_k, max_seqlen_q: int, max_seqlen_k: int) -> Tensor:
@@ -78,10 +80,10 @@ class _Sharing(NamedTuple):
     from_summary: Tensor  # (B, N, H) P[h,s,j]
 
 
-def _share_heads(maps: _Maps, cu_seqlens, summary_index, rows: int, masked: bool) -> _Sharing:
+def _share_heads(maps: _Maps, cu_seqlens, summary_index, rows: int) -> _Sharing:
     is_summary, _ = pad(summary_rows(cu_seqlens, summary_index, rows), cu_seqlens, maps.out.shape[1])
     counted = (maps.real_queries & ~is_summary)[:, :, None] & maps.visible
-    observers = counted.sum(dim=1).clamp_min(1) if masked else torch.ones_like(is_summary, dtype=torch.int64)
+    observers = counted.sum(dim=1).clamp_min(1) if maps.masked else torch.ones_like(is_summary, dtype=torch.int64)
     norms = torch.linalg.vector_norm(maps.out, dim=-1)
     head_share = norms / norms.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
     from_summary = (maps.probabilities * is_summary[:, None, :, None]).sum(dim=2).transpose(1, 2)
@@ -125,8 +127,7 @@ def varlen_attention(
     lse = unpad(maps.lse.transpose(1, 2), cu_seqlens_q, q.shape[0]).T.contiguous()
     if not return_stats:
         return out, maps.out.new_empty(0), maps.out.new_empty(0), lse
-    masked = causal or window_left >= 0 or window_right >= 0
-    sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], masked)
+    sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0])
     summary_attention = (sharing.from_summary * sharing.head_share).sum(dim=-1)  # (B, N)
     received_attention = (maps.probabilities.amax(dim=1) * sharing.counted).sum(dim=1) / sharing.observers  # (B, N)
     summary_attention = unpad(summary_attention, cu_seqlens_q, q.shape[0])
@@ -165,8 +166,7 @@ def varlen_attention_backward(
     d_out, _ = pad(grad_out.to(probabilities.dtype), cu_seqlens_q, max_seqlen_q)  # (B, Nq, H, D)
     d_probabilities = torch.zeros_like(probabilities)
     if return_stats:
-        masked = causal or window_left >= 0 or window_right >= 0
-        sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0], masked)
+        sharing = _share_heads(maps, cu_seqlens_q, summary_index, q.shape[0])
         d_summary = pad(grad_summary_attention, cu_seqlens_q, max_seqlen_q)[0][:, :, None]  # (B, N, 1)
         d_received = pad(grad_received_attention, cu_seqlens_q, max_seqlen_q)[0] / sharing.observers  # (B, N)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from madtp.dtp import keep_rules
 from madtp.dtp.keep_rules import Candidates, Kept, Rule
 from madtp_kernels import AttentionStats, Selection, score_and_select, select_tokens, token_importance
-from madtp_kernels.ragged import segment_sum, sequence_ids, summary_rows
+from madtp_kernels.ragged import prunable_rows, segment_sum, sequence_ids
 from madtp_kernels.selection import layout
 
 HALF = 10.0  # the temperature at which a rule of counts keeps half of the tokens that enter a block
@@ -37,7 +37,7 @@ class Tokens(NamedTuple):
 
     def prunable(self) -> Tensor:
         """(T,) bool: all but the summary tokens."""
-        return ~summary_rows(self.cu_seqlens, self.summary_index, self.x.shape[0])
+        return prunable_rows(self.cu_seqlens, self.summary_index, None, self.x.shape[0])
 
 
 class Outcome(NamedTuple):
@@ -49,15 +49,14 @@ class Outcome(NamedTuple):
 def batch_max(tokens: Tokens, temperature: float) -> Outcome:
     """The published rule: every sample keeps as many tokens as the sample that keeps most, its best.
 
-    A sample with fewer than 2 tokens over that number keeps all. One host read per layer, as published.
+    A sample with fewer than 2 tokens over that number keeps all. Numbers are read on the host, as published.
     """
     assert tokens.logits is not None, "the rule is guided"
     importance, own = score_and_select(
         tokens.stats, tokens.logits, tokens.cu_seqlens, temperature, summary_index=tokens.summary_index
     )
-    counts = _count(own.keep & tokens.prunable(), tokens.cu_seqlens)
-    most = counts.max().expand_as(counts) if len(counts) else counts
-    return Outcome(importance, _best(importance, most, tokens))
+    most = max(_lengths(own.keep & tokens.prunable(), tokens.cu_seqlens), default=0)
+    return _keep_counts(keep_rules.largest, tokens, importance, importance, lambda length: min(most, length))
 
 
 def unguided(tokens: Tokens, temperature: float) -> Outcome:
@@ -88,12 +87,22 @@ def by_count(rule: Rule, attention: str | None, tokens: Tokens, temperature: flo
         attention: which of the statistics is the importance, by which pruned tokens are merged as well; None: the
             attention that tokens receive is at hand, and they are averaged.
     """
-    prunable = tokens.prunable()
-    lengths = [int(count) for count in _count(prunable, tokens.cu_seqlens).tolist()]
-    counts = [math.ceil(length / (1 + temperature / HALF)) for length in lengths]
-    counts = [length if length - count < 2 else count for length, count in zip(lengths, counts, strict=True)]
     given = getattr(tokens.stats, attention or "received_attention")
-    importance = (torch.ones_like(given) if attention is None else given).masked_fill(~prunable, 0)
+    importance = torch.ones_like(given) if attention is None else given
+    return _keep_counts(rule, tokens, given, importance, lambda length: math.ceil(length / (1 + temperature / HALF)))
+
+
+def _keep_counts(rule: Rule, tokens: Tokens, given: Tensor, importance: Tensor, count: Callable[[int], int]) -> Outcome:
+    """What a rule keeps of `count(n)` of the n prunable tokens of a sequence; all where fewer than 2 would go.
+
+    Args:
+        given: (T,), the importance that the rule sees.
+        importance: (T,), by which pruned tokens are merged.
+    """
+    prunable = tokens.prunable()
+    importance = importance.masked_fill(~prunable, 0)
+    lengths = _lengths(prunable, tokens.cu_seqlens)
+    counts = [length if length - count(length) < 2 else count(length) for length in lengths]
     if counts == lengths:
         return Outcome(importance, _laid_out(torch.ones_like(prunable), importance, tokens))
     logits = None if tokens.logits is None else tokens.logits[prunable]
@@ -149,20 +158,6 @@ def is_selection(value: object) -> bool:
     return callable(value) or (isinstance(value, str) and value in SELECTIONS)
 
 
-def _best(score: Tensor, counts: Tensor, tokens: Tokens) -> Selection:
-    """Keeps the `counts` (B,) prunable tokens with the largest scores, of equal ones the first; all where fewer than 2
-    would go."""
-    rows, prunable = score.shape[0], tokens.prunable()
-    sequence = sequence_ids(tokens.cu_seqlens, rows)
-    order = score.detach().masked_fill(~prunable, float("inf")).argsort(descending=True, stable=True)
-    order = order[sequence[order].argsort(stable=True)]  # by sequence, the best first; row i is the (i - begin)th best
-    few_would_go = _count(prunable, tokens.cu_seqlens) - counts < 2
-    limit = torch.where(few_would_go, rows, counts + _count(~prunable, tokens.cu_seqlens))
-    keep = torch.empty_like(prunable)
-    keep[order] = torch.arange(rows, device=score.device) - tokens.cu_seqlens[sequence] < limit[sequence]
-    return _laid_out(keep, score, tokens)
-
-
 def _laid_out(keep: Tensor, importance: Tensor, tokens: Tokens) -> Selection:
     keep, cu_seqlens_out, source, merge_weight = layout(keep, importance, tokens.cu_seqlens)
     return Selection(keep, tokens.cu_seqlens, cu_seqlens_out, source[: int(cu_seqlens_out[-1])], merge_weight)
@@ -171,3 +166,8 @@ def _laid_out(keep: Tensor, importance: Tensor, tokens: Tokens) -> Selection:
 def _count(which: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(B,) float32: how many rows of each sequence are of `which` (T,)."""
     return segment_sum(which.float(), cu_seqlens)
+
+
+def _lengths(which: Tensor, cu_seqlens: Tensor) -> list[int]:
+    """`_count`, on the host."""
+    return [int(count) for count in _count(which, cu_seqlens).tolist()]

@@ -13,13 +13,11 @@ from madtp.dtp.keep import Keep
 from madtp.hwp.packing import Epilogue, unpack
 from madtp.models.mixing import change_class, check_forward, mixed
 from madtp.models.prefill_layers import PrefillLayer, WatchedAttention
-from madtp.models.prefill_seam import PrefillSeam
 from madtp.models.projector_seam import ProjectorSeam
 from madtp.models.prompt import MODALITIES, count_images, in_prompt_order, token_of
 from madtp.models.pruned_prefill import PrunedPrefill
 from madtp.models.pruned_vision import PrunedVision, newlines_of
 from madtp.models.vision_layers import TowerAttention, TowerLayer, attention_of
-from madtp.models.vision_seam import VisionSeam
 from madtp.models.vlm import decoder_of, mixin_of, tower_layers, unsupported_reason, window_of
 from madtp.models.vlm_branches import branches_of
 from madtp.patching.saving import save
@@ -31,8 +29,7 @@ from madtp.patching.vlm_keep import (
     VISION,
     Amounts,
     check_keep,
-    check_layers,
-    check_tower,
+    make_seams,
     saved_keep,
 )
 
@@ -52,15 +49,7 @@ class VlmHandle:
         self._keep = check_keep(keep)
         if (reason := unsupported_reason(model)) is not None:
             raise TypeError(f"model must have a projector seam, {reason}, got {type(model).__name__}")
-        self.seams: dict[str, Any] = {}
-        if isinstance(vision := self._keep.get(VISION), Keep):
-            check_tower(model, vision)
-            self.seams[VISION] = VisionSeam(vision, len(tower_layers(model)))
-        if isinstance(projector := self._keep.get(PROJECTOR), Keep):
-            self.seams[PROJECTOR] = ProjectorSeam(projector)
-        if isinstance(prefill := self._keep.get(PREFILL), dict):
-            check_layers(model, prefill)
-            self.seams[PREFILL] = PrefillSeam(prefill)
+        self.seams = make_seams(model, self._keep)
         self._mixed = dict(self.seams)
         if VISION in self.seams:  # what a tower has lost goes out of the prompt where the projector's tokens do
             self._mixed.setdefault(PROJECTOR, ProjectorSeam(Keep(1.0, rule="uniform")))

@@ -12,8 +12,17 @@ from torch import nn
 from madtp.dtp.keep import Keep
 from madtp.dtp.keep_rules import RULES
 from madtp.models.prefill_seam import RULES_HERE as PREFILL_RULES
+from madtp.models.prefill_seam import PrefillSeam
+from madtp.models.projector_seam import ProjectorSeam
 from madtp.models.vision_seam import RULES_HERE as TOWER_RULES
-from madtp.models.vlm import decoder_of, first_prefill_layer, prefill_unsupported_reason, vision_unsupported_reason
+from madtp.models.vision_seam import VisionSeam
+from madtp.models.vlm import (
+    decoder_of,
+    first_prefill_layer,
+    prefill_unsupported_reason,
+    tower_layers,
+    vision_unsupported_reason,
+)
 
 VISION, PROJECTOR, PREFILL = "vision", "projector", "prefill"
 DEFAULT_RULES = {VISION: "received", PROJECTOR: "divprune", PREFILL: "fastv"}  # of a plain share or count, by seam
@@ -95,13 +104,31 @@ def loaded_keep(keep: Mapping[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def check_tower(model: nn.Module, keep: Keep) -> None:
+def make_seams(model: nn.Module, keep: Mapping[str, Amounts]) -> dict[str, Any]:
+    """The seams of a model, by name, of what `check_keep` returned.
+
+    Raises:
+        TypeError: the tower or the decoder of the model cannot prune. ValueError: layers that are not there.
+    """
+    seams: dict[str, Any] = {}
+    if isinstance(vision := keep.get(VISION), Keep):
+        _check_tower(model, vision)
+        seams[VISION] = VisionSeam(vision, len(tower_layers(model)))
+    if isinstance(projector := keep.get(PROJECTOR), Keep):
+        seams[PROJECTOR] = ProjectorSeam(projector)
+    if isinstance(prefill := keep.get(PREFILL), dict):
+        _check_layers(model, prefill)
+        seams[PREFILL] = PrefillSeam(prefill)
+    return seams
+
+
+def _check_tower(model: nn.Module, keep: Keep) -> None:
     """Raises TypeError for a tower that cannot prune by the rule."""
     if (reason := vision_unsupported_reason(model, keep.rule)) is not None:
         raise TypeError(f"model must have a {VISION} seam, {reason}, got {type(model).__name__}")
 
 
-def check_layers(model: nn.Module, keep: Mapping[int, Keep]) -> None:
+def _check_layers(model: nn.Module, keep: Mapping[int, Keep]) -> None:
     """Raises TypeError for a decoder that is not known, ValueError for layers that are not there."""
     if (reason := prefill_unsupported_reason(model)) is not None:
         raise TypeError(

@@ -22,7 +22,6 @@ from madtp.handles import find_handle
 from madtp.hwp import PackedLinear
 from madtp.models.bare_rows import BareRows, bare_rows
 from madtp.models.prefill_seam import PrefillSeam
-from madtp.models.projector_seam import ProjectorSeam
 from madtp.models.prompt import MODALITIES, PIXELS, Images, count_images, in_prompt_order
 from madtp.models.pruned_vision import parts_of
 from madtp.models.vision_layers import attention_of
@@ -37,7 +36,7 @@ from madtp.models.vlm import (
     window_of,
 )
 from madtp.models.vlm_branches import projectors_of
-from madtp.patching.vlm_keep import PREFILL, PROJECTOR, VISION, check_keep, check_layers, check_tower
+from madtp.patching.vlm_keep import PREFILL, PROJECTOR, VISION, check_keep, make_seams
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -184,17 +183,7 @@ def _seams(model: nn.Module, keep: Mapping[str, Any] | None) -> dict[str, Any]:
         return {} if handle is None else dict(handle.seams)
     if not keep and isinstance(keep, Mapping):
         return {}
-    seams: dict[str, Any] = {}
-    for name, value in check_keep(keep).items():
-        if not isinstance(value, Keep):
-            check_layers(model, value)
-            seams[name] = PrefillSeam(value)
-        elif name == VISION:
-            check_tower(model, value)
-            seams[name] = VisionSeam(value, len(tower_layers(model)))
-        else:
-            seams[name] = ProjectorSeam(value)
-    return seams
+    return make_seams(model, check_keep(keep))
 
 
 def _left(
