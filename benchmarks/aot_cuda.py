@@ -45,8 +45,8 @@ def tool(name: str) -> str | None:
     return str(path) if path.is_file() else None
 
 
-def report(source: Path, target: str, build: Path) -> dict:
-    """Of one file: its kernels, by demangled name; how often each sparse instruction stands in its machine code."""
+def compiled(source: Path, target: str, build: Path) -> tuple[str, str]:
+    """What ptxas says of one file, and its machine code."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"
         command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-Xptxas=-v", "-o", str(cubin), str(source)]
@@ -56,6 +56,12 @@ def report(source: Path, target: str, build: Path) -> dict:
         sass = subprocess.run(
             [tool("cuobjdump"), "-sass", str(cubin)], check=True, capture_output=True, text=True
         ).stdout
+    return log, sass
+
+
+def report(source: Path, target: str, build: Path) -> dict:
+    """Of one file: its kernels, by demangled name; how often each sparse instruction stands in its machine code."""
+    log, sass = compiled(source, target, build)
     kernels = {}
     for match in _KERNEL.finditer(log):
         shared = re.search(r"(\d+) bytes smem", match["rest"])

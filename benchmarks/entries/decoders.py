@@ -7,7 +7,6 @@ others, `--set layers=4` measures shallower towers and decoders.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,9 +16,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 import madtp
+from benchmarks.entries.models import EAGER, SDPA, sharing_weights, weight_bytes
 from benchmarks.entry import Case, Entry, Thunk
 
-EAGER, SDPA = "Hugging Face eager", "Hugging Face SDPA"
 ANSWER = 16  # tokens
 TOLERANCE = 2e-3  # relative, of the logits, in float32
 BOUND_OF_LAYERS = 999
@@ -106,7 +105,7 @@ class Models:
         self.patched: dict[str, nn.Module] = {}
 
     def with_attention(self, name: str) -> nn.Module:
-        model = _sharing_weights(self.plain)
+        model = sharing_weights(self.plain)
         model.set_attn_implementation(name)
         return model
 
@@ -125,11 +124,6 @@ class Models:
 class DecoderInputs(NamedTuple):
     models: Models
     tensors: dict[str, Tensor]
-
-
-def _sharing_weights(model: nn.Module) -> nn.Module:
-    shared = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 @functools.lru_cache(maxsize=1)
@@ -209,10 +203,6 @@ def _lengths(found: Any) -> Any:
     if isinstance(found, Mapping):
         return {key: _lengths(value) for key, value in found.items()}
     return [len(part) if isinstance(part, Tensor) else _lengths(part) for part in found]
-
-
-def weight_bytes(case: Case, i: DecoderInputs) -> int:
-    return sum(p.nbytes for p in i.models.plain.parameters()) + sum(t.nbytes for t in i.tensors.values())
 
 
 ENTRIES = tuple(

@@ -123,7 +123,7 @@ class Models:
 
     @functools.cached_property
     def sdpa(self) -> nn.Module:
-        model = _sharing_weights(self.plain)
+        model = sharing_weights(self.plain)
         if not model._supports_sdpa:
             raise Unavailable(f"{type(self.plain).__name__} has none")
         model.set_attn_implementation("sdpa")
@@ -133,7 +133,7 @@ class Models:
         """Patched, with its Linears in the form asked for; one for all modes that have it."""
         if (sparse, int8) not in self.packed:
             torch.manual_seed(0)  # the alignment tokens
-            model = _sharing_weights(self.pruned if sparse else self.plain)
+            model = sharing_weights(self.pruned if sparse else self.plain)
             madtp.patch(model, self.config)
             if int8:
                 hwp.pack(model, self.linears, dtype="int8")
@@ -187,7 +187,7 @@ class ModelInputs(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def _sharing_weights(model: nn.Module) -> nn.Module:
+def sharing_weights(model: nn.Module) -> nn.Module:
     shared = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 

@@ -2,12 +2,11 @@
 """The machine code of the 2:4 products on CUDA: what must not stand in their loops, and how long an epilogue is."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from benchmarks.aot_cuda import ROOT, SOURCES, tool
+from benchmarks.aot_cuda import ROOT, SOURCES, compiled, tool
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +27,7 @@ class Instruction:
         return int(found[1], 16) if found else None
 
 
-def headers(folder: Path) -> Path:
+def headers() -> Path:
     """What CMake makes of version.h.in, and of the architectures of the build."""
     found = next((path.parents[2] for path in ROOT.glob("build/*/include/madtp/version.h")), None)
     if found is None or not (found / "private").is_dir():
@@ -37,18 +36,10 @@ def headers(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=TARGETS)
-def kernels(request, tmp_path_factory):
+def kernels(request):
     """The target, and by name the instructions of each kernel."""
-    folder, target = tmp_path_factory.mktemp("sass"), request.param
-    build, cubin = headers(folder), folder / "out.cubin"
-    source = SOURCES / "sparse24" / f"linear_sm{target.rstrip('a')}.cu"
-    command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-o", str(cubin), str(source)]
-    command += [f"-gencode=arch=compute_{target},code=sm_{target}"]
-    command += [
-        f"-I{path}" for path in (ROOT / "csrc", ROOT / "csrc" / "include", build / "include", build / "private")
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    sass = subprocess.run([tool("cuobjdump"), "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+    target = request.param
+    _, sass = compiled(SOURCES / "sparse24" / f"linear_sm{target.rstrip('a')}.cu", target, headers())
     found = {}
     for part in sass.split("Function : ")[1:]:
         name = part.split("\n", 1)[0].strip()

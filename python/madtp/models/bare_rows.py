@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import vision_utils
 
 from madtp.models.prompt import PIXELS
 from madtp.models.pruned_vision import parts_of
-from madtp.models.vision_rows import Rows, Segments
-from madtp.models.vision_towers import naflex_rows, pixtral_rows
+from madtp.models.vision_rows import Rows
+from madtp.models.vision_towers import grid_of, in_windows, naflex_rows, of_frames, pixtral_grids, pixtral_rows
 
 
 class BareRows(NamedTuple):
@@ -49,30 +48,14 @@ def bare_rows(base: Any, inputs: Mapping[str, Any], modality: str) -> BareRows:
     given, tiles = connector.prepare(base, {**known, name: pixels}, modality)
     pixels = given["pixel_values"]
     if (grids := given.get("grid_thw")) is not None:
-        return BareRows(_of_grids(tower, grids.cpu(), side), len(pixels), 0)
-    patch = tower.config.patch_size
-    sides = (patch, patch) if isinstance(patch, int) else patch
-    height, width = (size // part for size, part in zip(pixels.shape[-2:], sides, strict=True))
+        grids = grids.cpu()
+        rows = of_frames(torch.empty(int(grids.prod(1).sum()), 1), grids, side)
+        return BareRows(in_windows(tower, rows, grids, side), len(pixels), 0)
+    height, width = grid_of(tower, pixels.shape)
     patches = len(pixels) * height * width
     if spec.rows is pixtral_rows:
-        sizes = given.get("image_sizes")
-        sizes = [pixels.shape[-2:]] * len(pixels) if sizes is None else [tuple(map(int, size)) for size in sizes]
-        shapes = [(high // sides[0], wide // sides[1]) for high, wide in sizes]
+        shapes = pixtral_grids(tower, given)
         rows = Rows.of_images([torch.empty(high * wide, 1) for high, wide in shapes], shapes, side)
         return BareRows(rows, patches, len(pixels))
     hidden = torch.empty(len(pixels), height * width + spec.summary, 1)
     return BareRows(Rows.of_grids(hidden, (height, width), side, tiles), patches, len(pixels))
-
-
-def _of_grids(tower: Any, grids: Tensor, side: int) -> Rows:
-    """Patches of grids (B, 3), unit by unit, of which each frame attends to itself."""
-    size, lengths = side**2, (grids.prod(1) // side**2).tolist()
-    ends = vision_utils.get_vision_cu_seqlens(grids).int()
-    unit = torch.arange(int(ends[-1])) // size
-    rows = Rows(torch.empty(len(unit), 1), unit, size, lengths, Segments(ends, int(ends.diff().max())))
-    if not hasattr(tower, "fullatt_block_indexes"):
-        return rows
-    order, windows = vision_utils.get_vision_window_index(
-        grids, spatial_merge_size=side, window_size=tower.window_size, patch_size=tower.patch_size
-    )
-    return rows.in_order(order, Segments(windows.int(), int(windows.diff().max())))

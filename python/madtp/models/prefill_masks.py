@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from madtp.models.arguments import HIDDEN
-from madtp.models.attention_interface import is_windowed
+from madtp.models.attention_interface import is_windowed, seen_columns
 
 KEYS_ONLY = ("madtp",)  # attention implementations that take (B, N) of real tokens in causal self-attention
 
@@ -33,7 +33,7 @@ def prompt_mask(
             return None
         if implementation in KEYS_ONLY and keys == slots.shape[1]:
             return real
-        seen = real[:, None, None] & _causal(slots.shape[1], slots.device)
+        seen = real[:, None, None] & seen_columns(slots.shape[1], slots.shape[1], None, slots.device)
         return _formed(F.pad(seen | _diagonal(real), (0, keys - slots.shape[1])), implementation, dtype)
     if given.ndim == 2:
         return given.gather(1, index).bool() & real
@@ -93,10 +93,6 @@ def _in_window(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     query, key = queries[:, None, :, None], keys[:, None, None]
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
-
-
-def _causal(length: int, device: torch.device) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 def _diagonal(real: Tensor) -> Tensor:

@@ -27,8 +27,7 @@ def run_tower(
     selection = UnitSelection(seam, rows.lengths, rows.x.device)
     features = {0: rows.x} if 0 in taken else {}
     for number, layer in enumerate(attrgetter(spec.layers)(tower)[: max(taken)]):
-        segments = rows.whole if rows.windows is None or number in spec.whole(tower) else rows.windows
-        call = AttentionCall(segments, spec.summary, selection.watches(number))
+        call = AttentionCall(spec.segments(tower, rows, number), spec.summary, selection.watches(number))
         rows = rows.with_x(run_layer(layer, rows, call))
         importance = None if call.stats is None else rows.importance(_importance(call.stats, seam))
         units = rows.units(rows.x).flatten(1) if selection.sees(number) else None

@@ -40,18 +40,25 @@ class VisionTower:
     deep: Callable[[Any], list[int]] = lambda tower: []
     whole: Callable[[Any], Collection[int]] = lambda tower: ()
 
+    def segments(self, tower: Any, rows: Rows, layer: int) -> Segments:
+        """Which rows attend to themselves in a layer."""
+        return rows.whole if rows.windows is None or layer in self.whole(tower) else rows.windows
+
 
 def grid_rows(embed: Callable[[Any, Arguments], Tensor]) -> Callable[[Any, Arguments, int, Sequence[int]], Rows]:
     """Of towers whose images are all of one size: by `embed`, (B, P + N, C) with P rows that are no patches."""
 
     def rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) -> Rows:
-        height, width = (
-            size // patch
-            for size, patch in zip(arguments["pixel_values"].shape[-2:], _pair(tower.config.patch_size), strict=True)
-        )
-        return Rows.of_grids(embed(tower, arguments), (height, width), side, tiles)
+        return Rows.of_grids(embed(tower, arguments), grid_of(tower, arguments["pixel_values"].shape), side, tiles)
 
     return rows
+
+
+def grid_of(tower: Any, size: Sequence[int]) -> tuple[int, int]:
+    """Patches along each axis of an image whose size ends with height and width."""
+    patch = tower.config.patch_size
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return size[-2] // height, size[-1] // width
 
 
 def embedded(tower: Any, arguments: Arguments) -> Tensor:
@@ -72,10 +79,7 @@ def embedded_tiles(tower: Any, arguments: Arguments) -> Tensor:
 
 def pixtral_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) -> Rows:
     """Of Pixtral, whose images have sizes of their own: `image_sizes`, height and width of each in pixels."""
-    pixels = arguments["pixel_values"]
-    sizes = arguments.get("image_sizes")
-    sizes = [pixels.shape[-2:]] * len(pixels) if sizes is None else [tuple(map(int, size)) for size in sizes]
-    grids = [(height // tower.patch_size, width // tower.patch_size) for height, width in sizes]
+    pixels, grids = arguments["pixel_values"], pixtral_grids(tower, arguments)
     embedded = tower.patch_conv(pixels.to(tower.patch_conv.weight.dtype))
     images = [image[:, :height, :width].flatten(1).T for image, (height, width) in zip(embedded, grids, strict=True)]
     rows = Rows.of_images(images, grids, side)
@@ -83,6 +87,13 @@ def pixtral_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[in
     frames = torch.tensor([(1, *grid) for grid in grids], device=pixels.device)
     positions = vision_utils.get_vision_position_ids(frames, side)
     return replace(rows, rotary=tower.patch_positional_embedding(rows.x, positions))
+
+
+def pixtral_grids(tower: Any, arguments: Arguments) -> list[tuple[int, int]]:
+    """Of each image."""
+    pixels, sizes = arguments["pixel_values"], arguments.get("image_sizes")
+    sizes = [pixels.shape[-2:]] * len(pixels) if sizes is None else [tuple(map(int, size)) for size in sizes]
+    return [grid_of(tower, size) for size in sizes]
 
 
 def naflex_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) -> Rows:
@@ -110,13 +121,7 @@ def qwen_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int])
             spatial_merge_size=side,
         )
         x = x + (tower.pos_embed(taps) * weights[:, :, None]).sum(1).to(x.dtype)
-    rows = _of_frames(tower, x.reshape(len(x), -1), grids, side)
-    if not hasattr(tower, "fullatt_block_indexes"):
-        return rows
-    order, windows = vision_utils.get_vision_window_index(
-        grids, spatial_merge_size=side, window_size=tower.window_size, patch_size=tower.patch_size
-    )
-    return rows.in_order(order.to(x.device), _segments(windows, x.device))
+    return in_windows(tower, _rotated(tower, of_frames(x.reshape(len(x), -1), grids, side), grids, side), grids, side)
 
 
 def glm_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) -> Rows:
@@ -126,24 +131,33 @@ def glm_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) 
     frames = grids.repeat_interleave(grids[:, 0], 0)
     frames[:, 0] = 1
     y, z = vision_utils.get_vision_position_ids(grids, side).to(x.device).unbind(1)
-    return _of_frames(tower, tower.embeddings(x, frames.prod(1), frames, y, z), grids, side)
+    return _rotated(tower, of_frames(tower.embeddings(x, frames.prod(1), frames, y, z), grids, side), grids, side)
 
 
-def _of_frames(tower: Any, x: Tensor, grids: Tensor, side: int) -> Rows:
-    """Rows (T, C), unit by unit, of which each frame attends to itself."""
+def of_frames(x: Tensor, grids: Tensor, side: int) -> Rows:
+    """Rows (T, C) of grids (B, 3), unit by unit, of which each frame attends to itself."""
     size = side**2
-    rotary = tower.rotary_pos_emb(x, vision_utils.get_vision_position_ids(grids, side))
     frames = _segments(vision_utils.get_vision_cu_seqlens(grids), x.device)
     lengths = (grids.prod(1) // size).tolist()
-    return Rows(x, torch.arange(len(x), device=x.device) // size, size, lengths, frames, rotary=rotary)
+    return Rows(x, torch.arange(len(x), device=x.device) // size, size, lengths, frames)
+
+
+def in_windows(tower: Any, rows: Rows, grids: Tensor, side: int) -> Rows:
+    """Window by window, where the tower has layers with windows."""
+    if not hasattr(tower, "fullatt_block_indexes"):
+        return rows
+    order, windows = vision_utils.get_vision_window_index(
+        grids, spatial_merge_size=side, window_size=tower.window_size, patch_size=tower.patch_size
+    )
+    return rows.in_order(order.to(rows.x.device), _segments(windows, rows.x.device))
+
+
+def _rotated(tower: Any, rows: Rows, grids: Tensor, side: int) -> Rows:
+    return replace(rows, rotary=tower.rotary_pos_emb(rows.x, vision_utils.get_vision_position_ids(grids, side)))
 
 
 def _segments(ends: Tensor, device: torch.device) -> Segments:
     return Segments(ends.to(device, torch.int32), int(ends.diff().max()))
-
-
-def _pair(size: int | Sequence[int]) -> Sequence[int]:
-    return (size, size) if isinstance(size, int) else size
 
 
 QWEN = VisionTower(qwen_rows, layers="blocks")

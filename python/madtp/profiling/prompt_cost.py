@@ -251,9 +251,7 @@ def _tower(
         layers, alive = tower_layers(model), nested(RULES[rule].choose, rows.lengths, counts)
     before = rows.lengths
     for number, layer in enumerate(layers):
-        windowed = rows.windows is not None and number not in spec.whole(tower)
-        segments = rows.windows if windowed and rows.windows is not None else rows.whole
-        ends = segments.ends
+        ends = spec.segments(tower, rows, number).ends
         if seam is None and spec.rows is pixtral_rows:  # a single segment of all images, told apart by a mask
             ends = torch.tensor([0, len(rows.unit)])
         attention = attention_of(layer)
