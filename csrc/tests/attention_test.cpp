@@ -217,27 +217,31 @@ double weighted(const Problem& p, bool statistics) {
   return total;
 }
 
+// Gradients are the slopes of `weighted`, at every `step`-th element.
+void expect_slopes(Problem& p, bool statistics, const Gradients& got, std::size_t step) {
+  const auto check = [&](std::vector<float>& x, const std::vector<float>& grad) {
+    for (std::size_t i = 0; i < x.size(); i += step) {
+      const float before = x[i], change = 1.0f / 1024;
+      x[i] = before + change;
+      const double above = weighted(p, statistics);
+      x[i] = before - change;
+      const double below = weighted(p, statistics);
+      x[i] = before;
+      EXPECT_NEAR(grad[i], (above - below) / (2 * change), 2e-3);
+    }
+  };
+  check(p.q, got.q);
+  check(p.k, got.k);
+  check(p.v, got.v);
+}
+
 }  // namespace
 
 TEST(gradients_are_the_slopes_of_the_equations) {
   for (bool causal : {false, true}) {
     for (bool statistics : {false, true}) {
       Problem p({3, 0, 20, 1}, {3, 0, 20, 1}, 2, 16, causal);
-      const Gradients got = gradients(p, statistics, 1);
-      const auto check = [&](std::vector<float>& x, const std::vector<float>& grad) {
-        for (std::size_t i = 0; i < x.size(); i += 37) {
-          const float before = x[i], step = 1.0f / 1024;
-          x[i] = before + step;
-          const double above = weighted(p, statistics);
-          x[i] = before - step;
-          const double below = weighted(p, statistics);
-          x[i] = before;
-          EXPECT_NEAR(grad[i], (above - below) / (2 * step), 2e-3);
-        }
-      };
-      check(p.q, got.q);
-      check(p.k, got.k);
-      check(p.v, got.v);
+      expect_slopes(p, statistics, gradients(p, statistics, 1), 37);
     }
   }
 }
@@ -250,20 +254,7 @@ TEST(gradients_under_masks_and_biases) {
       change(p);
       const Gradients got = gradients(p, statistics, 1), more = gradients(p, statistics, 5);
       EXPECT(more.q == got.q && more.k == got.k && more.v == got.v);
-      const auto check = [&](std::vector<float>& x, const std::vector<float>& grad) {
-        for (std::size_t i = 0; i < x.size(); i += 997) {
-          const float before = x[i], step = 1.0f / 1024;
-          x[i] = before + step;
-          const double above = weighted(p, statistics);
-          x[i] = before - step;
-          const double below = weighted(p, statistics);
-          x[i] = before;
-          EXPECT_NEAR(grad[i], (above - below) / (2 * step), 2e-3);
-        }
-      };
-      check(p.q, got.q);
-      check(p.k, got.k);
-      check(p.v, got.v);
+      expect_slopes(p, statistics, got, 997);
     }
   });
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
-from madtp_kernels.native.common import DTYPES, address, call, contiguous, head_contiguous, strided_heads
+from madtp_kernels.native.common import DTYPES, address, call, contiguous, head_contiguous, strided_heads, workspace
 
 if TYPE_CHECKING:
     from madtp_kernels import _C
@@ -61,12 +61,6 @@ def _attention_inputs(
     return inputs, (q, k, v, cu_seqlens_q, cu_seqlens_k, summary_index, alibi_slopes)
 
 
-def _workspace(op: str, inputs: _C.cpu.AttentionInputs, return_stats: bool) -> Tensor:
-    """The scratch memory of one call, from torch's allocator, so that its profiler sees it."""
-    size = getattr(dispatch.extension().cpu, f"{op}_workspace")(inputs, return_stats, torch.get_num_threads())
-    return torch.empty(size, dtype=torch.uint8)
-
-
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,9 +71,9 @@ def varlen_attention(
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     summary_attention = q.new_empty(q.shape[0] if return_stats else 0, dtype=torch.float32)
     received_attention = torch.empty_like(summary_attention)
-    workspace = _workspace("varlen_attention", inputs, return_stats)
+    memory = workspace("varlen_attention", inputs, return_stats)
     results = (out, lse, summary_attention, received_attention)
-    call("varlen_attention", q.device, inputs, *(address(t) for t in (*results, workspace)))
+    call("varlen_attention", q.device, inputs, *(address(t) for t in (*results, memory)))
     return out, summary_attention, received_attention, lse
 
 
@@ -101,6 +95,6 @@ def varlen_attention_backward(
     inputs, _alive = _attention_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     given = [t.contiguous() for t in (out, lse, grad_out, grad_summary_attention, grad_received_attention)]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    workspace = _workspace("varlen_attention_backward", inputs, return_stats)
-    call("varlen_attention_backward", q.device, inputs, *(address(t) for t in (*given, dq, dk, dv, workspace)))
+    memory = workspace("varlen_attention_backward", inputs, return_stats)
+    call("varlen_attention_backward", q.device, inputs, *(address(t) for t in (*given, dq, dk, dv, memory)))
     return dq, dk, dv

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
-from madtp_kernels.native.common import DTYPES, address, call, contiguous, head_contiguous, strided_heads
+from madtp_kernels.native.common import DTYPES, address, call, contiguous, head_contiguous, strided_heads, workspace
 
 
 def attention_rows(
@@ -19,11 +19,8 @@ def attention_rows(
     softmax_scale: float,
 ) -> Tensor:
     q_rows, k = head_contiguous(q_rows), head_contiguous(k)
-    cu_seqlens_q, cu_seqlens_k, row_position = (
-        cu_seqlens_q.contiguous(),
-        cu_seqlens_k.contiguous(),
-        contiguous(row_position),
-    )
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    row_position = contiguous(row_position)
     inputs = dispatch.extension().cpu.AttentionRowsInputs(
         DTYPES[k.dtype],
         strided_heads(q_rows),
@@ -40,8 +37,6 @@ def attention_rows(
         address(row_position),
     )
     attention = k.new_empty(k.shape[0], dtype=torch.float32)
-    # From torch's allocator, so that its profiler sees it.
-    size = dispatch.extension().cpu.attention_rows_workspace(inputs, torch.get_num_threads())
-    workspace = torch.empty(max(size, 1), dtype=torch.uint8)
-    call("attention_rows", k.device, inputs, address(attention), address(workspace))
+    memory = workspace("attention_rows", inputs)
+    call("attention_rows", k.device, inputs, address(attention), address(memory))
     return attention

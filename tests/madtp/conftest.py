@@ -2,6 +2,7 @@
 import pytest
 import torch
 from tiny_models import tiny_batch, tiny_blip
+from vlm_families import make_vlm, vlm_batch
 
 from madtp.data import easy_vqa, emoji_icons
 from madtp.profiling import timing
@@ -22,6 +23,19 @@ def blip():
 @pytest.fixture
 def batch():
     return tiny_batch()
+
+
+@pytest.fixture
+def llava():
+    """A tiny decoder that reads images, and a prompt batch for it."""
+    model = make_vlm("LLaVA")
+    return model, vlm_batch("LLaVA", model)
+
+
+@pytest.fixture
+def without_gradients():
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture

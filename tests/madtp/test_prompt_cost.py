@@ -16,6 +16,8 @@ from madtp.models.vlm_branches import projectors_of
 from madtp.profiling.macs import count_macs
 from madtp_kernels import dispatch
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 PACKED = ("LLaVA-NeXT", "OneVision")  # with newlines
 PREDICTED = [name for name in TOWERS if name in DECODERS or name.startswith(("LLaVA", "InternVL"))]
 PREDICTED = [name for name in PREDICTED if name not in PACKED]
@@ -35,18 +37,6 @@ def keeps(*rules):
         "prefill": {"prefill": {2: uniform(2)}},
         "all": {"vision": uniform(0.6), "projector": uniform(1), "prefill": {2: uniform(0.5)}},
     }
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def llava():
-    model = make_vlm("LLaVA")
-    return model, vlm_batch("LLaVA", model)
 
 
 def measured(model, keep, inputs):

@@ -32,24 +32,14 @@ from vlm_families import (
 
 import madtp
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 STATIC = [name for name in DECODERS if CASES[name].static and name not in ("Gemma 3", "Aya Vision", "Cohere2 Vision")]
 
 
 def plan_of(name, *amounts):
     """An amount behind each of the first layers there are; behind the second alone where image features are added."""
     return {2: amounts[-1]} if name == "Qwen3-VL" else {1: amounts[0], 2: amounts[-1]}
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def llava():
-    model = make_vlm("LLaVA")
-    return model, vlm_batch("LLaVA", model)
 
 
 def same(selections, others):

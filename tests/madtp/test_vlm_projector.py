@@ -37,22 +37,12 @@ from vlm_families import (
 import madtp
 from madtp.models.prompt import shorten
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 DRAWN = {"projector": madtp.Keep(0.4, rule="random")}
 
 
 PLAIN = [name for name, case in CASES.items() if case.plain]
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def llava():
-    model = make_vlm("LLaVA")
-    return model, vlm_batch("LLaVA", model)
 
 
 @families()

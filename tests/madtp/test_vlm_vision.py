@@ -40,17 +40,7 @@ import madtp
 from madtp.dtp.keep_rules import RULES, Candidates, Kept
 from madtp.models.vision_seam import nested
 
-
-@pytest.fixture(autouse=True)
-def _without_gradients():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def llava():
-    model = make_vlm("LLaVA")
-    return model, vlm_batch("LLaVA", model)
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 ABSENT = -2
