@@ -98,12 +98,16 @@ def zero_tail(p_x, p_cu_seqlens, B, T, WIDTH):
 # --- launchers
 
 
+def addressable(x: Tensor) -> Tensor:
+    """x (T, H, D), or a copy when its channels are not contiguous or its rows too far apart for 32-bit offsets."""
+    return x if x.stride(2) == 1 and x.stride(0) < MAX_STRIDE else x.contiguous()
+
+
 def heads(x: Tensor) -> Tensor:
-    """x (T, H, D), or a copy when its channels are not contiguous, its rows too far apart for 32-bit offsets, or one
-    of its strides is not what `eights` makes of it."""
-    fits = x.stride(2) == 1 and x.stride(0) < MAX_STRIDE
+    """`addressable`, and a copy too when one of its strides is not what `eights` makes of it."""
+    x = addressable(x)
     even = x.shape[2] % 16 == 0 or (x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0)
-    return x if fits and even else x.contiguous()
+    return x if even else x.contiguous()
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:

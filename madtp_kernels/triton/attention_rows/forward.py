@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from madtp_kernels.triton.attention.tiles import zero_tail
+from madtp_kernels.triton.attention.scores import LOG2_E
+from madtp_kernels.triton.attention.tiles import addressable, strides, zero_tail
 from madtp_kernels.triton.common import OPTIONS, on_device, power_of_two, sequence_bounds
 
-LOG2_E = 1.4426950408889634
-MAX_STRIDE = 2**24  # elements from row to row: a tile has 32-bit offsets
 MIN_DOT = 16  # rows of the smallest product
 SEQUENCES = tl.constexpr(256)  # whose ends are looked at together
 
@@ -190,11 +189,6 @@ def attention_rows_kernel(
 # --- launcher
 
 
-def _heads(x: Tensor) -> Tensor:
-    """x (T, H, D), or a copy when its channels are not contiguous or its rows too far apart for 32-bit offsets."""
-    return x if x.stride(2) == 1 and x.stride(0) < MAX_STRIDE else x.contiguous()
-
-
 def _options(head_dim: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
     block_n, most_d = (32, 16) if dtype == torch.float32 else (64, 64)
     block_d = power_of_two(head_dim, MIN_DOT, most_d)
@@ -210,7 +204,7 @@ def attention_rows(
     softmax_scale: float,
 ) -> Tensor:  # (T,) fp32
     """As `reference.attention_rows.attention_rows`; 0 in rows past the last sequence."""
-    q_rows, k = _heads(q_rows), _heads(k)
+    q_rows, k = addressable(q_rows), addressable(k)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     row_position = None if row_position is None else row_position.contiguous()
     (rows, heads, head_dim), (tokens, key_heads, _) = q_rows.shape, k.shape
@@ -219,7 +213,6 @@ def attention_rows(
         return torch.zeros(tokens, dtype=torch.float32, device=k.device)
     attention = torch.empty(tokens, dtype=torch.float32, device=k.device)
     softmax = torch.empty(2, rows, heads, dtype=torch.float32, device=k.device)
-    strides = (q_rows.stride(0), q_rows.stride(1), k.stride(0), k.stride(1))
     scale, options = softmax_scale * LOG2_E, _options(head_dim, group, k.dtype)
     with on_device(k.device):
         row_softmax_kernel[(rows, key_heads)](
@@ -229,7 +222,7 @@ def attention_rows(
             cu_seqlens_k,
             row_position,
             *softmax,
-            *strides,
+            *strides(q_rows, k),
             scale,
             rows,
             tokens,
@@ -246,7 +239,7 @@ def attention_rows(
             row_position,
             *softmax,
             attention,
-            *strides,
+            *strides(q_rows, k),
             scale,
             rows,
             tokens,
