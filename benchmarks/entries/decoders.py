@@ -2,7 +2,7 @@
 """Decoders that read images: the time to the first token and of a short answer, with image tokens pruned at each seam.
 
 Weights and images are random, in the shapes of published models. `--set tiles=4` cuts the image of SmolVLM2 into
-others, `--set layers=4` measures shallower towers and decoders.
+others; `--set tower_layers=4 --set decoder_layers=4` measures shallower models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from benchmarks.entry import Case, Entry, Thunk
 
 ANSWER = 16  # tokens
 TOLERANCE = 2e-3  # relative, of the logits, in float32
-BOUND_OF_LAYERS = 999
 PREFILL_LAYER = 2
 IMAGE_ID, PAD_ID, WORD_IDS = 3, 0, (10, 900)
 
@@ -31,8 +30,8 @@ def _smolvlm(case: Case) -> nn.Module:
     text = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
     text |= {"num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49280, "pad_token_id": PAD_ID}
     config = hf.SmolVLMConfig(
-        vision_config=vision | {"patch_size": 16, "num_hidden_layers": min(12, case["layers"])},
-        text_config=text | {"num_hidden_layers": min(30, case["layers"])},
+        vision_config=vision | {"patch_size": 16, "num_hidden_layers": case["tower_layers"]},
+        text_config=text | {"num_hidden_layers": case["decoder_layers"]},
         image_token_id=IMAGE_ID,
         scale_factor=4,
     )
@@ -53,8 +52,8 @@ def _llava(case: Case) -> nn.Module:
     text = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14}
     text |= {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "pad_token_id": PAD_ID}
     config = hf.LlavaConfig(
-        vision_config=vision | {"num_hidden_layers": min(24, case["layers"])},
-        text_config=text | {"num_hidden_layers": min(24, case["layers"])},
+        vision_config=vision | {"num_hidden_layers": case["tower_layers"]},
+        text_config=text | {"num_hidden_layers": case["decoder_layers"]},
         image_token_index=IMAGE_ID,
     )
     return hf.LlavaForConditionalGeneration(config)
@@ -80,8 +79,8 @@ SHAPES = {
     "LLaVA, 0.5B decoder": Shape(_llava, _llava_inputs),
 }
 CASES = [
-    {"model": "SmolVLM2-256M", "tiles": 12, "words": 60, "layers": BOUND_OF_LAYERS},
-    {"model": "LLaVA, 0.5B decoder", "words": 60, "layers": BOUND_OF_LAYERS},
+    {"model": "SmolVLM2-256M", "tiles": 12, "words": 60, "tower_layers": 12, "decoder_layers": 30},
+    {"model": "LLaVA, 0.5B decoder", "words": 60, "tower_layers": 24, "decoder_layers": 24},
 ]
 SEAMS: dict[str, Callable[[float], dict[str, Any]]] = {
     "tower": lambda share: {"vision": share},
