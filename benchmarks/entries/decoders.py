@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import madtp
 from benchmarks.entries.models import EAGER, SDPA, sharing_weights, weight_bytes
-from benchmarks.entry import Case, Entry, Thunk
+from benchmarks.entry import Case, Entry, Thunk, Unavailable
+from benchmarks.peers import openvino
 
 ANSWER = 16  # tokens
 TOLERANCE = 2e-3  # relative, of the logits, in float32
@@ -151,6 +152,48 @@ def answer(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
     return out[:, tensors["input_ids"].shape[1] :]
 
 
+class Images(nn.Module):
+    """Tower and projector, from pixels to what takes the places of an image."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:  # -> (image tokens, C)
+        features: Any = self.model.get_image_features(pixel_values=pixel_values).pooler_output  # type: ignore[operator]
+        return torch.cat([image.flatten(0, -2) for image in features])
+
+
+class Prefill(nn.Module):
+    """The decoder, from a prompt's embeddings to the logits behind it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.decoder, self.head = model.model.get_decoder(), model.lm_head  # type: ignore[operator]
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:  # (1, T, C) -> (1, V)
+        return self.head(self.decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state[:, -1])
+
+
+def on_openvino(i: DecoderInputs) -> Thunk:
+    """Without the cache that a second token would need."""
+    pixels, ids = i.tensors["pixel_values"], i.tensors["input_ids"]
+    if pixels.device.type != "cpu":
+        raise Unavailable("OpenVINO is compared on CPUs")
+    embed = i.models.sdpa.get_input_embeddings()  # type: ignore[operator]
+    images = openvino.load(openvino.convert(Images(i.models.sdpa), pixels), "f32")
+    prefill = openvino.load(openvino.convert(Prefill(i.models.sdpa), embed(ids)), "f32")
+    places = ids == IMAGE_ID
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            prompt = embed(ids)
+            prompt[places] = torch.from_numpy(images(pixels.numpy()))
+            return torch.from_numpy(prefill(prompt.numpy())).clone()
+
+    return run
+
+
 Task = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
@@ -169,7 +212,10 @@ def providers(task: Task) -> dict[str, Callable[[DecoderInputs], Thunk]]:
 
         return prepare
 
-    return {EAGER: plain("eager"), SDPA: plain("sdpa")} | {name: ours(name) for name in KEEPS}
+    peers = {EAGER: plain("eager"), SDPA: plain("sdpa")}
+    if task is first_token:
+        peers["OpenVINO"] = on_openvino
+    return peers | {name: ours(name) for name in KEEPS}
 
 
 def check_first(i: DecoderInputs, result: Tensor, provider: str) -> None:
@@ -217,7 +263,7 @@ ENTRIES = tuple(
         sets=1,
         rounds=5,
         seconds=60,
-        packages=("transformers",),
+        packages=("transformers", "openvino"),
         memory=False,
     )
     for name, summary, task, gate in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,12 @@ def write(model: nn.Module, x: Tensor, path: Path) -> None:
         openvino.save_model(converted, path, compress_to_fp16=False)
 
 
+def convert(model: nn.Module, x: Tensor) -> Any:
+    """The same in memory, by way of `torch.export`, which decoders need."""
+    with quiet(), torch.no_grad():
+        return package("openvino").convert_model(torch.export.export(model.eval(), (x,)))
+
+
 def write_int8(source: Path, samples: Sequence[Tensor], path: Path) -> None:
     """Rounds weights and inputs of the model at `source`, the ranges of inputs as these samples have them."""
     nncf, openvino = package("nncf"), package("openvino")
@@ -38,13 +45,13 @@ def write_int8(source: Path, samples: Sequence[Tensor], path: Path) -> None:
         openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def load(path: Path, precision: str) -> Callable[[np.ndarray], np.ndarray]:
-    """precision: f32 or bf16, of what is not int8."""
+def load(model: Path | Any, precision: str) -> Callable[[np.ndarray], np.ndarray]:
+    """model: a file's path, or what `convert` made; precision: f32 or bf16, of what is not int8."""
     options = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = package("openvino").compile_model(path, "CPU", options)
+    compiled = package("openvino").compile_model(model, "CPU", options)
     request = compiled.create_infer_request()
     return lambda x: request.infer([x], share_inputs=True)[0]

@@ -252,7 +252,7 @@ def test_every_entry_is_right_on_a_small_case(name):
     entry = registry.entries()[name]
     small = {"batch": 3, "tokens": 40, "channels": 24, "alignment_tokens": 9, "heads": 2, "head_dim": 32}
     small |= {"rows": 48, "columns": 64, "pixels": 128, "patch": 8, "width": 128, "layers": 4}
-    small |= {"in_features": 128, "out_features": 96, "tiles": 0, "words": 5}
+    small |= {"in_features": 128, "out_features": 96, "tiles": 0, "words": 5, "tower_layers": 3, "decoder_layers": 4}
     for dtype in ("float32", "bfloat16"):
         case = {name: small.get(name, value) for name, value in entry.cases[0].items()} | {"dtype": dtype}
         rows = run.run_case(entry, case, CPU, rounds=1)
