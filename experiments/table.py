@@ -138,7 +138,8 @@ def details(result: dict) -> str:
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in row["metrics"].items())
         others = "; ".join(f"{what}: {metric[result['metric']]:.4f}" for what, metric in row.get("others", {}).items())
         macs = f"{row['counted_gmacs']:.4g} ± {row['counted_gmacs_error']:.1g} (-{saved(row):.1f} %)"
-        lines.append([*start, metrics, others, macs, f"{row['nonzero_params']:,}", f"{row['minutes']:.1f}"])
+        minutes = f"{row['minutes']:.1f}" if "minutes" in row else ""  # none where the process was stopped for a while
+        lines.append([*start, metrics, others, macs, f"{row['nonzero_params']:,}", minutes])
     heads = ["", "asked", "seed", "test", "elsewhere", "counted GMACs on the test set", "non-zero parameters", "min"]
     return table(heads, lines)
 
