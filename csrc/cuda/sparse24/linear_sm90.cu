@@ -12,17 +12,8 @@
 //   shared memory   3 N                     x read by both warpgroups, and written once, 128 bytes a clock
 //   L2              (128 N / c + 9216) / 32 x shared by a cluster of c, and the weight; 32 bytes a clock
 //
-//   N     wgmma.sp  shared  L2, c = 1    2    4   as dense at 0.7 of its peak
-//   256        512     768       1312  800  544   1463
-//   128        256     384        800  544  416    731
-//    64        128     192        544  416  352    366
-//
-// So L2 binds, and next to it shared memory; a weight in shared memory would add 72 clocks of reads and as
-// many of writes. That, the epilogue, 1000 clocks for the other ends of a tile, and what the last wave leaves
-// idle is what `clocks` counts. The epilogue is a matter of issue slots, 128 a clock for 128 N values, so N
-// clocks for every instruction that a value takes, and nothing overlaps it. A dense kernel is taken for 4 N
-// clocks of wgmma a step, 16384 bytes of weight and the same epilogue. What it expected before anything was
-// measured is in docs/performance-notes.md ("sm_90a: predictions").
+// A weight in shared memory would add 72 clocks of reads and as many of writes. model_sm90.h counts this and
+// the rest, and chooses.
 //
 // A sum runs over the input features in ascending order. With split_k > 1 (few tokens) parts of it are added
 // in ascending order too, by the block that comes last: a row has the same bits whatever the others hold, but
@@ -37,6 +28,7 @@
 #include "cuda/sparse24/architectures.h"
 #include "cuda/sparse24/epilogue.cuh"
 #include "cuda/sparse24/layout.cuh"
+#include "cuda/sparse24/model_sm90.h"
 #include "cuda/tensor_map.h"
 
 namespace madtp::cuda {
@@ -397,35 +389,10 @@ struct Counts {
         work_tiles(token_tiles * feature_groups * config.split_k) {}
 };
 
-// Of one value from the accumulator to the output, residual, bias and scale included, as compiled for sm_90a.
-double instructions(Activation activation) {
-  switch (activation) {
-    case Activation::gelu:
-      return 29;
-    case Activation::gelu_tanh:
-      return 22;
-    case Activation::quick_gelu:
-      return 20;
-    case Activation::relu:
-      return 18;
-    default:
-      return 15;
-  }
-}
-
-// Clocks of a launch by the model above. A part of the input features also writes its sums and reads them
-// again.
-double clocks(const Sparse24Linear& a, const Sparse24Config& config, const Device& device) {
-  const double n = config.tile_tokens;
-  const double step = std::max(3 * n, (128 * n / config.cluster + 9216) / 32);
-  const double ends = 1000 + n * instructions(a.activation) + (config.split_k > 1 ? 1500 + 16 * n : 0);
-  const std::int64_t steps = quotient_up(quotient_up(a.in_features, kBlockColumns), config.split_k);
-  std::int64_t clusters = 1;
-  with_kernel(config, a.dtype, [&](auto tile, auto cluster, auto element) {
-    clusters = clusters_at_once<decltype(tile), cluster, decltype(element)>(device);
-  });
-  const std::int64_t rounds = quotient_up(Counts(a, config).work_tiles, clusters);
-  return double(rounds) * (double(steps) * step + ends);
+// What the model wants to know. A multiprocessor has room for one block of any tile.
+model_sm90::Gpu gpu_of(const Device& device) {
+  return {device.multiprocessors, clusters_at_once<Tile<64, 8, 4>, 2, BFloat16>(device),
+          clusters_at_once<Tile<64, 8, 4>, 4, BFloat16>(device)};
 }
 
 std::int64_t workspace_bytes(const Sparse24Linear& inputs, const Sparse24Config& config) {
@@ -472,13 +439,16 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sp
                 stream, params, x);
 }
 
+// TMA knows no matrix without columns, and none whose rows overlap.
+bool is_runnable(const Sparse24Linear& inputs, const Device& device) {
+  return device.specific_code == 90 && inputs.in_features > 0 &&
+         (inputs.tokens <= 1 || inputs.x_stride >= inputs.in_features);
+}
+
 // use(config) for every configuration that can run the inputs on the device.
 template <typename Use>
 void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& use) {
-  // TMA knows no matrix without columns, and none whose rows overlap.
-  const bool has_map =
-      inputs.in_features > 0 && (inputs.tokens <= 1 || inputs.x_stride >= inputs.in_features);
-  if (device.specific_code != 90 || !has_map) return;
+  if (!is_runnable(inputs, device)) return;
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
       for (int splits : {1, 2, 3, 4, 6, 8}) {
@@ -497,17 +467,18 @@ void configs(const Sparse24Linear& inputs, const Device& device, const UseConfig
 }
 
 Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device) {
-  Sparse24Config best{};
-  double fewest = 0;
-  for_each_config(inputs, device, [&](const Sparse24Config& config) {
-    if (config.cluster > 1 && inputs.out_features <= std::int64_t(kFeatures) * (config.cluster / 2)) return;
-    if (config.split_k > 1 && inputs.tokens > 2048) return;
-    const double now = clocks(inputs, config, device);
-    if (best.architecture != 0 && now >= fewest) return;
-    best = config;
-    fewest = now;
-  });
-  return best;
+  if (!is_runnable(inputs, device)) return {};
+  // The weight is cold: the other layers of a model have taken its place in L2.
+  const model_sm90::Layer layer{inputs.tokens,     inputs.out_features,        inputs.in_features,
+                                inputs.activation, inputs.residual != nullptr, true};
+  const auto config_of = [](const model_sm90::Schedule& s) {
+    return Sparse24Config{90, s.tokens, kFeatures, s.splits, s.cluster};
+  };
+  const model_sm90::Schedule best =
+      model_sm90::fastest(layer, gpu_of(device), [&](const model_sm90::Schedule& s) {
+        return !s.in_turn && !s.short_epilogue && is_count(Counts(inputs, config_of(s)).work_tiles);
+      });
+  return best.tokens == 0 ? Sparse24Config{} : config_of(best);
 }
 
 Status run_config(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// The formula of model_sm90.h on cases that were worked out by hand, after docs/gpu-model.md.
+
+#include <cmath>
+
+#include "cuda/sparse24/model_sm90.h"
+#include "tests/test.h"
+
+using namespace madtp;
+using namespace madtp::cuda::model_sm90;
+
+namespace {
+
+bool is_near(double got, double by_hand) { return std::abs(got - by_hand) <= 5e-4 * by_hand; }
+
+constexpr Layer kFirstOfMlp{18464, 3072, 768, Activation::gelu};
+
+}  // namespace
+
+TEST(a_large_layer_whose_epilogue_weighs_as_much_as_its_products) {
+  const Clocks c = clocks(kFirstOfMlp, {256, 4}, Gpu{});
+  // 12 steps of 128 x 256 x 64 products, 4096 a clock; of 3 x 32768 bytes, 128 a clock.
+  EXPECT(c.tensor == 12 * 512 && c.shared == 12 * 768);
+  // 128 blocks at a time have 33 bytes a clock each: 12 steps of 32768 / 4 + 9216.
+  EXPECT(is_near(c.l2, 12 * 17408 / 33.0));
+  // 32768 values of 29 instructions, 96 a clock.
+  EXPECT(is_near(c.issue, 9898.7));
+  EXPECT(is_near(c.tile, 9216 + 9898.7 + 1000));
+  // 73 x 6 tiles on 32 clusters.
+  EXPECT(c.rounds == 14);
+  // x and y have 142 MB, which L2 does not keep: 1718 bytes a clock.
+  EXPECT(is_near(c.hbm, 141803520 / 1717.95));
+  EXPECT(is_near(c.total, 14 * 20114.7 + 2106));
+}
+
+TEST(few_rows_have_more_of_l2_each_and_a_cold_weight_waits_for_hbm) {
+  const Layer warm{64, 768, 3072, Activation::none, true, false},
+      cold{64, 768, 3072, Activation::none, true, true};
+  const Clocks now = clocks(warm, {64, 1}, Gpu{});
+  EXPECT(now.rounds == 1 && now.shared == 48 * 192);
+  EXPECT(now.l2 == 48 * (8192 + 9216) / 64.0);  // 6 blocks: 64 bytes a clock each
+  EXPECT(is_near(now.tile, 13056 + 64 * 128 * 15 / 96.0 + 1000));
+  EXPECT(now.hbm == 0);
+  const Clocks later = clocks(cold, {64, 4}, Gpu{});  // 48 steps, a load of 800 clocks for 4 of them
+  EXPECT(is_near(later.hbm, 768 * 3072 * 1.125 / 1717.95));
+  EXPECT(is_near(later.tile, 48 * 200 + 1280 + 1000));
+  // Eight parts: a memset, and 1500 + 16 N clocks to add up.
+  EXPECT(is_near(clocks(cold, {64, 4, 8}, Gpu{}).total, 2 * 2106 + 6 * 200 + 1280 + 1000 + 1500 + 1024));
+}
+
+TEST(in_turn_the_longest_of_what_is_shared_counts) {
+  const Clocks c = clocks(kFirstOfMlp, {128, 4, 1, true, true}, Gpu{});
+  // A tile alone: 12 steps of 384 clocks of shared memory or (4096 + 9216) / 33, and 19 instructions, 64 a
+  // clock. Two of them at a time: half of that.
+  const double loop = 12 * 13312 / 33.0, alone = loop + 16384 * 19 / 64.0 + 1000;
+  EXPECT(is_near(c.tile, std::max(12 * 384 + 512.0, loop + 32768 / 33.0)));
+  EXPECT(c.tile > alone / 2);
+  EXPECT(c.rounds == 28);  // 145 x 6 tiles on 32 clusters
+  EXPECT(is_near(c.total, 27 * c.tile + alone + 2106));
+}
+
+TEST(dense_layers_take_the_best_of_their_tiles) {
+  // 192 x 128: 16 x 145 tiles in 18 rounds of 12 steps of 1572864 products, 0.8 x 2048 a clock.
+  EXPECT(dense_clocks(kFirstOfMlp, Gpu{}) == 2106 + 18 * 12 * 960 + 1000);
+  // 64 x 64, in six parts: 72 tiles of 8 steps, (32 + 64) x 128 bytes each, 4224 / 72 a clock; then 2.4 MB.
+  const Layer few{64, 768, 3072};
+  EXPECT(is_near(dense_clocks(few, Gpu{}),
+                 2106 + 8 * 12288 / (4224 / 72.0) + 1000 + 2106 + 8 * 49152 * 6 / 2112.0));
+  // GELU by itself reads and writes 113 MB.
+  EXPECT(is_near(separate_clocks(kFirstOfMlp), 2106 + 2 * 113442816 / 1717.95));
+}
+
+TEST(the_fastest_is_one_that_is_allowed) {
+  const Schedule s =
+      fastest(kFirstOfMlp, Gpu{}, [](const Schedule& one) { return one.tokens == 64 && !one.in_turn; });
+  EXPECT(s.tokens == 64 && s.splits == 1 && !s.in_turn);
+  EXPECT(fastest(kFirstOfMlp, Gpu{}, [](const Schedule&) { return false; }).tokens == 0);
+  const Layer narrow{100, 128, 768};  // more blocks than output features need are no use
+  EXPECT(fastest(narrow, Gpu{}, [](const Schedule&) { return true; }).cluster == 1);
+}
