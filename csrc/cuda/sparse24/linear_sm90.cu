@@ -15,9 +15,9 @@
 // A weight in shared memory would add 72 clocks of reads and as many of writes. model_sm90.h counts this and
 // the rest, and chooses.
 //
-// A sum runs over the input features in ascending order. With split_k > 1 (few tokens) parts of it are added
-// in ascending order too, by the block that comes last: a row has the same bits whatever the others hold, but
-// they follow the configuration, which follows the number of tokens.
+// A sum runs over the input features in ascending order, whatever the tile and the cluster: a row has the
+// same bits whatever the other rows and the configuration are. No block shares the input features of a tile,
+// since their sums would then follow the number of rows (docs/gpu-model.md says what that costs).
 
 #include <algorithm>
 #include <array>
@@ -41,10 +41,6 @@ constexpr int kFeatures = kConsumers * kTileFeatures;
 constexpr int kRowBytes = kBlockColumns * 2;
 constexpr int kStagedTokens = 32;  // that the epilogue stages at a time
 
-// The most tokens of a tile whose input features may be split: with more sums no registers are left to add
-// parts up in.
-constexpr int kSplitTokens = 128;
-
 template <int kTokens_, int kStages_, int kAhead_>
 struct Tile {
   static constexpr int kTokens = kTokens_, kStages = kStages_;
@@ -57,7 +53,6 @@ struct Tile {
     alignas(1024) unsigned char x[kStages][kStageBytes];
     alignas(16) float staged[kConsumers][kStagedTokens * kStagedStride];
     std::uint64_t full[kStages], empty[kStages];
-    int is_last[kConsumers];
     int valid_tokens;  // read once a tile: a register would be held through the product
   };
 };
@@ -66,27 +61,13 @@ template <typename T>
 struct Params {
   const void* layout;
   int blocks, slabs;  // of 64 input features; of 16 output features
-  int feature_groups, token_tiles, splits;
-  float* partial;      // (work tiles, kSums, kThreads of the warpgroups), where splits > 1
-  unsigned* arrivals;  // (tiles, blocks of the cluster, kConsumers), zeros
+  int feature_groups, token_tiles;
   Output<T> output;
-};
 
-// What a cluster computes at a time: a tile, or a part of its input features.
-struct WorkTile {
-  int tile, first_token, feature_group, split, begin, end;  // steps of 64 input features
+  // Of what a cluster computes at a time.
+  __device__ int first_token(int tile, int tokens) const { return tile / feature_groups * tokens; }
+  __device__ int feature_group(int tile) const { return tile % feature_groups; }
 };
-
-template <typename T>
-__device__ WorkTile work_tile_at(const Params<T>& p, int index, int tokens) {
-  const int tile = index / p.splits, split = index % p.splits;
-  return {tile,
-          tile / p.feature_groups * tokens,
-          tile % p.feature_groups,
-          split,
-          int(std::int64_t(p.blocks) * split / p.splits),
-          int(std::int64_t(p.blocks) * (split + 1) / p.splits)};
-}
 
 // Where a producer or a consumer is in the ring of stages, and the parity of its turn there.
 template <int kStages>
@@ -128,19 +109,19 @@ struct Fragments {
 // The producer: one thread, which copies x for the whole block.
 template <typename Tile, int kCluster, typename T>
 __device__ void produce(const Params<T>& p, const ptx::TensorMap& x, typename Tile::Shared& shared,
-                        int first_work_tile, int work_tiles, int step, int valid_tokens) {
+                        int first_tile, int tiles, int step, int valid_tokens) {
   constexpr int kBlockTokens = Tile::kTokens / kCluster;  // that this block copies, for all of the cluster
   const int rank = kCluster == 1 ? 0 : ptx::cluster_rank();
   PipelineState<Tile::kStages> state;
-  for (int index = first_work_tile; index < work_tiles; index += step) {
-    const WorkTile work = work_tile_at(p, index, Tile::kTokens);
-    if (work.first_token >= valid_tokens) continue;
-    for (int block = work.begin; block < work.end; ++block) {
+  for (int tile = first_tile; tile < tiles; tile += step) {
+    const int first_token = p.first_token(tile, Tile::kTokens);
+    if (first_token >= valid_tokens) continue;
+    for (int block = 0; block < p.blocks; ++block) {
       const std::uint32_t full = ptx::shared_address(&shared.full[state.stage]);
       wait_for(ptx::shared_address(&shared.empty[state.stage]), state.parity ^ 1);
       ptx::mbarrier_arrive_expect_tx(full, Tile::kStageBytes);
       const std::uint32_t to = ptx::shared_address(shared.x[state.stage]) + rank * kBlockTokens * kRowBytes;
-      const int column = block * kBlockColumns, token = work.first_token + rank * kBlockTokens;
+      const int column = block * kBlockColumns, token = first_token + rank * kBlockTokens;
       if constexpr (kCluster == 1) {
         ptx::tma_load_2d(to, &x, column, token, full);
       } else {
@@ -158,27 +139,23 @@ class Consumer {
   __device__ Consumer(const Params<T>& p, typename Tile::Shared& shared, int warpgroup)
       : p_(p), shared_(shared), warpgroup_(warpgroup), thread_(int(threadIdx.x) % kWarpgroup) {}
 
-  __device__ void run(int first_work_tile, int work_tiles, int step) {
-    for (int index = first_work_tile; index < work_tiles; index += step) {
-      const WorkTile work = work_tile_at(p_, index, Tile::kTokens);
-      first_feature_ = (work.feature_group * kCluster + rank()) * kFeatures + warpgroup_ * kTileFeatures;
-      if (work.first_token >= shared_.valid_tokens) {
-        if (work.split == 0)
-          RowWriter<T>(p_.output, first_feature_, thread_)
-              .template clear<kWarpgroup>(work.first_token, Tile::kTokens);
+  __device__ void run(int first_tile, int tiles, int step) {
+    for (int tile = first_tile; tile < tiles; tile += step) {
+      const int first_token = p_.first_token(tile, Tile::kTokens);
+      first_feature_ = (p_.feature_group(tile) * kCluster + rank()) * kFeatures + warpgroup_ * kTileFeatures;
+      if (first_token >= shared_.valid_tokens) {
+        RowWriter<T>(p_.output, first_feature_, thread_)
+            .template clear<kWarpgroup>(first_token, Tile::kTokens);
         continue;
       }
       float sums[Tile::kSums];
-      multiply(work, sums);
-      if constexpr (Tile::kTokens <= kSplitTokens) {
-        if (p_.splits > 1 && !reduce(work, sums)) continue;
-      }
-      write(work.first_token, shared_.valid_tokens, sums);
+      multiply(sums);
+      write(first_token, shared_.valid_tokens, sums);
     }
   }
 
  private:
-  __device__ void multiply(const WorkTile& work, float (&sums)[Tile::kSums]) {
+  __device__ void multiply(float (&sums)[Tile::kSums]) {
     const int lane = thread_ % kWarp;
     // Past the last slab, that slab is read again: what comes of it is not written.
     const int slab = min(first_feature_ / kSlabRows + thread_ / kWarp, p_.slabs - 1);
@@ -186,16 +163,16 @@ class Consumer {
     Fragments fragments[Tile::kAhead];
 #pragma unroll
     for (int i = 0; i < Tile::kAhead; ++i)
-      if (work.begin + i < work.end) fragments[i].load(weight[work.begin + i], lane);
+      if (i < p_.blocks) fragments[i].load(weight[i], lane);
 #pragma unroll
     for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0;
 
     int before = 0;  // the stage of the step before
 #pragma unroll 1
-    for (int block = work.begin; block < work.end; block += Tile::kAhead) {
+    for (int block = 0; block < p_.blocks; block += Tile::kAhead) {
 #pragma unroll
       for (int i = 0; i < Tile::kAhead; ++i) {
-        if (block + i >= work.end) break;
+        if (block + i >= p_.blocks) break;
         wait_for(ptx::shared_address(&shared_.full[state_.stage]), state_.parity);
         const std::uint64_t x = ptx::wgmma_descriptor(ptx::shared_address(shared_.x[state_.stage]));
         const Fragments& now = fragments[i];
@@ -205,17 +182,17 @@ class Consumer {
         ptx::wgmma_commit_group();
         // The step before is over: its stage and its registers are free.
         ptx::wgmma_wait_group<1>();
-        if (block + i > work.begin) {
+        if (block + i > 0) {
           release(before);
           const int next = block + i - 1 + Tile::kAhead;
-          if (next < work.end) fragments[(i + Tile::kAhead - 1) % Tile::kAhead].load(weight[next], lane);
+          if (next < p_.blocks) fragments[(i + Tile::kAhead - 1) % Tile::kAhead].load(weight[next], lane);
         }
         before = state_.stage;
         state_.advance();
       }
     }
     ptx::wgmma_wait_group<0>();
-    if (work.begin < work.end) release(before);
+    release(before);
   }
 
   // Tells every block that copies into this stage that it may.
@@ -226,44 +203,6 @@ class Consumer {
     } else {
       if (thread_ < kCluster) ptx::mbarrier_arrive_cluster(empty, thread_);
     }
-  }
-
-  // Leaves the sums of a part where the block that comes last adds all parts up, in order. Returns whether it
-  // is this block, which then has the sums of the whole.
-  __device__ bool reduce(const WorkTile& work, float (&sums)[Tile::kSums]) {
-    const auto part_of = [&](int split) {
-      const std::int64_t part = (std::int64_t(work.tile) * p_.splits + split) * kCluster + rank();
-      return reinterpret_cast<float4*>(p_.partial) +
-             (part * kConsumers + warpgroup_) * (Tile::kSums / 4) * kWarpgroup + thread_;
-    };
-    float4* const mine = part_of(work.split);
-#pragma unroll
-    for (int i = 0; i < Tile::kSums; i += 4)
-      mine[i / 4 * kWarpgroup] = make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
-    __threadfence();
-    sync();
-    if (thread_ == 0) {
-      unsigned* const arrivals =
-          p_.arrivals + (std::int64_t(work.tile) * kCluster + rank()) * kConsumers + warpgroup_;
-      const bool is_last = atomicAdd(arrivals, 1u) == unsigned(p_.splits) - 1;
-      if (is_last) *arrivals = 0;
-      __threadfence();
-      shared_.is_last[warpgroup_] = is_last;
-    }
-    sync();
-    if (shared_.is_last[warpgroup_] == 0) return false;
-#pragma unroll
-    for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0;
-#pragma unroll 1
-    for (int split = 0; split < p_.splits; ++split) {
-      const float4* const from = part_of(split);
-#pragma unroll
-      for (int i = 0; i < Tile::kSums; i += 4) {
-        const float4 four = __ldcg(from + i / 4 * kWarpgroup);
-        sums[i] += four.x, sums[i + 1] += four.y, sums[i + 2] += four.z, sums[i + 3] += four.w;
-      }
-    }
-    return true;
   }
 
   __device__ void write(int first_token, int valid_tokens, const float (&sums)[Tile::kSums]) {
@@ -319,16 +258,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_sync();
   }
 
-  const int work_tiles = p.token_tiles * p.feature_groups * p.splits;
+  const int tiles = p.token_tiles * p.feature_groups;
   const int first = int(blockIdx.x) / kCluster, step = int(gridDim.x) / kCluster;
   if (warpgroup == kConsumers) {
     ptx::setmaxnreg_dec<40>();
     if (threadIdx.x == kConsumers * kWarpgroup)
-      produce<Tile, kCluster>(p, x, shared, first, work_tiles, step, shared.valid_tokens);
+      produce<Tile, kCluster>(p, x, shared, first, tiles, step, shared.valid_tokens);
     __syncwarp();
   } else {
     ptx::setmaxnreg_inc<232>();
-    Consumer<Tile, kCluster, T>(p, shared, warpgroup).run(first, work_tiles, step);
+    Consumer<Tile, kCluster, T>(p, shared, warpgroup).run(first, tiles, step);
   }
   if constexpr (kCluster > 1) ptx::cluster_sync();  // others may still copy into this block, and tell it so
 #endif
@@ -382,11 +321,11 @@ void with_kernel(const Sparse24Config& config, DType dtype, Use&& use) {
 }
 
 struct Counts {
-  std::int64_t token_tiles, feature_groups, work_tiles;
+  std::int64_t token_tiles, feature_groups, tiles;
   Counts(const Sparse24Linear& a, const Sparse24Config& config)
       : token_tiles(quotient_up(a.tokens, config.tile_tokens)),
         feature_groups(quotient_up(a.out_features, std::int64_t(kFeatures) * config.cluster)),
-        work_tiles(token_tiles * feature_groups * config.split_k) {}
+        tiles(token_tiles * feature_groups) {}
 };
 
 // What the model wants to know. A multiprocessor has room for one block of any tile.
@@ -395,28 +334,11 @@ model_sm90::Gpu gpu_of(const Device& device) {
           clusters_at_once<Tile<64, 8, 4>, 4, BFloat16>(device)};
 }
 
-std::int64_t workspace_bytes(const Sparse24Linear& inputs, const Sparse24Config& config) {
-  if (config.split_k == 1) return 0;
-  const Counts counts(inputs, config);
-  const std::int64_t sums = std::int64_t(config.tile_tokens) / 2 * kConsumers * kWarpgroup * sizeof(float);
-  return counts.work_tiles * config.cluster * sums + counts.token_tiles * counts.feature_groups *
-                                                         config.cluster * kConsumers *
-                                                         std::int64_t(sizeof(unsigned));
-}
-
 template <typename Tile, int kCluster, typename T>
 Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sparse24Config& config,
-           const Device& device, void* workspace, void* stream) {
+           const Device& device, void* stream) {
   const WeightLayout layout(a.out_features, a.in_features);
   const Counts counts(a, config);
-  const std::int64_t arrivals = counts.token_tiles * counts.feature_groups * kCluster * kConsumers;
-  const std::int64_t partial = workspace_bytes(a, config) - arrivals * std::int64_t(sizeof(unsigned));
-  auto* const counters = reinterpret_cast<unsigned*>(static_cast<char*>(workspace) + partial);
-  if (config.split_k > 1) {
-    const Status cleared = to_status(cudaMemsetAsync(counters, 0, std::size_t(arrivals) * sizeof(unsigned),
-                                                     static_cast<cudaStream_t>(stream)));
-    if (cleared != Status::ok) return cleared;
-  }
   ptx::TensorMap x;
   const std::int64_t x_stride = a.tokens > 1 ? a.x_stride : a.in_features;  // one row may have any
   const Status encoded =
@@ -427,14 +349,11 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sp
                          int(layout.slabs),
                          int(counts.feature_groups),
                          int(counts.token_tiles),
-                         config.split_k,
-                         static_cast<float*>(workspace),
-                         counters,
                          {static_cast<T*>(out), static_cast<const T*>(a.residual), a.bias, a.scale,
                           out_stride, a.residual_stride, a.num_rows, int(a.tokens), int(a.out_features),
                           a.activation, a.bias_dtype == DType::float32, a.scale_dtype == DType::float32}};
   const std::int64_t clusters =
-      std::min<std::int64_t>(counts.work_tiles, clusters_at_once<Tile, kCluster, T>(device));
+      std::min<std::int64_t>(counts.tiles, clusters_at_once<Tile, kCluster, T>(device));
   return launch(sparse24_linear_sm90_kernel<Tile, kCluster, T>, launch_shape<Tile, kCluster>(clusters),
                 stream, params, x);
 }
@@ -451,13 +370,8 @@ void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& u
   if (!is_runnable(inputs, device)) return;
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
-      for (int splits : {1, 2, 3, 4, 6, 8}) {
-        if (splits > 1 && tokens > kSplitTokens) break;
-        const Sparse24Config config{90, tokens, kFeatures, splits, cluster};
-        if (splits <= quotient_up(inputs.in_features, kBlockColumns) &&
-            is_count(Counts(inputs, config).work_tiles))
-          use(config);
-      }
+      const Sparse24Config config{90, tokens, kFeatures, cluster};
+      if (is_count(Counts(inputs, config).tiles)) use(config);
     }
   }
 }
@@ -472,27 +386,26 @@ Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device
   const model_sm90::Layer layer{inputs.tokens,     inputs.out_features,        inputs.in_features,
                                 inputs.activation, inputs.residual != nullptr, true};
   const auto config_of = [](const model_sm90::Schedule& s) {
-    return Sparse24Config{90, s.tokens, kFeatures, s.splits, s.cluster};
+    return Sparse24Config{90, s.tokens, kFeatures, s.cluster};
   };
   const model_sm90::Schedule best =
       model_sm90::fastest(layer, gpu_of(device), [&](const model_sm90::Schedule& s) {
-        return !s.in_turn && !s.short_epilogue && is_count(Counts(inputs, config_of(s)).work_tiles);
+        return !s.in_turn && !s.short_epilogue && is_count(Counts(inputs, config_of(s)).tiles);
       });
   return best.tokens == 0 ? Sparse24Config{} : config_of(best);
 }
 
 Status run_config(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
-                  const Sparse24Config& config, const Device& device, void* workspace, void* stream) {
+                  const Sparse24Config& config, const Device& device, void* stream) {
   Status status = Status::invalid_argument;
   with_kernel(config, inputs.dtype, [&](auto tile, auto cluster, auto element) {
-    status = run<decltype(tile), cluster, decltype(element)>(inputs, out, out_stride, config, device,
-                                                             workspace, stream);
+    status = run<decltype(tile), cluster, decltype(element)>(inputs, out, out_stride, config, device, stream);
   });
   return status;
 }
 
 }  // namespace
 
-const LinearArchitecture kLinearSm90{90, configs, default_config, workspace_bytes, run_config};
+const LinearArchitecture kLinearSm90{90, configs, default_config, run_config};
 
 }  // namespace madtp::cuda

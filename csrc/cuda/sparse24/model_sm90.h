@@ -50,7 +50,7 @@ struct Layer {
 
 // How the kernel lays a call out. What it does not have yet is here to be judged.
 struct Schedule {
-  int tokens, cluster, splits = 1;
+  int tokens, cluster;
   bool in_turn = false;         // a tile for each warpgroup, one multiplying while the other writes
   bool short_epilogue = false;  // activation on accumulators, rows through stmatrix
 };
@@ -99,14 +99,14 @@ inline int steps_ahead(int tokens) { return tokens == 256 ? 2 : tokens == 128 ? 
 inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
   const double n = s.tokens, values = kFeatures * n;
   const std::int64_t groups = quotient_up(layer.out_features, std::int64_t(kFeatures) * s.cluster);
-  const std::int64_t work_tiles = quotient_up(layer.rows, s.tokens) * groups * s.splits;
+  const std::int64_t tiles = quotient_up(layer.rows, s.tokens) * groups;
   const int clusters = gpu.clusters(s.cluster);
-  const double active = double(std::min<std::int64_t>(work_tiles, clusters)) * s.cluster;
+  const double active = double(std::min<std::int64_t>(tiles, clusters)) * s.cluster;
   const double l2_rate = std::min(kL2BytesOfOne, kL2Bytes / active);
-  const double steps = double(quotient_up(steps_of(layer.in_features), s.splits));
+  const double steps = double(steps_of(layer.in_features));
 
   Clocks c{};
-  c.rounds = double(quotient_up(work_tiles, clusters));
+  c.rounds = double(quotient_up(tiles, clusters));
   c.tensor = steps * values * kStep / (2 * kDenseMacs);
   c.shared = steps * 3 * (n * kStep * 2) / kSharedBytes;  // x, read for 64 features twice, and written once
   c.l2 = steps * (n * kStep * 2 / s.cluster + kFeatures * kStep * kWeightBytes) / l2_rate;
@@ -126,11 +126,10 @@ inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
     c.tile = std::max({c.tensor, c.shared + staged, c.l2 + written, latency, c.issue, special, alone / 2});
     products = (c.rounds - 1) * c.tile + alone;
   } else {
-    const double parts = s.splits == 1 ? 0 : 1500 + 16 * n;
-    c.tile = loop + std::max({c.issue, special, written}) + kEnds + parts;
+    c.tile = loop + std::max({c.issue, special, written}) + kEnds;
     products = c.rounds * c.tile;
   }
-  c.total = kLaunch * (s.splits == 1 ? 1 : 2) + std::max(products, c.hbm);
+  c.total = kLaunch + std::max(products, c.hbm);
   return c;
 }
 
@@ -141,19 +140,14 @@ Schedule fastest(const Layer& layer, const Gpu& gpu, IsAllowed&& is_allowed) {
   double fewest = 0;
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
-      for (int splits : {1, 2, 3, 4, 6, 8}) {
-        for (int candidate = 0; candidate < 4; ++candidate) {
-          const Schedule s{tokens, cluster, splits, candidate % 2 == 1, candidate / 2 == 1};
-          if (cluster > 1 && layer.out_features <= std::int64_t(kFeatures) * (cluster / 2)) continue;
-          if (splits > 1 && (tokens > 128 || layer.rows > 2048 || splits > steps_of(layer.in_features)))
-            continue;
-          if (s.in_turn && (tokens != 128 || splits > 1)) continue;
-          if (!is_allowed(s)) continue;
-          const double now = clocks(layer, s, gpu).total;
-          if (fewest != 0 && now >= fewest) continue;
-          best = s;
-          fewest = now;
-        }
+      for (int candidate = 0; candidate < 4; ++candidate) {
+        const Schedule s{tokens, cluster, candidate % 2 == 1, candidate / 2 == 1};
+        if (cluster > 1 && layer.out_features <= std::int64_t(kFeatures) * (cluster / 2)) continue;
+        if ((s.in_turn && tokens != 128) || !is_allowed(s)) continue;
+        const double now = clocks(layer, s, gpu).total;
+        if (fewest != 0 && now >= fewest) continue;
+        best = s;
+        fewest = now;
       }
     }
   }
