@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // sparse24_linear on sm_90a: wgmma.sp with the weight in registers and x, through TMA, in shared memory.
 //
-// A block computes 128 output features x kTokens: two consumer warpgroups of 64 output features, and a
-// producer warp that copies x for them. Blocks stay for as many work tiles as there are, and 2 or 4 of a
-// cluster share the tokens of a tile: each copies its part of x into all of them. A lane reads its fragments
-// of the weight from L2, in the order in which they lie, some steps of 64 input features ahead: shared memory
-// has no room for them, since reading x alone takes it as long as the product takes the tensor cores. What a
-// step costs a multiprocessor of an H100, in clocks:
+// A block computes tiles of 128 output features x kTokens with two consumer warpgroups, and a producer warp
+// that copies x for them. Either each warpgroup has 64 output features of every tile, or, in tiles of 128
+// tokens, the warpgroups take turns: each has all of every other tile, and one multiplies while the other
+// writes.
 //
-//   wgmma.sp        2 N                     64 x N x 32 in N / 2, of two warpgroups, twice
-//   shared memory   3 N                     x read by both warpgroups, and written once, 128 bytes a clock
-//   L2              (128 N / c + 9216) / 32 x shared by a cluster of c, and the weight; 32 bytes a clock
+// Blocks stay for as many tiles as there are, and 2 or 4 of a cluster share the tokens of a tile: each copies
+// its part of x into all of them. A lane reads its fragments of the weight from L2, in the order in which
+// they lie, some steps of 64 input features ahead: shared memory has no room for them, since reading x alone
+// takes it as long as the product takes the tensor cores. What a step costs a multiprocessor of an H100, in
+// clocks:
+//
+//   wgmma.sp        2 N                     64 x N x 32 in N / 2, of 128 output features, twice
+//   shared memory   3 N                     x read for either half of them, and written once, 128 bytes a
+//   clock L2              (128 N / c + 9216) / 32 x shared by a cluster of c, and the weight; 32 bytes a
+//   clock
 //
 // A weight in shared memory would add 72 clocks of reads and as many of writes. model_sm90.h counts this and
 // the rest, and chooses.
@@ -26,7 +31,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/ptx_sm90.cuh"
 #include "cuda/sparse24/architectures.h"
-#include "cuda/sparse24/epilogue.cuh"
+#include "cuda/sparse24/epilogue_sm90.cuh"
 #include "cuda/sparse24/layout.cuh"
 #include "cuda/sparse24/model_sm90.h"
 #include "cuda/tensor_map.h"
@@ -39,20 +44,25 @@ constexpr int kConsumers = 2;  // warpgroups that multiply; one more has the pro
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kFeatures = kConsumers * kTileFeatures;
 constexpr int kRowBytes = kBlockColumns * 2;
-constexpr int kStagedTokens = 32;  // that the epilogue stages at a time
+constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
 
-template <int kTokens_, int kStages_, int kAhead_>
+// kInTurn: each warpgroup has tiles of its own, of which it computes both halves of the output features; else
+// each has one half of every tile.
+template <int kTokens_, int kStages_, int kAhead_, bool kInTurn_>
 struct Tile {
   static constexpr int kTokens = kTokens_, kStages = kStages_;
-  static constexpr int kAhead = kAhead_;     // steps whose weight is in registers
-  static constexpr int kSums = kTokens / 2;  // that a thread holds
+  static constexpr int kAhead = kAhead_;  // steps whose weight is in registers
+  static constexpr bool kInTurn = kInTurn_;
+  static constexpr int kHalves = kInTurn ? kConsumers : 1;   // that a warpgroup computes
+  static constexpr int kReaders = kInTurn ? 1 : kConsumers;  // warpgroups that read a stage
+  static constexpr int kSums = kTokens / 2;                  // of a half, that a thread holds
   static constexpr int kStageBytes = kTokens * kRowBytes;
-  static_assert(kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
+  static_assert(kHalves * kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
 
   struct Shared {
     alignas(1024) unsigned char x[kStages][kStageBytes];
-    alignas(16) float staged[kConsumers][kStagedTokens * kStagedStride];
-    std::uint64_t full[kStages], empty[kStages];
+    alignas(16) unsigned char staged[kConsumers * kWarpgroupWarps][SlabWriter<Float16>::kStagedBytes];
+    std::uint64_t full[kStages], empty[kStages], turn[kConsumers];
     int valid_tokens;  // read once a tile: a register would be held through the product
   };
 };
@@ -76,6 +86,12 @@ struct PipelineState {
   __device__ void advance() {
     stage = stage + 1 == kStages ? 0 : stage + 1;
     parity ^= stage == 0;
+  }
+  // Past `steps` that are another's.
+  __device__ void skip(int steps) {
+    stage += steps;
+    parity ^= stage / kStages % 2;
+    stage %= kStages;
   }
 };
 
@@ -132,40 +148,75 @@ __device__ void produce(const Params<T>& p, const ptx::TensorMap& x, typename Ti
   }
 }
 
-// A consumer: a warpgroup that multiplies.
+// A consumer: a warpgroup that multiplies and writes.
 template <typename Tile, int kCluster, typename T>
 class Consumer {
  public:
   __device__ Consumer(const Params<T>& p, typename Tile::Shared& shared, int warpgroup)
-      : p_(p), shared_(shared), warpgroup_(warpgroup), thread_(int(threadIdx.x) % kWarpgroup) {}
+      : p_(p),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        thread_(int(threadIdx.x) % kWarpgroup),
+        valid_tokens_(shared.valid_tokens) {}
 
   __device__ void run(int first_tile, int tiles, int step) {
-    for (int tile = first_tile; tile < tiles; tile += step) {
-      const int first_token = p_.first_token(tile, Tile::kTokens);
-      first_feature_ = (p_.feature_group(tile) * kCluster + rank()) * kFeatures + warpgroup_ * kTileFeatures;
-      if (first_token >= shared_.valid_tokens) {
-        RowWriter<T>(p_.output, first_feature_, thread_)
-            .template clear<kWarpgroup>(first_token, Tile::kTokens);
+    for (int tile = first_tile, turn = 0; tile < tiles; tile += step, turn ^= 1) {
+      if (Tile::kInTurn && turn != warpgroup_) {
+        state_.skip(p_.blocks);  // no stage is used where no token is valid, but then none is used any more
         continue;
       }
-      float sums[Tile::kSums];
-      multiply(sums);
-      write(first_token, shared_.valid_tokens, sums);
+      const int first_token = p_.first_token(tile, Tile::kTokens);
+      first_feature_ = (p_.feature_group(tile) * kCluster + rank()) * kFeatures;
+      if constexpr (!Tile::kInTurn) first_feature_ += warpgroup_ * kTileFeatures;
+      if (first_token >= valid_tokens_) {
+        clear(first_token);
+        continue;
+      }
+      const int next = tile + step;
+      const bool is_first = tile == first_tile;
+      const bool is_last = next >= tiles || p_.first_token(next, Tile::kTokens) >= valid_tokens_;
+      float sums[Tile::kHalves][Tile::kSums];
+      const int last_stage = multiply(sums, is_first, is_last);
+      SlabWriter<T> first = writer(first_token, 0);
+      first.load_residual(valid_tokens_);
+      ptx::wgmma_wait_group<0>();
+      release(last_stage);
+      with_activation(p_.output.activation, [&](auto activation) {  // one branch here, not one for each value
+        this->template write<decltype(activation)::value>(sums, first, first_token);
+      });
     }
   }
 
  private:
-  __device__ void multiply(float (&sums)[Tile::kSums]) {
+  static constexpr int kParts =
+      Tile::kTokens / SlabWriter<T>::kTokens;  // of a half, that are written at a time
+
+  // Issues the products of a tile, of which the last are not waited for, and returns their stage.
+  __device__ int multiply(float (&sums)[Tile::kHalves][Tile::kSums], bool is_first, bool is_last) {
     const int lane = thread_ % kWarp;
-    // Past the last slab, that slab is read again: what comes of it is not written.
-    const int slab = min(first_feature_ / kSlabRows + thread_ / kWarp, p_.slabs - 1);
-    const WeightBlock* const weight = WeightLayout::slab(p_.layout, p_.blocks, slab);
-    Fragments fragments[Tile::kAhead];
+    const WeightBlock* weight[Tile::kHalves];
+    Fragments fragments[Tile::kAhead][Tile::kHalves];
+    const auto load = [&](int i, int block) {
+#pragma unroll
+      for (int half = 0; half < Tile::kHalves; ++half) fragments[i][half].load(weight[half][block], lane);
+    };
+#pragma unroll
+    for (int half = 0; half < Tile::kHalves; ++half) {
+      // Past the last slab, that slab is read again: what comes of it is not written.
+      const int slab =
+          min((first_feature_ + half * kTileFeatures) / kSlabRows + thread_ / kWarp, p_.slabs - 1);
+      weight[half] = WeightLayout::slab(p_.layout, p_.blocks, slab);
+#pragma unroll
+      for (int i = 0; i < Tile::kSums; ++i) sums[half][i] = 0;
+    }
 #pragma unroll
     for (int i = 0; i < Tile::kAhead; ++i)
-      if (i < p_.blocks) fragments[i].load(weight[i], lane);
-#pragma unroll
-    for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0;
+      if (i < p_.blocks) load(i, i);
+    if (Tile::kInTurn && !is_first) {
+      // A barrier tells phases apart by their parity alone, so the one before must have been seen complete.
+      wait_for(ptx::shared_address(&shared_.turn[warpgroup_]), turn_parity_);
+      turn_parity_ ^= 1;
+    }
 
     int before = 0;  // the stage of the step before
 #pragma unroll 1
@@ -175,24 +226,28 @@ class Consumer {
         if (block + i >= p_.blocks) break;
         wait_for(ptx::shared_address(&shared_.full[state_.stage]), state_.parity);
         const std::uint64_t x = ptx::wgmma_descriptor(ptx::shared_address(shared_.x[state_.stage]));
-        const Fragments& now = fragments[i];
         ptx::wgmma_fence();
-        ptx::wgmma_sp_m64k32<T, Tile::kTokens, 0>(sums, now.values[0], x, now.metadata, true);
-        ptx::wgmma_sp_m64k32<T, Tile::kTokens, 1>(sums, now.values[1], x + 4, now.metadata, true);
+#pragma unroll
+        for (int half = 0; half < Tile::kHalves; ++half) {
+          const Fragments& now = fragments[i][half];
+          ptx::wgmma_sp_m64k32<T, Tile::kTokens, 0>(sums[half], now.values[0], x, now.metadata, true);
+          ptx::wgmma_sp_m64k32<T, Tile::kTokens, 1>(sums[half], now.values[1], x + 4, now.metadata, true);
+        }
         ptx::wgmma_commit_group();
         // The step before is over: its stage and its registers are free.
         ptx::wgmma_wait_group<1>();
         if (block + i > 0) {
           release(before);
           const int next = block + i - 1 + Tile::kAhead;
-          if (next < p_.blocks) fragments[(i + Tile::kAhead - 1) % Tile::kAhead].load(weight[next], lane);
+          if (next < p_.blocks) load((i + Tile::kAhead - 1) % Tile::kAhead, next);
         }
         before = state_.stage;
         state_.advance();
       }
     }
-    ptx::wgmma_wait_group<0>();
-    release(before);
+    if (Tile::kInTurn && !is_last && thread_ == 0)
+      ptx::mbarrier_arrive(ptx::shared_address(&shared_.turn[1 - warpgroup_]));
+    return before;
   }
 
   // Tells every block that copies into this stage that it may.
@@ -205,32 +260,57 @@ class Consumer {
     }
   }
 
-  __device__ void write(int first_token, int valid_tokens, const float (&sums)[Tile::kSums]) {
-    const RowWriter<T> writer(p_.output, first_feature_, thread_);
-    float* const staged = shared_.staged[warpgroup_];
+  __device__ SlabWriter<T> writer(int first_token, int half) const {
+    const int warp = thread_ / kWarp;
+    return {p_.output, first_token, first_feature_ + half * kTileFeatures + warp * kSlabRows,
+            shared_.staged[warpgroup_ * kWarpgroupWarps + warp], thread_ % kWarp};
+  }
+
+  // `writer`: of the first half, which has asked for its residual.
+  template <Activation kActivation>
+  __device__ void write(const float (&sums)[Tile::kHalves][Tile::kSums], SlabWriter<T> writer,
+                        int first_token) const {
 #pragma unroll 1
-    for (int token = 0; token < Tile::kTokens && first_token + token < p_.output.tokens;
-         token += kStagedTokens) {
-      sync();  // the tokens staged before were read
-#pragma unroll
-      for (int first = 0; first < Tile::kTokens; first += kStagedTokens) {
-        if (first != token) continue;  // sums are in registers, which have no index
-#pragma unroll
-        for (int group = 0; group < kStagedTokens / 8; ++group)
-          stage(staged, thread_ / kWarp, group, &sums[(first / 8 + group) * 4], thread_ % kWarp);
+    for (int half = 0; half < Tile::kHalves; ++half) {
+      if (half > 0) {
+        writer = this->writer(first_token, half);
+        writer.load_residual(valid_tokens_);
       }
-      sync();
-      writer.template write<kWarpgroup>(staged, first_token + token, kStagedTokens, valid_tokens);
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) {
+        float biased[SlabWriter<T>::kSums];
+        add_bias<0>(sums, writer, half * kParts + part, biased);
+        writer.template write<kActivation>(biased, valid_tokens_, part + 1 < kParts);
+      }
     }
   }
 
-  __device__ void sync() const { ptx::barrier_sync(1 + warpgroup_, kWarpgroup); }
+  // Of part `part`. Sums are in registers, which have no index: kPart is a constant of its own, since of a
+  // loop the compiler would put `part` in its place.
+  template <int kPart>
+  __device__ static void add_bias(const float (&sums)[Tile::kHalves][Tile::kSums],
+                                  const SlabWriter<T>& writer, int part,
+                                  float (&biased)[SlabWriter<T>::kSums]) {
+    if (part == kPart) writer.add_bias(&sums[kPart / kParts][kPart % kParts * SlabWriter<T>::kSums], biased);
+    if constexpr (kPart + 1 < Tile::kHalves * kParts) add_bias<kPart + 1>(sums, writer, part, biased);
+  }
+
+  __device__ void clear(int first_token) const {
+#pragma unroll 1
+    for (int half = 0; half < Tile::kHalves; ++half) {
+      SlabWriter<T> writer = this->writer(first_token, half);
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) writer.clear();
+    }
+  }
+
   __device__ static int rank() { return kCluster == 1 ? 0 : ptx::cluster_rank(); }
 
   const Params<T>& p_;
   typename Tile::Shared& shared_;
-  int warpgroup_, thread_, first_feature_ = 0;
+  int warpgroup_, thread_, valid_tokens_, first_feature_ = 0;
   PipelineState<Tile::kStages> state_;
+  int turn_parity_ = 0;
 };
 
 #endif  // MADTP_SM90
@@ -247,8 +327,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::prefetch_tensor_map(&x);
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       ptx::mbarrier_init(ptx::shared_address(&shared.full[stage]), 1);
-      ptx::mbarrier_init(ptx::shared_address(&shared.empty[stage]), kCluster * kConsumers);
+      ptx::mbarrier_init(ptx::shared_address(&shared.empty[stage]), kCluster * Tile::kReaders);
     }
+    for (std::uint64_t& turn : shared.turn) ptx::mbarrier_init(ptx::shared_address(&turn), 1);
     ptx::fence_mbarrier_init();
     shared.valid_tokens = p.output.valid_tokens();
   }
@@ -261,12 +342,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int tiles = p.token_tiles * p.feature_groups;
   const int first = int(blockIdx.x) / kCluster, step = int(gridDim.x) / kCluster;
   if (warpgroup == kConsumers) {
-    ptx::setmaxnreg_dec<40>();
+    ptx::setmaxnreg_dec<24>();
     if (threadIdx.x == kConsumers * kWarpgroup)
       produce<Tile, kCluster>(p, x, shared, first, tiles, step, shared.valid_tokens);
     __syncwarp();
   } else {
-    ptx::setmaxnreg_inc<232>();
+    ptx::setmaxnreg_inc<240>();
     Consumer<Tile, kCluster, T>(p, shared, warpgroup).run(first, tiles, step);
   }
   if constexpr (kCluster > 1) ptx::cluster_sync();  // others may still copy into this block, and tell it so
@@ -276,9 +357,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 // body(Tile{}) for every tile there is.
 template <typename Body>
 void for_each_tile(Body&& body) {
-  body(Tile<256, 6, 2>{});
-  body(Tile<128, 8, 3>{});
-  body(Tile<64, 8, 4>{});
+  body(Tile<256, 6, 2, false>{});
+  body(Tile<128, 12, 2, true>{});
+  body(Tile<64, 8, 4, false>{});
 }
 
 template <typename Tile, int kCluster>
@@ -330,8 +411,8 @@ struct Counts {
 
 // What the model wants to know. A multiprocessor has room for one block of any tile.
 model_sm90::Gpu gpu_of(const Device& device) {
-  return {device.multiprocessors, clusters_at_once<Tile<64, 8, 4>, 2, BFloat16>(device),
-          clusters_at_once<Tile<64, 8, 4>, 4, BFloat16>(device)};
+  return {device.multiprocessors, clusters_at_once<Tile<64, 8, 4, false>, 2, BFloat16>(device),
+          clusters_at_once<Tile<64, 8, 4, false>, 4, BFloat16>(device)};
 }
 
 template <typename Tile, int kCluster, typename T>
@@ -388,10 +469,9 @@ Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device
   const auto config_of = [](const model_sm90::Schedule& s) {
     return Sparse24Config{90, s.tokens, kFeatures, s.cluster};
   };
-  const model_sm90::Schedule best =
-      model_sm90::fastest(layer, gpu_of(device), [&](const model_sm90::Schedule& s) {
-        return !s.in_turn && !s.short_epilogue && is_count(Counts(inputs, config_of(s)).tiles);
-      });
+  const model_sm90::Schedule best = model_sm90::fastest(
+      layer, gpu_of(device),
+      [&](const model_sm90::Schedule& s) { return is_count(Counts(inputs, config_of(s)).tiles); });
   return best.tokens == 0 ? Sparse24Config{} : config_of(best);
 }
 

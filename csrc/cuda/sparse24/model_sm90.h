@@ -48,28 +48,28 @@ struct Layer {
   bool is_cold = false;  // whether the weight comes from HBM; else from L2
 };
 
-// How the kernel lays a call out. What it does not have yet is here to be judged.
+// A tile of 128 tokens is one warpgroup's, and the two take turns; they share one of 64 or 256 tokens.
 struct Schedule {
   int tokens, cluster;
-  bool in_turn = false;         // a tile for each warpgroup, one multiplying while the other writes
-  bool short_epilogue = false;  // activation on accumulators, rows through stmatrix
+
+  bool is_in_turn() const { return tokens == 128; }
 };
 
-// Of one value from the accumulator to the output, residual, bias and scale included. As compiled, which
-// tests/kernels/test_cuda_sass.py holds; of the short epilogue, which is not written, what its parts add up
-// to.
-inline double instructions(Activation activation, bool is_short) {
+// Of one value from the accumulator to the output, bias and scale included, as compiled: what
+// tests/kernels/test_cuda_sass.py holds.
+inline double instructions(Activation activation, bool has_residual) {
+  const double residual = has_residual ? 2.5 : 0;
   switch (activation) {
     case Activation::gelu:
-      return is_short ? 19 : 29;
+      return 22 + residual;
     case Activation::gelu_tanh:
-      return is_short ? 12 : 22;
+      return 15 + residual;
     case Activation::quick_gelu:
-      return is_short ? 10 : 20;
+      return 13 + residual;
     case Activation::relu:
-      return is_short ? 6 : 18;
+      return 10 + residual;
     default:
-      return is_short ? 5 : 15;
+      return 8 + residual;
   }
 }
 
@@ -94,7 +94,7 @@ struct Clocks {
   double tensor, shared, l2, issue, tile, rounds, hbm, total;  // the first five of a work tile
 };
 
-inline int steps_ahead(int tokens) { return tokens == 256 ? 2 : tokens == 128 ? 3 : 4; }
+inline int steps_ahead(int tokens) { return tokens == 64 ? 4 : 2; }
 
 inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
   const double n = s.tokens, values = kFeatures * n;
@@ -112,17 +112,17 @@ inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
   c.l2 = steps * (n * kStep * 2 / s.cluster + kFeatures * kStep * kWeightBytes) / l2_rate;
   const double latency = steps * (layer.is_cold ? kHbmLatency : kL2Latency) / steps_ahead(s.tokens);
   const double loop = std::max({c.tensor, c.shared, c.l2, latency});
-  const double per_value = instructions(layer.activation, s.short_epilogue);
+  const double per_value = instructions(layer.activation, layer.has_residual);
   const double special = values * specials(layer.activation) / kSpecial;
   const double written = 2 * values * (layer.has_residual ? 2 : 1) / l2_rate;
   c.issue = values * per_value / (kIssue * kIssueOfTwo);
   c.hbm = hbm_clocks(layer, kWeightBytes * double(layer.out_features) * double(layer.in_features));
   double products;
-  if (s.in_turn) {
+  if (s.is_in_turn()) {
     // What both warpgroups share adds up; else each takes its own time, and they take turns.
     const double alone =
         loop + std::max({values * per_value / (kIssue * kIssueOfOne), special, written}) + kEnds;
-    const double staged = (s.short_epilogue ? 4 : 8) * values / kSharedBytes;
+    const double staged = 4 * values * (layer.has_residual ? 2 : 1) / kSharedBytes;
     c.tile = std::max({c.tensor, c.shared + staged, c.l2 + written, latency, c.issue, special, alone / 2});
     products = (c.rounds - 1) * c.tile + alone;
   } else {
@@ -140,15 +140,13 @@ Schedule fastest(const Layer& layer, const Gpu& gpu, IsAllowed&& is_allowed) {
   double fewest = 0;
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
-      for (int candidate = 0; candidate < 4; ++candidate) {
-        const Schedule s{tokens, cluster, candidate % 2 == 1, candidate / 2 == 1};
-        if (cluster > 1 && layer.out_features <= std::int64_t(kFeatures) * (cluster / 2)) continue;
-        if ((s.in_turn && tokens != 128) || !is_allowed(s)) continue;
-        const double now = clocks(layer, s, gpu).total;
-        if (fewest != 0 && now >= fewest) continue;
-        best = s;
-        fewest = now;
-      }
+      const Schedule s{tokens, cluster};
+      if (cluster > 1 && layer.out_features <= std::int64_t(kFeatures) * (cluster / 2)) continue;
+      if (!is_allowed(s)) continue;
+      const double now = clocks(layer, s, gpu).total;
+      if (fewest != 0 && now >= fewest) continue;
+      best = s;
+      fewest = now;
     }
   }
   return best;
