@@ -83,8 +83,10 @@ def test_nothing_stalls_the_products(kernels):
 
 def skipped(name, target):
     """How many instructions of an epilogue's loop a turn of it skips: sums of the other parts of a tile."""
-    tile = re.search(r"TileILi(\d+)", name)
-    return 0 if target == "80" else 16 * ({64: 2, 128: 8, 256: 8}[int(tile[1])] - 1)
+    if target == "80":
+        return 0
+    tokens, in_turn = re.search(r"TileILi(\d+)E.*?Lb([01])E", name).groups()
+    return 16 * (int(tokens) // 32 * (1 + int(in_turn)) - 1)
 
 
 def test_epilogues_are_short(kernels):
@@ -103,3 +105,16 @@ def test_nothing_lies_in_local_memory(kernels):
     for name, code in found.items():
         wrong = [instruction.text for instruction in code if re.match(r"(LDL|STL)\b", instruction.text)]
         assert not wrong, f"{name}: {wrong[:4]}"
+
+
+def test_a_producer_has_the_registers_it_keeps(kernels):
+    target, found = kernels
+    if target == "80":
+        pytest.skip("warps of sm_80 have no roles")
+    for name, code in found.items():
+        text = [instruction.text for instruction in code]
+        first = next(i for i, one in enumerate(text) if one.startswith("USETMAXREG.DEALLOC"))
+        kept = int(text[first].split()[-1], 16)
+        code_of_it = text[first : text.index("EXIT", first)]
+        highest = max(int(number) for one in code_of_it for number in re.findall(r"\bR(\d+)\b", one))
+        assert highest < kept, f"{name}: R{highest}, and {kept} registers"

@@ -2,9 +2,9 @@
 // sparse24_linear on sm_90a: wgmma.sp with the weight in registers and x, through TMA, in shared memory.
 //
 // A block computes tiles of 128 output features x kTokens with two consumer warpgroups, and a producer warp
-// that copies x for them. Either each warpgroup has 64 output features of every tile, or, in tiles of 128
-// tokens, the warpgroups take turns: each has all of every other tile, and one multiplies while the other
-// writes.
+// that copies x for them. Either each warpgroup has 64 output features of every tile; or, where there are
+// more tiles of 128 tokens than run at once, they take turns: each has all of every other tile, and one
+// multiplies while the other writes.
 //
 // Blocks stay for as many tiles as there are, and 2 or 4 of a cluster share the tokens of a tile: each copies
 // its part of x into all of them. A lane reads its fragments of the weight from L2, in the order in which
@@ -359,6 +359,7 @@ template <typename Body>
 void for_each_tile(Body&& body) {
   body(Tile<256, 6, 2, false>{});
   body(Tile<128, 12, 2, true>{});
+  body(Tile<128, 8, 3, false>{});
   body(Tile<64, 8, 4, false>{});
 }
 
@@ -385,9 +386,9 @@ int clusters_at_once(const Device& device) {
 
 // use(tile, cluster, element) with the types of a configuration and a dtype.
 template <typename Use>
-void with_kernel(const Sparse24Config& config, DType dtype, Use&& use) {
+void with_kernel(const Sparse24Config& config, bool in_turn, DType dtype, Use&& use) {
   for_each_tile([&](auto tile) {
-    if (config.tile_tokens != decltype(tile)::kTokens) return;
+    if (config.tile_tokens != decltype(tile)::kTokens || in_turn != decltype(tile)::kInTurn) return;
     const auto with_element = [&](auto element) {
       if (config.cluster == 1) use(tile, std::integral_constant<int, 1>{}, element);
       if (config.cluster == 2) use(tile, std::integral_constant<int, 2>{}, element);
@@ -477,8 +478,10 @@ Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device
 
 Status run_config(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
                   const Sparse24Config& config, const Device& device, void* stream) {
+  const bool in_turn = model_sm90::is_in_turn(config.tile_tokens, Counts(inputs, config).tiles,
+                                              gpu_of(device).clusters(config.cluster));
   Status status = Status::invalid_argument;
-  with_kernel(config, inputs.dtype, [&](auto tile, auto cluster, auto element) {
+  with_kernel(config, in_turn, inputs.dtype, [&](auto tile, auto cluster, auto element) {
     status = run<decltype(tile), cluster, decltype(element)>(inputs, out, out_stride, config, device, stream);
   });
   return status;

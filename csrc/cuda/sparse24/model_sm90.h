@@ -48,12 +48,15 @@ struct Layer {
   bool is_cold = false;  // whether the weight comes from HBM; else from L2
 };
 
-// A tile of 128 tokens is one warpgroup's, and the two take turns; they share one of 64 or 256 tokens.
 struct Schedule {
   int tokens, cluster;
-
-  bool is_in_turn() const { return tokens == 128; }
 };
+
+// Warpgroups share a tile. Tiles of 128 tokens are each one warpgroup's, and the two take turns, where there
+// are more of them than run at once.
+inline bool is_in_turn(int tokens, std::int64_t tiles, int clusters) {
+  return tokens == 128 && tiles > clusters;
+}
 
 // Of one value from the accumulator to the output, bias and scale included, as compiled: what
 // tests/kernels/test_cuda_sass.py holds.
@@ -94,7 +97,9 @@ struct Clocks {
   double tensor, shared, l2, issue, tile, rounds, hbm, total;  // the first five of a work tile
 };
 
-inline int steps_ahead(int tokens) { return tokens == 64 ? 4 : 2; }
+inline int steps_ahead(int tokens, bool in_turn) {
+  return tokens == 64 ? 4 : tokens == 128 && !in_turn ? 3 : 2;
+}
 
 inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
   const double n = s.tokens, values = kFeatures * n;
@@ -105,12 +110,14 @@ inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
   const double l2_rate = std::min(kL2BytesOfOne, kL2Bytes / active);
   const double steps = double(steps_of(layer.in_features));
 
+  const bool in_turn = is_in_turn(s.tokens, tiles, clusters);
+
   Clocks c{};
   c.rounds = double(quotient_up(tiles, clusters));
   c.tensor = steps * values * kStep / (2 * kDenseMacs);
   c.shared = steps * 3 * (n * kStep * 2) / kSharedBytes;  // x, read for 64 features twice, and written once
   c.l2 = steps * (n * kStep * 2 / s.cluster + kFeatures * kStep * kWeightBytes) / l2_rate;
-  const double latency = steps * (layer.is_cold ? kHbmLatency : kL2Latency) / steps_ahead(s.tokens);
+  const double latency = steps * (layer.is_cold ? kHbmLatency : kL2Latency) / steps_ahead(s.tokens, in_turn);
   const double loop = std::max({c.tensor, c.shared, c.l2, latency});
   const double per_value = instructions(layer.activation, layer.has_residual);
   const double special = values * specials(layer.activation) / kSpecial;
@@ -118,7 +125,7 @@ inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
   c.issue = values * per_value / (kIssue * kIssueOfTwo);
   c.hbm = hbm_clocks(layer, kWeightBytes * double(layer.out_features) * double(layer.in_features));
   double products;
-  if (s.is_in_turn()) {
+  if (in_turn) {
     // What both warpgroups share adds up; else each takes its own time, and they take turns.
     const double alone =
         loop + std::max({values * per_value / (kIssue * kIssueOfOne), special, written}) + kEnds;

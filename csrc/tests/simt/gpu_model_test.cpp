@@ -57,6 +57,13 @@ TEST(in_turn_the_longest_of_what_is_shared_counts) {
   EXPECT(is_near(c.total, 27 * c.tile + alone + 2106));
 }
 
+TEST(where_each_block_has_a_tile_they_share_it) {
+  const Layer few{577, 2304, 768};
+  const Clocks c = clocks(few, {128, 2}, Gpu{});  // 5 x 9 tiles for 66 clusters
+  EXPECT(c.rounds == 1 && is_near(c.tile, 12 * 384 + 16384 * 8 / 96.0 + 1000));
+  EXPECT(!is_in_turn(128, 66, 66) && is_in_turn(128, 67, 66) && !is_in_turn(256, 67, 66));
+}
+
 TEST(dense_layers_take_the_best_of_their_tiles) {
   // 192 x 128: 16 x 145 tiles in 18 rounds of 12 steps of 1572864 products, 0.8 x 2048 a clock.
   EXPECT(dense_clocks(kFirstOfMlp, Gpu{}) == 2106 + 18 * 12 * 960 + 1000);
