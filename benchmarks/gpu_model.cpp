@@ -41,7 +41,7 @@ int main() {
         print_us("dense_separate", dense + separate_clocks(layer));
         const Schedule best = fastest(layer, gpu, [](const Schedule&) { return true; });
         print_us("sparse", clocks(layer, best, gpu).total);
-        std::printf(", \"tile_tokens\": %d, \"cluster\": %d", best.tokens, best.cluster);
+        std::printf(", \"tile\": [%d, %d], \"cluster\": %d", best.tokens, best.features, best.cluster);
         std::printf("}");
       }
     }

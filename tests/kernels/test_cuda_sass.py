@@ -113,7 +113,10 @@ def test_a_producer_has_the_registers_it_keeps(kernels):
         pytest.skip("warps of sm_80 have no roles")
     for name, code in found.items():
         text = [instruction.text for instruction in code]
-        first = next(i for i, one in enumerate(text) if one.startswith("USETMAXREG.DEALLOC"))
+        first = next((i for i, one in enumerate(text) if one.startswith("USETMAXREG.DEALLOC")), None)
+        if first is None:  # two warpgroups have enough for all
+            assert "ELi1EEE" in name.split("Tile")[1], name
+            continue
         kept = int(text[first].split()[-1], 16)
         code_of_it = text[first : text.index("EXIT", first)]
         highest = max(int(number) for one in code_of_it for number in re.findall(r"\bR(\d+)\b", one))

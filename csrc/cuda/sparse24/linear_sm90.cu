@@ -4,7 +4,7 @@
 // A block computes tiles of 128 output features x kTokens with two consumer warpgroups, and a producer warp
 // that copies x for them. Either each warpgroup has 64 output features of every tile; or, where there are
 // more tiles of 128 tokens than run at once, they take turns: each has all of every other tile, and one
-// multiplies while the other writes.
+// multiplies while the other writes. Few tokens have tiles of 64 output features, too, for one warpgroup.
 //
 // Blocks stay for as many tiles as there are, and 2 or 4 of a cluster share the tokens of a tile: each copies
 // its part of x into all of them. A lane reads its fragments of the weight from L2, in the order in which
@@ -13,9 +13,8 @@
 // clocks:
 //
 //   wgmma.sp        2 N                     64 x N x 32 in N / 2, of 128 output features, twice
-//   shared memory   3 N                     x read for either half of them, and written once, 128 bytes a
-//   clock L2              (128 N / c + 9216) / 32 x shared by a cluster of c, and the weight; 32 bytes a
-//   clock
+//   shared memory   3 N                     x read for either half, and written once, 128 bytes a clock
+//   L2              (128 N / c + 9216) / 32 x shared by a cluster of c, and the weight; 32 bytes a clock
 //
 // A weight in shared memory would add 72 clocks of reads and as many of writes. model_sm90.h counts this and
 // the rest, and chooses.
@@ -40,22 +39,21 @@ namespace madtp::cuda {
 namespace {
 
 constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2;  // warpgroups that multiply; one more has the producer
-constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kFeatures = kConsumers * kTileFeatures;
 constexpr int kRowBytes = kBlockColumns * 2;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
 
 // kInTurn: each warpgroup has tiles of its own, of which it computes both halves of the output features; else
 // each has one half of every tile.
-template <int kTokens_, int kStages_, int kAhead_, bool kInTurn_>
+template <int kTokens_, int kStages_, int kAhead_, bool kInTurn_, int kConsumers_ = 2>
 struct Tile {
   static constexpr int kTokens = kTokens_, kStages = kStages_;
+  static constexpr int kConsumers = kConsumers_;  // warpgroups that multiply; one more has the producer
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+  static constexpr int kFeatures = kConsumers * kTileFeatures;
   static constexpr int kAhead = kAhead_;  // steps whose weight is in registers
   static constexpr bool kInTurn = kInTurn_;
-  static constexpr int kHalves = kInTurn ? kConsumers : 1;   // that a warpgroup computes
-  static constexpr int kReaders = kInTurn ? 1 : kConsumers;  // warpgroups that read a stage
-  static constexpr int kSums = kTokens / 2;                  // of a half, that a thread holds
+  static constexpr int kHalves = kInTurn ? kConsumers : 1;  // that a warpgroup computes
+  static constexpr int kSums = kTokens / 2;                 // of a half, that a thread holds
   static constexpr int kStageBytes = kTokens * kRowBytes;
   static_assert(kHalves * kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
 
@@ -166,7 +164,7 @@ class Consumer {
         continue;
       }
       const int first_token = p_.first_token(tile, Tile::kTokens);
-      first_feature_ = (p_.feature_group(tile) * kCluster + rank()) * kFeatures;
+      first_feature_ = (p_.feature_group(tile) * kCluster + rank()) * Tile::kFeatures;
       if constexpr (!Tile::kInTurn) first_feature_ += warpgroup_ * kTileFeatures;
       if (first_token >= valid_tokens_) {
         clear(first_token);
@@ -316,7 +314,7 @@ class Consumer {
 #endif  // MADTP_SM90
 
 template <typename Tile, int kCluster, typename T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     sparse24_linear_sm90_kernel(const __grid_constant__ Params<T> p,
                                 const __grid_constant__ ptx::TensorMap x) {
 #ifdef MADTP_SM90
@@ -325,9 +323,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&x);
+    const int readers = Tile::kInTurn ? 1 : Tile::kConsumers;  // warpgroups that read a stage
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       ptx::mbarrier_init(ptx::shared_address(&shared.full[stage]), 1);
-      ptx::mbarrier_init(ptx::shared_address(&shared.empty[stage]), kCluster * Tile::kReaders);
+      ptx::mbarrier_init(ptx::shared_address(&shared.empty[stage]), kCluster * readers);
     }
     for (std::uint64_t& turn : shared.turn) ptx::mbarrier_init(ptx::shared_address(&turn), 1);
     ptx::fence_mbarrier_init();
@@ -341,13 +340,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int tiles = p.token_tiles * p.feature_groups;
   const int first = int(blockIdx.x) / kCluster, step = int(gridDim.x) / kCluster;
-  if (warpgroup == kConsumers) {
-    ptx::setmaxnreg_dec<24>();
-    if (threadIdx.x == kConsumers * kWarpgroup)
+  constexpr bool kMoves = Tile::kConsumers > 1;  // registers; threads of two warpgroups have enough
+  if (warpgroup == Tile::kConsumers) {
+    if constexpr (kMoves) ptx::setmaxnreg_dec<24>();
+    if (threadIdx.x == Tile::kConsumers * kWarpgroup)
       produce<Tile, kCluster>(p, x, shared, first, tiles, step, shared.valid_tokens);
     __syncwarp();
   } else {
-    ptx::setmaxnreg_inc<240>();
+    if constexpr (kMoves) ptx::setmaxnreg_inc<240>();
     Consumer<Tile, kCluster, T>(p, shared, warpgroup).run(first, tiles, step);
   }
   if constexpr (kCluster > 1) ptx::cluster_sync();  // others may still copy into this block, and tell it so
@@ -361,11 +361,12 @@ void for_each_tile(Body&& body) {
   body(Tile<128, 12, 2, true>{});
   body(Tile<128, 8, 3, false>{});
   body(Tile<64, 8, 4, false>{});
+  body(Tile<64, 12, 8, false, 1>{});
 }
 
 template <typename Tile, int kCluster>
 LaunchShape launch_shape(std::int64_t clusters) {
-  return {clusters * kCluster, kThreads, int(sizeof(typename Tile::Shared)), kCluster};
+  return {clusters * kCluster, Tile::kThreads, int(sizeof(typename Tile::Shared)), kCluster};
 }
 
 // How many clusters run at once; asked once of a device.
@@ -388,7 +389,10 @@ int clusters_at_once(const Device& device) {
 template <typename Use>
 void with_kernel(const Sparse24Config& config, bool in_turn, DType dtype, Use&& use) {
   for_each_tile([&](auto tile) {
-    if (config.tile_tokens != decltype(tile)::kTokens || in_turn != decltype(tile)::kInTurn) return;
+    using Tile = decltype(tile);
+    if (config.tile_tokens != Tile::kTokens || config.tile_out_features != Tile::kFeatures ||
+        in_turn != Tile::kInTurn)
+      return;
     const auto with_element = [&](auto element) {
       if (config.cluster == 1) use(tile, std::integral_constant<int, 1>{}, element);
       if (config.cluster == 2) use(tile, std::integral_constant<int, 2>{}, element);
@@ -406,7 +410,7 @@ struct Counts {
   std::int64_t token_tiles, feature_groups, tiles;
   Counts(const Sparse24Linear& a, const Sparse24Config& config)
       : token_tiles(quotient_up(a.tokens, config.tile_tokens)),
-        feature_groups(quotient_up(a.out_features, std::int64_t(kFeatures) * config.cluster)),
+        feature_groups(quotient_up(a.out_features, std::int64_t(config.tile_out_features) * config.cluster)),
         tiles(token_tiles * feature_groups) {}
 };
 
@@ -452,8 +456,10 @@ void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& u
   if (!is_runnable(inputs, device)) return;
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
-      const Sparse24Config config{90, tokens, kFeatures, cluster};
-      if (is_count(Counts(inputs, config).tiles)) use(config);
+      for (int features : {128, 64}) {
+        const Sparse24Config config{90, tokens, features, cluster};
+        if ((features == 128 || tokens == 64) && is_count(Counts(inputs, config).tiles)) use(config);
+      }
     }
   }
 }
@@ -468,7 +474,7 @@ Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device
   const model_sm90::Layer layer{inputs.tokens,     inputs.out_features,        inputs.in_features,
                                 inputs.activation, inputs.residual != nullptr, true};
   const auto config_of = [](const model_sm90::Schedule& s) {
-    return Sparse24Config{90, s.tokens, kFeatures, s.cluster};
+    return Sparse24Config{90, s.tokens, s.features, s.cluster};
   };
   const model_sm90::Schedule best = model_sm90::fastest(
       layer, gpu_of(device),

@@ -49,11 +49,11 @@ struct Layer {
 };
 
 struct Schedule {
-  int tokens, cluster;
+  int tokens, cluster, features = 128;
 };
 
-// Warpgroups share a tile. Tiles of 128 tokens are each one warpgroup's, and the two take turns, where there
-// are more of them than run at once.
+// Warpgroups share a tile; one of 64 output features has one warpgroup. Tiles of 128 tokens are each one
+// warpgroup's, and the two take turns, where there are more of them than run at once.
 inline bool is_in_turn(int tokens, std::int64_t tiles, int clusters) {
   return tokens == 128 && tiles > clusters;
 }
@@ -80,8 +80,8 @@ inline double specials(Activation activation) {
   return activation == Activation::none || activation == Activation::relu ? 0 : 2;
 }
 
-constexpr int kFeatures = 128, kStep = 64;  // of a block; input features
-constexpr double kWeightBytes = 1.125;      // of a value of the dense weight, in 2:4 of a 16-bit type
+constexpr int kStep = 64;               // input features
+constexpr double kWeightBytes = 1.125;  // of a value of the dense weight, in 2:4 of a 16-bit type
 
 inline std::int64_t steps_of(std::int64_t in_features) { return quotient_up(in_features, kStep); }
 
@@ -97,13 +97,14 @@ struct Clocks {
   double tensor, shared, l2, issue, tile, rounds, hbm, total;  // the first five of a work tile
 };
 
-inline int steps_ahead(int tokens, bool in_turn) {
-  return tokens == 64 ? 4 : tokens == 128 && !in_turn ? 3 : 2;
+inline int steps_ahead(const Schedule& s, bool in_turn) {
+  if (s.tokens == 64) return s.features == 64 ? 8 : 4;
+  return s.tokens == 128 && !in_turn ? 3 : 2;
 }
 
 inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
-  const double n = s.tokens, values = kFeatures * n;
-  const std::int64_t groups = quotient_up(layer.out_features, std::int64_t(kFeatures) * s.cluster);
+  const double n = s.tokens, values = s.features * n;
+  const std::int64_t groups = quotient_up(layer.out_features, std::int64_t(s.features) * s.cluster);
   const std::int64_t tiles = quotient_up(layer.rows, s.tokens) * groups;
   const int clusters = gpu.clusters(s.cluster);
   const double active = double(std::min<std::int64_t>(tiles, clusters)) * s.cluster;
@@ -115,14 +116,15 @@ inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
   Clocks c{};
   c.rounds = double(quotient_up(tiles, clusters));
   c.tensor = steps * values * kStep / (2 * kDenseMacs);
-  c.shared = steps * 3 * (n * kStep * 2) / kSharedBytes;  // x, read for 64 features twice, and written once
-  c.l2 = steps * (n * kStep * 2 / s.cluster + kFeatures * kStep * kWeightBytes) / l2_rate;
-  const double latency = steps * (layer.is_cold ? kHbmLatency : kL2Latency) / steps_ahead(s.tokens, in_turn);
+  c.shared = steps * (1 + s.features / 64) * (n * kStep * 2) /
+             kSharedBytes;  // x, read for 64 features twice, and written once
+  c.l2 = steps * (n * kStep * 2 / s.cluster + s.features * kStep * kWeightBytes) / l2_rate;
+  const double latency = steps * (layer.is_cold ? kHbmLatency : kL2Latency) / steps_ahead(s, in_turn);
   const double loop = std::max({c.tensor, c.shared, c.l2, latency});
   const double per_value = instructions(layer.activation, layer.has_residual);
   const double special = values * specials(layer.activation) / kSpecial;
   const double written = 2 * values * (layer.has_residual ? 2 : 1) / l2_rate;
-  c.issue = values * per_value / (kIssue * kIssueOfTwo);
+  c.issue = values * per_value / (kIssue * (s.features == 64 ? kIssueOfOne : kIssueOfTwo));
   c.hbm = hbm_clocks(layer, kWeightBytes * double(layer.out_features) * double(layer.in_features));
   double products;
   if (in_turn) {
@@ -147,13 +149,16 @@ Schedule fastest(const Layer& layer, const Gpu& gpu, IsAllowed&& is_allowed) {
   double fewest = 0;
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
-      const Schedule s{tokens, cluster};
-      if (cluster > 1 && layer.out_features <= std::int64_t(kFeatures) * (cluster / 2)) continue;
-      if (!is_allowed(s)) continue;
-      const double now = clocks(layer, s, gpu).total;
-      if (fewest != 0 && now >= fewest) continue;
-      best = s;
-      fewest = now;
+      for (int features : {128, 64}) {
+        const Schedule s{tokens, cluster, features};
+        if (features == 64 && tokens != 64) continue;
+        if (cluster > 1 && layer.out_features <= std::int64_t(features) * (cluster / 2)) continue;
+        if (!is_allowed(s)) continue;
+        const double now = clocks(layer, s, gpu).total;
+        if (fewest != 0 && now >= fewest) continue;
+        best = s;
+        fewest = now;
+      }
     }
   }
   return best;

@@ -57,6 +57,13 @@ TEST(in_turn_the_longest_of_what_is_shared_counts) {
   EXPECT(is_near(c.total, 27 * c.tile + alone + 2106));
 }
 
+TEST(a_tile_of_half_the_output_features_reads_x_once) {
+  const Clocks c = clocks({64, 768, 3072, Activation::none, true, true}, {64, 4, 64}, Gpu{});
+  // 12 blocks, of 64 bytes of L2 a clock; 8 steps of 800 clocks under way; one warp a scheduler.
+  EXPECT(c.shared == 48 * 128 && c.l2 == 48 * (8192 / 4 + 4608) / 64.0);
+  EXPECT(is_near(c.tile, 48 * 128 + 4096 * 10.5 / 64 + 1000));
+}
+
 TEST(where_each_block_has_a_tile_they_share_it) {
   const Layer few{577, 2304, 768};
   const Clocks c = clocks(few, {128, 2}, Gpu{});  // 5 x 9 tiles for 66 clusters
@@ -79,6 +86,6 @@ TEST(the_fastest_is_one_that_is_allowed) {
   const Schedule s = fastest(kFirstOfMlp, Gpu{}, [](const Schedule& one) { return one.tokens == 64; });
   EXPECT(s.tokens == 64 && s.cluster >= 1);
   EXPECT(fastest(kFirstOfMlp, Gpu{}, [](const Schedule&) { return false; }).tokens == 0);
-  const Layer narrow{100, 128, 768};  // more blocks than output features need are no use
+  const Layer narrow{100, 64, 768};  // more blocks than output features need are no use
   EXPECT(fastest(narrow, Gpu{}, [](const Schedule&) { return true; }).cluster == 1);
 }
