@@ -99,13 +99,6 @@ __device__ __forceinline__ float add_here(float a, float b) {
   return sum;
 }
 
-// --- barriers
-
-// Barrier `id` (1 to 15; __syncthreads is 0) of `threads` threads of the block.
-__device__ __forceinline__ void barrier_sync(int id, int threads) {
-  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 }  // namespace madtp::cuda::ptx
 
 #endif

@@ -54,11 +54,4 @@ inline float rcp_approx(float x) { return 1 / x; }
 
 inline float add_here(float a, float b) { return a + b; }
 
-// --- barriers
-
-inline void barrier_sync(int id, int threads) {
-  int nothing = 0;
-  simt::barrier(id, unsigned(threads), "barrier.sync", nothing, [](auto&&) {});
-}
-
 }  // namespace madtp::cuda::ptx
