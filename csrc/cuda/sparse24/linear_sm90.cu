@@ -4,7 +4,8 @@
 // A block computes tiles of 128 output features x kTokens with two consumer warpgroups, and a producer warp
 // that copies x for them. Either each warpgroup has 64 output features of every tile; or, where there are
 // more tiles of 128 tokens than run at once, they take turns: each has all of every other tile, and one
-// multiplies while the other writes. Few tokens have tiles of 64 output features, too, for one warpgroup.
+// multiplies while the other writes. There are tiles of 256 output features, which read x less often, and for
+// few tokens of 64, for one warpgroup.
 //
 // Blocks stay for as many tiles as there are, and 2 or 4 of a cluster share the tokens of a tile: each copies
 // its part of x into all of them. A lane reads its fragments of the weight from L2, in the order in which
@@ -42,18 +43,17 @@ constexpr int kWarpgroup = 128;
 constexpr int kRowBytes = kBlockColumns * 2;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
 
-// kInTurn: each warpgroup has tiles of its own, of which it computes both halves of the output features; else
-// each has one half of every tile.
-template <int kTokens_, int kStages_, int kAhead_, bool kInTurn_, int kConsumers_ = 2>
+// kInTurn: each warpgroup has tiles of its own; else each has a part of the output features of every tile.
+template <int kTokens_, int kStages_, int kAhead_, bool kInTurn_, int kConsumers_, int kHalves_>
 struct Tile {
   static constexpr int kTokens = kTokens_, kStages = kStages_;
   static constexpr int kConsumers = kConsumers_;  // warpgroups that multiply; one more has the producer
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-  static constexpr int kFeatures = kConsumers * kTileFeatures;
+  static constexpr int kHalves = kHalves_;  // of 64 output features, that a warpgroup computes
+  static constexpr int kFeatures = (kInTurn_ ? 1 : kConsumers) * kHalves * kTileFeatures;
   static constexpr int kAhead = kAhead_;  // steps whose weight is in registers
   static constexpr bool kInTurn = kInTurn_;
-  static constexpr int kHalves = kInTurn ? kConsumers : 1;  // that a warpgroup computes
-  static constexpr int kSums = kTokens / 2;                 // of a half, that a thread holds
+  static constexpr int kSums = kTokens / 2;  // of a half, that a thread holds
   static constexpr int kStageBytes = kTokens * kRowBytes;
   static_assert(kHalves * kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
 
@@ -61,7 +61,7 @@ struct Tile {
     alignas(1024) unsigned char x[kStages][kStageBytes];
     alignas(16) unsigned char staged[kConsumers * kWarpgroupWarps][SlabWriter<Float16>::kStagedBytes];
     std::uint64_t full[kStages], empty[kStages], turn[kConsumers];
-    int valid_tokens;  // read once a tile: a register would be held through the product
+    int valid_tokens;
   };
 };
 
@@ -165,7 +165,7 @@ class Consumer {
       }
       const int first_token = p_.first_token(tile, Tile::kTokens);
       first_feature_ = (p_.feature_group(tile) * kCluster + rank()) * Tile::kFeatures;
-      if constexpr (!Tile::kInTurn) first_feature_ += warpgroup_ * kTileFeatures;
+      if constexpr (!Tile::kInTurn) first_feature_ += warpgroup_ * Tile::kHalves * kTileFeatures;
       if (first_token >= valid_tokens_) {
         clear(first_token);
         continue;
@@ -354,14 +354,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #endif
 }
 
+using AnyTile = Tile<64, 8, 4, false, 2, 1>;
+
 // body(Tile{}) for every tile there is.
 template <typename Body>
 void for_each_tile(Body&& body) {
-  body(Tile<256, 6, 2, false>{});
-  body(Tile<128, 12, 2, true>{});
-  body(Tile<128, 8, 3, false>{});
-  body(Tile<64, 8, 4, false>{});
-  body(Tile<64, 12, 8, false, 1>{});
+  body(Tile<256, 6, 2, false, 2, 1>{});
+  body(Tile<128, 12, 2, false, 2, 2>{});
+  body(Tile<128, 12, 2, true, 2, 2>{});
+  body(Tile<128, 8, 3, false, 2, 1>{});
+  body(AnyTile{});
+  body(Tile<64, 12, 8, false, 1, 1>{});
 }
 
 template <typename Tile, int kCluster>
@@ -416,8 +419,8 @@ struct Counts {
 
 // What the model wants to know. A multiprocessor has room for one block of any tile.
 model_sm90::Gpu gpu_of(const Device& device) {
-  return {device.multiprocessors, clusters_at_once<Tile<64, 8, 4, false>, 2, BFloat16>(device),
-          clusters_at_once<Tile<64, 8, 4, false>, 4, BFloat16>(device)};
+  return {device.multiprocessors, clusters_at_once<AnyTile, 2, BFloat16>(device),
+          clusters_at_once<AnyTile, 4, BFloat16>(device)};
 }
 
 template <typename Tile, int kCluster, typename T>
@@ -456,9 +459,10 @@ void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& u
   if (!is_runnable(inputs, device)) return;
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
-      for (int features : {128, 64}) {
+      for (int features : {256, 128, 64}) {
         const Sparse24Config config{90, tokens, features, cluster};
-        if ((features == 128 || tokens == 64) && is_count(Counts(inputs, config).tiles)) use(config);
+        if (model_sm90::is_tile({tokens, cluster, features}) && is_count(Counts(inputs, config).tiles))
+          use(config);
       }
     }
   }
@@ -484,8 +488,9 @@ Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device
 
 Status run_config(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
                   const Sparse24Config& config, const Device& device, void* stream) {
-  const bool in_turn = model_sm90::is_in_turn(config.tile_tokens, Counts(inputs, config).tiles,
-                                              gpu_of(device).clusters(config.cluster));
+  const bool in_turn =
+      model_sm90::is_in_turn({config.tile_tokens, config.cluster, config.tile_out_features},
+                             Counts(inputs, config).tiles, gpu_of(device).clusters(config.cluster));
   Status status = Status::invalid_argument;
   with_kernel(config, in_turn, inputs.dtype, [&](auto tile, auto cluster, auto element) {
     status = run<decltype(tile), cluster, decltype(element)>(inputs, out, out_stride, config, device, stream);

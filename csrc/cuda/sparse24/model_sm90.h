@@ -52,10 +52,14 @@ struct Schedule {
   int tokens, cluster, features = 128;
 };
 
-// Warpgroups share a tile; one of 64 output features has one warpgroup. Tiles of 128 tokens are each one
-// warpgroup's, and the two take turns, where there are more of them than run at once.
-inline bool is_in_turn(int tokens, std::int64_t tiles, int clusters) {
-  return tokens == 128 && tiles > clusters;
+inline bool is_tile(const Schedule& s) {
+  return s.features == 128 || (s.features == 64 && s.tokens == 64) || (s.features == 256 && s.tokens == 128);
+}
+
+// Warpgroups share a tile; one of 64 output features has one warpgroup. Tiles of 128 tokens by 128 output
+// features are each one warpgroup's, and the two take turns, where there are more of them than run at once.
+inline bool is_in_turn(const Schedule& s, std::int64_t tiles, int clusters) {
+  return s.tokens == 128 && s.features == 128 && tiles > clusters;
 }
 
 // Of one value from the accumulator to the output, bias and scale included, as compiled: what
@@ -99,7 +103,7 @@ struct Clocks {
 
 inline int steps_ahead(const Schedule& s, bool in_turn) {
   if (s.tokens == 64) return s.features == 64 ? 8 : 4;
-  return s.tokens == 128 && !in_turn ? 3 : 2;
+  return s.tokens == 128 && s.features == 128 && !in_turn ? 3 : 2;
 }
 
 inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
@@ -111,7 +115,7 @@ inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
   const double l2_rate = std::min(kL2BytesOfOne, kL2Bytes / active);
   const double steps = double(steps_of(layer.in_features));
 
-  const bool in_turn = is_in_turn(s.tokens, tiles, clusters);
+  const bool in_turn = is_in_turn(s, tiles, clusters);
 
   Clocks c{};
   c.rounds = double(quotient_up(tiles, clusters));
@@ -149,9 +153,9 @@ Schedule fastest(const Layer& layer, const Gpu& gpu, IsAllowed&& is_allowed) {
   double fewest = 0;
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
-      for (int features : {128, 64}) {
+      for (int features : {128, 64, 256}) {
         const Schedule s{tokens, cluster, features};
-        if (features == 64 && tokens != 64) continue;
+        if (!is_tile(s)) continue;
         if (cluster > 1 && layer.out_features <= std::int64_t(features) * (cluster / 2)) continue;
         if (!is_allowed(s)) continue;
         const double now = clocks(layer, s, gpu).total;

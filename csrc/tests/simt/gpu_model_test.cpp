@@ -64,11 +64,19 @@ TEST(a_tile_of_half_the_output_features_reads_x_once) {
   EXPECT(is_near(c.tile, 48 * 128 + 4096 * 10.5 / 64 + 1000));
 }
 
+TEST(a_tile_of_twice_the_output_features_shares_x_among_four_products) {
+  const Clocks c = clocks({18464, 1024, 4096, Activation::none, true, true}, {128, 4, 256}, Gpu{});
+  EXPECT(c.tensor == 64 * 512 && c.shared == 64 * 640 && is_near(c.l2, 64 * (4096 + 18432) / 33.0));
+  EXPECT(c.rounds == 5);  // 145 tiles on 32 clusters
+  EXPECT(is_near(c.tile,
+                 64 * 22528 / 33.0 + 32768 * 4 / 33.0 + 1000));  // y and the residual take longer than 10.5
+}
+
 TEST(where_each_block_has_a_tile_they_share_it) {
   const Layer few{577, 2304, 768};
   const Clocks c = clocks(few, {128, 2}, Gpu{});  // 5 x 9 tiles for 66 clusters
   EXPECT(c.rounds == 1 && is_near(c.tile, 12 * 384 + 16384 * 8 / 96.0 + 1000));
-  EXPECT(!is_in_turn(128, 66, 66) && is_in_turn(128, 67, 66) && !is_in_turn(256, 67, 66));
+  EXPECT(!is_in_turn({128, 2}, 66, 66) && is_in_turn({128, 2}, 67, 66) && !is_in_turn({256, 2}, 67, 66));
 }
 
 TEST(dense_layers_take_the_best_of_their_tiles) {

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cuda/sparse24/architectures.h"
+#include "cuda/sparse24/model_sm90.h"
 #include "tests/simt/sparse24_cases.h"
 
 using namespace madtp;
@@ -27,8 +28,9 @@ template <typename Body>
 void for_each_config(Body&& body) {
   for (int tokens : {64, 128, 256})
     for (int cluster : {1, 2, 4})
-      for (int features : {64, 128})
-        if (features == 128 || tokens == 64) body(cuda::Sparse24Config{90, tokens, features, cluster});
+      for (int features : {64, 128, 256})
+        if (cuda::model_sm90::is_tile({tokens, cluster, features}))
+          body(cuda::Sparse24Config{90, tokens, features, cluster});
 }
 
 }  // namespace
