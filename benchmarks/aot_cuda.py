@@ -3,6 +3,9 @@
 
     python -m benchmarks.aot_cuda [--build build/make]
 
+Prints what the model of docs/gpu-model.md predicts of the layers of ViT-B and ViT-L, and writes it to
+benchmarks/results/aot/cuda/predictions_sm90.json; `--predictions` stops there, and needs only a C++ compiler.
+
 Writes a file for each target and source to benchmarks/results/aot/cuda: of every kernel the registers, spilled bytes
 and static shared memory by ptxas, and how many sparse matrix instructions the machine code has. Needs nvcc, and a build
 folder of this project for the headers that CMake makes.
@@ -23,6 +26,9 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 RESULTS = ROOT / "benchmarks" / "results" / "aot" / "cuda"
 TARGETS = tuple(re.search(r'set\(madtp_all_archs "(.*)"\)', (ROOT / "CMakeLists.txt").read_text())[1].split(";"))
+
+MODEL = ROOT / "benchmarks" / "gpu_model.cpp"
+PREDICTIONS = RESULTS / "predictions_sm90.json"
 
 _SPARSE = re.compile(r"\b(\w*MMA(?:\.\w+)*?\.SP)\b")  # HMMA.SP is mma.sp, HGMMA.SP is wgmma.sp
 
@@ -83,6 +89,28 @@ def path_of(source: Path, target: str) -> Path:
     return RESULTS / f"sm_{target}" / source.relative_to(SOURCES).with_suffix(".json")
 
 
+def predictions() -> list[dict]:
+    """What csrc/cuda/sparse24/model_sm90.h expects, a dict for each layer, in microseconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        program, header = Path(folder) / "gpu_model", Path(folder) / "madtp" / "version.h"
+        header.parent.mkdir()
+        header.write_text("#define MADTP_HAS_CUDA 1\n")  # of what CMake writes there, all that is needed
+        includes = [f"-I{path}" for path in (folder, ROOT / "csrc", ROOT / "csrc" / "include")]
+        subprocess.run(["c++", "-std=c++17", *includes, "-o", str(program), str(MODEL)], check=True)
+        return json.loads(subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout)
+
+
+def write_predictions() -> None:
+    found = predictions()
+    PREDICTIONS.parent.mkdir(parents=True, exist_ok=True)
+    PREDICTIONS.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in found) + "\n]\n")
+    print("predicted microseconds, and the time of dense alone, and with a kernel for its epilogue, as a ratio to it")
+    for row in found:
+        layer = f"{row['weights']} weights, {row['rows']:5} rows, {row['in_features']:4} -> {row['out_features']:4}"
+        ratios = "  ".join(f"{row[name] / row['sparse']:.2f}" for name in ("dense", "dense_separate"))
+        print(f"{layer}: {row['sparse']:6.1f}  {ratios}")
+
+
 def _demangled(name: str) -> str:
     text = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout.strip()
     text = re.sub(r"\(anonymous namespace\)::|madtp::cuda::|\(int\)|\(bool\)", "", text)
@@ -92,7 +120,12 @@ def _demangled(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "make")
-    build = parser.parse_args().build.resolve()
+    parser.add_argument("--predictions", action="store_true", help="only those of the model")
+    arguments = parser.parse_args()
+    if arguments.predictions:
+        write_predictions()
+        return
+    build = arguments.build.resolve()
     for needed in ("nvcc", "cuobjdump"):
         if tool(needed) is None:
             parser.error(f"{needed} was not found on PATH")
@@ -107,6 +140,7 @@ def main() -> None:
         if contents["kernels"]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(contents, indent=1) + "\n")
+    write_predictions()
 
 
 if __name__ == "__main__":

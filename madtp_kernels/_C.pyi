@@ -268,7 +268,7 @@ class cpu:
         /,
     ) -> None: ...
 
-_Config = tuple[int, int, int, int, int]  # architecture, tile_tokens, tile_out_features, split_k, cluster
+_Config = tuple[int, int, int, int]  # architecture, tile_tokens, tile_out_features, cluster
 
 class cuda:
     """A module, where the extension was built with CUDA. Kernels run on `stream`, a cudaStream_t."""
@@ -323,18 +323,7 @@ class cuda:
     @staticmethod
     def sparse24_linear_configs(inputs: Sparse24Linear, /) -> list[_Config]: ...
     @staticmethod
-    def sparse24_linear_workspace(inputs: Sparse24Linear, config: _Config | None, /) -> int:
-        """Bytes."""
-    @staticmethod
-    def sparse24_linear(
-        inputs: Sparse24Linear,
-        out: int,
-        workspace: int,
-        workspace_bytes: int,
-        stream: int,
-        config: _Config | None,
-        /,
-    ) -> None: ...
+    def sparse24_linear(inputs: Sparse24Linear, out: int, stream: int, config: _Config | None, /) -> None: ...
     @staticmethod
     def gather_merge(
         x: int, x_dtype: int, x_stride: int, channels: int, selection: _TokenSelection, out: int, stream: int, /

@@ -53,12 +53,14 @@ def newer_reason(path: Path) -> str | None:
 def _from_version_1(found: dict[str, Any]) -> dict[str, Any]:
     try:
         return {**found, "version": VERSION, "timings": [_row_from_version_1(row) for row in found["timings"]]}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"a tuning table of version 1 has no such rows: {error!r}") from error
 
 
 def _row_from_version_1(row: Any) -> Any:
     if isinstance(row, dict):  # of a GPU
-        return {_NAMES_OF_2.get(name, name): value for name, value in row.items()}
+        architecture, tokens, out_features, _split_k, cluster = row["config"]  # no kernel splits any more
+        renamed = {_NAMES_OF_2.get(name, name): value for name, value in row.items()}
+        return {**renamed, "config": [architecture, tokens, out_features, cluster]}
     case, (ours, dense, day) = row  # of a CPU
     return [case, {"cpu": ours, "dense": dense}, day]

@@ -35,7 +35,6 @@ WIDTHS = (768, 1024)
 DTYPES = ("bfloat16", "float16")
 ROWS = tuple(1 << exponent for exponent in range(4, 16))
 ROUNDS, SCREENING, FINALISTS = 21, 3, 6
-MAX_ROWS_TO_SPLIT = 4096  # beyond there are tiles enough
 TOLERANCE = 0.02  # of the largest result
 L2_FLUSH_BYTES = 256 << 20
 AHEAD_CLOCKS = 1 << 20  # of the GPU, half a millisecond: the host queues a whole call in less
@@ -77,7 +76,6 @@ def time_backends(case: LinearCall, device: torch.device, clock: Clock, rounds: 
     ours = {
         config: functools.partial(native.sparse24_linear_cuda, *call("cuda", config))
         for config in native.sparse24_linear_configs(*call("cuda"))
-        if config.split_k == 1 or case.rows <= MAX_ROWS_TO_SPLIT
     }
     expected = theirs["dense"]().float()
     for name, function in (*ours.items(), *theirs.items()):

@@ -28,7 +28,12 @@ struct alignas(16) Vector {
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(BFloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(Float16 x) { return __half2float(x); }
-__device__ inline float2 to_float2(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
+// An instruction for each: __bfloat1622float2 takes three.
+__device__ inline float2 to_float2(__nv_bfloat162 pair) {
+  std::uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000));
+}
 __device__ inline float2 to_float2(__half2 pair) { return __half22float2(pair); }
 __device__ inline void round_to(float a, float b, __nv_bfloat162& pair) {
   pair = __floats2bfloat162_rn(a, b);

@@ -52,6 +52,14 @@ __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t
                : "memory");
 }
 
+// The same, each matrix transposed.
+__device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
 // d (16, 8) += a (16, 32, 2:4) b (32, 8). Of the four lanes of a row, those numbered 2 kSelector and
 // 2 kSelector + 1 give the metadata of the first and the last 16 columns.
 template <typename T, int kSelector>
@@ -84,11 +92,11 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
-// --- barriers
-
-// Barrier `id` (1 to 15; __syncthreads is 0) of `threads` threads of the block.
-__device__ __forceinline__ void barrier_sync(int id, int threads) {
-  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// a + b, in the branch that it stands in: the compiler would rather add in every branch and choose.
+__device__ __forceinline__ float add_here(float a, float b) {
+  float sum;
+  asm volatile("add.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+  return sum;
 }
 
 }  // namespace madtp::cuda::ptx

@@ -91,6 +91,15 @@ __device__ __forceinline__ void tma_load_2d_multicast(std::uint32_t to, const Te
       : "memory");
 }
 
+// --- fragments
+
+// Writes what ldmatrix_x4_trans reads, to the addresses that it reads from.
+__device__ __forceinline__ void stmatrix_x4_trans(std::uint32_t address, const std::uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // --- registers of a warpgroup, sm_90a
 
 template <int kRegisters>

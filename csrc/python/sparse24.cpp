@@ -101,13 +101,13 @@ void cuda_prune(Address weight, int dtype, std::int64_t weight_stride, Address s
 }
 
 // madtp::cuda::Sparse24Config, or None for what runs unasked.
-using Config = std::tuple<int, int, int, int, int>;
+using Config = std::tuple<int, int, int, int>;
 
 template <typename Function>
 auto with_config(const std::optional<Config>& given, Function&& function) {
   if (!given) return function(nullptr);
-  const auto [architecture, tile_tokens, tile_out_features, split_k, cluster] = *given;
-  const cuda::Sparse24Config config{architecture, tile_tokens, tile_out_features, split_k, cluster};
+  const auto [architecture, tile_tokens, tile_out_features, cluster] = *given;
+  const cuda::Sparse24Config config{architecture, tile_tokens, tile_out_features, cluster};
   return function(&config);
 }
 
@@ -122,31 +122,17 @@ std::vector<Config> cuda_configs(const Sparse24Linear& inputs) {
   list(configs.data());
   std::vector<Config> result;
   for (const cuda::Sparse24Config& c : configs)
-    result.emplace_back(c.architecture, c.tile_tokens, c.tile_out_features, c.split_k, c.cluster);
+    result.emplace_back(c.architecture, c.tile_tokens, c.tile_out_features, c.cluster);
   return result;
 }
 
-std::int64_t cuda_workspace(const Sparse24Linear& inputs, const std::optional<Config>& given) {
-  std::int64_t bytes = 0;
-  const auto ask = [&](const cuda::Sparse24Config* config) {
-    return cuda::sparse24_linear_workspace(inputs, &bytes, config);
-  };
-  check(with_config(given, ask), "madtp::cuda::sparse24_linear_workspace");
-  return bytes;
-}
-
-void cuda_linear(const Sparse24Linear& inputs, Address out, Address workspace, std::int64_t workspace_bytes,
-                 Address stream, const std::optional<Config>& given) {
+void cuda_linear(const Sparse24Linear& inputs, Address out, Address stream,
+                 const std::optional<Config>& given) {
   const auto run = [&](const cuda::Sparse24Config* config) {
-    return cuda::sparse24_linear(inputs, pointer<void>(out), inputs.out_features, pointer<void>(workspace),
-                                 workspace_bytes, pointer<void>(stream), config);
+    return cuda::sparse24_linear(inputs, pointer<void>(out), inputs.out_features, pointer<void>(stream),
+                                 config);
   };
-  const Status status = with_config(given, run);
-  if (status == Status::workspace_too_small)
-    throw py::value_error("madtp::cuda::sparse24_linear: workspace_bytes must be at least " +
-                          std::to_string(cuda_workspace(inputs, given)) + ", got " +
-                          std::to_string(workspace_bytes));
-  check(status, "madtp::cuda::sparse24_linear");
+  check(with_config(given, run), "madtp::cuda::sparse24_linear");
 }
 #endif
 
@@ -167,7 +153,6 @@ void bind_sparse24(py::module_& cpu_module, [[maybe_unused]] py::module_* cuda_m
   cuda_module->def("sparse24_prune", &cuda_prune, unlocked);
   py::class_<Sparse24Linear>(*cuda_module, "Sparse24Linear").def(py::init(&inputs));
   cuda_module->def("sparse24_linear_configs", &cuda_configs);
-  cuda_module->def("sparse24_linear_workspace", &cuda_workspace);
   cuda_module->def("sparse24_linear", &cuda_linear, unlocked);
 #endif
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// What a kernel has without including anything: where it is, barriers, votes and shuffles of whole warps,
-// atomics, and the functions of the CUDA math library that ours use.
+// What a kernel has without including anything: where it is, the barrier, votes and shuffles of whole warps,
+// and the functions of the CUDA math library that ours use.
 
 #include <algorithm>
 #include <cmath>
@@ -22,26 +22,13 @@ using std::min;
 
 namespace madtp::simt {
 
-// Barrier `id` for `threads` of the block, who may give each other a value.
-template <typename Argument, typename Operation>
-void barrier(int id, unsigned threads, const char* name, Argument& argument, Operation&& operation) {
-  Block& b = block();
-  if (id < 0 || id > 15) fail("%s: barrier %d, where there are 0 to 15", name, id);
-  if (threads == 0 || threads % kWarpSize != 0) {
-    const bool is_all = id == 0 && threads == b.threads.size();
-    if (!is_all) fail("%s: of %u threads, no multiple of %d", name, threads, kWarpSize);
-  }
-  Meeting& meeting = b.barriers[std::size_t(id)];
-  meet(meeting, threads, unsigned(meeting.arrived.size()), name, &argument,
-       [&](const std::vector<void*>& all) {
-         operation([&](unsigned i) -> Argument& { return *static_cast<Argument*>(all[i]); });
-       });
-}
-
+// The barrier of the block, whose threads may give each other a value.
 template <typename Operation>
 int all_threads(const char* name, int value, Operation&& operation) {
   const unsigned threads = unsigned(block().threads.size());
-  barrier(0, threads, name, value, [&](auto&& of) {
+  Meeting& barrier = block().barrier;
+  meet(barrier, threads, unsigned(barrier.arrived.size()), name, &value, [&](const std::vector<void*>& all) {
+    const auto of = [&](unsigned i) -> int& { return *static_cast<int*>(all[i]); };
     int result = of(0);
     for (unsigned i = 1; i < threads; ++i) result = operation(result, of(i));
     for (unsigned i = 0; i < threads; ++i) of(i) = result;
@@ -139,32 +126,6 @@ inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 template <typename T>
 T __ldg(const T* from) {
   return *from;
-}
-template <typename T>
-T __ldcg(const T* from) {
-  return *from;
-}
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-
-// One fiber runs at a time, so these are atomic as they are.
-template <typename T>
-T atomicAdd(T* to, T value) {
-  const T before = *to;
-  *to = T(before + value);
-  return before;
-}
-template <typename T>
-T atomicExch(T* to, T value) {
-  const T before = *to;
-  *to = value;
-  return before;
-}
-template <typename T>
-T atomicMax(T* to, T value) {
-  const T before = *to;
-  *to = std::max(before, value);
-  return before;
 }
 
 inline unsigned __float_as_uint(float x) {

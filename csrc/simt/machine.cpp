@@ -111,7 +111,7 @@ void prepare(Machine& m, std::size_t shared_bytes, std::size_t first_block) {
     b.threads.resize(threads);
     b.warps.assign(warps, {});
     b.warpgroups.assign((threads + kWarpgroupSize - 1) / kWarpgroupSize, {});
-    b.barriers.assign(16, {});
+    b.barrier = {};
     b.matrices.assign(b.warpgroups.size(), {});
     for (unsigned t = 0; t < threads; ++t) {
       Thread& thread = b.threads[t];

@@ -100,7 +100,8 @@ struct Block {
   std::size_t shared_bytes = 0;
   std::vector<unsigned> unfenced;  // for 16 bytes each: 1 + the thread whose cp.async wrote them, 0: none
   std::vector<Thread> threads;
-  std::vector<Meeting> warps, warpgroups, barriers;
+  std::vector<Meeting> warps, warpgroups;
+  Meeting barrier;
   std::vector<MatrixQueue> matrices;  // one for each warpgroup
 };
 

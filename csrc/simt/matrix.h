@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// ldmatrix and mma.sp, element by element, by the fragment tables of the PTX manual.
+// ldmatrix, stmatrix and mma.sp, element by element, by the fragment tables of the PTX manual.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -34,6 +34,39 @@ inline void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address) {
       }
     }
   });
+}
+
+// Lane 4 g + t has elements 2 t and 2 t + 1 of column g, of rows that lie as for ldmatrix: use(the 16 bits in
+// shared memory, the lane, its register, the half of that).
+template <typename Word, typename Use>
+void for_each_transposed(const char* name, Word word, std::uint32_t address, Use&& use) {
+  struct Lane {
+    Word word;
+    std::uint32_t address;
+  } mine{word, address};
+  with_warp(name, mine, [&](auto&& of) {
+    for (unsigned matrix = 0; matrix < 4; ++matrix) {
+      for (unsigned row = 0; row < 8; ++row) {
+        unsigned char* const at = shared(block(), of(matrix * 8 + row).address, 16, 16, name);
+        for (unsigned column = 0; column < 8; ++column)
+          use(at + 2 * column, of(column * 4 + row / 2).word + matrix, row % 2);
+      }
+    }
+  });
+}
+
+inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::uint32_t address) {
+  for_each_transposed("ldmatrix.x4.trans", &r[0], address,
+                      [](const unsigned char* from, std::uint32_t* word, unsigned half) {
+                        std::memcpy(reinterpret_cast<unsigned char*>(word) + 2 * half, from, 2);
+                      });
+}
+
+inline void stmatrix_x4_trans(std::uint32_t address, const std::uint32_t (&r)[4]) {
+  for_each_transposed("stmatrix.x4.trans", &r[0], address,
+                      [](unsigned char* to, const std::uint32_t* word, unsigned half) {
+                        std::memcpy(to, reinterpret_cast<const unsigned char*>(word) + 2 * half, 2);
+                      });
 }
 
 // The columns of the two kept values of a group of four, from its nibble of the metadata.

@@ -43,6 +43,12 @@ inline void tma_load_2d_multicast(std::uint32_t to, const TensorMap* map, int co
 }
 inline void fence_proxy_async() { simt::fence_proxy_async(); }
 
+// --- fragments
+
+inline void stmatrix_x4_trans(std::uint32_t address, const std::uint32_t (&r)[4]) {
+  simt::stmatrix_x4_trans(address, r);
+}
+
 // --- registers of a warpgroup
 
 template <int kRegisters>

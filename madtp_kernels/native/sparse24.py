@@ -130,7 +130,6 @@ class Sparse24Config(NamedTuple):
     architecture: int  # of the kernel: 80 (mma.sp) or 90 (wgmma.sp)
     tile_tokens: int  # of a block
     tile_out_features: int  # of a block
-    split_k: int = 1  # blocks that share the input features of a tile
     cluster: int = 1  # blocks that share the tokens of a tile
 
 
@@ -155,9 +154,7 @@ def sparse24_linear_cuda(
     out = x.new_empty(x.shape[0], values.shape[0])
     cuda = dispatch.extension().cuda
     with torch.cuda.device(x.device):
-        workspace = x.new_empty(cuda.sparse24_linear_workspace(inputs, config), dtype=torch.uint8)
-        stream = torch.cuda.current_stream().cuda_stream
-        cuda.sparse24_linear(inputs, address(out), address(workspace), workspace.numel(), stream, config)
+        cuda.sparse24_linear(inputs, address(out), torch.cuda.current_stream().cuda_stream, config)
     return out
 
 

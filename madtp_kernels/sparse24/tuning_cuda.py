@@ -67,8 +67,7 @@ class Timing(NamedTuple):
 
 def describe(config: Sparse24Config) -> str:
     tile = f"sm_{config.architecture}, {config.tile_tokens} tokens by {config.tile_out_features} features"
-    split = "" if config.split_k == 1 else f", channels split by {config.split_k}"
-    return tile + split + ("" if config.cluster == 1 else f", clusters of {config.cluster}")
+    return tile + ("" if config.cluster == 1 else f", clusters of {config.cluster}")
 
 
 def linear_call(

@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -33,7 +34,7 @@ def test_the_reports_are_of_every_target_and_source():
         aot_cuda.path_of(source, target) for source in SOURCES if kernels_of(source) for target in aot_cuda.TARGETS
     }
     assert {"80", "90a"} <= set(aot_cuda.TARGETS)
-    assert set(aot_cuda.RESULTS.rglob("*.json")) == expected
+    assert set(aot_cuda.RESULTS.rglob("*.json")) == expected | {aot_cuda.PREDICTIONS}
 
 
 @pytest.mark.parametrize("target", aot_cuda.TARGETS)
@@ -52,6 +53,11 @@ def test_a_linear_kernel_has_the_instructions_it_is_about(source):
     instructions = committed(target)[source]["instructions"]
     assert instructions and min(instructions.values()) > 0
     assert {"80": "HMMA.SP", "90": "HGMMA.SP"}.get(number, *instructions) in instructions
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_predictions_are_those_of_the_model():
+    assert json.loads(aot_cuda.PREDICTIONS.read_text()) == aot_cuda.predictions()
 
 
 @pytest.mark.slow

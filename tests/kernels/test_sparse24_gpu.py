@@ -190,23 +190,10 @@ def test_every_configuration(rows, out_features, in_features):
     for config in configs:
         got = native.sparse24_linear_cuda(*arguments, config)
         assert (got.double() - exact).abs().max() <= bound, config
-        first = results.setdefault((config.architecture, config.split_k), got)
+        first = results.setdefault(config.architecture, got)
         assert torch.equal(got, first), config
-    with pytest.raises(RuntimeError, match="sparse24_linear_workspace: invalid argument"):
+    with pytest.raises(RuntimeError, match="sparse24_linear: invalid argument"):
         native.sparse24_linear_cuda(*arguments, native.Sparse24Config(80, 48, 48))
-
-
-def test_a_workspace_too_small():
-    x, weight = draw(5, 1536, dtype=torch.bfloat16), weight24(8, 1536, torch.bfloat16)
-    inputs, _alive = native._sparse24_inputs(x, weight.values, weight.indices, None, None, "none", None, None, None)
-    cuda = dispatch.extension().cuda
-    split = [config for config in cuda.sparse24_linear_configs(inputs) if config[3] > 1]
-    if not split:
-        pytest.skip("no kernel of this device needs a workspace")
-    need, out = cuda.sparse24_linear_workspace(inputs, split[0]), x.new_empty(5, 8)
-    workspace = torch.empty(need, dtype=torch.uint8, device="cuda")
-    with pytest.raises(ValueError, match=f"workspace_bytes must be at least {need}, got {need - 16}"):
-        cuda.sparse24_linear(inputs, out.data_ptr(), workspace.data_ptr(), need - 16, 0, split[0])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -215,7 +202,7 @@ def test_a_stream_of_another_device():
     inputs, _alive = native._sparse24_inputs(x, weight.values, weight.indices, None, None, "none", None, None, None)
     out, stream = x.new_empty(5, 8), torch.cuda.Stream("cuda:1")
     with torch.cuda.device(0), pytest.raises(RuntimeError, match="sparse24_linear: invalid argument"):
-        dispatch.extension().cuda.sparse24_linear(inputs, out.data_ptr(), 0, 0, stream.cuda_stream, (80, 16, 32, 1, 1))
+        dispatch.extension().cuda.sparse24_linear(inputs, out.data_ptr(), stream.cuda_stream, (80, 16, 32, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -21,7 +21,7 @@ from madtp_kernels.sparse24.backend_cusparselt import Algorithm
 from madtp_kernels.sparse24.tuning_cuda import LinearCall, Timing
 
 GPU = torch.device("cuda", 0)
-SMALL, LARGE, SPLIT = Sparse24Config(80, 64, 64), Sparse24Config(90, 256, 128), Sparse24Config(90, 64, 128, 4, 2)
+SMALL, LARGE, CLUSTER = Sparse24Config(80, 64, 64), Sparse24Config(90, 256, 128), Sparse24Config(90, 64, 128, 2)
 CASE = LinearCall(16, 24, 32, "bfloat16", "gelu")
 OURS = Timing(LARGE, 10.0, 20.0, None, None, "2026-01-02")
 
@@ -53,7 +53,7 @@ def ran(monkeypatch):
         monkeypatch.setitem(mk.sparse24.weight._layouts, name, lambda weight: None)
     monkeypatch.setitem(dispatch.AUTO_ORDER, "cpu", ("cuda", "reference"))
     monkeypatch.setattr(native, "sparse24_linear_cuda", functools.partial(run, "cuda"))
-    monkeypatch.setattr(native, "sparse24_linear_configs", lambda *arguments: [LARGE, SMALL, SPLIT])
+    monkeypatch.setattr(native, "sparse24_linear_configs", lambda *arguments: [LARGE, SMALL, CLUSTER])
     monkeypatch.setattr(native, "sparse24_layout_bytes", lambda *arguments: 0)
     monkeypatch.setattr(native, "sparse24_pack", lambda values, indices: torch.empty(0, dtype=torch.uint8))
     monkeypatch.setattr(cusparselt, "sparse24_linear", functools.partial(run, "cusparselt"))
@@ -93,7 +93,7 @@ def test_a_tie_is_ours_and_what_does_not_run_does_not_win():
 def test_a_file_is_read_as_it_was_written(shipped, monkeypatch):
     timings = {
         CASE: OURS,
-        CASE._replace(rows=512): Timing(SPLIT, 5.0, 6.0, Algorithm(3, 2, 1), 4.5, "2026-01-03"),
+        CASE._replace(rows=512): Timing(CLUSTER, 5.0, 6.0, Algorithm(3, 2, 1), 4.5, "2026-01-03"),
     }
     tuning_cuda.write(shipped, "Made-Up GPU 80GB", timings)
     assert tuning_cuda.path_of("Made-Up GPU 80GB") == shipped
@@ -103,7 +103,7 @@ def test_a_file_is_read_as_it_was_written(shipped, monkeypatch):
     assert len(shipped.read_text().splitlines()) == 4
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 800)  # its algorithms mean something else
     other = tuning_cuda.read(shipped, "")[CASE._replace(rows=512)]
-    assert other.algorithm is other.cusparselt is None and other.config == SPLIT
+    assert other.algorithm is other.cusparselt is None and other.config == CLUSTER
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"timings": []}', '{"cusparselt": 702, "timings": [{"rows": 1}]}'])
@@ -116,7 +116,7 @@ def test_a_broken_table_is_none(shipped, text):
 def test_a_table_of_0_1_is_read(monkeypatch):
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: None)
     path = Path(__file__).parents[1] / "fixtures" / "v0.1" / "tuning_cuda.json"
-    expected = Timing(Sparse24Config(90, 128, 128, 1, 2), 10.0, 20.0, Algorithm(0, 1, 2), 15.0, "2026-11-01")
+    expected = Timing(Sparse24Config(90, 128, 128, 2), 10.0, 20.0, Algorithm(0, 1, 2), 15.0, "2026-11-01")
     assert tuning_cuda.read(path, "Some GPU") == {LinearCall(1024, 768, 768, "bfloat16", "gelu"): expected}
 
 
@@ -179,11 +179,11 @@ def test_explain_shows_the_numbers(shipped, ran):
     choice = mk.explain("sparse24_linear", *arguments, **options)
     assert choice.backend == "cuda"
     assert "nothing was measured on Made-Up GPU 80GB (16 rows, 32 to 24, bfloat16, gelu): python -m" in choice.reason
-    tuning_cuda.write(shipped, "", {CASE: Timing(SPLIT, 10.0, 20.0, Algorithm(3, 2, 1), 5.0, "2026-01-02")})
+    tuning_cuda.write(shipped, "", {CASE: Timing(CLUSTER, 10.0, 20.0, Algorithm(3, 2, 1), 5.0, "2026-01-02")})
     tuning_cuda.table.cache_clear()
     choice = mk.explain("sparse24_linear", *arguments, **options)
     assert choice.backend == "cusparselt" and "cusparselt" not in choice.rejected
-    text = "sm_90, 64 tokens by 128 features, channels split by 4, clusters of 2), dense 20.0 us, cusparselt 5.0 us"
+    text = "sm_90, 64 tokens by 128 features, clusters of 2), dense 20.0 us, cusparselt 5.0 us"
     assert choice.reason.startswith("measured 2026-01-02 (16 rows") and text in choice.reason
     assert choice.rejected["cuda"] == choice.rejected["dense"] == "cusparselt is faster here, or as fast in less memory"
     assert mk.explain("sparse24_linear", *arguments, **options, backend="cuda").reason == "asked for by backend="
@@ -202,7 +202,7 @@ def clock_of(times, ran):
 
 def test_a_measurement_finds_the_fastest(ran):
     for epilogue in ("none", "quick_gelu", "none+residual", "gelu+scale+residual"):
-        times = {("cuda", LARGE): 3.0, ("cuda", SMALL): 2.0, ("cuda", SPLIT): 4.0, "dense": 2.5}
+        times = {("cuda", LARGE): 3.0, ("cuda", SMALL): 2.0, ("cuda", CLUSTER): 4.0, "dense": 2.5}
         times["cusparselt", Algorithm(7, 2, 1)] = 1.5
         timing = tune.time_backends(
             CASE._replace(epilogue=epilogue), torch.device("cpu"), clock_of(times, ran), rounds=3
@@ -210,17 +210,17 @@ def test_a_measurement_finds_the_fastest(ran):
         assert timing[:5] == (SMALL, 2.0, 2.5, Algorithm(7, 2, 1), 1.5)
 
 
-def test_a_measurement_without_cusparselt_and_without_splits_of_many_rows(ran, monkeypatch):
+def test_a_measurement_without_cusparselt(ran, monkeypatch):
     monkeypatch.setitem(dispatch._BACKEND_UNSUPPORTED_REASONS, "cusparselt", lambda device: "not here")
-    times = {("cuda", LARGE): 3.0, ("cuda", SMALL): 4.0, "dense": 2.5}
+    times = {("cuda", LARGE): 3.0, ("cuda", SMALL): 4.0, ("cuda", CLUSTER): 5.0, "dense": 2.5}
     timing = tune.time_backends(CASE._replace(rows=8192), torch.device("cpu"), clock_of(times, ran), rounds=2)
     assert timing[:5] == (LARGE, 3.0, 2.5, None, None)
 
 
 def test_a_wrong_result_is_not_timed(ran, monkeypatch):
     right = native.sparse24_linear_cuda
-    monkeypatch.setattr(native, "sparse24_linear_cuda", lambda *a: right(*a) * (1.1 if a[-1] == SPLIT else 1))
-    with pytest.raises(RuntimeError, match="split_k=4, cluster=2.* is wrong by .* of .* \\(16 rows, 32 to 24"):
+    monkeypatch.setattr(native, "sparse24_linear_cuda", lambda *a: right(*a) * (1.1 if a[-1] == CLUSTER else 1))
+    with pytest.raises(RuntimeError, match="cluster=2.* is wrong by .* of .* \\(16 rows, 32 to 24"):
         tune.time_backends(CASE, torch.device("cpu"), lambda function: pytest.fail("timed"))
 
 

@@ -24,11 +24,8 @@ struct LinearArchitecture {
   // Of these, the one that runs where none is asked for; of architecture 0 where there is none.
   Sparse24Config (*default_config)(const Sparse24Linear& inputs, const Device& device);
 
-  // Bytes of scratch memory that `run` needs, of one of these.
-  std::int64_t (*workspace_bytes)(const Sparse24Linear& inputs, const Sparse24Config& config);
-
   Status (*run)(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
-                const Sparse24Config& config, const Device& device, void* workspace, void* stream);
+                const Sparse24Config& config, const Device& device, void* stream);
 };
 
 extern const LinearArchitecture kLinearSm80;  // linear_sm80.cu

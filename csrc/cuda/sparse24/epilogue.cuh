@@ -20,7 +20,6 @@ constexpr int kFeaturesAtOnce = 4;  // output features of one token that one lan
 // Floats between staged tokens: 4 modulo 16, so that the 32 words that a warp stages at once lie in 32 banks.
 template <int kFeatures>
 constexpr int kStride = kFeatures + 4;
-constexpr int kStagedStride = kStride<kTileFeatures>;
 
 // What the epilogue needs of a call.
 template <typename T>

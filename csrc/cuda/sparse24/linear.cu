@@ -64,7 +64,7 @@ void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& u
 
 bool is_same(const Sparse24Config& a, const Sparse24Config& b) {
   return a.architecture == b.architecture && a.tile_tokens == b.tile_tokens &&
-         a.tile_out_features == b.tile_out_features && a.split_k == b.split_k && a.cluster == b.cluster;
+         a.tile_out_features == b.tile_out_features && a.cluster == b.cluster;
 }
 
 // What a call runs.
@@ -150,31 +150,16 @@ Status sparse24_linear_configs(const Sparse24Linear& inputs, Sparse24Config* lis
   return Status::ok;
 }
 
-Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* bytes,
-                                 const Sparse24Config* asked) {
-  if (bytes == nullptr) return Status::invalid_argument;
-  Device device;
-  Choice choice;
-  Status status = check(inputs, &device);
-  if (status == Status::ok) status = choose(inputs, device, asked, &choice);
-  if (status == Status::ok) *bytes = choice.architecture->workspace_bytes(inputs, choice.config);
-  return status;
-}
-
-Status sparse24_linear(const Sparse24Linear& inputs, void* out, std::int64_t out_stride, void* workspace,
-                       std::int64_t workspace_bytes, void* stream, const Sparse24Config* asked) {
-  if (!is_valid(inputs) || !is_matrix(out, out_stride, inputs.tokens, inputs.out_features) ||
-      workspace_bytes < 0 || !is_present(workspace, workspace_bytes, 1))
+Status sparse24_linear(const Sparse24Linear& inputs, void* out, std::int64_t out_stride, void* stream,
+                       const Sparse24Config* asked) {
+  if (!is_valid(inputs) || !is_matrix(out, out_stride, inputs.tokens, inputs.out_features))
     return Status::invalid_argument;
   Device device;
   Choice choice;
   Status status = check(inputs, &device);
   if (status == Status::ok) status = choose(inputs, device, asked, &choice);
   if (status != Status::ok || inputs.tokens == 0 || inputs.out_features == 0) return status;
-  const LinearArchitecture& architecture = *choice.architecture;
-  if (workspace_bytes < architecture.workspace_bytes(inputs, choice.config))
-    return Status::workspace_too_small;
-  return architecture.run(inputs, out, out_stride, choice.config, device, workspace, stream);
+  return choice.architecture->run(inputs, out, out_stride, choice.config, device, stream);
 }
 
 }  // namespace madtp::cuda

@@ -313,10 +313,8 @@ Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device
   return best;
 }
 
-std::int64_t workspace_bytes(const Sparse24Linear&, const Sparse24Config&) { return 0; }
-
 Status run_config(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
-                  const Sparse24Config& config, const Device&, void*, void* stream) {
+                  const Sparse24Config& config, const Device&, void* stream) {
   Status status = Status::invalid_argument;
   for_each_tile([&](auto tile) {
     using Tile = decltype(tile);
@@ -329,6 +327,6 @@ Status run_config(const Sparse24Linear& inputs, void* out, std::int64_t out_stri
 
 }  // namespace
 
-const LinearArchitecture kLinearSm80{80, configs, default_config, workspace_bytes, run_config};
+const LinearArchitecture kLinearSm80{80, configs, default_config, run_config};
 
 }  // namespace madtp::cuda

@@ -1,32 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 // sparse24_linear on sm_90a: wgmma.sp with the weight in registers and x, through TMA, in shared memory.
 //
-// A block computes 128 output features x kTokens: two consumer warpgroups of 64 output features, and a
-// producer warp that copies x for them. Blocks stay for as many work tiles as there are, and 2 or 4 of a
-// cluster share the tokens of a tile: each copies its part of x into all of them. A lane reads its fragments
-// of the weight from L2, in the order in which they lie, some steps of 64 input features ahead: shared memory
-// has no room for them, since reading x alone takes it as long as the product takes the tensor cores. What a
-// step costs a multiprocessor of an H100, in clocks:
+// A block computes tiles of 128 output features x kTokens with two consumer warpgroups, and a producer warp
+// that copies x for them. Either each warpgroup has 64 output features of every tile; or, where there are
+// more tiles of 128 tokens than run at once, they take turns: each has all of every other tile, and one
+// multiplies while the other writes. There are tiles of 256 output features, which read x less often, and for
+// few tokens of 64, for one warpgroup.
 //
-//   wgmma.sp        2 N                     64 x N x 32 in N / 2, of two warpgroups, twice
-//   shared memory   3 N                     x read by both warpgroups, and written once, 128 bytes a clock
+// Blocks stay for as many tiles as there are, and 2 or 4 of a cluster share the tokens of a tile: each copies
+// its part of x into all of them. A lane reads its fragments of the weight from L2, in the order in which
+// they lie, some steps of 64 input features ahead: shared memory has no room for them, since reading x alone
+// takes it as long as the product takes the tensor cores. What a step costs a multiprocessor of an H100, in
+// clocks:
+//
+//   wgmma.sp        2 N                     64 x N x 32 in N / 2, of 128 output features, twice
+//   shared memory   3 N                     x read for either half, and written once, 128 bytes a clock
 //   L2              (128 N / c + 9216) / 32 x shared by a cluster of c, and the weight; 32 bytes a clock
 //
-//   N     wgmma.sp  shared  L2, c = 1    2    4   as dense at 0.7 of its peak
-//   256        512     768       1312  800  544   1463
-//   128        256     384        800  544  416    731
-//    64        128     192        544  416  352    366
+// A weight in shared memory would add 72 clocks of reads and as many of writes. model_sm90.h counts this and
+// the rest, and chooses.
 //
-// So L2 binds, and next to it shared memory; a weight in shared memory would add 72 clocks of reads and as
-// many of writes. That, the epilogue, 1000 clocks for the other ends of a tile, and what the last wave leaves
-// idle is what `clocks` counts. The epilogue is a matter of issue slots, 128 a clock for 128 N values, so N
-// clocks for every instruction that a value takes, and nothing overlaps it. A dense kernel is taken for 4 N
-// clocks of wgmma a step, 16384 bytes of weight and the same epilogue. What it expected before anything was
-// measured is in docs/performance-notes.md ("sm_90a: predictions").
-//
-// A sum runs over the input features in ascending order. With split_k > 1 (few tokens) parts of it are added
-// in ascending order too, by the block that comes last: a row has the same bits whatever the others hold, but
-// they follow the configuration, which follows the number of tokens.
+// A sum runs over the input features in ascending order, whatever the tile and the cluster: a row has the
+// same bits whatever the other rows and the configuration are. No block shares the input features of a tile,
+// since their sums would then follow the number of rows (docs/gpu-model.md says what that costs).
 
 #include <algorithm>
 #include <array>
@@ -35,38 +31,37 @@
 #include "cuda/launch.cuh"
 #include "cuda/ptx_sm90.cuh"
 #include "cuda/sparse24/architectures.h"
-#include "cuda/sparse24/epilogue.cuh"
+#include "cuda/sparse24/epilogue_sm90.cuh"
 #include "cuda/sparse24/layout.cuh"
+#include "cuda/sparse24/model_sm90.h"
 #include "cuda/tensor_map.h"
 
 namespace madtp::cuda {
 namespace {
 
 constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2;  // warpgroups that multiply; one more has the producer
-constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kFeatures = kConsumers * kTileFeatures;
 constexpr int kRowBytes = kBlockColumns * 2;
-constexpr int kStagedTokens = 32;  // that the epilogue stages at a time
+constexpr int kWarpgroupWarps = kWarpgroup / kWarp;
 
-// The most tokens of a tile whose input features may be split: with more sums no registers are left to add
-// parts up in.
-constexpr int kSplitTokens = 128;
-
-template <int kTokens_, int kStages_, int kAhead_>
+// kInTurn: each warpgroup has tiles of its own; else each has a part of the output features of every tile.
+template <int kTokens_, int kStages_, int kAhead_, bool kInTurn_, int kConsumers_, int kHalves_>
 struct Tile {
   static constexpr int kTokens = kTokens_, kStages = kStages_;
-  static constexpr int kAhead = kAhead_;     // steps whose weight is in registers
-  static constexpr int kSums = kTokens / 2;  // that a thread holds
+  static constexpr int kConsumers = kConsumers_;  // warpgroups that multiply; one more has the producer
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+  static constexpr int kHalves = kHalves_;  // of 64 output features, that a warpgroup computes
+  static constexpr int kFeatures = (kInTurn_ ? 1 : kConsumers) * kHalves * kTileFeatures;
+  static constexpr int kAhead = kAhead_;  // steps whose weight is in registers
+  static constexpr bool kInTurn = kInTurn_;
+  static constexpr int kSums = kTokens / 2;  // of a half, that a thread holds
   static constexpr int kStageBytes = kTokens * kRowBytes;
-  static_assert(kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
+  static_assert(kHalves * kSums <= 128 && kAhead >= 2, "what registers hold, and what hides a load");
 
   struct Shared {
     alignas(1024) unsigned char x[kStages][kStageBytes];
-    alignas(16) float staged[kConsumers][kStagedTokens * kStagedStride];
-    std::uint64_t full[kStages], empty[kStages];
-    int is_last[kConsumers];
-    int valid_tokens;  // read once a tile: a register would be held through the product
+    alignas(16) unsigned char staged[kConsumers * kWarpgroupWarps][SlabWriter<Float16>::kStagedBytes];
+    std::uint64_t full[kStages], empty[kStages], turn[kConsumers];
+    int valid_tokens;
   };
 };
 
@@ -74,27 +69,13 @@ template <typename T>
 struct Params {
   const void* layout;
   int blocks, slabs;  // of 64 input features; of 16 output features
-  int feature_groups, token_tiles, splits;
-  float* partial;      // (work tiles, kSums, kThreads of the warpgroups), where splits > 1
-  unsigned* arrivals;  // (tiles, blocks of the cluster, kConsumers), zeros
+  int feature_groups, token_tiles;
   Output<T> output;
-};
 
-// What a cluster computes at a time: a tile, or a part of its input features.
-struct WorkTile {
-  int tile, first_token, feature_group, split, begin, end;  // steps of 64 input features
+  // Of what a cluster computes at a time.
+  __device__ int first_token(int tile, int tokens) const { return tile / feature_groups * tokens; }
+  __device__ int feature_group(int tile) const { return tile % feature_groups; }
 };
-
-template <typename T>
-__device__ WorkTile work_tile_at(const Params<T>& p, int index, int tokens) {
-  const int tile = index / p.splits, split = index % p.splits;
-  return {tile,
-          tile / p.feature_groups * tokens,
-          tile % p.feature_groups,
-          split,
-          int(std::int64_t(p.blocks) * split / p.splits),
-          int(std::int64_t(p.blocks) * (split + 1) / p.splits)};
-}
 
 // Where a producer or a consumer is in the ring of stages, and the parity of its turn there.
 template <int kStages>
@@ -103,6 +84,12 @@ struct PipelineState {
   __device__ void advance() {
     stage = stage + 1 == kStages ? 0 : stage + 1;
     parity ^= stage == 0;
+  }
+  // Past `steps` that are another's.
+  __device__ void skip(int steps) {
+    stage += steps;
+    parity ^= stage / kStages % 2;
+    stage %= kStages;
   }
 };
 
@@ -136,19 +123,19 @@ struct Fragments {
 // The producer: one thread, which copies x for the whole block.
 template <typename Tile, int kCluster, typename T>
 __device__ void produce(const Params<T>& p, const ptx::TensorMap& x, typename Tile::Shared& shared,
-                        int first_work_tile, int work_tiles, int step, int valid_tokens) {
+                        int first_tile, int tiles, int step, int valid_tokens) {
   constexpr int kBlockTokens = Tile::kTokens / kCluster;  // that this block copies, for all of the cluster
   const int rank = kCluster == 1 ? 0 : ptx::cluster_rank();
   PipelineState<Tile::kStages> state;
-  for (int index = first_work_tile; index < work_tiles; index += step) {
-    const WorkTile work = work_tile_at(p, index, Tile::kTokens);
-    if (work.first_token >= valid_tokens) continue;
-    for (int block = work.begin; block < work.end; ++block) {
+  for (int tile = first_tile; tile < tiles; tile += step) {
+    const int first_token = p.first_token(tile, Tile::kTokens);
+    if (first_token >= valid_tokens) continue;
+    for (int block = 0; block < p.blocks; ++block) {
       const std::uint32_t full = ptx::shared_address(&shared.full[state.stage]);
       wait_for(ptx::shared_address(&shared.empty[state.stage]), state.parity ^ 1);
       ptx::mbarrier_arrive_expect_tx(full, Tile::kStageBytes);
       const std::uint32_t to = ptx::shared_address(shared.x[state.stage]) + rank * kBlockTokens * kRowBytes;
-      const int column = block * kBlockColumns, token = work.first_token + rank * kBlockTokens;
+      const int column = block * kBlockColumns, token = first_token + rank * kBlockTokens;
       if constexpr (kCluster == 1) {
         ptx::tma_load_2d(to, &x, column, token, full);
       } else {
@@ -159,71 +146,106 @@ __device__ void produce(const Params<T>& p, const ptx::TensorMap& x, typename Ti
   }
 }
 
-// A consumer: a warpgroup that multiplies.
+// A consumer: a warpgroup that multiplies and writes.
 template <typename Tile, int kCluster, typename T>
 class Consumer {
  public:
   __device__ Consumer(const Params<T>& p, typename Tile::Shared& shared, int warpgroup)
-      : p_(p), shared_(shared), warpgroup_(warpgroup), thread_(int(threadIdx.x) % kWarpgroup) {}
+      : p_(p),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        thread_(int(threadIdx.x) % kWarpgroup),
+        valid_tokens_(shared.valid_tokens) {}
 
-  __device__ void run(int first_work_tile, int work_tiles, int step) {
-    for (int index = first_work_tile; index < work_tiles; index += step) {
-      const WorkTile work = work_tile_at(p_, index, Tile::kTokens);
-      first_feature_ = (work.feature_group * kCluster + rank()) * kFeatures + warpgroup_ * kTileFeatures;
-      if (work.first_token >= shared_.valid_tokens) {
-        if (work.split == 0)
-          RowWriter<T>(p_.output, first_feature_, thread_)
-              .template clear<kWarpgroup>(work.first_token, Tile::kTokens);
+  __device__ void run(int first_tile, int tiles, int step) {
+    for (int tile = first_tile, turn = 0; tile < tiles; tile += step, turn ^= 1) {
+      if (Tile::kInTurn && turn != warpgroup_) {
+        state_.skip(p_.blocks);  // no stage is used where no token is valid, but then none is used any more
         continue;
       }
-      float sums[Tile::kSums];
-      multiply(work, sums);
-      if constexpr (Tile::kTokens <= kSplitTokens) {
-        if (p_.splits > 1 && !reduce(work, sums)) continue;
+      const int first_token = p_.first_token(tile, Tile::kTokens);
+      first_feature_ = (p_.feature_group(tile) * kCluster + rank()) * Tile::kFeatures;
+      if constexpr (!Tile::kInTurn) first_feature_ += warpgroup_ * Tile::kHalves * kTileFeatures;
+      if (first_token >= valid_tokens_) {
+        clear(first_token);
+        continue;
       }
-      write(work.first_token, shared_.valid_tokens, sums);
+      const int next = tile + step;
+      const bool is_first = tile == first_tile;
+      const bool is_last = next >= tiles || p_.first_token(next, Tile::kTokens) >= valid_tokens_;
+      float sums[Tile::kHalves][Tile::kSums];
+      const int last_stage = multiply(sums, is_first, is_last);
+      SlabWriter<T> first = writer(first_token, 0);
+      first.load_residual(valid_tokens_);
+      ptx::wgmma_wait_group<0>();
+      release(last_stage);
+      with_activation(p_.output.activation, [&](auto activation) {  // one branch here, not one for each value
+        this->template write<decltype(activation)::value>(sums, first, first_token);
+      });
     }
   }
 
  private:
-  __device__ void multiply(const WorkTile& work, float (&sums)[Tile::kSums]) {
+  static constexpr int kParts =
+      Tile::kTokens / SlabWriter<T>::kTokens;  // of a half, that are written at a time
+
+  // Issues the products of a tile, of which the last are not waited for, and returns their stage.
+  __device__ int multiply(float (&sums)[Tile::kHalves][Tile::kSums], bool is_first, bool is_last) {
     const int lane = thread_ % kWarp;
-    // Past the last slab, that slab is read again: what comes of it is not written.
-    const int slab = min(first_feature_ / kSlabRows + thread_ / kWarp, p_.slabs - 1);
-    const WeightBlock* const weight = WeightLayout::slab(p_.layout, p_.blocks, slab);
-    Fragments fragments[Tile::kAhead];
+    const WeightBlock* weight[Tile::kHalves];
+    Fragments fragments[Tile::kAhead][Tile::kHalves];
+    const auto load = [&](int i, int block) {
+#pragma unroll
+      for (int half = 0; half < Tile::kHalves; ++half) fragments[i][half].load(weight[half][block], lane);
+    };
+#pragma unroll
+    for (int half = 0; half < Tile::kHalves; ++half) {
+      // Past the last slab, that slab is read again: what comes of it is not written.
+      const int slab =
+          min((first_feature_ + half * kTileFeatures) / kSlabRows + thread_ / kWarp, p_.slabs - 1);
+      weight[half] = WeightLayout::slab(p_.layout, p_.blocks, slab);
+#pragma unroll
+      for (int i = 0; i < Tile::kSums; ++i) sums[half][i] = 0;
+    }
 #pragma unroll
     for (int i = 0; i < Tile::kAhead; ++i)
-      if (work.begin + i < work.end) fragments[i].load(weight[work.begin + i], lane);
-#pragma unroll
-    for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0;
+      if (i < p_.blocks) load(i, i);
+    if (Tile::kInTurn && !is_first) {
+      // A barrier tells phases apart by their parity alone, so the one before must have been seen complete.
+      wait_for(ptx::shared_address(&shared_.turn[warpgroup_]), turn_parity_);
+      turn_parity_ ^= 1;
+    }
 
     int before = 0;  // the stage of the step before
 #pragma unroll 1
-    for (int block = work.begin; block < work.end; block += Tile::kAhead) {
+    for (int block = 0; block < p_.blocks; block += Tile::kAhead) {
 #pragma unroll
       for (int i = 0; i < Tile::kAhead; ++i) {
-        if (block + i >= work.end) break;
+        if (block + i >= p_.blocks) break;
         wait_for(ptx::shared_address(&shared_.full[state_.stage]), state_.parity);
         const std::uint64_t x = ptx::wgmma_descriptor(ptx::shared_address(shared_.x[state_.stage]));
-        const Fragments& now = fragments[i];
         ptx::wgmma_fence();
-        ptx::wgmma_sp_m64k32<T, Tile::kTokens, 0>(sums, now.values[0], x, now.metadata, true);
-        ptx::wgmma_sp_m64k32<T, Tile::kTokens, 1>(sums, now.values[1], x + 4, now.metadata, true);
+#pragma unroll
+        for (int half = 0; half < Tile::kHalves; ++half) {
+          const Fragments& now = fragments[i][half];
+          ptx::wgmma_sp_m64k32<T, Tile::kTokens, 0>(sums[half], now.values[0], x, now.metadata, true);
+          ptx::wgmma_sp_m64k32<T, Tile::kTokens, 1>(sums[half], now.values[1], x + 4, now.metadata, true);
+        }
         ptx::wgmma_commit_group();
         // The step before is over: its stage and its registers are free.
         ptx::wgmma_wait_group<1>();
-        if (block + i > work.begin) {
+        if (block + i > 0) {
           release(before);
           const int next = block + i - 1 + Tile::kAhead;
-          if (next < work.end) fragments[(i + Tile::kAhead - 1) % Tile::kAhead].load(weight[next], lane);
+          if (next < p_.blocks) load((i + Tile::kAhead - 1) % Tile::kAhead, next);
         }
         before = state_.stage;
         state_.advance();
       }
     }
-    ptx::wgmma_wait_group<0>();
-    if (work.begin < work.end) release(before);
+    if (Tile::kInTurn && !is_last && thread_ == 0)
+      ptx::mbarrier_arrive(ptx::shared_address(&shared_.turn[1 - warpgroup_]));
+    return before;
   }
 
   // Tells every block that copies into this stage that it may.
@@ -236,76 +258,63 @@ class Consumer {
     }
   }
 
-  // Leaves the sums of a part where the block that comes last adds all parts up, in order. Returns whether it
-  // is this block, which then has the sums of the whole.
-  __device__ bool reduce(const WorkTile& work, float (&sums)[Tile::kSums]) {
-    const auto part_of = [&](int split) {
-      const std::int64_t part = (std::int64_t(work.tile) * p_.splits + split) * kCluster + rank();
-      return reinterpret_cast<float4*>(p_.partial) +
-             (part * kConsumers + warpgroup_) * (Tile::kSums / 4) * kWarpgroup + thread_;
-    };
-    float4* const mine = part_of(work.split);
-#pragma unroll
-    for (int i = 0; i < Tile::kSums; i += 4)
-      mine[i / 4 * kWarpgroup] = make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
-    __threadfence();
-    sync();
-    if (thread_ == 0) {
-      unsigned* const arrivals =
-          p_.arrivals + (std::int64_t(work.tile) * kCluster + rank()) * kConsumers + warpgroup_;
-      const bool is_last = atomicAdd(arrivals, 1u) == unsigned(p_.splits) - 1;
-      if (is_last) *arrivals = 0;
-      __threadfence();
-      shared_.is_last[warpgroup_] = is_last;
-    }
-    sync();
-    if (shared_.is_last[warpgroup_] == 0) return false;
-#pragma unroll
-    for (int i = 0; i < Tile::kSums; ++i) sums[i] = 0;
-#pragma unroll 1
-    for (int split = 0; split < p_.splits; ++split) {
-      const float4* const from = part_of(split);
-#pragma unroll
-      for (int i = 0; i < Tile::kSums; i += 4) {
-        const float4 four = __ldcg(from + i / 4 * kWarpgroup);
-        sums[i] += four.x, sums[i + 1] += four.y, sums[i + 2] += four.z, sums[i + 3] += four.w;
-      }
-    }
-    return true;
+  __device__ SlabWriter<T> writer(int first_token, int half) const {
+    const int warp = thread_ / kWarp;
+    return {p_.output, first_token, first_feature_ + half * kTileFeatures + warp * kSlabRows,
+            shared_.staged[warpgroup_ * kWarpgroupWarps + warp], thread_ % kWarp};
   }
 
-  __device__ void write(int first_token, int valid_tokens, const float (&sums)[Tile::kSums]) {
-    const RowWriter<T> writer(p_.output, first_feature_, thread_);
-    float* const staged = shared_.staged[warpgroup_];
+  // `writer`: of the first half, which has asked for its residual.
+  template <Activation kActivation>
+  __device__ void write(const float (&sums)[Tile::kHalves][Tile::kSums], SlabWriter<T> writer,
+                        int first_token) const {
 #pragma unroll 1
-    for (int token = 0; token < Tile::kTokens && first_token + token < p_.output.tokens;
-         token += kStagedTokens) {
-      sync();  // the tokens staged before were read
-#pragma unroll
-      for (int first = 0; first < Tile::kTokens; first += kStagedTokens) {
-        if (first != token) continue;  // sums are in registers, which have no index
-#pragma unroll
-        for (int group = 0; group < kStagedTokens / 8; ++group)
-          stage(staged, thread_ / kWarp, group, &sums[(first / 8 + group) * 4], thread_ % kWarp);
+    for (int half = 0; half < Tile::kHalves; ++half) {
+      if (half > 0) {
+        writer = this->writer(first_token, half);
+        writer.load_residual(valid_tokens_);
       }
-      sync();
-      writer.template write<kWarpgroup>(staged, first_token + token, kStagedTokens, valid_tokens);
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) {
+        float biased[SlabWriter<T>::kSums];
+        add_bias<0>(sums, writer, half * kParts + part, biased);
+        writer.template write<kActivation>(biased, valid_tokens_, part + 1 < kParts);
+      }
     }
   }
 
-  __device__ void sync() const { ptx::barrier_sync(1 + warpgroup_, kWarpgroup); }
+  // Of part `part`. Sums are in registers, which have no index: kPart is a constant of its own, since of a
+  // loop the compiler would put `part` in its place.
+  template <int kPart>
+  __device__ static void add_bias(const float (&sums)[Tile::kHalves][Tile::kSums],
+                                  const SlabWriter<T>& writer, int part,
+                                  float (&biased)[SlabWriter<T>::kSums]) {
+    if (part == kPart) writer.add_bias(&sums[kPart / kParts][kPart % kParts * SlabWriter<T>::kSums], biased);
+    if constexpr (kPart + 1 < Tile::kHalves * kParts) add_bias<kPart + 1>(sums, writer, part, biased);
+  }
+
+  __device__ void clear(int first_token) const {
+#pragma unroll 1
+    for (int half = 0; half < Tile::kHalves; ++half) {
+      SlabWriter<T> writer = this->writer(first_token, half);
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) writer.clear();
+    }
+  }
+
   __device__ static int rank() { return kCluster == 1 ? 0 : ptx::cluster_rank(); }
 
   const Params<T>& p_;
   typename Tile::Shared& shared_;
-  int warpgroup_, thread_, first_feature_ = 0;
+  int warpgroup_, thread_, valid_tokens_, first_feature_ = 0;
   PipelineState<Tile::kStages> state_;
+  int turn_parity_ = 0;
 };
 
 #endif  // MADTP_SM90
 
 template <typename Tile, int kCluster, typename T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     sparse24_linear_sm90_kernel(const __grid_constant__ Params<T> p,
                                 const __grid_constant__ ptx::TensorMap x) {
 #ifdef MADTP_SM90
@@ -314,10 +323,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&x);
+    const int readers = Tile::kInTurn ? 1 : Tile::kConsumers;  // warpgroups that read a stage
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       ptx::mbarrier_init(ptx::shared_address(&shared.full[stage]), 1);
-      ptx::mbarrier_init(ptx::shared_address(&shared.empty[stage]), kCluster * kConsumers);
+      ptx::mbarrier_init(ptx::shared_address(&shared.empty[stage]), kCluster * readers);
     }
+    for (std::uint64_t& turn : shared.turn) ptx::mbarrier_init(ptx::shared_address(&turn), 1);
     ptx::fence_mbarrier_init();
     shared.valid_tokens = p.output.valid_tokens();
   }
@@ -327,32 +338,38 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_sync();
   }
 
-  const int work_tiles = p.token_tiles * p.feature_groups * p.splits;
+  const int tiles = p.token_tiles * p.feature_groups;
   const int first = int(blockIdx.x) / kCluster, step = int(gridDim.x) / kCluster;
-  if (warpgroup == kConsumers) {
-    ptx::setmaxnreg_dec<40>();
-    if (threadIdx.x == kConsumers * kWarpgroup)
-      produce<Tile, kCluster>(p, x, shared, first, work_tiles, step, shared.valid_tokens);
+  constexpr bool kMoves = Tile::kConsumers > 1;  // registers; threads of two warpgroups have enough
+  if (warpgroup == Tile::kConsumers) {
+    if constexpr (kMoves) ptx::setmaxnreg_dec<24>();
+    if (threadIdx.x == Tile::kConsumers * kWarpgroup)
+      produce<Tile, kCluster>(p, x, shared, first, tiles, step, shared.valid_tokens);
     __syncwarp();
   } else {
-    ptx::setmaxnreg_inc<232>();
-    Consumer<Tile, kCluster, T>(p, shared, warpgroup).run(first, work_tiles, step);
+    if constexpr (kMoves) ptx::setmaxnreg_inc<240>();
+    Consumer<Tile, kCluster, T>(p, shared, warpgroup).run(first, tiles, step);
   }
   if constexpr (kCluster > 1) ptx::cluster_sync();  // others may still copy into this block, and tell it so
 #endif
 }
 
+using AnyTile = Tile<64, 8, 4, false, 2, 1>;
+
 // body(Tile{}) for every tile there is.
 template <typename Body>
 void for_each_tile(Body&& body) {
-  body(Tile<256, 6, 2>{});
-  body(Tile<128, 8, 3>{});
-  body(Tile<64, 8, 4>{});
+  body(Tile<256, 6, 2, false, 2, 1>{});
+  body(Tile<128, 12, 2, false, 2, 2>{});
+  body(Tile<128, 12, 2, true, 2, 2>{});
+  body(Tile<128, 8, 3, false, 2, 1>{});
+  body(AnyTile{});
+  body(Tile<64, 12, 8, false, 1, 1>{});
 }
 
 template <typename Tile, int kCluster>
 LaunchShape launch_shape(std::int64_t clusters) {
-  return {clusters * kCluster, kThreads, int(sizeof(typename Tile::Shared)), kCluster};
+  return {clusters * kCluster, Tile::kThreads, int(sizeof(typename Tile::Shared)), kCluster};
 }
 
 // How many clusters run at once; asked once of a device.
@@ -373,9 +390,12 @@ int clusters_at_once(const Device& device) {
 
 // use(tile, cluster, element) with the types of a configuration and a dtype.
 template <typename Use>
-void with_kernel(const Sparse24Config& config, DType dtype, Use&& use) {
+void with_kernel(const Sparse24Config& config, bool in_turn, DType dtype, Use&& use) {
   for_each_tile([&](auto tile) {
-    if (config.tile_tokens != decltype(tile)::kTokens) return;
+    using Tile = decltype(tile);
+    if (config.tile_tokens != Tile::kTokens || config.tile_out_features != Tile::kFeatures ||
+        in_turn != Tile::kInTurn)
+      return;
     const auto with_element = [&](auto element) {
       if (config.cluster == 1) use(tile, std::integral_constant<int, 1>{}, element);
       if (config.cluster == 2) use(tile, std::integral_constant<int, 2>{}, element);
@@ -390,66 +410,24 @@ void with_kernel(const Sparse24Config& config, DType dtype, Use&& use) {
 }
 
 struct Counts {
-  std::int64_t token_tiles, feature_groups, work_tiles;
+  std::int64_t token_tiles, feature_groups, tiles;
   Counts(const Sparse24Linear& a, const Sparse24Config& config)
       : token_tiles(quotient_up(a.tokens, config.tile_tokens)),
-        feature_groups(quotient_up(a.out_features, std::int64_t(kFeatures) * config.cluster)),
-        work_tiles(token_tiles * feature_groups * config.split_k) {}
+        feature_groups(quotient_up(a.out_features, std::int64_t(config.tile_out_features) * config.cluster)),
+        tiles(token_tiles * feature_groups) {}
 };
 
-// Of one value from the accumulator to the output, residual, bias and scale included, as compiled for sm_90a.
-double instructions(Activation activation) {
-  switch (activation) {
-    case Activation::gelu:
-      return 29;
-    case Activation::gelu_tanh:
-      return 22;
-    case Activation::quick_gelu:
-      return 20;
-    case Activation::relu:
-      return 18;
-    default:
-      return 15;
-  }
-}
-
-// Clocks of a launch by the model above. A part of the input features also writes its sums and reads them
-// again.
-double clocks(const Sparse24Linear& a, const Sparse24Config& config, const Device& device) {
-  const double n = config.tile_tokens;
-  const double step = std::max(3 * n, (128 * n / config.cluster + 9216) / 32);
-  const double ends = 1000 + n * instructions(a.activation) + (config.split_k > 1 ? 1500 + 16 * n : 0);
-  const std::int64_t steps = quotient_up(quotient_up(a.in_features, kBlockColumns), config.split_k);
-  std::int64_t clusters = 1;
-  with_kernel(config, a.dtype, [&](auto tile, auto cluster, auto element) {
-    clusters = clusters_at_once<decltype(tile), cluster, decltype(element)>(device);
-  });
-  const std::int64_t rounds = quotient_up(Counts(a, config).work_tiles, clusters);
-  return double(rounds) * (double(steps) * step + ends);
-}
-
-std::int64_t workspace_bytes(const Sparse24Linear& inputs, const Sparse24Config& config) {
-  if (config.split_k == 1) return 0;
-  const Counts counts(inputs, config);
-  const std::int64_t sums = std::int64_t(config.tile_tokens) / 2 * kConsumers * kWarpgroup * sizeof(float);
-  return counts.work_tiles * config.cluster * sums + counts.token_tiles * counts.feature_groups *
-                                                         config.cluster * kConsumers *
-                                                         std::int64_t(sizeof(unsigned));
+// What the model wants to know. A multiprocessor has room for one block of any tile.
+model_sm90::Gpu gpu_of(const Device& device) {
+  return {device.multiprocessors, clusters_at_once<AnyTile, 2, BFloat16>(device),
+          clusters_at_once<AnyTile, 4, BFloat16>(device)};
 }
 
 template <typename Tile, int kCluster, typename T>
 Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sparse24Config& config,
-           const Device& device, void* workspace, void* stream) {
+           const Device& device, void* stream) {
   const WeightLayout layout(a.out_features, a.in_features);
   const Counts counts(a, config);
-  const std::int64_t arrivals = counts.token_tiles * counts.feature_groups * kCluster * kConsumers;
-  const std::int64_t partial = workspace_bytes(a, config) - arrivals * std::int64_t(sizeof(unsigned));
-  auto* const counters = reinterpret_cast<unsigned*>(static_cast<char*>(workspace) + partial);
-  if (config.split_k > 1) {
-    const Status cleared = to_status(cudaMemsetAsync(counters, 0, std::size_t(arrivals) * sizeof(unsigned),
-                                                     static_cast<cudaStream_t>(stream)));
-    if (cleared != Status::ok) return cleared;
-  }
   ptx::TensorMap x;
   const std::int64_t x_stride = a.tokens > 1 ? a.x_stride : a.in_features;  // one row may have any
   const Status encoded =
@@ -460,32 +438,30 @@ Status run(const Sparse24Linear& a, void* out, std::int64_t out_stride, const Sp
                          int(layout.slabs),
                          int(counts.feature_groups),
                          int(counts.token_tiles),
-                         config.split_k,
-                         static_cast<float*>(workspace),
-                         counters,
                          {static_cast<T*>(out), static_cast<const T*>(a.residual), a.bias, a.scale,
                           out_stride, a.residual_stride, a.num_rows, int(a.tokens), int(a.out_features),
                           a.activation, a.bias_dtype == DType::float32, a.scale_dtype == DType::float32}};
   const std::int64_t clusters =
-      std::min<std::int64_t>(counts.work_tiles, clusters_at_once<Tile, kCluster, T>(device));
+      std::min<std::int64_t>(counts.tiles, clusters_at_once<Tile, kCluster, T>(device));
   return launch(sparse24_linear_sm90_kernel<Tile, kCluster, T>, launch_shape<Tile, kCluster>(clusters),
                 stream, params, x);
+}
+
+// TMA knows no matrix without columns, and none whose rows overlap.
+bool is_runnable(const Sparse24Linear& inputs, const Device& device) {
+  return device.specific_code == 90 && inputs.in_features > 0 &&
+         (inputs.tokens <= 1 || inputs.x_stride >= inputs.in_features);
 }
 
 // use(config) for every configuration that can run the inputs on the device.
 template <typename Use>
 void for_each_config(const Sparse24Linear& inputs, const Device& device, Use&& use) {
-  // TMA knows no matrix without columns, and none whose rows overlap.
-  const bool has_map =
-      inputs.in_features > 0 && (inputs.tokens <= 1 || inputs.x_stride >= inputs.in_features);
-  if (device.specific_code != 90 || !has_map) return;
+  if (!is_runnable(inputs, device)) return;
   for (int tokens : {256, 128, 64}) {
     for (int cluster : {1, 2, 4}) {
-      for (int splits : {1, 2, 3, 4, 6, 8}) {
-        if (splits > 1 && tokens > kSplitTokens) break;
-        const Sparse24Config config{90, tokens, kFeatures, splits, cluster};
-        if (splits <= quotient_up(inputs.in_features, kBlockColumns) &&
-            is_count(Counts(inputs, config).work_tiles))
+      for (int features : {256, 128, 64}) {
+        const Sparse24Config config{90, tokens, features, cluster};
+        if (model_sm90::is_tile({tokens, cluster, features}) && is_count(Counts(inputs, config).tiles))
           use(config);
       }
     }
@@ -497,31 +473,33 @@ void configs(const Sparse24Linear& inputs, const Device& device, const UseConfig
 }
 
 Sparse24Config default_config(const Sparse24Linear& inputs, const Device& device) {
-  Sparse24Config best{};
-  double fewest = 0;
-  for_each_config(inputs, device, [&](const Sparse24Config& config) {
-    if (config.cluster > 1 && inputs.out_features <= std::int64_t(kFeatures) * (config.cluster / 2)) return;
-    if (config.split_k > 1 && inputs.tokens > 2048) return;
-    const double now = clocks(inputs, config, device);
-    if (best.architecture != 0 && now >= fewest) return;
-    best = config;
-    fewest = now;
-  });
-  return best;
+  if (!is_runnable(inputs, device)) return {};
+  // The weight is cold: the other layers of a model have taken its place in L2.
+  const model_sm90::Layer layer{inputs.tokens,     inputs.out_features,        inputs.in_features,
+                                inputs.activation, inputs.residual != nullptr, true};
+  const auto config_of = [](const model_sm90::Schedule& s) {
+    return Sparse24Config{90, s.tokens, s.features, s.cluster};
+  };
+  const model_sm90::Schedule best = model_sm90::fastest(
+      layer, gpu_of(device),
+      [&](const model_sm90::Schedule& s) { return is_count(Counts(inputs, config_of(s)).tiles); });
+  return best.tokens == 0 ? Sparse24Config{} : config_of(best);
 }
 
 Status run_config(const Sparse24Linear& inputs, void* out, std::int64_t out_stride,
-                  const Sparse24Config& config, const Device& device, void* workspace, void* stream) {
+                  const Sparse24Config& config, const Device& device, void* stream) {
+  const bool in_turn =
+      model_sm90::is_in_turn({config.tile_tokens, config.cluster, config.tile_out_features},
+                             Counts(inputs, config).tiles, gpu_of(device).clusters(config.cluster));
   Status status = Status::invalid_argument;
-  with_kernel(config, inputs.dtype, [&](auto tile, auto cluster, auto element) {
-    status = run<decltype(tile), cluster, decltype(element)>(inputs, out, out_stride, config, device,
-                                                             workspace, stream);
+  with_kernel(config, in_turn, inputs.dtype, [&](auto tile, auto cluster, auto element) {
+    status = run<decltype(tile), cluster, decltype(element)>(inputs, out, out_stride, config, device, stream);
   });
   return status;
 }
 
 }  // namespace
 
-const LinearArchitecture kLinearSm90{90, configs, default_config, workspace_bytes, run_config};
+const LinearArchitecture kLinearSm90{90, configs, default_config, run_config};
 
 }  // namespace madtp::cuda

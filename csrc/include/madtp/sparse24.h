@@ -119,7 +119,6 @@ struct Sparse24Config {
   int architecture;       // that the kernel was written for: 80, which runs on newer devices too, or 90 ...
   int tile_tokens;        // of a block
   int tile_out_features;  // of a block
-  int split_k = 1;        // blocks that share the input features of a tile
   int cluster = 1;        // blocks that share the tokens of a tile
 };
 
@@ -129,20 +128,13 @@ Status sparse24_linear_configs(const Sparse24Linear& inputs,
                                Sparse24Config* configs,  // (capacity,)
                                int capacity, int* count);
 
-// Bytes of scratch memory that a call with these arguments needs on the current device; 0 for many.
-// Status::invalid_argument for a configuration that cannot run the inputs.
-Status sparse24_linear_workspace(const Sparse24Linear& inputs, std::int64_t* bytes,
-                                 const Sparse24Config* config = nullptr);
-
-// Accumulates in float32 and casts once. Rows from `num_rows` on cost next to nothing. With one configuration
-// a row of the result has the same bits whatever the other rows and their number are; of configurations,
-// those of the same architecture and split_k agree. Null is the one that should be fastest by a model of the
-// device. Status::invalid_argument for one that cannot run the inputs, Status::workspace_too_small for fewer
-// bytes than sparse24_linear_workspace says.
+// Accumulates in float32 and casts once. Rows from `num_rows` on cost next to nothing. A row of the result
+// has the same bits whatever the other rows and their number are; all configurations of an architecture
+// agree. Null is the one that should be fastest by a model of the device. Status::invalid_argument for one
+// that cannot run the inputs.
 Status sparse24_linear(const Sparse24Linear& inputs,
                        void* out,  // (tokens, out_features)
-                       std::int64_t out_stride, void* workspace, std::int64_t workspace_bytes, void* stream,
-                       const Sparse24Config* config = nullptr);
+                       std::int64_t out_stride, void* stream, const Sparse24Config* config = nullptr);
 
 }  // namespace cuda
 #endif

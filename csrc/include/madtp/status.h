@@ -6,11 +6,10 @@ namespace madtp {
 // What every entry point returns: the library never throws, prints or exits.
 enum class Status : int {
   ok = 0,
-  invalid_argument = 1,     // a size, dtype or pointer breaks a documented rule; nothing was written
-  unsupported = 2,          // this build or this machine cannot run it
-  cuda_error = 3,           // the CUDA runtime refused the launch
-  out_of_memory = 4,        // scratch memory could not be had; nothing was written
-  workspace_too_small = 5,  // of what the function named *_workspace says; nothing was written
+  invalid_argument = 1,  // a size, dtype or pointer breaks a documented rule; nothing was written
+  unsupported = 2,       // this build or this machine cannot run it
+  cuda_error = 3,        // the CUDA runtime refused the launch
+  out_of_memory = 4,     // scratch memory could not be had; nothing was written
 };
 
 constexpr const char* to_string(Status status) {
@@ -23,8 +22,6 @@ constexpr const char* to_string(Status status) {
       return "unsupported";
     case Status::out_of_memory:
       return "out of memory";
-    case Status::workspace_too_small:
-      return "workspace too small";
     case Status::cuda_error:
       return "CUDA error";
   }

@@ -61,10 +61,8 @@ TEST(devices_without_code_are_refused) {
   const Guarded<std::uint16_t> out(4 * 16);
   const Sparse24Linear inputs = p.inputs(Activation::none);
   const auto refused = [&] {
-    std::int64_t bytes = -1;
     int count = -1;
-    EXPECT(cuda::sparse24_linear(inputs, out.data(), 16, nullptr, 0, nullptr) == Status::unsupported);
-    EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes) == Status::unsupported && bytes == -1);
+    EXPECT(cuda::sparse24_linear(inputs, out.data(), 16, nullptr) == Status::unsupported);
     EXPECT(cuda::sparse24_linear_configs(inputs, nullptr, 0, &count) == Status::unsupported && count == -1);
     EXPECT(cuda::sparse24_pack(p.weight(), p.layout.data(), nullptr) == Status::unsupported);
   };
@@ -104,7 +102,7 @@ TEST(a_stream_of_another_device_is_refused) {
     const Guarded<std::uint16_t> out(4 * 16);
     const cuda::Sparse24Config config{architecture, 64, architecture == 80 ? 64 : 128};
     const auto linear = [&](void* stream) {
-      return cuda::sparse24_linear(p.inputs(Activation::none), out.data(), 16, nullptr, 0, stream, &config);
+      return cuda::sparse24_linear(p.inputs(Activation::none), out.data(), 16, stream, &config);
     };
     EXPECT(linear(&elsewhere) == Status::invalid_argument);
     for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);

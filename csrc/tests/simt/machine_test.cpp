@@ -78,7 +78,6 @@ void returns_early() {
   __syncthreads();
 }
 void shuffles_half() { __shfl_xor_sync(0xffff, 1, 1); }
-void waits_for_warp(int threads) { ptx::barrier_sync(1, threads); }
 
 void arrives_too_often(bool is_initialised) {
   MADTP_DYNAMIC_SHARED(shared);
@@ -171,8 +170,6 @@ TEST(threads_that_do_not_meet_are_reported) {
   EXPECT(says(report(returns_early, {1, 64}), "deadlock"));
   EXPECT(says(report(returns_early, {1, 64}), "has returned"));
   EXPECT(says(report(shuffles_half, {1, 32}), "only whole warps are modelled"));
-  EXPECT(says(report(waits_for_warp, {1, 32}, 40), "no multiple of 32"));
-  EXPECT(says(report(waits_for_warp, {1, 32}, 64), "deadlock"));
 }
 
 TEST(misused_barriers_are_reported) {

@@ -53,10 +53,7 @@ TEST(sparse24_sizes_of_zero) {
           Sparse24Linear a = linear(tokens, out_features, in_features);
           a.layout = layout.data();
           const Guarded<std::uint16_t> out(tokens * out_features);
-          EXPECT(cuda::sparse24_linear_workspace(a, &bytes) == Status::ok);
-          const Guarded<unsigned char> workspace(bytes);
-          EXPECT(cuda::sparse24_linear(a, out.data(), out_features, workspace.data(), bytes, nullptr) ==
-                 Status::ok);
+          EXPECT(cuda::sparse24_linear(a, out.data(), out_features, nullptr) == Status::ok);
           for (const std::uint16_t y : out.values()) EXPECT(y == 0);
         }
       }
@@ -104,7 +101,7 @@ TEST(sizes_that_are_too_large_are_refused) {
        {kMost + 16, std::int64_t{1} << 31, std::int64_t{1} << 60, INT64_MAX, INT64_MIN, std::int64_t{-16}}) {
     refused(cuda::sparse24_layout_bytes(size, 16, DType::bfloat16, &bytes));
     refused(cuda::sparse24_layout_bytes(8, size, DType::bfloat16, &bytes));
-    refused(cuda::sparse24_linear_workspace(linear(size, 8, 16), &bytes));
+    refused(cuda::sparse24_linear(linear(size, 8, 16), memory, 8, nullptr));
     refused(cuda::sparse24_prune({DType::bfloat16, memory, 16, nullptr, 0, size, 16}, memory, memory, ints,
                                  nullptr));
   }
@@ -132,10 +129,10 @@ TEST(sizes_that_are_too_large_are_refused) {
   Sparse24Linear a = linear(kMost, kMost, 16);
   int count = -1;
   EXPECT(cuda::sparse24_linear_configs(a, nullptr, 0, &count) == Status::ok && count == 0);
-  refused(cuda::sparse24_linear_workspace(a, &bytes));
+  refused(cuda::sparse24_linear(a, memory, kMost, nullptr));
   a = linear(kMost, 8, 16);
   a.x_stride = INT64_MAX / 16 * 8;
-  refused(cuda::sparse24_linear_workspace(a, &bytes));
+  refused(cuda::sparse24_linear(a, memory, 8, nullptr));
   ints[0] = 7;
   refused(cuda::sparse24_prune({DType::bfloat16, memory, kMost, nullptr, 0, kMost, kMost, true}, memory,
                                memory, ints, nullptr));

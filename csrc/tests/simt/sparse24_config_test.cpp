@@ -28,12 +28,7 @@ std::size_t count(const std::vector<Config>& configs, int architecture) {
 }
 
 Status run(const Sparse24Linear& inputs, const Config& config, std::uint16_t* out) {
-  std::int64_t bytes = 0;
-  const Status status = cuda::sparse24_linear_workspace(inputs, &bytes, &config);
-  const Guarded<unsigned char> workspace(bytes);
-  EXPECT(cuda::sparse24_linear(inputs, out, inputs.out_features, workspace.data(), bytes, nullptr, &config) ==
-         status);
-  return status;
+  return cuda::sparse24_linear(inputs, out, inputs.out_features, nullptr, &config);
 }
 
 }  // namespace
@@ -46,7 +41,7 @@ TEST(every_configuration_on_the_list_follows_the_equation) {
     const Sparse24Linear inputs = p.inputs(Activation::gelu);
     const std::vector<Config> configs = list(inputs);
     EXPECT(count(configs, 80) == 5);
-    EXPECT(count(configs, 90) == (capability == 90 ? 39 : 0));  // of cluster 3, of tokens and split_k 1 + 2 6
+    EXPECT(count(configs, 90) == (capability == 90 ? 15 : 0));  // 3 clusters, 5 tiles
     EXPECT(count(configs, capability) > 0);
     std::size_t of_any = 0;
     for (const cuda::LinearArchitecture* any : cuda::kLinearArchitectures)
@@ -68,10 +63,9 @@ TEST(the_list_is_of_what_can_run_here) {
     return std::vector<std::size_t>{count(configs, 80), count(configs, 90)};
   };
   using Counts = std::vector<std::size_t>;
-  EXPECT((counts(90, "80;90a", 512) == Counts{5, 39}));
-  EXPECT((counts(90, "80;90a", 64 + 16) == Counts{5, 15}));  // two steps of input features: two parts at most
+  EXPECT((counts(90, "80;90a", 512) == Counts{5, 15}));
   EXPECT((counts(90, "80;90a", 0) == Counts{5, 0}));
-  EXPECT((counts(90, "90a", 64) == Counts{5, 9}));
+  EXPECT((counts(90, "90a", 64) == Counts{5, 15}));
   EXPECT((counts(90, "80", 512) == Counts{5, 0}));
   EXPECT((counts(120, "80;90a", 512) == Counts{5, 0}));
 }
@@ -85,8 +79,7 @@ TEST(a_short_list_is_the_beginning_of_the_long_one) {
   EXPECT(cuda::sparse24_linear_configs(inputs, two, 2, &count) == Status::ok);
   EXPECT(count == int(all.size()));
   for (std::size_t i = 0; i < 2; ++i)
-    EXPECT(two[i].tile_tokens == all[i].tile_tokens && two[i].split_k == all[i].split_k &&
-           two[i].cluster == all[i].cluster);
+    EXPECT(two[i].tile_tokens == all[i].tile_tokens && two[i].cluster == all[i].cluster);
   EXPECT(two[2].architecture == 1);
   EXPECT(cuda::sparse24_linear_configs(inputs, two, 2, nullptr) == Status::invalid_argument);
   EXPECT(cuda::sparse24_linear_configs(inputs, two, -1, &count) == Status::invalid_argument);
@@ -97,9 +90,9 @@ TEST(no_configuration_off_the_list_runs) {
   const LinearCase p(DType::bfloat16, 4, 16, 32);
   const Sparse24Linear inputs = p.inputs(Activation::none);
   const Guarded<std::uint16_t> out(4 * 16);
-  for (const Config& config : {Config{80, 32, 32}, Config{80, 64, 64, 2}, Config{80, 64, 64, 1, 2},
-                               Config{90, 32, 128}, Config{90, 64, 64}, Config{90, 64, 128, 2},
-                               Config{90, 64, 128, 0}, Config{90, 64, 128, 1, 3}, Config{100, 64, 128}})
+  for (const Config& config : {Config{80, 32, 32}, Config{80, 64, 64, 2}, Config{80, 64, 32},
+                               Config{90, 32, 128}, Config{90, 128, 64}, Config{90, 64, 128, 0},
+                               Config{90, 64, 128, 3}, Config{90, 256, 256}, Config{100, 64, 128}})
     EXPECT(run(inputs, config, out.data()) == Status::invalid_argument);
   const Capability ampere(80);
   EXPECT(run(inputs, {90, 64, 128}, out.data()) == Status::invalid_argument);

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cuda/sparse24/architectures.h"
+#include "cuda/sparse24/model_sm90.h"
 #include "tests/simt/sparse24_cases.h"
 
 using namespace madtp;
@@ -10,31 +11,26 @@ using namespace madtp::test;
 
 namespace {
 
-// Memory of exactly the size that is asked for.
 Guarded<std::uint16_t> run(const LinearCase& p, const Sparse24Linear& inputs,
-                           const cuda::Sparse24Config& config) {
+                           const cuda::Sparse24Config& config, int multiprocessors = 5) {
   const std::int64_t stride = p.out_features + p.gap;
   Guarded<std::uint16_t> out(inputs.tokens * stride);
-  std::int64_t bytes = -1;
-  EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes, &config) == Status::ok);
-  const Guarded<unsigned char> workspace(bytes);
-  const int multiprocessors =
-      std::exchange(simt::options.multiprocessors, 5);  // fewer than work tiles, and odd
-  EXPECT(cuda::sparse24_linear(inputs, out.data(), stride, workspace.data(), bytes, nullptr, &config) ==
-         Status::ok);
-  simt::options.multiprocessors = multiprocessors;
+  const int before =
+      std::exchange(simt::options.multiprocessors, multiprocessors);  // fewer than tiles, and odd
+  EXPECT(cuda::sparse24_linear(inputs, out.data(), stride, nullptr, &config) == Status::ok);
+  simt::options.multiprocessors = before;
   for (std::int64_t r = 0; r < inputs.tokens; ++r)
     for (std::int64_t n = p.out_features; n < stride; ++n) EXPECT(out[r * stride + n] == 0xffff);
   return out;
 }
 
 template <typename Body>
-void for_each_config(std::int64_t in_features, Body&& body) {
+void for_each_config(Body&& body) {
   for (int tokens : {64, 128, 256})
     for (int cluster : {1, 2, 4})
-      for (int splits : {1, 2, 3})
-        if (splits <= (in_features + 63) / 64 && (splits == 1 || tokens < 256))
-          body(cuda::Sparse24Config{90, tokens, 128, splits, cluster});
+      for (int features : {64, 128, 256})
+        if (cuda::model_sm90::is_tile({tokens, cluster, features}))
+          body(cuda::Sparse24Config{90, tokens, features, cluster});
 }
 
 }  // namespace
@@ -45,7 +41,7 @@ TEST(every_configuration_follows_the_equation) {
   for (const auto& weight : weights) {
     for (std::int64_t tokens : {1, 63, 65, 130}) {
       const LinearCase p(turn % 2 ? DType::float16 : DType::bfloat16, tokens, weight[0], weight[1]);
-      for_each_config(weight[1], [&](const cuda::Sparse24Config& config) {
+      for_each_config([&](const cuda::Sparse24Config& config) {
         const Sparse24Linear inputs = p.inputs(kActivations[turn++ % 5]);
         EXPECT(within_twice(p, inputs, run(p, inputs, config).data(), p.out_features));
       });
@@ -53,9 +49,9 @@ TEST(every_configuration_follows_the_equation) {
   }
 }
 
-TEST(more_steps_than_stages_and_more_work_tiles_than_clusters) {
+TEST(more_steps_than_stages_and_more_tiles_than_clusters) {
   const LinearCase p(DType::bfloat16, 300, 264, 64 * 11 + 16);
-  for_each_config(p.in_features, [&](const cuda::Sparse24Config& config) {
+  for_each_config([&](const cuda::Sparse24Config& config) {
     if (config.cluster == 2 || config.tile_tokens == 64) {
       const Sparse24Linear inputs = p.inputs(Activation::gelu);
       EXPECT(within_twice(p, inputs, run(p, inputs, config).data(), p.out_features));
@@ -63,9 +59,28 @@ TEST(more_steps_than_stages_and_more_work_tiles_than_clusters) {
   });
 }
 
+TEST(warpgroups_take_turns) {
+  // On one block nine tiles, on a cluster of 4 three; as many steps as the ring has stages, and more.
+  for (std::int64_t in_features : {64 * 12, 64 * 13 + 16}) {
+    const LinearCase p(DType::bfloat16, 300, 264, in_features);
+    Sparse24Linear inputs = p.inputs(Activation::gelu_tanh);
+    for (int cluster : {1, 4}) {
+      const Guarded<std::uint16_t> all = run(p, inputs, {90, 128, 128, cluster}, cluster);
+      EXPECT(within_twice(p, inputs, all.data(), p.out_features));
+      const std::int32_t num_rows = 200;  // the last row of tiles is left out
+      inputs.num_rows = &num_rows;
+      const std::vector<std::uint16_t> got = run(p, inputs, {90, 128, 128, cluster}, cluster).values();
+      EXPECT(std::equal(got.begin(), got.begin() + num_rows * p.out_features, all.data()));
+      EXPECT(std::all_of(got.begin() + num_rows * p.out_features, got.end(),
+                         [](std::uint16_t x) { return x == 0; }));
+      inputs.num_rows = nullptr;
+    }
+  }
+}
+
 TEST(rows_past_num_rows_are_zeros_whatever_they_hold) {
   const LinearCase p(DType::float16, 150, 136, 144);
-  for_each_config(p.in_features, [&](const cuda::Sparse24Config& config) {
+  for_each_config([&](const cuda::Sparse24Config& config) {
     const std::vector<std::uint16_t> all = run(p, p.inputs(Activation::relu), config).values();
     for (std::int32_t num_rows : {1000, 149, 64, 63, 1, 0, -5}) {
       const std::int64_t real = std::min<std::int64_t>(std::max(num_rows, 0), p.tokens);
@@ -85,23 +100,22 @@ TEST(rows_past_num_rows_are_zeros_whatever_they_hold) {
 TEST(no_bit_of_a_row_depends_on_the_other_rows_the_tile_or_the_cluster) {
   const LinearCase p(DType::bfloat16, 130, 72, 208);
   const Sparse24Linear inputs = p.inputs(Activation::gelu);
-  for (int splits : {1, 2}) {
-    const std::vector<std::uint16_t> all = run(p, inputs, {90, 64, 128, splits, 1}).values();
-    for_each_config(p.in_features, [&](const cuda::Sparse24Config& config) {
-      if (config.split_k == splits) EXPECT(run(p, inputs, config).values() == all);
-    });
+  const std::vector<std::uint16_t> all = run(p, inputs, {90, 64, 128}).values();
+  for_each_config(
+      [&](const cuda::Sparse24Config& config) { EXPECT(run(p, inputs, config).values() == all); });
+  for (std::int64_t tokens : {1, 17, 65}) {
     Sparse24Linear part = inputs;
-    part.tokens = 17;
+    part.tokens = tokens;
     part.x = p.x.data() + 11 * p.in_features;
     part.residual = p.residual.data() + 11 * p.out_features;
-    const std::vector<std::uint16_t> got = run(p, part, {90, 128, 128, splits, 2}).values();
+    const std::vector<std::uint16_t> got = run(p, part, {90, 128, 128, 2}).values();
     EXPECT(std::equal(got.begin(), got.end(), all.begin() + 11 * p.out_features));
   }
 }
 
 TEST(rows_may_lie_apart) {
   const LinearCase p(DType::bfloat16, 70, 40, 80, 24, false);
-  for_each_config(p.in_features, [&](const cuda::Sparse24Config& config) {
+  for_each_config([&](const cuda::Sparse24Config& config) {
     const Sparse24Linear inputs = p.inputs(Activation::quick_gelu);
     EXPECT(within_twice(p, inputs, run(p, inputs, config).data(), p.out_features + p.gap));
   });
@@ -114,29 +128,17 @@ TEST(parts_of_the_epilogue_may_be_missing) {
     if (parts & 1) inputs.bias = nullptr;
     if (parts & 2) inputs.scale = nullptr;
     if (parts & 4) inputs.residual = nullptr;
-    for (int splits : {1, 2})
-      EXPECT(within_twice(p, inputs, run(p, inputs, {90, 64, 128, splits, 1}).data(), p.out_features));
+    EXPECT(within_twice(p, inputs, run(p, inputs, {90, 64, 128}).data(), p.out_features));
   }
 }
 
-TEST(the_public_function_takes_the_workspace_it_asks_for) {
+TEST(the_public_function_runs_it_unasked) {
   const Capability pretended(90);
   const LinearCase p(DType::bfloat16, 5, 8, 64 * 24);
   const Sparse24Linear inputs = p.inputs(Activation::gelu);
-  std::int64_t bytes = -1;
-  EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes) == Status::ok && bytes > 0);  // few tokens: split
-  const Guarded<unsigned char> workspace(bytes);
   const Guarded<std::uint16_t> out(p.tokens * p.out_features);
-  const auto run = [&](std::int64_t given) {
-    return cuda::sparse24_linear(inputs, out.data(), p.out_features, workspace.data(), given, nullptr);
-  };
-  for (std::int64_t given : {std::int64_t{0}, bytes - 1}) EXPECT(run(given) == Status::workspace_too_small);
-  EXPECT(cuda::sparse24_linear(inputs, out.data(), p.out_features, workspace.data() + 8, bytes, nullptr) ==
-         Status::invalid_argument);
-  for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
-  EXPECT(run(bytes) == Status::ok && within_twice(p, inputs, out.data(), p.out_features));
-  EXPECT(run(bytes) == Status::ok &&
-         within_twice(p, inputs, out.data(), p.out_features));  // it can serve again
+  EXPECT(cuda::sparse24_linear(inputs, out.data(), p.out_features, nullptr) == Status::ok);
+  EXPECT(out.values() == run(p, inputs, {90, 64, 128}).values());
 }
 
 TEST(one_row_has_any_stride_and_rows_that_overlap_run_elsewhere) {
@@ -144,19 +146,20 @@ TEST(one_row_has_any_stride_and_rows_that_overlap_run_elsewhere) {
   Sparse24Linear inputs = p.inputs(Activation::none);
   for (std::int64_t stride : {0, 8, 144, 1 << 20}) {
     inputs.x_stride = stride;
-    EXPECT(within_twice(p, inputs, run(p, inputs, {90, 64, 128, 1, 1}).data(), p.out_features));
+    EXPECT(within_twice(p, inputs, run(p, inputs, {90, 64, 128}).data(), p.out_features));
   }
   LinearCase same(DType::bfloat16, 3, 136, 144);  // every row the first one
   for (std::int64_t i = same.in_features; i < 3 * same.in_features; ++i)
     same.x[i] = same.x[i - same.in_features];
   inputs = same.inputs(Activation::none);
   inputs.x_stride = 0;
-  const cuda::Sparse24Config tma{90, 64, 128, 1, 1};
-  std::int64_t bytes = 0;
-  EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes, &tma) == Status::invalid_argument);
-  EXPECT(cuda::sparse24_linear_workspace(inputs, &bytes) == Status::ok && bytes == 0);
+  const cuda::Sparse24Config tma{90, 64, 128};
   const Guarded<std::uint16_t> out(same.tokens * same.out_features);
-  EXPECT(cuda::sparse24_linear(inputs, out.data(), same.out_features, nullptr, 0, nullptr) == Status::ok);
+  const auto run_as = [&](const cuda::Sparse24Config* config) {
+    return cuda::sparse24_linear(inputs, out.data(), same.out_features, nullptr, config);
+  };
+  EXPECT(run_as(&tma) == Status::invalid_argument);
+  EXPECT(run_as(nullptr) == Status::ok);
   EXPECT(within_twice(same, inputs, out.data(), same.out_features));
 }
 
@@ -169,9 +172,9 @@ TEST(a_default_is_a_configuration_that_there_is) {
       inputs.tokens = tokens, inputs.out_features = out_features;
       inputs.in_features = inputs.x_stride = 768;
       const cuda::Sparse24Config chosen = cuda::kLinearSm90.default_config(inputs, h100);
-      EXPECT(chosen.tile_out_features == 128 && chosen.cluster <= 4 && chosen.split_k <= 12);
+      EXPECT(chosen.tile_out_features >= 64 && chosen.cluster >= 1 && chosen.cluster <= 4);
       if (tokens <= 64) EXPECT(chosen.tile_tokens == 64);
-      if (tokens == 18464) EXPECT(chosen.tile_tokens == 256 && chosen.split_k == 1);
+      if (tokens == 18464) EXPECT(chosen.tile_tokens > 64);
     }
   }
   simt::options.multiprocessors = multiprocessors;

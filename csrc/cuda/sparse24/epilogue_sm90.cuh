@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The epilogue on accumulators, where epilogue.cuh has it on staged rows: a lane has two output features of a
+// slab, so their bias and scale are four registers, and values are rounded before they are moved. stmatrix
+// turns the fragments over into rows of 16 output features, and ldmatrix turns those of the residual.
+//
+// A warp writes by itself: nobody waits for another warp.
+
+#include "cuda/ptx_sm90.cuh"
+#include "cuda/sparse24/epilogue.cuh"
+
+namespace madtp::cuda {
+
+// One lane of a warp that writes the rows of a slab of output features, kTokens tokens at a time.
+template <typename T>
+class SlabWriter {
+ public:
+  static constexpr int kTokens = 32, kGroups = kTokens / 16;  // in groups of 16, four matrices
+  static constexpr int kSums = kTokens / 2;                   // that a lane has of them
+  static constexpr int kRowBytes = kSlabRows * 2, kGroupBytes = 16 * kRowBytes;
+  static constexpr int kStagedBytes = kGroups * kGroupBytes;
+
+  // From (`first_token`, `first_feature`) on. `staged`: kStagedBytes of shared memory of this warp.
+  __device__ SlabWriter(const Output<T>& output, int first_token, int first_feature, unsigned char* staged,
+                        int lane)
+      : o_(&output),
+        token_(first_token + lane / 2),
+        fragment_(ptx::shared_address(staged) + offset(lane / 16 * 8 + lane % 8, lane / 8 % 2)),
+        row_(staged + offset(lane / 2, lane % 2)) {
+    const int feature = first_feature + lane % 2 * 8;
+    out_ = output.out + token_ * output.out_stride + feature;
+    if (output.residual != nullptr) residual_ = output.residual + token_ * output.residual_stride + feature;
+    if (feature >= output.out_features) token_ = kNowhere;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_feature + half * 8 + lane / 4;
+      const bool is_there = row < output.out_features;
+      bias_[half] =
+          is_there ? one_of(output.bias, output.bias_is_float, row, -0.0f) : 0;  // -0 changes no sum
+      scale_[half] = is_there ? one_of(output.scale, output.scale_is_float, row, 1) : 0;
+    }
+  }
+
+  // Asks for the residual of the next kTokens tokens, which `write` takes.
+  __device__ void load_residual(int valid_tokens) {
+    if (residual_ == nullptr) return;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const T* const from = residual_ + group * 16 * o_->residual_stride;
+      residuals_[group] =
+          token_ + group * 16 < valid_tokens ? *reinterpret_cast<const uint4*>(from) : uint4{};
+    }
+  }
+
+  // Adds the bias to the sums of kTokens tokens, in the branch that calls it.
+  __device__ void add_bias(const float* sums, float (&biased)[kSums]) const {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) biased[i] = ptx::add_here(sums[i], bias_[i / 2 % 2]);
+  }
+
+  // Writes the next kTokens tokens; those from `valid_tokens` on are zeros. Asks for the residual of those
+  // after them.
+  template <Activation kActivation>
+  __device__ void write(const float (&biased)[kSums], int valid_tokens, bool has_next) {
+    __syncwarp();  // what was staged before was read
+    if (residual_ != nullptr) {
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) staged(group) = residuals_[group];
+      __syncwarp();
+      residual_ += kTokens * o_->residual_stride;
+    }
+    const int token = token_;
+    token_ += kTokens;
+    if (has_next) load_residual(valid_tokens);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const std::uint32_t at = fragment_ + std::uint32_t(group * kGroupBytes);
+      std::uint32_t words[4] = {};
+      if (residual_ != nullptr) ptx::ldmatrix_x4_trans(words, at);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // two tokens of a feature
+        const float2 before = two_of(words[i]);
+        const float* const sums = biased + (group * 4 + i) * 2;
+        const float scale = scale_[i % 2];
+        words[i] = rounded(before.x + activate<kActivation>(sums[0]) * scale,
+                           before.y + activate<kActivation>(sums[1]) * scale);
+      }
+      ptx::stmatrix_x4_trans(at, words);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const bool is_valid = token + group * 16 < valid_tokens;
+      store(token, group, is_valid ? staged(group) : uint4{});
+    }
+    out_ += kTokens * o_->out_stride;
+  }
+
+  // Zeros in the next kTokens tokens.
+  __device__ void clear() {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) store(token_, group, {});
+    token_ += kTokens;
+    out_ += kTokens * o_->out_stride;
+  }
+
+ private:
+  static constexpr int kNowhere = 1 << 30;  // past every token, and far from where a sum would overflow
+
+  // Of 16 bytes of a row: chunks trade places every four rows, so that the 8 rows of a matrix lie in all
+  // banks.
+  __device__ static int offset(int token, int chunk) {
+    return token * kRowBytes + (chunk ^ (token / 4 % 2)) * 16;
+  }
+
+  __device__ uint4& staged(int group) const { return *reinterpret_cast<uint4*>(row_ + group * kGroupBytes); }
+
+  __device__ void store(int token, int group, const uint4& words) const {
+    if (token + group * 16 < o_->tokens)
+      *reinterpret_cast<uint4*>(out_ + group * 16 * o_->out_stride) = words;
+  }
+
+  __device__ static float one_of(const void* vector, bool is_float, int feature, float otherwise) {
+    if (vector == nullptr) return otherwise;
+    return is_float ? static_cast<const float*>(vector)[feature]
+                    : to_float(static_cast<const T*>(vector)[feature]);
+  }
+
+  __device__ static float2 two_of(std::uint32_t word) {
+    Pair<T> pair;
+    memcpy(&pair, &word, sizeof pair);
+    return to_float2(pair);
+  }
+
+  __device__ static std::uint32_t rounded(float a, float b) {
+    Pair<T> pair;
+    round_to(a, b, pair);
+    std::uint32_t word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+  }
+
+  const Output<T>* o_;
+  T* out_;                       // 8 output features of the token that this lane stores next
+  const T* residual_ = nullptr;  // likewise, what it loads; null where there is none
+  int token_;
+  std::uint32_t fragment_;
+  unsigned char* row_;
+  float bias_[2], scale_[2];  // of the output features whose sums it has
+  uint4 residuals_[kGroups] = {};
+};
+
+}  // namespace madtp::cuda
