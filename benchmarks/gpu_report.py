@@ -217,7 +217,8 @@ def attention_part(folder: Path) -> Iterator[str]:
         for name in names:
             line = times.get(name, {})
             us = line.get("us", math.nan)
-            text = "wrong" if "wrong" in line else line.get("unavailable", "")[:60].replace("|", "/")
+            text = next((line[key] for key in ("wrong", "failed", "unavailable") if key in line), "")
+            text = text[:60].replace("|", "/")
             cells.append(text if math.isnan(us) else f"{us:.1f}" + number(us / base, " ({:.2f})"))
         rows.append((*call, *cells))
     yield "In brackets the time as a multiple of SDPA's.\n"

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks.gpu_first import ROOT, TREES, read_json, write_json
 
+DEVICE = "cuda"
 SAMPLES = 7  # of a time that others are held to
 SCREENING = 3  # of one that is one of many
 TOLERANCE = 0.02  # of the largest result
@@ -78,7 +79,7 @@ def machine(out: Path) -> int:
         memory=properties.total_memory,
         l2_bytes=getattr(properties, "L2_cache_size", None),
     )
-    x = torch.ones(1 << 20, device="cuda")
+    x = torch.ones(1 << 20, device=DEVICE)
     assert x.sum().item() == 1 << 20  # the driver works
     facts.pop("no_gpu")
     know()
@@ -176,12 +177,12 @@ def arguments(rows: int, out_features: int, in_features: int, activation: str = 
     import madtp_kernels as mk
 
     torch.manual_seed(rows)
-    weight = torch.randn(out_features, in_features, device="cuda") * in_features**-0.5
+    weight = torch.randn(out_features, in_features, device=DEVICE) * in_features**-0.5
     weight = (weight * mk.nm_mask(weight, 2, 4)).bfloat16()
-    x = torch.randn(rows, in_features, device="cuda").bfloat16()
+    x = torch.randn(rows, in_features, device=DEVICE).bfloat16()
     sparse = mk.sparse24_compress(weight)
-    bias, scale = torch.randn(2, out_features, device="cuda") if full else (None, None)
-    residual = torch.randn(rows, out_features, device="cuda").bfloat16() if full else None
+    bias, scale = torch.randn(2, out_features, device=DEVICE) if full else (None, None)
+    residual = torch.randn(rows, out_features, device=DEVICE).bfloat16() if full else None
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     exact = F.gelu(exact) if activation == "gelu" else exact
     exact = exact if scale is None else exact * scale.double()
@@ -234,26 +235,39 @@ def microseconds(clock, function: Callable[[], object], samples: int) -> dict[st
     return {"us": statistics.median(times), "least_us": times[0], "most_us": times[-1]}
 
 
+def timed(clock, prepare: Callable[[], Callable[[], object]], gate: Callable[[object], None] | None = None) -> dict:
+    """Times of what `prepare` makes, or why there are none, whatever a library raises."""
+    from benchmarks.entry import Unavailable
+
+    try:
+        function = prepare()
+        result = function()
+        if gate is not None:
+            gate(result)
+        return microseconds(clock, function, SAMPLES)
+    except Unavailable as reason:
+        return {"unavailable": str(reason)}
+    except Exception as error:
+        kind = "wrong" if isinstance(error, AssertionError) else "failed"
+        return {kind: f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"}
+
+
 def linear(out: Path) -> int:
     """Every configuration of every layer of ViT-B and ViT-L, beside dense products; what is wrong is not timed."""
     import torch
 
     from benchmarks.entries import sparse24 as entry
-    from benchmarks.entry import Unavailable
     from madtp_kernels import tune
     from madtp_kernels.native import sparse24 as native
 
-    device = torch.device("cuda", 0)
+    device = torch.device(DEVICE)
     clock, lines, wrong = tune.cuda_clock(device), Lines(out / "times.jsonl"), 0
     for case in linear_cases():
         inputs = entry.linear_inputs(case, device, seed=0)
         expected = entry.torch_linear(inputs)().float()
         tolerance = TOLERANCE * expected.abs().max()
         for name, prepare in (("torch dense", entry.torch_linear), ("cuBLASLt dense, fused", entry.cublaslt_fused)):
-            try:
-                lines.add(**case, provider=name, **microseconds(clock, prepare(inputs), SAMPLES))
-            except (Unavailable, RuntimeError) as error:
-                lines.add(**case, provider=name, unavailable=str(error).split("\n")[0])
+            lines.add(**case, provider=name, **timed(clock, functools.partial(prepare, inputs)))
         layout = native.sparse24_pack(inputs.weight.values, inputs.weight.indices)
         given = (inputs.x, inputs.weight.values, inputs.weight.indices, layout)
         given += (inputs.bias, inputs.activation or "none", inputs.residual, None, None)
@@ -278,7 +292,6 @@ def cusparselt(out: Path) -> int:
     from torch.sparse import to_sparse_semi_structured
 
     from benchmarks.entries import sparse24 as entry
-    from benchmarks.entry import Unavailable
     from madtp_kernels import tune
 
     def semi_structured(inputs: entry.LinearInputs) -> Callable[[], object]:
@@ -291,17 +304,12 @@ def cusparselt(out: Path) -> int:
 
         return run
 
-    device = torch.device("cuda", 0)
+    device = torch.device(DEVICE)
     clock, lines = tune.cuda_clock(device), Lines(out / "times.jsonl")
     for case in linear_cases():
         inputs = entry.linear_inputs(case, device, seed=0)
         for name, prepare in (("cuSPARSELt", entry.cusparselt_tuned), ("torch semi-structured", semi_structured)):
-            try:
-                function = prepare(inputs)
-                function()
-                lines.add(**case, provider=name, **microseconds(clock, function, SAMPLES))
-            except (Unavailable, RuntimeError, NotImplementedError) as error:
-                lines.add(**case, provider=name, unavailable=str(error).split("\n")[0])
+            lines.add(**case, provider=name, **timed(clock, functools.partial(prepare, inputs)))
     return 0
 
 
@@ -321,10 +329,9 @@ def attention(out: Path) -> int:
 
     from benchmarks.entries import attention as forward
     from benchmarks.entries import attention_backward as backward
-    from benchmarks.entry import Unavailable
     from madtp_kernels import tune
 
-    device = torch.device("cuda", 0)
+    device = torch.device(DEVICE)
     clock, lines, wrong = tune.cuda_clock(device), Lines(out / "times.jsonl"), 0
     names = ("torch SDPA", "madtp triton", "madtp triton with statistics", "torch FlexAttention")
     directions = {"forward": forward.ENTRIES[0], "backward": backward.ENTRIES[0]}
@@ -334,19 +341,19 @@ def attention(out: Path) -> int:
         for name in names:
             if name not in entry.providers:
                 continue
-            try:
-                function = entry.providers[name](inputs)
-                entry.gate(inputs, function(), name)
-                lines.add(**case, direction=direction, provider=name, **microseconds(clock, function, SAMPLES))
-            except AssertionError as error:
-                lines.add(**case, direction=direction, provider=name, wrong=str(error).strip().split("\n")[0])
-                wrong += 1
-            except (Unavailable, RuntimeError, ImportError) as error:
-                lines.add(**case, direction=direction, provider=name, unavailable=str(error).split("\n")[0])
+            prepare, gate = functools.partial(entry.providers[name], inputs), functools.partial(entry.gate, inputs)
+            found = timed(clock, prepare, lambda result, name=name, gate=gate: gate(result, name))
+            lines.add(**case, direction=direction, provider=name, **found)
+            wrong += name.startswith("madtp") and "us" not in found
     return 1 if wrong else 0
 
 
 # --- a tower
+
+TOWER = {  # CLIP ViT-L
+    **{"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24},
+    **{"image_size": 336, "patch_size": 14},
+}
 
 
 def tower(out: Path) -> int:
@@ -358,14 +365,13 @@ def tower(out: Path) -> int:
     from madtp import hwp
     from madtp.models.registry import family_of
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
-    config = transformers.CLIPVisionConfig(**sizes, image_size=336, patch_size=14)
-    images = torch.randn(8, 3, 336, 336, device="cuda", dtype=torch.bfloat16)
+    config = transformers.CLIPVisionConfig(**TOWER)
+    images = torch.randn(8, 3, config.image_size, config.image_size, device=DEVICE, dtype=torch.bfloat16)
     lines = Lines(out / "times.jsonl")
 
     def model() -> torch.nn.Module:
         torch.manual_seed(0)
-        return transformers.CLIPVisionModel(config).eval().requires_grad_(False).to("cuda", torch.bfloat16)
+        return transformers.CLIPVisionModel(config).eval().requires_grad_(False).to(DEVICE, torch.bfloat16)
 
     def sdpa() -> torch.nn.Module:
         built = model()
@@ -394,8 +400,8 @@ def tower(out: Path) -> int:
     for name, make in modes.items():
         try:
             tower_times(lines, name, make(), images)
-        except RuntimeError as error:
-            lines.add(provider=name, failed=str(error).strip().split("\n")[0])
+        except Exception as error:  # the other modes are asked all the same
+            lines.add(provider=name, failed=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
             failed += 1
     return 1 if failed else 0
 
@@ -450,7 +456,7 @@ def kernels(out: Path) -> int:
     from benchmarks.entries import attention as forward
     from benchmarks.entries import sparse24 as entry
 
-    device = torch.device("cuda", 0)
+    device = torch.device(DEVICE)
     layer = {"tokens": 4616, "in_features": 768, "out_features": 3072, "epilogue": "gelu", "dtype": "bfloat16"}
     inputs = entry.linear_inputs(layer, device, seed=0)
     for activation in (None, "gelu"):
