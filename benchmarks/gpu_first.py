@@ -99,7 +99,7 @@ def _configurations(out: Path) -> list[Step]:
             f"configuration-sm{architecture}-{tokens}x{features}-c{cluster}",
             _ours("configuration", *map(str, (architecture, tokens, features, cluster))),
             limit=25,
-            answers="Are its results right, on every shape, epilogue and split?",
+            answers="Are its results right, on every shape and epilogue?",
             needs=OURS,
             tree="bounded",
         )

@@ -156,7 +156,7 @@ def layers_part(found: Mapping[tuple, Mapping[str, dict]]) -> Iterator[str]:
     yield "## 2:4 linear layers, bfloat16, microseconds\n"
     yield (
         "*dense* is torch with its epilogue, *fused* cuBLASLt with what it fuses. *chosen* is what the model of the "
-        "device chooses, *fastest* the best of all configurations: architecture, tokens, features, split, cluster.\n"
+        "device chooses, *fastest* the best of all configurations, as `Sparse24Config` has it.\n"
     )
     peers = (*DENSE, "cuSPARSELt", "torch semi-structured")
     rows = []
@@ -170,23 +170,19 @@ def layers_part(found: Mapping[tuple, Mapping[str, dict]]) -> Iterator[str]:
 
 
 def predictions(folder: Path = PREDICTIONS) -> dict[tuple, dict]:
-    """The committed predictions by layer: the rows of "predictions" in every file there."""
-    found = {}
-    for path in sorted(folder.rglob("*.json")):
-        for row in (read_json(path) or {}).get("predictions", []):
-            if all(key in row for key in _LAYER):
-                found[tuple(row[key] for key in _LAYER)] = row
-    return found
+    """The committed predictions by rows and features: microseconds with weights that no cache holds, as here."""
+    rows = [row for path in sorted(folder.glob("predictions_*.json")) for row in read_json(path) or ()]
+    return {(row["rows"], row["in_features"], row["out_features"]): row for row in rows if row["weights"] == "cold"}
 
 
 def predictions_part(found: Mapping[tuple, Mapping[str, dict]], predicted: Mapping[tuple, dict]) -> Iterator[str]:
     """What was expected beside what was measured: microseconds of ours, and how many times as fast as dense."""
     rows = []
     for layer, times in found.items():
-        if layer not in predicted:
+        if layer[:3] not in predicted:
             continue
-        expected, got = predicted[layer], of(times, "chosen")
-        us, ratio = expected.get("us", math.nan), expected.get("over_dense", math.nan)
+        expected, got = predicted[layer[:3]], of(times, "chosen")
+        us, ratio = expected["sparse"], expected["dense"] / expected["sparse"]
         rows.append(
             (
                 *layer,
@@ -240,7 +236,9 @@ def tower_part(folder: Path) -> Iterator[str]:
             tokens = line.get("tokens")
             ratio = number(base / line["ms"], "{:.2f}x") if line["graph"] else ""
             graph = "yes" if line["graph"] else "no"
-            rows.append((line["provider"], graph, f"{line['ms']:.3f}", "" if tokens is None else tokens[-1], ratio))
+            rows.append(
+                (line["provider"], graph, f"{line['ms']:.3f}", "" if tokens is None else f"{tokens[-1]:.0f}", ratio)
+            )
     yield table(("model", "graph", "ms", "tokens left", "over Hugging Face in a graph"), rows)
 
 

@@ -218,8 +218,9 @@ def test_the_page_has_times_ratios_and_predictions(run, tmp_path):
     gpu_first.write_json(run.out / "summary.json", {"seconds": 1, "steps": run.results})
     predicted = tmp_path / "predicted"
     predicted.mkdir()
-    rows = [LAYER | {"us": 10.0, "over_dense": 1.25}, {"tokens": 577}]
-    (predicted / "a.json").write_text(json.dumps({"predictions": rows}))
+    layer = {"rows": 577, "in_features": 768, "out_features": 3072, "dense": 12.5}
+    rows = [layer | {"weights": "cold", "sparse": 10.0}, layer | {"weights": "warm", "sparse": 1.0}]
+    (predicted / "predictions_sm90.json").write_text(json.dumps(rows))
     text = gpu_report.page(run.out, predicted)
     assert text.startswith(
         "# First run on Made-Up H900\n\nMade-Up H900, compute capability 9.0, 7 multiprocessors, torch 9.9"
@@ -276,3 +277,11 @@ def test_only_the_standard_library_is_imported():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert found.stdout == "False\n", found.stderr
+
+
+def test_waits_are_bounded_in_tests_alone():
+    """Where the definition is missing, the preprocessor leaves the loop as it was."""
+    files = [ROOT / "CMakeLists.txt", ROOT / "setup.py"]
+    files += [path for folder in ("cmake", "csrc") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    found = {str(path.relative_to(ROOT)) for path in files if "MADTP_BOUNDED_WAIT" in path.read_text()}
+    assert found == {"csrc/cuda/ptx_sm90.cuh", "csrc/tests/gpu/CMakeLists.txt"}

@@ -66,11 +66,3 @@ def test_a_linear_kernel_of_today_is_that_of_its_report(source, target, tmp_path
     assert is_clean(found["kernels"])
     assert found["kernels"].keys() == known["kernels"].keys()
     assert found["instructions"].keys() == known["instructions"].keys()  # how many is the compiler's choice
-
-
-def test_waits_are_bounded_in_tests_alone():
-    """Where the definition is missing, the preprocessor leaves the loop as it was."""
-    files = [*aot_cuda.ROOT.glob("CMakeLists.txt"), aot_cuda.ROOT / "setup.py"]
-    files += [path for folder in ("cmake", "csrc") for path in (aot_cuda.ROOT / folder).rglob("*") if path.is_file()]
-    found = {str(path.relative_to(aot_cuda.ROOT)) for path in files if "MADTP_BOUNDED_WAIT" in path.read_text()}
-    assert found == {"csrc/cuda/ptx_sm90.cuh", "csrc/tests/gpu/CMakeLists.txt"}

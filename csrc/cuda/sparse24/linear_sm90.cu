@@ -112,6 +112,8 @@ struct PipelineState {
 #endif
 #ifdef MADTP_SM90
 
+__device__ inline void wait_for(std::uint32_t barrier, int parity) { ptx::mbarrier_wait(barrier, parity); }
+
 // The fragments of a lane for 64 input features.
 struct Fragments {
   std::uint32_t values[2][4];
@@ -140,7 +142,7 @@ __device__ void produce(const Params<T>& p, const ptx::TensorMap& x, typename Ti
     if (work.first_token >= valid_tokens) continue;
     for (int block = work.begin; block < work.end; ++block) {
       const std::uint32_t full = ptx::shared_address(&shared.full[state.stage]);
-      ptx::mbarrier_wait(ptx::shared_address(&shared.empty[state.stage]), state.parity ^ 1);
+      wait_for(ptx::shared_address(&shared.empty[state.stage]), state.parity ^ 1);
       ptx::mbarrier_arrive_expect_tx(full, Tile::kStageBytes);
       const std::uint32_t to = ptx::shared_address(shared.x[state.stage]) + rank * kBlockTokens * kRowBytes;
       const int column = block * kBlockColumns, token = work.first_token + rank * kBlockTokens;
@@ -199,7 +201,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < Tile::kAhead; ++i) {
         if (block + i >= work.end) break;
-        ptx::mbarrier_wait(ptx::shared_address(&shared_.full[state_.stage]), state_.parity);
+        wait_for(ptx::shared_address(&shared_.full[state_.stage]), state_.parity);
         const std::uint64_t x = ptx::wgmma_descriptor(ptx::shared_address(shared_.x[state_.stage]));
         const Fragments& now = fragments[i];
         ptx::wgmma_fence();
