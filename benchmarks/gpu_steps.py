@@ -126,11 +126,12 @@ def build(out: Path, build: Path, machine: Path) -> int:
     parallel = ["--parallel", str(os.cpu_count() or 1)]
     targets = ["--target", "gpu_instructions_test", "_C", "_C_bounded"]
     keep_going = ["--", "-k", "0"] if ninja else ["--", "-k"]
-    built = subprocess.run(["cmake", "--build", str(tree), *parallel, *targets, *keep_going])
-    for name, folder in zip(TREES, (tree, tree / "csrc" / "tests" / "gpu" / "bounded"), strict=True):
-        for module in folder.glob("_C*.so"):
-            shutil.copy(module, build / name / "madtp_kernels")
-    return built.returncode
+    try:
+        return subprocess.run(["cmake", "--build", str(tree), *parallel, *targets, *keep_going]).returncode
+    finally:  # what is there when the time is over, too
+        for name, folder in zip(TREES, (tree, tree / "csrc" / "tests" / "gpu" / "bounded"), strict=True):
+            for module in folder.glob("_C*.so"):
+                shutil.copy(module, build / name / "madtp_kernels")
 
 
 # --- 2:4 linear layers

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import subprocess
 
 import pytest
 import torch
@@ -170,6 +171,29 @@ def test_a_tower_is_timed_in_a_graph_and_without(monkeypatch, tmp_path):
     assert [(line["provider"], line["graph"]) for line in found] == [(n, g) for n in names for g in (False, True)]
     assert found[-1]["tokens"][-1] <= 17 and found[-1]["ms"] == 1.0
     assert "| madtp tokens | yes |" in gpu_report.page(tmp_path)
+
+
+def test_a_build_leaves_what_it_made_when_a_target_fails(monkeypatch, tmp_path):
+    """Commands that are made up: one target of three fails."""
+    commands = []
+
+    def run(command, check=False):
+        commands.append(command)
+        if "--build" in command:
+            for folder in ("", "csrc/tests/gpu/bounded"):
+                (tmp_path / "build" / "cmake" / folder).mkdir(parents=True, exist_ok=True)
+                (tmp_path / "build" / "cmake" / folder / "_C.made-up.so").write_text(folder)
+        return subprocess.CompletedProcess(command, 1)
+
+    for name in ("release", "bounded"):
+        (tmp_path / "build" / name / "madtp_kernels").mkdir(parents=True)
+    (tmp_path / "machine.json").write_text('{"capability": [9, 0]}')
+    monkeypatch.setattr(gpu_steps.subprocess, "run", run)
+    places = ["--out", str(tmp_path), "--build", str(tmp_path / "build"), "--machine", str(tmp_path / "machine.json")]
+    assert gpu_steps.main(["build", *places]) == 1
+    assert "-DMADTP_CUDA_ARCHS=90a" in commands[0] and "_C_bounded" in commands[1]
+    made = {name: tmp_path / "build" / name / "madtp_kernels" / "_C.made-up.so" for name in ("release", "bounded")}
+    assert made["release"].read_text() == "" and made["bounded"].read_text() == "csrc/tests/gpu/bounded"
 
 
 def test_the_attention_that_is_named_is_there():
