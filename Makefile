@@ -40,7 +40,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-asan test-tsan test-emulated test-emulated-arm test-slow coverage-cuda test-package bench bench-peers gpu lint types format build clean
+.PHONY: demo test test-asan test-tsan test-emulated test-emulated-arm test-slow coverage-cuda test-package bench bench-peers gpu gpu-first lint types format build clean
 
 demo: build
 	$(MADTP) demo
@@ -111,11 +111,19 @@ bench-peers: export OMP_NUM_THREADS := $(THREADS)
 bench-peers: build
 	$(PY) -m benchmarks.run quantized_linear towers --threads $(THREADS) $(if $(LAYERS),--set layers=$(LAYERS))
 
+# What a failed stage leaves open, the next may answer: all run, and the target fails at the end.
 gpu: export MADTP_BUILD_TESTS := ON
 gpu: build
-	ctest --test-dir $(BUILD) --output-on-failure -L gpu
-	$(PY) -m pytest tests -m gpu
-	$(PY) -m benchmarks.run
+	failed=0; \
+	ctest --test-dir $(BUILD) --output-on-failure -L gpu || failed=1; \
+	$(PY) -m pytest tests -m gpu || failed=1; \
+	$(PY) -m benchmarks.run || failed=1; \
+	exit $$failed
+
+# The first minutes on a GPU: every step in a process of its own, results in OUT as they come. STEPS=linear,attention runs a
+# part. It builds into build/gpu-first what it needs, so the source tree and other builds stay as they are.
+gpu-first: $(READY)
+	$(PY) -m benchmarks.gpu_first $(or $(OUT),build/gpu-first/results) $(if $(STEPS),--steps $(STEPS))
 
 lint: $(READY)
 	ruff check .

@@ -49,6 +49,7 @@ class Entry:
             the cases that come after, so cases with more work come last.
         packages: that providers may need beside ours, whose versions go into the results.
         memory: measure what a call holds, which is seen of torch alone.
+        gpu_cases: the rows on a GPU where other ones matter there; none where no provider runs on one.
     """
 
     name: str
@@ -69,6 +70,10 @@ class Entry:
     seconds: float = math.inf
     packages: Sequence[str] = ()
     memory: bool = True
+    gpu_cases: Sequence[Case] | None = None
+
+    def cases_on(self, device: torch.device) -> Sequence[Case]:
+        return self.cases if device.type == "cpu" or self.gpu_cases is None else self.gpu_cases
 
     def __post_init__(self):
         if self.baseline not in self.providers:

@@ -173,7 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
     values = {}
     for text in options.set:
         key, equals, value = text.partition("=")
-        if not equals or not any(key in case for name in options.entries or known for case in known[name].cases):
+        if not equals or not any(
+            key in case for name in options.entries or known for case in known[name].cases_on(device)
+        ):
             parser.error(f"--set must be KEY=VALUE with a key of the cases, got {text!r}")
         values[key] = int(value) if value.isdecimal() else value
     output = options.out or results_dir(device)
@@ -187,7 +189,10 @@ def main(arguments: list[str] | None = None) -> None:
         rounds = options.rounds or entry.rounds
         if options.seconds is not None and math.isfinite(entry.seconds):
             entry = dataclasses.replace(entry, seconds=options.seconds)
-        cases = with_values(entry.cases[: options.cases], values)
+        cases = with_values(entry.cases_on(device)[: options.cases], values)
+        if not cases:
+            print(f"{name}: nothing of it runs on {device.type}")
+            continue
         for count in threads:
             if count is not None:
                 torch.set_num_threads(count)

@@ -13,7 +13,7 @@ RUNS = [
         entry, case, provider, id="-".join([name, *(f"{v}" for v in case.values()), provider.replace(" ", "_")])
     )
     for name, entry in entries().items()
-    for case in entry.cases
+    for case in entry.cases_on(DEVICE)
     for provider in entry.providers
 ]
 

@@ -76,6 +76,12 @@ def check_count(name: str, value: object) -> None:
     require(ok and not isinstance(value, bool), name, "an integer", value)
 
 
+def check_not_recorded(device: torch.device, what: str, instead: str) -> None:
+    """Raises RuntimeError while a CUDA graph is captured, before the capture is lost to what it cannot hold."""
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{what}, which a CUDA graph cannot record: {instead}")
+
+
 def check_number(name: str, value: object) -> None:
     """What float() takes, but no text and no tensor."""
     ok = isinstance(value, int | float | torch.SymFloat | torch.SymInt) or isinstance(value, numbers.Real)

@@ -15,7 +15,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("reference", "dense", "onednn", "cpu", "triton", "cuda", "cusparselt")
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "dense", "reference")}
+OWN_KERNELS = ("90a",)  # architectures with kernels of their own; all others run those of sm_80
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -184,6 +185,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Choice:
     tensor = first if isinstance(first, torch.Tensor) else first[0]
     dtype = tensor.dtype if entry.dtype is None else entry.dtype(**bound)
     choice = choose(op, bound.get("backend"), dtype, tensor.device, tuple(tensor.shape))
+    if choice.backend == "cuda" and tensor.device.type == "cuda":
+        code = explain_code(tuple(_build_archs()), torch.cuda.get_device_capability(tensor.device))
+        choice = replace(choice, reason=f"{choice.reason}; {code}")
     return entry.tuned(choice, **bound) if entry.tuned is not None and is_auto(bound.get("backend")) else choice
 
 
@@ -254,7 +258,12 @@ def cuda_unsupported_reason(device: torch.device) -> str | None:
         return why
     if not hasattr(extension(), "cuda"):
         return "madtp_kernels._C was built without CUDA"
-    return _too_old(device) or arch_unsupported_reason(tuple(_build_archs()), torch.cuda.get_device_capability(device))
+    if (why := _too_old(device)) is not None:
+        return why
+    archs, capability = tuple(_build_archs()), torch.cuda.get_device_capability(device)
+    if (why := arch_unsupported_reason(archs, capability)) is not None:
+        return why
+    return driver_unsupported_reason(archs, capability, _build_cuda(), _driver_version())
 
 
 def _cusparselt_unsupported_reason(device: torch.device) -> str | None:
@@ -283,9 +292,68 @@ def arch_unsupported_reason(archs: tuple[str, ...], capability: tuple[int, int])
     return f"madtp_kernels._C was built with MADTP_CUDA_ARCHS={';'.join(archs)}, none of which runs on sm_{number}"
 
 
+def code_that_runs(archs: tuple[str, ...], capability: tuple[int, int]) -> tuple[str, bool]:
+    """What a GPU runs of code for `archs`, one of which it runs: the architecture, and whether from PTX, which the
+    driver compiles: machine code is for the GPUs of its major number, and PTX goes along with that for all newer ones.
+    """
+    runnable = [arch for arch in archs if arch_unsupported_reason((arch,), capability) is None]
+    own = [arch for arch in runnable if not arch.isdecimal() or int(arch) // 10 == capability[0]]
+    # Of one number that for the architecture alone ("a") comes first, then that for its family ("f").
+    best = max(own or runnable, key=lambda arch: (int(arch.rstrip("af")), {"a": 2, "f": 1}.get(arch[-1], 0)))
+    return best, not own
+
+
+def explain_code(archs: tuple[str, ...], capability: tuple[int, int]) -> str:
+    """Which of our kernels a GPU runs, and how they come to it."""
+    arch, is_ptx = code_that_runs(archs, capability)
+    kernels = next((own for own in OWN_KERNELS if own == arch), "80")
+    how = f"PTX for sm_{arch}, which the driver compiles at its first use" if is_ptx else f"code for sm_{arch}"
+    return f"on sm_{capability[0]}{capability[1]} the kernels of sm_{kernels} run, as {how}"
+
+
+@functools.cache
+def driver_unsupported_reason(
+    archs: tuple[str, ...],
+    capability: tuple[int, int],
+    built: tuple[int, int] | None,
+    driver: tuple[int, int] | None,
+) -> str | None:
+    """Why a driver does not run code for `archs`, one of which the GPU runs, or None when it does; versions of CUDA.
+
+    It runs machine code of its own major version and older ones, and compiles PTX of its own version and older ones.
+    """
+    if driver is None or built is None:
+        return None
+    arch, is_ptx = code_that_runs(archs, capability)
+    if driver[0] < built[0] or (is_ptx and driver < built):
+        ours = f"PTX for sm_{arch}" if is_ptx else "code"
+        return (
+            f"the NVIDIA driver is for CUDA {driver[0]}.{driver[1]}, and madtp_kernels._C has {ours} of CUDA "
+            f"{built[0]}.{built[1]}: update the driver, or build with an older nvcc"
+        )
+    return None
+
+
 @functools.cache
 def _build_archs() -> list[str]:
     return extension().build_info()["cuda_archs"]
+
+
+@functools.cache
+def _build_cuda() -> tuple[int, int] | None:
+    """The version of CUDA that the extension was built with."""
+    version = extension().build_info()["cuda"]
+    return None if version is None else (int(version.split(".")[0]), int(version.split(".")[1]))
+
+
+@functools.cache
+def _driver_version() -> tuple[int, int] | None:
+    """The version of CUDA that the driver is for, None where torch does not say."""
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    if ask is None:
+        return None
+    major, rest = divmod(ask(), 1000)
+    return major, rest // 10
 
 
 _BACKEND_UNSUPPORTED_REASONS = {

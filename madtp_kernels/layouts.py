@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from madtp_kernels.checks import require
+from madtp_kernels.checks import check_not_recorded, require
 
 
 class KeepsLayouts:
     """A weight whose parts may be written to in place, what was packed of it, and which calls of it were checked."""
 
     _kind: ClassVar[str]  # as the error for an unknown backend names it
+    values: Tensor
     # What an op keeps of the classes of calls it has checked: their backend, its function and the activation.
     fast_paths: dict[tuple[object, ...], tuple[str, Callable[..., Tensor], str]]
     _packed: dict[str, tuple[Any, Any]]  # backend -> (versions, layout)
@@ -35,7 +36,8 @@ class KeepsLayouts:
         Under torch.compile writes go unnoticed: what was packed stays until `forget`.
 
         Raises:
-            ValueError: no layout is registered for `backend`.
+            ValueError: no layout is registered for `backend`. RuntimeError: a CUDA graph is being captured and the
+                weight has not been packed: what a graph writes is there when it is replayed, and kept here before.
         """
         state = self._versions()
         packed = self._packed.get(backend)
@@ -43,6 +45,9 @@ class KeepsLayouts:
             packers = self._packers()
             rule = f"one with {self._kind} layout ({', '.join(packers) or 'none'})"
             require(backend in packers, "backend", rule, backend)
+            if state is not None:
+                call = f"{self._kind} weight is packed for {backend} at its first call"
+                check_not_recorded(self.values.device, call, "call it once before the capture")
             # Out of inference mode: its tensors could not be saved for a backward later.
             with contextlib.nullcontext() if state is None else torch.inference_mode(False):
                 packed = self._packed[backend] = state, packers[backend](self)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import madtp_kernels as mk
-from benchmarks.entry import Entry, require
+from benchmarks.entry import Entry, Unavailable, require
 
 SHAPE = {"heads": 12, "head_dim": 64}
 CASES = [
@@ -25,9 +25,18 @@ CASES = [
         (4, 577, "bfloat16"),
     )
 ]
+GPU_CASES = [
+    {"batch": batch, "tokens": tokens, **SHAPE, "dtype": dtype}
+    for batch, tokens, dtype in ((8, 577, "bfloat16"), (8, 197, "bfloat16"), (2, 2308, "bfloat16"), (8, 577, "float16"))
+]
 RAGGED = [{"batch": 8, "tokens": "37 to 577", **SHAPE, "dtype": "float32"}]
 LENGTHS = [{"batch": 1, "tokens": n, **SHAPE, "dtype": "float32"} for n in (65, 129, 257, 577, 1025, 2049, 4096)]
 CROSS = [{"batch": 32, "queries": 20, "tokens": 577, **SHAPE, "dtype": "float32"}]
+
+
+def in_bfloat16(cases):
+    """The same cases for a GPU, whose matrix units take 16-bit types."""
+    return [{**case, "dtype": "bfloat16"} for case in cases]
 
 
 class AttentionInputs(NamedTuple):
@@ -90,6 +99,24 @@ def _mask(i: AttentionInputs) -> Tensor | None:  # (B, 1, 1, N)
 def sdpa(i: AttentionInputs):
     mask = _mask(i)
     return lambda: (F.scaled_dot_product_attention(*i.padded, attn_mask=mask),)
+
+
+def flex_attention(i: AttentionInputs):
+    """torch's compiled attention, which takes masks as functions; it returns no statistics either."""
+    if i.q.device.type != "cuda":
+        raise Unavailable("FlexAttention is compared on GPUs")
+    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    mask = None
+    if not i.real.all():
+        batch, length = i.real.shape
+        is_real = lambda b, h, q, k: i.real[b, k]  # noqa: E731
+        mask = create_block_mask(is_real, batch, None, length, length, device=i.q.device)
+    compiled = torch.compile(flex, dynamic=False)
+    run = lambda: (compiled(*i.padded, block_mask=mask),)  # noqa: E731
+    run()  # compiles
+    return run
 
 
 def eager_statistics(i: AttentionInputs, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,6 +211,7 @@ def self_attention(name: str, summary: str, cases, **options) -> Entry:
         inputs=attention_inputs,
         providers={
             "torch SDPA": sdpa,
+            "torch FlexAttention": flex_attention,
             "torch eager with statistics": eager,
             "madtp cpu": ours("cpu", return_stats=False),
             "madtp cpu with statistics": ours("cpu", return_stats=True),
@@ -203,13 +231,26 @@ ENTRIES = (
         "attention",
         "attention of ragged sequences, with the importance statistics of every token where it says so",
         CASES,
+        gpu_cases=GPU_CASES,
     ),
-    self_attention("attention_ragged", "the same on sequences of different lengths; torch's are padded", RAGGED),
-    self_attention("attention_length", "the same against the number of tokens", LENGTHS, against="tokens"),
+    self_attention(
+        "attention_ragged",
+        "the same on sequences of different lengths; torch's are padded",
+        RAGGED,
+        gpu_cases=in_bfloat16(RAGGED),
+    ),
+    self_attention(
+        "attention_length",
+        "the same against the number of tokens",
+        LENGTHS,
+        against="tokens",
+        gpu_cases=in_bfloat16(LENGTHS),
+    ),
     Entry(
         name="attention_cross",
         summary="a few queries of text on the tokens of an image",
         cases=CROSS,
+        gpu_cases=in_bfloat16(CROSS),
         inputs=cross_inputs,
         providers={
             "torch SDPA": cross_sdpa,

@@ -16,6 +16,11 @@ from benchmarks.entry import Entry, require
 
 CASES = [{"batch": 4, "tokens": tokens, **SHAPE, "dtype": "float32"} for tokens in (577, 197, 65)]
 
+GPU_CASES = [
+    {"batch": batch, "tokens": tokens, **SHAPE, "dtype": "bfloat16"}
+    for batch, tokens in ((8, 577), (8, 197), (2, 2308))
+]
+
 
 class BackwardInputs(NamedTuple):
     forward: AttentionInputs
@@ -82,6 +87,7 @@ ENTRIES = (
         name="attention_backward",
         summary="the backward of attention, through the statistics too where it says so",
         cases=CASES,
+        gpu_cases=GPU_CASES,
         inputs=backward_inputs,
         providers={
             "torch SDPA": sdpa,

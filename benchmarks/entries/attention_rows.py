@@ -82,6 +82,7 @@ ENTRIES = (
         name="attention_rows",
         summary="what the last tokens of a prompt attend to, mean over heads and rows: FastV's importance",
         cases=CASES,
+        gpu_cases=[case for case in CASES if case["dtype"] == "bfloat16"],
         inputs=rows_inputs,
         providers={
             "torch": lambda i: in_torch(i, i.q.dtype),

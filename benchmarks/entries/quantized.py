@@ -146,6 +146,7 @@ ENTRIES = (
         summary="linear layers of ViT-B and ViT-L, from x to y in this dtype; geometric means over six shapes, with "
         "the least and the largest of them",
         cases=CASES,
+        gpu_cases=(),  # int8 runs on CPUs
         inputs=linear_inputs,
         providers={
             "torch float32": dense(torch_linear, torch.float32),

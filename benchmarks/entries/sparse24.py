@@ -35,10 +35,24 @@ LAYERS = (  # of a ViT-B block
 TOKENS = (1, 4, 12, 16, 32, 64, 197, 577, 2308)
 CASES = [{"tokens": tokens, **layer, "dtype": "float32"} for layer in LAYERS for tokens in TOKENS]
 CASES += [{"tokens": tokens, **layer, "dtype": "bfloat16"} for layer in LAYERS for tokens in (1, 16, 197, 577, 2308)]
+GPU_CASES = [  # what the Sparse Tensor Cores take
+    {"tokens": tokens, **layer, "dtype": "bfloat16"} for layer in LAYERS for tokens in (64, 197, 577, 2308, 4616, 18464)
+]
 SWEEP = [
     {"tokens": tokens, "in_features": in_features, "out_features": out_features, "epilogue": "bias", "dtype": "float32"}
     for out_features, in_features in (*itertools.product((192, 768, 3072), repeat=2), (4096, 1024))
     for tokens in (1, 4, 16, 64, 197, 577, 1154, 4616)
+]
+GPU_SWEEP = [
+    {
+        "tokens": tokens,
+        "in_features": in_features,
+        "out_features": out_features,
+        "epilogue": "bias",
+        "dtype": "bfloat16",
+    }
+    for out_features, in_features in ((768, 768), (3072, 768), (768, 3072), (4096, 1024))
+    for tokens in (16, 64, 577, 4616)
 ]
 
 
@@ -145,6 +159,7 @@ ENTRIES = (
         name="sparse24_linear",
         summary="a linear layer with a 2:4 weight and its epilogue; the rate counts the FLOPs of the dense product",
         cases=CASES,
+        gpu_cases=GPU_CASES,
         inputs=linear_inputs,
         providers={
             "torch dense": torch_linear,
@@ -165,6 +180,7 @@ ENTRIES = (
         name="sparse24_sweep",
         summary="linear layers with a 2:4 weight and a bias on the backend that auto chooses, over rows and sizes",
         cases=SWEEP,
+        gpu_cases=GPU_SWEEP,
         inputs=linear_inputs,
         providers={
             "torch dense": torch_linear,

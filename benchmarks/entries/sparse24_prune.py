@@ -151,6 +151,7 @@ ENTRIES = (
             "torch semi-structured": torch_semi_structured,
             "madtp reference": ours("reference"),
             "madtp cpu": ours("cpu"),
+            "madtp cuda": ours("cuda"),
             "copy of the weight": copy_of_weight,
         },
         baseline="madtp reference",
@@ -161,6 +162,7 @@ ENTRIES = (
         name="sparse24_pack",
         summary="the 2:4 form to the layout of the CPU kernels, once per process, beside a copy of the dense weight",
         cases=LAYERS,
+        gpu_cases=(),  # the layout is that of the CPU kernels
         inputs=pack_inputs,
         providers={"copy of the weight": copy_of_weight, "madtp cpu": our_layout, "madtp dense": dense_layout},
         baseline="copy of the weight",

@@ -39,6 +39,10 @@ CASES = [
         (32, 576, 768, 0.5, "bfloat16"),
     )
 ]
+GPU_CASES = [
+    {"batch": batch, "tokens": tokens, "channels": channels, "alignment_tokens": 100, "keep": 0.5, "dtype": "bfloat16"}
+    for batch, tokens, channels in ((32, 576, 768), (8, 576, 768), (8, 576, 1024), (32, 196, 768))
+]
 
 
 def prune_inputs(case, device, seed) -> PruneInputs:
@@ -203,6 +207,7 @@ def _entry(name: str, summary: str, layernorm: bool) -> Entry:
         name=name,
         summary=summary,
         cases=CASES,
+        gpu_cases=GPU_CASES,
         inputs=prune_inputs,
         providers={
             "published sequence": published(layernorm),

@@ -57,6 +57,24 @@ __device__ __forceinline__ bool mbarrier_try_wait(std::uint32_t barrier, int par
       : "memory");
   return complete != 0;
 }
+// Until that phase is complete. With MADTP_BOUNDED_WAIT, which tests are compiled with, one that does not
+// come in two seconds ends the kernel with an error instead of never.
+__device__ __forceinline__ void mbarrier_wait(std::uint32_t barrier, int parity) {
+#ifdef MADTP_BOUNDED_WAIT
+  constexpr std::uint64_t kNanoseconds = 2'000'000'000;
+  const auto now = [] {
+    std::uint64_t time;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+    return time;
+  };
+  const std::uint64_t begin = now();
+  while (!mbarrier_try_wait(barrier, parity))
+    if (now() - begin > kNanoseconds) __trap();
+#else
+  while (!mbarrier_try_wait(barrier, parity)) {
+  }
+#endif
+}
 
 __device__ __forceinline__ int cluster_rank() {
   std::uint32_t rank;

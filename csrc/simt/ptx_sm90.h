@@ -27,6 +27,10 @@ inline void mbarrier_arrive(std::uint32_t barrier) { simt::mbarrier_arrive(simt:
 inline bool mbarrier_try_wait(std::uint32_t barrier, int parity) {
   return simt::mbarrier_try_wait(barrier, parity);
 }
+inline void mbarrier_wait(std::uint32_t barrier, int parity) {
+  while (!mbarrier_try_wait(barrier, parity)) {  // the machine ends a wait that nothing can end
+  }
+}
 
 inline int cluster_rank() { return simt::block().rank; }
 inline void cluster_sync() { simt::cluster_sync(); }

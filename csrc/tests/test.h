@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// TEST(name) { ... EXPECT(condition); EXPECT_NEAR(a, b, tolerance); }: a failed expectation is printed and
-// counted, and the test goes on. run_all is what main does.
+// TEST(name) { ... EXPECT(condition); EXPECT_NEAR(a, b, tolerance); }: a failed expectation is counted, the
+// first of a test are printed, and the test goes on. run_all is what main does.
 
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <vector>
 
@@ -21,7 +22,13 @@ inline std::vector<Case>& cases() {
   return all;
 }
 
-inline int failures = 0;
+inline int failures = 0;         // of all tests
+inline int failures_before = 0;  // the one that runs
+
+constexpr int kShown = 5;  // of a test: a wrong layout fails some expectation for every element
+
+// Counts a failure. Whether it is to be printed.
+inline bool add_failure() { return ++failures - failures_before <= kShown; }
 
 inline bool add(const char* name, void (*run)()) {
   cases().push_back({name, run});
@@ -29,28 +36,28 @@ inline bool add(const char* name, void (*run)()) {
 }
 
 inline void expect(bool holds, const char* text, const char* file, int line) {
-  if (holds) return;
-  ++failures;
-  std::printf("%s:%d: expected %s\n", file, line, text);
+  if (!holds && add_failure()) std::printf("%s:%d: expected %s\n", file, line, text);
 }
 
 inline void expect_near(double a, double b, double tolerance, const char* text, const char* file, int line) {
   if (std::abs(a - b) <= tolerance) return;  // false for NaN
-  ++failures;
-  std::printf("%s:%d: expected %s, got %.9g and %.9g\n", file, line, text, a, b);
+  if (add_failure()) std::printf("%s:%d: expected %s, got %.9g and %.9g\n", file, line, text, a, b);
 }
 
-// Runs all tests: what main returns.
-inline int run_all() {
+// Runs all tests, or the one of this name: what main returns.
+inline int run_all(const char* only = nullptr) {
   for (const Case& test : cases()) {
-    const int before = failures;
+    if (only != nullptr && std::strcmp(only, test.name) != 0) continue;
+    failures_before = failures;
     try {
       test.run();
     } catch (const std::exception& error) {
       ++failures;
       std::printf("%s\n", error.what());
     }
-    std::printf("%s %s\n", failures == before ? "ok    " : "FAILED", test.name);
+    const int failed = failures - failures_before;
+    if (failed > kShown) std::printf("and %d more\n", failed - kShown);
+    std::printf("%s %s\n", failed == 0 ? "ok    " : "FAILED", test.name);
     std::fflush(stdout);
   }
   return failures == 0 ? 0 : 1;

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
+from madtp_kernels.checks import check_not_recorded
 from madtp_kernels.native.common import DTYPES, address, aligned, aligned_rows, call, map_given, matrix, row_contiguous
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def sparse24_pack(values: Tensor, indices: Tensor) -> Tensor:
 
 def sparse24_prune(weight: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor]:
     """Arguments and results of the reference; RuntimeError for a NaN, which a GPU is asked for once."""
+    check_not_recorded(weight.device, "pruning asks the GPU for a NaN", "prune before the capture")
     score = None if score is None else score.float()
     out_features, in_features = weight.shape
     values = weight.new_empty(out_features, in_features // 2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
-from madtp_kernels.checks import check_number, check_optional_types, check_types, require
+from madtp_kernels.checks import check_not_recorded, check_number, check_optional_types, check_types, require
 from madtp_kernels.ops import token_library as token_library  # registers the ops in torch.ops.madtp
 from madtp_kernels.ops.attention import AttentionStats
 from madtp_kernels.renamed import renamed
@@ -195,6 +195,8 @@ def sized(source: Tensor, cu_seqlens_out: Tensor, capacity: str) -> Tensor:
     """`source` with as many rows as the capacity says; "exact" reads that number on the host."""
     if capacity == "upper_bound":
         return source
+    instead = 'use capacity="upper_bound"'
+    check_not_recorded(source.device, 'capacity="exact" reads the number of rows on the host', instead)
     num_rows = cu_seqlens_out[-1].item()
     torch._check(num_rows >= 0)
     torch._check(num_rows <= source.shape[0])

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import registry, run
+from benchmarks import measure, registry, run
 from benchmarks.entry import Entry, Unavailable
 from benchmarks.measure import MIN_TURNS, Spread, peak_bytes, ratios, take_turns
 from benchmarks.peers.exports import exported
@@ -267,3 +267,74 @@ def test_towers_of_ours_are_what_hugging_face_computes():
     case = {**entry.cases[-1], "pixels": 28, "width": 32, "mlp": 48, "heads": 2, "layers": 2}
     rows = run.run_case(dataclasses.replace(entry, providers=quick), case, CPU, rounds=1)
     assert [row["provider"] for row in rows if "seconds" in row] == list(quick)
+
+
+class Gpu:
+    """What the timer calls of torch.cuda, written down. A call is queued in `queued` seconds."""
+
+    def __init__(self, monkeypatch):
+        self.order, self.now, gpu = [], 0.0, self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                gpu.order.append("record")
+
+            def synchronize(self):
+                gpu.order.append("synchronize")
+
+            def elapsed_time(self, end):
+                return 0.25 if end is not self else 0.0  # milliseconds
+
+        class Flush:
+            def zero_(self):
+                gpu.order.append("flush")
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: self.order.append(clocks))
+        monkeypatch.setattr(torch, "empty", lambda *sizes, dtype, device: Flush())
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+
+    def takes(self, seconds):
+        def call():
+            self.order.append("call")
+            self.now += seconds
+
+        return call
+
+
+def test_a_gpu_sleeps_until_the_whole_call_is_queued(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    timer, quick, slow, waiting = measure._cuda_timer(), gpu.takes(1e-5), gpu.takes(5e-3), gpu.takes(30.0)
+    assert timer(quick) == 0.25e-3
+    assert gpu.order == ["flush", measure.MIN_CLOCKS_AHEAD, "record", "call", "record", "synchronize"]
+    for function in (quick, slow, slow, waiting, waiting):
+        timer(function)
+    sleeps = [entry for entry in gpu.order if isinstance(entry, int)]
+    longest = int(measure.MAX_SECONDS_AHEAD * measure.CLOCKS_PER_SECOND)
+    least = measure.MIN_CLOCKS_AHEAD
+    assert sleeps == [least, least, least, int(1e-2 * measure.CLOCKS_PER_SECOND), least, longest]
+
+
+def test_a_gpu_has_cases_of_its_own(double, monkeypatch, tmp_path, capsys):
+    gpu = torch.device("cuda")
+    assert ENTRY.cases_on(gpu) == ENTRY.cases == ENTRY.cases_on(CPU)
+    entry = dataclasses.replace(ENTRY, gpu_cases=[{"size": 8}])
+    assert entry.cases_on(gpu) == [{"size": 8}] and entry.cases_on(CPU) == ENTRY.cases
+    none = dataclasses.replace(ENTRY, cases=())
+    monkeypatch.setattr(run, "entries", lambda: {"double": none})
+    run.main(["--out", str(tmp_path)])
+    assert capsys.readouterr().out == "double: nothing of it runs on cpu\n" and not list(tmp_path.iterdir())
+
+
+def test_what_the_cuda_kernel_refuses_is_not_measured_on_a_gpu():
+    entries, gpu = registry.entries(), torch.device("cuda")
+    for name in ("sparse24_linear", "sparse24_sweep", "attention_backward", "prune_step"):
+        assert {case["dtype"] for case in entries[name].cases_on(gpu)} == {"bfloat16"}
+    assert {case["dtype"] for case in entries["attention"].cases_on(gpu)} == {"bfloat16", "float16"}
+    assert {577, 197, 2308} <= {case["tokens"] for case in entries["attention_backward"].cases_on(gpu)}
+    assert "madtp triton with statistics" in entries["attention_backward"].providers
+    for name in ("sparse24_pack", "quantized_linear"):
+        assert not entries[name].cases_on(gpu)

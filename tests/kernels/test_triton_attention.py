@@ -127,6 +127,7 @@ def test_log_sum_exp_is_natural():
 
 @pytest.mark.parametrize("length", with_slow([65], [577]))
 def test_image_length(length):
+    """In the interpreter; test_triton_attention_gpu.py has more of them, and longer ones."""
     Case([length], heads=2, dim=64, dtype=torch.float16).check()
 
 

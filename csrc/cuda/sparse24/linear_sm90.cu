@@ -99,10 +99,7 @@ struct PipelineState {
 #endif
 #ifdef MADTP_SM90
 
-__device__ inline void wait_for(std::uint32_t barrier, int parity) {
-  while (!ptx::mbarrier_try_wait(barrier, parity)) {
-  }
-}
+__device__ inline void wait_for(std::uint32_t barrier, int parity) { ptx::mbarrier_wait(barrier, parity); }
 
 // The fragments of a lane for 64 input features.
 struct Fragments {

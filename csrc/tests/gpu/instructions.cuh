@@ -68,8 +68,7 @@ __global__ void wgmma_sp_kernel(const __grid_constant__ ptx::TensorMap map, bool
     ptx::tma_load_2d(base, &map, 0, 0, barrier);
   }
   __syncthreads();
-  while (!ptx::mbarrier_try_wait(barrier, 0)) {
-  }
+  ptx::mbarrier_wait(barrier, 0);
   float d[kN / 2];
   for (int i = 0; i < kN / 2; ++i) d[i] = in->d[thread][i];
   std::uint32_t a[2][4];
@@ -107,8 +106,7 @@ __global__ void box_kernel(const __grid_constant__ ptx::TensorMap map, int colum
     }
   }
   __syncthreads();
-  while (!ptx::mbarrier_try_wait(barrier, 0)) {
-  }
+  ptx::mbarrier_wait(barrier, 0);
   const auto* const halves = reinterpret_cast<const std::uint16_t*>(shared);
   for (int i = int(threadIdx.x); i < kBlocks * kBytes / 2; i += 32)
     (&out->shared[rank][0][0][0])[i] = halves[i];

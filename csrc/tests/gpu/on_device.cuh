@@ -5,7 +5,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cstring>
+#include <cstddef>
 
 #include "cuda/device.h"
 #include "cuda/launch.cuh"
@@ -13,21 +13,26 @@
 namespace madtp::test {
 namespace {
 
-// launch(operands, result) on copies that the device can reach.
+// launch(operands, result) on copies in the memory of the device: copies by TMA from managed memory may
+// fault.
 template <typename Operands, typename Result, typename Launch>
 Status on_device(const Operands& operands, Result* result, Launch&& launch) {
   struct Both {
     Operands operands;
     Result result;
   }* both = nullptr;
-  Status status = cuda::to_status(cudaMallocManaged(reinterpret_cast<void**>(&both), sizeof(Both)));
+  Status status = cuda::to_status(cudaMalloc(reinterpret_cast<void**>(&both), sizeof(Both)));
   if (status != Status::ok) return status;
-  std::memset(static_cast<void*>(both), 0, sizeof(Both));
-  both->operands = operands;
-  status = launch(&both->operands, &both->result);
+  *result = {};
+  const auto copy = [&](void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
+    if (status == Status::ok) status = cuda::to_status(cudaMemcpy(to, from, bytes, kind));
+  };
+  copy(&both->operands, &operands, sizeof(Operands), cudaMemcpyHostToDevice);
+  copy(&both->result, result, sizeof(Result), cudaMemcpyHostToDevice);
+  if (status == Status::ok) status = launch(&both->operands, &both->result);
   const Status finished = cuda::to_status(cudaDeviceSynchronize());
   if (status == Status::ok) status = finished;
-  if (status == Status::ok) *result = both->result;
+  copy(result, &both->result, sizeof(Result), cudaMemcpyDeviceToHost);
   cudaFree(both);
   return status;
 }
