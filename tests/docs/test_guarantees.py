@@ -28,7 +28,7 @@ PROMISES = [item for heading, items in sections().items() if heading != UNPROMIS
 
 
 @functools.cache
-def tests_of(path: str) -> set[str]:
+def defined_in(path: str) -> set[str]:
     """The tests that are defined in a file, read and not run."""
     source = (ROOT / path).read_text(encoding="utf-8")
     if path.endswith(".cpp"):
@@ -47,7 +47,7 @@ def test_a_promise_names_its_tests(promise):
     for path, name in named:
         assert (ROOT / path).is_file(), f"{path} does not exist"
         assert name.startswith("test_") or path.endswith(".cpp"), f"{name} is no test"
-        assert name in tests_of(path), f"{path} has no {name}"
+        assert name in defined_in(path), f"{path} has no {name}"
 
 
 def test_a_promise_ends_with_its_tests():
