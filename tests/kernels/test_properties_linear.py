@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from property_cases import (
     DTYPES,
@@ -267,4 +268,5 @@ def test_dense_linear_within_twice_the_reference_error(case):
     got, bound = run(x, weight, rest, "dense"), run(x, weight, rest, "reference")
     # Torch rounds the product to the dtype before the activation, and its result after it.
     size = sums(case, x, weight)
+    assume(size < torch.finfo(case.dtype).max)
     assert_within(got, exact, bound, (4 * EPS + 2 * torch.finfo(case.dtype).eps) * size)
