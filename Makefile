@@ -40,7 +40,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-asan test-tsan test-emulated test-emulated-arm test-slow coverage-cuda test-package bench bench-peers gpu gpu-first lint types format build clean
+.PHONY: demo test test-asan test-tsan test-emulated test-emulated-arm test-slow soak coverage-cuda test-package bench bench-peers gpu gpu-first lint types format build clean
 
 demo: build
 	$(MADTP) demo
@@ -98,6 +98,10 @@ coverage-cuda: $(READY)
 
 test-slow: build
 	$(PY) -m pytest tests -m "slow and not gpu"
+
+# Ops and patched models from several threads for MINUTES: memory stays flat, results keep their bits.
+soak: build
+	$(PY) tests/soak.py --minutes $(or $(MINUTES),30)
 
 test-package: build
 	$(PY) -m pytest tests/build -m slow

@@ -110,5 +110,6 @@ def _checksum(weights: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        elements = tensor.as_strided((tensor.numel(),), (1,))  # a single one may have any stride, contiguous as it is
+        digest.update(elements.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -157,7 +157,8 @@ def varlen_attention_backward(
     summary_index: Tensor | None,
     return_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # like q, k, v
-    """Exact through the output and both statistics; the head maximum sends its gradient to the first arg-max head."""
+    """Exact through the output and both statistics; the head maximum sends its gradient to the first arg-max head, and
+    the norm of an output of zeros none."""
     maps = _attend(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
         causal, window_left, window_right, softcap, alibi_slopes,
@@ -174,7 +175,8 @@ def varlen_attention_backward(
         d_share = d_summary * sharing.from_summary  # (B, N, H)
         mean = (d_share * sharing.head_share).sum(dim=-1, keepdim=True)
         d_norms = (d_share - mean) / sharing.norms.sum(dim=-1, keepdim=True).clamp_min(tiny)
-        d_out = d_out + (d_norms / sharing.norms.clamp_min(tiny))[..., None] * maps.out
+        through_norms = (d_norms / sharing.norms.clamp_min(tiny)).masked_fill(sharing.norms == 0, 0)
+        d_out = d_out + through_norms[..., None] * maps.out
 
         through_summary = (d_summary * sharing.head_share).transpose(1, 2)[:, :, None, :]  # (B, H, 1, N)
         d_probabilities = sharing.is_summary[:, None, :, None] * through_summary

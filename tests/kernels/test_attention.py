@@ -305,6 +305,27 @@ def test_the_gradient_of_a_maximum_goes_to_the_first_head_that_reaches_it():
     assert got[:, :2, 0].abs().max() > 0 and got[:, :, 1:].eq(0).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
+@pytest.mark.parametrize("zeros", ["first token", "one head", "all"])
+def test_outputs_of_zeros_have_no_gradient_through_their_norm(backend, zeros):
+    cu = cu_seqlens_of([6])
+    q, k, v = (x.detach() for x in qkv(6, dim=8, dtype=torch.float32))
+    at = {"first token": (slice(1),), "one head": (slice(None), 1), "all": (slice(None),)}[zeros]
+    v[at] = 0
+
+    def summaries(dtype, backend, order=1):
+        x = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        result = mk.varlen_attention(*x, cu, max_seqlen_q=6, causal=True, return_stats=True, backend=backend)
+        loss = (result[1].summary_attention * torch.arange(1.0, 7.0)).sum() + result[0].cos().sum()
+        grads = torch.autograd.grad(100 * loss, x, create_graph=order > 1)
+        return grads if order == 1 else torch.autograd.grad(sum(grad.square().sum() for grad in grads), x)
+
+    for got, expected in zip(summaries(torch.float32, backend), summaries(torch.float64, "reference"), strict=True):
+        assert expected.isfinite().all()
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    assert all(grad.isfinite().all() for grad in summaries(torch.float64, backend="reference", order=2))
+
+
 @needs_extension
 def test_head_dims_the_cpu_kernel_lacks_run_on_the_reference():
     q, k, v = (x.float().detach() for x in qkv(15, dim=20))

@@ -19,6 +19,8 @@ from madtp_kernels.ops.quantized import quantized_pack
 from madtp_kernels.reference import quantized as reference
 from madtp_kernels.reference.quantized import MAX_IN_FEATURES
 
+pytestmark = pytest.mark.sanitized
+
 needs_extension = pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension")
 SCHEMES = ("int8", "int8_24")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

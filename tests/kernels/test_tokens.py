@@ -149,6 +149,18 @@ def test_merge_weights_of_subnormal_importance_add_up_to_one(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.003, 1.0])
+def test_importance_of_any_size_is_selected_alike(backend, temperature):
+    importance, logits, cu = torch.rand(40), torch.randn(40, 3), cu_seqlens_of([40])
+    expected = mk.select_tokens(importance, logits, cu, temperature, backend=backend)
+    assert expected.source.numel() < 40
+    for exponent in (-60, 63, 65, 100, 120):
+        got = mk.select_tokens(importance * 2.0**exponent, logits, cu, temperature, backend=backend)
+        assert torch.equal(got.keep, expected.keep)
+        torch.testing.assert_close(got.merge_weight, expected.merge_weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 3, 17, 64, 129])
 def test_gathers_within_twice_the_reference_error(backend, dtype, channels):

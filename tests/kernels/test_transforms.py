@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from madtp_kernels import dispatch
 
 pytestmark = [
+    pytest.mark.sanitized,
     pytest.mark.skipif(dispatch.extension_unsupported_reason() is not None, reason="no C++ extension"),
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]

@@ -77,7 +77,9 @@ class AttentionBackward {
       for (std::int64_t h = 0; h < a_.heads; ++h) mean += through[h * prepared_.stride] * gain[h] / norm_sum;
       for (std::int64_t h = 0; h < a_.heads; ++h) {
         const float norm = gain[h];
-        gain[h] = (through[h * prepared_.stride] - mean) / norm_sum / (norm > kTiny ? norm : kTiny);
+        // An output of zeros has no direction to grow in: no gradient, where 0 times infinity would be NaN.
+        gain[h] =
+            norm == 0 ? 0 : (through[h * prepared_.stride] - mean) / norm_sum / (norm > kTiny ? norm : kTiny);
         through[h * prepared_.stride] = seen ? g_.grad_summary_attention[row] * norm / norm_sum : 0;
       }
     }

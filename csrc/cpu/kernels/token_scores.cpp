@@ -70,10 +70,24 @@ void sequence_importance(const Sequence& s, const float* summary_attention, cons
                               3;
 }
 
+// How far importances are below the highest. The unit is 1, or a power of two so large that what is summed
+// over tokens, with weights of more than 1, stays a float.
+struct Deficits {
+  float highest, lowest, per_unit;
+
+  Deficits(float high, float low) {
+    per_unit = high - low > 0x1p64f ? 0x1p-64f : 1.0f;
+    highest = high * per_unit;
+    lowest = low * per_unit;
+  }
+  float of(float importance) const { return highest - importance * per_unit; }
+  float largest() const { return highest - lowest; }
+};
+
 // max over N * kWidth alignment tokens of sum_j softmax_j((A_jk) / tau) deficit_j, NaN if one is; lanes from
 // `count` on do not exist.
 template <int N, typename T>
-float block_threshold(const Sequence& s, const float* importance, float highest, const T* logits,
+float block_threshold(const Sequence& s, const float* importance, const Deficits& deficits, const T* logits,
                       std::int64_t stride, std::int64_t count, float scale) {
   const auto lanes = [&](std::int64_t j, Vec* a) {
     const T* row = logits + j * stride;
@@ -95,7 +109,7 @@ float block_threshold(const Sequence& s, const float* importance, float highest,
   for (std::int64_t j = s.begin; j < s.end; ++j) {
     if (!s.is_prunable(j)) continue;
     lanes(j, a);
-    const Vec deficit = broadcast(highest - importance[j]);
+    const Vec deficit = broadcast(deficits.of(importance[j]));
     for (int n = 0; n < N; ++n) {
       const Vec e = exp2_nonpositive<kRange>((a[n] - best[n]) * broadcast(scale));
       weight[n] += e;
@@ -128,20 +142,21 @@ std::int64_t sequence_keep(const Sequence& s, const float* importance, const T* 
     if (importance[j] > highest) highest = importance[j];
     if (importance[j] < lowest) lowest = importance[j];
   }
+  const Deficits deficits(highest, lowest);
   const double inverse = 1.4426950408889634 / temperature;  // log2(e) / tau
   const float scale = inverse > FLT_MAX ? FLT_MAX : inverse < FLT_MIN ? FLT_MIN : float(inverse);
   constexpr int kVectors = 4;
   float threshold = -INFINITY;
   for (std::int64_t k = 0; k < alignment_tokens; k += kVectors * kWidth) {
     const float value =
-        block_threshold<kVectors>(s, importance, highest, logits + k, stride, alignment_tokens - k, scale);
+        block_threshold<kVectors>(s, importance, deficits, logits + k, stride, alignment_tokens - k, scale);
     if (value != value) return length;
     if (value > threshold) threshold = value;
   }
   if (temperature < kArgmaxTemperature)
-    threshold += float(1 - temperature / kArgmaxTemperature) * (highest - lowest - threshold);
+    threshold += float(1 - temperature / kArgmaxTemperature) * (deficits.largest() - threshold);
   const auto goes = [&](std::int64_t j) {
-    return s.is_prunable(j) && !(highest - importance[j] < threshold);
+    return s.is_prunable(j) && !(deficits.of(importance[j]) < threshold);
   };
   std::int64_t pruned = 0;
   for (std::int64_t j = s.begin; j < s.end; ++j) pruned += goes(j);
