@@ -260,8 +260,8 @@ class PrunedPrompt(PatchedHead):
 
 
 def _at_given_positions(source: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """`prepare_inputs_for_generation` of a class. Some (EXAONE 4.5) leave it to a forward to count positions, and those of
-    a pruned prompt have gaps."""
+    """`prepare_inputs_for_generation` of a class. Some (EXAONE 4.5) leave it to a forward to count positions, and
+    those of a pruned prompt have gaps."""
 
     @functools.wraps(source)  # `generate` asks it which inputs there are
     def prepare(self, input_ids, *args, **kwargs):
