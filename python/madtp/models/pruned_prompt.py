@@ -42,7 +42,8 @@ class PrunedPrompt(PatchedHead):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if (parts := vars(cls).get("madtp_parts")) is not None:
-            cls.prepare_inputs_for_generation = _at_given_positions(parts[0].prepare_inputs_for_generation)
+            prepare = _at_given_positions(parts[0].prepare_inputs_for_generation)
+            cls.prepare_inputs_for_generation = prepare  # type: ignore[attr-defined]
 
     def generate(self, *args, **kwargs):
         """As in Hugging Face: the prompt that was given, and the new tokens.
