@@ -23,6 +23,7 @@ from tiny_models import (
     text_inputs,
     tokens,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from vlm_families import make_vlm, vlm_batch
 
 from madtp.models import attention_interface
@@ -326,10 +327,21 @@ def test_a_causal_mask_of_a_module_that_has_other_masks_too(name):
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
 
 
-def test_masks_on_the_meta_device():
-    config = hf.MistralConfig(**SHAPE, num_key_value_heads=1, vocab_size=40, sliding_window=3)
-    with torch.device("meta"):
+@pytest.mark.parametrize("window", [3, 64])
+@pytest.mark.parametrize("where", [lambda: torch.device("meta"), FakeTensorMode])
+def test_masks_without_values(where, window):
+    """What has none is asked for none: on the meta device, and in fake tensors."""
+    shape = SHAPE | {"num_hidden_layers": 1, "vocab_size": 40}
+    config = hf.MistralConfig(**shape, num_key_value_heads=1, sliding_window=window)
+    with where(), torch.no_grad():
         model = hf.MistralForCausalLM(config)
         model.set_attn_implementation("madtp")
-        for mask in (None, torch.ones(2, 7, dtype=torch.long)):
-            assert model(input_ids=torch.ones(2, 7, dtype=torch.long), attention_mask=mask).logits.is_meta
+        ids = torch.ones(2, 7, dtype=torch.long)
+        for mask in (None, torch.ones_like(ids)):
+            cache = hf.DynamicCache(config=config)
+            assert model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits.shape == (2, 7, 40)
+            later = None if mask is None else torch.ones(2, 10, dtype=torch.long)
+            assert model(ids[:, :3], attention_mask=later, past_key_values=cache).logits.shape == (2, 3, 40)
+        encoder = hf.BertModel(hf.BertConfig(**shape))
+        encoder.set_attn_implementation("madtp")
+        assert encoder(ids, attention_mask=torch.ones_like(ids)).last_hidden_state.shape[:2] == (2, 7)

@@ -207,6 +207,28 @@ def test_a_patched_model_is_counted_as_it_is_patched(llava):
     assert madtp.prompt_cost(model, keep, **text) == madtp.prompt_cost(model, **text)
 
 
+@pytest.mark.parametrize("name", ["LLaVA", pytest.param("Qwen2.5-VL", marks=pytest.mark.slow)])
+def test_duplicates_cost_their_patches_alone(name):
+    model = make_vlm(name)
+    inputs = vlm_batch(name, model)
+    inputs["pixel_values"][..., :8] = 0
+    inputs["pixel_values"][: len(inputs["pixel_values"]) // 2] = 0
+    keep = {"vision": madtp.Keep(0.5, rule="uniform", duplicates=0.0)}
+    cost, branches = madtp.prompt_cost(model, keep, **inputs), measured(model, keep, inputs)
+    assert (cost.projector, cost.prefill) == (branches["projector"], branches["decoder"])
+    assert abs(cost.vision - branches["vision"]) <= (0 if name == "LLaVA" else 0.01 * cost.vision)  # windows
+    assert cost.vision < madtp.prompt_cost(model, {"vision": uniform(0.5)}, **inputs).vision
+    handle = madtp.patch(model, keep=keep)
+    counts = handle.counts(**inputs)
+    meta = inputs | {"pixel_values": inputs["pixel_values"].to("meta")}
+    assert madtp.prompt_cost(model, counts=counts, **meta) == cost
+    with pytest.raises(ValueError, match="pixel_values must have values where duplicates are left out by them"):
+        madtp.prompt_cost(model, **meta)
+    with pytest.raises(ValueError, match="counts of the seam 'pixels' must not grow"):
+        madtp.prompt_cost(model, counts=counts | {"pixels": [99] * 3}, **meta)
+    handle.remove()
+
+
 def test_costs_add_up(llava):
     model, inputs = llava
     cost = madtp.prompt_cost(model, **inputs)
@@ -252,6 +274,31 @@ def test_packed_sparse_layers_count_at_half(llava):
     profile = madtp.profile(model, inputs | {"logits_to_keep": 1}, samples=1)
     assert madtp.prompt_cost(model, **inputs).prefill == profile.branches["decoder"].counted_macs
     handle.remove()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sparse_layers_count_at_half_before_they_are_packed(llava, masked):
+    model, inputs = llava
+    names = ["model.language_model.layers.2.mlp.gate_proj", "model.vision_tower.encoder.layers.0.mlp.fc1"]
+    names.append("model.multi_modal_projector.linear_1")
+    dense = madtp.prompt_cost(model, **inputs)
+    for name in names:
+        module = model.get_submodule(name)
+        if masked:
+            torch.nn.utils.parametrize.register_parametrization(module, "weight", Alternating())
+        else:
+            module.weight.copy_(Alternating()(module.weight))
+    cost = madtp.prompt_cost(model, **inputs)
+    agree(cost, measured(model, {}, inputs))
+    assert cost.vision < dense.vision and cost.projector < dense.projector and cost.prefill < dense.prefill
+    assert cost.decode < dense.decode
+
+
+class Alternating(torch.nn.Module):
+    """A weight of which two of four columns are zeros."""
+
+    def forward(self, weight):
+        return weight * (torch.arange(weight.shape[1]) % 4 < 2)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from vlm_families import (
     GREEDY,
     IMAGE,
     LAYERS_BY_HAND,
+    PAD,
     QUICK,
     answers,
     close,
@@ -421,11 +422,39 @@ def test_other_rules(llava, rule):
         close(answers(model.generate(**inputs, **GREEDY)), answers(out))
 
 
+@pytest.mark.parametrize("rule", ["fastv", "received"])
+def test_a_causal_mask_alone_is_ranked_by_the_op(llava, monkeypatch, rule):
+    """As by the map that is made where a mask is given, as in eager attention."""
+    from madtp.models import prefill_run
+
+    model, inputs = llava
+    ids = inputs["input_ids"]
+    full = inputs | {"input_ids": ids.masked_fill(ids == PAD, 20), "attention_mask": torch.ones_like(ids)}
+    calls, run, found = [], prefill_run.attention_rows, []
+    monkeypatch.setattr(
+        prefill_run, "attention_rows", lambda *args, **options: calls.append(0) or run(*args, **options)
+    )
+    handle = madtp.patch(model, keep={"prefill": {1: madtp.Keep(9, rule=rule), 2: madtp.Keep(mass=0.5, rule=rule)}})
+    for form in ("sdpa", "madtp", "eager"):
+        model.set_attn_implementation({"text_config": form})
+        logits = model(**full).logits
+        found.append((logits[handle.columns >= 0], handle.selections["prefill"]))
+        assert len(calls) == (0 if form == "eager" else 1), "behind the first layer samples have other lengths"
+        calls.clear()
+    model.set_attn_implementation({"text_config": "sdpa"})
+    model(**inputs)
+    assert not calls, "padding is hidden by a mask"
+    for logits, kept in found[:2]:
+        close(logits, found[2][0])
+        assert same(kept, found[2][1])
+
+
 def test_what_tokens_receive_is_the_sum_of_an_attention_map(llava, monkeypatch):
     from madtp.models import prefill_run
 
     model, inputs = llava
     monkeypatch.setattr(prefill_run, "ROWS", 7)
+    monkeypatch.setattr(prefill_run, "ROWS_OF_OP", 11)
     seen = []
 
     def rule(given, counts):

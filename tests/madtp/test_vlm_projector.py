@@ -35,7 +35,7 @@ from vlm_families import (
 )
 
 import madtp
-from madtp.models.prompt import shorten
+from madtp.models.prompt import count_images, shorten
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -523,6 +523,61 @@ def test_what_is_refused_is_refused_before_anything_runs(llava):
         handle.counts(**pixels)
     with handle.dense(), pytest.raises(ValueError, match=refused):
         model.generate(out.sequences, past_key_values=cache, max_new_tokens=2)
+
+
+@families(quick=("LLaVA", "Qwen2.5-VL", "SmolVLM", "Florence-2"))
+def test_counts_refuse_what_a_forward_refuses(name):
+    model = make_vlm(name)
+    inputs, grids = vlm_batch(name, model), "image_grid_thw"
+    handle = madtp.patch(model, keep={"projector": 0.5})
+    fewer, ids = dict(inputs), inputs["input_ids"]
+    if grids in inputs:
+        fewer |= {
+            grids: inputs[grids][:2],
+            "pixel_values": inputs["pixel_values"][: int(inputs[grids][:2].prod(1).sum())],
+        }
+    elif inputs["pixel_values"].shape[:2] == (2, 2):  # of SmolVLM: tiles of two samples
+        fewer["pixel_values"] = inputs["pixel_values"].clone()
+        fewer["pixel_values"][1, 1] = 0
+    else:
+        sizes = {"image_sizes": inputs["image_sizes"][:2]} if "image_sizes" in inputs else {}
+        fewer |= {"pixel_values": inputs["pixel_values"][:2]} | sizes
+    wrong = [fewer, inputs | {"input_ids": ids.where(torch.arange(ids.shape[1]) != ids.shape[1] - 12, 20)}]
+    wrong.append(inputs | {"attention_mask": (ids != IMAGE).long()})
+    for given in wrong:
+        with pytest.raises(ValueError, match="input_ids must (hold one|show where each)"):
+            handle.counts(**given)
+        if given is fewer and grids in inputs:  # transformers makes positions of grids before anything is checked
+            continue
+        with pytest.raises(ValueError, match="input_ids must hold one"):
+            model(**given)
+
+
+def test_counts_of_images_that_are_encoded_already(llava):
+    model, inputs = llava
+    handle = madtp.patch(model, keep={"projector": 0.25})
+    pixels = inputs.pop("pixel_values")
+    encoded = {"image": model.get_image_features(pixels, return_dict=True)}
+    assert handle.counts(**inputs, mm_encoder_outputs=encoded) == {"projector": [4, 4, 4]}
+    fewer = {"image": model.get_image_features(pixels[:2], return_dict=True)}
+    for call in (handle.counts, model):
+        with pytest.raises(ValueError, match="input_ids must hold one .* of the 32 tokens that the projector gives"):
+            call(**inputs, mm_encoder_outputs=fewer)
+
+
+def test_images_of_one_size_end_where_runs_do():
+    """Where nothing is known but shapes of pixels."""
+    config = type("Config", (), {"image_token_id": IMAGE, "video_token_id": None})()
+
+    def lengths(images, *runs):
+        ids = torch.tensor([[token for run in runs for token in (20, *[IMAGE] * run)]])
+        return count_images(ids, config, {"pixel_values": torch.zeros(images, 3, 4, 4)}, "image").lengths
+
+    assert lengths(3, 4, 4, 4) == lengths(3, 8, 4) == lengths(3, 2, 2, 8) == [4, 4, 4]
+    assert lengths(1, 4, 4, 4) == [12], "rows of one image"
+    for wrong in ((2, 4, 4, 4), (3, 5, 7), (3, 6, 6)):
+        with pytest.raises(ValueError, match="input_ids must show where each image ends"):
+            lengths(*wrong)
 
 
 def test_padding_is_no_placeholder(llava):

@@ -26,6 +26,8 @@ from vlm_families import (
     GREEDY,
     IMAGE,
     QUICK,
+    TEXT,
+    TOWER,
     TOWER_CASES,
     TOWERS,
     answers,
@@ -38,6 +40,8 @@ from vlm_families import (
 
 import madtp
 from madtp.dtp.keep_rules import RULES, Candidates, Kept
+from madtp.models.patch_rows import distinct_units
+from madtp.models.vision_rows import Rows, Segments
 from madtp.models.vision_seam import nested
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -52,19 +56,21 @@ class Oracle:
     Args:
         unit: (R,) the unit that each row is of, in the order of the tower's rows; -1 for one that is cut off, ABSENT
             for one that is not counted as a query: CLS, padding.
+        entered: (U,) bool, the units that are there from the first layer on; None: all.
         lengths: units of each image.
         depth: layers after which some go.
     """
 
-    def __init__(self, unit, lengths, depth, share):
+    def __init__(self, unit, lengths, depth, share, entered=None):
         self.unit, self.lengths, self.depth, self.share = unit, lengths, depth, share
-        self.alive = torch.ones(sum(lengths), dtype=torch.bool)
+        self.alive = torch.ones(sum(lengths), dtype=torch.bool) if entered is None else entered
         self.kept, self.received, self.row = [], torch.zeros(len(unit), dtype=torch.double), 0
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         rows = slice(self.row, self.row + query.shape[0] * query.shape[2])
         unit = self.unit[rows].view(query.shape[0], -1)
         gone = (unit >= 0) & ~self.alive[unit]
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
         scores = query @ key.transpose(2, 3) * scaling
         if attention_mask is not None:  # other images of a row, or padding
             hidden = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask < 0
@@ -90,6 +96,7 @@ class Oracle:
         kept = []
         for part, n in zip(score.split(self.lengths), self.lengths, strict=True):
             count = max(math.ceil(round(n * self.share ** (layer / self.depth), 9)), 1)
+            count = min(count, int((part >= 0).sum()))
             kept.append(part.topk(count).indices.sort().values)
         self.kept.append(kept)
         ends = torch.tensor([0, *self.lengths]).cumsum(0)
@@ -153,7 +160,7 @@ def packed_places(model, pixels):
     return [torch.where(part.any(1), part.int().argmax(1), -1) for part in same], seen[0].shape[:2]
 
 
-def oracle(model, inputs, share, modality="image"):
+def oracle(model, inputs, share, modality="image", entered=None):
     """-> the features of each image that are left, those for layers of the decoder, and by layer what was kept."""
     base = model.base_model
     tower, encode = tower_of(base), getattr(base, f"get_{modality}_features")
@@ -172,7 +179,7 @@ def oracle(model, inputs, share, modality="image"):
     config = base.config
     read = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", -1))
     depth = max(number % (layers + 1) for number in ([read] if isinstance(read, int) else read))
-    watching = Oracle(rows, lengths, depth, share)
+    watching = Oracle(rows, lengths, depth, share, entered)
     AttentionInterface.register("vision_oracle", watching)
     AttentionMaskInterface.register("vision_oracle", sdpa_mask)
     before, tower.config._attn_implementation = tower.config._attn_implementation, "vision_oracle"
@@ -215,6 +222,173 @@ def test_towers_by_hand(name):
             for a, b in zip(layer, by_hand, strict=True):
                 close(a, b)
         handle.remove()
+
+
+def draw_repeats(name, model):
+    """A batch whose images have a blank half, a quarter that comes twice, and the rest; and the same with noise."""
+    inputs = vlm_batch(name, model)
+    pixels = inputs["pixel_values"]
+    if "image_grid_thw" in inputs:
+        units = pixels.view(-1, 4, pixels.shape[1])
+        units[1::3] = 0.25
+        units[2::6] = units[5]
+    else:
+        half = pixels.shape[-1] // 2
+        real = (pixels != 0).flatten(-3).any(-1)[..., None, None, None]
+        pixels[..., :half] = 0.25
+        pixels[..., half:, half:] = pixels[..., :half, half:]
+        pixels *= real
+    noise = torch.randn(pixels.shape, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    return inputs, inputs | {"pixel_values": pixels + 1e-4 * noise.clamp(-2, 2) * (pixels != 0)}
+
+
+def distinct_by_hand(tower, pixels, lengths, tolerance):
+    """(U,) bool, unit after unit."""
+    values = pixels["pixel_values"]
+    if "image_grid_thw" in pixels:
+        patches, unit = values, torch.arange(len(values)) // 4
+    else:
+        size = tower.config.patch_size if isinstance(tower.config.patch_size, int) else tower.config.patch_size[0]
+        values = values.flatten(0, -4)
+        values = values[(values != 0).flatten(1).any(1)]  # without tiles of padding
+        sizes = pixels.get("image_sizes", [values.shape[2:]] * len(values))
+        images = [image[:, :height, :width] for image, (height, width) in zip(values, sizes, strict=True)]
+        patches = torch.cat([torch.nn.functional.unfold(image, size, stride=size).T for image in images])
+        unit = units_of_rows(tower, pixels, lengths)
+        unit = unit[unit != ABSENT]
+    entered, begin = [], 0
+    for length in lengths:
+        kept = []
+        for number in range(begin, begin + length):
+            own = patches[unit == number]
+            entered.append(all(float((own - other).abs().max()) > tolerance for other in kept))
+            kept += [own] * entered[-1]
+        begin += length
+    return torch.tensor(entered)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+@families(quick=QUICK, of=[name for name in TOWERS if name not in ("LLaVA-NeXT", "OneVision", "LFM2-VL")])
+def test_duplicates_do_not_enter(name, share):
+    """Held against the dense tower, whose attention hides them from its first layer on."""
+    model = make_vlm(name)
+    repeats, noisy = draw_repeats(name, model)
+    tower = tower_of(model.base_model)
+    for inputs, tolerance in ((repeats, 0.0), (noisy, 1e-3)):
+        pixels = pixels_of(inputs)
+        lengths = [len(part) for part in model.base_model.get_image_features(**pixels, return_dict=True).pooler_output]
+        entered = distinct_by_hand(tower, pixels, lengths, tolerance)
+        assert lengths[0] / 4 < entered[: lengths[0]].sum() < 0.8 * lengths[0]
+        expected, deep, kept = oracle(model, inputs, share, entered=entered)
+        handle = madtp.patch(model, keep={"vision": madtp.Keep(share, duplicates=tolerance)})
+        out = model.base_model.get_image_features(**pixels)
+        assert torch.equal(out.madtp_left.entered, entered)
+        assert [[a.tolist() for a in layer] for layer in out.madtp_left.selections()] == [
+            [a.tolist() for a in layer] for layer in kept
+        ]
+        for a, b in zip(out.pooler_output, expected, strict=True):
+            close(a, b)
+        for layer, by_hand in zip(out.get("deepstack_features") or [], deep, strict=True):
+            for a, b in zip(layer, by_hand, strict=True):
+                close(a, b)
+        logits, counts = model(**inputs).logits, handle.counts(**inputs)
+        selections = handle.selections
+        assert counts == {
+            "pixels": [len(places) for places in selections["pixels"]],
+            "vision": [[len(places) for places in layer] for layer in selections["vision"]],
+        }
+        assert torch.equal(torch.cat(selections["vision"][-1]), torch.cat(kept[-1]))
+        if (CASES | TOWER_CASES)[name].plain:
+            columns = handle.columns
+            with handle.simulated():
+                whole = model(**inputs).logits
+            left = columns >= 0
+            close(logits[left], whole[torch.arange(2)[:, None].expand_as(columns)[left], columns[left]])
+        handle.remove()
+
+
+def test_nothing_but_equal_pixels_goes_without_a_tolerance(llava):
+    model, _ = llava
+    _, noisy = draw_repeats("LLaVA", model)
+    expected = model(**noisy).logits
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(duplicates=0.0)})
+    close(model(**noisy).logits, expected)
+    blank = noisy | {"pixel_values": torch.zeros_like(noisy["pixel_values"])}
+    model(**blank)
+    for selection in (handle.selections["pixels"], handle.selections["vision"][-1]):
+        assert [places.tolist() for places in selection] == [[0]] * 3
+    handle.remove()
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(5, duplicates=0, rule="uniform")})
+    out = model.generate(**blank, **GREEDY)
+    assert handle.counts(**blank) == {"pixels": [1] * 3, "vision": [[1] * 3] * 2}
+    static = model.generate(**blank, **GREEDY, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static.sequences, out.sequences), "the cache is made when the prompt is short"
+
+
+def test_newlines_stay_where_duplicates_go():
+    model = make_vlm("LLaVA-NeXT")
+    inputs = vlm_batch("LLaVA-NeXT", model)
+    inputs["pixel_values"][:] = 0.5
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(duplicates=0.0), "projector": 1.0, "prefill": {2: 3}})
+    counts = handle.counts(**inputs)
+    model(**inputs)
+    places, _ = packed_places(model.madtp_handle.remove(), pixels_of(inputs))
+    assert counts["pixels"] == [1 + int((part < 0).sum()) for part in places] == counts["vision"][-1]
+    assert counts["prefill"][2] == [3, 3, 3]
+
+
+@families(quick=("Qwen2.5-VL",), of=("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"))
+def test_duplicates_of_a_video(name):
+    model = make_vlm(name)
+    inputs, lengths = mixed_prompt(name, model)
+    inputs["pixel_values_videos"][16:] = inputs["pixel_values_videos"][:16].repeat(2, 1)  # a still picture
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(duplicates=0.0)})
+    logits = model(**inputs).logits
+    assert handle.counts(**inputs)["pixels"] == [lengths[0], 4, lengths[2]]
+    assert handle.selections["pixels"][1].tolist() == [0, 1, 2, 3]
+    columns = handle.columns
+    with handle.simulated():
+        whole = model(**inputs).logits
+    left = columns >= 0
+    close(logits[left], whole[torch.arange(2)[:, None].expand_as(columns)[left], columns[left]])
+
+
+def test_units_that_are_near_go_one_after_the_other():
+    generator = torch.Generator().manual_seed(0)
+    for case in range(8):
+        units = torch.rand(40, 2, generator=generator) * (1 + case)
+        kept = []
+        for number, unit in enumerate(units):
+            if all(float((unit - units[other]).abs().max()) > 0.5 for other in kept):
+                kept.append(number)
+        rows = Rows(units, torch.arange(40), 1, [40], Segments(torch.tensor([0, 40], dtype=torch.int32), 40))
+        assert distinct_units(rows, 0.5).nonzero().flatten().tolist() == kept
+    steps = torch.arange(5.0)[:, None] * 0.4
+    rows = Rows(steps, torch.arange(5), 1, [5, 0], Segments(torch.tensor([0, 5], dtype=torch.int32), 5))
+    assert distinct_units(rows, 0.5).tolist() == [True, False, True, False, True], "no chain of neighbours"
+    assert distinct_units(rows.with_x(rows.x.bfloat16()), 0.0).all()
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (
+            {"projector": madtp.Keep(5, rule="uniform", duplicates=0.0)},
+            "keep of 'projector' must have no duplicates=",
+        ),
+        ({"prefill": {2: madtp.Keep(0.5, duplicates=0.0)}}, "keep of 'prefill' must have no duplicates="),
+    ],
+)
+def test_duplicates_are_of_the_tower(llava, keep, message):
+    model, inputs = llava
+    with pytest.raises(ValueError, match=message):
+        madtp.patch(model, keep=keep)
+    for wrong in (-0.1, True, "0", float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="duplicates must be a tolerance, a number >= 0, got "):
+            madtp.Keep(0.5, duplicates=wrong)
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(duplicates=0.0)})
+    with pytest.raises(ValueError, match="pixel_values must have values where duplicates are left out by them, got"):
+        handle.counts(**inputs | {"pixel_values": inputs["pixel_values"].to("meta")})
 
 
 @families(of=TOWERS)
@@ -486,6 +660,14 @@ def test_what_cannot_be_kept_is_one_line(llava, keep, message):
     assert "\n" not in str(error.value) and not hasattr(llava[0], "madtp_handle")
 
 
+def test_registers_are_refused():
+    vision = TOWER | {"model_type": "dinov3_vit", "image_size": 16, "patch_size": 4}
+    text = TEXT | {"model_type": "llama"}
+    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text))
+    with pytest.raises(TypeError, match="its patches, and those of dinov3_vit have registers among them, got Llava"):
+        madtp.patch(model, keep={"vision": 0.5})
+
+
 @pytest.mark.slow
 def test_towers_that_cannot_prune():
     model = make_vlm("Florence-2")
@@ -503,6 +685,47 @@ def test_what_is_interpolated_or_pooled_is_refused():
         model.get_image_features(**pixels_of(inputs), vision_aspect_ratio="anyres_max_1")
     with pytest.raises(ValueError, match="pixel_values_videos must be None at the vision seam of this model"):
         model.get_video_features(inputs["pixel_values"])
+    with pytest.raises(
+        ValueError, match="pixel_values must have the tiles of 3 image_sizes, .3, 3, 5. of 16 x 16, got"
+    ):
+        model.get_image_features(inputs["pixel_values"][:2], image_sizes=inputs["image_sizes"])
+
+
+def test_counts_refuse_what_the_tower_refuses():
+    model = make_vlm("OneVision")
+    inputs, _ = mixed_prompt("OneVision", model)
+    handle = madtp.patch(model, keep={"vision": 0.5})
+    for call in (handle.counts, model):
+        with pytest.raises(ValueError, match="pixel_values_videos must be None at the vision seam of this model"):
+            call(**inputs)
+    handle.remove()
+    model = make_vlm("Qwen2.5-VL")
+    inputs = vlm_batch("Qwen2.5-VL", model)
+    counts = madtp.patch(model, keep={"vision": 0.5}).counts
+    grids = {"input_ids": inputs["input_ids"], "image_grid_thw": inputs["image_grid_thw"]}
+    assert counts(**grids) == counts(**inputs), "by grids alone"
+    for call in (counts, model):
+        with pytest.raises(
+            ValueError, match="pixel_values must have a row for each patch of image_grid_thw, 80, got 79"
+        ):
+            call(**inputs | {"pixel_values": inputs["pixel_values"][1:]})
+
+
+@families(quick=("LLaVA",), of=("LLaVA", "LLaVA with SigLIP", "Janus", "PaliGemma"))
+def test_positions_are_interpolated_where_that_is_asked_for(name):
+    model = make_vlm(name)
+    pixels = torch.randn(2, 3, 32, 16, dtype=torch.double)
+    base = model.base_model
+    expected = base.get_image_features(pixels, interpolate_pos_encoding=True, return_dict=True).pooler_output
+    handle = madtp.patch(model, keep={"vision": 1.0})
+    found = base.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
+    assert [len(part) for part in found] == [32, 32]
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+    with pytest.raises((ValueError, RuntimeError), match="size"):
+        base.get_image_features(pixels)
+    ids = {"input_ids": torch.tensor([[IMAGE] * 64 + [20]])}
+    assert handle.counts(**ids, pixel_values=pixels)["vision"][-1] == [32, 32]
 
 
 def test_what_a_tower_must_have(llava):
@@ -598,6 +821,7 @@ def test_copies_threads_and_images_encoded_before(llava):
     encoded = {"image": model.get_image_features(inputs["pixel_values"])}
     ready = {name: value for name, value in inputs.items() if name != "pixel_values"}
     assert torch.equal(model(**ready, mm_encoder_outputs=encoded).logits, expected)
+    assert handle.counts(**ready, mm_encoder_outputs=encoded) == handle.counts(**inputs)
     found = []
     with handle.dense():
         dense = {"image": model.get_image_features(inputs["pixel_values"])}
@@ -610,11 +834,13 @@ def test_copies_threads_and_images_encoded_before(llava):
 
 def test_saved_and_loaded(llava, tmp_path):
     model, inputs = llava
-    handle = madtp.patch(model, keep={"vision": 0.5, "projector": madtp.Keep(5, rule="cdpruner")})
+    keep = madtp.Keep(0.5, duplicates=0.0)
+    handle = madtp.patch(model, keep={"vision": keep, "projector": madtp.Keep(5, rule="cdpruner")})
     expected = model(**inputs).logits
     model.save_pretrained(tmp_path / "pruned")
     settings = json.loads((tmp_path / "pruned" / "config.json").read_text())["quantization_config"]
-    assert settings["keep"]["vision"] == {"amount": 0.5, "mass": None, "rule": "received"}
+    assert settings["keep"]["vision"] == {"amount": 0.5, "mass": None, "duplicates": 0.0, "rule": "received"}
+    assert settings["keep"]["projector"] == {"amount": 5, "mass": None, "rule": "cdpruner"}
     loaded = madtp.from_pretrained(tmp_path / "pruned")
     assert loaded.madtp_handle.keep == handle.keep
     assert torch.equal(loaded(**inputs).logits, expected)

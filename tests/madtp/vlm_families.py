@@ -90,6 +90,16 @@ def _qwen3_5(kind: str = "Qwen3_5", **more: Any):
     return _qwen(kind, layer_types=["linear_attention", "full_attention", "linear_attention"], **heads)
 
 
+def _exaone():
+    """Whose tower shares key heads."""
+    vision = {"depth": 3, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+    vision |= {"num_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "out_hidden_size": 32}
+    vision |= {"intermediate_size": 48, "window_size": 16, "fullatt_block_indexes": [1]}
+    text = _text("exaone4", sliding_window=None, layer_types=["full_attention"] * 3)
+    config = hf.Exaone4_5_Config(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO)
+    return hf.Exaone4_5_ForConditionalGeneration(config)
+
+
 def _in_float64(model: Any) -> Any:
     """With experts that run in it."""
     model.set_experts_implementation("eager")
@@ -311,6 +321,7 @@ TOWER_CASES = {
     "LLaVA with Pixtral": VlmCase(
         lambda: _llava(PIXTRAL, vision_feature_layer=-1, vision_feature_select_strategy="full"), _sized
     ),
+    "EXAONE 4.5": VlmCase(_exaone, _grids),
     "Qwen3-VL MoE": VlmCase(lambda: _in_float64(_qwen("Qwen3VLMoe", **EXPERTS, num_experts=4)), _grids),
     "Qwen3.5": VlmCase(_qwen3_5, _grids, plain=False),
     "Qwen3.5 MoE": VlmCase(lambda: _in_float64(_qwen3_5("Qwen3_5Moe", **EXPERTS, num_experts=4)), _grids, plain=False),
@@ -387,7 +398,7 @@ def vlm_batch(name: str, model, seed: int = 1, right: bool = False) -> dict[str,
     padded = [row + [PAD] * (width - len(row)) if right else [PAD] * (width - len(row)) + row for row in samples]
     ids = torch.tensor(padded)
     inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long(), **pixels}
-    if "image_grid_thw" in inputs:
+    if "image_grid_thw" in inputs and name != "EXAONE 4.5":  # whose positions are those of text
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     if name.startswith("PaliGemma"):
         inputs["token_type_ids"] = torch.zeros_like(ids)  # all of the prompt sees all of it

@@ -206,4 +206,6 @@ def _shown(amount: Any) -> str:
         return ", ".join(f"{layer}: {_shown(part)}" for layer, part in amount.items())
     if not isinstance(amount, Keep):
         return f"{amount:.3g}" if isinstance(amount, float) else str(amount)
-    return f"{amount.name} {amount.amount}"
+    mass = "" if amount.mass is None else f"mass {amount.mass}"
+    duplicates = "" if amount.duplicates is None else f", duplicates {amount.duplicates}"
+    return f"{amount.name} {amount.amount or mass}".rstrip() + duplicates

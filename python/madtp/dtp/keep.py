@@ -22,6 +22,9 @@ class Keep:
         amount: a float in (0, 1] is a share of the tokens of each image, rounded up; an int a count per image. So
             `Keep(1.0)` keeps all, and `Keep(1)` one token.
         mass: in (0, 1], in place of amount: of each image the fewest tokens that hold this share of its importance.
+        duplicates: at the seam "vision" alone: of units of an image of which no pixel differs by more than this, as the
+            tower is given them, the first alone enters the tower; 0.0: those that are equal. None: all enter. Amounts
+            are of all units, and of what enters no more is left. Without amount and mass all that enter stay.
         rule: a name of `madtp.dtp.keep_rules.RULES`, or a function as described there. A function may come without
             amount and mass: it gets None for the counts, and decides how many are left.
 
@@ -31,6 +34,7 @@ class Keep:
 
     amount: float | int | None = None
     mass: float | None = field(default=None, kw_only=True)
+    duplicates: float | None = field(default=None, kw_only=True)
     rule: str | Rule = field(default="received", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -44,6 +48,13 @@ class Keep:
             raise ValueError(f"mass must be in (0, 1], got {self.mass!r}")
         if self.amount is not None and self.mass is not None:
             raise ValueError(f"mass must be None with amount {self.amount!r}, got {self.mass!r}")
+        if self.duplicates is not None:
+            if isinstance(self.duplicates, bool) or not (
+                isinstance(self.duplicates, float | int) and 0 <= self.duplicates < math.inf
+            ):
+                raise ValueError(f"duplicates must be a tolerance, a number >= 0, got {self.duplicates!r}")
+            if self.amount is None and self.mass is None and not callable(self.rule):
+                object.__setattr__(self, "amount", 1.0)
         if self.amount is None and self.mass is None and not callable(self.rule):
             raise ValueError(f"amount or mass must be given with rule {self.rule!r}, got neither")
 
@@ -115,7 +126,8 @@ class Keep:
         """Plain values, ready for JSON. Raises ValueError where the rule is a function."""
         if not isinstance(self.rule, str):
             raise ValueError(f"rule must be one of {', '.join(RULES)} to be saved, got the function {self.name}")
-        return {"amount": self.amount, "mass": self.mass, "rule": self.rule}
+        duplicates = {} if self.duplicates is None else {"duplicates": self.duplicates}
+        return {"amount": self.amount, "mass": self.mass, **duplicates, "rule": self.rule}
 
 
 def _is_share(value: object) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.utils import is_tracing
 
 from madtp_kernels import varlen_attention
 
@@ -83,8 +84,9 @@ def attention_mask(
     """
     whole = local_size is None or kv_length < local_size  # else a window or chunk hides something
     together = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # no slots that wait
-    readable = attention_mask is None or not attention_mask.is_meta
-    if allow_is_causal_skip and q_length > 1 and together and readable and not torch.compiler.is_compiling():
+    probe = torch.empty(0, device=kwargs.get("device", "cpu")) if attention_mask is None else attention_mask
+    readable = _is_readable(probe)
+    if allow_is_causal_skip and q_length > 1 and together and readable:
         real = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         real = None if real is None else real[:, kv_offset : kv_offset + kv_length].bool()
         if whole and q_length == kv_length:
@@ -94,6 +96,7 @@ def attention_mask(
                 real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
             # Of four dimensions, or transformers takes it for padding that it has to make a mask of.
             return (real.int() * (kv_length if local_size is None or whole else local_size))[:, None, None]
+    may_skip = readable or attention_mask is None  # where padding is not to be looked for
     return sdpa_mask(
         batch_size=batch_size,
         q_length=1 if whole and allow_is_bidirectional_skip else q_length,  # its rows are all alike
@@ -102,11 +105,16 @@ def attention_mask(
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        allow_is_causal_skip=allow_is_causal_skip and may_skip,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip and may_skip,
         local_size=local_size,
         **kwargs,
     )
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether it has values, which it has not under `torch.compile`, on the meta device, or as a fake tensor."""
+    return not (tensor.is_meta or is_tracing(tensor))
 
 
 def is_windowed(mask: Tensor) -> bool:
@@ -145,9 +153,9 @@ def attention_forward(
 
     What the ragged op does not have runs exactly on `torch.nn.functional.scaled_dot_product_attention`: dropout,
     additive masks and position biases, masks that differ between queries other than causal ones and sliding windows,
-    values of another head dim, and padding under `torch.compile` (a size without it depends on the data). So does a
-    single query, a generated token: leaving padding out would copy its whole cache. With soft caps, which SDPA has not,
-    these run as eager attention does, all scores at once.
+    values of another head dim, and padding under `torch.compile`, on the meta device and in fake tensors (a size
+    without it depends on the data). So does a single query, a generated token: leaving padding out would copy its whole
+    cache. With soft caps, which SDPA has not, these run as eager attention does, all scores at once.
 
     Padding queries get zeros in causal attention, and in bidirectional one where the module can do nothing else
     (`hidden_states` is the only sequence its forward takes); elsewhere they attend like real queries. Sequences
@@ -236,7 +244,7 @@ def _runs_ragged(query, key, value, mask, dropout, position_bias) -> bool:
     if mask is None:
         return True
     same_for_queries = mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1:] == (1, 1, key.shape[2]))
-    return mask.dtype == torch.bool and same_for_queries and not torch.compiler.is_compiling()
+    return mask.dtype == torch.bool and same_for_queries and _is_readable(mask)
 
 
 def _capped_attention(

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from madtp.models.patch_rows import distinct_units, patch_rows
 from madtp.models.prompt import PIXELS
 from madtp.models.pruned_vision import parts_of
+from madtp.models.vision_packing import Packing
 from madtp.models.vision_rows import Rows
-from madtp.models.vision_towers import grid_of, in_windows, naflex_rows, of_frames, pixtral_grids, pixtral_rows
+from madtp.models.vision_towers import grid_of, naflex_rows
 
 
 class BareRows(NamedTuple):
@@ -29,33 +31,82 @@ class BareRows(NamedTuple):
     tiles: int
 
 
+class Units(NamedTuple):
+    """What a tower makes of each image, or video, of a prompt.
+
+    Args:
+        lengths: its units.
+        newlines: its tokens that are none.
+        entered: its units that are no duplicates of others, where those are left out; else all.
+    """
+
+    lengths: list[int]
+    newlines: list[int]
+    entered: list[int]
+
+    def tokens(self, units: list[int]) -> list[int]:
+        """Of so many units, and all newlines."""
+        return [count + more for count, more in zip(units, self.newlines, strict=True)]
+
+
 def bare_rows(base: Any, inputs: Mapping[str, Any], modality: str) -> BareRows:
     """Of the images, or videos, of a prompt. Shapes of pixels are read; values are of grids and sizes, and of the
     tiles of Idefics 3 and SmolVLM, among which those of zeros are padding. On the meta device no tile is.
 
     Raises:
-        ValueError: the tower pads its images (SigLIP 2).
+        ValueError: pixels are not those of the grids and sizes that come with them, or the seam refuses them.
     """
-    connector, tower, spec = parts_of(base)
-    side = connector.side(base)
+    _, tower, spec = parts_of(base)
+    given, tiles = _prepared(base, inputs, modality)
+    rows, pixels = _rows(base, given, tiles, values=False), given["pixel_values"]
+    if "grid_thw" in given:
+        return BareRows(rows, len(pixels), 0)
     if spec.rows is naflex_rows:
-        raise ValueError(f"model must have a tower whose rows are no padding, got {tower.config.model_type}")
+        return BareRows(rows, pixels.shape[:2].numel(), len(pixels))
+    height, width = grid_of(tower, pixels.shape)
+    return BareRows(rows, len(pixels) * height * width, len(pixels))
+
+
+def image_units(base: Any, inputs: Mapping[str, Any], modality: str, duplicates: float | None = None) -> Units:
+    """Of each image, or video, of a prompt.
+
+    Args:
+        inputs: as those of `bare_rows`; grids do without pixels.
+        duplicates: as of `Keep`; where there is one, pixels are read.
+
+    Raises:
+        ValueError: as of `bare_rows`; tokens are no single patches; or pixels have no values that are to be read.
+    """
+    grids = inputs.get(f"{modality}_grid_thw")
+    name = next((name for name in PIXELS[modality] if inputs.get(name) is not None), None)
+    if duplicates is not None and (name is None or inputs[name].is_meta):
+        got = "none" if name is None else f"{tuple(inputs[name].shape)} on the meta device"
+        raise ValueError(
+            f"{name or PIXELS[modality][0]} must have values where duplicates are left out by them, got {got}"
+        )
+    if grids is not None and name is None:
+        inputs = {**inputs, PIXELS[modality][0]: torch.empty(int(grids.prod(1).sum()), 1, device="meta")}
+    given, tiles = _prepared(base, inputs, modality)
+    rows, newlines = _rows(base, given, tiles, values=duplicates is not None), None
+    if parts_of(base)[0].packed:
+        packing = Packing.of(base, inputs, tiles)
+        rows, newlines = packing.of_places(rows), packing.newlines()
+    entered = rows.lengths
+    if duplicates is not None:
+        entered = [int(part.sum()) for part in distinct_units(rows, duplicates).split(rows.lengths)]
+    return Units(rows.lengths, newlines or [0] * len(rows.lengths), entered)
+
+
+def _prepared(base: Any, inputs: Mapping[str, Any], modality: str) -> tuple[dict[str, Any], list[int]]:
+    """The arguments of the tower, and tiles of each image, of a prompt whose pixels may be on the meta device."""
     name = next(name for name in PIXELS[modality] if inputs.get(name) is not None)
     pixels: Tensor = inputs[name]
     if pixels.is_meta:
         pixels = torch.ones((), dtype=pixels.dtype).expand(pixels.shape)
     known = {key: value for key, value in inputs.items() if not (isinstance(value, Tensor) and value.is_meta)}
-    given, tiles = connector.prepare(base, {**known, name: pixels}, modality)
-    pixels = given["pixel_values"]
-    if (grids := given.get("grid_thw")) is not None:
-        grids = grids.cpu()
-        rows = of_frames(torch.empty(int(grids.prod(1).sum()), 1), grids, side)
-        return BareRows(in_windows(tower, rows, grids, side), len(pixels), 0)
-    height, width = grid_of(tower, pixels.shape)
-    patches = len(pixels) * height * width
-    if spec.rows is pixtral_rows:
-        shapes = pixtral_grids(tower, given)
-        rows = Rows.of_images([torch.empty(high * wide, 1) for high, wide in shapes], shapes, side)
-        return BareRows(rows, patches, len(pixels))
-    hidden = torch.empty(len(pixels), height * width + spec.summary, 1)
-    return BareRows(Rows.of_grids(hidden, (height, width), side, tiles), patches, len(pixels))
+    return parts_of(base)[0].prepare(base, {**known, name: pixels}, modality)
+
+
+def _rows(base: Any, given: Mapping[str, Any], tiles: list[int], values: bool) -> Rows:
+    connector, tower, spec = parts_of(base)
+    return patch_rows(tower, spec, given, connector.side(base), tiles, values)

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from madtp.dtp.keep_rules import Candidates
 from madtp.models.prefill_masks import decoding_mask, prompt_mask, seen_by
 from madtp.models.prefill_seam import ImageMap, PrefillRecord, PrefillSeam
+from madtp_kernels import attention_rows
 
 ROWS = 64  # of a map of attention that are made at once, for what tokens receive
+ROWS_OF_OP = 512  # which makes no map, but where it runs as its reference
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,17 @@ class PromptRun:
             slots, length = self._current().to(query.device), query.shape[2]
             query, key = query[:: self.copies].detach(), key[:: self.copies, :, :length].detach()
             mask = None if mask is None else mask[:: self.copies] if len(mask) > 1 else mask
+            plain = mask is None and softcap is None and bool((slots >= 0).all())
             if self.seam.keep[layer + 1].rule == "received":
-                parts = torch.arange(length, device=slots.device).expand_as(slots).split(ROWS, dim=1)
+                places = torch.arange(length, device=slots.device).expand_as(slots)
+                parts = places.split(ROWS_OF_OP if plain else ROWS, dim=1)
             else:
                 parts = (_last(slots),)
             total = torch.zeros(slots.shape, dtype=torch.promote_types(query.dtype, torch.float32), device=slots.device)
             for rows in parts:
+                if plain:
+                    total += _causal_attention(query, key, rows, scaling)
+                    continue
                 weights = _attention(query, key, rows, seen_by(mask, rows, slots), scaling, softcap)
                 total += (weights * (slots.gather(1, rows) >= 0)[..., None]).sum(1)
             self.importance = total
@@ -241,6 +248,17 @@ def _last(slots: Tensor) -> Tensor:
     """(B, 1) int64: the last token of each sample."""
     places = torch.arange(slots.shape[1], device=slots.device)
     return (places * (slots >= 0)).amax(1, keepdim=True)
+
+
+def _causal_attention(query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> Tensor:
+    """(B, N) float32 or float64: what R rows of each sample attend to under a causal mask alone, summed over rows and
+    heads."""
+    (batch, heads, length, _), asked = query.shape, rows.shape[1]
+    picked = _columns(query, rows[:, None].expand(-1, heads, -1)).transpose(1, 2).flatten(0, 1)
+    samples = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
+    keys, places = key.transpose(1, 2).flatten(0, 1), rows.flatten().int()
+    mean = attention_rows(picked, keys, samples * asked, samples * length, places, softmax_scale=scaling)
+    return mean.view(batch, length) * (heads * asked)
 
 
 def _attention(query: Tensor, key: Tensor, rows: Tensor, seen: Tensor, scaling: float, softcap: float | None) -> Tensor:

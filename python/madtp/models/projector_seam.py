@@ -55,6 +55,14 @@ class PromptRecord:
         ]
         return [in_prompt_order(self.images, (layers[number] for layers in found)) for number in range(depth)]
 
+    def tower_entries(self) -> list[Tensor]:
+        """Of each image the units that entered the tower, as `selections` has the places."""
+        found = [
+            [torch.arange(length) for length in images.lengths] if tower is None else tower.entries()
+            for images, tower in zip(self.images, self.towers, strict=True)
+        ]
+        return in_prompt_order(self.images, found)
+
     def lengths(self) -> list[int]:
         """How many tokens each image had, in the order of the prompt."""
         return in_prompt_order(self.images, (images.lengths for images in self.images))

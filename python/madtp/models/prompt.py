@@ -98,7 +98,8 @@ def find_images(
 
 
 def count_images(input_ids: Tensor, config: Any, kwargs: Mapping[str, Any], modality: str) -> Images:
-    """The images of a prompt before they are encoded, by the runs of placeholders and the shapes of the pixels.
+    """The images of a prompt before they are encoded, by the runs of placeholders and the shapes of the pixels: of a
+    model whose tower is not known.
 
     Raises:
         ValueError: these do not say where an image ends.
@@ -218,8 +219,19 @@ def _lengths(placeholders: Tensor, runs: list[int], total: int, pixels: Tensor |
     """
     images = len(runs) if pixels is None else len(pixels)
     if pixels is not None and not sized:
-        if pixels.ndim == 4 and images and total % images == 0:  # one size: images, or tiles of one
-            return [total // images] * images
+        if pixels.ndim == 4 and images and total % images == 0 and _are_whole(runs, total // images):
+            return [total // images] * images  # one size: images, or tiles of one
         if pixels.ndim == 5 and images == len(placeholders):  # the tiles, or frames, of each sample
             return placeholders.sum(1).tolist()
     return runs if images == len(runs) else [total] if images == 1 else [0] * images
+
+
+def _are_whole(runs: list[int], length: int) -> bool:
+    """Whether images of this length end where runs do, or fill those that they share."""
+    begin = 0
+    for run in runs:
+        inside = begin % length
+        if inside + run > length and (inside or run % length):
+            return False
+        begin += run
+    return True

@@ -9,7 +9,8 @@ other arguments, when positions and features are those of the whole prompt and l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ class PrunedPrompt(PatchedHead):
     """Mixed into the class with the language head."""
 
     madtp_projector: ProjectorSeam
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if (parts := vars(cls).get("madtp_parts")) is not None:
+            prepare = _at_given_positions(parts[0].prepare_inputs_for_generation)
+            cls.prepare_inputs_for_generation = prepare  # type: ignore[attr-defined]
 
     def generate(self, *args, **kwargs):
         """As in Hugging Face: the prompt that was given, and the new tokens.
@@ -251,6 +258,22 @@ class PrunedPrompt(PatchedHead):
         """A token that is no placeholder: that of padding, or the first of the vocabulary."""
         pad, placeholders = self.config.get_text_config().pad_token_id, self._placeholder_ids()
         return next(token for token in (pad, 0, 1, 2) if token is not None and token not in placeholders)
+
+
+def _at_given_positions(source: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`prepare_inputs_for_generation` of a class. Some (EXAONE 4.5) leave it to a forward to count positions, and
+    those of a pruned prompt have gaps."""
+
+    @functools.wraps(source)  # `generate` asks it which inputs there are
+    def prepare(self, input_ids, *args, **kwargs):
+        inputs = source(self, input_ids, *args, **kwargs)
+        calls, positions, ids = self.madtp_projector.here.calls, kwargs.get("position_ids"), inputs.get("input_ids")
+        counts = inputs.get("position_ids") is None and not self.config.is_encoder_decoder
+        if counts and calls and calls[-1] is not None and positions is not None and ids is not None:
+            inputs["position_ids"] = positions[..., -ids.shape[1] :]
+        return inputs
+
+    return prepare
 
 
 def _pruned(output: Any, features: list[Tensor], chosen: Kept) -> Any:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from madtp.models.prompt import MODALITIES, Images
+from madtp.models.patch_rows import distinct_units, patch_rows
+from madtp.models.prompt import MODALITIES
 from madtp.models.vision_connectors import CONNECTORS, Connector
-from madtp.models.vision_packing import Packing, tile_counts
+from madtp.models.vision_packing import Packing
 from madtp.models.vision_run import run_tower
 from madtp.models.vision_seam import VisionSeam
 from madtp.models.vision_towers import TOWERS, VisionTower
@@ -60,8 +61,12 @@ class PrunedVision(nn.Module):
         packing = Packing.of(self, arguments, tiles) if connector.packed else None
         if packing is not None:
             rows = packing.of_places(rows)
+        distinct, tolerance = None, self.madtp_vision.keep.duplicates
+        if tolerance is not None:
+            patches = patch_rows(tower, spec, given, side, tiles)
+            distinct = distinct_units(patches if packing is None else packing.of_places(patches), tolerance)
         numbers, deep = connector.taken(self, layers), spec.deep(tower)
-        features, record = run_tower(tower, spec, self.madtp_vision, rows, {*numbers, *deep})
+        features, record = run_tower(tower, spec, self.madtp_vision, rows, {*numbers, *deep}, distinct)
         if connector.hidden(self) is None and spec.norm is not None:
             features[layers] = attrgetter(spec.norm)(tower)(features[layers])
         read = [features[number] for number in numbers]
@@ -109,14 +114,3 @@ def depth_of(base: Any) -> int:
     """How many layers of the tower run."""
     connector, tower, spec = parts_of(base)
     return max([*connector.taken(base, len(attrgetter(spec.layers)(tower))), *spec.deep(tower)])
-
-
-def newlines_of(base: Any, images: Images, arguments: Mapping[str, Any]) -> list[int]:
-    """How many tokens of each image are newlines, which are no units and stay.
-
-    Raises:
-        ValueError: tokens are no single patches.
-    """
-    if not images.lengths or images.modality != "image" or not CONNECTORS[base.config.model_type].packed:
-        return [0] * len(images.lengths)
-    return Packing.of(base, arguments, tile_counts(base, arguments)).newlines()

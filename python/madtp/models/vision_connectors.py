@@ -18,6 +18,7 @@ from madtp.models.prompt import PIXELS
 from madtp.models.vision_packing import tile_counts
 
 SIZES = ("image_sizes", "spatial_shapes")
+EMBEDDED = ("interpolate_pos_encoding", "bool_masked_pos")  # what an embedding of patches may be told
 Prepared = tuple[dict[str, Any], list[int]]  # the arguments of the tower, and tiles of each image
 
 
@@ -51,16 +52,20 @@ class Connector:
 
 
 def pictures(base: Any, arguments: Mapping[str, Any], modality: str) -> Prepared:
-    """An image each, with what says its size, where there is something."""
-    given = {name: arguments[name] for name in SIZES if arguments.get(name) is not None}
+    """An image each, with what says its size, and how it is embedded, where there is something."""
+    given = {name: arguments[name] for name in SIZES + EMBEDDED if arguments.get(name) is not None}
     pixels = arguments["pixel_values"]
     return {"pixel_values": pixels.to(base.dtype), **given}, [1] * len(pixels)
 
 
 def grids(base: Any, arguments: Mapping[str, Any], modality: str) -> Prepared:
     """Patches of grids; a video is one too."""
-    pixels = next(arguments[name] for name in PIXELS[modality] if arguments.get(name) is not None)
-    return {"pixel_values": pixels.to(base.visual.dtype), "grid_thw": arguments[f"{modality}_grid_thw"]}, []
+    name = next(name for name in PIXELS[modality] if arguments.get(name) is not None)
+    pixels, sizes = arguments[name], arguments.get(f"{modality}_grid_thw")
+    patches = None if sizes is None else int(sizes.prod(1).sum())
+    if patches != len(pixels):
+        raise ValueError(f"{name} must have a row for each patch of {modality}_grid_thw, {patches}, got {len(pixels)}")
+    return {"pixel_values": pixels.to(base.visual.dtype), "grid_thw": sizes}, []
 
 
 def tiles(base: Any, arguments: Mapping[str, Any], modality: str) -> Prepared:
@@ -80,9 +85,14 @@ def anyres(base: Any, arguments: Mapping[str, Any], modality: str) -> Prepared:
     """Tiles of LLaVA-NeXT and OneVision, padded to the most that an image has."""
     if modality == "video":
         raise ValueError("pixel_values_videos must be None at the vision seam of this model, which pools their frames")
-    pixels, counts = arguments["pixel_values"], tile_counts(base, arguments)
-    if pixels.ndim == 5:
+    pixels, counts, size = arguments["pixel_values"], tile_counts(base, arguments), base.config.vision_config.image_size
+    if pixels.ndim == 5 and len(pixels) == len(counts):
         pixels = torch.cat([image[:count] for image, count in zip(pixels, counts, strict=True)])
+    if pixels.ndim != 4 or len(pixels) != sum(counts) or tuple(pixels.shape[2:]) != (size, size):
+        raise ValueError(
+            f"pixel_values must have the tiles of {len(counts)} image_sizes, {counts} of {size} x {size}, got "
+            f"{tuple(arguments['pixel_values'].shape)}"
+        )
     return {"pixel_values": pixels.to(base.dtype)}, counts
 
 
@@ -166,6 +176,7 @@ CONNECTORS = {
     "qwen3_vl_moe": QWEN,
     "qwen3_5": QWEN,
     "qwen3_5_moe": QWEN,
+    "exaone4_5": QWEN,
     "glm4v": GLM,
     "glm4v_moe": GLM,
     "glm46v": GLM,
@@ -218,6 +229,9 @@ CONNECTORS = {
 UNSOUND = {
     "llava_next_video": "its tokens must be patches of their own, and those of frames are pooled over several",
     "florence2": "its tower must be of one grid, and windows, channels and convolutions go over that of every stage",
+}
+UNSOUND_TOWERS = {
+    "dinov3_vit": "its tokens must be its patches, and those of dinov3_vit have registers among them",
 }
 
 

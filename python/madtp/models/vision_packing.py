@@ -67,9 +67,10 @@ class Packing:
         """What is left of the units, and their tokens (U', D) -> what is left of the places, and theirs."""
         patch = torch.cat(self.places).to(tokens.device) >= 0
         kept = [(~patch).masked_scatter(patch, units) for units in record.kept]
+        entered = None if record.entered is None else (~patch).masked_scatter(patch, record.entered)
         left = patch[kept[-1]]
         rows = newline.to(tokens).expand(len(left), -1).masked_scatter(left[:, None], tokens)
-        return TowerRecord([len(places) for places in self.places], kept), rows
+        return TowerRecord([len(places) for places in self.places], kept, entered), rows
 
 
 def tile_counts(base: Any, arguments: Mapping[str, Any]) -> list[int]:

@@ -17,14 +17,24 @@ from madtp_kernels import AttentionStats
 
 
 def run_tower(
-    tower: Any, spec: VisionTower, seam: VisionSeam, rows: Rows, taken: Collection[int]
+    tower: Any,
+    spec: VisionTower,
+    seam: VisionSeam,
+    rows: Rows,
+    taken: Collection[int],
+    distinct: Tensor | None = None,
 ) -> tuple[dict[int, Tensor], TowerRecord]:
     """-> by how many layers had run, for each number `taken`, the features (U', m, C) of the units that are left at the
     end, and which these are.
 
     The last layers, whose features nobody takes, do not run.
+
+    Args:
+        distinct: (U,) bool, the units that enter the first layer; None: all.
     """
-    selection = UnitSelection(seam, rows.lengths, rows.x.device)
+    selection = UnitSelection(seam, rows.lengths, rows.x.device, distinct)
+    if distinct is not None:
+        rows, _ = rows.keep(selection.alive)
     features = {0: rows.x} if 0 in taken else {}
     for number, layer in enumerate(attrgetter(spec.layers)(tower)[: max(taken)]):
         call = AttentionCall(spec.segments(tower, rows, number), spec.summary, selection.watches(number))

@@ -2,7 +2,8 @@
 """The seam inside the vision tower: how many units are left behind each of its layers, and which.
 
 A unit is the patches that become one token of the decoder. What is left falls evenly from layer to layer: of a share r
-behind the last of L layers, r^(l/L) of the units are left behind layer l.
+behind the last of L layers, r^(l/L) of the units are left behind layer l. Duplicates, by their pixels, may go before
+the first: then the same counts hold, of which no more are left than entered.
 """
 
 from __future__ import annotations
@@ -31,14 +32,21 @@ class TowerRecord:
     Args:
         lengths: how many units each has.
         kept: by layer, (U,) bool, the units of all of them that were left behind it.
+        entered: (U,) bool, those that entered the first layer; None: all.
     """
 
     lengths: list[int]
     kept: list[Tensor]
+    entered: Tensor | None = None
 
     def selections(self) -> list[list[Tensor]]:
         """By layer, for each image the units kept, int64 ascending."""
         return [[part.nonzero().flatten() for part in kept.split(self.lengths)] for kept in self.kept]
+
+    def entries(self) -> list[Tensor]:
+        """For each image the units that entered, int64 ascending."""
+        entered = torch.ones_like(self.kept[-1]) if self.entered is None else self.entered
+        return [part.nonzero().flatten() for part in entered.split(self.lengths)]
 
     def whole(self, rows: Tensor) -> list[Tensor]:
         """rows (U', D) of the units left at the end -> for each image (n, D), with zeros where one is gone."""
@@ -68,8 +76,11 @@ class VisionSeam(Seam):
         super().__init__()
         self.keep, self.layers = keep, layers
 
-    def counts(self, lengths: Sequence[int]) -> list[list[int]]:
+    def counts(self, lengths: Sequence[int], entered: Sequence[int]) -> list[list[int]]:
         """By layer, how many units are left of images that have so many: of an image at least one.
+
+        Args:
+            entered: how many of them enter the first layer, which is not all where there are duplicates.
 
         Raises:
             ValueError: what is left depends on more than lengths.
@@ -80,7 +91,10 @@ class VisionSeam(Seam):
             for n, length in zip(last, lengths, strict=True)
         ]
         return [
-            [_left(length, share ** (layer / self.layers)) for length, share in zip(lengths, shares, strict=True)]
+            [
+                min(_left(length, share ** (layer / self.layers)), there)
+                for length, share, there in zip(lengths, shares, entered, strict=True)
+            ]
             for layer in range(1, self.layers + 1)
         ]
 
@@ -91,18 +105,22 @@ class UnitSelection:
     Args:
         lengths: how many units each image has.
         device: of the tower.
+        distinct: (U,) bool, those that enter the first layer; None: all.
     """
 
-    def __init__(self, seam: VisionSeam, lengths: Sequence[int], device: torch.device):
-        self.seam, self.record = seam, TowerRecord(list(lengths), [])
-        self.alive = torch.ones(sum(lengths), dtype=torch.bool, device=device)
+    def __init__(self, seam: VisionSeam, lengths: Sequence[int], device: torch.device, distinct: Tensor | None = None):
+        self.seam, self.record = seam, TowerRecord(list(lengths), [], distinct)
+        self.alive = torch.ones(sum(lengths), dtype=torch.bool, device=device) if distinct is None else distinct
         self.left = list(lengths)  # of each image
+        if distinct is not None:
+            self.left = [int(part.sum()) for part in distinct.split(self.left)]
         keep = seam.keep
         seam.warn_of_large(f"the seam {NAME!r}", keep.amount, lengths)
-        self._counts = seam.counts(lengths) if keep.is_fixed else None
+        self._counts = seam.counts(lengths, self.left) if keep.is_fixed else None
         self._planned: list[Tensor] | None = None
         if self._counts is not None and isinstance(keep.rule, str) and keep.rule in PLANNED:
-            self._planned = [kept.to(device) for kept in nested(RULES[keep.rule].choose, lengths, self._counts)]
+            planned = nested(RULES[keep.rule].choose, self.left, self._counts)
+            self._planned = [self.alive.masked_scatter(self.alive, kept.to(device)) for kept in planned]
 
     def prunes(self, layer: int) -> bool:
         """Whether units may go behind a layer; layers count from 0."""

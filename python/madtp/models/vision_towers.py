@@ -6,6 +6,7 @@ What a layer does is not described: it runs as Hugging Face wrote it (`vision_la
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -54,19 +55,27 @@ def grid_rows(embed: Callable[[Any, Arguments], Tensor]) -> Callable[[Any, Argum
     return rows
 
 
-def grid_of(tower: Any, size: Sequence[int]) -> tuple[int, int]:
-    """Patches along each axis of an image whose size ends with height and width."""
+def patch_size(tower: Any) -> tuple[int, int]:
+    """Pixels of a patch along each axis."""
     patch = tower.config.patch_size
     height, width = (patch, patch) if isinstance(patch, int) else patch
+    return height, width
+
+
+def grid_of(tower: Any, size: Sequence[int]) -> tuple[int, int]:
+    """Patches along each axis of an image whose size ends with height and width."""
+    height, width = patch_size(tower)
     return size[-2] // height, size[-1] // width
 
 
 def embedded(tower: Any, arguments: Arguments) -> Tensor:
-    return tower.embeddings(arguments["pixel_values"])
+    """By pixels, and what else the tower's embedding is told, such as `interpolate_pos_encoding`."""
+    names = inspect.signature(tower.embeddings.forward).parameters
+    return tower.embeddings(**{name: value for name, value in arguments.items() if name in names})
 
 
 def embedded_clip(tower: Any, arguments: Arguments) -> Tensor:
-    return tower.pre_layrnorm(tower.embeddings(arguments["pixel_values"]))
+    return tower.pre_layrnorm(embedded(tower, arguments))
 
 
 def embedded_tiles(tower: Any, arguments: Arguments) -> Tensor:
@@ -98,10 +107,15 @@ def pixtral_grids(tower: Any, arguments: Arguments) -> list[tuple[int, int]]:
 
 def naflex_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) -> Rows:
     """Of SigLIP 2, whose images are padded: `spatial_shapes`, height and width of each in patches."""
-    grids = [(int(height), int(width)) for height, width in arguments["spatial_shapes"]]
+    grids = naflex_grids(arguments)
     hidden = tower.embeddings(arguments["pixel_values"], arguments["spatial_shapes"])
     images = [image[: height * width] for image, (height, width) in zip(hidden, grids, strict=True)]
     return Rows.of_images(images, grids, side)
+
+
+def naflex_grids(arguments: Arguments) -> list[tuple[int, int]]:
+    """Of each image."""
+    return [(int(height), int(width)) for height, width in arguments["spatial_shapes"]]
 
 
 def qwen_rows(tower: Any, arguments: Arguments, side: int, tiles: Sequence[int]) -> Rows:
@@ -161,6 +175,7 @@ def _segments(ends: Tensor, device: torch.device) -> Segments:
 
 
 QWEN = VisionTower(qwen_rows, layers="blocks")
+QWEN2_5 = VisionTower(qwen_rows, layers="blocks", whole=attrgetter("fullatt_block_indexes"))
 QWEN3 = VisionTower(
     qwen_rows, layers="blocks", deep=lambda tower: [layer + 1 for layer in tower.deepstack_visual_indexes]
 )
@@ -170,7 +185,8 @@ IDEFICS = VisionTower(grid_rows(embedded_tiles), norm="post_layernorm")
 # By the model type of a tower's config.
 TOWERS = {
     "qwen2_vl_vision": QWEN,
-    "qwen2_5_vl_vision": VisionTower(qwen_rows, layers="blocks", whole=attrgetter("fullatt_block_indexes")),
+    "qwen2_5_vl_vision": QWEN2_5,
+    "exaone4_5_vision": QWEN2_5,
     "qwen3_vl_vision": QWEN3,
     "qwen3_vl_moe_vision": QWEN3,
     "qwen3_5_vision": QWEN,

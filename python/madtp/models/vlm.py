@@ -15,7 +15,7 @@ from madtp.models.prefill_layers import eager_attention
 from madtp.models.prompt import MODALITIES, token_of
 from madtp.models.pruned_prompt import PrunedPrompt
 from madtp.models.pruned_vision import depth_of, parts_of
-from madtp.models.vision_connectors import CONNECTORS, UNSOUND, summary_reason
+from madtp.models.vision_connectors import CONNECTORS, UNSOUND, UNSOUND_TOWERS, summary_reason
 from madtp.models.vision_layers import attention_of
 from madtp.models.vision_towers import TOWERS
 
@@ -106,8 +106,10 @@ def vision_unsupported_reason(model: nn.Module, rule: Any) -> str | None:
     if kind not in CONNECTORS:
         return UNSOUND.get(kind, f"its class must be known: of the model types {', '.join(CONNECTORS)}")
     tower: Any = getattr(base, CONNECTORS[kind].tower)
-    if tower.config.model_type not in TOWERS:
-        return f"its tower must be of the model types {', '.join(TOWERS)}, and is {tower.config.model_type}"
+    if (tower_kind := tower.config.model_type) not in TOWERS:
+        if tower_kind in UNSOUND_TOWERS:
+            return UNSOUND_TOWERS[tower_kind]
+        return f"its tower must be of the model types {', '.join(TOWERS)}, and is {tower_kind}"
     _, _, spec = parts_of(base)
     if (reason := summary_reason(base, spec.summary)) is not None:
         return reason

@@ -57,8 +57,13 @@ def explained(model: nn.Module, given: Mapping[str, Any], seams: Mapping[str, An
 
 def _of_tower(seam: VisionSeam, record: PromptRecord) -> list[Line]:
     lines: list[Line] = [(VISION, "rule", seam.keep.name, f"{_amount(seam.keep)}, layers: {seam.layers}")]
+    tolerance = seam.keep.duplicates
+    if tolerance is not None:
+        lines.append((VISION, "duplicates", str(tolerance), "by which pixels of a unit that goes may differ"))
     if record.columns is None:
         return lines
+    if tolerance is not None:
+        lines.append((VISION, "entered", str(sum(map(len, record.tower_entries()))), "units that are no duplicates"))
     counts = [sum(record.lengths()), *(sum(map(len, layer)) for layer in record.tower_selections())]
     lines.append((VISION, "units", f"{counts[0]} -> {counts[-1]}", f"removed, images: {len(record.lengths())}"))
     lines.append((VISION, "by layer", ", ".join(map(str, counts[1:])), "units left"))

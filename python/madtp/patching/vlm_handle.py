@@ -11,19 +11,38 @@ from torch import Tensor, nn
 
 from madtp.dtp.keep import Keep
 from madtp.hwp.packing import Epilogue, unpack
+from madtp.models.bare_rows import image_units
 from madtp.models.mixing import change_class, check_forward, mixed
+from madtp.models.patched_head import features_of
 from madtp.models.prefill_layers import PrefillLayer, WatchedAttention
 from madtp.models.projector_seam import ProjectorSeam
-from madtp.models.prompt import MODALITIES, count_images, in_prompt_order, token_of
+from madtp.models.prompt import (
+    MODALITIES,
+    PIXELS,
+    Images,
+    count_images,
+    find_images,
+    find_placeholders,
+    in_prompt_order,
+    token_of,
+)
 from madtp.models.pruned_prefill import PrunedPrefill
-from madtp.models.pruned_vision import PrunedVision, newlines_of
+from madtp.models.pruned_vision import PrunedVision, parts_of
 from madtp.models.vision_layers import TowerAttention, TowerLayer, attention_of
-from madtp.models.vlm import decoder_of, mixin_of, tower_layers, unsupported_reason, window_of
+from madtp.models.vlm import (
+    decoder_of,
+    mixin_of,
+    tower_layers,
+    unsupported_reason,
+    vision_unsupported_reason,
+    window_of,
+)
 from madtp.models.vlm_branches import branches_of
 from madtp.patching.saving import save
 from madtp.patching.state import Packed, Settings
 from madtp.patching.vlm_explain import explained
 from madtp.patching.vlm_keep import (
+    ENTERED,
     PREFILL,
     PROJECTOR,
     VISION,
@@ -116,11 +135,15 @@ class VlmHandle:
     def selections(self) -> dict[str, Any]:
         """Of the last prompt with images of this thread, by seam: for each image, in the order of the prompt, the
         places kept among the tokens that the projector gives it, int64 ascending. Of prefill such a list by layer, and
-        of the tower a list of them, layer after layer."""
+        of the tower a list of them, layer after layer; "pixels" are those that entered it, where `duplicates` did
+        not."""
         found: dict[str, Any] = {}
         for name, seam in self.seams.items():
             if name == VISION:
-                found[name] = self._mixed[PROJECTOR].here.record.tower_selections()
+                record = self._mixed[PROJECTOR].here.record
+                if seam.keep.duplicates is not None:
+                    found[ENTERED] = record.tower_entries()
+                found[name] = record.tower_selections()
             else:
                 record = seam.here.record
                 found[name] = {} if record is None else record.selections()
@@ -144,30 +167,71 @@ class VlmHandle:
         tower layer after layer.
 
         Args:
-            inputs: those of a forward or of `generate`: read are `input_ids`, and shapes of pixels and grids.
+            inputs: those of a forward or of `generate`: read are `input_ids`, `attention_mask`, images that are encoded
+                already, and shapes of pixels and grids; of Idefics 3 and SmolVLM also which tiles are zeros. Pixels are
+                read where `duplicates` are to be found; how many enter the tower is said of "pixels".
 
         Raises:
-            ValueError: what is left depends on more than lengths, or the prompt does not say where an image ends.
+            ValueError: what is left depends on more than lengths; a forward refuses the prompt; or it does not say
+                where an image ends.
         """
         input_ids = inputs.get("input_ids")
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise ValueError(f"input_ids must be a tensor (B, S), got {type(input_ids).__name__}")
-        config: Any = self.model.config
-        known = [modality for modality in MODALITIES if token_of(config, modality) is not None]
-        images = [count_images(input_ids, config, inputs, modality) for modality in known]
+        self.model._check_prompt(input_ids, inputs)  # type: ignore[operator]
+        known = [modality for modality in MODALITIES if token_of(self.model.config, modality) is not None]
+        found = [self._found(input_ids, inputs, modality) for modality in known]
+        images = [each for each, _, _ in found]
         ordered = in_prompt_order(images, (each.lengths for each in images))
         counts: dict[str, Any] = {}
-        if VISION in self.seams:
-            others = (newlines_of(self.model.base_model, each, inputs) for each in images)
-            lines = in_prompt_order(images, others)
-            left = self.seams[VISION].counts([length - more for length, more in zip(ordered, lines, strict=True)])
-            counts[VISION] = [[count + more for count, more in zip(layer, lines, strict=True)] for layer in left]
+        if (seam := self.seams.get(VISION)) is not None:
+            if seam.keep.duplicates is not None:
+                counts[ENTERED] = in_prompt_order(images, (entered for _, entered, _ in found))
+            counts[VISION] = [
+                in_prompt_order(images, (left[layer] for _, _, left in found)) for layer in range(seam.layers)
+            ]
             ordered = counts[VISION][-1]
         if PROJECTOR in self.seams:
             counts[PROJECTOR] = ordered = self.seams[PROJECTOR].keep.counts(ordered)
         if PREFILL in self.seams:
             counts[PREFILL] = self.seams[PREFILL].counts(ordered)
         return counts
+
+    def _found(
+        self, input_ids: Tensor, inputs: Mapping[str, Any], modality: str
+    ) -> tuple[Images, list[int], list[list[int]]]:
+        """The images of a modality, checked as a forward does; how many tokens of each enter the tower, and by layer
+        how many are left behind it."""
+        config: Any = self.model.config
+        base: Any = self.model.base_model
+        seam, encoded = self.seams.get(VISION), (inputs.get("mm_encoder_outputs") or {}).get(modality)
+        given = any(inputs.get(name) is not None for name in (*PIXELS[modality], f"{modality}_grid_thw"))
+        left: list[list[int]] | None = None
+        if encoded is not None:
+            record = getattr(encoded, "madtp_left", None)
+            parts = features_of(encoded, modality, find_placeholders(input_ids, config, modality))
+            lengths = entered = [len(part) for part in parts]
+            if record is not None:
+                lengths, entered = record.lengths, [len(part) for part in record.entries()]
+                left = [[len(part) for part in layer] for layer in record.selections()]
+        elif given and self._knows_units():
+            units = image_units(base, inputs, modality, None if seam is None else seam.keep.duplicates)
+            lengths, entered = units.tokens(units.lengths), units.tokens(units.entered)
+            if seam is not None:
+                left = [units.tokens(layer) for layer in seam.counts(units.lengths, units.entered)]
+        else:
+            lengths = entered = count_images(input_ids, config, inputs, modality).lengths
+        mask = inputs.get("attention_mask") if PROJECTOR in self._mixed else None  # prefill sees what is hidden
+        images = find_images(input_ids, config, modality, lengths, mask)
+        return images, entered, left or [lengths] * (0 if seam is None else seam.layers)
+
+    def _knows_units(self) -> bool:
+        """Whether shapes of pixels say how many tokens an image has."""
+        if VISION in self.seams:
+            return True
+        if vision_unsupported_reason(self.model, None) is not None:
+            return False
+        return not parts_of(self.model.base_model)[0].packed  # where features may be interpolated
 
     @contextmanager
     def simulated(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from madtp.models.vlm import (
 )
 
 VISION, PROJECTOR, PREFILL = "vision", "projector", "prefill"
+ENTERED = "pixels"  # what enters a tower that leaves out duplicates, beside what is left at the seams
 DEFAULT_RULES = {VISION: "received", PROJECTOR: "divprune", PREFILL: "fastv"}  # of a plain share or count, by seam
 Amounts = Keep | dict[int, Keep]  # of a seam; of prefill by layer
 
@@ -40,6 +41,7 @@ def check_keep(keep: Mapping[str, Any]) -> dict[str, Amounts]:
         checked[VISION] = _check_vision(Keep.of(keep[VISION], DEFAULT_RULES[VISION]))
     if PROJECTOR in keep:
         checked[PROJECTOR] = value = Keep.of(keep[PROJECTOR], DEFAULT_RULES[PROJECTOR])
+        _check_without_duplicates(PROJECTOR, value)
         if value.needs_importance:
             runs = ", ".join(rule for rule, entry in RULES.items() if not entry.needs_importance)
             what = f"mass {value.mass}" if value.mass is not None else f"rule {value.name!r}"
@@ -62,6 +64,14 @@ def _check_vision(keep: Keep) -> Keep:
     return keep
 
 
+def _check_without_duplicates(seam: str, keep: Keep) -> None:
+    if keep.duplicates is not None:
+        raise ValueError(
+            f"keep of {seam!r} must have no duplicates=, by which units do not enter the tower: it is of {VISION!r} "
+            f"alone, got {keep.duplicates!r}"
+        )
+
+
 def _check_prefill(given: Any) -> dict[int, Keep]:
     if not isinstance(given, Mapping) or not given:
         got = f"{given!r}" if isinstance(given, float | int) else type(given).__name__
@@ -73,6 +83,7 @@ def _check_prefill(given: Any) -> dict[int, Keep]:
             raise ValueError(f"keep of {PREFILL!r} must be by a number of layers, an int >= 1, got {layer!r}")
     checked = {layer: Keep.of(given[layer], DEFAULT_RULES[PREFILL]) for layer in sorted(given)}
     for layer, value in checked.items():
+        _check_without_duplicates(PREFILL, value)
         if isinstance(value.rule, str) and value.rule not in PREFILL_RULES:
             raise ValueError(
                 f"keep of {PREFILL!r} behind layer {layer} must have one of the rules {', '.join(PREFILL_RULES)}, or a "

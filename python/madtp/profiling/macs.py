@@ -305,5 +305,10 @@ def _sparsity(module: nn.Module, planned: bool) -> tuple[float, float]:
         return 0.5 if module.sparse else 1.0, 0.5 if module.executes_sparse else 1.0
     if not isinstance(module, nn.Linear):
         return 1.0, 1.0
+    return (0.5 if planned or has_sparse24_weight(module) else 1.0), 1.0
+
+
+def has_sparse24_weight(module: nn.Linear) -> bool:
+    """Whether its weight is 2:4, packed or not; one without values is none."""
     weight = module.weight.detach()
-    return (0.5 if planned or (not weight.is_meta and is_pattern(weight, "2:4")) else 1.0), 1.0
+    return not weight.is_meta and is_pattern(weight[:1], "2:4") and is_pattern(weight, "2:4")  # most are told by a row

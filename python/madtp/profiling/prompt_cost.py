@@ -15,18 +15,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from madtp.dtp.keep import Keep
 from madtp.dtp.keep_rules import RULES
 from madtp.handles import find_handle
 from madtp.hwp import PackedLinear
-from madtp.models.bare_rows import BareRows, bare_rows
+from madtp.models.bare_rows import BareRows, bare_rows, image_units
 from madtp.models.prefill_seam import PrefillSeam
-from madtp.models.prompt import MODALITIES, PIXELS, Images, count_images, in_prompt_order
+from madtp.models.prompt import MODALITIES, PIXELS, Images, find_images, in_prompt_order
 from madtp.models.pruned_vision import parts_of
 from madtp.models.vision_layers import attention_of
 from madtp.models.vision_seam import PLANNED, VisionSeam, nested
-from madtp.models.vision_towers import pixtral_rows
+from madtp.models.vision_towers import naflex_rows, pixtral_rows
 from madtp.models.vlm import (
     decoder_of,
     prefill_unsupported_reason,
@@ -36,7 +37,8 @@ from madtp.models.vlm import (
     window_of,
 )
 from madtp.models.vlm_branches import projectors_of
-from madtp.patching.vlm_keep import PREFILL, PROJECTOR, VISION, check_keep, make_seams
+from madtp.patching.vlm_keep import ENTERED, PREFILL, PROJECTOR, VISION, check_keep, make_seams
+from madtp.profiling.macs import has_sparse24_weight
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -79,11 +81,13 @@ def prompt_cost(
     counts: Mapping[str, Any] | None = None,
     **inputs: Any,
 ) -> PromptCost:
-    """What a prompt costs as the seams leave it; nothing runs, and weights are not read.
+    """What a prompt costs as the seams leave it; nothing runs, and weights are read only for zeros in a 2:4 pattern.
 
     The model may be on the meta device, and so may pixels. Columns of padding cost what others do. Where the units of
     a tower come in several segments, windows, frames or tiles, those that are left are taken to be spread evenly, by
-    the rule "uniform"; the rules "uniform" and "random" are what they are. A packed 2:4 Linear counts at half.
+    the rule "uniform"; the rules "uniform" and "random" are what they are. So are those that enter a tower which leaves
+    out duplicates; pixels must have values there, if `counts` do not say how many these are. A Linear with 2:4 weights,
+    packed or not, counts at half, as in `profile`.
 
     Args:
         model: a decoder that reads images, patched or not.
@@ -101,12 +105,14 @@ def prompt_cost(
     prompt = _Prompt.of(model, inputs)
     if not prompt.modalities:  # a prompt without images is read as ever
         seams = {}
-    left = _left(model, seams, prompt.lengths, counts)
+    _check_form(seams, counts)
+    entered = _entered(model, seams, prompt, inputs, counts or {})
+    left = _left(seams, prompt.lengths, entered, counts or {})
     vision = projector = rules = 0
     for modality, places in prompt.modalities.items():
         counts_of = [[layer[place] for place in places] for layer in left.get(VISION, ())]
         bare = bare_rows(model.base_model, inputs, modality)
-        macs, chosen = _tower(model, bare, seams.get(VISION), counts_of)
+        macs, chosen = _tower(model, bare, seams.get(VISION), [entered[place] for place in places], counts_of)
         tokens = counts_of[-1] if counts_of else [prompt.lengths[place] for place in places]
         vision, rules = vision + macs, rules + chosen
         projector += sum(tokens) * sum(map(_weights, projectors_of(model)))
@@ -145,7 +151,10 @@ class _Prompt(NamedTuple):
         batch, width = input_ids.shape
         real = [width] * batch if mask is None else mask.cpu().bool().sum(1).tolist()
         given = [m for m in MODALITIES if any(inputs.get(name) is not None for name in PIXELS[m])]
-        found: list[Images] = [count_images(input_ids, model.config, inputs, modality) for modality in given]
+        found: list[Images] = [
+            find_images(input_ids, model.config, modality, image_units(model.base_model, inputs, modality).lengths)
+            for modality in given
+        ]
         lengths = in_prompt_order(found, (images.lengths for images in found))
         samples = in_prompt_order(found, ([begin // width for begin in images.begins()] for images in found))
         order = in_prompt_order(found, ([(kind, n) for n in range(len(f.lengths))] for kind, f in enumerate(found)))
@@ -173,8 +182,10 @@ def _check(model: nn.Module) -> None:
         raise TypeError(f"model must have a decoder that is known, {reason}, got {kind}")
     if (reason := vision_unsupported_reason(model, None)) is not None:
         raise TypeError(f"model must have a vision tower that is known, {reason}, got {kind}")
-    if parts_of(model.base_model)[0].packed:
-        raise TypeError(f"model must have a vision tower that is known, its tiles are packed with newlines, got {kind}")
+    connector, _, spec = parts_of(model.base_model)
+    if connector.packed or spec.rows is naflex_rows:
+        reason = "tiles are packed with newlines" if connector.packed else "images are padded to a length"
+        raise TypeError(f"model must have a vision tower that is known, its {reason}, got {kind}")
 
 
 def _seams(model: nn.Module, keep: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -186,15 +197,39 @@ def _seams(model: nn.Module, keep: Mapping[str, Any] | None) -> dict[str, Any]:
     return make_seams(model, check_keep(keep))
 
 
-def _left(
-    model: nn.Module, seams: Mapping[str, Any], lengths: list[int], counts: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What is left of each image, in the order of the prompt, as `VlmHandle.counts` says it."""
+def _check_form(seams: Mapping[str, Any], counts: Any) -> None:
+    """Raises ValueError for counts that are not by seam."""
     if counts is not None and not isinstance(counts, Mapping):
         raise ValueError(f"counts must be a mapping by seam, as VlmHandle.counts gives it, got {type(counts).__name__}")
-    given = dict(counts or {})
-    if unknown := set(given) - set(seams):
-        raise ValueError(f"counts must be of the seams {', '.join(seams) or 'there are'}, got {', '.join(unknown)}")
+    names = [*seams, *([ENTERED] if _leaves_out(seams) else [])]
+    if unknown := [name for name in counts or {} if name not in names]:
+        raise ValueError(f"counts must be of the seams {', '.join(names) or 'there are'}, got {', '.join(unknown)}")
+
+
+def _leaves_out(seams: Mapping[str, Any]) -> bool:
+    """Whether duplicates do not enter the tower."""
+    return VISION in seams and seams[VISION].keep.duplicates is not None
+
+
+def _entered(
+    model: nn.Module, seams: Mapping[str, Any], prompt: _Prompt, inputs: Mapping[str, Any], counts: Mapping[str, Any]
+) -> list[int]:
+    """How many units of each image enter the tower, in the order of the prompt."""
+    if not _leaves_out(seams):
+        return prompt.lengths
+    if ENTERED in counts:
+        _check_steps(ENTERED, counts[ENTERED], [counts[ENTERED]], prompt.lengths, f"{len(prompt.lengths)} images")
+        return list(counts[ENTERED])
+    entered = list(prompt.lengths)
+    for modality, places in prompt.modalities.items():
+        units = image_units(model.base_model, inputs, modality, seams[VISION].keep.duplicates)
+        for place, count in zip(places, units.entered, strict=True):
+            entered[place] = count
+    return entered
+
+
+def _left(seams: Mapping[str, Any], lengths: list[int], entered: list[int], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of each image, in the order of the prompt, as `VlmHandle.counts` says it."""
     left: dict[str, Any] = {}
     for name in (VISION, PROJECTOR, PREFILL):
         if name not in seams:
@@ -203,12 +238,13 @@ def _left(
         keeps = seam.keep.values() if name == PREFILL else [seam.keep]
         if name in given:
             left[name] = given[name]
-            _check_counts(name, given[name], seam, lengths)
+            _check_counts(name, given[name], seam, entered if name == VISION else lengths)
         elif dynamic := next((keep for keep in keeps if not keep.is_fixed), None):
             what = f"the rule {dynamic.name}" if dynamic.mass is None else f"a mass of {dynamic.mass}"
             raise ValueError(f"counts must be given for {name!r}, where {what} decides by what it sees, got none")
         else:
-            left[name] = seam.keep.counts(lengths) if name == PROJECTOR else seam.counts(lengths)
+            counts = (lengths, entered) if name == VISION else (lengths,)
+            left[name] = seam.keep.counts(lengths) if name == PROJECTOR else seam.counts(*counts)
         lengths = left[name][-1] if name == VISION else left[name] if name == PROJECTOR else lengths
     return left
 
@@ -223,9 +259,13 @@ def _check_counts(name: str, given: Any, seam: Any, lengths: Sequence[int]) -> N
         fits = isinstance(given, Mapping) and set(given) == set(seam.keep)
         steps = [given[layer] for layer in seam.keep] if fits else []
         expected = f"the layers {', '.join(map(str, seam.keep))}, each of {expected}"
-    fits = fits and all(isinstance(step, list | tuple) and len(step) == len(lengths) for step in steps)
-    fits = fits and all(type(count) is int for step in steps for count in step)
-    if not fits:
+    _check_steps(name, given, steps if fits else [None], lengths, expected)
+
+
+def _check_steps(name: str, given: Any, steps: Sequence[Any], lengths: Sequence[int], expected: str) -> None:
+    """Raises ValueError for counts, step after step, that are none of so many images or that grow."""
+    fits = all(isinstance(step, list | tuple) and len(step) == len(lengths) for step in steps)
+    if not fits or not all(type(count) is int for step in steps for count in step):
         raise ValueError(f"counts of the seam {name!r} must be of {expected}, got {given}")
     for before, after in pairwise([list(lengths), *map(list, steps)]):
         if any(not 0 <= count <= length for length, count in zip(before, after, strict=True)):
@@ -233,11 +273,16 @@ def _check_counts(name: str, given: Any, seam: Any, lengths: Sequence[int]) -> N
 
 
 def _tower(
-    model: nn.Module, bare: BareRows, seam: VisionSeam | None, counts: Sequence[Sequence[int]]
+    model: nn.Module,
+    bare: BareRows,
+    seam: VisionSeam | None,
+    entered: Sequence[int],
+    counts: Sequence[Sequence[int]],
 ) -> tuple[int, int]:
     """What the tower costs, and its rule.
 
     Args:
+        entered: how many units of each image enter its first layer.
         counts: by layer, what is left of each image; none without a seam.
     """
     _, tower, spec = parts_of(model.base_model)
@@ -248,8 +293,9 @@ def _tower(
         macs += bare.tiles * _pooling(tower, len(rows.unit) // max(bare.tiles, 1))
     else:
         rule = seam.keep.rule if isinstance(seam.keep.rule, str) and seam.keep.rule in PLANNED else "uniform"
-        layers, alive = tower_layers(model), nested(RULES[rule].choose, rows.lengths, counts)
-    before = rows.lengths
+        layers, (first, *alive) = tower_layers(model), nested(RULES[rule].choose, rows.lengths, [entered, *counts])
+        rows, _ = rows.keep(first)
+    before = list(entered)
     for number, layer in enumerate(layers):
         ends = spec.segments(tower, rows, number).ends
         if seam is None and spec.rows is pixtral_rows:  # a single segment of all images, told apart by a mask
@@ -310,7 +356,9 @@ def _weights(module: nn.Module) -> int:
 def _own_weights(module: nn.Module) -> int:
     if isinstance(module, PackedLinear):
         return module.packed_weight.shape.numel() // (2 if module.sparse else 1)
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Linear):
+        return module.weight.numel() // (2 if has_sparse24_weight(module) else 1)
+    if isinstance(module, nn.Embedding | ParametrizationList):  # of a mask of a Linear's weight
         return 0
     weights = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
     if strange := [weight for weight in weights if weight.ndim > 2 and not isinstance(module, CONVOLUTIONS)]:
