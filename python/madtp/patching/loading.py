@@ -91,9 +91,7 @@ def _check_written(directory: Path, files: Sequence[Path]) -> None:
     """Raises ModelError for weights that are not as they were written, or that an index says to be elsewhere."""
     if any(file.parent != directory for file in files):
         raise unreadable(directory, ValueError("weights must lie beside each other"))
-    checksums = read_checksums(directory)
-    indices = [name for name in checksums if name.endswith(".index.json") and (directory / name).exists()]
-    check_files(directory, [*indices, *(file.name for file in files)], checksums)
+    check_files(directory, [file.name for file in files], read_checksums(directory))
 
 
 def finish(model: PreTrainedModel, values: Any) -> None:

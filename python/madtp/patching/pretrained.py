@@ -143,11 +143,23 @@ def _folder(directory: str | os.PathLike, hub: dict[str, Any]) -> tuple[Path, bo
 
 
 def _weights(folder: Path, directory: str | os.PathLike, hub: dict[str, Any], variant: str | None) -> list[Path]:
-    """The files of weights of a variant, by madtp.json, fetched where `hub` says from where."""
+    """The files of weights of a variant, by madtp.json, fetched where `hub` says from where.
+
+    Raises:
+        ModelError: the index, which transformers follows, names others.
+    """
     from transformers.utils import cached_file
 
-    part = "" if variant is None else re.escape(f".{variant}")
-    names = [name for name in read_checksums(folder) if re.fullmatch(rf"model{part}(-\d+-of-\d+)?\.safetensors", name)]
+    part = "" if variant is None else f".{variant}"
+    checksums, index = read_checksums(folder), f"model.safetensors.index{part}.json"
+    of_variant = re.compile(rf"model{re.escape(part)}(-\d+-of-\d+)?\.safetensors")
+    names = [name for name in checksums if of_variant.fullmatch(name)]
+    if os.path.lexists(folder / index):
+        if index in checksums:  # those before 0.2 have none
+            check_files(folder, [index], checksums)
+        shards = read_json(folder, index)["weight_map"].values()
+        if not {*shards} <= {*names}:
+            raise ModelError(f"{folder}: weight_map of {index} must name files that {STATE_FILE} has checksums of")
     return [Path(str(cached_file(os.fspath(directory), name, **hub))) if hub else folder / name for name in names]
 
 
@@ -173,5 +185,5 @@ def _model_class(directory: Path, decoder: bool) -> Any:
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     if kind not in by_name:
-        raise ModelError(f"{directory} must hold one of {list(by_name)}, got {one_line(kind)}")
+        raise ModelError(f"{directory} must hold one of {one_line(', '.join(by_name))}, got {one_line(kind, 80)}")
     return by_name[kind]
