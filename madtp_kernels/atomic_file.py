@@ -32,7 +32,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 @contextmanager
@@ -55,15 +55,18 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 
 def sweep(parent: Path, name: str) -> None:
     """Removes scratch folders of `name` whose writers are dead; without locks nobody knows, and they stay."""
-    for entry in os.listdir(parent):
-        if is_scratch(entry, name):
-            try:
-                held = os.open(parent / entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except OSError:  # gone by now, or of somebody else
-                continue
-            if try_lock(held):
-                shutil.rmtree(parent / entry, ignore_errors=True)
-            os.close(held)
+    try:
+        entries = [entry for entry in os.listdir(parent) if is_scratch(entry, name)]
+    except OSError:  # a folder that may be written to but not listed
+        return
+    for entry in entries:
+        try:
+            held = os.open(parent / entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:  # gone by now, or of somebody else
+            continue
+        if try_lock(held):
+            shutil.rmtree(parent / entry, ignore_errors=True)
+        os.close(held)
 
 
 def is_scratch(entry: str, name: str) -> bool:

@@ -15,11 +15,11 @@ from torch.nn.modules import module as hooks
 
 # Saved weights are smaller than the model where they are packed, or one stands for several.
 MAX_GROWTH = 8
-MIN_PARAMETERS, MIN_ELEMENTS, MODULES_EACH = 1 << 12, 1 << 22, 8  # whatever is saved; modules for each parameter
+MIN_PARAMETERS, MIN_ELEMENTS, MODULES_EACH = 1 << 10, 1 << 22, 4  # whatever is saved; modules for each parameter
 
 MAX_COUNT, MAX_SIZE = 1 << 20, 1 << 24  # of what a config counts, and of sizes in it
 _COUNTS = re.compile(r"(^|_)(num|n)_|layers?($|_)|depths?$|blocks?$|stages?$|labels$|experts|heads$")
-_SIZES = re.compile(r"(^|_)(size|length|positions?|embeddings|dim|width|height|channels|resolution|tokens)s?($|_)")
+_SIZES = re.compile(r"(^|_)(size|positions?|embeddings|dim|width|height|channels|resolution)s?($|_)")
 
 
 class TooLargeError(ValueError):

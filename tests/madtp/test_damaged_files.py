@@ -246,7 +246,7 @@ def set_ours(**values):
         (set_ours(config=[]), "cannot be read"),
         (set_ours(keep=[]), "cannot be read"),
         (set_ours(version=[6]), r"must be of version 6, got \[6\]"),
-        (lambda c: c["quantization_config"]["config"].update(alignment_tokens=10**6), "more alignment tokens than"),
+        (lambda c: c["quantization_config"]["config"].update(alignment_tokens=10**9), "more alignment tokens than"),
         (lambda c: c["quantization_config"]["config"].update(pattern="1:1000000000"), "an m of at most"),
     ],
 )

@@ -28,6 +28,7 @@ from madtp.patching.vlm_keep import loaded_keep
 from madtp_kernels.bounded_file import ODD_VALUES
 
 FILE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}  # of the parts of int8 layers, by safetensors
+MAX_GUIDE = 1 << 24  # elements of alignment tokens that are made whatever the weights are
 WHERE = f"quantization_config of {CONFIG_FILE}"
 
 logger = logging.get_logger(__name__)
@@ -65,7 +66,7 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
         raise unreadable("weights", error) from error
     if checkpoint_files and settings.config is not None:
         size = settings.config.alignment_tokens * settings.config.alignment_dim
-        if size > elements_of(held):
+        if size > max(elements_of(held), MAX_GUIDE):
             raise ModelError(f"{WHERE} must be that of the weights, got more alignment tokens than there are weights")
     if settings.keep is None and family is not None and family.towers.keys() != settings.branches.keys():
         raise ModelError(f"{kind} must have branches {', '.join(settings.branches)}: load it as {saved}")
