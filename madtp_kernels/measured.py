@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from madtp_kernels import dispatch, table_file
 from madtp_kernels._version import __version__
 from madtp_kernels.atomic_file import atomic_file
+from madtp_kernels.bounded_file import ODD_VALUES
 
 SHIPPED = Path(__file__).with_name("tables")
 SAME_KERNELS = ("0.1.0",)  # versions of madtp_kernels whose measurements hold for this one: its kernels are theirs
@@ -141,7 +142,7 @@ class Measurements(Generic[Call]):
         except table_file.NewerTableError as error:
             warnings.warn(f"{error}; it is ignored", stacklevel=2)
             return {}
-        except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        except (OSError, *ODD_VALUES):
             return {}
 
     def _read_folder(self, folder: Path | None) -> dict[Call, Timing]:

@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from madtp_kernels.bounded_file import one_line
+
+MAX_M = 1 << 14  # of a pattern: what it puts into a group is found by going through its groups
+
 
 class Pattern(NamedTuple):
     """At most n non-zeros in every m consecutive weights along the input dimension; in text, "2:4"."""
@@ -20,7 +24,9 @@ class Pattern(NamedTuple):
     def parse(cls, text: str | Pattern) -> Pattern:
         n, _, m = str(text).partition(":")
         if not (n.isdecimal() and m.isdecimal() and 1 <= int(n) <= int(m)):
-            raise ValueError(f'pattern must be "n:m" with 1 <= n <= m, got {text!r}')
+            raise ValueError(f'pattern must be "n:m" with 1 <= n <= m, got {one_line(repr(text))}')
+        if int(m) > MAX_M:
+            raise ValueError(f"pattern must have an m of at most {MAX_M}, got {text!r}")
         return cls(int(n), int(m))
 
     def runs_as(self, other: Pattern) -> bool:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from madtp_kernels.bounded_file import ODD_VALUES, one_line, read_json
 
 VERSION = 2
 
@@ -23,12 +24,7 @@ def read(path: Path) -> dict[str, Any]:
         NewerTableError: its version is a later one; the message names the file and both versions.
         OSError, ValueError: it cannot be read, or is no table.
     """
-    if not path.is_file():  # a pipe would keep its reader waiting
-        raise FileNotFoundError(f"{path} is no file")
-    try:
-        found = json.loads(path.read_text())
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply for a tuning table") from error
+    found = read_json(path)
     version = found.get("version", 1) if isinstance(found, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"{path} is no tuning table")
@@ -53,8 +49,8 @@ def newer_reason(path: Path) -> str | None:
 def _from_version_1(found: dict[str, Any]) -> dict[str, Any]:
     try:
         return {**found, "version": VERSION, "timings": [_row_from_version_1(row) for row in found["timings"]]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"a tuning table of version 1 has no such rows: {error!r}") from error
+    except ODD_VALUES as error:
+        raise ValueError(f"a tuning table of version 1 has no such rows: {one_line(repr(error))}") from error
 
 
 def _row_from_version_1(row: Any) -> Any:

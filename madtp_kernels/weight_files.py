@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from madtp_kernels.atomic_file import atomic_file
+from madtp_kernels.bounded_file import ODD_VALUES, one_line, parse_json, require_regular
 from madtp_kernels.checks import require
 
 
@@ -43,8 +44,9 @@ def write(
     try:
         with atomic_file(path) as partial:
             safetensors.torch.save_file(stored, partial, metadata)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{os.fspath(path)} cannot be written ({error})") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise OSError(f"{os.fspath(path)} cannot be written ({reason})") from error
 
 
 def read(path: str | os.PathLike[str], kind: str, version: str) -> tuple[Any, dict[str, Tensor]]:
@@ -52,18 +54,24 @@ def read(path: str | os.PathLike[str], kind: str, version: str) -> tuple[Any, di
 
     Raises:
         OSError: the file cannot be opened. ImportError: safetensors is not installed.
-        ValueError: it is cut short, changed, or of another format or version.
+        ValueError: it is no regular file, cut short, changed, or of another format or version.
     """
     safetensors = _safetensors()
+    wrong = safetensors.SafetensorError, RuntimeError, *ODD_VALUES  # RuntimeError: of torch, for an odd dtype
     try:
+        require_regular(path)
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            _require_header(path, metadata, kind, version)
+    except wrong as error:
+        raise _not_whole(path, kind, error) from error
+    _require_header(path, metadata, kind, version)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            weights = json.loads(metadata[kind])
-    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"path must be a whole madtp-{kind} file, got {os.fspath(path)} ({error})") from error
-    intact = _checksum(metadata[kind], tensors) == metadata.get("sha256")
+        intact = _checksum(metadata[kind], tensors) == metadata.get("sha256")
+        weights = parse_json(metadata[kind])
+    except wrong as error:
+        raise _not_whole(path, kind, error) from error
     require(intact, "path", "a file as it was written (its checksum does not match)", os.fspath(path))
     return weights, tensors
 
@@ -99,9 +107,13 @@ def _safetensors() -> ModuleType:
     return safetensors
 
 
+def _not_whole(path: str | os.PathLike[str], kind: str, error: Exception) -> ValueError:
+    return ValueError(f"path must be a whole madtp-{kind} file, got {os.fspath(path)} ({one_line(error)})")
+
+
 def _require_header(path: str | os.PathLike[str], metadata: Mapping[str, str], kind: str, version: str) -> None:
     found = metadata.get("format"), metadata.get("version")
-    got = f"{os.fspath(path)} of format {found[0]}, version {found[1]}"
+    got = f"{os.fspath(path)} of {one_line(f'format {found[0]}, version {found[1]}')}"
     require(found == (f"madtp-{kind}", version), "path", f"a file of format madtp-{kind}, version {version}", got)
 
 

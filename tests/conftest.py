@@ -16,6 +16,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _without_waiting_for_the_disk():
+    """No test ends with the power of the machine, and the hundreds that save models would wait for every file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """A test draws the same numbers whatever ran before it."""

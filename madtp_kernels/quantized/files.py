@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from madtp_kernels import weight_files
+from madtp_kernels.bounded_file import one_line
 from madtp_kernels.checks import require
 from madtp_kernels.quantized.weight import SCHEMES, QuantizedWeight
 
@@ -49,9 +50,11 @@ def load_quantized(path: str | os.PathLike[str]) -> dict[str, QuantizedWeight | 
             that ascend.
     """
     schemes, tensors = weight_files.read(path, KIND, VERSION)
-    ok = isinstance(schemes, dict) and all(scheme in SCHEMES for scheme in schemes.values())
-    require(ok, "path", f"a file of weights that are {' or '.join(SCHEMES)}", f"{os.fspath(path)} with {schemes}")
-    weights = {name: _weight(f"{os.fspath(path)}: {name}", name, scheme, tensors) for name, scheme in schemes.items()}
+    ok = isinstance(schemes, dict) and all(isinstance(s, str) and s in SCHEMES for s in schemes.values())
+    got = f"{os.fspath(path)} with {one_line(schemes)}"
+    require(ok, "path", f"a file of weights that are {' or '.join(SCHEMES)}", got)
+    where = os.fspath(path)
+    weights = {name: _weight(f"{where}: {one_line(name)}", name, of, tensors) for name, of in schemes.items()}
     return weights | tensors
 
 

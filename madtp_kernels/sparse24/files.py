@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from madtp_kernels import weight_files
+from madtp_kernels.bounded_file import one_line
 from madtp_kernels.checks import require
 from madtp_kernels.sparse24.weight import Sparse24Weight
 
@@ -41,13 +42,29 @@ def load_sparse24(path: str | os.PathLike[str]) -> dict[str, Sparse24Weight | Te
 
     Raises:
         OSError: the file cannot be opened. ImportError: safetensors is not installed.
-        ValueError: it is cut short, changed, of another format or version, or its indices do not ascend.
+        ValueError: it is cut short, changed, of another format or version, or the tensors of a weight are not there,
+            not of dtypes and shapes that fit, or have indices that do not ascend.
     """
-    sparse, tensors = weight_files.read(path, KIND, VERSION)
-    weights = {name: Sparse24Weight(*(tensors.pop(f"{name}.{part}") for part in PARTS)) for name in sparse}
-    for name, weight in weights.items():
-        weight.check_indices(f"{os.fspath(path)}: indices of {name!r}")
+    names, tensors = weight_files.read(path, KIND, VERSION)
+    ok = isinstance(names, list) and all(isinstance(name, str) for name in names) and len({*names}) == len(names)
+    require(
+        ok, "path", "a file with the names of its 2:4 weights, each once", f"{os.fspath(path)} with {one_line(names)}"
+    )
+    weights = {name: _weight(f"{os.fspath(path)}: {one_line(name)}", name, tensors) for name in names}
     return weights | tensors
+
+
+def _weight(where: str, name: str, tensors: dict[str, Tensor]) -> Sparse24Weight:
+    """Takes the parts of a weight out of the tensors. Raises ValueError for such as make none."""
+    given = [part for part in PARTS if f"{name}.{part}" in tensors]
+    require(given == [*PARTS], where, " and ".join(PARTS), ", ".join(given) or "nothing")
+    values, indices = (tensors.pop(f"{name}.{part}") for part in PARTS)
+    try:
+        weight = Sparse24Weight(values, indices)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    weight.check_indices(f"{where}: indices")
+    return weight
 
 
 def _parts(weights: Mapping[str, Sparse24Weight | Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from madtp_kernels import dispatch, measured, table_file
 from madtp_kernels._version import __version__
 from madtp_kernels.atomic_file import atomic_file
+from madtp_kernels.bounded_file import ODD_VALUES
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.native.sparse24 import Sparse24Config
 from madtp_kernels.sparse24 import backend_cusparselt as cusparselt
@@ -191,7 +192,7 @@ def read(path: Path, name: str) -> dict[LinearCall, Timing]:
     except table_file.NewerTableError as error:
         warnings.warn(f"{error}; it is ignored", stacklevel=2)
         return {}
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+    except (OSError, *ODD_VALUES):
         return {}
 
 

@@ -12,8 +12,9 @@ SOURCES = {"madtp_kernels": ROOT / "madtp_kernels", "madtp": ROOT / "python" / "
 # From the lowest layer to the highest. What stands in one line may not import each other, but for files of one package.
 LAYERS = {
     "madtp_kernels": (
-        ("_version", "atomic_file", "checks", "selection", "flops", "nm_patterns", "ragged", "renamed", "table_file"),
-        ("nm_masks", "dispatch", "layouts", "weight_files"),
+        ("_version", "atomic_file", "bounded_file"),
+        ("checks", "selection", "flops", "nm_patterns", "ragged", "renamed"),
+        ("table_file", "nm_masks", "dispatch", "layouts", "weight_files"),
         ("reference", "measured"),
         ("native", "triton"),
         ("dense",),
@@ -25,6 +26,7 @@ LAYERS = {
     ),
     "madtp": (
         (
+            "building",
             "choices",
             "files",
             "handles",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of 2:4 and of int8 weights: what both keep, notice and refuse. What is of one kind is in the file of that."""
 
+import json
+import os
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +18,7 @@ from madtp_kernels import (
     save_quantized,
     save_sparse24,
     sparse24_compress,
+    weight_files,
 )
 from madtp_kernels.quantized import files as quantized
 from madtp_kernels.sparse24 import files as sparse24
@@ -183,3 +186,45 @@ def test_save_refuses_and_leaves_what_was_there(kind, saved, weights, message):
     with pytest.raises(ValueError, match=message.format(kind)):
         kind.save(saved, weights(kind))
     assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [3],
+        ["a", "a"],
+        ["none"],
+        [["a"]],
+        {"a": []},
+        {"a": {}},
+        {"a": "int8", "b": 3},
+        7,
+        None,
+        "a",
+        [None],
+        {"none": "int8"},
+    ],
+)
+def test_odd_parts_with_a_right_checksum(kind, saved, parts):
+    with safe_open(saved, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    text = json.dumps(parts)
+    save_file(tensors, saved, metadata | {kind.files.KIND: text, "sha256": weight_files._checksum(text, tensors)})
+    with pytest.raises(ValueError, match=r"w\.safetensors"):
+        kind.load(saved)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "1" * 5000, '"\\ud800"', ""])
+def test_parts_that_are_no_json(kind, saved, text):
+    with safe_open(saved, framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    save_file(tensors, saved, metadata | {kind.files.KIND: text, "sha256": weight_files._checksum(text, tensors)})
+    with pytest.raises(ValueError, match="path must be a whole madtp"):
+        kind.load(saved)
+
+
+def test_what_is_no_regular_file(kind, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match="must be a regular file"):
+            kind.load(path)

@@ -3,22 +3,7 @@ import hashlib
 
 import pytest
 
-from madtp.files import CHUNK, atomic_directory, atomic_write, file_sha256, require_writable
-
-
-def test_a_directory_is_replaced_only_by_a_whole_one(tmp_path):
-    target = tmp_path / "model"
-    with atomic_directory(target) as folder:
-        (folder / "weights").write_text("first")
-    with pytest.raises(KeyboardInterrupt), atomic_directory(target) as folder:
-        (folder / "weights").write_text("sec")
-        raise KeyboardInterrupt
-    assert (target / "weights").read_text() == "first"
-    (tmp_path / "model.partial").mkdir()  # what a killed process leaves
-    with atomic_directory(target) as folder:
-        (folder / "tokens").write_text("third")
-    assert [path.name for path in target.iterdir()] == ["tokens"]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+from madtp.files import CHUNK, atomic_write, file_sha256, require_writable
 
 
 def test_a_file_is_whole(tmp_path):

@@ -44,7 +44,9 @@ def test_what_was_saved_loads_again(options, loading, model, tmp_path):
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     assert (len(weights) > 1) == ("max_shard_size" in options)
     state = json.loads((folder / "madtp.json").read_text())
-    assert state == {"version": 6, "sha256": {name: file_sha256(folder / name) for name in ["config.json", *weights]}}
+    index = [path.name for path in folder.glob("*.index*.json")]
+    names = ["config.json", *weights, *index]
+    assert state == {"version": 6, "sha256": {name: file_sha256(folder / name) for name in names}}
     for load in (madtp.from_pretrained, hf.AutoModel.from_pretrained):
         assert same(load(folder, **loading), model)
     assert not [name for name in os.listdir(folder) if name.startswith(".")]

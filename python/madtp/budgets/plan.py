@@ -6,14 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from madtp.choices import ALLOCATIONS, WEIGHT_DTYPES
 from madtp.files import atomic_write
+from madtp.files.yaml_files import read_yaml
 from madtp.migration import PLAN_NAMES, PLAN_VERSION, migrate_plan
+from madtp_kernels.bounded_file import ODD_VALUES, one_line
 from madtp_kernels.renamed import renamed
 
 
@@ -73,6 +74,10 @@ class Plan:
         for name, dtype in dtypes.items():
             if dtype not in WEIGHT_DTYPES:
                 raise ValueError(f"weight_dtypes of {name} must be {' or '.join(WEIGHT_DTYPES)}, got {dtype!r}")
+        for field_name in ("predicted", "compared", "int8_errors"):
+            value = getattr(self, field_name)
+            if not isinstance(value, Mapping) or not all(isinstance(number, int | float) for number in value.values()):
+                raise ValueError(f"{field_name} must map names to numbers, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON and YAML."""
@@ -87,22 +92,23 @@ class Plan:
         """The plan of a file that `save` of this version or of an earlier one wrote, perhaps edited.
 
         Raises:
-            ValueError: the file is no plan, or of a newer version; the message names what is wrong.
+            ValueError: the file is no plan, or of a newer version; the message names what is wrong. OSError: there is
+                no such file.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"plan {path} must be YAML: {' '.join(str(error).split())}") from error
+            values = read_yaml(path)
+        except ValueError as error:
+            raise ValueError(f"plan {path} {error}") from error
         if isinstance(values, dict):
             values = migrate_plan(values, f"plan {path}")
         known = {entry.name for entry in fields(cls)}
         if not isinstance(values, dict) or not {"macs_reduction", "tokens", "sparse_modules"} <= set(values) <= known:
-            got = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
+            got = one_line(", ".join(values)) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"plan {path} must have the fields {', '.join(sorted(known))}, got {got}")
         try:
             return cls(**values)
-        except ValueError as error:
-            raise ValueError(f"plan {path}: {error}") from error
+        except ODD_VALUES as error:
+            raise ValueError(f"plan {path}: {one_line(error)}") from error
 
     def require_fit(self, branches: Iterable[str], modules: Iterable[str]) -> None:
         """Raises ValueError unless it gives tokens to these branches, does something, and names Linears of these."""

@@ -187,17 +187,12 @@ def _shapes(inputs: Mapping[str, Tensor]) -> str:
 
 def _picture_of(directory: Path, image: Path, text: str | None, out: Path) -> Path:
     """Draws one image of the user."""
-    from PIL import Image
-
-    from madtp.data.errors import DataError
+    from madtp.data.images import read_image
     from madtp.data.model_inputs import reads_text, sees_images
     from madtp.reporting import visualize
     from madtp.tasks.loading import load_image_processor, load_model, load_tokenizer, no_image_processor
 
-    try:
-        picture = Image.open(image).convert("RGB")
-    except OSError as error:
-        raise DataError(f"image {image} cannot be read ({error.strerror or error})") from error
+    picture = read_image(image)
     model = load_model(directory)
     if not sees_images(model):
         raise ValueError(f"model must have a vision tower, got a {type(model).__name__}")

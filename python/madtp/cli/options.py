@@ -78,16 +78,16 @@ def settings(
     smoothing: float | None = None,
 ) -> tuple[CompressionConfig, dict]:
     """The configuration, and fields of TrainingArguments: what is in the file, and over it what was given."""
-    import yaml
-
     from madtp.config import CompressionConfig
+    from madtp.files.yaml_files import read_yaml
+    from madtp_kernels.bounded_file import ODD_VALUES, one_line
 
     values: Any = {}
     if file is not None:
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"config {file} must be YAML: {error}") from error
+            values = read_yaml(file) or {}
+        except ValueError as error:
+            raise ValueError(f"config {file} {error}") from error
     training = values.pop("training", {}) if isinstance(values, dict) else None
     if not isinstance(values, dict) or not isinstance(training, dict):
         raise ValueError(f"config {file} must be a mapping of fields, with training: a mapping too")
@@ -96,7 +96,10 @@ def settings(
     given: dict[str, Any] = {"macs_reduction": macs, "latency_reduction": latency, "params_reduction": params}
     given |= {"weight_dtype": weights, "hwp_smoothing": smoothing}
     values |= {name: value for name, value in given.items() if value is not None}
-    return CompressionConfig.from_dict(values), dict(training)
+    try:
+        return CompressionConfig.from_dict(values), dict(training)
+    except ODD_VALUES as error:
+        raise ValueError(one_line(error)) from error
 
 
 def typed_command() -> str:

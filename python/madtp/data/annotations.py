@@ -6,7 +6,6 @@ The items are those the tasks here take, with every text padded to `max_length`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -14,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from madtp.data.errors import DataError
+from madtp.data.images import read_image
+from madtp_kernels.bounded_file import one_line, read_json
 
 MAX_LENGTH = 35  # tokens of a text, as BLIP has it
+MAX_BYTES = 1 << 31  # of an annotation file
 
 
 class Annotations(Dataset):
@@ -64,11 +65,11 @@ class Annotations(Dataset):
 
     def _read(self) -> list[dict]:
         try:
-            records = json.loads(self.file.read_text(encoding="utf-8"))
+            records = read_json(self.file, MAX_BYTES)
         except OSError as error:
             raise DataError(f"annotation file {self.file} cannot be read ({error.strerror})") from error
         except ValueError as error:
-            raise DataError(f"annotation file {self.file} must be JSON ({error})") from error
+            raise DataError(f"annotation file {self.file} must be JSON ({one_line(error)})") from error
         if not isinstance(records, list) or not records:
             raise DataError(f"annotation file {self.file} must hold a list of records, got {type(records).__name__}")
         for number, record in enumerate(records):
@@ -76,17 +77,14 @@ class Annotations(Dataset):
                 if not isinstance(record, dict) or field not in record:
                     raise DataError(f"{self.file}: record {number} lacks the field {field!r}")
                 if not fits(record[field]):
-                    raise DataError(f"{self.file}: record {number} has {field!r} of another kind: {record[field]!r}")
+                    raise DataError(
+                        f"{self.file}: record {number} has {field!r} of another kind: {one_line(repr(record[field]))}"
+                    )
         return records
 
     def _image(self, name: str) -> Tensor:
         """(3, H, W), as the image processor makes it."""
-        path = self.image_root / name
-        try:
-            with Image.open(path) as file:
-                picture = file.convert("RGB")
-        except OSError as error:  # not there, or no picture
-            raise DataError(f"image {path} cannot be read ({error.strerror or error}); image_root is wrong?") from error
+        picture = read_image(self.image_root / name, "; image_root is wrong?")
         return torch.as_tensor(self.image_processor(picture, return_tensors="pt")["pixel_values"][0])
 
     def _text(self, text: str, length: int | None = None) -> dict[str, Tensor]:

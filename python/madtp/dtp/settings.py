@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.dtp.selection_rules import METHOD, SELECTIONS, is_selection
+from madtp_kernels.bounded_file import ODD_VALUES, one_line, parse_json
 
 if TYPE_CHECKING:
     from madtp.dtp.branch import Branch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 CAPACITIES = ("exact", "upper_bound")
 VERSION = 1  # of the extra state
 EXTRA_STATE = "madtp_settings._extra_state"  # its key in the state dict of a patched model
-SIZE_MULTIPLE = 512  # bytes
+SIZE_MULTIPLE, MAX_BYTES = 512, 1 << 16  # of the extra state
 
 Values = dict[str, dict[str, Any]]  # branch -> name of a setting -> its value
 
@@ -84,10 +85,12 @@ class BranchSettings(nn.Module):
             got = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
             raise ValueError(f"extra state of the branches must be uint8 of one dimension, got {got}")
         try:
-            saved = json.loads(bytes(state.tolist()))
+            if state.numel() > MAX_BYTES:
+                raise ValueError(f"{state.numel()} bytes, above {MAX_BYTES}")
+            saved = parse_json(bytes(state.tolist()))
             version, values = saved["version"], saved["branches"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = str(error) or type(error).__name__
+        except ODD_VALUES as error:
+            reason = one_line(error)
             raise ValueError(f"extra state of the branches must be JSON of their settings, got {reason}") from error
         if version != VERSION:
             raise ValueError(f"extra state of the branches must be of version {VERSION}, got {version!r}")

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from madtp.building import no_larger_than
 from madtp.models.blip_nlvr import BlipForNLVR
+from madtp_kernels.bounded_file import ODD_VALUES, one_line, require_regular
 
 KINDS: dict[str, type[hf.PreTrainedModel]] = {
     "vqa": hf.BlipForQuestionAnswering,
@@ -58,39 +61,73 @@ def from_original(
         the Hugging Face model (`BlipForNLVR` for nlvr), in eval mode.
 
     Raises:
-        ValueError: kind is unknown, the file is no such checkpoint, or weights are left over, missing or of a wrong
-            shape; the first is named.
+        ValueError: kind is unknown, the file is no such checkpoint, or weights are left over, missing, more than they
+            say or of a wrong shape; the first is named. FileNotFoundError: there is no file.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path must be a .pth file of the BLIP project, got {path}")
+    weights = _read(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"path must be a .pth file of the BLIP project, got {path} ({error})") from error
-    state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or "visual_encoder.pos_embed" not in state:
-        raise ValueError(f"path must hold the weights of a BLIP model (visual_encoder.pos_embed), {path} has none")
-    weights = {_renamed(name): value for name, value in state.items() if not _UNUSED.search(name)}
-    config = config or _config(weights, image_size)
+        config = config or _config(weights, image_size)
+    except ODD_VALUES as error:
+        raise ValueError(
+            f"path must hold weights that sizes can be read off, {path} has none ({one_line(error)})"
+        ) from error
     fresh: set[str] = set()
     if kind == "nlvr" and not any(".crossattention.self0." in name for name in weights):
         weights = _doubled(weights)
         fresh = {"merge_layer", "classifier"}
-    model = KINDS[kind](config)
+    try:
+        with no_larger_than(len(weights), sum(weight.numel() for weight in weights.values())):
+            model = KINDS[kind](config)
+    except (RuntimeError, *ODD_VALUES) as error:
+        raise ValueError(f"path must hold the weights of a model that can be built ({one_line(error)})") from error
     vision: Any = config.vision_config
     side = vision.image_size // vision.patch_size
+    if side < 1:
+        raise ValueError(f"image_size must be at least {vision.patch_size}, got {vision.image_size}")
     weights[POSITIONS] = interpolated(weights[POSITIONS], side)
     return _loaded(model, weights, fresh)
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    """The weights of a file by the names that they have here."""
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"path must be a .pth file of the BLIP project, got {path}")
+    try:
+        size = require_regular(path)
+        _check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle can raise anything
+        raise ValueError(f"path must be a .pth file of the BLIP project, got {path} ({one_line(error)})") from error
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or "visual_encoder.pos_embed" not in state:
+        raise ValueError(f"path must hold the weights of a BLIP model (visual_encoder.pos_embed), {path} has none")
+    weights = {name: value for name, value in state.items() if not isinstance(name, str) or not _UNUSED.search(name)}
+    for name, value in weights.items():
+        plain = isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
+        plain = plain and value.is_floating_point() and not value.is_meta
+        if not plain or value.nbytes > min(size, value.untyped_storage().nbytes()):
+            what = one_line(repr(name), 80)
+            raise ValueError(f"path must hold floating-point tensors by name, each of its own bytes; {what} is none")
+    return {_renamed(name): value for name, value in weights.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError for an archive with files that are larger than itself; torch writes them as they are."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            packed = next((entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED), None)
+            if packed is not None:
+                raise ValueError(f"{one_line(packed.filename, 80)} must not be compressed")
+
+
 def interpolated(positions: Tensor, side: int) -> Tensor:
     """(1, 1 + n * n, C) for n x n patches and a class token -> (1, 1 + side * side, C), bicubic."""
-    count = positions.shape[1] - 1
-    before = round(count**0.5)
-    if before**2 != count:
+    count = positions.shape[1] - 1 if positions.ndim == 3 and positions.shape[0] == 1 else 0
+    before = math.isqrt(max(count, 0))
+    if count < 1 or before**2 != count:
         raise ValueError(f"visual_encoder.pos_embed must be of a square of patches and a class token, got {count} + 1")
     if before == side:
         return positions
@@ -124,6 +161,8 @@ def _doubled(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _config(weights: dict[str, Tensor], image_size: int | None) -> hf.BlipConfig:
     """The sizes of a checkpoint, read off its weights."""
     patch = weights["vision_model.embeddings.patch_embedding.weight"]  # (C, 3, P, P)
+    if patch.ndim != 4 or min(patch.shape) < 1:
+        raise ValueError(f"visual_encoder.patch_embed.proj.weight must be of four dimensions, got {tuple(patch.shape)}")
     size, width = patch.shape[-1], patch.shape[0]
     side = round((weights[POSITIONS].shape[1] - 1) ** 0.5)
     vision = {
@@ -152,8 +191,11 @@ def _config(weights: dict[str, Tensor], image_size: int | None) -> hf.BlipConfig
 
 
 def _count(weights: dict[str, Tensor], pattern: str) -> int:
-    numbers = [int(match[1]) for match in map(re.compile(pattern).match, weights) if match]
-    return max(numbers) + 1
+    """How many layers there are."""
+    numbers = {match[1] for match in map(re.compile(pattern).match, weights) if match}
+    if missing := {str(number) for number in range(len(numbers))} - numbers:
+        raise ValueError(f"layers must be numbered from 0 on without a gap, number {min(missing)} is not there")
+    return len(numbers)
 
 
 def _loaded(model: hf.PreTrainedModel, weights: dict[str, Tensor], fresh: set[str]) -> nn.Module:
@@ -161,7 +203,7 @@ def _loaded(model: hf.PreTrainedModel, weights: dict[str, Tensor], fresh: set[st
     expected = model.state_dict()
     for name, value in weights.items():
         if name not in expected:
-            raise ValueError(f"path must hold the weights of a {type(model).__name__}, it has {name} too")
+            raise ValueError(f"path must hold the weights of a {type(model).__name__}, it has {one_line(name)} too")
         if value.shape != expected[name].shape:
             shapes = f"{tuple(expected[name].shape)}, got {tuple(value.shape)}"
             raise ValueError(f"path must hold {name} of shape {shapes}; is config that of the checkpoint?")

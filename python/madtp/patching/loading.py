@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from madtp.building import elements_of
 from madtp.dtp.settings import EXTRA_STATE
+from madtp.files.reading import tensor_shapes
 from madtp.handles import find_handle
 from madtp.hwp.packed_linear import PackedLinear
 from madtp.hwp.packing import Epilogue, replace_linear
@@ -24,8 +25,10 @@ from madtp.patching.handle import patch
 from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.state import ModelError, Settings, check_files, read_checksums, unreadable
 from madtp.patching.vlm_keep import loaded_keep
+from madtp_kernels.bounded_file import ODD_VALUES
 
 FILE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}  # of the parts of int8 layers, by safetensors
+MAX_GUIDE = 1 << 24  # elements of alignment tokens that are made whatever the weights are
 WHERE = f"quantization_config of {CONFIG_FILE}"
 
 logger = logging.get_logger(__name__)
@@ -46,7 +49,7 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
     if checkpoint_files:
         directory = Path(checkpoint_files[0]).parent
         if (directory / STATE_FILE).exists():
-            check_files(directory, [Path(file).name for file in checkpoint_files], read_checksums(directory))
+            _check_written(directory, [Path(file) for file in checkpoint_files])
     family, kind = family_of(model), type(model).__name__
     saved = ", ".join(getattr(model.config, "architectures", None) or ()) or "the class it was saved as"
     known = family is not None if settings.keep is None else unsupported_reason(model) is None
@@ -57,6 +60,14 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
             )
         logger.warning(f"madtp.patch knows no {kind}, which is loaded as it is; it was saved as {saved}")
         return
+    try:
+        held = tensor_shapes(checkpoint_files or ())
+    except (OSError, ValueError) as error:
+        raise unreadable("weights", error) from error
+    if checkpoint_files and settings.config is not None:
+        size = settings.config.alignment_tokens * settings.config.alignment_dim
+        if size > max(elements_of(held), MAX_GUIDE):
+            raise ModelError(f"{WHERE} must be that of the weights, got more alignment tokens than there are weights")
     if settings.keep is None and family is not None and family.towers.keys() != settings.branches.keys():
         raise ModelError(f"{kind} must have branches {', '.join(settings.branches)}: load it as {saved}")
     try:
@@ -68,13 +79,20 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
         for name, (scheme, epilogue) in settings.packed.items():
             found = Epilogue(*(None if part is None else _find(model, part) for part in epilogue))
             layers[name] = replace_linear(model, _find(model, name), scheme, found)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except ODD_VALUES as error:
         raise unreadable(WHERE, error) from error
-    _check_quantized(checkpoint_files or (), layers)
+    _check_quantized(held, layers)
     if settings.keep is not None:
         return
     # Weights of an earlier version have no settings, and those of config.json are what counts.
     model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), EXTRA_STATE}
+
+
+def _check_written(directory: Path, files: Sequence[Path]) -> None:
+    """Raises ModelError for weights that are not as they were written, or that an index says to be elsewhere."""
+    if any(file.parent != directory for file in files):
+        raise unreadable(directory, ValueError("weights must lie beside each other"))
+    check_files(directory, [file.name for file in files], read_checksums(directory))
 
 
 def finish(model: PreTrainedModel, values: Any) -> None:
@@ -100,35 +118,28 @@ def finish(model: PreTrainedModel, values: Any) -> None:
         handle.settings.set(settings.branches)
 
 
-def _check_quantized(files: Sequence[str], layers: Mapping[str, PackedLinear]) -> None:
+def _check_quantized(held: Mapping[str, tuple[str, tuple[int, ...]]], layers: Mapping[str, PackedLinear]) -> None:
     """Raises ModelError where the files hold a part of an int8 layer in another dtype or shape, or not at all.
 
     transformers would cast the one, and make up the other.
 
     Args:
+        held: dtypes and shapes in the files; nothing where there are none.
         layers: by their names in the files.
     """
     quantized = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
-    if not files or not quantized:
+    if not held:
         return
-    held: dict[str, tuple[str, list[int]]] = {}
-    try:
-        for file in files:
-            with safe_open(file, "pt") as opened:
-                slices = {name: opened.get_slice(name) for name in opened.keys()}
-                held |= {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
-    except Exception as error:  # safetensors has its own kinds
-        raise unreadable("weights", error) from error
     for name, layer in quantized.items():
         for part in DTYPES:
             if (buffer := getattr(layer, part)) is None:
                 continue
             names = (other for other, module in quantized.items() if module is layer)  # one of which is in the files
             keys = (f"{other}.{part}" for other in names)
-            dtype, shape = next((held[key] for key in keys if key in held), ("nothing", []))
-            if (dtype, shape) != (FILE_DTYPES[buffer.dtype], list(buffer.shape)):
+            dtype, shape = next((held[key] for key in keys if key in held), ("nothing", ()))
+            if (dtype, shape) != (FILE_DTYPES[buffer.dtype], tuple(buffer.shape)):
                 rule = f"as {CONFIG_FILE} describes it, {FILE_DTYPES[buffer.dtype]} of shape {tuple(buffer.shape)}"
-                raise ModelError(f"weights must hold {name}.{part} {rule}, got {dtype} {tuple(shape)}")
+                raise ModelError(f"weights must hold {name}.{part} {rule}, got {dtype} {shape}")
 
 
 def _find(model: PreTrainedModel, name: str) -> str:

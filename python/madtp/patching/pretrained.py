@@ -11,12 +11,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from madtp.building import check_counts, elements_of, no_larger_than
+from madtp.files.directories import whole_copy
+from madtp.files.reading import require_files, tensor_shapes
 from madtp.migration import packed_key_mapping
 from madtp.models.registry import FAMILIES
 from madtp.models.versions import check_transformers
 from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.quantizer import check_device_map
-from madtp.patching.state import ModelError, not_a_model, read_json, read_settings, unreadable
+from madtp.patching.state import (
+    ModelError,
+    check_files,
+    not_a_model,
+    read_checksums,
+    read_json,
+    read_settings,
+    unreadable,
+)
+from madtp_kernels.bounded_file import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,25 +85,29 @@ def from_pretrained(
         "revision": revision,
         "subfolder": subfolder,
     }
-    folder = _folder(directory, hub)
+    folder, local = _folder(directory, hub)
     settings, old = read_settings(folder)
     kind = _model_class(folder, decoder=settings.keep is not None)
     options = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
     try:
-        config = kind.config_class.from_pretrained(folder)
-        config.quantization_config = settings.to_dict()
-        model, loaded = kind.from_pretrained(
-            os.fspath(directory),
-            config=config,
-            dtype=dtype,
-            device_map=device_map,
-            variant=variant,
-            key_mapping=packed_key_mapping(settings.packed) if old else None,
-            ignore_mismatched_sizes=True,  # which the line below names
-            output_loading_info=True,
-            **hub,
-            **options,
-        )
+        require_files(folder)
+        check_counts(read_json(folder, CONFIG_FILE))
+        held = _held(folder, _weights(folder, directory, {} if local else hub, variant))
+        with no_larger_than(len(held), elements_of(held)):
+            config = kind.config_class.from_pretrained(folder)
+            config.quantization_config = settings.to_dict()
+            model, loaded = kind.from_pretrained(
+                os.fspath(folder if local else directory),
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                variant=variant,
+                key_mapping=packed_key_mapping(settings.packed) if old else None,
+                ignore_mismatched_sizes=True,  # which the line below names
+                output_loading_info=True,
+                **({} if local else hub),
+                **options,
+            )
     except ModelError:
         raise
     except Exception as error:  # every reader (json, safetensors, transformers) has its own kind
@@ -111,29 +127,63 @@ def _dtype(dtype: Any) -> Any:
     return getattr(torch, dtype)
 
 
-def _folder(directory: str | os.PathLike, hub: dict[str, Any]) -> Path:
-    """Where the files are that say what the model is, fetched where `directory` is a model on the Hub."""
+def _folder(directory: str | os.PathLike, hub: dict[str, Any]) -> tuple[Path, bool]:
+    """Where the files are that say what the model is, fetched where `directory` is a model on the Hub; whether it is a
+    folder of this machine, and no such model."""
     local = Path(directory)
     if not isinstance(directory, str) or local.is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", directory):
-        return local / hub["subfolder"]
+        return whole_copy(local / hub["subfolder"]), True
     from transformers.utils import cached_file
 
     try:
         cached_file(directory, CONFIG_FILE, **hub)
-        return Path(str(cached_file(directory, STATE_FILE, **hub))).parent
+        return Path(str(cached_file(directory, STATE_FILE, **hub))).parent, False
     except OSError as error:
         raise not_a_model(directory, ValueError(str(error).splitlines()[0])) from error
+
+
+def _weights(folder: Path, directory: str | os.PathLike, hub: dict[str, Any], variant: str | None) -> list[Path]:
+    """The files of weights of a variant, by madtp.json, fetched where `hub` says from where.
+
+    Raises:
+        ModelError: the index, which transformers follows, names others.
+    """
+    from transformers.utils import cached_file
+
+    part = "" if variant is None else f".{variant}"
+    checksums, index = read_checksums(folder), f"model.safetensors.index{part}.json"
+    of_variant = re.compile(rf"model{re.escape(part)}(-\d+-of-\d+)?\.safetensors")
+    names = [name for name in checksums if of_variant.fullmatch(name)]
+    if os.path.lexists(folder / index):
+        if index in checksums:  # those before 0.2 have none
+            check_files(folder, [index], checksums)
+        shards = read_json(folder, index)["weight_map"].values()
+        if not {*shards} <= {*names}:
+            raise ModelError(f"{folder}: weight_map of {index} must name files that {STATE_FILE} has checksums of")
+    return [Path(str(cached_file(os.fspath(directory), name, **hub))) if hub else folder / name for name in names]
+
+
+def _held(folder: Path, files: list[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """`tensor_shapes` of the files. Raises ModelError where they are not as they were written."""
+    try:
+        return tensor_shapes(files)
+    except (OSError, ValueError) as error:
+        for file in files:
+            check_files(file.parent, [file.name], read_checksums(folder))
+        raise unreadable(folder, error) from error
 
 
 def _model_class(directory: Path, decoder: bool) -> Any:
     """The class a directory was saved as: one of `FAMILIES`, or any decoder of transformers."""
     try:
-        kind = read_json(directory, CONFIG_FILE)["architectures"][0]
+        kind = str(read_json(directory, CONFIG_FILE)["architectures"][0])
     except (KeyError, TypeError, IndexError) as error:
         raise not_a_model(directory, error) from error
     by_name = {family.source.__name__: family.source for family in FAMILIES if family.source is not None}
-    if decoder and isinstance(getattr(transformers, str(kind), None), type):
-        return getattr(transformers, kind)
+    if decoder and kind.isidentifier():
+        found = getattr(transformers, kind, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     if kind not in by_name:
-        raise ModelError(f"{directory} must hold one of {list(by_name)}, got {kind}")
+        raise ModelError(f"{directory} must hold one of {one_line(', '.join(by_name))}, got {one_line(kind, 80)}")
     return by_name[kind]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
+from madtp.files import atomic_directory, file_sha256
 from madtp.hwp.packing import epilogues_of, schemes_of
-from madtp.patching.names import CONFIG_FILE, STATE_FILE, WEIGHTS_FIELD
+from madtp.patching.names import CONFIG_FILE, WEIGHTS_FIELD
 from madtp.patching.state import ModelError, Packed, read_checksums, write_checksums
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def save(
 ) -> None:
     """Saves a patched model, or refuses before anything is written.
 
-    The files come into being in a folder of their own inside the directory, and change their place when all are there,
-    madtp.json last. What is left of an earlier save of the same variant goes then.
+    The directory has all of it or what was there before (`madtp.files.directories`). What is left of an earlier save of
+    the same variant goes; all else that lies there stays.
 
     Args:
         write: `save_pretrained` of Hugging Face, bound to the model.
@@ -42,7 +42,7 @@ def save(
         options: the others of `save_pretrained`, by name.
 
     Raises:
-        ValueError: an argument cannot be followed: names it.
+        ValueError: an argument cannot be followed: names it. OSError: the directory cannot be written.
     """
     model: Any = handle.model
     if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are written then
@@ -64,17 +64,14 @@ def save(
     schemes = schemes_of(model)
     packed = {name: Packed(schemes[name], epilogue) for name, epilogue in epilogues_of(model).items()}
     settings, state_dict = handle.saved(packed, state_dict)
-    directory = Path(save_directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
+    with atomic_directory(save_directory, _Staying(options.get("variant")), CONFIG_FILE) as folder:
         model.config.quantization_config = settings.to_dict()
         try:
             write(folder, is_main_process, state_dict, **options)
         finally:
             del model.config.quantization_config
         if packed:
-            _refuse_without_madtp(Path(folder) / CONFIG_FILE, model.config.sub_configs)
-        _move(Path(folder), directory, options.get("variant"))
+            _refuse_without_madtp(folder / CONFIG_FILE, model.config.sub_configs)
 
 
 def _check_options(directory: str | os.PathLike, options: Mapping[str, Any]) -> None:
@@ -132,21 +129,23 @@ def _refuse_without_madtp(path: Path, parts: Iterable[str]) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _move(folder: Path, directory: Path, variant: str | None) -> None:
-    """Brings what was written to its place, and removes what an earlier save of the variant left."""
-    written = set(os.listdir(folder))
-    part = "" if variant is None else re.escape(f".{variant}")
-    of_variant = re.compile(rf"model{part}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{part}\.json")
-    left = {name for name in os.listdir(directory) if of_variant.fullmatch(name)} - written
-    weights = [name for name in written if name.endswith(".safetensors")]
-    try:
-        before = read_checksums(directory)
-    except ModelError:
-        before = {}
-    others = {name: digest for name, digest in before.items() if name not in left and (directory / name).is_file()}
-    write_checksums(folder, [CONFIG_FILE, *weights], others)
-    last = [CONFIG_FILE, STATE_FILE]
-    for name in (*sorted(written - set(last)), *last):
-        os.replace(folder / name, directory / name)
-    for name in left:
-        os.remove(directory / name)
+class _Staying:
+    """What of an old directory stays beside a new save of a variant; writes the checksums of both."""
+
+    def __init__(self, variant: str | None) -> None:
+        part = "" if variant is None else re.escape(f".{variant}")
+        self.of_variant = re.compile(rf"model{part}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{part}\.json")
+        self.checksums: dict[str, str] = {}
+
+    def __call__(self, folder: Path, directory: Path) -> list[str]:
+        """The names. Nobody else writes to `directory`, which may not be there."""
+        names = [name for name in os.listdir(folder) if name == CONFIG_FILE or self.of_variant.fullmatch(name)]
+        self.checksums = self.checksums or {name: file_sha256(folder / name) for name in sorted(names)}
+        present = os.listdir(directory) if directory.is_dir() else []
+        staying = [name for name in present if not self.of_variant.fullmatch(name)]
+        try:
+            before = read_checksums(directory)
+        except ModelError:
+            before = {}
+        write_checksums(folder, {name: before[name] for name in staying if name in before} | self.checksums)
+        return staying

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from madtp.files import atomic_write, file_sha256
 from madtp.hwp.packing import Epilogue, check_scheme
 from madtp.migration import migrate_model, migrate_settings
 from madtp.patching.names import CONFIG_FILE, QUANT_METHOD, STATE_FILE
+from madtp_kernels.bounded_file import ODD_VALUES, one_line, require_regular
+from madtp_kernels.bounded_file import read_json as read_values
 
 STATE_VERSION = 6  # of madtp.json, and of the settings
 SAME_FORM = (5, STATE_VERSION)  # versions of madtp.json that have only checksums
@@ -70,13 +73,12 @@ class Settings:
                 return cls(None, {}, packed, {seam: dict(amount) for seam, amount in keep.items()})
             branches = {branch: dict(settings) for branch, settings in values["branches"].items()}
             return cls(CompressionConfig.from_dict(values["config"]), branches, packed)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except ODD_VALUES as error:
             raise unreadable(where, error) from error
 
 
-def write_checksums(directory: Path, names: Iterable[str], others: Mapping[str, str]) -> None:
-    """Writes madtp.json beside the files it is about; `others` are checksums of files that lie where it goes."""
-    checksums = {**others, **{name: file_sha256(directory / name) for name in names}}
+def write_checksums(directory: Path, checksums: Mapping[str, str]) -> None:
+    """Writes madtp.json; checksums: file name -> SHA-256."""
     values = {"version": STATE_VERSION, "sha256": dict(sorted(checksums.items()))}
     atomic_write(directory / STATE_FILE, json.dumps(values, indent=2) + "\n")
 
@@ -107,9 +109,14 @@ def read_settings(directory: Path) -> tuple[Settings, bool]:
 def check_files(directory: Path, names: Iterable[str], checksums: Mapping[str, str]) -> None:
     """Raises ModelError for a file that is missing, no regular file, or not as it was written."""
     for name in names:
-        if not (directory / name).is_file():
-            raise unreadable(directory, ValueError(f"{name} is not there"))
-        if checksums.get(name) != file_sha256(directory / name):
+        try:
+            require_regular(directory / name)
+            found = file_sha256(directory / name)
+        except FileNotFoundError as error:
+            raise unreadable(directory, ValueError(f"{name} is not there")) from error
+        except (OSError, ValueError) as error:
+            raise unreadable(directory, error) from error
+        if checksums.get(name) != found:
             reason = f"{name} is not as it was written: its checksum does not match {STATE_FILE}"
             raise unreadable(directory, ValueError(reason))
 
@@ -117,19 +124,20 @@ def check_files(directory: Path, names: Iterable[str], checksums: Mapping[str, s
 def read_json(directory: Path, name: str) -> Any:
     """The values of a file of a saved model. Raises ModelError where there is none."""
     try:
-        if not (directory / name).is_file():
-            raise ValueError(f"it has no file {name}")
-        return json.loads((directory / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_values(directory / name)
+    except FileNotFoundError as error:
+        raise not_a_model(directory, ValueError(f"it has no file {name}")) from error
+    except (OSError, ValueError) as error:
         raise not_a_model(directory, error) from error
 
 
 def not_a_model(directory: object, error: Exception) -> ModelError:
-    return ModelError(f"{directory} is not a compressed model ({error}); `madtp compress --out NEW_FOLDER` makes one")
+    reason = one_line(error)
+    return ModelError(f"{directory} is not a compressed model ({reason}); `madtp compress --out NEW_FOLDER` makes one")
 
 
 def unreadable(directory: object, error: Exception) -> ModelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = one_line((str(error).strip() or type(error).__name__).splitlines()[0])
     return ModelError(f"{directory} cannot be read ({reason}); save the model again")
 
 
@@ -141,8 +149,11 @@ def _read_state(directory: Path) -> tuple[dict[str, Any] | None, dict[str, str]]
             settings, checksums = migrate_model(values)
             return settings, checksums
         _check_version(values, str(directory / STATE_FILE))
-        return None, dict(values["sha256"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        checksums = values["sha256"]
+        if not isinstance(checksums, dict) or not all(map(_is_checksum, checksums.values())):
+            raise ValueError(f"sha256 of {STATE_FILE} must give each file its checksum")
+        return None, checksums
+    except ODD_VALUES as error:
         raise unreadable(directory, error) from error
 
 
@@ -151,4 +162,8 @@ def _check_version(values: Any, where: str) -> None:
     if version not in SAME_FORM:
         newer = isinstance(version, int) and version > STATE_VERSION
         remedy = "install a newer madtp" if newer else "save the model again"
-        raise ModelError(f"{where} must be of version {STATE_VERSION}, got {version}: {remedy}")
+        raise ModelError(f"{where} must be of version {STATE_VERSION}, got {one_line(version)}: {remedy}")
+
+
+def _is_checksum(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,16 @@ from typing import Any
 import transformers as hf
 from transformers import PreTrainedModel
 
+from madtp.building import check_counts, elements_of, no_larger_than
 from madtp.data.errors import DataError
+from madtp.files.directories import whole_copy
+from madtp.files.reading import require_files, tensor_shapes
 from madtp.models.registry import FAMILIES
+from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.pretrained import from_pretrained
-from madtp.patching.state import STATE_FILE
+from madtp_kernels.bounded_file import ODD_VALUES, one_line, read_json
+
+PICKLED = 64  # bytes that a tensor takes in a pickle at least
 
 
 def architecture(directory: Path | str) -> str:
@@ -26,13 +32,14 @@ def architecture(directory: Path | str) -> str:
     directory = Path(directory)
     if not directory.is_dir():
         raise DataError(f"model directory must exist, got {directory}")
-    if not (directory / "config.json").is_file():
-        raise DataError(f"model directory {directory} lacks config.json")
+    config = whole_copy(directory) / CONFIG_FILE
+    if not os.path.lexists(config):
+        raise DataError(f"model directory {directory} lacks {CONFIG_FILE}")
     try:
-        names = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"model directory {directory} cannot be read ({error})") from error
-    return str((names or ["nothing known"])[0])
+        names = read_json(config).get("architectures")
+        return one_line((names or ["nothing known"])[0])
+    except (OSError, *ODD_VALUES) as error:
+        raise unreadable(directory, error) from error
 
 
 def load_model(
@@ -54,7 +61,7 @@ def load_model(
     kind = next((kind for kind in kinds if kind.__name__ == found), None)
     if kind is None:
         raise DataError(f"model directory {directory} must hold a {names_of(kinds)}, got {found}")
-    if (directory / STATE_FILE).exists():
+    if os.path.lexists(whole_copy(directory) / STATE_FILE):
         if dense:
             raise DataError(f"model directory {directory} must hold a dense model, got a compressed one")
         return from_pretrained(directory)
@@ -71,7 +78,10 @@ def read_dense(directory: Path, kind: Any) -> tuple[PreTrainedModel, dict[str, A
         DataError: it cannot be read.
     """
     try:
-        model, info = kind.from_pretrained(directory, output_loading_info=True)
+        require_files(directory)
+        check_counts(read_json(directory / CONFIG_FILE))
+        with no_larger_than(*_size_of_weights(directory)):
+            model, info = kind.from_pretrained(directory, output_loading_info=True)
     except Exception as error:  # every reader (json, safetensors, transformers) has its own kind
         raise unreadable(directory, error) from error
     return model.eval(), info
@@ -80,17 +90,21 @@ def read_dense(directory: Path, kind: Any) -> tuple[PreTrainedModel, dict[str, A
 def load_tokenizer(directory: Path | str):
     """Raises DataError where there is none."""
     try:
+        require_files(Path(directory))
         return hf.AutoTokenizer.from_pretrained(directory)
     except Exception as error:
         raise DataError(f"model directory {directory} has no tokenizer ({_reason(error)})") from error
 
 
 def load_image_processor(directory: Path | str):
-    """None where there is none."""
+    """None where there is none. Raises DataError where it is broken."""
     try:
+        require_files(Path(directory))
         return hf.AutoImageProcessor.from_pretrained(directory)
     except (OSError, ValueError):
         return None
+    except Exception as error:
+        raise unreadable(directory, error) from error
 
 
 def no_image_processor(directory: Path | str) -> DataError:
@@ -106,4 +120,13 @@ def names_of(kinds: Sequence[type]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def _size_of_weights(directory: Path) -> tuple[int, int]:
+    """Tensors and elements, at most."""
+    if files := list(directory.glob("*.safetensors")):
+        shapes = tensor_shapes(files)
+        return len(shapes), elements_of(shapes)
+    size = sum(path.stat().st_size for path in directory.glob("*.bin"))
+    return size // PICKLED, size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from madtp.tasks.task import Task
 from madtp.training.controller import TemperatureController
 from madtp.training.guard import Guard
 from madtp.training.losses import JointLoss
+from madtp_kernels.bounded_file import ODD_VALUES, one_line, read_json
 
 CONTROLLER_FILE = "madtp_controller.json"
 START_ROUNDS = 30
@@ -364,15 +366,24 @@ class MadtpTrainer(Trainer):
 
     def _load_pruning(self, checkpoint: str) -> None:
         file = Path(checkpoint) / CONTROLLER_FILE
-        saved = migrate_checkpoint(json.loads(file.read_text()), str(file))
+        try:
+            saved = migrate_checkpoint(read_json(file), str(file))
+            missing = {"config", "controller", "masks_keep", "guard"} - saved.keys()
+            if missing or not isinstance(saved["config"], dict):
+                raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'the fields of its config'}")
+        except (OSError, *ODD_VALUES) as error:
+            raise _no_checkpoint(file, error) from error
         ours = self.config.to_dict()
         changed = sorted(name for name in ours if saved["config"].get(name) != ours[name])
         if changed:
             raise ValueError(f"config must be that of the checkpoint {checkpoint}, got another {', '.join(changed)}")
-        self.controller.load_state_dict(saved["controller"])
-        self.pruner.kept |= saved["masks_keep"]
-        if self.guard is not None:
-            self.guard.load_state_dict(saved["guard"])
+        try:
+            self.controller.load_state_dict(saved["controller"])
+            self.pruner.kept |= saved["masks_keep"]
+            if self.guard is not None:
+                self.guard.load_state_dict(saved["guard"])
+        except ODD_VALUES as error:
+            raise _no_checkpoint(file, error) from error
         self.handle.set_temperature(self.controller.temperatures)
 
 
@@ -406,7 +417,12 @@ class _Cooperation(TrainerCallback):
         atomic_write(folder / CONTROLLER_FILE, json.dumps(self.trainer.pruning_state()))
 
 
+def _no_checkpoint(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} must be of a checkpoint of this training ({one_line(error)})")
+
+
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint of a MadtpTrainer that was written to its end: the controller's file is its last."""
     whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{CONTROLLER_FILE}")]
+    whole = [path for path in whole if re.fullmatch(r"checkpoint-\d{1,18}", path.name)]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and directories that are whole or not there: a crash while writing leaves what was there before."""
+"""Text files that are whole or not there, checksums, and whether something can be written at all."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from madtp_kernels.atomic_file import atomic_file
@@ -29,25 +26,6 @@ def file_sha256(path: str | os.PathLike) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-@contextmanager
-def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary sibling to fill. It takes the place of `path` when the block ends well, else it goes."""
-    path = Path(path)
-    partial, previous = (path.with_name(f"{path.name}.{what}") for what in ("partial", "previous"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        # A directory cannot replace a full one in one step; between the two renames the old one is `previous`.
-        shutil.rmtree(previous, ignore_errors=True)
-        if path.exists():
-            os.rename(path, previous)
-        os.rename(partial, path)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def require_writable_file(name: str, path: str | os.PathLike) -> Path:
