@@ -47,15 +47,14 @@ def load_sparse24(path: str | os.PathLike[str]) -> dict[str, Sparse24Weight | Te
     """
     names, tensors = weight_files.read(path, KIND, VERSION)
     ok = isinstance(names, list) and all(isinstance(name, str) for name in names) and len({*names}) == len(names)
-    require(
-        ok, "path", "a file with the names of its 2:4 weights, each once", f"{os.fspath(path)} with {one_line(names)}"
-    )
-    weights = {name: _weight(f"{os.fspath(path)}: {one_line(name)}", name, tensors) for name in names}
-    return weights | tensors
+    where = os.fspath(path)
+    require(ok, "path", "a file with the names of its 2:4 weights, each once", f"{where} with {one_line(names)}")
+    return {name: _weight(where, name, tensors) for name in names} | tensors
 
 
-def _weight(where: str, name: str, tensors: dict[str, Tensor]) -> Sparse24Weight:
+def _weight(path: str, name: str, tensors: dict[str, Tensor]) -> Sparse24Weight:
     """Takes the parts of a weight out of the tensors. Raises ValueError for such as make none."""
+    where = f"{path}: {one_line(name)}"
     given = [part for part in PARTS if f"{name}.{part}" in tensors]
     require(given == [*PARTS], where, " and ".join(PARTS), ", ".join(given) or "nothing")
     values, indices = (tensors.pop(f"{name}.{part}") for part in PARTS)
@@ -63,7 +62,7 @@ def _weight(where: str, name: str, tensors: dict[str, Tensor]) -> Sparse24Weight
         weight = Sparse24Weight(values, indices)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    weight.check_indices(f"{where}: indices")
+    weight.check_indices(f"{path}: indices of {one_line(repr(name))}")
     return weight
 
 
