@@ -194,7 +194,6 @@ def test_a_plan_of_version_2_leaves_dtypes_to_the_config(tmp_path):
         ("weight_dtypes: {fc1: }", "weight_dtypes of fc1 must be int8, got None$"),
         ("weight_dtypes: {fc1: [int8]}", r"weight_dtypes of fc1 must be int8, got \['int8'\]$"),
         ("weight_dtypes: [fc1]", r"weight_dtypes must map names of Linears to dtypes or be null, got \['fc1'\]$"),
-        ("weight_dtypes: {1: int8}", "weight_dtypes must map names of Linears to dtypes or be null, got {1: 'int8'}$"),
     ],
 )
 def test_an_edited_plan_is_checked(tmp_path, line, message):
