@@ -64,7 +64,14 @@ def site(wheel, tmp_path_factory) -> Path:
 
 
 def test_sdist_holds_the_sources_and_no_build_products(source):
-    for name in ("CMakeLists.txt", "cmake/Isa.cmake", "csrc/cpu/isa.cpp", "csrc/tests/consumer/main.cpp", "LICENSE"):
+    for name in (
+        "CMakeLists.txt",
+        "cmake/Isa.cmake",
+        "csrc/cpu/isa.cpp",
+        "csrc/tests/consumer/main.cpp",
+        "LICENSE",
+        "requirements.lock",
+    ):
         assert (source / name).is_file(), name
     assert not list(source.rglob("*.so")) and not (source / "madtp_kernels" / "lib").exists()
 
