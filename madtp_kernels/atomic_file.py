@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_being_filled: set[str] = set()  # scratch folders of this process
+
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -46,9 +48,12 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """
     sweep(parent, name)
     folder, held = _locked_folder(parent, name)
+    place = os.path.realpath(folder)
+    _being_filled.add(place)
     try:
         yield folder
     finally:
+        _being_filled.discard(place)
         shutil.rmtree(folder, ignore_errors=True)
         os.close(held)
 
@@ -72,6 +77,11 @@ def sweep(parent: Path, name: str) -> None:
 def is_scratch(entry: str, name: str) -> bool:
     """Whether a file name is that of a scratch folder of `name`."""
     return entry.startswith(f".{name}.") and entry.endswith(".partial")
+
+
+def is_being_filled(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a scratch folder that this process has made, and nobody else looks at."""
+    return os.path.realpath(path) in _being_filled
 
 
 def try_lock(descriptor: int) -> bool | None:

@@ -64,6 +64,25 @@ def test_one_takes_the_place_of_the_other(target, tmp_path):
     assert os.listdir(tmp_path) == ["model"] and not leftovers(target)
 
 
+def test_one_inside_of_another(target, tmp_path):
+    with atomic_directory(target, lambda new, old: ["README.md", "kept"]) as outer:
+        write(outer, "c")
+        (outer / "processor").write_text("c")
+        write(outer, "b", lambda new, old: ["processor"])
+        assert read(outer) == "b" and read(target) == "a"
+        assert sorted(os.listdir(outer)) == ["config.json", "processor", "weights"]
+        with pytest.raises(KeyboardInterrupt), atomic_directory(outer) as inner:
+            (inner / "weights").write_text("d")
+            raise KeyboardInterrupt
+    assert (
+        read(target) == "b"
+        and (target / "processor").exists()
+        and of_user(target)
+        and not leftovers(target)
+        and os.listdir(tmp_path) == ["model"]
+    )
+
+
 def test_what_fails_leaves_what_was_there(target, tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic_directory(target) as folder:
         (folder / "weights").write_text("b")

@@ -171,7 +171,9 @@ class Consumer {
       const bool is_first = tile == first_tile;
       const bool is_last = next >= tiles || p_.first_token(next, Tile::kTokens) >= valid_tokens_;
       float sums[Tile::kHalves][Tile::kSums];
-      const int last_stage = multiply(sums, is_first, is_last);
+      Fragments fragments[Tile::kAhead]
+                         [Tile::kHalves];  // here, since the last products read them until the wait
+      const int last_stage = multiply(sums, fragments, is_first, is_last);
       SlabWriter<T> first = writer(first_token, 0);
       first.load_residual(valid_tokens_);
       ptx::wgmma_wait_group<0>();
@@ -187,10 +189,10 @@ class Consumer {
       Tile::kTokens / SlabWriter<T>::kTokens;  // of a half, that are written at a time
 
   // Issues the products of a tile, of which the last are not waited for, and returns their stage.
-  __device__ int multiply(float (&sums)[Tile::kHalves][Tile::kSums], bool is_first, bool is_last) {
+  __device__ int multiply(float (&sums)[Tile::kHalves][Tile::kSums],
+                          Fragments (&fragments)[Tile::kAhead][Tile::kHalves], bool is_first, bool is_last) {
     const int lane = thread_ % kWarp;
     const WeightBlock* weight[Tile::kHalves];
-    Fragments fragments[Tile::kAhead][Tile::kHalves];
     const auto load = [&](int i, int block) {
 #pragma unroll
       for (int half = 0; half < Tile::kHalves; ++half) fragments[i][half].load(weight[half][block], lane);

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from madtp_kernels.atomic_file import is_scratch, scratch_folder, sync, try_lock
+from madtp_kernels.atomic_file import is_being_filled, is_scratch, scratch_folder, sync, try_lock
 from madtp_kernels.bounded_file import read_json
 
 WHOLE, LEAVING = ".madtp-whole", ".madtp-leaving.json"  # LEAVING: in WHOLE, names of old files that go
@@ -54,6 +54,11 @@ def atomic_directory(
         TimeoutError: others have been writing to it for `MAX_WAIT`. OSError: it cannot be written.
     """
     path = Path(os.path.realpath(path))
+    if is_being_filled(path):  # by an outer block, at whose end all of it takes its place
+        with scratch_folder(path, path.name) as folder:
+            yield folder
+            _move_in(folder, path, stays)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(_place(path), path.name) as folder:
         yield folder
@@ -106,6 +111,16 @@ def _replace(folder: Path, path: Path, stays: Callable[[Path, Path], Iterable[st
         return True
     finally:
         os.close(held)
+
+
+def _move_in(folder: Path, path: Path, stays: Callable[[Path, Path], Iterable[str]]) -> None:
+    before = {name for name in os.listdir(path) if not is_scratch(name, path.name)}
+    leaving = before.difference(stays(folder, path))
+    new = set(os.listdir(folder))
+    for name in before & (leaving | new):
+        _remove(path / name)
+    for name in new:
+        os.rename(folder / name, path / name)
 
 
 def _locked(path: Path) -> int | None:
