@@ -107,7 +107,8 @@ def _configurations(out: Path) -> list[Step]:
     ]
 
 
-INSTRUCTIONS = ("ldmatrix", "cp_async", "mma_sp", "wgmma_sp", "tma_boxes")  # tests of gpu_instructions_test
+# tests of gpu_instructions_test
+INSTRUCTIONS = ("ldmatrix", "ldmatrix_trans", "stmatrix_trans", "cp_async", "mma_sp", "wgmma_sp", "tma_boxes")
 
 
 def _instructions(out: Path) -> list[Step]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What leaves the repository works elsewhere: sdist, wheel, and the C++ package inside the wheel."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -40,7 +41,9 @@ def source(tmp_path_factory) -> Path:
     """The unpacked sdist, outside git."""
     directory = tmp_path_factory.mktemp("sdist")
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-    run(sys.executable, "-c", build, directory, cwd=ROOT)
+    with open(ROOT / "setup.py") as file:  # setuptools collects the files in ROOT: one process at a time
+        fcntl.flock(file, fcntl.LOCK_EX)
+        run(sys.executable, "-c", build, directory, cwd=ROOT)
     (archive,) = directory.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(directory, filter="data")
@@ -64,7 +67,14 @@ def site(wheel, tmp_path_factory) -> Path:
 
 
 def test_sdist_holds_the_sources_and_no_build_products(source):
-    for name in ("CMakeLists.txt", "cmake/Isa.cmake", "csrc/cpu/isa.cpp", "csrc/tests/consumer/main.cpp", "LICENSE"):
+    for name in (
+        "CMakeLists.txt",
+        "cmake/Isa.cmake",
+        "csrc/cpu/isa.cpp",
+        "csrc/tests/consumer/main.cpp",
+        "LICENSE",
+        "requirements.lock",
+    ):
         assert (source / name).is_file(), name
     assert not list(source.rglob("*.so")) and not (source / "madtp_kernels" / "lib").exists()
 

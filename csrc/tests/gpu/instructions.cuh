@@ -18,6 +18,7 @@ namespace {
 namespace ptx = madtp::cuda::ptx;
 using cuda::LaunchShape;
 
+template <bool kIsTransposed>
 __global__ void ldmatrix_kernel(const LdmatrixOperands* in, LdmatrixResult* out) {
   MADTP_DYNAMIC_SHARED(shared);
   const unsigned lane = threadIdx.x;
@@ -25,7 +26,12 @@ __global__ void ldmatrix_kernel(const LdmatrixOperands* in, LdmatrixResult* out)
     reinterpret_cast<std::uint32_t*>(shared)[i] = in->shared[i / 4][i % 4];
   __syncthreads();
   std::uint32_t r[4];
-  ptx::ldmatrix_x4(r, ptx::shared_address(shared) + in->rows[lane] * 16);
+  const std::uint32_t address = ptx::shared_address(shared) + in->rows[lane] * 16;
+  if constexpr (kIsTransposed) {
+    ptx::ldmatrix_x4_trans(r, address);
+  } else {
+    ptx::ldmatrix_x4(r, address);
+  }
   for (int i = 0; i < 4; ++i) out->r[lane][i] = r[i];
 }
 
@@ -52,6 +58,19 @@ __global__ void mma_sp_kernel(const MmaOperands* in, MmaResult* out) {
 #if defined(MADTP_SIMT) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define MADTP_SM90 1
 #endif
+
+__global__ void stmatrix_kernel(const StmatrixOperands* in, StmatrixResult* out) {
+#ifdef MADTP_SM90
+  MADTP_DYNAMIC_SHARED(shared);
+  const unsigned lane = threadIdx.x;
+  std::uint32_t r[4];
+  for (int i = 0; i < 4; ++i) r[i] = in->r[lane][i];
+  ptx::stmatrix_x4_trans(ptx::shared_address(shared) + in->rows[lane] * 16, r);
+  __syncthreads();
+  for (unsigned i = 0; i < 8; ++i)
+    out->shared[lane][i] = reinterpret_cast<const std::uint16_t*>(shared)[lane * 8 + i];
+#endif
+}
 
 template <typename T, int kN>
 __global__ void wgmma_sp_kernel(const __grid_constant__ ptx::TensorMap map, bool accumulate,
@@ -114,10 +133,18 @@ __global__ void box_kernel(const __grid_constant__ ptx::TensorMap map, int colum
 #endif
 }
 
+template <bool kIsTransposed>
 Status run_ldmatrix(const LdmatrixOperands& operands, LdmatrixResult* result) {
   if (const Status status = needs(0); status != Status::ok) return status;
   return on_device(operands, result, [](const auto* in, auto* out) {
-    return cuda::launch(ldmatrix_kernel, LaunchShape{1, 32, 256 * 16}, nullptr, in, out);
+    return cuda::launch(ldmatrix_kernel<kIsTransposed>, LaunchShape{1, 32, 256 * 16}, nullptr, in, out);
+  });
+}
+
+Status run_stmatrix(const StmatrixOperands& operands, StmatrixResult* result) {
+  if (const Status status = needs(90); status != Status::ok) return status;
+  return on_device(operands, result, [](const auto* in, auto* out) {
+    return cuda::launch(stmatrix_kernel, LaunchShape{1, 32, 32 * 16}, nullptr, in, out);
   });
 }
 
@@ -172,7 +199,8 @@ Status run_tma_load(int blocks, int column, int row, const BoxOperands& operands
   });
 }
 
-constexpr Instructions kInstructions{run_ldmatrix, run_cp_async, run_mma_sp, run_wgmma_sp, run_tma_load};
+constexpr Instructions kInstructions{run_ldmatrix<false>, run_ldmatrix<true>, run_stmatrix, run_cp_async,
+                                     run_mma_sp,          run_wgmma_sp,       run_tma_load};
 
 }  // namespace
 }  // namespace madtp::test

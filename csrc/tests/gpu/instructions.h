@@ -19,6 +19,14 @@ struct LdmatrixResult {
   std::uint32_t r[32][4];  // by lane, as below
 };
 
+struct StmatrixOperands {
+  std::uint32_t r[32][4];
+  std::uint32_t rows[32];  // of the result, that a lane names: each once
+};
+struct StmatrixResult {
+  std::uint16_t shared[32][8];
+};
+
 struct CopyOperands {
   alignas(16) unsigned char from[32][16];
   std::uint32_t to[32];  // 16-byte chunk of shared memory, each once
@@ -56,6 +64,8 @@ struct BoxResult {
 // Status::unsupported where the device has no such instruction.
 struct Instructions {
   Status (*ldmatrix_x4)(const LdmatrixOperands&, LdmatrixResult*);
+  Status (*ldmatrix_x4_trans)(const LdmatrixOperands&, LdmatrixResult*);
+  Status (*stmatrix_x4_trans)(const StmatrixOperands&, StmatrixResult*);
   Status (*cp_async_16)(const CopyOperands&, CopyResult*);
   Status (*mma_sp_m16n8k32)(DType, int selector, const MmaOperands&, MmaResult*);
   // Both steps, added to d or, without `accumulate`, the second one alone.

@@ -69,6 +69,27 @@ TEST(ldmatrix) {
   }
 }
 
+TEST(ldmatrix_trans) {
+  std::mt19937 generator(6);
+  for (int round = 0; round < kRounds; ++round) {
+    const LdmatrixOperands operands = draw_ldmatrix(generator);
+    expect_same_bits<LdmatrixResult>([&](const Instructions& of, LdmatrixResult* result) {
+      return of.ldmatrix_x4_trans(operands, result);
+    });
+  }
+}
+
+TEST(stmatrix_trans) {
+  if (!has_sm90a()) return;
+  std::mt19937 generator(7);
+  for (int round = 0; round < kRounds; ++round) {
+    const StmatrixOperands operands = draw_stmatrix(generator);
+    expect_same_bits<StmatrixResult>([&](const Instructions& of, StmatrixResult* result) {
+      return of.stmatrix_x4_trans(operands, result);
+    });
+  }
+}
+
 TEST(cp_async) {
   std::mt19937 generator(2);
   for (int round = 0; round < kRounds; ++round) {

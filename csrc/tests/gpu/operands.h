@@ -30,6 +30,15 @@ inline LdmatrixOperands draw_ldmatrix(std::mt19937& generator) {
   return o;
 }
 
+inline StmatrixOperands draw_stmatrix(std::mt19937& generator) {
+  StmatrixOperands o;
+  for (auto& words : o.r)
+    for (std::uint32_t& word : words) word = std::uint32_t(generator());
+  std::iota(std::begin(o.rows), std::end(o.rows), 0u);
+  std::shuffle(std::begin(o.rows), std::end(o.rows), generator);
+  return o;
+}
+
 inline CopyOperands draw_copies(std::mt19937& generator) {
   CopyOperands o;
   for (auto& chunk : o.from)

@@ -13,6 +13,10 @@ namespace {
 
 constexpr DType kTypes[] = {DType::bfloat16, DType::float16};
 
+std::uint16_t half_of(std::uint32_t word, int half) {  // 0: low
+  return std::uint16_t(word >> (16 * half));
+}
+
 void expect_sum(float got, Numbers numbers, const Bounded& expected) {
   EXPECT_NEAR(double(got), expected.sum, numbers == Numbers::integers ? 0 : expected.tolerance());
 }
@@ -28,6 +32,37 @@ TEST(ldmatrix_follows_the_fragment_table) {
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < 4; ++i)  // matrix i: row lane / 4, its elements 2 t and 2 t + 1
         EXPECT(got.r[lane][i] == operands.shared[operands.rows[8 * i + lane / 4]][lane % 4]);
+  }
+}
+
+// Lane 4 g + t has elements 2 t and 2 t + 1 of column g.
+TEST(transposed_ldmatrix_follows_the_fragment_table) {
+  std::mt19937 generator(7);
+  for (int round = 0; round < 5; ++round) {
+    const LdmatrixOperands operands = draw_ldmatrix(generator);
+    LdmatrixResult got;
+    EXPECT(simulated_instructions().ldmatrix_x4_trans(operands, &got) == Status::ok);
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i)
+        for (int half = 0; half < 2; ++half) {
+          const int row = lane % 4 * 2 + half, column = lane / 4;
+          const std::uint32_t pair = operands.shared[operands.rows[8 * i + row]][column / 2];
+          EXPECT(half_of(got.r[lane][i], half) == half_of(pair, column % 2));
+        }
+  }
+}
+
+TEST(transposed_stmatrix_follows_the_fragment_table) {
+  std::mt19937 generator(8);
+  for (int round = 0; round < 5; ++round) {
+    const StmatrixOperands operands = draw_stmatrix(generator);
+    StmatrixResult got;
+    EXPECT(simulated_instructions().stmatrix_x4_trans(operands, &got) == Status::ok);
+    for (int i = 0; i < 4; ++i)
+      for (int row = 0; row < 8; ++row)
+        for (int column = 0; column < 8; ++column)
+          EXPECT(got.shared[operands.rows[8 * i + row]][column] ==
+                 half_of(operands.r[4 * column + row / 2][i], row % 2));
   }
 }
 
@@ -96,6 +131,9 @@ TEST(instructions_that_a_device_lacks_are_refused) {
   BoxResult box;
   std::mt19937 generator(6);
   EXPECT(simulated_instructions().tma_load_2d(1, 0, 0, draw_matrix(generator), &box) == Status::unsupported);
+  StmatrixResult stored;
+  EXPECT(simulated_instructions().stmatrix_x4_trans(draw_stmatrix(generator), &stored) ==
+         Status::unsupported);
   const WgmmaCase now(DType::bfloat16, 64, true, Numbers::integers, generator);
   WgmmaResult d;
   EXPECT(simulated_instructions().wgmma_sp_m64k32(DType::bfloat16, 64, true, now.operands, &d) ==
