@@ -54,8 +54,8 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
         yield folder
     finally:
         _being_filled.discard(place)
+        unlock(held)  # first: what an interrupt leaves of the rest is swept as what a killed writer left
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
 
 
 def sweep(parent: Path, name: str) -> None:
@@ -71,7 +71,7 @@ def sweep(parent: Path, name: str) -> None:
             continue
         if try_lock(held):
             shutil.rmtree(parent / entry, ignore_errors=True)
-        os.close(held)
+        unlock(held)
 
 
 def is_scratch(entry: str, name: str) -> bool:
@@ -96,6 +96,16 @@ def try_lock(descriptor: int) -> bool | None:
     return True
 
 
+def unlock(descriptor: int) -> None:
+    """Closes what `try_lock` has locked. A child that was forked meanwhile has it open too, and would keep the lock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except OSError:  # a file system without locks
+        pass
+    finally:
+        os.close(descriptor)
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -118,4 +128,4 @@ def _locked_folder(parent: Path, name: str) -> tuple[Path, int]:
             continue
         if try_lock(held) is not False and folder.is_dir():
             return folder, held
-        os.close(held)
+        unlock(held)

@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from families import blip_config, randomised
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_auto_classes import compressed
 from test_blip_original import original, saved
 from torch import nn
@@ -27,6 +28,7 @@ from madtp.data.images import read_image
 from madtp.dtp.settings import MAX_BYTES, BranchSettings
 from madtp.files import file_sha256
 from madtp.models import from_original
+from madtp.patching import pretrained
 from madtp.tasks.loading import architecture, load_image_processor, load_model, load_tokenizer
 from madtp.training.trainer import CONTROLLER_FILE, last_checkpoint
 from madtp_kernels import Pattern
@@ -285,6 +287,38 @@ def test_an_index_that_leads_elsewhere(saved_model, tmp_path):
     changed(folder, lambda index: None, index)
     with pytest.raises(madtp.ModelError, match="weight_map of model.safetensors.index.json must name files that"):
         madtp.from_pretrained(folder)
+
+
+def test_a_model_that_is_written_while_it_is_read(saved_model, tmp_path, monkeypatch):
+    folder, read = tmp_path / "model", pretrained._held
+    shutil.copytree(saved_model / "shards", folder)
+
+    def meanwhile(*arguments):
+        shutil.copy(folder / "madtp.json", tmp_path)
+        os.replace(tmp_path / "madtp.json", folder / "madtp.json")
+        return read(*arguments)
+
+    monkeypatch.setattr(pretrained, "_held", meanwhile)
+    with pytest.raises(madtp.ModelError, match="was written to while it was read: load it again$"):
+        madtp.from_pretrained(folder)
+
+
+def test_what_cannot_be_opened_is_passed_over(saved_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved_model / "shards", folder)
+    (folder / "data.json").mkdir()
+    (folder / "notes.txt").symlink_to("nowhere")
+    madtp.from_pretrained(folder)
+
+
+def test_weights_of_others_beside_a_dense_model(tmp_path):
+    model = hf.ViTModel(hf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    os.unlink(tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    save_file({"lora": torch.zeros(3)}, tmp_path / "adapter_model.safetensors")
+    assert isinstance(load_model(tmp_path), hf.ViTModel)
 
 
 def test_dense_models_that_ask_for_too_much(tmp_path):

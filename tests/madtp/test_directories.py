@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+import signal
 import stat
 import threading
 
@@ -81,6 +82,54 @@ def test_one_inside_of_another(target, tmp_path):
         and not leftovers(target)
         and os.listdir(tmp_path) == ["model"]
     )
+
+
+def test_a_child_that_was_forked_in_the_midst_holds_no_lock(target, monkeypatch):
+    monkeypatch.setattr(directories, "MAX_WAIT", 1.0)
+    with atomic_directory(target, lambda new, old: ["README.md", "kept"]) as folder:
+        child = os.fork()
+        if not child:
+            signal.pause()
+            os._exit(0)
+        for name in FILES[:2]:
+            (folder / name).write_text("b")
+    try:
+        write(target, "c")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert read(target) == "c" and of_user(target)
+
+
+def test_an_interrupt_while_the_old_files_go_locks_nobody_out(target, monkeypatch):
+    monkeypatch.setattr(directories, "MAX_WAIT", 1.0)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", interrupted)
+        write(target, "b")
+    assert read(target) == "b"
+    write(target, "c")
+    assert read(target) == "c" and of_user(target) and not leftovers(target)
+
+
+def test_the_working_directory_may_be_gone(target, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    write(target, "b")
+    assert read(target) == "b" and of_user(target)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory to another user")
+def test_an_owner_stays(target):
+    os.chown(target, 1234, 1235)
+    write(target, "b")
+    assert read(target) == "b" and of_user(target)
+    assert (target.stat().st_uid, target.stat().st_gid) == (1234, 1235)
 
 
 def test_what_fails_leaves_what_was_there(target, tmp_path):

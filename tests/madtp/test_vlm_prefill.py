@@ -692,6 +692,20 @@ def test_copies_prune_too(llava):
     model.madtp_handle.remove()
 
 
+def test_a_prompt_that_does_not_say_who_sees_whom():
+    model = make_vlm("PaliGemma")
+    inputs = vlm_batch("PaliGemma", model)
+    images = int((inputs["input_ids"][:1] == IMAGE).sum()) // 16
+    inputs = {name: value[: images if name == "pixel_values" else 1] for name, value in inputs.items()}
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    madtp.patch(model, keep={"prefill": {1: madtp.Keep(0.5, rule="received")}})
+    with torch.no_grad():
+        model(**inputs)
+        del inputs["token_type_ids"]
+        with pytest.raises(ValueError, match="not causal, got no mask: pass token_type_ids"):
+            model(**inputs)
+
+
 @pytest.mark.parametrize("rule", ["fastv", "received"])
 def test_soft_caps_take_part_in_the_ranking(rule):
     kept = {}

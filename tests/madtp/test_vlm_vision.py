@@ -367,6 +367,8 @@ def test_units_that_are_near_go_one_after_the_other():
     rows = Rows(steps, torch.arange(5), 1, [5, 0], Segments(torch.tensor([0, 5], dtype=torch.int32), 5))
     assert distinct_units(rows, 0.5).tolist() == [True, False, True, False, True], "no chain of neighbours"
     assert distinct_units(rows.with_x(rows.x.bfloat16()), 0.0).all()
+    broken = torch.tensor([0.0, torch.nan, 0.1, torch.inf, 5.0])[:, None].expand(-1, rows.x.shape[1])
+    assert distinct_units(rows.with_x(broken), 0.5).tolist() == [True, True, False, True, True], "a NaN is no duplicate"
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from madtp.hwp.int8_grid import set_scale
 from madtp.hwp.packing import refuse_int8
 from madtp.patching.handle import patch
 from madtp.patching.pretrained import from_pretrained
+from madtp.patching.saving import files_of_user
 from madtp.profiling.figures import compare
 from madtp.profiling.inputs import input_statistics, require_reached
 from madtp.profiling.macs import profile_batches
@@ -276,7 +277,7 @@ def _pack(student: nn.Module, targets: Targets) -> list[str]:
 
 
 def _save(student: nn.Module, task: Task, path: Path) -> None:
-    with atomic_directory(path) as directory:
+    with atomic_directory(path, files_of_user) as directory:
         cast(PreTrainedModel, student).save_pretrained(directory)
         task.save_processor(directory)
 

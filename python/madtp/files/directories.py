@@ -5,15 +5,16 @@ The new files come into being in a scratch folder beside it, and go to the disk.
 are linked into the new one, and the kernel exchanges the two names (`renameat2`, RENAME_EXCHANGE).
 
 Where that cannot be the directory itself stays, and files change their place inside it: where folders stay in it, it is
-a mount point or the working directory, its parent cannot be written to, or the file system has no such exchange. The
-scratch folder is then called `WHOLE`, inside the directory, until all is done, and the file named `last` is away
-meanwhile. So a directory without `last` that holds `WHOLE` is one whose writer was killed: `whole_copy` is what a
-reader reads, and the next writer ends what was begun.
+a mount point, the working directory or of another owner, its parent cannot be written to, or the file system has no
+such exchange. The scratch folder is then called `WHOLE`, inside the directory, until all is done, and the file named
+`last` is away meanwhile. So a directory without `last` that holds `WHOLE` is one whose writer was killed:
+`whole_copy` is what a reader reads, and the next writer ends what was begun.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from madtp_kernels.atomic_file import is_being_filled, is_scratch, scratch_folder, sync, try_lock
+from madtp_kernels.atomic_file import is_being_filled, is_scratch, scratch_folder, sync, try_lock, unlock
 from madtp_kernels.bounded_file import read_json
 
 WHOLE, LEAVING = ".madtp-whole", ".madtp-leaving.json"  # LEAVING: in WHOLE, names of old files that go
@@ -92,6 +93,8 @@ def _replace(folder: Path, path: Path, stays: Callable[[Path, Path], Iterable[st
             raise
         sync(path.parent)
         return True
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
     held = _locked(path)
     if held is None:
         return False
@@ -100,7 +103,6 @@ def _replace(folder: Path, path: Path, stays: Callable[[Path, Path], Iterable[st
         before = {name for name in os.listdir(path) if not is_scratch(name, path.name)}
         kept = before.intersection(stays(folder, path))
         new = set(os.listdir(folder))
-        shutil.copymode(path, folder)
         if not _exchange(folder, path, kept - new):
             _in_place(folder, path, before - kept - new, last)
             return True
@@ -110,7 +112,7 @@ def _replace(folder: Path, path: Path, stays: Callable[[Path, Path], Iterable[st
         sync(path.parent)
         return True
     finally:
-        os.close(held)
+        unlock(held)
 
 
 def _move_in(folder: Path, path: Path, stays: Callable[[Path, Path], Iterable[str]]) -> None:
@@ -135,7 +137,7 @@ def _locked(path: Path) -> int | None:
             if path.is_dir() and os.path.samestat(os.fstat(held), os.stat(path)):
                 return held
             end = time.monotonic() + MAX_WAIT  # another writer came to its end, and it is a new directory
-        os.close(held)
+        unlock(held)
         if time.monotonic() > end:
             raise TimeoutError(f"{path} cannot be written: another process has been writing to it for {MAX_WAIT:g} s")
         time.sleep(0.005)
@@ -143,10 +145,11 @@ def _locked(path: Path) -> int | None:
 
 def _exchange(folder: Path, path: Path, kept: Iterable[str]) -> bool:
     """Whether the two have changed their names, with the kept files in the new one too; else all is as it was."""
-    if folder.parent == path or os.path.ismount(path) or os.path.samefile(path, os.getcwd()):
-        return False
     linked = []
     try:
+        if folder.parent == path or os.path.ismount(path) or _owners(folder) != _owners(path) or _is_current(path):
+            return False
+        shutil.copymode(path, folder)
         for name in kept:
             os.link(path / name, folder / name, follow_symlinks=False)  # which a folder has not
             linked.append(folder / name)
@@ -159,6 +162,18 @@ def _exchange(folder: Path, path: Path, kept: Iterable[str]) -> bool:
     for link in linked:
         link.unlink(missing_ok=True)
     return False
+
+
+def _owners(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_uid, found.st_gid
+
+
+def _is_current(path: Path) -> bool:
+    try:
+        return path.samefile(".")
+    except FileNotFoundError:  # the working directory is there no more
+        return False
 
 
 def _in_place(folder: Path, path: Path, leaving: Iterable[str], last: str) -> None:
@@ -174,18 +189,23 @@ def _in_place(folder: Path, path: Path, leaving: Iterable[str], last: str) -> No
             _sync_all(inside)
             os.rename(inside, path / WHOLE)
     sync(path)
-    _remove(path / last)
-    sync(path)
-    _finish(path, last)
+    _finish(path, last, begins=True)
 
 
-def _finish(path: Path, last: str) -> None:
+def _finish(path: Path, last: str, begins: bool = False) -> None:
     """Ends what `_in_place` began, perhaps in a process that was killed: with `last` in its place, it was at its end,
-    or not yet at its beginning."""
+    or not yet at its beginning.
+
+    Args:
+        begins: now.
+    """
     whole = path / WHOLE
     if not whole.is_dir():
         return
     with scratch_folder(path, path.name) as scratch:
+        if begins:
+            _remove(path / last)
+            sync(path)
         if not os.path.lexists(path / last):
             for name in _leaving(whole):
                 _remove(path / name)

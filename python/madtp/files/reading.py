@@ -4,22 +4,27 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from madtp_kernels.bounded_file import ODD_VALUES, one_line, require_regular
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
+# What transformers opens by these names; others are the user's, and may be anything that cannot be opened.
+OPENED = re.compile(r"model.*|madtp\.json|.*config\.json|.*(token|vocab|merges|template|index|spiece).*")
 MAX_TEXT = 1 << 28  # bytes of a file that is no weights: tokenizers have tens of millions
 
 
 def require_files(directory: Path) -> None:
     """Raises ValueError where what a reader of models may open is no regular file, or too large to be read at once.
 
-    OSError: the directory cannot be listed, or a link leads nowhere.
+    Of other names, folders and links that lead nowhere are passed over. OSError: the directory cannot be listed, or a
+    link leads nowhere.
     """
     for name in os.listdir(directory):
-        if name.endswith(MODEL_FILES):
+        is_file = os.path.exists(directory / name) and not os.path.isdir(directory / name)
+        if name.endswith(MODEL_FILES) and (is_file or OPENED.fullmatch(name)):
             require_regular(directory / name, None if name.endswith((".safetensors", ".bin")) else MAX_TEXT)
 
 

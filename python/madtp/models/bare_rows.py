@@ -49,6 +49,9 @@ class Units(NamedTuple):
         return [count + more for count, more in zip(units, self.newlines, strict=True)]
 
 
+NO_PATCH_MASK = {"pixel_attention_mask": None}  # which a tower that is not pruned may have, and no count goes by
+
+
 def bare_rows(base: Any, inputs: Mapping[str, Any], modality: str) -> BareRows:
     """Of the images, or videos, of a prompt. Shapes of pixels are read; values are of grids and sizes, and of the
     tiles of Idefics 3 and SmolVLM, among which those of zeros are padding. On the meta device no tile is.

@@ -85,21 +85,21 @@ def _firsts(units: Tensor, tolerance: float) -> Tensor:
     first = first.scatter_reduce(0, number, torch.arange(count, device=units.device), "amin").sort().values
     if tolerance:
         rows = units[first]
-        first = first[_far_ones((torch.cdist(rows, rows, p=torch.inf) <= tolerance).tril(-1))]
+        finite = rows.isfinite().all(1)  # cdist passes over NaN
+        near = (torch.cdist(rows, rows, p=torch.inf) <= tolerance) & finite & finite[:, None]
+        first = first[_far_ones(near.cpu()).to(first.device)]
     return keep.index_fill(0, first, True)
 
 
 def _far_ones(near: Tensor) -> Tensor:
-    """(n,) bool, in order always the next that is near to none that was taken: in rounds, each of which takes all whose
-    earlier neighbours are decided.
+    """(n,) bool, in order always the next that is near to none that was taken.
 
     Args:
-        near: (n, n) bool, whether a unit is near to an earlier one.
+        near: (n, n) bool on a CPU: whether the unit of a row makes that of a column a duplicate.
     """
-    open_ = torch.ones(len(near), dtype=torch.bool, device=near.device)
-    taken = torch.zeros_like(open_)
-    while bool(open_.any()):
-        more = open_ & ~(near & open_).any(1)
-        taken |= more
-        open_ &= ~more & ~(near & more).any(1)
+    open_, taken = torch.ones(len(near), dtype=torch.bool).numpy(), torch.zeros(len(near), dtype=torch.bool)
+    for unit, neighbours in enumerate(near.numpy()):
+        if open_[unit]:
+            taken[unit] = True
+            open_ &= ~neighbours
     return taken

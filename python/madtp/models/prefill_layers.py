@@ -80,6 +80,11 @@ def watched_attention(
     """The attention that the model is set to, whose queries and keys the seam sees."""
     here, config = module.madtp_prefill.here, vars(module)["config"]
     if here.run is not None:
+        if attention_mask is None and not getattr(module, "is_causal", True):
+            raise ValueError(
+                "inputs must say who sees whom where keep prunes inside a decoder that is not causal, got no mask: "
+                "pass token_type_ids, as the processor gives them"
+            )
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         caps = config._attn_implementation in ("eager", "madtp")  # no other computes it

@@ -86,6 +86,7 @@ def from_pretrained(
         "subfolder": subfolder,
     }
     folder, local = _folder(directory, hub)
+    before = _identity(folder)
     settings, old = read_settings(folder)
     kind = _model_class(folder, decoder=settings.keep is not None)
     options = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
@@ -112,11 +113,22 @@ def from_pretrained(
         raise
     except Exception as error:  # every reader (json, safetensors, transformers) has its own kind
         raise unreadable(directory, error) from error
+    if _identity(folder) != before:
+        raise ModelError(f"{directory} was written to while it was read: load it again")
     mismatched = {name for name, *_ in loaded["mismatched_keys"]}
     wrong = sorted({*loaded["missing_keys"], *loaded["unexpected_keys"], *mismatched})
     if wrong:
         raise ModelError(f"{directory}: weights must match {CONFIG_FILE}, {len(wrong)} do not (first: {wrong[0]})")
     return model
+
+
+def _identity(folder: Path) -> tuple[int, ...]:
+    """Of what was saved there: every save writes a new madtp.json."""
+    try:
+        found = os.stat(folder / STATE_FILE)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _dtype(dtype: Any) -> Any:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from madtp.files import atomic_directory, file_sha256
 from madtp.hwp.packing import epilogues_of, schemes_of
 from madtp.patching.names import CONFIG_FILE, WEIGHTS_FIELD
 from madtp.patching.state import ModelError, Packed, read_checksums, write_checksums
+from madtp_kernels.bounded_file import one_line
 
 if TYPE_CHECKING:
     from madtp.patching.handle import Handle
@@ -68,6 +70,8 @@ def save(
         model.config.quantization_config = settings.to_dict()
         try:
             write(folder, is_main_process, state_dict, **options)
+        except SafetensorError as error:  # of a full disk, too
+            raise OSError(f"{os.fspath(save_directory)} cannot be written ({one_line(error)})") from error
         finally:
             del model.config.quantization_config
         if packed:
@@ -97,6 +101,15 @@ def _check_options(directory: str | os.PathLike, options: Mapping[str, Any]) -> 
         ok = False
     if not ok:
         raise ValueError(f'max_shard_size must be a number of bytes or such as "5GB", got {size!r}')
+
+
+_WEIGHTS = re.compile(r"model(\.[\w.-]+)?(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index(\.[\w.-]+)?\.json")
+
+
+def files_of_user(folder: Path, directory: Path) -> list[str]:
+    """What stays of an old directory under a new model of whatever kind: all but weights, and files of new ones."""
+    present = os.listdir(directory) if directory.is_dir() else []
+    return [name for name in present if not _WEIGHTS.fullmatch(name)]
 
 
 def complete_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], **ours: Tensor) -> dict[str, Tensor]:

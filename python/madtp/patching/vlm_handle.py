@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from madtp.dtp.keep import Keep
 from madtp.hwp.packing import Epilogue, unpack
-from madtp.models.bare_rows import image_units
+from madtp.models.bare_rows import NO_PATCH_MASK, image_units
 from madtp.models.mixing import change_class, check_forward, mixed
 from madtp.models.patched_head import features_of
 from madtp.models.prefill_layers import PrefillLayer, WatchedAttention
@@ -215,7 +215,8 @@ class VlmHandle:
                 lengths, entered = record.lengths, [len(part) for part in record.entries()]
                 left = [[len(part) for part in layer] for layer in record.selections()]
         elif given and self._knows_units():
-            units = image_units(base, inputs, modality, None if seam is None else seam.keep.duplicates)
+            shown = inputs if seam is not None else {**inputs, **NO_PATCH_MASK}
+            units = image_units(base, shown, modality, None if seam is None else seam.keep.duplicates)
             lengths, entered = units.tokens(units.lengths), units.tokens(units.entered)
             if seam is not None:
                 left = [units.tokens(layer) for layer in seam.counts(units.lengths, units.entered)]

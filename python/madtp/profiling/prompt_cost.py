@@ -21,7 +21,7 @@ from madtp.dtp.keep import Keep
 from madtp.dtp.keep_rules import RULES
 from madtp.handles import find_handle
 from madtp.hwp import PackedLinear
-from madtp.models.bare_rows import BareRows, bare_rows, image_units
+from madtp.models.bare_rows import NO_PATCH_MASK, BareRows, bare_rows, image_units
 from madtp.models.prefill_seam import PrefillSeam
 from madtp.models.prompt import MODALITIES, PIXELS, Images, find_images, in_prompt_order
 from madtp.models.pruned_vision import parts_of
@@ -111,7 +111,8 @@ def prompt_cost(
     vision = projector = rules = 0
     for modality, places in prompt.modalities.items():
         counts_of = [[layer[place] for place in places] for layer in left.get(VISION, ())]
-        bare = bare_rows(model.base_model, inputs, modality)
+        shown = inputs if VISION in seams else {**inputs, **NO_PATCH_MASK}
+        bare = bare_rows(model.base_model, shown, modality)
         macs, chosen = _tower(model, bare, seams.get(VISION), [entered[place] for place in places], counts_of)
         tokens = counts_of[-1] if counts_of else [prompt.lengths[place] for place in places]
         vision, rules = vision + macs, rules + chosen
@@ -151,8 +152,9 @@ class _Prompt(NamedTuple):
         batch, width = input_ids.shape
         real = [width] * batch if mask is None else mask.cpu().bool().sum(1).tolist()
         given = [m for m in MODALITIES if any(inputs.get(name) is not None for name in PIXELS[m])]
+        shown = {**inputs, **NO_PATCH_MASK}
         found: list[Images] = [
-            find_images(input_ids, model.config, modality, image_units(model.base_model, inputs, modality).lengths)
+            find_images(input_ids, model.config, modality, image_units(model.base_model, shown, modality).lengths)
             for modality in given
         ]
         lengths = in_prompt_order(found, (images.lengths for images in found))

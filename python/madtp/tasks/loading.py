@@ -125,8 +125,6 @@ def _reason(error: Exception) -> str:
 
 def _size_of_weights(directory: Path) -> tuple[int, int]:
     """Tensors and elements, at most."""
-    if files := list(directory.glob("*.safetensors")):
-        shapes = tensor_shapes(files)
-        return len(shapes), elements_of(shapes)
+    shapes = tensor_shapes(directory.glob("model*.safetensors"))  # of adapters and optimizers are others
     size = sum(path.stat().st_size for path in directory.glob("*.bin"))
-    return size // PICKLED, size
+    return len(shapes) + size // PICKLED, elements_of(shapes) + size
