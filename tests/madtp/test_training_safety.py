@@ -3,6 +3,7 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import time
 
@@ -13,6 +14,8 @@ from test_compression import Questions, make_trainer
 from transformers import TrainerCallback
 
 from madtp.training.trainer import DivergedError, last_checkpoint
+
+KILLS = 9
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +94,24 @@ def _train(folder, steps):
 
 @pytest.mark.slow
 def test_a_killed_training_ends_as_if_nobody_had(tmp_path):
-    context, steps = multiprocessing.get_context("spawn"), 40
+    """Killed at some moment behind every second checkpoint, in the midst of one being written too."""
+    context, steps, draw = multiprocessing.get_context("spawn"), 100, random.Random(0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = context.Process(target=_train, args=(killed, steps))
-    process.start()
-    deadline = time.monotonic() + 120
-    while last_checkpoint(killed / "checkpoints") is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    reached = last_checkpoint(killed / "checkpoints")
-    assert process.exitcode == -signal.SIGKILL and reached is not None and not (killed / "end.pt").exists()
+
+    def reached():
+        found = last_checkpoint(killed / "checkpoints")
+        return 0 if found is None else int(found.name.rpartition("-")[2])
+
+    for _ in range(KILLS):
+        before, deadline = reached(), time.monotonic() + 120
+        process = context.Process(target=_train, args=(killed, steps))
+        process.start()
+        while reached() < before + 4 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.2))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and reached() > before and not (killed / "end.pt").exists()
     for folder in (killed, whole):
         process = context.Process(target=_train, args=(folder, steps))
         process.start()
