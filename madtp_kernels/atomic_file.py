@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+REMOVALS = 3  # of a folder into which somebody may write while it goes
 _being_filled: set[str] = set()  # scratch folders of this process
 
 
@@ -55,7 +56,10 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     finally:
         _being_filled.discard(place)
         unlock(held)  # first: what an interrupt leaves of the rest is swept as what a killed writer left
-        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(REMOVALS):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
 
 
 def sweep(parent: Path, name: str) -> None:

@@ -205,6 +205,18 @@ def features(model, inputs):
     return model.base_model.get_image_features(**pixels_of(inputs))
 
 
+def assert_by_hand(out, expected, deep, kept):
+    """The features of a pruned tower are those of `oracle`."""
+    assert [[a.tolist() for a in layer] for layer in out.madtp_left.selections()] == [
+        [a.tolist() for a in layer] for layer in kept
+    ]
+    for a, b in zip(out.pooler_output, expected, strict=True):
+        close(a, b)
+    for layer, by_hand in zip(out.get("deepstack_features") or [], deep, strict=True):
+        for a, b in zip(layer, by_hand, strict=True):
+            close(a, b)
+
+
 @families(quick=(*QUICK, "Qwen2-VL", "Qwen3-VL", "InternVL", "Gemma 3", "GLM-4V", "Mistral 3", "LLaVA-NeXT"), of=TOWERS)
 def test_towers_by_hand(name):
     model = make_vlm(name)
@@ -213,14 +225,7 @@ def test_towers_by_hand(name):
         expected, deep, kept = oracle(model, inputs, share)
         handle = madtp.patch(model, keep={"vision": share})
         out = features(model, inputs)
-        assert [[a.tolist() for a in layer] for layer in out.madtp_left.selections()] == [
-            [a.tolist() for a in layer] for layer in kept
-        ]
-        for a, b in zip(out.pooler_output, expected, strict=True):
-            close(a, b)
-        for layer, by_hand in zip(out.get("deepstack_features") or [], deep, strict=True):
-            for a, b in zip(layer, by_hand, strict=True):
-                close(a, b)
+        assert_by_hand(out, expected, deep, kept)
         handle.remove()
 
 
@@ -283,14 +288,7 @@ def test_duplicates_do_not_enter(name, share):
         handle = madtp.patch(model, keep={"vision": madtp.Keep(share, duplicates=tolerance)})
         out = model.base_model.get_image_features(**pixels)
         assert torch.equal(out.madtp_left.entered, entered)
-        assert [[a.tolist() for a in layer] for layer in out.madtp_left.selections()] == [
-            [a.tolist() for a in layer] for layer in kept
-        ]
-        for a, b in zip(out.pooler_output, expected, strict=True):
-            close(a, b)
-        for layer, by_hand in zip(out.get("deepstack_features") or [], deep, strict=True):
-            for a, b in zip(layer, by_hand, strict=True):
-                close(a, b)
+        assert_by_hand(out, expected, deep, kept)
         logits, counts = model(**inputs).logits, handle.counts(**inputs)
         selections = handle.selections
         assert counts == {

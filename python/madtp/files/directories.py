@@ -100,7 +100,7 @@ def _replace(folder: Path, path: Path, stays: Callable[[Path, Path], Iterable[st
         return False
     try:
         _finish(path, last)
-        before = {name for name in os.listdir(path) if not is_scratch(name, path.name)}
+        before = _names(path)
         kept = before.intersection(stays(folder, path))
         new = set(os.listdir(folder))
         if not _exchange(folder, path, kept - new):
@@ -116,13 +116,17 @@ def _replace(folder: Path, path: Path, stays: Callable[[Path, Path], Iterable[st
 
 
 def _move_in(folder: Path, path: Path, stays: Callable[[Path, Path], Iterable[str]]) -> None:
-    before = {name for name in os.listdir(path) if not is_scratch(name, path.name)}
+    before = _names(path)
     leaving = before.difference(stays(folder, path))
     new = set(os.listdir(folder))
     for name in before & (leaving | new):
         _remove(path / name)
     for name in new:
         os.rename(folder / name, path / name)
+
+
+def _names(path: Path) -> set[str]:
+    return {name for name in os.listdir(path) if not is_scratch(name, path.name)}
 
 
 def _locked(path: Path) -> int | None:

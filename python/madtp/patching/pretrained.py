@@ -17,7 +17,7 @@ from madtp.files.reading import require_files, tensor_shapes
 from madtp.migration import packed_key_mapping
 from madtp.models.registry import FAMILIES
 from madtp.models.versions import check_transformers
-from madtp.patching.names import CONFIG_FILE, STATE_FILE
+from madtp.patching.names import CONFIG_FILE, STATE_FILE, weight_files
 from madtp.patching.quantizer import check_device_map
 from madtp.patching.state import (
     ModelError,
@@ -164,8 +164,8 @@ def _weights(folder: Path, directory: str | os.PathLike, hub: dict[str, Any], va
 
     part = "" if variant is None else f".{variant}"
     checksums, index = read_checksums(folder), f"model.safetensors.index{part}.json"
-    of_variant = re.compile(rf"model{re.escape(part)}(-\d+-of-\d+)?\.safetensors")
-    names = [name for name in checksums if of_variant.fullmatch(name)]
+    of_variant = weight_files(re.escape(part))
+    names = [name for name in checksums if of_variant.fullmatch(name) and name != index]
     if os.path.lexists(folder / index):
         if index in checksums:  # those before 0.2 have none
             check_files(folder, [index], checksums)

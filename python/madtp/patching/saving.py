@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from madtp.files import atomic_directory, file_sha256
 from madtp.hwp.packing import epilogues_of, schemes_of
-from madtp.patching.names import CONFIG_FILE, WEIGHTS_FIELD
+from madtp.patching.names import ANY_VARIANT, CONFIG_FILE, WEIGHTS_FIELD, weight_files
 from madtp.patching.state import ModelError, Packed, read_checksums, write_checksums
 from madtp_kernels.bounded_file import one_line
 
@@ -103,7 +103,7 @@ def _check_options(directory: str | os.PathLike, options: Mapping[str, Any]) -> 
         raise ValueError(f'max_shard_size must be a number of bytes or such as "5GB", got {size!r}')
 
 
-_WEIGHTS = re.compile(r"model(\.[\w.-]+)?(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index(\.[\w.-]+)?\.json")
+_WEIGHTS = weight_files(ANY_VARIANT)
 
 
 def files_of_user(folder: Path, directory: Path) -> list[str]:
@@ -146,8 +146,7 @@ class _Staying:
     """What of an old directory stays beside a new save of a variant; writes the checksums of both."""
 
     def __init__(self, variant: str | None) -> None:
-        part = "" if variant is None else re.escape(f".{variant}")
-        self.of_variant = re.compile(rf"model{part}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{part}\.json")
+        self.of_variant = weight_files("" if variant is None else re.escape(f".{variant}"))
         self.checksums: dict[str, str] = {}
 
     def __call__(self, folder: Path, directory: Path) -> list[str]:
