@@ -10,7 +10,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 MAX_JSON = 1 << 24  # bytes
@@ -54,11 +53,6 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON) -> bytes:
     if len(content) > limit:  # it grew
         raise ValueError(f"{os.fspath(path)} must have at most {limit} bytes")
     return content
-
-
-def read_text(path: str | os.PathLike[str], limit: int = MAX_JSON) -> str:
-    """UTF-8. Raises what `require_regular` does, and ValueError where it is none."""
-    return read_bytes(path, limit).decode("utf-8")
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
@@ -107,12 +101,3 @@ def _children(value: Any) -> Iterator[Any]:
             raise ValueError(f"integers must have at most 64 bits, got one of {value.bit_length()}")
     elif value is not None and not isinstance(value, str | bool | float):
         raise ValueError(f"values must be those of JSON, got a {type(value).__name__}")
-
-
-def exists(path: Path) -> bool:
-    """Whether there is a regular file; a name that no file can have is none."""
-    try:
-        require_regular(path)
-    except (OSError, ValueError):
-        return False
-    return True

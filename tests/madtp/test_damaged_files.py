@@ -32,7 +32,7 @@ from madtp.patching import pretrained
 from madtp.tasks.loading import architecture, load_image_processor, load_model, load_tokenizer
 from madtp.training.trainer import CONTROLLER_FILE, last_checkpoint
 from madtp_kernels import Pattern
-from madtp_kernels.bounded_file import MAX_JSON, MAX_MESSAGE, one_line, parse_json, read_json, read_text
+from madtp_kernels.bounded_file import MAX_JSON, MAX_MESSAGE, one_line, parse_json, read_bytes, read_json
 from madtp_kernels.table_file import read as read_table
 
 BOMB = "a: &a [x, x]\n" + "".join(
@@ -60,7 +60,7 @@ KINDS = ["pipe", "directory", "device", "loop of links"]
 def test_what_is_no_regular_file_is_not_opened(kind, tmp_path):
     path = one_of(kind, tmp_path / "file")
     promised = (OSError, ValueError)
-    for read in (read_text, read_json, read_table, Plan.load, settings, lambda path: from_original(path, kind="vqa")):
+    for read in (read_bytes, read_json, read_table, Plan.load, settings, lambda path: from_original(path, kind="vqa")):
         with pytest.raises(promised, match="must be a regular file|symbolic links"):
             read(path)
     with pytest.raises(DataError, match="file cannot be read .*(regular file|symbolic links).*; look"):
