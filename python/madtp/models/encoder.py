@@ -19,6 +19,7 @@ from madtp.dtp.branch import Branch
 from madtp.dtp.ragged import RaggedBatch, RepeatedSequences, split_heads
 from madtp.dtp.step import PruningStep
 from madtp.hwp.packed_linear import activated_linear, linear, residual_linear
+from madtp_kernels import AttentionStats
 from madtp_kernels.ragged import sequence_ids
 
 
@@ -126,13 +127,15 @@ class BlockCall:
 
     def __call__(self, layer: nn.Module, x: Tensor, *features: Tensor) -> tuple[Tensor, Tensor | None, RaggedBatch]:
         """-> the features that are left, MAG's of the block if they are collected, and what the tokens are."""
-        keys = self.keys
-        if isinstance(keys, tuple):
-            keys = tuple(replace(key, x=feature) for key, feature in zip(keys, features, strict=True))
-        elif keys is not None:
-            keys = replace(keys, x=features[0])
+        keys = self.with_keys(features)
         after = block(layer, self.spec, self.rows.with_x(x), keys, self.step, self.heads)
         return after.x, after.aligned, after.without_features()
+
+    def with_keys(self, features: tuple[Tensor, ...]) -> Any:
+        """`keys`, of these features."""
+        if isinstance(self.keys, tuple):
+            return tuple(replace(key, x=feature) for key, feature in zip(self.keys, features, strict=True))
+        return None if self.keys is None else replace(self.keys, x=features[0])
 
 
 class RaggedBlock(nn.Module):
@@ -161,23 +164,42 @@ class RaggedBlock(nn.Module):
 
 def block(layer: nn.Module, spec: Encoder, batch: RaggedBatch, keys: Any, step: PruningStep, heads: int) -> RaggedBatch:
     """One block on a ragged batch. A function of nothing that changes, so that it can run again for its gradient."""
-    part = lambda path: attrgetter(path)(layer)  # noqa: E731
-    normed = batch.x if spec.post_norm else part(spec.norm1)(batch.x)
+    x, stats = attention_part(layer, spec, batch, step, heads)
+    batch, normed = pruning_part(layer, spec, batch, x, stats, step)
+    if spec.post_norm and keys is not None and spec.cross is not None:
+        normed = spec.cross(layer, batch, keys, step, heads)
+        batch = batch.with_x(normed)
+    return batch.with_x(mlp_part(layer, spec, batch, normed))
+
+
+def attention_part(
+    layer: nn.Module, spec: Encoder, batch: RaggedBatch, step: PruningStep, heads: int
+) -> tuple[Tensor, AttentionStats | None]:
+    """The first part of a block: (T, C) before tokens are pruned, and before `norm1` where that follows it."""
+    normed = batch.x if spec.post_norm else attrgetter(spec.norm1)(layer)(batch.x)
     q, k, v = _project(layer, spec, normed, heads, batch.num_rows)
     out, stats = step.attention(q, k, v, batch, causal=spec.causal, statistics=step.prunes)
-    x = add(layer, spec.out, spec.scale1, spec.dropout1, out, batch.x, batch)
-    if spec.post_norm:
-        batch = step.prune(batch, part(spec.norm1)(x), stats)
-        if keys is not None and spec.cross is not None:
-            batch = batch.with_x(spec.cross(layer, batch, keys, step, heads))
-        normed = batch.x
-    else:
-        batch, normed = step.prune_norm(batch, x, stats, part(spec.norm2))
+    return add(layer, spec.out, spec.scale1, spec.dropout1, out, batch.x, batch), stats
+
+
+def pruning_part(
+    layer: nn.Module, spec: Encoder, batch: RaggedBatch, x: Tensor, stats: AttentionStats | None, step: PruningStep
+) -> tuple[RaggedBatch, Tensor]:
+    """Behind `attention_part` of the batch: the tokens that stay, and what the next part reads of them (T, C)."""
+    if not spec.post_norm:
+        return step.prune_norm(batch, x, stats, attrgetter(spec.norm2)(layer))
+    batch = step.prune(batch, attrgetter(spec.norm1)(layer)(x), stats)
+    return batch, batch.x
+
+
+def mlp_part(layer: nn.Module, spec: Encoder, batch: RaggedBatch, normed: Tensor) -> Tensor:
+    """The last part of a block, on the tokens that are left: (T, C); normed (T, C) is what the MLP reads of them."""
+    part = lambda path: attrgetter(path)(layer)  # noqa: E731
     hidden = normed
     if len(spec.mlp) == 3:
         hidden = activated_linear(part(spec.mlp[0]), part(spec.mlp[1]), normed, batch.num_rows)
     x = add(layer, spec.mlp[-1], spec.scale2, spec.dropout2, hidden, batch.x, batch)
-    return batch.with_x(part(spec.norm2)(x) if spec.post_norm else x)
+    return part(spec.norm2)(x) if spec.post_norm else x
 
 
 def _project(layer: nn.Module, spec: Encoder, x: Tensor, heads: int, num_rows: Tensor | None) -> tuple[Tensor, ...]:
