@@ -20,12 +20,13 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from madtp.budgets.plan import Plan
 from madtp.budgets.prunable import linear_of
 from madtp.budgets.smoothing import smooth_model
+from madtp.compression.reconstruction import Reconstruction, reconstruct_blocks
 from madtp.compression.report import report_data
-from madtp.compression.targets import Targets, choose_targets, latency_plan
+from madtp.compression.targets import Targets, choose_targets, latency_plan, settled
 from madtp.config import CompressionConfig
 from madtp.files import atomic_directory, require_writable
 from madtp.handles import handle_of
-from madtp.hwp import Permutation, Smoothing, mlp_pairs, pack, permute_mlps, prune_one_shot
+from madtp.hwp import InputStatistics, Permutation, Smoothing, mlp_pairs, pack, permute_mlps, prune_one_shot
 from madtp.hwp.int8_grid import set_scale
 from madtp.hwp.packing import refuse_int8
 from madtp.patching.handle import patch
@@ -42,6 +43,7 @@ from madtp.training.trainer import MadtpTrainer, last_checkpoint
 
 GUARD_SAMPLES = 16  # of the calibration data, on which a move of masks or temperatures must not raise the loss
 TEMPERATURE_SAMPLES = 2048  # of the calibration data, on which the temperatures are calibrated for a MAC target
+RECONSTRUCTION_SAMPLES = 256  # of the calibration data, on which pruned weights are fitted to the dense outputs
 FAKE_QUANTIZED_SHARE = 0.2  # of the training, at its end, in which a model that gets int8 weights computes with them
 TIME_TOLERANCE = 0.01  # of a latency target, within which they are calibrated
 
@@ -127,6 +129,13 @@ def compress(
     targets = choose_targets(student, task, calibration_data, config, plan, args.device)
     permutations = _permute(student, targets.chosen, config)
     smoothings = _smooth(student, targets, config)
+    fitted: dict[str, Reconstruction] = {}
+    if config.hwp_score == "second_order":
+        resumed = resume and last_checkpoint(output_dir / "checkpoints") is not None  # and has the weights
+        fits = config.hwp_reconstruction_steps > 0 and not resumed
+        batches = sample_batches(task, calibration_data, RECONSTRUCTION_SAMPLES, args.device) if fits else []
+        with bars.status("fitting pruned weights to the dense model") if fits else nullcontext():
+            fitted = _prune_in_one_shot(student, targets, config, batches)
     trainer = MadtpTrainer(
         student,
         teacher,
@@ -164,6 +173,7 @@ def compress(
         magnitude_kept=magnitude_kept,
         permutations=permutations,
         smoothings=smoothings,
+        reconstructions=fitted,
     )
     return Result(compressed, report, output_dir / "model")
 
@@ -193,28 +203,43 @@ def _smooth(student: nn.Module, targets: Targets, config: CompressionConfig) -> 
 
 
 def _score_norms(student: nn.Module, targets: Targets, config: CompressionConfig) -> dict[str, Tensor] | None:
-    """What `WeightPruner` scores by; None: magnitude. With "second_order" weights are pruned, corrected and, where
-    they go int8, rounded here."""
-    if config.hwp_score == "magnitude":
+    """What `WeightPruner` scores by; None: magnitude, as after one shot, which has left nothing else."""
+    if config.hwp_score in ("magnitude", "second_order"):
         return None
-    handle, second_order = handle_of(student), config.hwp_score == "second_order"
-    weighted = config.hwp_score == "token_weighted"
+    handle, weighted = handle_of(student), config.hwp_score == "token_weighted"
     before = handle.temperatures
     if weighted:
         handle.set_temperature(config.temperature)
-    chosen, rounded = targets.chosen, targets.quantized if second_order else []
-    names = [*chosen, *(name for name in rounded if name not in chosen)]
-    inputs = input_statistics(student, names, targets.probe, gram=second_order, token_weighted=weighted)
+    inputs = input_statistics(student, targets.chosen, targets.probe, gram=False, token_weighted=weighted)
     handle.set_temperature(before)
     require_reached(inputs)
-    if second_order:
-        both, dense = [[name for name in rounded if (name in chosen) == sparse] for sparse in (True, False)]
-        kept = [name for name in chosen if name not in rounded]
-        prune_one_shot(student, config.pattern, kept, inputs, correct=True)
-        prune_one_shot(student, config.pattern, both, inputs, correct=True, weight_dtype="int8")
-        prune_one_shot(student, None, dense, inputs, correct=True, weight_dtype="int8")
-        return None
     return {name: statistics.norms for name, statistics in inputs.items()}
+
+
+def _prune_in_one_shot(
+    student: nn.Module, targets: Targets, config: CompressionConfig, batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Reconstruction]:
+    """Prunes and corrects the chosen weights, fits them to the dense outputs on the batches if there are any, and
+    rounds those that go int8. Returns what the fit came to."""
+    chosen, rounded = targets.chosen, targets.quantized
+    both, dense_int8 = [[name for name in rounded if (name in chosen) == sparse] for sparse in (True, False)]
+    dense = copy.deepcopy(student) if batches else None
+
+    def inputs(names: Iterable[str]) -> dict[str, InputStatistics]:
+        found = input_statistics(student, list(dict.fromkeys(names)), targets.probe, gram=True, token_weighted=False)
+        require_reached(found)
+        return found
+
+    known, fitted = inputs([*chosen, *rounded]), dict[str, Reconstruction]()
+    pruned = [name for name in chosen if dense is not None or name not in rounded]
+    prune_one_shot(student, config.pattern, pruned, known, correct=True)
+    if dense is not None:
+        with settled(student, targets, config):
+            fitted = reconstruct_blocks(student, dense, chosen, batches, steps=config.hwp_reconstruction_steps)
+        known = inputs(rounded) if rounded else {}
+    prune_one_shot(student, config.pattern, both, known, correct=True, weight_dtype="int8")
+    prune_one_shot(student, None, dense_int8, known, correct=True, weight_dtype="int8")
+    return fitted
 
 
 def _train(trainer: MadtpTrainer, checkpoints: Path, resume: bool, progress: Progress | None) -> None:

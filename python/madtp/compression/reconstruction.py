@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +22,19 @@ from torch.utils._pytree import tree_map
 from transformers import Cache
 
 from madtp.handles import handle_of
-from madtp.hwp.modules import linears
-from madtp.hwp.packed_linear import linear as run_linear
+from madtp.hwp.modules import linears, write_parameters
 from madtp.inference import evaluating
 from madtp.models.encoder import BlockCall, RaggedBlock, attention_part, mlp_part, pruning_part
 from madtp_kernels import Pattern
+from madtp_kernels.checks import require
 
-RATE = 0.02  # of the mean magnitude of a weight, that one step moves it by at first
+RATE = 0.05  # of the mean magnitude of a weight, by which a step moves it at first
+LEAST = 1e-4  # of that magnitude: biases may be zeros
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Of one part: sum of squared differences from the dense part, over the squares of what that adds to its input."""
+    """Of one part: the sum of squared differences from the dense part's outputs, over that of their squares."""
 
     before: float
     after: float
@@ -66,22 +67,35 @@ def reconstruct_blocks(
     Raises:
         ValueError: steps is no positive integer, there are no batches, or a module is no Linear.
     """
-    if not (isinstance(steps, int) and steps > 0):
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
-    if not batches:
-        raise ValueError("batches must hold at least one, got none")
+    require(isinstance(steps, int) and steps > 0, "steps", "a positive integer", steps)
+    require(len(batches) > 0, "batches", "at least one", "none")
     chosen = set(linears(student, modules, Pattern(1, 1)))
     found: dict[str, Reconstruction] = {}
     with evaluating(student), evaluating(dense), handle_of(student).inference():
         for name in _blocks(student, chosen, batches[0]):
             block, model = student.get_submodule(name), dense.get_submodule(name)
-            inside = {path: module for path, module in block.named_modules() if f"{name}.{path}".rstrip(".") in chosen}
+            inside: dict[str, Any] = {p: m for p, m in block.named_modules() if _joined(name, p) in chosen}
             parts = _ragged_parts if isinstance(block, RaggedBlock) else _whole
-            for part, paths, run in parts(block, _calls(student, block, batches), set(inside)):
-                fitted = [inside[path] for path in paths]
+            for part in parts(block, _calls(student, block, batches), set(inside)):
+                fitted = [inside[path] for path in inside if path in part.linears]
                 if fitted:
-                    found[".".join(filter(None, (name, part)))] = _fit(run, block, model, fitted, len(batches), steps)
+                    came_to = _fit(part.run, block, model, fitted, len(batches), steps)
+                    found[_joined(name, part.name)] = came_to
     return found
+
+
+def _joined(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+Run = Callable[[nn.Module, int], Tensor]  # the student's block or the dense one, and the number of a batch
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a module is called with
+
+
+class _Part(NamedTuple):
+    name: str  # in its block
+    linears: set[str]  # paths from the block
+    run: Run
 
 
 def _blocks(student: nn.Module, chosen: Collection[str], batch: Mapping[str, Any]) -> list[str]:
@@ -99,132 +113,121 @@ def _blocks(student: nn.Module, chosen: Collection[str], batch: Mapping[str, Any
         return next((path for path in above if path in listed), name)
 
     order: dict[str, None] = {}
-    with _hooked({block_of(name): student.get_submodule(block_of(name)) for name in chosen}, order.setdefault):
+    with ExitStack() as hooks:
+        for path in {block_of(name) for name in chosen}:
+            seen = partial(lambda path, *_: order.setdefault(path), path)
+            hooks.callback(student.get_submodule(path).register_forward_pre_hook(seen).remove)
         with torch.no_grad():
             student(**batch)
     return list(order)
 
 
-@contextmanager
-def _hooked(modules: Mapping[str, nn.Module], seen: Callable[[str], Any]) -> Iterator[None]:
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: (seen(name), None)[1])
-        for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _calls(student: nn.Module, block: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Call]:
+    """What a forward of every batch calls the block with, the first time."""
+    calls: list[Call] = []
 
+    class Reached(Exception):
+        pass
 
-class _Reached(Exception):
-    pass
-
-
-def _calls(student: nn.Module, block: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[tuple[tuple, dict]]:
-    """The arguments with which a forward of every batch calls the block at first."""
-    calls: list[tuple[tuple, dict]] = []
-
-    def stop(module, args, kwargs):
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, kwargs))
-        raise _Reached
+        raise Reached
 
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    hook = block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in batches:
-            with torch.no_grad():
-                try:
-                    student(**batch)
-                except _Reached:
-                    pass
+            with torch.no_grad(), suppress(Reached):
+                student(**batch)
     finally:
-        handle.remove()
+        hook.remove()
     return calls
 
 
-Run = Callable[[nn.Module, int], Tensor]  # the student's block or the dense one, and the number of a batch
-
-
-def _whole(block: nn.Module, calls: list, chosen: set[str]) -> Iterator[tuple[str, set[str], Run]]:
+def _whole(block: nn.Module, calls: list[Call], chosen: set[str]) -> Iterator[_Part]:
     def run(module: nn.Module, i: int) -> Tensor:
         # A cache would grow with every call.
         args, kwargs = tree_map(lambda value: None if isinstance(value, Cache) else value, calls[i])
-        output = run_linear(module, *args) if isinstance(module, nn.Linear) else module(*args, **kwargs)
+        output = module(*args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
-    yield "", chosen, run
+    yield _Part("", chosen, run)
 
 
-def _ragged_parts(block: nn.Module, calls: list, chosen: set[str]) -> Iterator[tuple[str, set[str], Run]]:
-    """Each is fitted before the next is asked for."""
-    features = [args[:-1] for args, _ in calls]
+def _ragged_parts(block: nn.Module, calls: list[Call], chosen: set[str]) -> Iterator[_Part]:
+    """Each is fitted before the next is asked for, which is about the tokens that are left then."""
+    features: list[tuple[Tensor, ...]] = [args[:-1] for args, _ in calls]
     call: list[BlockCall] = [args[-1] for args, _ in calls]
-    spec, heads = call[0].spec, call[0].heads
-    entering = [c.rows.with_x(x[0]) for c, x in zip(call, features, strict=True)]
-    attention, mlp = chosen & {*spec.qkv, spec.out}, {p for p in chosen if _within(p, spec.mlp)}
-    yield "attention", attention, lambda layer, i: attention_part(layer, spec, entering[i], call[i].step, heads)[0]
+    spec, heads, count = call[0].spec, call[0].heads, range(len(calls))
+    entering = [c.rows.with_x(x) for c, (x, *_) in zip(call, features, strict=True)]
 
-    def left(i: int):
-        with torch.no_grad():
-            attended = attention_part(block, spec, entering[i], call[i].step, heads)
-            return pruning_part(block, spec, entering[i], *attended, call[i].step)
+    def attend(layer: nn.Module, i: int) -> tuple[Tensor, Any]:
+        return attention_part(layer, spec, entering[i], call[i].step, heads)
 
-    after = [left(i) for i in range(len(calls))]
+    attention = chosen & {*spec.qkv, spec.out}
+    yield _Part("attention", attention, lambda layer, i: attend(layer, i)[0])
+    with torch.no_grad():
+        after = [pruning_part(block, spec, entering[i], *attend(block, i), call[i].step) for i in count]
+
+    mlp = {path for path in chosen if any(path == part or path.startswith(f"{part}.") for part in spec.mlp)}
     keys = [c.with_keys(x[1:]) for c, x in zip(call, features, strict=True)]
-    cross = spec.cross if spec.post_norm and keys[0] is not None else None
-    if cross is not None:
-        yield "cross", chosen - attention - mlp, lambda layer, i: cross(layer, after[i][0], keys[i], call[i].step, heads)
+    if (cross := spec.cross) is not None and spec.post_norm and keys[0] is not None:
+
+        def read(layer: nn.Module, i: int) -> Tensor:
+            return cross(layer, after[i][0], keys[i], call[i].step, heads)
+
+        yield _Part("cross_attention", chosen - attention - mlp, read)
         with torch.no_grad():
-            rows = [cross(block, after[i][0], keys[i], call[i].step, heads) for i in range(len(calls))]
-        after = [(batch.with_x(x), x) for (batch, _), x in zip(after, rows, strict=True)]
-    yield "mlp", mlp, lambda layer, i: mlp_part(layer, spec, *after[i])
-
-
-def _within(path: str, places: Collection[str]) -> bool:
-    return any(path == place or path.startswith(f"{place}.") for place in places)
+            read_rows = [read(block, i) for i in count]
+        after = [(batch.with_x(x), x) for (batch, _), x in zip(after, read_rows, strict=True)]
+    yield _Part("mlp", mlp, lambda layer, i: mlp_part(layer, spec, *after[i]))
 
 
 def _fit(
     run: Run, block: nn.Module, dense: nn.Module, modules: Sequence[nn.Linear], count: int, steps: int
 ) -> Reconstruction:
+    """Fits what is not zero in the weights, and the biases, of modules of the block."""
     with torch.no_grad():
         targets = [run(dense, i) for i in range(count)]
-    masks = {module: module.weight != 0 for module in modules}
-    parameters = [p for module in modules for p in (module.weight, module.bias) if p is not None]
-    scale = sum(target.float().square().sum().item() for target in targets)
-    before_fit = [p.detach().clone() for p in parameters]
+    scale = max(sum(target.double().square().sum().item() for target in targets), 1e-300)
 
     def error(i: int) -> Tensor:
-        return (run(block, i) - targets[i]).float().square().sum()
+        return (run(block, i) - targets[i]).float().square().sum() / scale
 
     def total() -> float:
         with torch.no_grad():
-            return sum(error(i).item() for i in range(count)) / max(scale, 1e-30)
+            return sum(error(i).item() for i in range(count))
 
-    before = total()
-    groups = [{"params": [p], "lr": RATE * max(p.detach().abs().mean().item(), 1e-4)} for p in parameters]
+    parameters: list[Tensor] = [p for m in modules for p in (m.weight, m.bias) if p is not None]
+    masks = [p != 0 if p.ndim == 2 else None for p in parameters]
+    start = [p.detach().clone() for p in parameters]
+    groups = [{"params": [p], "lr": RATE * max(p.detach().abs().mean().item(), LEAST)} for p in parameters]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    grads = [p.requires_grad for p in parameters]
-    for p in parameters:
-        p.requires_grad_(True)
-    for step in range(steps):
-        with torch.enable_grad():
-            loss = error(step % count) / scale
-        for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            p.grad = gradient
-        for module, mask in masks.items():
-            module.weight.grad *= mask
-        optimizer.step()
-        schedule.step()
-    for p, grad in zip(parameters, grads, strict=True):
-        p.requires_grad_(grad)
-        p.grad = None
+    before = total()
+    with _trained(parameters):
+        for step in range(steps):
+            gradients = torch.autograd.grad(error(step % count), parameters)
+            for p, gradient, mask in zip(parameters, gradients, masks, strict=True):
+                p.grad = gradient if mask is None else gradient * mask
+            optimizer.step()
+            schedule.step()
     after = total()
-    if not after < before:
-        with torch.no_grad():
-            for p, value in zip(parameters, before_fit, strict=True):
-                p.copy_(value)
-        after = before
-    return Reconstruction(before, after)
+    if after < before:
+        return Reconstruction(before, after)
+    write_parameters(dict(zip(parameters, start, strict=True)))
+    return Reconstruction(before, before)
+
+
+@contextmanager
+def _trained(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """A context in which these have gradients, and afterwards those that they had."""
+    before = [(p.requires_grad, p.grad) for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, (required, gradient) in zip(parameters, before, strict=True):
+            p.requires_grad_(required)
+            p.grad = gradient

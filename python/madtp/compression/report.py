@@ -11,6 +11,7 @@ import transformers
 
 import madtp_kernels
 from madtp.budgets.plan import Plan
+from madtp.compression.reconstruction import Reconstruction
 from madtp.compression.targets import Targets
 from madtp.hwp import Permutation, Smoothing
 from madtp.hwp.packing import schemes_of
@@ -28,6 +29,7 @@ def report_data(
     magnitude_kept: float,
     permutations: Mapping[str, Permutation],
     smoothings: Mapping[str, Smoothing],
+    reconstructions: Mapping[str, Reconstruction],
 ) -> dict[str, Any]:
     """What `compress` returns as its report.
 
@@ -38,6 +40,7 @@ def report_data(
         magnitude_kept: share of the sparse Linears' |W| that their masks keep.
         permutations: by MLP, of its hidden channels.
         smoothings: by norm, of what its readers meet.
+        reconstructions: by part of a block, of its outputs.
     """
     schemes = schemes_of(trainer.model)
     came_to = {
@@ -58,6 +61,7 @@ def report_data(
             for name, s in smoothings.items()
             if s.divisor is not None
         },
+        "reconstructions": {name: {"before": r.before, "after": r.after} for name, r in reconstructions.items()},
     }
     return {
         "metric": trainer.task.metric,

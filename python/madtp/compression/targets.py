@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from madtp.patching.handle import patch
 from madtp.profiling.macs import Profile, counted_macs, profile_batches
 from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
-from madtp.training.controller import branch_targets
+from madtp.training.controller import TemperatureController, branch_targets, settle
 
 PROBE_SAMPLES = 64  # of the calibration data, on which MACs are observed while training
 FEASIBLE_MARGIN = 1.15  # over the MACs asked for, which the highest temperature may need before training
@@ -120,6 +121,29 @@ def choose_targets(
         macs = {b: share * before.branches[b].counted_macs for b, share in plan.tokens.items() if share < 1}
     _require_feasible(student, probe, planned, before.total.dense_macs, reduction, macs, config)
     return Targets(reduction, latency_reduction, chosen, quantized, linears.dense, macs, before, probe)
+
+
+@contextmanager
+def settled(student: nn.Module, targets: Targets, config: CompressionConfig) -> Iterator[None]:
+    """A context in which the temperatures are those at which the probe costs about what it is to cost."""
+    handle, before = handle_of(student), handle_of(student).temperatures
+    planned = set(targets.chosen) if Pattern.parse(config.pattern).sparse24 else set()
+    bounds = config.temperature_min, config.temperature_max
+    controller = TemperatureController(
+        targets.branch_macs, temperature=config.temperature, gain=config.controller_gain, bounds=bounds
+    )
+
+    def observe() -> dict[str, float]:
+        with handle.inference():
+            macs = counted_macs(student, targets.probe, planned_sparse=planned)
+        return {branch: macs[branch] for branch in targets.branch_macs}
+
+    handle.set_temperature(controller.temperatures)
+    try:
+        settle(controller, observe, handle.set_temperature)
+        yield
+    finally:
+        handle.set_temperature(before)
 
 
 def _require_params_reduction(model: nn.Module, selected: list[str], config: CompressionConfig) -> None:

@@ -7,12 +7,13 @@ Source: docs/method.md, cooperative optimisation, step 5.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from madtp.profiling.macs import Profile
 from madtp_kernels.renamed import renamed
 
 GAIN_RANGE = (1 / 8, 4.0)  # how far damping may take a gain from the one asked for
+SETTLE_ROUNDS, SETTLE_TOLERANCE = 30, 0.02  # of the MACs of a branch
 GROW, SHRINK = 1.2, 0.5  # of a gain, while the error keeps its sign and when it changes
 
 
@@ -127,6 +128,26 @@ class TemperatureController:
 
     def _clamp(self, log_tau: float) -> float:
         return min(max(log_tau, self.low), self.high)
+
+
+def settle(
+    controller: TemperatureController,
+    observe: Callable[[], Mapping[str, float]],
+    apply: Callable[[Mapping[str, float]], object],
+) -> None:
+    """Moves the temperatures until every branch costs about its target, or all are at their bounds.
+
+    Args:
+        observe: counted MACs per sample of each branch, with the temperatures that were applied.
+        apply: sets temperatures; those of the controller are set.
+    """
+    for _ in range(SETTLE_ROUNDS):
+        seen, before = observe(), controller.temperatures
+        if all(abs(seen[branch] / target - 1) <= SETTLE_TOLERANCE for branch, target in controller.targets.items()):
+            break
+        apply(controller.update(seen))
+        if controller.temperatures == before:  # all at their bounds
+            break
 
 
 @renamed(flops_reduction="macs_reduction")

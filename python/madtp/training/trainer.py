@@ -29,14 +29,12 @@ from madtp.profiling.macs import counted_macs
 from madtp.search import find_root
 from madtp.tasks.batches import sample_count
 from madtp.tasks.task import Task
-from madtp.training.controller import TemperatureController
+from madtp.training.controller import TemperatureController, settle
 from madtp.training.guard import Guard
 from madtp.training.losses import JointLoss
 from madtp_kernels.bounded_file import ODD_VALUES, one_line, read_json
 
 CONTROLLER_FILE = "madtp_controller.json"
-START_ROUNDS = 30
-START_TOLERANCE = 0.02  # of the MACs of a branch
 MAC_TOLERANCE = 0.002  # of the MACs asked for, within which the temperatures are calibrated after training
 
 
@@ -201,13 +199,7 @@ class MadtpTrainer(Trainer):
         """Before the first step: moves the temperatures until the probe costs about what it is to cost in the end, so
         that no step is spent on another number of tokens."""
         targets = self.controller.targets
-        for _ in range(START_ROUNDS):
-            seen, before = self._spent(), self.controller.temperatures
-            if all(abs(seen[branch] / target - 1) <= START_TOLERANCE for branch, target in targets.items()):
-                break
-            self.handle.set_temperature(self.controller.update(seen))
-            if self.controller.temperatures == before:  # all at their bounds
-                break
+        settle(self.controller, self._spent, self.handle.set_temperature)
         self.controller = self._controller(targets, self.controller.temperatures)
 
     def _controller(self, targets: dict[str, float], start: float | dict[str, float]) -> TemperatureController:
