@@ -13,7 +13,7 @@ from madtp.hwp.calibration import InputStatistics, known_inputs
 from madtp.hwp.int8_grid import SCALE
 from madtp.hwp.modules import ModuleTree, require_linears
 from madtp_kernels.checks import require
-from madtp_kernels.reference.quantized import MAX_INT8, nearest, row_scale
+from madtp_kernels.reference.quantized import INT8, nearest, row_scale
 
 ROUNDING_VARIANCE = 1 / 12  # of a value rounded to a whole number, in squared steps
 
@@ -79,6 +79,6 @@ def _error(name: str, module: nn.Linear, statistics: Mapping[str, InputStatistic
     on_grid = nearest(weight, step).double() * step.double()
     lost = dense - on_grid
     by_weights = ((lost @ gram) * lost).sum()
-    by_inputs = ROUNDING_VARIANCE * rows / MAX_INT8**2 * on_grid.square().sum()
+    by_inputs = ROUNDING_VARIANCE * rows / INT8.largest**2 * on_grid.square().sum()
     outputs = ((dense @ gram) * dense).sum().item()
     return math.sqrt((by_weights + by_inputs).clamp_min(0).item() / outputs) if outputs > 0 else 0.0
