@@ -182,6 +182,11 @@ def test_a_plan_of_int8_alone_is_carried_out(tmp_path, data):
 OLD = "version: 2\nmacs_reduction: 0.3\ntokens: {vision: 0.5}\nsparse_modules: [fc1]\n"
 
 
+def test_a_plan_of_version_3_had_errors_of_int8(tmp_path):
+    (tmp_path / "plan.yaml").write_text(OLD.replace("version: 2", "version: 3") + "int8_errors: {fc1: 0.01}\n")
+    assert Plan.load(tmp_path / "plan.yaml").rounding_errors == {"fc1": 0.01}
+
+
 def test_a_plan_of_version_2_leaves_dtypes_to_the_config(tmp_path):
     (tmp_path / "plan.yaml").write_text(OLD)
     assert Plan.load(tmp_path / "plan.yaml") == Plan(0.3, {"vision": 0.5}, ("fc1",))
@@ -190,9 +195,10 @@ def test_a_plan_of_version_2_leaves_dtypes_to_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("weight_dtypes: {fc1: int4}", "weight_dtypes of fc1 must be int8, got 'int4'$"),
-        ("weight_dtypes: {fc1: }", "weight_dtypes of fc1 must be int8, got None$"),
-        ("weight_dtypes: {fc1: [int8]}", r"weight_dtypes of fc1 must be int8, got \['int8'\]$"),
+        ("weight_dtypes: {fc1: int4}", "weight_dtypes of fc1 must be int8 or fp8, got 'int4'$"),
+        ("weight_dtypes: {fc1: }", "weight_dtypes of fc1 must be int8 or fp8, got None$"),
+        ("weight_dtypes: {fc1: [int8]}", r"weight_dtypes of fc1 must be int8 or fp8, got \['int8'\]$"),
+        ("weight_dtypes: {fc1: int8, fc2: fp8}", "weight_dtypes must be of one dtype, got fp8, int8$"),
         ("weight_dtypes: [fc1]", r"weight_dtypes must map names of Linears to dtypes or be null, got \['fc1'\]$"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from madtp.hwp.packed_linear import PackedLinear
 from madtp_kernels import QuantizedWeight, quantized_linear
+from madtp_kernels.reference.quantized import FP8
 
 PARTS = ("weight", "weight_indices", "weight_scale")  # of the weight, by name
 
@@ -84,6 +85,18 @@ class QuantizedLinear(PackedLinear):
         if self.weight.dtype != weight.dtype:  # fp8 counts as floating point
             self.weight = weight.to(self.weight.device)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """fp8 as bytes: torch cannot read it from a plain pickle."""
+        state, weight = dict(vars(self)), self.weight
+        if weight.dtype == FP8.dtype:
+            state["_buffers"] = {**self._buffers, "weight": weight.view(torch.uint8)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.weight.dtype == torch.uint8:
+            self.weight = self.weight.view(FP8.dtype)
 
     def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
         _check_parts({name: state_dict.get(prefix + name) for name in PARTS}, self.quantized_weight, prefix)
