@@ -148,7 +148,7 @@ def test_a_plan_names_the_linears_that_go_int8(tmp_path):
     assert Plan.load(tmp_path / "plan.yaml") == chosen
     without = choose(measured, dataclasses.replace(config, weight_dtype=None))
     assert without == dataclasses.replace(chosen, weight_dtypes=None, rounding_errors={})
-    with pytest.raises(ValueError, match="sensitivities must hold int8 errors with a weight_dtype, got none"):
+    with pytest.raises(ValueError, match="sensitivities must hold rounding errors with a weight_dtype, got none"):
         choose(sensitivities(), config)
 
 
