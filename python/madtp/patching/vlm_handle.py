@@ -186,25 +186,30 @@ class VlmHandle:
         entered, left = Counter[str](), Counter[str]()
         with evaluating(self.model):
             for batch in batches:
-                self.model(**batch)
-                for name, (before, after) in self._passed().items():
-                    entered[name] += sum(before)
-                    left[name] += sum(after)
+                for name, (before, after) in self._passed(batch).items():
+                    entered[name] += before
+                    left[name] += after
         return {name: left[name] / entered[name] for name in self.temperatures}
 
-    def _passed(self) -> dict[str, tuple[list[int], list[int]]]:
-        """Of the last prompt of this thread, by seam: how many tokens of each image came to it, and were left."""
+    def _passed(self, batch: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """By seam, how many tokens came to it in a forward, and were left. Only what has to run does."""
+        model: Any = self.model
+        if list(self.temperatures) == [VISION]:
+            given = {name: value for name, value in batch.items() if value is not None}
+            outputs = model._encoded(given)["mm_encoder_outputs"].values()
+            lefts = [output.madtp_left for output in outputs if output is not None]
+            return {VISION: (sum(sum(left.lengths) for left in lefts), sum(int(left.kept[-1].sum()) for left in lefts))}
+        model(**batch)
         found = {}
         if PROJECTOR in self._mixed:
             record = self._mixed[PROJECTOR].here.record
-            towers = record.tower_selections()
-            lengths = record.lengths()
-            counts = [len(places) for places in towers[-1]] if towers else lengths
-            found[VISION] = lengths, counts
-            found[PROJECTOR] = counts, [len(places) for places in record.selections()]
+            kept, towers = record.selections(), record.tower_selections()
+            entered = sum(record.lengths())
+            came = sum(map(len, towers[-1])) if towers else entered
+            found = {VISION: (entered, came), PROJECTOR: (came, sum(map(len, kept)))}
         if PREFILL in self.seams:
             record = self.seams[PREFILL].here.record
-            found[PREFILL] = record.entered(), record.images.counts(record.kept[max(record.kept)])
+            found[PREFILL] = sum(record.entered()), int(record.kept[max(record.kept)].sum())
         return found
 
     def check_fixed(self, argument: str) -> None:
