@@ -184,7 +184,7 @@ def test_counts_of_shares_and_numbers(value, lengths, expected):
         ({"amount": True}, "got True"),
         ({"mass": 0.0}, "mass must be in (0, 1], got 0.0"),
         ({"amount": 3, "mass": 0.5}, "mass must be None with amount 3, got 0.5"),
-        ({}, "amount or mass must be given with rule 'received', got neither"),
+        ({}, "amount, mass or temperature must be given with rule 'received', got none of them"),
         ({"amount": 3, "rule": "best"}, "rule must be one of received, cls, fastv, random, uniform, text, "),
         ({"amount": 3, "rule": ["divprune"]}, "or a function, got ['divprune']"),
     ],

@@ -28,6 +28,7 @@ from vlm_families import (
     families,
     make_vlm,
     mixed_prompt,
+    stays,
     vlm_batch,
 )
 
@@ -175,9 +176,13 @@ def by_hand(model, name, inputs, plan, steps):
 
 
 def ranked(scores, columns, numbers, share):
-    """Of each image the columns with the best scores, a share of the tokens that entered."""
+    """Of each image the columns with the best scores, a share of the tokens that entered, or by a temperature."""
     best = []
     for number in numbers[numbers >= 0].unique():
+        if isinstance(share, madtp.Keep):
+            own = numbers[columns] == number
+            best.append(columns[own][stays(scores[own], share.temperature)])
+            continue
         own, count = numbers[columns] == number, math.ceil(share * int((numbers == number).sum()))
         order = scores[own].argsort(descending=True, stable=True)  # outside of a window all are 0: the first stay
         best.append(columns[own][order[:count]].sort().values)

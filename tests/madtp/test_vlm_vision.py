@@ -35,6 +35,7 @@ from vlm_families import (
     families,
     make_vlm,
     mixed_prompt,
+    stays,
     vlm_batch,
 )
 
@@ -51,7 +52,8 @@ ABSENT = -2
 
 
 class Oracle:
-    """What a dense tower's attention does, layer after layer, with `share` of the units left at the end.
+    """What a dense tower's attention does, layer after layer, with `share` of the units left at the end; or those that
+    are above a threshold behind each layer, by a `Keep` with a temperature.
 
     Args:
         unit: (R,) the unit that each row is of, in the order of the tower's rows; -1 for one that is cut off, ABSENT
@@ -95,6 +97,10 @@ class Oracle:
         score = score.masked_fill(~self.alive, -1)
         kept = []
         for part, n in zip(score.split(self.lengths), self.lengths, strict=True):
+            if isinstance(self.share, madtp.Keep):
+                there = (part >= 0).nonzero().flatten()
+                kept.append(there[stays(part[there], self.share.temperature)])
+                continue
             count = max(math.ceil(round(n * self.share ** (layer / self.depth), 9)), 1)
             count = min(count, int((part >= 0).sum()))
             kept.append(part.topk(count).indices.sort().values)

@@ -445,6 +445,17 @@ def families(quick=QUICK, of=CASES):
     )
 
 
+def stays(importance, temperature):
+    """The places of an image's tokens (n,) that are above the threshold of the method without MAG, by hand."""
+    values = importance.double()
+    deviation = (values - values.mean()).square().mean().sqrt()
+    if deviation == 0:
+        return torch.arange(len(values))
+    threshold = ((values.mean() - values) / deviation / temperature).softmax(0) @ values
+    goes = values <= threshold
+    return torch.arange(len(values)) if goes.sum() < 2 else (~goes).nonzero().flatten()
+
+
 def close(a, b):
     """Rotary tables, eager softmax and the logits of `generate` are float32."""
     torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)

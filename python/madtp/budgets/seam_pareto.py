@@ -18,7 +18,7 @@ from madtp.files import atomic_write, require_writable_file
 from madtp.handles import find_handle
 from madtp.inference import evaluating
 from madtp.models.prompt import has_images
-from madtp.models.vlm import decoder_of, first_prefill_layer
+from madtp.models.vlm import first_prefill_layer, usual_prefill_layer
 from madtp.patching import patch
 from madtp.patching.vlm_keep import PREFILL, PROJECTOR, VISION, check_keep, saved_keep
 from madtp.profiling.prompt_cost import prompt_cost
@@ -138,8 +138,7 @@ def _settings(model: nn.Module, shares: Sequence[float], prefill_layer: int | No
         if not (isinstance(share, float | int) and 0 < share <= 1):
             raise ValueError(f"shares must be in (0, 1], got {share!r}")
     steps = sorted({float(share) for share in shares}, reverse=True)
-    last = len(decoder_of(model).layers) - 1
-    layer = min(max(2, first_prefill_layer(model)), last) if prefill_layer is None else prefill_layer
+    layer = usual_prefill_layer(model) if prefill_layer is None else prefill_layer
     seams = [VISION, PROJECTOR]  # `prompt_cost` refuses towers that are not known
     if prefill_layer is not None or layer >= first_prefill_layer(model):  # there is a layer to prune behind
         seams.append(PREFILL)
@@ -206,6 +205,6 @@ def _shown(amount: Any) -> str:
         return ", ".join(f"{layer}: {_shown(part)}" for layer, part in amount.items())
     if not isinstance(amount, Keep):
         return f"{amount:.3g}" if isinstance(amount, float) else str(amount)
-    mass = "" if amount.mass is None else f"mass {amount.mass}"
+    decided = "" if amount.mass is None and amount.temperature is None else amount.decided_by
     duplicates = "" if amount.duplicates is None else f", duplicates {amount.duplicates}"
-    return f"{amount.name} {amount.amount or mass}".rstrip() + duplicates
+    return f"{amount.name} {amount.amount or decided}".rstrip() + duplicates

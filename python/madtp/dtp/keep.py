@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from madtp.dtp.keep_rules import RULES, Candidates, Kept, Rule, checked, fewest_with_mass, name_of
+from madtp.dtp.threshold import above_threshold
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class Keep:
         amount: a float in (0, 1] is a share of the tokens of each image, rounded up; an int a count per image. So
             `Keep(1.0)` keeps all, and `Keep(1)` one token.
         mass: in (0, 1], in place of amount: of each image the fewest tokens that hold this share of its importance.
+        temperature: >= 0, in place of amount: of each image the tokens that are more important than the threshold of
+            the method, docs/method.md; larger prunes more, and 0 keeps all. For rules that rank tokens by a number:
+            `received`, `cls`, `fastv`, `text`.
         duplicates: at the seam "vision" alone: of units of an image of which no pixel differs by more than this, as the
             tower is given them, the first alone enters the tower; 0.0: those that are equal. None: all enter. Amounts
             are of all units, and of what enters no more is left. Without amount and mass all that enter stay.
@@ -34,6 +39,7 @@ class Keep:
 
     amount: float | int | None = None
     mass: float | None = field(default=None, kw_only=True)
+    temperature: float | None = field(default=None, kw_only=True)
     duplicates: float | None = field(default=None, kw_only=True)
     rule: str | Rule = field(default="received", kw_only=True)
 
@@ -48,15 +54,29 @@ class Keep:
             raise ValueError(f"mass must be in (0, 1], got {self.mass!r}")
         if self.amount is not None and self.mass is not None:
             raise ValueError(f"mass must be None with amount {self.amount!r}, got {self.mass!r}")
+        if self.temperature is not None:
+            self._check_temperature()
+        free = self.amount is None and self.mass is None and self.temperature is None and not callable(self.rule)
         if self.duplicates is not None:
             if isinstance(self.duplicates, bool) or not (
                 isinstance(self.duplicates, float | int) and 0 <= self.duplicates < math.inf
             ):
                 raise ValueError(f"duplicates must be a tolerance, a number >= 0, got {self.duplicates!r}")
-            if self.amount is None and self.mass is None and not callable(self.rule):
+            if free:
                 object.__setattr__(self, "amount", 1.0)
-        if self.amount is None and self.mass is None and not callable(self.rule):
-            raise ValueError(f"amount or mass must be given with rule {self.rule!r}, got neither")
+        elif free:
+            raise ValueError(f"amount, mass or temperature must be given with rule {self.rule!r}, got none of them")
+
+    def _check_temperature(self) -> None:
+        tau, ranking = self.temperature, [name for name, entry in RULES.items() if entry.ranks is not None]
+        if isinstance(tau, bool) or not (isinstance(tau, float | int) and 0 <= tau < math.inf):
+            raise ValueError(f"temperature must be a finite number >= 0, got {tau!r}")
+        for name in ("amount", "mass"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"temperature must be None with {name} {value!r}, got {tau!r}")
+        if self.rule not in ranking:
+            raise ValueError(f"rule must be one of {', '.join(ranking)} with a temperature, got {self.name!r}")
+        object.__setattr__(self, "temperature", float(tau))
 
     @classmethod
     def of(cls, value: Any, rule: str) -> Keep:
@@ -66,7 +86,7 @@ class Keep:
     @property
     def is_fixed(self) -> bool:
         """Whether the number of tokens alone says how many are left."""
-        return self.amount is not None
+        return self.amount is not None or self.temperature == 0
 
     @property
     def needs_importance(self) -> bool:
@@ -81,15 +101,25 @@ class Keep:
         """Of its rule, to be read."""
         return name_of(self.rule)
 
+    @property
+    def decided_by(self) -> str:
+        """What says how many are left where they are not fixed, to be read."""
+        if self.temperature is not None:
+            return f"temperature {self.temperature:g}"
+        return f"rule {self.name}" if self.mass is None else f"mass {self.mass}"
+
     def counts(self, lengths: Sequence[int]) -> list[int]:
         """How many are left of images with so many tokens: of an image at least one, and never more than it has.
 
         Raises:
             ValueError: what is left depends on more than lengths.
         """
+        if self.temperature == 0:
+            return list(lengths)
         if self.amount is None:
-            what = "mass" if self.mass is not None else f"rule {self.name}"
-            raise ValueError(f"counts must be of a share or a count, got {what}, which decides by what it sees")
+            raise ValueError(
+                f"counts must be of a share or a count, got {self.decided_by}, which decides by what it sees"
+            )
         if _is_count(self.amount):
             return [min(int(self.amount), length) for length in lengths]
         share = self.amount
@@ -105,7 +135,7 @@ class Keep:
             ValueError: importance is needed and there is none, or a user's function gave what no rule may.
         """
         counts = None
-        if self.amount is not None:
+        if self.is_fixed:
             counts = self.counts(candidates.lengths if entered is None else entered)
             counts = [min(pair) for pair in zip(counts, candidates.lengths, strict=True)]
         elif self.mass is not None:
@@ -113,21 +143,30 @@ class Keep:
         return self.choose_so_many(candidates, counts)
 
     def choose_so_many(self, candidates: Candidates, counts: Sequence[int] | None) -> Kept:
-        """`choose`, with how many of each image are to stay; None where the rule decides."""
+        """`choose`, with how many of each image are to stay; None where the rule, or the temperature, decides."""
         if counts == list(candidates.lengths):
             return Kept(candidates.features.new_ones(sum(counts), dtype=torch.bool), None)
+        if self.temperature is not None:
+            return Kept(above_threshold(self._ranks(candidates), candidates.cu_seqlens, self.temperature), None)
         rule = RULES[self.rule].choose if isinstance(self.rule, str) else self.rule
         given = rule(candidates, counts)
         if callable(self.rule):
             return checked(given, candidates, self.name, counts)
         return given if isinstance(given, Kept) else Kept(given, None)
 
+    def _ranks(self, candidates: Candidates) -> Tensor:
+        assert isinstance(self.rule, str), "a function ranks by itself"
+        ranks = RULES[self.rule].ranks
+        assert ranks is not None, "the others have no temperature"
+        return ranks(candidates)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON. Raises ValueError where the rule is a function."""
         if not isinstance(self.rule, str):
             raise ValueError(f"rule must be one of {', '.join(RULES)} to be saved, got the function {self.name}")
-        duplicates = {} if self.duplicates is None else {"duplicates": self.duplicates}
-        return {"amount": self.amount, "mass": self.mass, **duplicates, "rule": self.rule}
+        more = {name: getattr(self, name) for name in ("temperature", "duplicates")}
+        more = {name: value for name, value in more.items() if value is not None}
+        return {"amount": self.amount, "mass": self.mass, **more, "rule": self.rule}
 
 
 def _is_share(value: object) -> bool:

@@ -161,6 +161,23 @@ def visionzip(candidates: Candidates, counts: Sequence[int], context: float = 10
     return Kept(torch.cat(keep), torch.cat(rows))
 
 
+def relevance(candidates: Candidates) -> Tensor:
+    """(T,) float32 or float64: the mean cosine of each token with those of its text; 0 where the text is empty."""
+    if candidates.text is None:
+        raise ValueError("rule must have the text of the instruction, got none")
+    texts = candidates.text.detach().split(list(candidates.text_lengths))
+    means = [_unit(part).sum(0) / max(len(part), 1) for part in texts]
+    parts = candidates.features.detach().split(list(candidates.lengths))
+    cosines = [_unit(part) @ means[which] for part, which in zip(parts, candidates.text_of, strict=True)]
+    return torch.cat(cosines)
+
+
+def _importance(candidates: Candidates) -> Tensor:
+    if candidates.importance is None:
+        raise ValueError("rule must have the importance of attention, got none: the seam has no statistics")
+    return candidates.importance.detach()
+
+
 def _no_products(tokens: int, count: int) -> int:
     return 0
 
@@ -183,6 +200,7 @@ class RuleEntry(NamedTuple):
 
     Args:
         merges: whether it returns other rows than it got.
+        ranks: what it ranks the tokens by, (T,); None where it is no number of each. A temperature needs one.
         products: (tokens of an image, how many stay) -> products of two rows that matrix products make there; fewer
             than there are tokens are not counted.
     """
@@ -191,16 +209,18 @@ class RuleEntry(NamedTuple):
     needs_importance: bool = False
     needs_text: bool = False
     merges: bool = False
+    ranks: Callable[[Candidates], Tensor] | None = None
     products: Callable[[int, int], int] = _no_products
 
 
+LARGEST = RuleEntry(largest, needs_importance=True, ranks=_importance)  # of the importance that a seam gives
 RULES = {
-    "received": RuleEntry(largest, needs_importance=True),
-    "cls": RuleEntry(largest, needs_importance=True),
-    "fastv": RuleEntry(largest, needs_importance=True),
+    "received": LARGEST,
+    "cls": LARGEST,
+    "fastv": LARGEST,
     "random": RuleEntry(random),
     "uniform": RuleEntry(uniform),
-    "text": RuleEntry(text, needs_text=True),
+    "text": RuleEntry(text, needs_text=True, ranks=relevance),
     "divprune": RuleEntry(divprune, products=_all_products),
     "cdpruner": RuleEntry(cdpruner, needs_text=True, products=_all_products),
     "cdpruner_negative": RuleEntry(cdpruner_negative, needs_text=True, products=_all_products),
@@ -247,17 +267,6 @@ def checked(given: Any, candidates: Candidates, name: str, counts: Sequence[int]
     return kept
 
 
-def relevance(candidates: Candidates) -> Tensor:
-    """(T,) float32 or float64: the mean cosine of each token with those of its text; 0 where the text is empty."""
-    if candidates.text is None:
-        raise ValueError("rule must have the text of the instruction, got none")
-    texts = candidates.text.detach().split(list(candidates.text_lengths))
-    means = [_unit(part).sum(0) / max(len(part), 1) for part in texts]
-    parts = candidates.features.detach().split(list(candidates.lengths))
-    cosines = [_unit(part) @ means[which] for part, which in zip(parts, candidates.text_of, strict=True)]
-    return torch.cat(cosines)
-
-
 def fewest_with_mass(candidates: Candidates, mass: float) -> list[int]:
     """Of each image the fewest tokens whose importances sum up to the share `mass`: at least one; all where the sum is
     not positive."""
@@ -268,12 +277,6 @@ def fewest_with_mass(candidates: Candidates, mass: float) -> list[int]:
         enough = int((share < mass - 1e-12).sum()) + 1 if total > 0 else len(part)
         counts.append(min(enough, len(part)))
     return counts
-
-
-def _importance(candidates: Candidates) -> Tensor:
-    if candidates.importance is None:
-        raise ValueError("rule must have the importance of attention, got none: the seam has no statistics")
-    return candidates.importance.detach()
 
 
 def _determinantal(candidates: Candidates, relevance: Tensor, counts: Sequence[int]) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from madtp.dtp import keep_rules
 from madtp.dtp.keep_rules import Candidates, Kept, Rule
+from madtp.dtp.threshold import least_first
 from madtp_kernels import AttentionStats, Selection, score_and_select, select_tokens, token_importance
-from madtp_kernels.ragged import prunable_rows, segment_sum, sequence_ids
+from madtp_kernels.ragged import prunable_rows, segment_sum
 from madtp_kernels.selection import layout
 
 HALF = 10.0  # the temperature at which a rule of counts keeps half of the tokens that enter a block
@@ -68,15 +69,8 @@ def unguided(tokens: Tokens, temperature: float) -> Outcome:
     stats, cu_seqlens, summary_index = tokens.stats, tokens.cu_seqlens, tokens.summary_index
     nothing = stats.summary_attention.new_zeros(stats.summary_attention.shape[0], 1)
     importance = token_importance(stats, nothing, cu_seqlens, summary_index=summary_index)
-    values, prunable = importance.detach(), tokens.prunable()
-    sequence, counts = sequence_ids(cu_seqlens, values.shape[0]), _count(prunable, cu_seqlens).clamp(min=1)
-
-    def mean(of: Tensor) -> Tensor:  # over the prunable tokens of each sequence, at each token
-        return (segment_sum(of.masked_fill(~prunable, 0), cu_seqlens) / counts)[sequence]
-
-    centred = values - mean(values)
-    z = centred / mean(centred.square()).sqrt().clamp(min=torch.finfo(values.dtype).tiny)
-    selection = select_tokens(importance, -z[:, None], cu_seqlens, temperature, summary_index=summary_index)
+    logits = least_first(importance, cu_seqlens, tokens.prunable())
+    selection = select_tokens(importance, logits, cu_seqlens, temperature, summary_index=summary_index)
     return Outcome(importance, selection)
 
 

@@ -49,18 +49,18 @@ class Units(NamedTuple):
         return [count + more for count, more in zip(units, self.newlines, strict=True)]
 
 
-NO_PATCH_MASK = {"pixel_attention_mask": None}  # which a tower that is not pruned may have, and no count goes by
-
-
-def bare_rows(base: Any, inputs: Mapping[str, Any], modality: str) -> BareRows:
+def bare_rows(base: Any, inputs: Mapping[str, Any], modality: str, *, pruned: bool) -> BareRows:
     """Of the images, or videos, of a prompt. Shapes of pixels are read; values are of grids and sizes, and of the
     tiles of Idefics 3 and SmolVLM, among which those of zeros are padding. On the meta device no tile is.
+
+    Args:
+        pruned: whether the tower prunes, and refuses what it cannot.
 
     Raises:
         ValueError: pixels are not those of the grids and sizes that come with them, or the seam refuses them.
     """
     _, tower, spec = parts_of(base)
-    given, tiles = _prepared(base, inputs, modality)
+    given, tiles = _prepared(base, inputs, modality, pruned)
     rows, pixels = _rows(base, given, tiles, values=False), given["pixel_values"]
     if "grid_thw" in given:
         return BareRows(rows, len(pixels), 0)
@@ -70,11 +70,13 @@ def bare_rows(base: Any, inputs: Mapping[str, Any], modality: str) -> BareRows:
     return BareRows(rows, len(pixels) * height * width, len(pixels))
 
 
-def image_units(base: Any, inputs: Mapping[str, Any], modality: str, duplicates: float | None = None) -> Units:
+def image_units(
+    base: Any, inputs: Mapping[str, Any], modality: str, *, pruned: bool, duplicates: float | None = None
+) -> Units:
     """Of each image, or video, of a prompt.
 
     Args:
-        inputs: as those of `bare_rows`; grids do without pixels.
+        inputs, pruned: as those of `bare_rows`; grids do without pixels.
         duplicates: as of `Keep`; where there is one, pixels are read.
 
     Raises:
@@ -89,7 +91,7 @@ def image_units(base: Any, inputs: Mapping[str, Any], modality: str, duplicates:
         )
     if grids is not None and name is None:
         inputs = {**inputs, PIXELS[modality][0]: torch.empty(int(grids.prod(1).sum()), 1, device="meta")}
-    given, tiles = _prepared(base, inputs, modality)
+    given, tiles = _prepared(base, inputs, modality, pruned)
     rows, newlines = _rows(base, given, tiles, values=duplicates is not None), None
     if parts_of(base)[0].packed:
         packing = Packing.of(base, inputs, tiles)
@@ -100,8 +102,10 @@ def image_units(base: Any, inputs: Mapping[str, Any], modality: str, duplicates:
     return Units(rows.lengths, newlines or [0] * len(rows.lengths), entered)
 
 
-def _prepared(base: Any, inputs: Mapping[str, Any], modality: str) -> tuple[dict[str, Any], list[int]]:
+def _prepared(base: Any, inputs: Mapping[str, Any], modality: str, pruned: bool) -> tuple[dict[str, Any], list[int]]:
     """The arguments of the tower, and tiles of each image, of a prompt whose pixels may be on the meta device."""
+    if not pruned:  # then it may be told which patches to hide, and makes as many tokens of them
+        inputs = {**inputs, "pixel_attention_mask": None}
     name = next(name for name in PIXELS[modality] if inputs.get(name) is not None)
     pixels: Tensor = inputs[name]
     if pixels.is_meta:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from madtp.handles import handle_of
 from madtp.models.arguments import Arguments
-from madtp.models.prompt import run_lengths
+from madtp.models.prompt import has_images, run_lengths
 
 FIRST_POSITION = {"paligemma": 1}  # by model type, of what counts its positions from another number than 0
 
@@ -25,6 +26,7 @@ class PatchedHead(nn.Module):
 
     madtp_arguments: Arguments
     config: Any
+    generation_config: Any
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -52,6 +54,21 @@ class PatchedHead(nn.Module):
         options = inspect.signature(write).bind(save_directory, *args, **kwargs).arguments
         handle_of(self).save(write, {**options, **options.pop("kwargs", {})})
 
+    def generate(self, *args, **kwargs):
+        if has_images(kwargs):
+            config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+            config = self.generation_config if config is None else config
+            name = kwargs.get("cache_implementation") or config.cache_implementation
+            if name in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+                handle_of(self).check_fixed("cache_implementation")  # type: ignore[attr-defined]  # of a decoder
+            self._check_cache_kind(kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # that of Hugging Face
+
+    def _check_cache_kind(self, kwargs: Mapping[str, Any]) -> None:
+        """Raises ValueError for a static cache where a seam decides by what it sees."""
+        if getattr(kwargs.get("past_key_values"), "is_compileable", False):
+            handle_of(self).check_fixed("past_key_values")  # type: ignore[attr-defined]
+
     def _encoded(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with encoded images in place of pixels, as `generate` makes them."""
         outputs = dict(kwargs.get("mm_encoder_outputs") or {})
@@ -78,6 +95,7 @@ class PatchedHead(nn.Module):
             raise ValueError("input_ids must be given with images, and no inputs_embeds: by them images are found")
         if (outputs := kwargs.get("mm_encoder_outputs")) is not None and not isinstance(outputs, Mapping):
             raise ValueError(f"mm_encoder_outputs must be a dict by modality, got {type(outputs).__name__}")
+        self._check_cache_kind(kwargs)
         mask = kwargs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != input_ids.shape):
             got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

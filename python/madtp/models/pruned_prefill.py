@@ -52,7 +52,7 @@ class PrunedPrefill(PatchedHead):
         self._check_empty(kwargs, decoding=False)
         here.calls.append(None)
         try:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]  # that of Hugging Face
+            return super().generate(*args, **kwargs)
         finally:
             here.calls.pop()
 

@@ -56,7 +56,7 @@ class PrunedPrompt(PatchedHead):
         here = self.madtp_projector.here
         here.calls.append(None)
         try:
-            out = super().generate(*args, **kwargs)  # type: ignore[misc]  # that of Hugging Face
+            out = super().generate(*args, **kwargs)
         finally:
             record = here.calls.pop()
         if record is None:  # there were no images

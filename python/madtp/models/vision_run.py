@@ -39,7 +39,7 @@ def run_tower(
     for number, layer in enumerate(attrgetter(spec.layers)(tower)[: max(taken)]):
         call = AttentionCall(spec.segments(tower, rows, number), spec.summary, selection.watches(number))
         rows = rows.with_x(run_layer(layer, rows, call))
-        importance = None if call.stats is None else rows.importance(_importance(call.stats, seam))
+        importance = None if call.stats is None else rows.importance(_importance(call.stats, selection.keep.rule))
         units = rows.units(rows.x).flatten(1) if selection.sees(number) else None
         if (alive := selection.prune(number, importance, units)) is not None:
             rows, index = rows.keep(alive)
@@ -49,6 +49,6 @@ def run_tower(
     return {number: rows.units(x) for number, x in features.items()}, selection.record
 
 
-def _importance(stats: AttentionStats, seam: VisionSeam) -> Tensor:
+def _importance(stats: AttentionStats, rule: Any) -> Tensor:
     """(T,), of rows."""
-    return stats.summary_attention if seam.keep.rule == "cls" else stats.received_attention
+    return stats.summary_attention if rule == "cls" else stats.received_attention

@@ -3,7 +3,8 @@
 
 A unit is the patches that become one token of the decoder. What is left falls evenly from layer to layer: of a share r
 behind the last of L layers, r^(l/L) of the units are left behind layer l. Duplicates, by their pixels, may go before
-the first: then the same counts hold, of which no more are left than entered.
+the first: then the same counts hold, of which no more are left than entered. A temperature is the same behind each
+layer, and leaves each image a number of its own.
 """
 
 from __future__ import annotations
@@ -109,12 +110,12 @@ class UnitSelection:
     """
 
     def __init__(self, seam: VisionSeam, lengths: Sequence[int], device: torch.device, distinct: Tensor | None = None):
-        self.seam, self.record = seam, TowerRecord(list(lengths), [], distinct)
+        self.keep, self.layers, self.record = seam.keep, seam.layers, TowerRecord(list(lengths), [], distinct)
         self.alive = torch.ones(sum(lengths), dtype=torch.bool, device=device) if distinct is None else distinct
         self.left = list(lengths)  # of each image
         if distinct is not None:
             self.left = [int(part.sum()) for part in distinct.split(self.left)]
-        keep = seam.keep
+        keep = self.keep  # as it is now, whatever is set while the tower runs
         seam.warn_of_large(f"the seam {NAME!r}", keep.amount, lengths)
         self._counts = seam.counts(lengths, self.left) if keep.is_fixed else None
         self._planned: list[Tensor] | None = None
@@ -128,11 +129,11 @@ class UnitSelection:
 
     def watches(self, layer: int) -> bool:
         """Whether what goes behind a layer depends on its attention."""
-        return self._planned is None and self.prunes(layer) and self.seam.keep.rule != "divprune"
+        return self._planned is None and self.prunes(layer) and self.keep.rule != "divprune"
 
     def sees(self, layer: int) -> bool:
         """Whether what goes behind a layer depends on the features of its units."""
-        rule = self.seam.keep.rule
+        rule = self.keep.rule
         return self.prunes(layer) and (callable(rule) or rule == "divprune")
 
     def prune(self, layer: int, importance: Tensor | None, features: Tensor | None) -> Tensor | None:
@@ -157,13 +158,13 @@ class UnitSelection:
         return self.alive if pruned else None
 
     def _chosen(self, layer: int, importance: Tensor | None, features: Tensor | None) -> Tensor:
-        keep, counts = self.seam.keep, None if self._counts is None else self._counts[layer]
+        keep, counts = self.keep, None if self._counts is None else self._counts[layer]
         importance = None if importance is None else importance[self.alive]
         rows = features if features is not None else importance
         assert rows is not None, "a rule looks at one of them"
         candidates = Candidates(rows.view(len(rows), -1), self.left, importance)
         if keep.mass is not None:
-            counts = fewest_with_mass(candidates, keep.mass ** (1 / self.seam.layers))
+            counts = fewest_with_mass(candidates, keep.mass ** (1 / self.layers))
         chosen = keep.choose_so_many(candidates, counts)
         if chosen.features is not None:
             raise ValueError(f"rule {keep.name} must return a bool tensor in a tower, where units stay as they are")

@@ -87,6 +87,12 @@ def first_prefill_layer(model: nn.Module) -> int:
     return max(1, len(deep or ()))
 
 
+def usual_prefill_layer(model: nn.Module) -> int:
+    """Behind which layer a decoder prunes where nobody says: 2, as in FastV, or the nearest; 0 where none may."""
+    layers = getattr(decoder_of(model), "layers", (None,))
+    return min(max(2, first_prefill_layer(model)), len(layers) - 1)
+
+
 def window_of(config: Any, layer: int) -> int | None:
     """How many columns a decoder's layer sees back, by its config; None for all."""
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)

@@ -25,11 +25,18 @@ from madtp.models.mixing import change_class, check_forward, mixed, names_of
 from madtp.models.registry import FAMILIES, family_of
 from madtp.models.tower import FORWARDS, RaggedTower, ragged
 from madtp.models.versions import check_transformers
+from madtp.models.vlm import unsupported_reason
 from madtp.patching import explain
-from madtp.patching.keep_rate import check_calibration, check_rates, find_temperatures
+from madtp.patching.keep_rate import (
+    check_calibration,
+    check_rates,
+    check_temperatures,
+    find_temperatures,
+    kept_shares,
+)
 from madtp.patching.saving import complete_state_dict, save
 from madtp.patching.state import Packed, Settings
-from madtp.patching.vlm_handle import VlmHandle
+from madtp.patching.vlm_handle import VlmHandle, patch_decoder
 
 
 class Handle:
@@ -136,14 +143,8 @@ class Handle:
 
     def set_temperature(self, temperature: float | Mapping[str, float]) -> None:
         """tau of all branches, or of some by name; larger prunes more, 0 is the dense model."""
-        by_branch = temperature if isinstance(temperature, Mapping) else dict.fromkeys(self.pruning, temperature)
-        for name, value in by_branch.items():
-            if name not in self.pruning:
-                raise ValueError(f"temperature must be for branches {', '.join(self.pruning)}, got {name!r}")
-            if not (isinstance(value, int | float) and 0 <= value < float("inf")):
-                raise ValueError(f"temperature must be a finite number >= 0, got {value!r} for {name}")
-        for name, value in by_branch.items():
-            self.pruning[name].temperature = float(value)
+        for name, value in check_temperatures(temperature, self.pruning).items():
+            self.pruning[name].temperature = value
 
     def set_keep_rate(
         self, keep_rate: float | Mapping[str, float], calibration: Iterable[Mapping[str, Any]]
@@ -161,7 +162,8 @@ class Handle:
         Raises:
             ValueError: an argument breaks a rule, or no temperature of the config reaches the rate; nothing is changed.
         """
-        return find_temperatures(self, check_rates(keep_rate, self.pruning), check_calibration(calibration))
+        rates, batches = check_rates(keep_rate, self.pruning), check_calibration(calibration)
+        return dict(find_temperatures(self, rates, lambda: kept_shares(self, batches), self.config))
 
     def collect_alignment(self, on: bool) -> None:
         """Whether forwards compute the aligned features of MAG (training does)."""
@@ -254,7 +256,13 @@ class Handle:
 
 
 @overload
-def patch(model: nn.Module, *, keep: Mapping[str, Any]) -> VlmHandle: ...
+def patch(
+    model: nn.Module,
+    *,
+    keep: Mapping[str, Any],
+    keep_rate: float | Mapping[str, float] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+) -> VlmHandle: ...
 @overload
 def patch(
     model: nn.Module,
@@ -287,13 +295,16 @@ def patch(
             "upper_bound": on as many rows as there were tokens at first, those past the tokens left being of no
             meaning, and nothing is read on the host, so that a forward of given shapes fits a CUDA graph; with
             gradients or in training mode it is as "exact".
-        keep: for decoders that read images, in place of all else: by seam, what is left of each image, a share (float),
-            a count (int) or a `madtp.Keep`. The seam "projector" is behind the projector, before the decoder: of every
-            class whose forward takes `mm_encoder_outputs`, and Florence-2. The seam "prefill" is inside the decoder: a
-            dict by how many layers have run, such as {2: 0.5, 16: 0.25}, of the tokens that entered.
+        keep: for decoders that read images, without config, family and capacity: by seam, what is left of each image, a
+            share (float), a count (int) or a `madtp.Keep`. The seam "vision" is inside the tower. The seam "projector"
+            is behind the projector, before the decoder: of every class whose forward takes `mm_encoder_outputs`, and
+            Florence-2. The seam "prefill" is inside the decoder: a dict by how many layers have run, such as
+            {2: 0.5, 16: 0.25}, of the tokens that entered. With keep_rate, temperatures are found for the seams that
+            have one, `VlmHandle.set_keep_rate`; with keep_rate alone, a decoder gets these seams: "vision" of a number,
+            those that it names of a mapping.
 
     Returns:
-        the model's controls, with `keep` a `VlmHandle`.
+        the model's controls, of a decoder a `VlmHandle`.
 
     Raises:
         TypeError: the class is not known. ValueError: the model, a part of it or what it is a part of is patched
@@ -304,14 +315,13 @@ def patch(
     check_transformers()
     if find_handle(model) is not None:
         raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
-    if keep is not None:
-        others = (config, family, keep_rate, calibration, None if capacity == "exact" else capacity)
-        names = ("config", "family", "keep_rate", "calibration", "capacity")
-        given = [name for name, value in zip(names, others, strict=True) if value is not None]
-        if given:
-            raise ValueError(f"keep must come alone, without settings of pruned towers, got {', '.join(given)} too")
-        return VlmHandle(model, keep)
-    family = family or family_of(model)
+    family = family or (family_of(model) if keep is None else None)
+    if keep is not None or (family is None and keep_rate is not None and unsupported_reason(model) is None):
+        others = {"config": config, "family": family, "capacity": None if capacity == "exact" else capacity}
+        if given := [name for name, value in others.items() if value is not None]:
+            what = "keep_rate of a decoder" if keep is None else "keep"
+            raise ValueError(f"{what} must come without settings of pruned towers, got {', '.join(given)} too")
+        return patch_decoder(model, keep, keep_rate, calibration)
     if family is None:
         known = ", ".join(family.source.__name__ for family in FAMILIES if family.source is not None)
         raise TypeError(f"model must be one of {known}, or come with a family=, got {type(model).__name__}")
@@ -322,7 +332,7 @@ def patch(
     rates, batches = check_rates(keep_rate, family.towers), check_calibration(calibration)
     handle = Handle(model, family, config or CompressionConfig(), capacity)
     try:
-        find_temperatures(handle, rates, batches)
+        handle.set_keep_rate(rates, batches)
     except BaseException:
         handle._detach()
         raise

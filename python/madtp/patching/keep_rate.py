@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from madtp.config import CompressionConfig
 from madtp.dtp.ragged import RaggedBatch
 from madtp.inference import evaluating
 from madtp.search import find_root
 
 if TYPE_CHECKING:
     from madtp.patching.handle import Handle
+    from madtp.patching.vlm_handle import VlmHandle
 
 TOLERANCE = 0.005  # of a share that was asked for
 ROUNDS = 20  # passes over the calibration inputs, at most, for a branch
@@ -31,6 +33,18 @@ def check_rates(keep_rate: float | Mapping[str, float], branches: Iterable[str])
     return rates
 
 
+def check_temperatures(temperature: float | Mapping[str, float], branches: Iterable[str]) -> dict[str, float]:
+    """By branch. Raises ValueError for an unknown branch or a number that is none >= 0."""
+    branches = list(branches)
+    by_branch = temperature if isinstance(temperature, Mapping) else dict.fromkeys(branches, temperature)
+    for name, value in by_branch.items():
+        if name not in branches:
+            raise ValueError(f"temperature must be for branches {', '.join(branches)}, got {name!r}")
+        if not (isinstance(value, int | float) and 0 <= value < math.inf):
+            raise ValueError(f"temperature must be a finite number >= 0, got {value!r} for {name}")
+    return {name: float(value) for name, value in by_branch.items()}
+
+
 def check_calibration(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
     """Raises ValueError unless it is a few batches of model inputs."""
     rule = "calibration must be an iterable of dicts of model inputs, at least one, for keep_rate"
@@ -44,7 +58,7 @@ def check_calibration(calibration: Iterable[Mapping[str, Any]] | None) -> list[M
 
 
 def kept_shares(handle: Handle, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of each branch, the share of its tokens that are left after a block, averaged over its blocks.
+    """Of each branch of a tower, the share of its tokens that are left after a block, averaged over its blocks.
 
     Of all samples together; neither summary tokens nor merged ones count. What the blocks cost falls with it, where the
     share after the last block alone says little of that. In eval mode, without gradients.
@@ -70,12 +84,19 @@ def kept_shares(handle: Handle, batches: Sequence[Mapping[str, Any]]) -> dict[st
 
 
 def find_temperatures(
-    handle: Handle, rates: Mapping[str, float], batches: Sequence[Mapping[str, Any]]
-) -> dict[str, float]:
-    """Sets the temperature of each branch of `rates` so that `kept_shares` are these, one branch after the other.
+    handle: Handle | VlmHandle,
+    rates: Mapping[str, float],
+    shares: Callable[[], Mapping[str, float]],
+    config: CompressionConfig,
+) -> Mapping[str, float]:
+    """Sets the temperature of each branch of `rates` so that its share is this, one branch after the other.
 
-    A branch may read what is left of one before it, so they go in the order of the family. Where the share jumps over
+    A branch may read what is left of one before it, so they go in the order of the handle. Where the share jumps over
     the rate, which it does in few and short sequences, the nearest seen is taken.
+
+    Args:
+        shares: what each branch keeps at the temperatures that are set.
+        config: where the search begins, and between which temperatures it goes.
 
     Returns:
         the shares that are kept now.
@@ -84,16 +105,16 @@ def find_temperatures(
         ValueError: a rate is out of reach of the temperatures of the config; the message says what is not. The
             temperatures are what they were.
     """
-    before, config = handle.temperatures, handle.config
+    before = handle.temperatures
     start = math.log(config.temperature)
     low, high = (math.log(tau) - start for tau in (config.temperature_min, config.temperature_max))
 
     def share(branch: str, shift: float) -> float:
         handle.set_temperature({branch: math.exp(start + shift)})
-        return kept_shares(handle, batches)[branch]
+        return shares()[branch]
 
     try:
-        for branch in handle.pruning:
+        for branch in before:
             rate = rates.get(branch)
             if rate == 1:
                 handle.set_temperature({branch: 0.0})
@@ -109,7 +130,7 @@ def find_temperatures(
                             f"inputs, got {rate}"
                         )
                 handle.set_temperature({branch: math.exp(start + shift)})
-        return kept_shares(handle, batches)
+        return shares()
     except BaseException:
         handle.set_temperature(before)
         raise

@@ -115,6 +115,6 @@ def _of_linears(model: nn.Module) -> list[Line]:
 
 
 def _amount(keep: Keep) -> str:
-    if keep.mass is not None:
-        return f"mass {keep.mass} of each image"
+    if keep.mass is not None or keep.temperature is not None:
+        return f"{keep.decided_by} of each image"
     return "by itself" if keep.amount is None else f"{keep.amount} of each image"

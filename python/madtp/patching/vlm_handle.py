@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from madtp.config import CompressionConfig
 from madtp.dtp.keep import Keep
 from madtp.hwp.packing import Epilogue, unpack
-from madtp.models.bare_rows import NO_PATCH_MASK, image_units
+from madtp.inference import evaluating
+from madtp.models.bare_rows import image_units
 from madtp.models.mixing import change_class, check_forward, mixed
 from madtp.models.patched_head import features_of
 from madtp.models.prefill_layers import PrefillLayer, WatchedAttention
@@ -23,6 +26,7 @@ from madtp.models.prompt import (
     count_images,
     find_images,
     find_placeholders,
+    has_images,
     in_prompt_order,
     token_of,
 )
@@ -38,6 +42,7 @@ from madtp.models.vlm import (
     window_of,
 )
 from madtp.models.vlm_branches import branches_of
+from madtp.patching.keep_rate import check_calibration, check_rates, check_temperatures, find_temperatures
 from madtp.patching.saving import save
 from madtp.patching.state import Packed, Settings
 from madtp.patching.vlm_explain import explained
@@ -48,8 +53,11 @@ from madtp.patching.vlm_keep import (
     VISION,
     Amounts,
     check_keep,
+    keep_by_temperature,
     make_seams,
     saved_keep,
+    temperature_of,
+    with_temperature,
 )
 
 
@@ -64,11 +72,11 @@ class VlmHandle:
     epilogues: Mapping[str, Epilogue] = {}
 
     def __init__(self, model: nn.Module, keep: Mapping[str, Any]):
+        checked = check_keep(keep)
         self.model = model
-        self._keep = check_keep(keep)
         if (reason := unsupported_reason(model)) is not None:
             raise TypeError(f"model must have a projector seam, {reason}, got {type(model).__name__}")
-        self.seams = make_seams(model, self._keep)
+        self.seams = make_seams(model, checked)
         self._mixed = dict(self.seams)
         if VISION in self.seams:  # what a tower has lost goes out of the prompt where the projector's tokens do
             self._mixed.setdefault(PROJECTOR, ProjectorSeam(Keep(1.0, rule="uniform")))
@@ -129,7 +137,93 @@ class VlmHandle:
     @property
     def keep(self) -> dict[str, Amounts]:
         """By seam, what is left of each image; of prefill by layer."""
-        return dict(self._keep)
+        return {name: dict(seam.keep) if name == PREFILL else seam.keep for name, seam in self.seams.items()}
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """Of the seams where one decides how many are left."""
+        found = {name: temperature_of(keep) for name, keep in self.keep.items()}
+        return {name: tau for name, tau in found.items() if tau is not None}
+
+    def set_temperature(self, temperature: float | Mapping[str, float]) -> None:
+        """tau of all seams that were given one, or of some by name; larger prunes more, 0 keeps all.
+
+        Raises:
+            ValueError: a seam has none, or it is no number >= 0; nothing is changed.
+        """
+        taus = check_temperatures(temperature, self.temperatures)
+        for name, tau in taus.items():
+            self.seams[name].keep = with_temperature(self.seams[name].keep, tau)
+
+    def set_keep_rate(
+        self, keep_rate: float | Mapping[str, float], calibration: Iterable[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Sets the temperatures at which all seams that were given one, or some by name, keep a share of the image
+        tokens: each image its own number, no training.
+
+        Args:
+            keep_rate: in (0, 1]; what a share of `keep` is at the seam, over all images: of the tokens that come to it,
+                those left behind its last layer. 1 switches pruning off there.
+            calibration: a few batches, each the keyword arguments of a forward with images, on the model's device.
+
+        Returns:
+            the share each of these seams keeps of them now.
+
+        Raises:
+            ValueError: an argument breaks a rule, or no temperature from 0.0001 to 1000 reaches the rate; nothing is
+                changed.
+        """
+        rates, batches = check_rates(keep_rate, self.temperatures), check_calibration(calibration)
+        for batch in batches:
+            if not has_images(batch):
+                raise ValueError(
+                    f"calibration must have images, got a batch with {', '.join(batch) or 'nothing'} alone"
+                )
+        return dict(find_temperatures(self, rates, lambda: self._kept_shares(batches), CompressionConfig()))
+
+    def _kept_shares(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Of the seams with a temperature, in eval mode, without gradients."""
+        entered, left = Counter[str](), Counter[str]()
+        with evaluating(self.model):
+            for batch in batches:
+                for name, (before, after) in self._passed(batch).items():
+                    entered[name] += before
+                    left[name] += after
+        return {name: left[name] / entered[name] for name in self.temperatures}
+
+    def _passed(self, batch: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """By seam, how many tokens came to it in a forward, and were left. Only what has to run does."""
+        model: Any = self.model
+        if list(self.temperatures) == [VISION]:
+            given = {name: value for name, value in batch.items() if value is not None}
+            outputs = model._encoded(given)["mm_encoder_outputs"].values()
+            lefts = [output.madtp_left for output in outputs if output is not None]
+            return {VISION: (sum(sum(left.lengths) for left in lefts), sum(int(left.kept[-1].sum()) for left in lefts))}
+        model(**batch)
+        found = {}
+        if PROJECTOR in self._mixed:
+            record = self._mixed[PROJECTOR].here.record
+            kept, towers = record.selections(), record.tower_selections()
+            entered = sum(record.lengths())
+            came = sum(map(len, towers[-1])) if towers else entered
+            found = {VISION: (entered, came), PROJECTOR: (came, sum(map(len, kept)))}
+        if PREFILL in self.seams:
+            record = self.seams[PREFILL].here.record
+            found[PREFILL] = sum(record.entered()), int(record.kept[max(record.kept)].sum())
+        return found
+
+    def check_fixed(self, argument: str) -> None:
+        """Raises ValueError for an argument that asks for a static cache, whose length is to be known before, where
+        this thread prunes and a seam decides by what it sees."""
+        if any(seam.here.dense for seam in self._mixed.values()):
+            return
+        for name, amounts in self.keep.items():
+            for keep in [amounts] if isinstance(amounts, Keep) else amounts.values():
+                if not keep.is_fixed:
+                    raise ValueError(
+                        f"{argument} must not be static where a seam decides by what it sees how many tokens are left, "
+                        f"got {keep.decided_by} at {name!r}"
+                    )
 
     @property
     def selections(self) -> dict[str, Any]:
@@ -215,8 +309,8 @@ class VlmHandle:
                 lengths, entered = record.lengths, [len(part) for part in record.entries()]
                 left = [[len(part) for part in layer] for layer in record.selections()]
         elif given and self._knows_units():
-            shown = inputs if seam is not None else {**inputs, **NO_PATCH_MASK}
-            units = image_units(base, shown, modality, None if seam is None else seam.keep.duplicates)
+            duplicates = None if seam is None else seam.keep.duplicates
+            units = image_units(base, inputs, modality, pruned=seam is not None, duplicates=duplicates)
             lengths, entered = units.tokens(units.lengths), units.tokens(units.entered)
             if seam is not None:
                 left = [units.tokens(layer) for layer in seam.counts(units.lengths, units.entered)]
@@ -294,3 +388,37 @@ class VlmHandle:
     ) -> tuple[Settings, Mapping[str, Tensor] | None]:
         """What config.json is to hold, and the state dict to write. Raises ValueError where a rule is a function."""
         return Settings(None, {}, packed, saved_keep(self.keep)), state_dict
+
+
+def patch_decoder(
+    model: nn.Module,
+    keep: Mapping[str, Any] | None,
+    keep_rate: float | Mapping[str, float] | None,
+    calibration: Iterable[Mapping[str, Any]] | None,
+) -> VlmHandle:
+    """`madtp.patch` of a decoder."""
+    if keep_rate is None:
+        if calibration is not None:
+            raise ValueError("keep_rate must be given with calibration, got None")
+        assert keep is not None, "one of them says what goes"
+        return VlmHandle(model, keep)
+    if keep is None:
+        seams = keep_rate if isinstance(keep_rate, Mapping) else [VISION]
+        check_rates(keep_rate, (VISION, PROJECTOR, PREFILL))
+        keep = keep_by_temperature(model, seams)
+    else:
+        taus = [name for name, amounts in check_keep(keep).items() if temperature_of(amounts) is not None]
+        if not taus:
+            raise ValueError(
+                "keep must have a seam with a temperature where keep_rate is to find it, such as "
+                f"madtp.Keep(temperature=1.0), got none at {', '.join(map(repr, keep))}"
+            )
+        check_rates(keep_rate, taus)
+    batches = check_calibration(calibration)
+    handle = VlmHandle(model, keep)
+    try:
+        handle.set_keep_rate(keep_rate, batches)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -21,6 +22,7 @@ from madtp.models.vlm import (
     first_prefill_layer,
     prefill_unsupported_reason,
     tower_layers,
+    usual_prefill_layer,
     vision_unsupported_reason,
 )
 
@@ -47,7 +49,7 @@ def check_keep(keep: Mapping[str, Any]) -> dict[str, Amounts]:
             what = f"mass {value.mass}" if value.mass is not None else f"rule {value.name!r}"
             raise ValueError(
                 f"keep of {PROJECTOR!r} must do without the importance of attention, which is not computed there: an "
-                f"amount and one of the rules {runs}, or a function; got {what}"
+                f"amount and one of the rules {runs}, a temperature and the rule text, or a function; got {what}"
             )
     if PREFILL in keep:
         checked[PREFILL] = _check_prefill(keep[PREFILL])
@@ -59,6 +61,8 @@ def _check_vision(keep: Keep) -> Keep:
     what = ""
     if keep.mass is not None:  # of importance, which the others do not look at
         runs, what = ("received", "cls", "a function"), " with a mass"
+    if keep.temperature is not None:
+        runs, what = ("received", "cls"), " with a temperature"
     if isinstance(keep.rule, str) and keep.rule not in runs:
         raise ValueError(f"keep of {VISION!r} must have as its rule{what} one of {', '.join(runs)}, got {keep.rule!r}")
     return keep
@@ -89,6 +93,9 @@ def _check_prefill(given: Any) -> dict[int, Keep]:
                 f"keep of {PREFILL!r} behind layer {layer} must have one of the rules {', '.join(PREFILL_RULES)}, or a "
                 f"function, got {value.rule!r}"
             )
+    taus = {value.temperature for value in checked.values() if value.temperature is not None}
+    if len(taus) > 1:
+        raise ValueError(f"keep of {PREFILL!r} must have one temperature behind all layers, got {sorted(taus)}")
     for (before, first), (layer, value) in pairwise(checked.items()):
         one, other, where = first.amount, value.amount, f"keep of {PREFILL!r}"
         if one is not None and other is not None and type(one) is type(other) and other > one:
@@ -96,6 +103,30 @@ def _check_prefill(given: Any) -> dict[int, Keep]:
                 f"{where} must not grow from layer to layer, got {one} behind {before} and {other} behind {layer}"
             )
     return checked
+
+
+def keep_by_temperature(model: nn.Module, seams: Iterable[str]) -> dict[str, Any]:
+    """Of `check_keep`: these seams by the rules that plain amounts have there, text-guided at the projector; inside the
+    decoder behind one layer."""
+    of = {
+        VISION: lambda: Keep(temperature=1.0),
+        PROJECTOR: lambda: Keep(temperature=1.0, rule="text"),
+        PREFILL: lambda: {max(usual_prefill_layer(model), 1): Keep(temperature=1.0, rule=DEFAULT_RULES[PREFILL])},
+    }
+    return {seam: make() for seam, make in of.items() if seam in seams}
+
+
+def temperature_of(amounts: Amounts) -> float | None:
+    """Of a seam; None where amounts, masses or functions decide alone."""
+    keeps = [amounts] if isinstance(amounts, Keep) else amounts.values()
+    return next((keep.temperature for keep in keeps if keep.temperature is not None), None)
+
+
+def with_temperature(amounts: Amounts, temperature: float) -> Amounts:
+    """With another one wherever there is one."""
+    if isinstance(amounts, Keep):
+        return amounts if amounts.temperature is None else replace(amounts, temperature=temperature)
+    return {layer: cast(Keep, with_temperature(keep, temperature)) for layer, keep in amounts.items()}
 
 
 def saved_keep(keep: Mapping[str, Amounts]) -> dict[str, Any]:

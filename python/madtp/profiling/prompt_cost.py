@@ -21,7 +21,7 @@ from madtp.dtp.keep import Keep
 from madtp.dtp.keep_rules import RULES
 from madtp.handles import find_handle
 from madtp.hwp import PackedLinear
-from madtp.models.bare_rows import NO_PATCH_MASK, BareRows, bare_rows, image_units
+from madtp.models.bare_rows import BareRows, bare_rows, image_units
 from madtp.models.prefill_seam import PrefillSeam
 from madtp.models.prompt import MODALITIES, PIXELS, Images, find_images, in_prompt_order
 from madtp.models.pruned_vision import parts_of
@@ -111,8 +111,7 @@ def prompt_cost(
     vision = projector = rules = 0
     for modality, places in prompt.modalities.items():
         counts_of = [[layer[place] for place in places] for layer in left.get(VISION, ())]
-        shown = inputs if VISION in seams else {**inputs, **NO_PATCH_MASK}
-        bare = bare_rows(model.base_model, shown, modality)
+        bare = bare_rows(model.base_model, inputs, modality, pruned=VISION in seams)
         macs, chosen = _tower(model, bare, seams.get(VISION), [entered[place] for place in places], counts_of)
         tokens = counts_of[-1] if counts_of else [prompt.lengths[place] for place in places]
         vision, rules = vision + macs, rules + chosen
@@ -152,11 +151,10 @@ class _Prompt(NamedTuple):
         batch, width = input_ids.shape
         real = [width] * batch if mask is None else mask.cpu().bool().sum(1).tolist()
         given = [m for m in MODALITIES if any(inputs.get(name) is not None for name in PIXELS[m])]
-        shown = {**inputs, **NO_PATCH_MASK}
-        found: list[Images] = [
-            find_images(input_ids, model.config, modality, image_units(model.base_model, shown, modality).lengths)
-            for modality in given
-        ]
+        found: list[Images] = []
+        for modality in given:
+            units = image_units(model.base_model, inputs, modality, pruned=False)
+            found.append(find_images(input_ids, model.config, modality, units.lengths))
         lengths = in_prompt_order(found, (images.lengths for images in found))
         samples = in_prompt_order(found, ([begin // width for begin in images.begins()] for images in found))
         order = in_prompt_order(found, ([(kind, n) for n in range(len(f.lengths))] for kind, f in enumerate(found)))
@@ -224,7 +222,7 @@ def _entered(
         return list(counts[ENTERED])
     entered = list(prompt.lengths)
     for modality, places in prompt.modalities.items():
-        units = image_units(model.base_model, inputs, modality, seams[VISION].keep.duplicates)
+        units = image_units(model.base_model, inputs, modality, pruned=True, duplicates=seams[VISION].keep.duplicates)
         for place, count in zip(places, units.entered, strict=True):
             entered[place] = count
     return entered
@@ -242,8 +240,9 @@ def _left(seams: Mapping[str, Any], lengths: list[int], entered: list[int], give
             left[name] = given[name]
             _check_counts(name, given[name], seam, entered if name == VISION else lengths)
         elif dynamic := next((keep for keep in keeps if not keep.is_fixed), None):
-            what = f"the rule {dynamic.name}" if dynamic.mass is None else f"a mass of {dynamic.mass}"
-            raise ValueError(f"counts must be given for {name!r}, where {what} decides by what it sees, got none")
+            raise ValueError(
+                f"counts must be given for {name!r}, where {dynamic.decided_by} decides by what it sees, got none"
+            )
         else:
             counts = (lengths, entered) if name == VISION else (lengths,)
             left[name] = seam.keep.counts(lengths) if name == PROJECTOR else seam.counts(*counts)
