@@ -291,10 +291,11 @@ unsigned char* shared(Block& b, std::uint32_t address, std::size_t bytes, std::s
 void run(dim3 grid, dim3 threads, std::size_t shared_bytes, int cluster,
          const std::function<void()>& kernel) {
   const std::size_t count = std::size_t(grid.x) * grid.y * grid.z;
-  if (threads.x * threads.y * threads.z > 1024 || shared_bytes > kMaxShared || cluster < 1 || cluster > 8 ||
+  const unsigned size = threads.x * threads.y * threads.z;
+  if (size == 0 || size > 1024 || shared_bytes > kMaxShared || cluster < 1 || cluster > 8 ||
       count % std::size_t(cluster) != 0)
-    fail("cannot launch %zu blocks of %u threads, %zu bytes of shared memory, clusters of %d", count,
-         threads.x * threads.y * threads.z, shared_bytes, cluster);
+    fail("cannot launch %zu blocks of %u threads, %zu bytes of shared memory, clusters of %d", count, size,
+         shared_bytes, cluster);
   Machine m;
   gridDim = grid;
   blockDim = threads;

@@ -190,6 +190,15 @@ void warpgroup_meets_in_two_places(int what) {
       else
         ptx::wgmma_wait_group<0>();
       break;
+    case 3: {
+      float d[32] = {};
+      const std::uint32_t a[4] = {};
+      if (is_first)
+        ptx::wgmma_sp_m64k32<BF16, 64, 0>(d, a, 0, 0, false);
+      else
+        ptx::wgmma_sp_m64k32<BF16, 64, 0>(d, a, 0, 0, false);
+      break;
+    }
     default:
       if (is_first)
         ptx::setmaxnreg_dec<24>();
@@ -221,7 +230,7 @@ void stores_where_it_copies(Store store, const ptx::TensorMap map) {
   ptx::mbarrier_wait(barrier, 0);
 }
 
-enum class Reuse { none, too_early, unawaited };
+enum class Reuse { none, too_early, unawaited, twice };
 
 // A product of what a copy brings; then the copy again, for nobody.
 void multiplies_a_copy(Reuse bug, const ptx::TensorMap map) {
@@ -238,6 +247,7 @@ void multiplies_a_copy(Reuse bug, const ptx::TensorMap map) {
   }
   __syncthreads();
   copy();
+  if (bug == Reuse::twice && threadIdx.x == 0) ptx::tma_load_2d(base, &map, 0, 0, barrier);
   if (bug != Reuse::unawaited) ptx::mbarrier_wait(barrier, 0);
   std::uint32_t a[4] = {};
   float d[32] = {};
@@ -253,7 +263,7 @@ void multiplies_a_copy(Reuse bug, const ptx::TensorMap map) {
 
 // --- barriers
 
-enum class Init { fenced, fenced_for_copies, unfenced, twice, written_over };
+enum class Init { fenced, fenced_for_copies, unfenced, twice, written_over, unawaited };
 
 void initialises(Init bug, const ptx::TensorMap map) {
   MADTP_DYNAMIC_SHARED(shared);
@@ -261,11 +271,11 @@ void initialises(Init bug, const ptx::TensorMap map) {
   ptx::mbarrier_init(barrier, 1);
   if (bug == Init::twice) ptx::mbarrier_init(barrier, 1);
   if (bug == Init::written_over) std::memset(shared + 1024, 0, 4);
-  if (bug == Init::fenced) ptx::fence_mbarrier_init();
+  if (bug == Init::fenced || bug == Init::unawaited) ptx::fence_mbarrier_init();
   if (bug == Init::fenced_for_copies) ptx::fence_proxy_async();
   ptx::mbarrier_arrive_expect_tx(barrier, 1024);
   ptx::tma_load_2d(base, &map, 0, 0, barrier);
-  ptx::mbarrier_wait(barrier, 0);
+  if (bug != Init::unawaited) ptx::mbarrier_wait(barrier, 0);
 }
 
 enum class Hello { synchronised, unfenced, leaves };
@@ -282,6 +292,24 @@ void says_hello(Hello bug) {
   ptx::mbarrier_wait(barrier, 0);
   if (rank == 0) ptx::mbarrier_arrive_cluster(barrier, 1);
   ptx::cluster_sync();
+}
+
+// Block 1 of a pair says that it goes, and block 0 copies into both.
+void copies_to_who_left(const ptx::TensorMap map) {
+  MADTP_DYNAMIC_SHARED(shared);
+  const std::uint32_t base = ptx::shared_address(shared), full = base + 1024, left = full + 8;
+  ptx::mbarrier_init(full, 1);
+  ptx::mbarrier_init(left, 1);
+  ptx::fence_mbarrier_init();
+  ptx::cluster_sync();
+  if (ptx::cluster_rank() == 1) {
+    ptx::mbarrier_arrive_cluster(left, 0);
+    return;
+  }
+  ptx::mbarrier_wait(left, 0);
+  ptx::mbarrier_arrive_expect_tx(full, 1024);
+  ptx::tma_load_2d_multicast(base, &map, 0, 0, full, 3);
+  ptx::mbarrier_wait(full, 0);
 }
 
 void counts(int arrivals, int bytes, int times) {
@@ -445,7 +473,7 @@ TEST(lanes_that_meet_from_different_places_are_reported) {
   EXPECT(says(report(meets_in_two_places, {2, 32, 64, 2}, Collective::cluster), "barrier.cluster at"));
   EXPECT(report(meets_in_two_places, {1, 32, 64}, Collective::shuffle).empty());  // needs no alignment
   EXPECT(report(warps_meet_in_two_places, {2, 64, 0, 2}).empty());                // nor do warps
-  for (int what : {0, 1, 2, 3})
+  for (int what : {0, 1, 2, 3, 4})
     EXPECT(says(report(warpgroup_meets_in_two_places, {1, 128}, what), "diverged: comes to"));
 }
 
@@ -464,6 +492,7 @@ TEST(products_of_copies_under_way_are_reported) {
   EXPECT(run(Reuse::none).empty());
   EXPECT(says(run(Reuse::unawaited), "wgmma: reads what no wait has seen a copy bring"));
   EXPECT(says(run(Reuse::too_early), "wgmma: reads what no wait has seen a copy bring"));
+  EXPECT(says(run(Reuse::twice), "TMA: writes where another copy does that no wait has seen land"));
 }
 
 TEST(barriers_that_nobody_was_told_of_are_reported) {
@@ -474,13 +503,16 @@ TEST(barriers_that_nobody_was_told_of_are_reported) {
   EXPECT(says(run(Init::unfenced), "its barrier was initialised without a fence for copies"));
   EXPECT(says(run(Init::twice), "there is a barrier already"));
   EXPECT(says(run(Init::written_over), "the barrier was written over"));
+  EXPECT(says(run(Init::unawaited), "returned with bulk copies under way"));
   const LaunchShape pair{2, 1, 8, 2};
   EXPECT(report(says_hello, pair, Hello::synchronised).empty());
   EXPECT(says(report(says_hello, pair, Hello::unfenced), "initialised"));  // without a fence, or not yet
 }
 
 TEST(blocks_that_leave_their_cluster_are_reported) {
-  EXPECT(says(report(says_hello, {2, 1, 8, 2}, Hello::leaves), "block 1 of the cluster has returned"));
+  EXPECT(says(report(says_hello, {2, 1, 8, 2}, Hello::leaves), "mapa: block 1 of the cluster has returned"));
+  EXPECT(says(report(copies_to_who_left, {2, 1, 1040, 2}, box_map(8)),
+              "TMA: block 1 of the cluster has returned"));
 }
 
 TEST(counts_beyond_a_barrier_are_reported) {
@@ -564,6 +596,7 @@ TEST(misused_wgmma_is_reported) {
 
 TEST(launches_beyond_the_machine_are_reported) {
   EXPECT(says(report(diverges, {1, 2048}), "cannot launch"));
+  EXPECT(says(report(diverges, {1, 0}), "cannot launch"));
   EXPECT(says(report(diverges, {1, 32, 1 << 20}), "cannot launch"));
   EXPECT(says(report(diverges, {3, 32, 0, 2}), "cannot launch"));
 }
