@@ -58,13 +58,16 @@ T shuffle(const char* name, unsigned mask, T value, int by, Source&& source) {
 
 }  // namespace madtp::simt
 
-inline void __syncthreads() {
+inline void __syncthreads(madtp::simt::Site site = madtp::simt::Site::here()) {
+  madtp::simt::aligned(site);
   madtp::simt::all_threads("__syncthreads", 0, [](int a, int) { return a; });
 }
-inline int __syncthreads_or(int value) {
+inline int __syncthreads_or(int value, madtp::simt::Site site = madtp::simt::Site::here()) {
+  madtp::simt::aligned(site);
   return madtp::simt::all_threads("__syncthreads_or", value != 0, [](int a, int b) { return a | b; });
 }
-inline int __syncthreads_and(int value) {
+inline int __syncthreads_and(int value, madtp::simt::Site site = madtp::simt::Site::here()) {
+  madtp::simt::aligned(site);
   return madtp::simt::all_threads("__syncthreads_and", value != 0, [](int a, int b) { return a & b; });
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
@@ -117,6 +120,23 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
 }
 inline int __reduce_add_sync(unsigned mask, int value) {
   return int(__reduce_add_sync(mask, unsigned(value)));
+}
+
+// For what a block hands to another, which is not modelled: clusters run one after another.
+[[noreturn]] inline void __threadfence() {
+  madtp::simt::fail("__threadfence: blocks run one after another, and may hand nothing to each other");
+}
+template <typename T, typename... Values>
+T atomicAdd(T*, Values...) {
+  madtp::simt::fail("atomicAdd: blocks run one after another, and may hand nothing to each other");
+}
+template <typename T, typename... Values>
+T atomicExch(T*, Values...) {
+  madtp::simt::fail("atomicExch: blocks run one after another, and may hand nothing to each other");
+}
+template <typename T, typename... Values>
+T atomicCAS(T*, Values...) {
+  madtp::simt::fail("atomicCAS: blocks run one after another, and may hand nothing to each other");
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

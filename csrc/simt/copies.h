@@ -3,6 +3,9 @@
 
 // cp.async and its groups; TMA copies of boxes, swizzled, into one block or several of a cluster. What a copy
 // will write is poisoned when it is issued.
+//
+// Copies of TMA and wgmma are of the async proxy. Plain stores, which nothing tells the machine of, are what
+// differs from `async_view`: shared memory as that proxy sees it.
 
 #include <cuda.h>
 
@@ -40,16 +43,40 @@ inline void wait_for_copies(int pending) {
   }
 }
 
-// Ordinary writes before it, such as those of cp.async, are seen by wgmma after the next barrier.
+// What was stored before it is seen by the async proxy; of cp.async and mbarrier.init what this thread did.
 inline void fence_proxy_async() {
-  for (unsigned& writer : block().unfenced)
+  Block& b = block();
+  for (unsigned& writer : b.unfenced)
     if (writer == self().number + 1) writer = 0;
+  for (auto& [address, barrier] : b.barriers)
+    if (barrier.owner == self().number) barrier.copies_see = true;
+  if (b.shared_bytes > 0) std::memcpy(b.async_view.data(), b.shared, b.shared_bytes);
+}
+
+inline void check_stores(const Block& b, std::uint32_t address, std::size_t bytes, const char* name) {
+  const std::size_t offset = address - kSharedBase;
+  if (std::memcmp(b.shared + offset, b.async_view.data() + offset, bytes) != 0)
+    fail("%s: of bytes %zu to %zu some were stored to without a fence.proxy.async since", name, offset,
+         offset + bytes);
+}
+
+// Before the async proxy reads 16 bytes.
+inline void check_read(Block& b, std::uint32_t address, const char* name) {
+  shared(b, address, 16, 16, name);
+  const unsigned writer = b.unfenced[(address - kSharedBase) / 16];
+  if (writer == kBulkCopy) fail("%s: reads what no wait has seen a copy bring", name);
+  if (writer != 0) fail("%s: reads what thread %u wrote with cp.async and never fenced", name, writer - 1);
+  check_stores(b, address, 16, name);
 }
 
 // Of rows of 128 bytes, 16-byte chunk c of row r lies where chunk c ^ (r % 8) would.
 inline std::uint32_t swizzle_128(std::uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-inline void land(Block& b, std::uint32_t to, const CUtensorMap& map, int column, int row) {
+// Of `bytes` in all.
+inline void land(Block& b, std::uint32_t to, const CUtensorMap& map, int column, int row,
+                 std::uint32_t bytes) {
+  check_alive(b, "TMA");
+  check_stores(b, to, bytes, "TMA");
   const std::uint32_t row_bytes = map.box_columns * 2;
   for (std::uint32_t r = 0; r < map.box_rows; ++r) {
     for (std::uint32_t c = 0; c < map.box_columns; ++c) {
@@ -64,6 +91,8 @@ inline void land(Block& b, std::uint32_t to, const CUtensorMap& map, int column,
       }
     }
   }
+  const std::uint32_t offset = to - kSharedBase;
+  std::memcpy(b.async_view.data() + offset, b.shared + offset, bytes);
 }
 
 inline void tma_load(std::uint32_t to, const CUtensorMap& map, int column, int row, std::uint32_t barrier,
@@ -76,13 +105,22 @@ inline void tma_load(std::uint32_t to, const CUtensorMap& map, int column, int r
     fail("TMA: blocks %x of a cluster of %zu", blocks, machine->blocks.size());
   for (Block& b : machine->blocks) {
     if ((blocks >> b.rank & 1) == 0) continue;
-    std::memset(shared(b, to, bytes, map.swizzled ? 1024 : 128, "TMA"), kPoison, bytes);
-    for (std::uint32_t i = (to - kSharedBase) / 16; i < (to - kSharedBase + bytes) / 16; ++i)
-      b.unfenced[i] = 0;
-    at_barrier(b, barrier, "TMA");
-    machine->bulk_copies.push_back([&b, to, map, column, row, barrier, bytes] {
-      land(b, to, map, column, row);
-      mbarrier_complete_tx(b, barrier, int(bytes));
+    unsigned char* const at = shared(b, to, bytes, map.swizzled ? 1024 : 128, "TMA");
+    MBarrier& told = at_barrier(b, barrier, "TMA");
+    if (!told.copies_see) fail("TMA: its barrier was initialised without a fence for copies");
+    check_alive(b, "TMA");
+    const std::uint32_t offset = to - kSharedBase;
+    const auto chunks = b.unfenced.begin() + offset / 16;
+    if (std::find(chunks, chunks + bytes / 16, kBulkCopy) != chunks + bytes / 16)
+      fail("TMA: writes where another copy does that no wait has seen land");
+    check_stores(b, to, bytes, "TMA");
+    std::memset(at, kPoison, bytes);
+    std::memset(b.async_view.data() + offset, kPoison, bytes);
+    std::fill_n(chunks, bytes / 16, kBulkCopy);
+    machine->bulk_copies.push_back([&b, &told, to, map, column, row, bytes] {
+      land(b, to, map, column, row, bytes);
+      told.landed.push_back({told.phase, to, bytes});
+      mbarrier_complete_tx(told, int(bytes));
     });
   }
 }

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "simt/machine.h"
 
+#include <sys/time.h>
+
 #include <algorithm>
+#include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 thread_local dim3 gridDim, blockDim;
 
@@ -48,10 +52,48 @@ void enter() {
   } catch (const Error& error) {
     m.error = error.what();
   }
+  --block().live;
   m.running->done = true;
   m.running->waits_for = "has returned";
   switch_to(m.running->context, m.scheduler);
 }
+
+// A thread that runs on and on waits for what no other thread can do meanwhile. This interrupts it and leaves
+// it where it is.
+void tick(int) {
+  Machine* const m = machine;
+  if (m == nullptr || m->running == nullptr) return;
+  if (std::exchange(m->switches_before, m->switches) != m->switches) return;
+  m->error =
+      name_of(*m->running) +
+      ": has run for long and never waited; a loop until another thread or block writes is not modelled";
+  switch_to(m->running->context, m->scheduler);
+}
+
+// Ticks of the CPU time of this process, as long as it lives.
+class Ticks {
+ public:
+  Ticks() {
+    struct sigaction action = {};
+    action.sa_handler = tick;
+    action.sa_flags = SA_RESTART | SA_NODEFER;  // the handler does not return where it switches
+    sigaction(SIGVTALRM, &action, &before_);
+    set(options.patience);
+  }
+  ~Ticks() {
+    set(0);
+    sigaction(SIGVTALRM, &before_, nullptr);
+  }
+  Ticks(const Ticks&) = delete;
+
+ private:
+  static void set(double seconds) {
+    const timeval period{time_t(seconds), suseconds_t((seconds - double(time_t(seconds))) * 1e6)};
+    const itimerval timer{period, period};
+    setitimer(ITIMER_VIRTUAL, &timer, nullptr);
+  }
+  struct sigaction before_;
+};
 
 // Without a seed, a thread of the warp that ran last while it has one; else one of the warp that is first in
 // an order drawn now and then, so that some run far ahead of others.
@@ -107,12 +149,18 @@ void prepare(Machine& m, std::size_t shared_bytes, std::size_t first_block) {
     b.shared = b.pages.end() - (shared_bytes + 15) / 16 * 16;
     if (shared_bytes > 0) std::memset(b.shared, kPoison, shared_bytes);
     b.unfenced.assign(shared_bytes / 16 + 1, 0);
+    b.async_view.assign(shared_bytes, kPoison);
+    b.barriers.clear();
+    b.live = threads;
     b.threads.clear();
     b.threads.resize(threads);
     b.warps.assign(warps, {});
     b.warpgroups.assign((threads + kWarpgroupSize - 1) / kWarpgroupSize, {});
     b.barrier = {};
     b.matrices.assign(b.warpgroups.size(), {});
+    // What ptxas may give each thread of one block of a multiprocessor; instructions move this and no more.
+    b.registers.assign(b.warpgroups.size(), std::min(kRegisters / int(threads) / 8 * 8, 256));
+    b.free_registers = 0;
     for (unsigned t = 0; t < threads; ++t) {
       Thread& thread = b.threads[t];
       thread.block = &b;
@@ -135,6 +183,7 @@ void check_end(Machine& m) {
       if (!queue.open.empty() || !queue.groups.empty()) fail("returned with wgmma under way");
   }
   if (!m.bulk_copies.empty()) fail("returned with bulk copies under way");
+  m.running = nullptr;
 }
 
 void run_cluster(Machine& m) {
@@ -150,15 +199,23 @@ void run_cluster(Machine& m) {
       continue;
     }
     if (idle) throw Error("deadlock:" + everyone(m));
-    m.running = &next(m);
-    switch_to(m.scheduler, m.running->context);
+    Thread& thread = next(m);
+    m.running = &thread;
+    ++m.switches;
+    switch_to(m.scheduler, thread.context);
+    m.running = nullptr;
     if (!m.error.empty()) throw Error(m.error);
-    if (m.running->done) --live;
+    if (thread.done) --live;
   }
   check_end(m);
 }
 
 }  // namespace
+
+bool operator==(Site a, Site b) {
+  return a.line == b.line &&
+         (a.file == b.file || (a.file != nullptr && b.file != nullptr && std::strcmp(a.file, b.file) == 0));
+}
 
 void fail(const char* format, ...) {
   va_list arguments;
@@ -193,14 +250,19 @@ void wait(const char* what, const void* object) {
 
 void meet(Meeting& meeting, unsigned size, unsigned place, const char* name, void* argument,
           const std::function<void(const std::vector<void*>&)>& operation) {
+  const Site site = std::exchange(self().site, Site{});
   if (meeting.arrived.empty()) {
     meeting.operation = name;
+    meeting.site = site;
     meeting.size = size;
     meeting.arguments.assign(size, nullptr);
   }
   if (std::strcmp(meeting.operation, name) != 0 || meeting.size != size)
     fail("diverged: comes to %s of %u, where others are in %s of %u", name, size, meeting.operation,
          meeting.size);
+  if (!(meeting.site == site))
+    fail("diverged: comes to %s at %s:%d, where others are at %s:%d", name, site.file, site.line,
+         meeting.site.file, meeting.site.line);
   if (place >= size) fail("%s has %u threads, this one is number %u", name, size, place);
   meeting.arguments[place] = argument;
   meeting.arrived.push_back(&self());
@@ -229,10 +291,11 @@ unsigned char* shared(Block& b, std::uint32_t address, std::size_t bytes, std::s
 void run(dim3 grid, dim3 threads, std::size_t shared_bytes, int cluster,
          const std::function<void()>& kernel) {
   const std::size_t count = std::size_t(grid.x) * grid.y * grid.z;
-  if (threads.x * threads.y * threads.z > 1024 || shared_bytes > kMaxShared || cluster < 1 || cluster > 8 ||
+  const unsigned size = threads.x * threads.y * threads.z;
+  if (size == 0 || size > 1024 || shared_bytes > kMaxShared || cluster < 1 || cluster > 8 ||
       count % std::size_t(cluster) != 0)
-    fail("cannot launch %zu blocks of %u threads, %zu bytes of shared memory, clusters of %d", count,
-         threads.x * threads.y * threads.z, shared_bytes, cluster);
+    fail("cannot launch %zu blocks of %u threads, %zu bytes of shared memory, clusters of %d", count, size,
+         shared_bytes, cluster);
   Machine m;
   gridDim = grid;
   blockDim = threads;
@@ -244,7 +307,11 @@ void run(dim3 grid, dim3 threads, std::size_t shared_bytes, int cluster,
     explicit Installed(Machine* m) { machine = m; }
     ~Installed() { machine = before; }
   } installed(&m);
-  for (std::size_t first = 0; first < count; first += std::size_t(cluster)) {
+  const Ticks ticks;
+  std::vector<std::size_t> order(count / std::size_t(cluster));
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = i * std::size_t(cluster);
+  if (is_random()) std::shuffle(order.begin(), order.end(), m.random);
+  for (std::size_t first : order) {
     m.running = nullptr;
     prepare(m, shared_bytes, first);
     run_cluster(m);

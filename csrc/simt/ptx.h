@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// The functions of cuda/ptx.cuh, by the PTX manual, on the simulated machine.
+// The functions of cuda/ptx.cuh, by the PTX manual, on the simulated machine. Those that the manual calls
+// `.aligned` say where they were called.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -16,6 +17,8 @@
 #define MADTP_DYNAMIC_SHARED(name) unsigned char* const name = madtp::simt::block().shared
 
 namespace madtp::cuda::ptx {
+
+using simt::Site;
 
 inline std::uint32_t shared_address(const void* pointer) {
   simt::Block& b = simt::block();
@@ -35,15 +38,20 @@ void cp_async_wait_group() {
 
 // --- fragments
 
-inline void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address) { simt::ldmatrix_x4(r, address); }
-inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::uint32_t address) {
+inline void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address, Site site = Site::here()) {
+  simt::aligned(site);
+  simt::ldmatrix_x4(r, address);
+}
+inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], std::uint32_t address, Site site = Site::here()) {
+  simt::aligned(site);
   simt::ldmatrix_x4_trans(r, address);
 }
 
 template <typename T, int kSelector>
 void mma_sp_m16n8k32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[4],
-                     std::uint32_t metadata) {
+                     std::uint32_t metadata, Site site = Site::here()) {
   static_assert(kSelector == 0 || kSelector == 1, "of four lanes, the first or the last two");
+  simt::aligned(site);
   simt::mma_sp_m16n8k32(d, a, b, metadata, kSelector, std::is_same_v<T, __half>);
 }
 

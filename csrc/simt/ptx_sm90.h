@@ -16,7 +16,7 @@ using TensorMap = CUtensorMap;
 // --- barriers in shared memory, clusters
 
 inline void mbarrier_init(std::uint32_t barrier, int arrivals) { simt::mbarrier_init(barrier, arrivals); }
-inline void fence_mbarrier_init() {}
+inline void fence_mbarrier_init() { simt::fence_mbarrier_init(); }
 inline void mbarrier_arrive_expect_tx(std::uint32_t barrier, int bytes) {
   simt::mbarrier_arrive(simt::block(), barrier, bytes);
 }
@@ -33,7 +33,7 @@ inline void mbarrier_wait(std::uint32_t barrier, int parity) {
 }
 
 inline int cluster_rank() { return simt::block().rank; }
-inline void cluster_sync() { simt::cluster_sync(); }
+inline void cluster_sync(Site site = Site::here()) { simt::cluster_sync(site); }
 
 // --- bulk copies
 
@@ -49,37 +49,48 @@ inline void fence_proxy_async() { simt::fence_proxy_async(); }
 
 // --- fragments
 
-inline void stmatrix_x4_trans(std::uint32_t address, const std::uint32_t (&r)[4]) {
+inline void stmatrix_x4_trans(std::uint32_t address, const std::uint32_t (&r)[4], Site site = Site::here()) {
+  simt::aligned(site);
   simt::stmatrix_x4_trans(address, r);
 }
 
 // --- registers of a warpgroup
 
 template <int kRegisters>
-void setmaxnreg_inc() {
+void setmaxnreg_inc(Site site = Site::here()) {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "what the instruction takes");
-  simt::setmaxnreg(kRegisters);
+  simt::aligned(site);
+  simt::setmaxnreg_inc(kRegisters);
 }
 template <int kRegisters>
-void setmaxnreg_dec() {
+void setmaxnreg_dec(Site site = Site::here()) {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "what the instruction takes");
-  simt::setmaxnreg(kRegisters);
+  simt::aligned(site);
+  simt::setmaxnreg_dec(kRegisters);
 }
 
 // --- sparse wgmma
 
-inline void wgmma_fence() { simt::wgmma_fence(); }
-inline void wgmma_commit_group() { simt::wgmma_commit(); }
+inline void wgmma_fence(Site site = Site::here()) {
+  simt::aligned(site);
+  simt::wgmma_fence();
+}
+inline void wgmma_commit_group(Site site = Site::here()) {
+  simt::aligned(site);
+  simt::wgmma_commit();
+}
 template <int kPending>
-void wgmma_wait_group() {
+void wgmma_wait_group(Site site = Site::here()) {
+  simt::aligned(site);
   simt::wgmma_wait(kPending);
 }
 
 template <typename T, int kN, int kSelector>
 void wgmma_sp_m64k32(float (&d)[kN / 2], const std::uint32_t (&a)[4], std::uint64_t b, std::uint32_t metadata,
-                     bool accumulate) {
+                     bool accumulate, Site site = Site::here()) {
   static_assert(kN == 64 || kN == 128 || kN == 256, "the sizes that are spelled out");
   static_assert(kSelector == 0 || kSelector == 1, "of four lanes, the first or the last two");
+  simt::aligned(site);
   simt::wgmma_sp_m64k32(d, a, b, metadata, kN, kSelector, accumulate, std::is_same_v<T, __half>);
 }
 

@@ -9,11 +9,28 @@ namespace madtp::simt {
 
 inline MatrixQueue& matrix_queue() { return block().matrices[self().number / kWarpgroupSize]; }
 
-inline void setmaxnreg(int registers) {
-  with_warpgroup("setmaxnreg", registers, [](auto&& of) {
-    for (unsigned i = 1; i < kWarpgroupSize; ++i)
-      if (of(i) != of(0)) fail("setmaxnreg: threads of a warpgroup ask for %d and %d", of(0), of(i));
+// The registers of a block are those of its launch: what one warpgroup gives back another may take.
+inline void setmaxnreg_dec(int registers) {
+  with_warpgroup("setmaxnreg.dec", registers, [](auto&& of) {
+    Block& b = block();
+    int& now = b.registers[self().number / kWarpgroupSize];
+    if (of(0) > now) fail("setmaxnreg.dec: from %d registers to %d", now, of(0));
+    b.free_registers += (now - of(0)) * kWarpgroupSize;
+    now = of(0);
+    wake_all(&b.free_registers);
   });
+}
+
+inline void setmaxnreg_inc(int registers) {
+  Block& b = block();
+  int& now = b.registers[self().number / kWarpgroupSize];
+  with_warpgroup("setmaxnreg.inc", registers, [&](auto&& of) {
+    if (of(0) < now) fail("setmaxnreg.inc: from %d registers to %d", now, of(0));
+  });
+  while (now < registers && b.free_registers < (registers - now) * kWarpgroupSize)
+    wait("setmaxnreg.inc", &b.free_registers);
+  b.free_registers -= (registers - now) * kWarpgroupSize;  // the first thread takes them for all
+  now = registers;
 }
 
 inline void wgmma_fence() {
@@ -42,23 +59,31 @@ inline void wgmma_wait(int pending) {
   });
 }
 
-// Element (row, k) of the operand that a descriptor names: rows of k, 128 bytes swizzled.
-inline float described(Block& b, std::uint64_t descriptor, int row, int k, bool is_float16) {
+// The address of a byte of a row of the operand that a descriptor names: rows of k, 128 bytes swizzled.
+inline std::uint32_t described_address(std::uint64_t descriptor, int row, int byte) {
   const std::uint32_t start = std::uint32_t(descriptor & 0x3fff) << 4;
   const std::uint32_t eight_rows = std::uint32_t(descriptor >> 32 & 0x3fff) << 4;
   if (descriptor >> 62 != 1) fail("wgmma: the swizzle of a descriptor must be that of 128 bytes");
   if ((descriptor >> 49 & 7) != 0) fail("wgmma: the base offset of a descriptor must be 0");
   if (eight_rows != 1024) fail("wgmma: eight rows must be 1024 bytes, a descriptor has %u", eight_rows);
   if (start % 1024 >= 128) fail("wgmma: a descriptor must begin in the first row of 1024 bytes");
-  const std::uint32_t plain =
-      start + std::uint32_t(row % 8) * 128 + std::uint32_t(row / 8) * eight_rows + std::uint32_t(k) * 2;
-  const std::uint32_t address = swizzle_128(plain);
-  const unsigned char* const at = shared(b, address, 2, 2, "wgmma");
-  const unsigned writer = b.unfenced[(address - kSharedBase) / 16];
-  if (writer != 0) fail("wgmma: reads what thread %u wrote with cp.async and never fenced", writer - 1);
+  return swizzle_128(start + std::uint32_t(row % 8) * 128 + std::uint32_t(row / 8) * eight_rows +
+                     std::uint32_t(byte));
+}
+
+// Element (row, k) of 16 bits.
+inline float described(Block& b, std::uint64_t descriptor, int row, int k, bool is_float16) {
+  const unsigned char* const at = shared(b, described_address(descriptor, row, 2 * k), 2, 2, "wgmma");
   std::uint16_t bits;
   std::memcpy(&bits, at, sizeof bits);
   return element(bits, 0, is_float16);
+}
+
+// What wgmma reads must be there when it is issued, and stay.
+inline void check_operand(Block& b, std::uint64_t descriptor, int rows, int row_bytes) {
+  for (int row = 0; row < rows; ++row)
+    for (int byte = 0; byte < row_bytes; byte += 16)
+      check_read(b, described_address(descriptor, row, byte), "wgmma");
 }
 
 // One thread's part of an instruction.
@@ -89,6 +114,7 @@ inline void wgmma_sp_m64k32(float* d, const std::uint32_t (&a)[4], std::uint64_t
       queue.accumulators.emplace(lane.d, std::vector<float>(lane.d, lane.d + own));
     }
     Block& b = block();
+    check_operand(b, of(0).b, n_count, 64);
     queue.open.push_back([&queue, &b, lanes, own, n_count, selector, is_float16] {
       const std::uint64_t descriptor = lanes[0].b;
       for (const MatrixLane& lane : lanes) {
@@ -98,6 +124,7 @@ inline void wgmma_sp_m64k32(float* d, const std::uint32_t (&a)[4], std::uint64_t
         if (std::memcmp(lane.a, lane.a_words, sizeof lane.a_words) != 0)
           fail("wgmma: registers of its A operand were written while it was under way");
       }
+      check_operand(b, descriptor, n_count, 64);
       std::vector<float> right(std::size_t(32 * n_count));
       for (int k = 0; k < 32; ++k)
         for (int n = 0; n < n_count; ++n)
