@@ -29,6 +29,11 @@ def power_of_two(size: int, smallest: int, largest: int) -> int:
     return min(max(triton.next_power_of_2(size), smallest), largest)
 
 
+def empty_float32(like: Tensor, *shape: int) -> Tensor:
+    """float32 of this shape where `like` is, to be written."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 @triton.jit
 def sequence_bounds(p_cu_seqlens, i_b, T):
     """First row and end of sequence i_b, int64; inside [0, T] whatever cu_seqlens holds."""

@@ -171,6 +171,38 @@ def test_importance_of_broken_statistics():
     assert not mk.token_importance(nothing, -torch.ones_like(logits), cu, backend="triton").any()
 
 
+SHARED = [(32 * 577, 100, 32, 4), (577, 100, 1, 4), (577, 1000, 1, 8), (64 * 577, 33, 64, 2)]
+ALONE = [(32 * 64, 100, 32, 1), (197, 100, 1, 1), (200 * 577, 100, 200, 1), (32 * 4096, 32, 32, 1), (0, 100, 3, 1)]
+
+
+@pytest.mark.parametrize("tokens,alignment_tokens,batch,parts", SHARED + ALONE)
+def test_long_sequences_are_shared_out_where_there_are_few(tokens, alignment_tokens, batch, parts):
+    scores_module = importlib.import_module("madtp_kernels.triton.tokens.scores")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert scores_module._parts(torch.empty(tokens, alignment_tokens, dtype=dtype, device="meta"), batch) == parts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", with_slow([2], [1, 3, 8]))
+def test_a_shared_sequence_has_the_bits_of_one_that_is_not(dtype, parts, monkeypatch):
+    scores_module = importlib.import_module("madtp_kernels.triton.tokens.scores")
+    lengths = [70, 20, 2, 0, 1, 30]
+    stats, logits, cu = batch(lengths, alignment_tokens=70, logits_dtype=dtype)
+    logits[72, 69] = math.nan  # of the second sequence
+    logits[93:, 40] = -math.inf  # no softmax over the last one
+    protected = torch.arange(123, device=DEVICE) % 5 == 3
+    index = torch.tensor([0, 19, -1, 0, 0, 2], dtype=torch.int32, device=DEVICE)
+    masks = {"summary_index": index, "protected": protected}
+    importance = scores_module.token_importance(*stats, logits, cu, **masks)
+    expected = importance, *scores_module.select_tokens(importance, logits, cu, 1.0, **masks)
+    monkeypatch.setattr(scores_module, "_parts", lambda *_: parts)
+    got = scores_module.score_and_select(*stats, logits, cu, 1.0, **masks)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g.nan_to_num(-1.0), e.nan_to_num(-1.0))
+    keep = got[1]
+    assert keep[70:90].all() and keep[93:].all() and not keep[:70].all() and keep[protected].all()
+
+
 # --- gathers
 
 WIDTHS = [1, 3, 17, 64, 129]
@@ -320,7 +352,7 @@ def test_non_contiguous_inputs_give_the_same_result():
 
 
 @pytest.mark.parametrize("seed", with_slow([0, 1], [2, 3]))
-def test_no_value_makes_a_kernel_write_out_of_bounds(seed):
+def test_no_value_makes_a_kernel_write_out_of_bounds(seed, monkeypatch):
     """On a GPU values are not checked: the guards of the outputs see a write past the end, the process a wild read."""
     scores_module = importlib.import_module("madtp_kernels.triton.tokens.scores")
     gather_module = importlib.import_module("madtp_kernels.triton.tokens.gather_merge")
@@ -335,6 +367,9 @@ def test_no_value_makes_a_kernel_write_out_of_bounds(seed):
     importance = scores_module.token_importance(*stats, logits, cu, index)
     *_, source, weight = scores_module.select_tokens(stats[0], logits, cu, 1.0, index)
     scores_module.select_tokens(importance, logits, cu, 1.0, index)
+    for parts in (1, 2):
+        monkeypatch.setattr(scores_module, "_parts", lambda *_, parts=parts: parts)
+        scores_module.score_and_select(*stats, logits, cu, 1.0, index)
     keep = torch.rand(rows, generator=generator).to(DEVICE) < 0.5
     x, affine = torch.randn(rows, 12, device=DEVICE), torch.ones(12, device=DEVICE)
     for wild_source in (any_of(rows), -any_of(rows).clamp(-7, 7), source):

@@ -25,12 +25,11 @@ from madtp_kernels.triton.attention.tiles import (
     load_tile,
     program_of,
     sequence_rows,
-    statistic,
     store_tile,
     strides,
     summary_row_or_none,
 )
-from madtp_kernels.triton.common import OPTIONS, on_device
+from madtp_kernels.triton.common import OPTIONS, empty_float32, on_device
 
 ELEMENTS = 8192  # of a program of the preparing kernel
 SLAB = 1024  # queries of a sequence whose arg-max heads are held at a time
@@ -170,7 +169,7 @@ def varlen_attention_backward(
     slab = triton.cdiv(max_seqlen_q, 128) * 128
     mask = masking(causal, window_left, window_right, max_seqlen_q, max_seqlen_k)
     score = scoring(softmax_scale, softcap, alibi_slopes)
-    delta = statistic(q, head_count, rows)
+    delta = empty_float32(q, head_count, rows)
     block = min(ELEMENTS // triton.next_power_of_2(head_dim), 64)
     prepared, argmax = None, None
     with on_device(q.device):
@@ -180,7 +179,7 @@ def varlen_attention_backward(
                 q, k, lse, out, cu_seqlens_q, max_seqlen_q, score, mask, summary_index
             )
             d_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            through, d_maximum = statistic(q, head_count, rows), statistic(q, rows)
+            through, d_maximum = empty_float32(q, head_count, rows), empty_float32(q, rows)
             assert norms is not None  # as out is given
             prepared = PreparedStatistics(
                 grad_summary_attention.contiguous(),

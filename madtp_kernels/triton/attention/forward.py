@@ -21,12 +21,11 @@ from madtp_kernels.triton.attention.tiles import (
     load_tile,
     program_of,
     sequence_rows,
-    statistic,
     store_tile,
     strides,
     zero_tail,
 )
-from madtp_kernels.triton.common import OPTIONS, on_device
+from madtp_kernels.triton.common import OPTIONS, empty_float32, on_device
 
 LN_2 = tl.constexpr(0.6931471805599453)
 # What the running maximum starts from: finite, so that a block of which a query sees nothing leaves its sum at 0.
@@ -194,13 +193,13 @@ def varlen_attention(
     (rows, head_count, head_dim), batch = q.shape, cu_seqlens_q.numel() - 1
     blocks = _blocks(head_dim, q.dtype)
     programs = triton.cdiv(max_seqlen_q, blocks["BLOCK_M"]) * head_count * batch
-    lse = statistic(q, head_count, rows)
+    lse = empty_float32(q, head_count, rows)
     if programs == 0 or rows == 0:
         empty = torch.zeros(k.shape[0] if return_stats else 0, dtype=torch.float32, device=q.device)
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), empty, empty.clone(), lse.zero_()
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    norms = statistic(q, head_count, rows) if return_stats else None
+    norms = empty_float32(q, head_count, rows) if return_stats else None
     mask = masking(causal, window_left, window_right, max_seqlen_q, max_seqlen_k)
     score = scoring(softmax_scale, softcap, alibi_slopes)
     with on_device(q.device):
@@ -227,7 +226,7 @@ def varlen_attention(
             **OPTIONS | blocks,
         )
         if norms is None:
-            return out, statistic(q, 0), statistic(q, 0), lse
+            return out, empty_float32(q, 0), empty_float32(q, 0), lse
         summary_attention, received_attention = attention_statistics(
             q, k, lse, norms, cu_seqlens_q, max_seqlen_q, score, mask, summary_index
         )

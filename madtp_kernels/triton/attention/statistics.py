@@ -23,12 +23,11 @@ from madtp_kernels.triton.attention.tiles import (
     load_tile,
     program_of,
     sequence_rows,
-    statistic,
     strides,
     summary_row_or_none,
     zero_tail,
 )
-from madtp_kernels.triton.common import OPTIONS
+from madtp_kernels.triton.common import OPTIONS, empty_float32
 
 KEYS = 128  # keys of a program of the small kernels
 
@@ -76,11 +75,12 @@ def head_maximum_kernel(
     m_m, m_n = o_m < n, o_n < n
     b_best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
     for i_h in range(H):
+        b_lse = load_lse(p_lse, begin + o_m, m_m, 0.0)  # before the product, which then hides how long it takes
         b_q = load_tile(p_q, begin + i_m * BLOCK_M, q_row, m_m, BLOCK_M, D, BLOCK_D)
         b_k = load_tile(p_k, begin + i_n * BLOCK_N, k_row, m_n, BLOCK_N, D, BLOCK_D)
         b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), bias)
         b_s = slant(b_s * scale, slope_of(bias, i_b, i_h), o_m[:, None], o_n[None, :])
-        b_log = b_s - load_lse(p_lse, begin + o_m, m_m, 0.0)[:, None]
+        b_log = b_s - b_lse[:, None]
         b_best = tl.maximum(b_best, b_log, propagate_nan=tl.PropagateNan.ALL)
         p_q += eights(q_head, D)
         p_k += tl.where(i_h % GROUP == GROUP - 1, eights(k_head, D), 0)
@@ -208,11 +208,17 @@ def finish_kernel(
 
 
 def _blocks(head_dim: int, dtype: torch.dtype, biased: bool) -> dict[str, int]:
+    """Three stages, as shared memory allows: with two, the tiles of a head are asked for when those before are used up.
+
+    A plain tile takes 128 registers, and so has another block beside it, which works while it waits.
+    """
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     if head_dim > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 128, "BLOCK_N": 128 if head_dim <= 64 and not biased else 64, "num_warps": 8, "num_stages": 2}
+    stages = {"num_stages": 2 if head_dim > 64 else 3}
+    registers = {} if biased or head_dim > 64 else {"maxnreg": 128}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8} | stages | registers
 
 
 def launch_from_summary(
@@ -220,8 +226,8 @@ def launch_from_summary(
 ) -> tuple[Tensor, Tensor | None]:
     """P[h,s,j] (H, T) and, of out, the norms (H, T) if it is given."""
     length, head_count, head_dim = q.shape
-    from_summary = statistic(q, head_count, length)
-    norms = None if out is None else statistic(q, head_count, length)
+    from_summary = empty_float32(q, head_count, length)
+    norms = None if out is None else empty_float32(q, head_count, length)
     from_summary_kernel[(triton.cdiv(max_seqlen, KEYS) * head_count * (cu_seqlens.numel() - 1),)](
         q,
         k,
@@ -260,7 +266,7 @@ def attention_statistics(
     (length, head_count, head_dim), batch = q.shape, cu_seqlens.numel() - 1
     blocks = _blocks(head_dim, q.dtype, score["bias"] is not None)
     query_blocks, key_blocks = (triton.cdiv(max_seqlen, blocks[name]) for name in ("BLOCK_M", "BLOCK_N"))
-    partial = statistic(q, query_blocks, length)
+    partial = empty_float32(q, query_blocks, length)
     head_maximum_kernel[(key_blocks * query_blocks * batch,)](
         q,
         k,
@@ -279,7 +285,7 @@ def attention_statistics(
         **OPTIONS | blocks,
     )
     from_summary, _ = launch_from_summary(q, k, lse, None, cu_seqlens, max_seqlen, score, mask, summary_index)
-    summary_attention, received_attention = statistic(q, length), statistic(q, length)
+    summary_attention, received_attention = empty_float32(q, length), empty_float32(q, length)
     finish_kernel[(triton.cdiv(max_seqlen, KEYS) * batch,)](
         partial,
         from_summary,

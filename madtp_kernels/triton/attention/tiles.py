@@ -6,7 +6,6 @@ dtype only: a result does not depend on the batch. A head dimension that is no p
 the tile.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -117,7 +116,3 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
 
 def dims(head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "BLOCK_D": max(triton.next_power_of_2(head_dim), 16)}
-
-
-def statistic(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from madtp_kernels.triton.meta_arguments import OUT_ROWS, ROWS, Sizes, cu_seqlens, meta, summary_index
+from madtp_kernels.triton.meta_arguments import BATCH, OUT_ROWS, ROWS, Sizes, cu_seqlens, meta, summary_index
 from madtp_kernels.triton.tokens import gather_merge, scores
 
 
@@ -34,6 +34,14 @@ def _affine(dtype: torch.dtype, sizes: Sizes) -> Tensor:
     return meta(sizes.channels, dtype=torch.float32 if sizes.optional else dtype)
 
 
+def _score_and_select_short(dtype: torch.dtype, sizes: Sizes) -> None:
+    """Sequences of which a program does all."""
+    tokens = BATCH * 8
+    stats, logits = (meta(tokens), meta(tokens)), meta(tokens, sizes.alignment_tokens, dtype=dtype)
+    protected = meta(tokens, dtype=torch.bool) if sizes.optional else None
+    scores.score_and_select(*stats, logits, cu_seqlens(), 1.0, summary_index(sizes), protected)
+
+
 LAUNCHES: dict[str, Callable[[torch.dtype, Sizes], object]] = {
     "token_importance": lambda dtype, sizes: scores.token_importance(
         meta(ROWS), meta(ROWS), _logits(dtype, sizes), cu_seqlens(), summary_index(sizes), _protected(sizes)
@@ -44,6 +52,7 @@ LAUNCHES: dict[str, Callable[[torch.dtype, Sizes], object]] = {
     "score_and_select": lambda dtype, sizes: scores.score_and_select(
         meta(ROWS), meta(ROWS), _logits(dtype, sizes), cu_seqlens(), 1.0, summary_index(sizes), _protected(sizes)
     ),
+    "score_and_select, short": _score_and_select_short,
     "gather_merge": lambda dtype, sizes: gather_merge.gather_merge(_x(dtype, sizes), *_selection()),
     "gather_merge_layernorm": lambda dtype, sizes: gather_merge.gather_merge_layernorm(
         _x(dtype, sizes), *_selection(), _affine(dtype, sizes), _affine(dtype, sizes), 1e-5
