@@ -359,7 +359,10 @@ def test_what_cannot_be_reached_is_refused_and_leaves_the_model_alone(llava):
             {"keep_rate": 0.5},
             "calibration must be an iterable of dicts of model inputs, at least one, .*, got NoneType",
         ),
-        ({"keep_rate": 0.5, "calibration": [ids]}, "calibration must have images, got a batch with input_ids alone"),
+        (
+            {"keep_rate": 0.5, "calibration": [ids]},
+            "must have pixels of images, got a batch with input_ids alone",
+        ),
         (
             {"keep_rate": {"tower": 0.5}, "calibration": [inputs]},
             "keep_rate must be for branches vision, projector, pref",
@@ -383,6 +386,8 @@ def test_what_cannot_be_reached_is_refused_and_leaves_the_model_alone(llava):
     handle = madtp.patch(model, keep=both)
     with pytest.raises(ValueError, match="keep_rate of vision must be 1 or from"):
         handle.set_keep_rate(0.001, [inputs])
+    with handle.dense(), pytest.raises(ValueError, match="keep_rate must be set outside of dense"):
+        handle.set_keep_rate(0.5, [inputs])
     assert handle.temperatures == {"vision": 1.0}
     handle.remove()
     model.config.vision_feature_select_strategy = "full"

@@ -68,7 +68,7 @@ class VlmHandle:
         seams: by name, where image tokens are pruned: "vision", "projector", "prefill", or several.
     """
 
-    pruning: Mapping[str, Any] = {}  # there are no branches with a temperature
+    pruning: Mapping[str, Any] = {}  # the branches of towers that `Handle` patches: there are none
     epilogues: Mapping[str, Epilogue] = {}
 
     def __init__(self, model: nn.Module, keep: Mapping[str, Any]):
@@ -174,10 +174,12 @@ class VlmHandle:
                 changed.
         """
         rates, batches = check_rates(keep_rate, self.temperatures), check_calibration(calibration)
+        if any(seam.here.dense for seam in self._mixed.values()):
+            raise ValueError("keep_rate must be set outside of dense(), in which nothing is pruned")
         for batch in batches:
-            if not has_images(batch):
+            if not has_images({**batch, "mm_encoder_outputs": None}):  # which a tower has pruned already
                 raise ValueError(
-                    f"calibration must have images, got a batch with {', '.join(batch) or 'nothing'} alone"
+                    f"calibration must have pixels of images, got a batch with {', '.join(batch) or 'nothing'} alone"
                 )
         return dict(find_temperatures(self, rates, lambda: self._kept_shares(batches), CompressionConfig()))
 
