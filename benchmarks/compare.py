@@ -2,21 +2,24 @@
 """python -m benchmarks.compare BEFORE.json AFTER.json: which rows got slower beyond their spread, and which faster.
 
 A row is slower when the whole spread of the second run, 20th to 80th percentile, lies on the slow side of that of the
-first, and the medians differ by more than --least. What is within the spread is the same. The exit code is 1 where a
-provider of ours got slower or its result is wrong by now, 2 where the files cannot be compared.
+first, and the medians differ by more than --least and by more than the noise: what nine in ten rows of the peers
+changed by, whose code is the same in both runs. What is within that is the same. The exit code is 1 where a provider of
+ours got slower or its result is wrong by now, 2 where the files cannot be compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.results import ResultError, entries_of, read
+from benchmarks.result_files import ResultError, entries_of, read
 
 LEAST = 0.03
+NOISE_SHARE = 0.9  # of the peers' rows, that change by no more than the noise
 OURS = "madtp"  # how the names of our providers begin
 SLOWER, FASTER, SAME, ONE_CALL, WRONG, MISSING = "slower", "faster", "same", "one call", "wrong", "not there"
 BAD = (SLOWER, WRONG)
@@ -54,19 +57,40 @@ def spread(row: dict, by: str) -> tuple[float, float, float] | None:
     return None if found is None else (1 / found["p80"], 1 / found["median"], 1 / found["p20"])
 
 
-def compare(before: dict, after: dict, by: str = "speedup", least: float = LEAST) -> Iterator[Change]:
-    """Every row that either run has times of, in the order of the first."""
+def ratios(before: dict, after: dict, by: str) -> dict[tuple, tuple[float, float, float] | None]:
+    """Row -> least, median and most of its time over that before; None for one that only one of the runs has."""
     first, second = rows_of(before), rows_of(after)
+    found = {}
     for key in dict.fromkeys([*first, *second]):
-        one, two = first.get(key, {}), second.get(key, {})
-        old, new = spread(one, by), spread(two, by)
-        if "wrong" in two and "wrong" not in one:
-            yield Change(key, WRONG, None)
-        elif old is not None and new is not None:
-            ratio = new[0] / old[2], new[1] / old[1], new[2] / old[0]
-            yield Change(key, verdict(ratio, least, alone=0 in (one.get("turns"), two.get("turns"))), ratio)
+        old, new = spread(first.get(key, {}), by), spread(second.get(key, {}), by)
+        if old is not None and new is not None:
+            found[key] = new[0] / old[2], new[1] / old[1], new[2] / old[0]
         elif old is not None or new is not None:
-            yield Change(key, MISSING, None)
+            found[key] = None
+    return found
+
+
+def noise(before: dict, after: dict, by: str) -> float:
+    """By what share peers changed, whose code did not; a baseline is no peer where all are held against it."""
+    baselines = {entry["entry"]: entry["baseline"] for entry in (*entries_of(before), *entries_of(after))}
+    changes = sorted(
+        abs(math.log(ratio[1]))
+        for (entry, _, _, provider), ratio in ratios(before, after, by).items()
+        if ratio is not None and not provider.startswith(OURS) and (by == "seconds" or provider != baselines[entry])
+    )
+    return math.expm1(changes[min(int(NOISE_SHARE * len(changes)), len(changes) - 1)]) if changes else 0.0
+
+
+def compare(before: dict, after: dict, by: str = "speedup", least: float = LEAST) -> Iterator[Change]:
+    """Every row that either run has times of, in the order of the first; `least` as a share of the time."""
+    first, second = rows_of(before), rows_of(after)
+    least = max(least, noise(before, after, by))
+    for key, ratio in ratios(before, after, by).items():
+        one, two = first.get(key, {}), second.get(key, {})
+        if ratio is not None:
+            yield Change(key, verdict(ratio, least, alone=0 in (one.get("turns"), two.get("turns"))), ratio)
+        else:
+            yield Change(key, WRONG if "wrong" in two else MISSING, None)
 
 
 def verdict(ratio: tuple[float, float, float], least: float, alone: bool = False) -> str:
@@ -127,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(line(change))
     counts = {name: sum(change.verdict == name for change in changes) for name in (SLOWER, FASTER, SAME, ONE_CALL)}
     print(", ".join(f"{count} {name}" for name, count in counts.items()) + f"; time over time, by {options.by}")
+    print(f"noise: nine in ten rows of peers changed by at most {noise(before, after, options.by):.0%}")
     return int(any(change.is_ours and change.verdict in BAD for change in changes))
 
 

@@ -60,10 +60,12 @@ def headings(device_is_cpu: bool) -> tuple[str, ...]:
 
 def print_table(entry, block: dict) -> None:
     on_cpu = block["threads"] is not None
-    table = Table(*headings(on_cpu), title=f"{entry.name}: {title(block)}", title_justify="left")
+    held = any("of_ceiling" in row for row in block["rows"])
+    heads = headings(on_cpu) + (("of ceiling",) if held else ())
+    table = Table(*heads, title=f"{entry.name}: {title(block)}", title_justify="left")
     for row in block["rows"]:
         if (cells := columns(row, entry.baseline, on_cpu)) is not None:
-            table.add_row(*cells)
+            table.add_row(*cells, *([f"{row['of_ceiling']:.0%}"] if "of_ceiling" in row else []))
     Console().print(table)
 
 

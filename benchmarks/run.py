@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import results as files
+from benchmarks import result_files as files
 from benchmarks.ceilings import ceilings, of_ceiling
 from benchmarks.entry import GIVE_UP, Case, Entry, Unavailable, runnable
 from benchmarks.measure import Spread, keep_freed_memory, peak_bytes, ratios, take_turns

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import ResultError, read
+from benchmarks.result_files import ResultError, read
 
 OURS = "madtp"
 

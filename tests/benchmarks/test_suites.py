@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_run import ENTRY
 
-from benchmarks import compare, results, run, schema, suite_plots
+from benchmarks import compare, result_files, run, schema, suite_plots
 from benchmarks.ceilings import ceilings, of_ceiling
 from benchmarks.registry import entries
 from benchmarks.suites import SUITES, Suite
@@ -84,19 +84,19 @@ def small_suite(monkeypatch):
     monkeypatch.setitem(SUITES, "vlm", Suite("small", {"double": [{"size": 32}, {"size": 64}]}))
 
 
-def test_a_suite_goes_to_one_file_with_ceilings(small_suite, tmp_path):
+def test_a_suite_goes_to_one_file_with_ceilings(small_suite, tmp_path, capsys):
     path = tmp_path / "out.json"
     with pytest.raises(SystemExit, match="double: wrong: not the double"):
         run.main(["--suite", "vlm", "--json", str(path), "--threads", "1,2", "--rounds", "3"])
-    found = results.read(path)
+    found = result_files.read(path)
     assert found["suite"] == "vlm" and found["ceilings"] == {"1": LIMITS, "2": LIMITS}
-    (entry,) = results.entries_of(found)
+    (entry,) = result_files.entries_of(found)
     assert [(block["case"], block["threads"]) for block in entry["blocks"]] == [
         ({"size": size}, threads) for threads in (1, 2) for size in (32, 64)
     ]
     rows = {row["provider"]: row for row in entry["blocks"][0]["rows"]}
     assert rows["other"]["of_ceiling"] > 0 and "of_ceiling" not in rows["wrong"]
-    assert not list(tmp_path.glob("*/"))
+    assert not list(tmp_path.glob("*/")) and "of ceiling" in capsys.readouterr().out
     assert compare.main([str(path), str(path)]) == 0
 
 
@@ -141,9 +141,21 @@ def test_the_ratio_is_time_over_time():
     assert change.ratio[0] == pytest.approx(2 * 0.9 / 1.1) and change.ratio[2] == pytest.approx(2 * 1.1 / 0.9)
 
 
+def test_what_peers_changed_by_is_noise():
+    before = result(row("peer", 1.0, spread=0.0), row("madtp", 2.0, spread=0.0))
+    after = result(row("peer", 1.25, spread=0.0), row("madtp", 1.7, spread=0.0))
+    assert compare.noise(before, after, "speedup") == pytest.approx(0.25)
+    assert compare.noise(before, before, "speedup") == 0 == compare.noise(result(), result(), "speedup")
+    assert [change.verdict for change in compare.compare(before, after)] == ["same", "same", "same"]
+    slower = result(row("peer", 1.25, spread=0.0), row("madtp", 1.5, spread=0.0))
+    assert [change.verdict for change in compare.compare(before, slower)] == ["same", "same", "slower"]
+    times = result(row("torch", 0.5, spread=0.0))  # a baseline that took twice as long is noise of times
+    assert compare.noise(result(), times, "seconds") == pytest.approx(1.0)
+
+
 def written(tmp_path, name, *rows, **about):
     path = tmp_path / f"{name}.json"
-    results.write(suite_of(result(*rows, **about)), path)
+    result_files.write(suite_of(result(*rows, **about)), path)
     return str(path)
 
 
@@ -151,9 +163,13 @@ def test_only_ours_decide_the_exit_code(tmp_path, capsys):
     before = written(tmp_path, "before", row("madtp", 2.0), row("peer", 2.0))
     after = written(tmp_path, "after", row("madtp", 2.0), row("peer", 1.0))
     assert compare.main([before, after]) == 0
-    assert "slower     2.00 (1.64-2.44)  double: size 64, 1 threads: peer" in capsys.readouterr().out
-    assert compare.main([before, written(tmp_path, "slow", row("madtp", 1.0))]) == 1
-    assert "1 slower, 0 faster, 1 same, 0 one call; time over time, by speedup" in capsys.readouterr().out
+    assert "same       2.00 (1.64-2.44)" not in capsys.readouterr().out
+    assert compare.main([before, after, "--all"]) == 0
+    assert "same       2.00 (1.64-2.44)  double: size 64, 1 threads: peer" in capsys.readouterr().out
+    assert compare.main([before, written(tmp_path, "slow", row("madtp", 1.0), row("peer", 2.0))]) == 1
+    shown = capsys.readouterr().out
+    assert "slower     2.00 (1.64-2.44)  double: size 64, 1 threads: madtp" in shown
+    assert "1 slower, 0 faster, 2 same, 0 one call; time over time, by speedup" in shown
 
 
 def test_runs_of_other_machines_are_compared_on_request_alone(tmp_path, capsys):
@@ -176,8 +192,8 @@ def test_runs_of_other_machines_are_compared_on_request_alone(tmp_path, capsys):
 def test_what_is_no_result_is_refused(tmp_path, capsys, text, message):
     path = tmp_path / "odd.json"
     path.write_text(text)
-    with pytest.raises(results.ResultError, match=message):
-        results.read(path)
+    with pytest.raises(result_files.ResultError, match=message):
+        result_files.read(path)
     with pytest.raises(SystemExit) as stopped:
         compare.main([str(path), str(path)])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
@@ -186,8 +202,10 @@ def test_what_is_no_result_is_refused(tmp_path, capsys, text, message):
 def test_a_result_that_breaks_the_schema_is_not_written(tmp_path):
     broken = result(row("madtp", 2.0))
     broken["blocks"][0]["rows"][1]["seconds"]["p20"] = "soon"
-    with pytest.raises(results.ResultError, match=r"blocks\[0\].rows\[1\].seconds.p20 must be of type number, got str"):
-        results.write(broken, tmp_path / "out.json")
+    with pytest.raises(
+        result_files.ResultError, match=r"blocks\[0\].rows\[1\].seconds.p20 must be of type number, got str"
+    ):
+        result_files.write(broken, tmp_path / "out.json")
     assert not list(tmp_path.iterdir())
 
 
@@ -195,7 +213,7 @@ def test_every_committed_result_fits_the_schema():
     found = [path for path in (ROOT / "benchmarks" / "results" / "cpu").glob("*.json")]
     assert len(found) > 10
     for path in found:
-        results.read(path)
+        result_files.read(path)
 
 
 def _keywords(part):
@@ -210,7 +228,7 @@ def _keywords(part):
 
 
 def test_the_schema_uses_what_the_checker_knows():
-    assert _keywords(results.SCHEMA) <= schema.KEYWORDS
+    assert _keywords(result_files.SCHEMA) <= schema.KEYWORDS
 
 
 @pytest.mark.parametrize(
@@ -234,7 +252,7 @@ def test_what_breaks_a_schema_is_said(value, rules, expected):
 
 def test_pictures_of_a_suite(tmp_path):
     path = written(tmp_path, "suite", row("madtp cpu", 2.0), row("peer", 3.0))
-    found = results.read(Path(path))
+    found = result_files.read(Path(path))
     assert suite_plots.points(found, 1) == {"double: madtp cpu": [(8.0, 16e9, "float32")]}
     assert suite_plots.roofs(LIMITS) == {"float32": (1.0, 1e9)}
     assert suite_plots.table(found, 1) == (["madtp cpu"], ["double: 64"], [[2.0]])
@@ -244,7 +262,7 @@ def test_pictures_of_a_suite(tmp_path):
 
 
 def test_pictures_are_of_suites(tmp_path, capsys):
-    results.write(result(row("madtp", 2.0)), tmp_path / "entry.json")
+    result_files.write(result(row("madtp", 2.0)), tmp_path / "entry.json")
     with pytest.raises(SystemExit):
         suite_plots.main([str(tmp_path / "entry.json"), "--out", str(tmp_path)])
     assert "must be of a suite, which has ceilings, got one of the entry double" in capsys.readouterr().err
