@@ -29,6 +29,8 @@ called in cases with more work.
 `make bench-peers` runs `quantized_linear` and `towers`. Their peers come with `pip install -e .[peers]`; without them
 their rows are missing. Exported models are kept in `MADTP_CACHE`, so that a second run does not export again.
 `LAYERS=4` takes that many blocks of each tower, and `python -m benchmarks.run towers --set batch=4` other batches.
+
+Suites, ceilings, and how to compare two runs: [measure and compare](measuring.md).
 """
 NO_BFLOAT16 = "This CPU has no bfloat16 instructions: what is called bfloat16 emulates them, or runs in float32.\n"
 

@@ -139,6 +139,8 @@ def generated(name: str) -> str:
         for device, order in record.auto_order.items():
             names = ", ".join(f"`{backend}`" for backend in order if backend in record.implementations)
             parts.append(f"`auto` on {device}: the first that runs of {names}.\n")
+        if record.tuned is not None:
+            parts.append("What was measured to be faster comes before that: [tuning](../usage/tuning.md).\n")
         if found := limits(record):
             parts.append("A backend is passed over, or refuses a call that asks for it, with:\n")
             parts.append("\n".join(f"* `{text}`" for text in found) + "\n")
