@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import madtp_kernels
-from madtp_kernels import dispatch, flops
+from madtp_kernels import dispatch
 from website.docstrings import arguments, sections
 
 FOLDER = Path(__file__).parents[1] / "docs" / "ops"
@@ -109,10 +109,17 @@ def limits(record: dispatch.OpRecord) -> list[str]:
 # --- pages
 
 
-def cost(name: str) -> str | None:
-    """What the FLOP counter counts."""
-    formulas = {str(op).removeprefix("madtp."): formula.__doc__ for op, formula in flops._waiting}
-    return formulas.get(name)
+def cost(function: Callable[..., Any]) -> str | None:
+    """What the FLOP counter counts: the first line of the op's `@flop_formula`."""
+    module = inspect.getmodule(inspect.unwrap(function))
+    for node in ast.parse(inspect.getsource(module)).body:
+        for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+            is_formula = (
+                isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "flop_formula"
+            )
+            if is_formula and isinstance(mark.args[0], ast.Attribute) and mark.args[0].attr == function.__name__:
+                return ast.get_docstring(node)
+    return None
 
 
 def generated(name: str) -> str:
@@ -144,7 +151,7 @@ def generated(name: str) -> str:
         if found := limits(record):
             parts.append("A backend is passed over, or refuses a call that asks for it, with:\n")
             parts.append("\n".join(f"* `{text}`" for text in found) + "\n")
-    if (counted := cost(name)) is not None:
+    if (counted := cost(function)) is not None:
         parts.append(f"## Counted FLOPs\n\n{counted}\n")
     if found := rules(function):
         parts.append("## Rules\n")
