@@ -40,7 +40,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-asan test-tsan test-emulated test-emulated-arm test-slow soak coverage-cuda test-package bench bench-peers gpu gpu-first lint types format build clean
+.PHONY: demo docs api-check test test-asan test-tsan test-emulated test-emulated-arm test-slow soak coverage-cuda test-package bench bench-peers gpu gpu-first lint types format build clean
 
 demo: build
 	$(MADTP) demo
@@ -128,6 +128,30 @@ gpu: build
 # part. It builds into build/gpu-first what it needs, so the source tree and other builds stay as they are.
 gpu-first: $(READY)
 	$(PY) -m benchmarks.gpu_first $(or $(OUT),build/gpu-first/results) $(if $(STEPS),--steps $(STEPS))
+
+# The site of docs/ in build/site, which needs no network and no server; a warning is an error. With VENV= the interpreter as
+# it is, with what requirements-docs.txt names.
+ifeq ($(strip $(VENV)),)
+DOCS_READY :=
+DOCS_PY := $(PY)
+else
+DOCS_READY := build/docs-env/.ready
+DOCS_PY := $(CURDIR)/build/docs-env/bin/python
+$(DOCS_READY): requirements-docs.txt
+	$(PYTHON) -m venv build/docs-env
+	$(DOCS_PY) -m pip install -q -r requirements-docs.txt
+	touch $@
+endif
+docs: $(DOCS_READY)
+	$(DOCS_PY) -m website.tree build/docs
+	rm -rf build/site
+	$(DOCS_PY) -m sphinx -W --keep-going -q -b html -c website -d build/docs-doctrees build/docs build/site
+
+# Whether public names and signatures break with those of an earlier commit, AGAINST= it.
+AGAINST ?= $(or $(shell git describe --tags --abbrev=0 2>/dev/null),HEAD^)
+api-check: $(DOCS_READY)
+	failed=0; for root in madtp_kernels python/madtp; do \
+	  $(DOCS_PY) -m griffe check $$(basename $$root) --search $$(dirname $$root) --against $(AGAINST) || failed=1; done; exit $$failed
 
 lint: $(READY)
 	ruff check .

@@ -29,6 +29,8 @@ called in cases with more work.
 `make bench-peers` runs `quantized_linear` and `towers`. Their peers come with `pip install -e .[peers]`; without them
 their rows are missing. Exported models are kept in `MADTP_CACHE`, so that a second run does not export again.
 `LAYERS=4` takes that many blocks of each tower, and `python -m benchmarks.run towers --set batch=4` other batches.
+
+Suites, ceilings, and how to compare two runs: [measure and compare](measuring.md).
 """
 NO_BFLOAT16 = "This CPU has no bfloat16 instructions: what is called bfloat16 emulates them, or runs in float32.\n"
 
@@ -60,10 +62,12 @@ def headings(device_is_cpu: bool) -> tuple[str, ...]:
 
 def print_table(entry, block: dict) -> None:
     on_cpu = block["threads"] is not None
-    table = Table(*headings(on_cpu), title=f"{entry.name}: {title(block)}", title_justify="left")
+    held = any("of_ceiling" in row for row in block["rows"])
+    heads = headings(on_cpu) + (("of ceiling",) if held else ())
+    table = Table(*heads, title=f"{entry.name}: {title(block)}", title_justify="left")
     for row in block["rows"]:
         if (cells := columns(row, entry.baseline, on_cpu)) is not None:
-            table.add_row(*cells)
+            table.add_row(*cells, *([f"{row['of_ceiling']:.0%}"] if "of_ceiling" in row else []))
     Console().print(table)
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks.run [ENTRY ...]: every provider of every entry in one run; results to benchmarks/results/.
 
+With --suite NAME --json FILE the cases of a suite, held against the ceilings of this machine, to one file.
+
 A provider whose result is wrong is not timed and makes the exit code 1: no speed without correctness.
 """
 
@@ -10,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -22,11 +23,15 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import result_files as files
+from benchmarks.ceilings import ceilings, of_ceiling
 from benchmarks.entry import GIVE_UP, Case, Entry, Unavailable, runnable
 from benchmarks.measure import Spread, keep_freed_memory, peak_bytes, ratios, take_turns
 from benchmarks.parts import shares
 from benchmarks.registry import entries
 from benchmarks.report import print_table, print_unavailable, write_document
+from benchmarks.suite_plots import dtype_of
+from benchmarks.suites import SUITES
 from madtp_kernels.env import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -139,6 +144,69 @@ def results_dir(device: torch.device) -> Path:
     return RESULTS / "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(device).lower())
 
 
+def run_entry(
+    entry: Entry,
+    cases: Sequence[Case],
+    device: torch.device,
+    threads: Sequence[int | None],
+    rounds: int,
+    limits: Mapping[str, dict] | None = None,
+) -> tuple[dict, list[str]]:
+    """The result of an entry on these cases, and what was wrong.
+
+    limits: the ceilings by number of threads, that rows are held against.
+    """
+    blocks, reasons, wrong = [], {}, []
+    for count in threads:
+        if count is not None:
+            torch.set_num_threads(count)
+        given_up: dict[str, str] = {}
+        for case in cases:
+            rows = run_case(entry, case, device, rounds, given_up)
+            for row in rows if limits is not None else ():
+                if (share := of_ceiling(row, limits[str(count)], dtype_of(case))) is not None:
+                    row["of_ceiling"] = share
+            blocks.append({"case": dict(case), "threads": count, "rows": rows})
+            print_table(entry, blocks[-1])
+            reasons |= {row["provider"]: row["unavailable"] for row in rows if "unavailable" in row}
+            wrong += [f"{entry.name}: {row['provider']}: {row['wrong']}" for row in rows if "wrong" in row]
+    print_unavailable(entry.name, reasons)
+    result = {
+        "version": files.VERSION,
+        "entry": entry.name,
+        "summary": entry.summary,
+        "baseline": entry.baseline,
+        "against": entry.against,
+        "grid": entry.grid,
+        "means": list(entry.means),
+        "packages": list(entry.packages),
+        "machine": machine(device) | peer_versions(entry),
+        "rounds": rounds,
+        "seconds": entry.seconds if math.isfinite(entry.seconds) else None,
+        "blocks": blocks,
+    }
+    return result, wrong
+
+
+def suite_cases(name: str, device: torch.device) -> dict[str, list[Case]]:
+    """Entry -> its cases in a suite; on a GPU in bfloat16, which its matrix units take."""
+    changed = {} if device.type == "cpu" else {"dtype": "bfloat16"}
+    return {entry: with_values(cases, changed) for entry, cases in SUITES[name].cases.items()}
+
+
+def measured_ceilings(
+    cases: Mapping[str, Sequence[Case]], device: torch.device, threads: Sequence[int | None]
+) -> dict[str, dict]:
+    """By number of threads, for the dtypes of the cases."""
+    dtypes = list(dict.fromkeys(dtype_of(case) for listed in cases.values() for case in listed))
+    found = {}
+    for count in threads:
+        if count is not None:
+            torch.set_num_threads(count)
+        found[str(count)] = ceilings(device, dtypes)
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     known = entries()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
@@ -156,6 +224,8 @@ def main(arguments: list[str] | None = None) -> None:
         help="a value of every case that has the key, such as batch=4",
     )
     parser.add_argument("--out", type=Path, help="results folder; benchmarks/results/DEVICE by default")
+    parser.add_argument("--suite", choices=sorted(SUITES), help="the cases of one kind of model; with --json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the results of a suite go")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.entries) - set(known))
     if unknown:
@@ -178,47 +248,40 @@ def main(arguments: list[str] | None = None) -> None:
         ):
             parser.error(f"--set must be KEY=VALUE with a key of the cases, got {text!r}")
         values[key] = int(value) if value.isdecimal() else value
+    if (options.suite is None) != (options.json is None):
+        parser.error("--suite and --json must come together")
+    if options.suite is None:
+        chosen = {name: known[name].cases_on(device) for name in options.entries or known}
+    else:
+        chosen = suite_cases(options.suite, device)
+        if absent := sorted(set(options.entries) - set(chosen)):
+            parser.error(f"ENTRY must be one of {', '.join(chosen)} in {options.suite}, got {', '.join(absent)}")
+        chosen = {name: cases for name, cases in chosen.items() if not options.entries or name in options.entries}
+    chosen = {name: with_values(cases[: options.cases], values) for name, cases in chosen.items()}
+    threads = [int(count) for count in counts] if device.type == "cpu" else [None]
     output = options.out or results_dir(device)
-    output.mkdir(parents=True, exist_ok=True)
+    if options.suite is None:
+        output.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
 
-    threads = [int(count) for count in counts] if device.type == "cpu" else [None]
-    wrong = []
-    for name in options.entries or known:
-        entry, blocks, reasons = known[name], [], {}
-        rounds = options.rounds or entry.rounds
+    limits = None if options.suite is None else measured_ceilings(chosen, device, threads)
+    wrong, found = [], []
+    for name, cases in chosen.items():
+        entry = known[name]
         if options.seconds is not None and math.isfinite(entry.seconds):
             entry = dataclasses.replace(entry, seconds=options.seconds)
-        cases = with_values(entry.cases_on(device)[: options.cases], values)
         if not cases:
             print(f"{name}: nothing of it runs on {device.type}")
             continue
-        for count in threads:
-            if count is not None:
-                torch.set_num_threads(count)
-            given_up: dict[str, str] = {}
-            for case in cases:
-                rows = run_case(entry, case, device, rounds, given_up)
-                blocks.append({"case": dict(case), "threads": count, "rows": rows})
-                print_table(entry, blocks[-1])
-                reasons |= {row["provider"]: row["unavailable"] for row in rows if "unavailable" in row}
-                wrong += [f"{name}: {row['provider']}: {row['wrong']}" for row in rows if "wrong" in row]
-        print_unavailable(name, reasons)
-        result = {
-            "entry": name,
-            "summary": entry.summary,
-            "baseline": entry.baseline,
-            "against": entry.against,
-            "grid": entry.grid,
-            "means": list(entry.means),
-            "packages": list(entry.packages),
-            "machine": machine(device) | peer_versions(entry),
-            "rounds": rounds,
-            "seconds": entry.seconds if math.isfinite(entry.seconds) else None,
-            "blocks": blocks,
-        }
-        (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    if options.out is None and not options.cases:
+        result, problems = run_entry(entry, cases, device, threads, options.rounds or entry.rounds, limits)
+        wrong += problems
+        found.append(result)
+        if options.suite is None:
+            files.write(result, output / f"{name}.json")
+    if options.suite is not None:
+        about = {"version": files.VERSION, "suite": options.suite, "machine": machine(device), "ceilings": limits}
+        files.write(about | {"entries": found}, options.json)
+    elif options.out is None and not options.cases:
         write_document(RESULTS)
     if wrong:
         sys.exit("wrong results, not timed:\n" + "\n".join(wrong))

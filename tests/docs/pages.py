@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-RUN = [ROOT / "README.md", *sorted((ROOT / "docs" / "usage").glob("*.md"))]  # whose blocks run
+RUN = [  # whose blocks run
+    ROOT / "README.md",
+    ROOT / "docs" / "measuring.md",
+    *sorted((ROOT / "docs" / "usage").glob("*.md")),
+]
 ALL = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*.md"))]
 
 BLOCK = re.compile(
