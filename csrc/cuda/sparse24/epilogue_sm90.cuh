@@ -13,11 +13,11 @@
 namespace madtp::cuda {
 
 // One lane of a warp that writes the rows of a slab of output features, kTokens tokens at a time.
-template <typename T, bool kIsQuantized>
+template <typename T, bool kIsQuantized, int kTokens_ = 32>
 class SlabWriter {
  public:
-  static constexpr int kTokens = 32, kGroups = kTokens / 16;  // in groups of 16, four matrices
-  static constexpr int kSums = kTokens / 2;                   // that a lane has of them
+  static constexpr int kTokens = kTokens_, kGroups = kTokens / 16;  // in groups of 16, four matrices
+  static constexpr int kSums = kTokens / 2;                         // that a lane has of them
   static constexpr int kRowBytes = kSlabRows * 2, kGroupBytes = 16 * kRowBytes;
   static constexpr int kStagedBytes = kGroups * kGroupBytes;
 
@@ -41,14 +41,14 @@ class SlabWriter {
       scale_[half] = is_there ? one_of(output.scale, output.scale_is_float, row, 1) : 0;
       if constexpr (kIsQuantized) weight_scale_[half] = is_there ? output.weight_scale[row] : 0;
     }
-    if constexpr (kIsQuantized) scale_token_ = first_token + lane;
   }
 
-  // Asks for what the next kTokens tokens need: the scales of rows of x, and the residual.
-  __device__ void load(int valid_tokens) {
+  // Asks for what the next kTokens tokens, from `first_token` on, need: the scales of rows of x, and the
+  // residual.
+  __device__ void load(int first_token, int valid_tokens) {
     if constexpr (kIsQuantized) {
-      next_x_scale_ = scale_token_ < valid_tokens ? o_->x_scale[scale_token_] : 0;
-      scale_token_ += kTokens;
+      const int token = first_token + int(threadIdx.x) % kTokens;
+      next_x_scale_ = token < valid_tokens ? o_->x_scale[token] : 0;
     }
     if (residual_ == nullptr) return;
 #pragma unroll
@@ -73,10 +73,10 @@ class SlabWriter {
     }
   }
 
-  // Writes the next kTokens tokens, of which `take` has taken the sums; those from `valid_tokens` on are
-  // zeros. Asks for what those after them need.
+  // Writes the next kTokens tokens, from `first_token` on, of which `take` has taken the sums; those from
+  // `valid_tokens` on are zeros. Asks for what those after them need.
   template <Activation kActivation>
-  __device__ void write(const float (&taken)[kSums], int valid_tokens, bool has_next) {
+  __device__ void write(const float (&taken)[kSums], int first_token, int valid_tokens, bool has_next) {
     __syncwarp();  // what was staged before was read
     if (residual_ != nullptr) {
 #pragma unroll
@@ -87,7 +87,7 @@ class SlabWriter {
     const int token = token_;
     token_ += kTokens;
     const float x_scale = next_x_scale_;
-    if (has_next) load(valid_tokens);
+    if (has_next) load(first_token + kTokens, valid_tokens);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       const std::uint32_t at = fragment_ + std::uint32_t(group * kGroupBytes);
@@ -180,7 +180,6 @@ class SlabWriter {
   unsigned char* row_;
   float bias_[2], scale_[2], weight_scale_[2];  // of the output features whose sums it has
   float next_x_scale_ = 0;                      // of one of the tokens that it writes next, by lane
-  int scale_token_ = 0;                         // that whose scale it loads next
   uint4 residuals_[kGroups] = {};
 };
 

@@ -166,7 +166,9 @@ template <typename Tile, int kCluster, typename X, typename T>
 class Consumer {
   using Layout = WeightLayout<sizeof(X)>;
   using Sum = SumOf<X>;
-  using Writer = SlabWriter<T, kIsQuantized<X>>;
+  // Beside the sums of two halves there are no registers for the scales of x of so many tokens.
+  static constexpr int kTokensAtOnce = kIsQuantized<X> && Tile::kHalves == 2 ? 16 : 32;
+  using Writer = SlabWriter<T, kIsQuantized<X>, kTokensAtOnce>;
 
  public:
   __device__ Consumer(const Params<T>& p, typename Tile::Shared& shared, int warpgroup)
@@ -174,14 +176,14 @@ class Consumer {
         shared_(shared),
         warpgroup_(warpgroup),
         thread_(int(threadIdx.x) % kWarpgroup),
-        valid_tokens_(shared.valid_tokens) {}
+        valid_tokens_(shared.valid_tokens),
+        turn_parity_(warpgroup == 0 ? -1 : 0) {}
 
   __device__ void run(int first_tile, int tiles, int step) {
-    for (int tile = first_tile, turn = 0; tile < tiles; tile += step, turn ^= 1) {
-      if (Tile::kInTurn && turn != warpgroup_) {
-        state_.skip(p_.blocks);  // no stage is used where no token is valid, but then none is used any more
-        continue;
-      }
+    constexpr int kTurns = Tile::kInTurn ? Tile::kConsumers : 1;
+    if (Tile::kInTurn && warpgroup_ > 0) state_.skip(p_.blocks);
+    for (int tile = first_tile + (Tile::kInTurn ? warpgroup_ * step : 0); tile < tiles;
+         tile += kTurns * step) {
       const int first_token = p_.first_token(tile, Tile::kTokens);
       first_feature_ = (p_.feature_group(tile) * kCluster + rank()) * Tile::kFeatures;
       if constexpr (!Tile::kInTurn) first_feature_ += warpgroup_ * Tile::kHalves * kTileFeatures;
@@ -190,19 +192,20 @@ class Consumer {
         continue;
       }
       const int next = tile + step;
-      const bool is_first = tile == first_tile;
       const bool is_last = next >= tiles || p_.first_token(next, Tile::kTokens) >= valid_tokens_;
       Sum sums[Tile::kHalves][Tile::kSums];
       // Here, since the last products read them until the wait.
       Fragments<X> fragments[Tile::kAhead][Tile::kHalves];
-      const int last_stage = multiply(sums, fragments, is_first, is_last);
+      const int last_stage = multiply(sums, fragments, is_last);
       Writer first = writer(first_token, 0);
-      first.load(valid_tokens_);
+      first.load(first_token, valid_tokens_);
       ptx::wgmma_wait_group<0>();
       release(last_stage);
       with_activation(p_.output.activation, [&](auto activation) {  // one branch here, not one for each value
         this->template write<decltype(activation)::value>(sums, first, first_token);
       });
+      // No stage is used where no token is valid, but then none is used any more.
+      if (Tile::kInTurn) state_.skip(p_.blocks);
     }
   }
 
@@ -211,8 +214,7 @@ class Consumer {
 
   // Issues the products of a tile, of which the last are not waited for, and returns their stage.
   __device__ int multiply(Sum (&sums)[Tile::kHalves][Tile::kSums],
-                          Fragments<X> (&fragments)[Tile::kAhead][Tile::kHalves], bool is_first,
-                          bool is_last) {
+                          Fragments<X> (&fragments)[Tile::kAhead][Tile::kHalves], bool is_last) {
     const int lane = thread_ % kWarp;
     const typename Layout::Block* weight[Tile::kHalves];
     const auto load = [&](int i, int block) {
@@ -231,10 +233,10 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < Tile::kAhead; ++i)
       if (i < p_.blocks) load(i, i);
-    if (Tile::kInTurn && !is_first) {
+    if (Tile::kInTurn) {
       // A barrier tells phases apart by their parity alone, so the one before must have been seen complete.
-      wait_for(ptx::shared_address(&shared_.turn[warpgroup_]), turn_parity_);
-      turn_parity_ ^= 1;
+      if (turn_parity_ >= 0) wait_for(ptx::shared_address(&shared_.turn[warpgroup_]), turn_parity_);
+      turn_parity_ = (turn_parity_ + 1) & 1;
     }
 
     int before = 0;  // the stage of the step before
@@ -292,13 +294,14 @@ class Consumer {
     for (int half = 0; half < Tile::kHalves; ++half) {
       if (half > 0) {
         writer = this->writer(first_token, half);
-        writer.load(valid_tokens_);
+        writer.load(first_token, valid_tokens_);
       }
 #pragma unroll 1
       for (int part = 0; part < kParts; ++part) {
         float taken[Writer::kSums];
         take<0>(sums, writer, half * kParts + part, taken);
-        writer.template write<kActivation>(taken, valid_tokens_, part + 1 < kParts);
+        writer.template write<kActivation>(taken, first_token + part * Writer::kTokens, valid_tokens_,
+                                           part + 1 < kParts);
       }
     }
   }
@@ -327,7 +330,7 @@ class Consumer {
   typename Tile::Shared& shared_;
   int warpgroup_, thread_, valid_tokens_, first_feature_ = 0;
   PipelineState<Tile::kStages> state_;
-  int turn_parity_ = 0;
+  int turn_parity_;  // -1 before the first tile of all, which waits for nobody
 };
 
 #endif  // MADTP_SM90

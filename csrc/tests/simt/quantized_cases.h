@@ -21,9 +21,9 @@ using cuda::QuantizedType;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Elements of float32, bfloat16 or float16.
-class Numbers {
+class Elements {
  public:
-  Numbers(DType dtype, std::int64_t size)
+  Elements(DType dtype, std::int64_t size)
       : dtype_(dtype), size_(size), bytes_(size * (dtype == DType::float32 ? 4 : 2)) {}
   void set(std::int64_t i, float x) const {
     if (dtype_ == DType::float32) {
@@ -43,7 +43,7 @@ class Numbers {
   }
   void* data() const { return bytes_.data(); }
   // Bits of NaN are of no concern.
-  bool same(const Numbers& other) const {
+  bool same(const Elements& other) const {
     for (std::int64_t i = 0; i < size_; ++i) {
       const float a = get(i), b = other.get(i);
       if (!(std::isnan(a) && std::isnan(b)) && (a != b || std::signbit(a) != std::signbit(b))) return false;
@@ -86,7 +86,7 @@ struct QuantizedCase {
   bool affine_is_float;
   Guarded<std::uint8_t> values, indices, layout, rows;
   Guarded<float> weight_scale, x_scale;
-  Numbers x, residual, bias, scale;
+  Elements x, residual, bias, scale;
 
   QuantizedCase(DType dtype, std::int64_t tokens, std::int64_t out_features, std::int64_t in_features,
                 QuantizedType type = QuantizedType::int8, std::int64_t gap = 0, bool affine_is_float = true)
@@ -167,7 +167,7 @@ struct QuantizedCase {
   }
 
   // By the CPU kernel, rows out_features + gap apart.
-  Numbers by_cpu(QuantizedLinear inputs) const {
+  Elements by_cpu(QuantizedLinear inputs) const {
     std::int64_t bytes = -1;
     EXPECT(cpu::quantized_layout_bytes(out_features, in_features, true, &bytes) == Status::ok);
     const std::vector<std::uint64_t> memory(std::size_t(bytes / 8 + 16));
@@ -175,7 +175,7 @@ struct QuantizedCase {
         reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(memory.data()) + 63) / 64 * 64);
     EXPECT(cpu::quantized_pack(weight(), aligned, 1) == Status::ok);
     inputs.layout = aligned;
-    Numbers out(dtype, tokens * (out_features + gap));
+    Elements out(dtype, tokens * (out_features + gap));
     EXPECT(cpu::quantized_linear(inputs, out.data(), out_features + gap, 1) == Status::ok);
     return out;
   }
@@ -208,7 +208,7 @@ struct QuantizedCase {
 
 // Whether every output is within the rounding of its dtype, and of sums in float32, of the one in float64. An
 // activation is off by 3.5e-5 of its result at most, and its slope is below 1.2.
-inline bool is_near(const QuantizedCase& p, const QuantizedLinear& a, const Numbers& got) {
+inline bool is_near(const QuantizedCase& p, const QuantizedLinear& a, const Elements& got) {
   const double unit = p.dtype == DType::bfloat16 ? 0x1p-8 : p.dtype == DType::float16 ? 0x1p-11 : 0x1p-24;
   for (std::int64_t m = 0; m < p.tokens; ++m) {
     for (std::int64_t n = 0; n < p.out_features; ++n) {

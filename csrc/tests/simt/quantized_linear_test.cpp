@@ -14,10 +14,10 @@ constexpr cuda::Sparse24Config kTiles[] = {
     {80, 128, 256}, {80, 128, 128}, {80, 64, 128}, {80, 64, 64}, {80, 16, 32}};
 
 // On one tile, or on the default; rows of x are quantised before.
-Numbers run(const QuantizedCase& p, const QuantizedLinear& inputs,
-            const cuda::Sparse24Config* tile = nullptr) {
+Elements run(const QuantizedCase& p, const QuantizedLinear& inputs,
+             const cuda::Sparse24Config* tile = nullptr) {
   const std::int64_t stride = p.out_features + p.gap;
-  Numbers out(p.dtype, inputs.tokens * stride);
+  Elements out(p.dtype, inputs.tokens * stride);
   p.quantize(inputs.num_rows);
   EXPECT(cuda::quantized_linear(inputs, p.quantized(), out.data(), stride, nullptr, tile) == Status::ok);
   for (std::int64_t r = 0; r < inputs.tokens; ++r)
@@ -29,7 +29,7 @@ bool is_exact(Activation activation) {
   return activation == Activation::none || activation == Activation::relu;
 }
 
-void expect_right(const QuantizedCase& p, const QuantizedLinear& inputs, const Numbers& got) {
+void expect_right(const QuantizedCase& p, const QuantizedLinear& inputs, const Elements& got) {
   if (p.type == QuantizedType::int8 && is_exact(inputs.activation)) {
     EXPECT(got.same(p.by_cpu(inputs)));
   } else {
@@ -102,7 +102,7 @@ TEST(a_row_with_no_number_is_nan_and_tiny_ones_are_zeros) {
     for (std::int64_t c = 0; c < 48; ++c) p.x.set(4 * 48 + c, 0x1p-121f);
     QuantizedLinear inputs = p.inputs(Activation::none);
     inputs.scale = inputs.residual = nullptr;
-    const Numbers got = run(p, inputs);
+    const Elements got = run(p, inputs);
     if (type == QuantizedType::int8) EXPECT(got.same(p.by_cpu(inputs)));
     for (std::int64_t n = 0; n < 24; ++n) {
       EXPECT(!std::isnan(got.get(n)) && std::isnan(got.get(24 + n)) && std::isnan(got.get(3 * 24 + n)));
@@ -116,7 +116,7 @@ TEST(rows_past_num_rows_are_zeros) {
   for (std::int32_t num_rows : {1000, 130, 129, 64, 17, 1, 0, -5}) {
     QuantizedLinear inputs = p.inputs(Activation::relu);
     inputs.num_rows = &num_rows;
-    const Numbers expected = p.by_cpu(inputs);
+    const Elements expected = p.by_cpu(inputs);
     for (const cuda::Sparse24Config& tile : kTiles) EXPECT(run(p, inputs, &tile).same(expected));
   }
 }
@@ -142,7 +142,7 @@ TEST(what_runs_where) {
   EXPECT(count(p, 80, "80;90a") == 5 && count(p, 90, "80;90a") == 5 + 15 && count(p, 90, "80") == 5);
   EXPECT(count(e4m3, 80, "80;90a") == 0 && count(e4m3, 90, "80;90a") == 5 + 15 && count(e4m3, 90, "80") == 0);
   EXPECT(count(wide, 90, "80;90a") == 5);
-  const Numbers out(DType::bfloat16, 4 * 16);
+  const Elements out(DType::bfloat16, 4 * 16);
   const Capability ampere(80);
   EXPECT(cuda::quantized_linear(e4m3.inputs(Activation::none), e4m3.quantized(), out.data(), 16, nullptr) ==
          Status::unsupported);
@@ -151,7 +151,7 @@ TEST(what_runs_where) {
 
 TEST(bad_linear_arguments_are_refused) {
   const QuantizedCase p(DType::bfloat16, 4, 16, 32);
-  const Numbers out(DType::bfloat16, 4 * 16 + 8);
+  const Elements out(DType::bfloat16, 4 * 16 + 8);
   const auto refused = [&](auto change, Status expected = Status::invalid_argument) {
     QuantizedLinear inputs = p.inputs(Activation::gelu);
     QuantizedRows rows = p.quantized();
