@@ -4,7 +4,7 @@
 Every op has a `reference`; `cpu` (C++), `triton` and `cuda` (C++) are faster where they can run. `auto` takes the first
 that can, in the order below, or what an op has measured to be faster. A linear layer can also run `dense`, in torch, or
 `onednn`, the library that torch brings for CPUs, with its weight packed; a 2:4 weight also `cusparselt`, NVIDIA's
-library for 2:4 as torch calls it. Of an int8 weight `dense` is our own kernel of dense int8 weights.
+library for 2:4 as torch calls it. Of an int8 weight `dense` is our own kernel of dense int8 weights on a CPU.
 `MADTP_BACKEND` sets the default of the process, `backend=` that of one call.
 """
 
@@ -56,12 +56,12 @@ class OpRecord:
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
     # backend -> function of (layout or None, values, indices): the layout to run with; ValueError for a wrong one
     layout_checks: dict[str, Callable[..., Tensor | None]] = field(default_factory=dict)
-    # backend -> another one without which it cannot run this op
-    runs_with: dict[str, str] = field(default_factory=dict)
     # device type -> backends in the order in which auto takes them
     auto_order: dict[str, tuple[str, ...]] = field(default_factory=lambda: AUTO_ORDER)
     # (backend, shape of the op's first tensor, dtype) -> why that backend cannot run it, or None
     limits: Callable[[str, tuple[int, ...], torch.dtype], str | None] | None = None
+    # (backend, scheme of the weight, device) -> why that backend cannot multiply by it there, or None
+    scheme_limits: Callable[[str, str, torch.device], str | None] | None = None
     # (the arguments of a call) -> the dtype that backends are chosen by, for `explain`; None: of the first tensor
     dtype: Callable[..., torch.dtype] | None = None
     # (choice of auto, the arguments of a call) -> the choice after what was measured, for `explain`
@@ -88,7 +88,7 @@ def register(
     tuned: Callable[..., Choice] | None = None,
     layout_checks: dict[str, Callable[..., Tensor | None]] | None = None,
     auto_order: dict[str, tuple[str, ...]] = AUTO_ORDER,
-    runs_with: dict[str, str] | None = None,
+    scheme_limits: Callable[[str, str, torch.device], str | None] | None = None,
     **backends: Callable[..., Any],
 ) -> None:
     """Makes `backends` (name -> function with the arguments of the reference) the implementations of `op`.
@@ -101,7 +101,7 @@ def register(
     entry = record(op)
     entry.implementations, entry.layout_checks = backends, layout_checks or {}
     entry.limits, entry.dtype, entry.tuned, entry.auto_order = limits, dtype, tuned, auto_order
-    entry.runs_with = runs_with or {}
+    entry.scheme_limits = scheme_limits
 
 
 def triton_launcher(module: str, name: str) -> Callable[..., Any]:
@@ -120,10 +120,15 @@ def public(function: Function) -> Function:
 
 
 def implementation(
-    op: str, backend: str | None, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
+    op: str,
+    backend: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...] = (),
+    scheme: str | None = None,
 ) -> Callable[..., Any]:
     """The function that runs `op` on tensors of this dtype and device; raises when the requested backend cannot."""
-    name = backend_name(op, backend, dtype, device, shape)
+    name = backend_name(op, backend, dtype, device, shape, scheme)
     run = _records[op].implementations[name]
     if name == "reference" and torch.is_autocast_enabled(device.type):
         return functools.partial(_without_autocast, device.type, run)
@@ -137,33 +142,45 @@ def _without_autocast(device_type: str, run: Callable[..., Any], *args: Any) -> 
 
 
 def backend_name(
-    op: str, backend: str | None, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
+    op: str,
+    backend: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...] = (),
+    scheme: str | None = None,
 ) -> str:
     """`choose(...).backend`, found without the reasons: it runs at every call."""
     requested = _request(backend)[0]
     for name in _auto_order(op, device) if requested == "auto" else (requested,):
-        if name in BACKENDS and unsupported_reason(op, name, dtype, device, shape) is None:
+        if name in BACKENDS and unsupported_reason(op, name, dtype, device, shape, scheme) is None:
             return name
-    return choose(op, backend, dtype, device, shape).backend
+    return choose(op, backend, dtype, device, shape, scheme).backend
 
 
 def choose(
-    op: str, backend: str | None, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
+    op: str,
+    backend: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...] = (),
+    scheme: str | None = None,
 ) -> Choice:
     """Picks the backend of one call. Raises ValueError for an unknown name, RuntimeError when it cannot run here.
 
     shape: of the op's first tensor, for ops whose backends are limited by it.
+    scheme: of the weight, for ops whose backends are limited by that.
     """
     requested, origin = _request(backend)
     if requested not in (*BACKENDS, "auto"):
         raise ValueError(f"{origin} must be one of auto, {', '.join(BACKENDS)}, got {requested!r}")
     order = _auto_order(op, device)
-    reasons = {name: why for name in BACKENDS if (why := unsupported_reason(op, name, dtype, device, shape))}
+    reasons = {name: why for name in BACKENDS if (why := unsupported_reason(op, name, dtype, device, shape, scheme))}
     best = next(name for name in order if name not in reasons)
     if requested == "auto":
         rejected = {name: reasons.get(name, f"{best} comes first on {device.type}") for name in BACKENDS}
         rejected.pop(best)
-        return Choice(op, best, f"first of {', '.join(order)} that runs {dtype} on {device.type}", rejected)
+        weights = "" if scheme is None else f" with {scheme} weights"
+        return Choice(op, best, f"first of {', '.join(order)} that runs {dtype}{weights} on {device.type}", rejected)
     if requested in reasons:
         raise RuntimeError(
             f"{op} cannot run on backend {requested!r} (from {origin}): {reasons[requested]}; auto would run {best!r}"
@@ -184,7 +201,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Choice:
     first = next(iter(bound.values()))
     tensor = first if isinstance(first, torch.Tensor) else first[0]
     dtype = tensor.dtype if entry.dtype is None else entry.dtype(**bound)
-    choice = choose(op, bound.get("backend"), dtype, tensor.device, tuple(tensor.shape))
+    scheme = getattr(bound.get("weight"), "scheme", None)
+    choice = choose(op, bound.get("backend"), dtype, tensor.device, tuple(tensor.shape), scheme)
     if choice.backend == "cuda" and tensor.device.type == "cuda":
         code = explain_code(tuple(_build_archs()), torch.cuda.get_device_capability(tensor.device))
         choice = replace(choice, reason=f"{choice.reason}; {code}")
@@ -215,7 +233,12 @@ def _request(backend: str | None) -> tuple[str, str]:
 
 
 def unsupported_reason(
-    op: str, backend: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...] = ()
+    op: str,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...] = (),
+    scheme: str | None = None,
 ) -> str | None:
     """Why `backend` cannot run this call, or None when it can."""
     entry = _records[op]
@@ -225,8 +248,12 @@ def unsupported_reason(
         return None
     if dtype not in FAST_DTYPES:
         return f"{dtype} runs on the reference only"
-    why = _BACKEND_UNSUPPORTED_REASONS[entry.runs_with.get(backend, backend)](device)
-    return why or (None if entry.limits is None else entry.limits(backend, shape, dtype))
+    why = _BACKEND_UNSUPPORTED_REASONS[backend](device)
+    if why is None and entry.limits is not None:
+        why = entry.limits(backend, shape, dtype)
+    if why is None and entry.scheme_limits is not None and scheme is not None:
+        why = entry.scheme_limits(backend, scheme, device)
+    return why
 
 
 def _cpu_unsupported_reason(device: torch.device) -> str | None:
@@ -247,7 +274,7 @@ def _triton_unsupported_reason(device: torch.device) -> str | None:
         return _missing_triton() if interpreted else "the tensors are on cpu and TRITON_INTERPRET is not 1"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    return (_too_old(device) if torch.version.hip is None else None) or _missing_triton()
+    return (too_old_reason(device) if torch.version.hip is None else None) or _missing_triton()
 
 
 def cuda_unsupported_reason(device: torch.device) -> str | None:
@@ -258,7 +285,7 @@ def cuda_unsupported_reason(device: torch.device) -> str | None:
         return why
     if not hasattr(extension(), "cuda"):
         return "madtp_kernels._C was built without CUDA"
-    if (why := _too_old(device)) is not None:
+    if (why := too_old_reason(device)) is not None:
         return why
     archs, capability = tuple(_build_archs()), torch.cuda.get_device_capability(device)
     if (why := arch_unsupported_reason(archs, capability)) is not None:
@@ -271,12 +298,15 @@ def _cusparselt_unsupported_reason(device: torch.device) -> str | None:
         return f"the tensors are on {device.type}"
     if not torch.backends.cusparselt.is_available():
         return f"torch {torch.__version__} was built without cuSPARSELt"
-    return _too_old(device)
+    return too_old_reason(device)
 
 
-def _too_old(device: torch.device) -> str | None:
+def too_old_reason(device: torch.device, needed: tuple[int, int] = (8, 0)) -> str | None:
+    """Why a GPU is of no architecture from `needed` on, or None when it is."""
     capability = torch.cuda.get_device_capability(device)
-    return None if capability >= (8, 0) else f"needs compute capability 8.0 or newer, got {capability}"
+    return (
+        None if capability >= needed else f"needs compute capability {needed[0]}.{needed[1]} or newer, got {capability}"
+    )
 
 
 def arch_unsupported_reason(archs: tuple[str, ...], capability: tuple[int, int]) -> str | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers with an int8 weight, dense or 2:4; x is rounded to int8 row by row inside the op."""
+"""Linear layers with an int8 or fp8 weight, dense or 2:4; x is rounded as the weight is, row by row inside the op."""
 
 from __future__ import annotations
 
@@ -26,10 +26,16 @@ from madtp_kernels.ops.epilogue import check_epilogue, check_epilogue_types, in_
 from madtp_kernels.ops.fast_path import fast_path_key
 from madtp_kernels.ops.sparse24 import check_weight
 from madtp_kernels.quantized import backend_dense as dense
+from madtp_kernels.quantized import torch_product
 from madtp_kernels.quantized import tuning_cpu as tuning
-from madtp_kernels.quantized.weight import QuantizedWeight, register_layout
+from madtp_kernels.quantized.weight import (
+    DTYPES_OF_VALUES,
+    QuantizedWeight,
+    register_layout,
+    scheme_of,
+)
 from madtp_kernels.reference import quantized as reference
-from madtp_kernels.reference.quantized import MAX_IN_FEATURES
+from madtp_kernels.reference.quantized import INT8, MAX_IN_FEATURES
 from madtp_kernels.sparse24.weight import check_nibbles
 
 
@@ -45,28 +51,35 @@ def quantized_linear(
     num_rows: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A linear layer in int8 with its epilogue: y = residual + scale * activation(x W^T + bias).
+    """A linear layer in int8 or fp8 with its epilogue: y = residual + scale * activation(x W^T + bias).
 
-    Each row of x is rounded to int8 with a scale of its own, amax / 127; the products are summed in int32, exactly.
-    Then, in float32 and one rounding after another: the sum times the scale of the row, times the scale of the weight's
-    row, plus the bias. So without an activation, or with relu, all backends, CPUs and thread counts give the same bits.
+    With an int8 weight each row of x is rounded to int8 with a scale of its own, amax / 127; the products are summed in
+    int32, exactly. Then, in float32 and one rounding after another: the sum times the scale of the row, times the scale
+    of the weight's row, plus the bias. So without an activation, or with relu, all backends, CPUs and thread counts
+    give the same bits.
+
+    With an fp8 weight x is rounded to float8_e4m3fn, with the scale amax / 448, and the same follows. The reference
+    sums exactly, and so does a CPU, which runs it; a GPU sums with the bits of its accumulator, of which
+    `reference.quantized` has the rule.
 
     Args:
         x: (T, C) float32, bfloat16 or float16; any row stride. Or (..., C), as for a Linear. C is at most 65536. A row
-            with a NaN or an infinity gives NaN in all of its outputs. One whose largest magnitude is below 2^-119
-            counts as zeros.
+            with a NaN or an infinity gives NaN in all of its outputs. One whose largest magnitude is below 2^-119, or
+            for fp8 2^-117, counts as zeros.
         weight: a `QuantizedWeight` of shape (N, C).
         bias: (N,) float32 or the dtype of x.
         activation: gelu, gelu_tanh, quick_gelu (x sigmoid(1.702 x)), relu, or None.
         residual: (T, N) dtype of x; any row stride. Or (..., N).
         scale: (N,) float32 or the dtype of x.
         num_rows: int32, one element: rows from it on are zeros. None: all rows are computed. With x (T, C) only.
-        backend: auto, reference, cpu or dense: the kernel of dense int8 weights, for which a 2:4 weight is made dense
-            and kept so as well. For a 2:4 weight auto measures, at the first use of a shape, whether cpu or dense is
-            faster (`quantized.tuning_cpu`); under torch.compile it is cpu. Devices other than a CPU run the reference.
+        backend: auto, reference, cpu or dense, for which a 2:4 weight is made dense and kept so as well: on a CPU the
+            kernel of dense int8 weights, on a GPU torch's product, of fp8 from compute capability 8.9. For an int8 2:4
+            weight auto measures on a CPU, at the first use of a shape, whether cpu or dense is faster
+            (`quantized.tuning_cpu`); under torch.compile it is cpu. fp8 runs the reference on a CPU, and other devices
+            run that alone.
 
     Returns:
-        (T, N) dtype of x, or (..., N); the same bits on cpu and dense, whatever the activation.
+        (T, N) dtype of x, or (..., N); the same bits on cpu and dense of a CPU, whatever the activation.
         Differentiable in x, bias, residual and scale: the rounding of x counts as the identity (the straight-through
         estimator, https://arxiv.org/abs/1308.3432). The weight gets no gradient.
 
@@ -90,7 +103,7 @@ def quantized_linear(
             )
 
         return in_any_shape(run_rows, x, weight.shape, residual, num_rows)
-    runs = _backend_of(backend, x, weight.values)
+    runs = _backend_of(backend, x, weight.values, weight.indices)
     if runs == "cpu" and weight.indices is not None and dispatch.is_auto(backend):
         if not torch.compiler.is_compiling():
             # The op checks too, but after a measurement of this.
@@ -112,7 +125,7 @@ def quantized_linear(
         runs,
     )
     if key is not None and layout is not None:
-        run = dispatch.implementation("quantized_linear", runs, x.dtype, x.device)
+        run = dispatch.implementation("quantized_linear", runs, x.dtype, x.device, (), weight.scheme)
         weight.fast_paths[key] = runs, run, activation or "none"
     return y
 
@@ -188,9 +201,9 @@ def _shape(values: Tensor, indices: Tensor | None) -> tuple[int, int]:
 def _check_weight(values: Tensor, indices: Tensor | None) -> None:
     """The metadata of the stored form, as every kernel needs it."""
     if indices is None:
-        check_tensor("values", values, 2, (torch.int8,))
+        check_tensor("values", values, 2, DTYPES_OF_VALUES)
     else:
-        check_weight(values, indices, (torch.int8,))
+        check_weight(values, indices, DTYPES_OF_VALUES)
     in_features = _shape(values, indices)[1]
     require(in_features <= MAX_IN_FEATURES, "values", f"of at most {MAX_IN_FEATURES} input features", values)
 
@@ -231,7 +244,8 @@ def _check(
 def _check_packable(values: Tensor, indices: Tensor | None) -> None:
     check_types(values=values)
     check_optional_types(indices=indices)
-    require(values.device.type == "cpu", "values", "on cpu", values)
+    ok = values.device.type == "cpu" and values.dtype == INT8.dtype
+    require(ok, "values", "int8 on cpu", values)
     _check_weight(values, indices)
 
 
@@ -256,17 +270,42 @@ def _check_layout(layout: Tensor | None, values: Tensor, indices: Tensor | None)
     return layout
 
 
-def _check_dense_layout(layout: Tensor | None, values: Tensor, indices: Tensor | None) -> Tensor:
+def _check_dense_layout(layout: Tensor | None, values: Tensor, indices: Tensor | None) -> Tensor | None:
     """`_check_layout` of the weight made dense."""
+    if values.device.type != "cpu":
+        return torch_product.check_layout(layout, values, _shape(values, indices))
     if layout is None:
-        return _check_layout(None, reference.to_dense_int8(values, indices), None)
+        return _check_layout(None, reference.to_dense_values(values, indices), None)
     return _check_layout(layout, values.new_empty(_shape(values, indices), device="meta"), None)
 
 
 def _dense_layout(weight: QuantizedWeight) -> Tensor:
+    if weight.device.type != "cpu":
+        return torch_product.pack(weight.values, weight.indices)
     if weight.indices is None:
         return cast(Tensor, weight.layout("cpu"))
-    return quantized_pack(reference.to_dense_int8(weight.values, weight.indices), None)
+    return quantized_pack(reference.to_dense_values(weight.values, weight.indices), None)
+
+
+# backend -> the schemes that its kernels multiply by; the reference knows all
+_SCHEMES = {"cpu": ("int8", "int8_24"), "dense": ("int8", "int8_24", "fp8", "fp8_24")}
+
+
+def _scheme_unsupported_reason(backend: str, scheme: str, device: torch.device) -> str | None:
+    """Why a backend cannot multiply by weights of a scheme on a device, or None."""
+    schemes, fp8 = _SCHEMES[backend], scheme.startswith("fp8")
+    if scheme not in schemes:
+        return f"{backend} multiplies by weights of {' and '.join(schemes)}, not {scheme}"
+    if backend != "dense":
+        return None
+    if device.type == "cpu":
+        why = "on a CPU dense multiplies by int8 weights alone; fp8 runs on the reference"
+        return why if fp8 else dispatch.extension_unsupported_reason()
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if torch.version.hip is not None:
+        return "torch's products of 8 bits are used on NVIDIA GPUs alone"
+    return dispatch.too_old_reason(device, (8, 9) if fp8 else (8, 0))
 
 
 register_layout("cpu", lambda weight: quantized_pack(weight.values, weight.indices))
@@ -276,22 +315,21 @@ dispatch.register(
     reference=reference.quantized_linear,
     cpu=native.quantized_linear,
     dense=dense.quantized_linear,
-    runs_with={"dense": "cpu"},
-    auto_order={"cpu": ("cpu", "reference")},
+    scheme_limits=_scheme_unsupported_reason,
     dtype=_dtype,
     tuned=_tuned,
     layout_checks={"cpu": _check_layout, "dense": _check_dense_layout},
 )
 
 
-def _backend_of(backend: str, x: Tensor, values: Tensor) -> str:
+def _backend_of(backend: str, x: Tensor, values: Tensor, indices: Tensor | None) -> str:
     """The backend of a call; a weight without elements has no product to run on one, and is left to the reference."""
-    name = _backend(backend, x.dtype, x.device)
+    name = _backend(backend, x.dtype, x.device, scheme_of(values, indices))
     return name if values.numel() else "reference"
 
 
-def _backend(backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
-    return dispatch.backend_name("quantized_linear", backend, dtype, device)
+def _backend(backend: str | None, dtype: torch.dtype, device: torch.device, scheme: str) -> str:
+    return dispatch.backend_name("quantized_linear", backend, dtype, device, (), scheme)
 
 
 # As torch.compiler.assume_constant_result does, which imports torch._dynamo: as much again as torch itself.
@@ -313,10 +351,11 @@ def _linear(
     backend: str,
 ) -> Tensor:
     _check(x, values, indices, weight_scale, layout, bias, activation, residual, scale, num_rows)
-    name = _backend_of(backend, x, values)
+    name = _backend_of(backend, x, values, indices)
     check_layout = dispatch.record("quantized_linear").layout_checks.get(name)
     layout = layout if check_layout is None else check_layout(layout, values, indices)
-    run: Callable[..., Tensor] = dispatch.implementation("quantized_linear", name, x.dtype, x.device)
+    scheme = scheme_of(values, indices)
+    run: Callable[..., Tensor] = dispatch.implementation("quantized_linear", name, x.dtype, x.device, (), scheme)
     return run(x, values, indices, weight_scale, layout, bias, activation, residual, scale, num_rows)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int8 weights on disk, in a file of `weight_files`.
+"""Weights in int8 and fp8 on disk, in a file of `weight_files`.
 
 A `QuantizedWeight` "name" is the tensors "name.weight", "name.weight_scale" and, where it is 2:4,
 "name.weight_indices": values, scale and indices of the class, under the names that the layers of `madtp.hwp` have for
@@ -17,20 +17,20 @@ from torch import Tensor
 from madtp_kernels import weight_files
 from madtp_kernels.bounded_file import one_line
 from madtp_kernels.checks import require
-from madtp_kernels.quantized.weight import SCHEMES, QuantizedWeight
+from madtp_kernels.quantized.weight import SCHEMES, QuantizedWeight, is_sparse
 
 KIND, VERSION = "quantized", "1"
 VALUES, SCALE, INDICES = "weight", "weight_scale", "weight_indices"
 
 
 def save_quantized(path: str | os.PathLike[str], weights: Mapping[str, QuantizedWeight | Tensor]) -> None:
-    """Writes int8 weights and other tensors to one file, whole or not at all.
+    """Writes weights in int8 or fp8, and other tensors, to one file, whole or not at all.
 
-    Of the bytes that a weight takes in float32, an int8 one takes a quarter, an int8 2:4 one 0.16. Tensors that share
-    memory are written each.
+    Of the bytes that a weight takes in float32, one of these takes a quarter, a 2:4 one 0.16. Tensors that share memory
+    are written each.
 
     Raises:
-        ValueError: a value is neither, or sparse or on meta, an int8 weight breaks a rule of
+        ValueError: a value is neither, or sparse or on meta, a weight breaks a rule of
             `QuantizedWeight.check_values`, a name is no string, or two names collide.
         OSError: the file cannot be written. ImportError: safetensors is not installed.
     """
@@ -46,8 +46,8 @@ def load_quantized(path: str | os.PathLike[str]) -> dict[str, QuantizedWeight | 
     Raises:
         OSError: the file cannot be opened. ImportError: safetensors is not installed.
         ValueError: it is cut short, changed, of another format or version, or the tensors of a weight are not of its
-            scheme, of dtypes and shapes that fit, with values from -127 to 127, scales positive and finite, and indices
-            that ascend.
+            scheme, of dtypes and shapes that fit, with values from -127 to 127 (fp8: without NaN), scales positive and
+            finite, and indices that ascend.
     """
     schemes, tensors = weight_files.read(path, KIND, VERSION)
     ok = isinstance(schemes, dict) and all(isinstance(s, str) and s in SCHEMES for s in schemes.values())
@@ -77,10 +77,11 @@ def _weight(where: str, name: str, scheme: str, tensors: dict[str, Tensor]) -> Q
     """Takes the parts of a weight out of the tensors. Raises ValueError for such as make none of this scheme."""
     parts: dict[str, Any] = {part: tensors.pop(f"{name}.{part}", None) for part in (VALUES, SCALE, INDICES)}
     given = [part for part, tensor in parts.items() if tensor is not None]
-    expected = [VALUES, SCALE, INDICES] if scheme == "int8_24" else [VALUES, SCALE]
+    expected = [VALUES, SCALE, INDICES] if is_sparse(scheme) else [VALUES, SCALE]
     require(given == expected, where, f"{scheme}, {', '.join(expected)}", ", ".join(given) or "nothing")
     try:
         weight = QuantizedWeight(*parts.values())
+        require(weight.scheme == scheme, "values", f"those of {scheme}", weight.values)
         weight.check_values()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -17,7 +17,7 @@ from madtp_kernels.measured import LinearCall, Measurements, Timing, linear_call
 from madtp_kernels.native import quantized as native
 from madtp_kernels.quantized import backend_dense as dense
 from madtp_kernels.quantized.weight import QuantizedWeight
-from madtp_kernels.reference.quantized import MAX_INT8, to_dense_int8
+from madtp_kernels.reference.quantized import INT8, to_dense_values
 from madtp_kernels.sparse24.tuning_cpu import random_call
 
 MAX_ROWS = 1024  # they keep their ratio beyond
@@ -48,8 +48,8 @@ def time_backends(case: LinearCall, backends: Sequence[str]) -> Timing:
     """Runs both in turns on random data."""
     rows, out_features, in_features, dtype, epilogue, _ = case
     x, weight, indices, *rest = random_call(rows, out_features, in_features, dtype, "float32", epilogue)
-    values = (weight * MAX_INT8 / 4).clamp(-MAX_INT8, MAX_INT8).to(torch.int8)
-    layouts = native.quantized_pack(values, indices), native.quantized_pack(to_dense_int8(values, indices), None)
+    values = (weight * INT8.largest / 4).clamp(-INT8.largest, INT8.largest).to(torch.int8)
+    layouts = native.quantized_pack(values, indices), native.quantized_pack(to_dense_values(values, indices), None)
     functions = {
         name: functools.partial(run, x, values, indices, torch.ones(out_features), layout, *rest)
         for name, run, layout in zip(BACKENDS, (native.quantized_linear, dense.quantized_linear), layouts, strict=True)

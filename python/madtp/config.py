@@ -48,7 +48,7 @@ class CompressionConfig:
     sparse_include: tuple[str, ...] = ("*",)  # module names, shell-style; the model family adds its own exclusions
     sparse_exclude: tuple[str, ...] = ()
     # What the weights of all Linears that may go N:M are rounded to in the end; None: they stay as they are.
-    weight_dtype: Literal["int8"] | None = None
+    weight_dtype: Literal["int8", "fp8"] | None = None
     # With a weight_dtype, how much of the outliers behind LayerNorms moves into the weights first: `alpha` of
     # `madtp.hwp.smooth`. None: nothing.
     hwp_smoothing: float | None = None

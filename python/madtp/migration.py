@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 CHECKPOINT_VERSION = 2
 
 CONFIG_NAMES = {"flops_reduction": "macs_reduction"}  # old -> new
-PLAN_NAMES = CONFIG_NAMES
+ROUNDING_NAMES = {"int8_errors": "rounding_errors"}  # since version 4 of plans
+PLAN_NAMES = CONFIG_NAMES | ROUNDING_NAMES
 PREDICTED_NAMES = {"rise": "distill_loss"}
 GUARD_NAMES = {"rise": "loss_increase"}
 LOG_NAMES = {"guard_rise": "guard_loss_increase"}
@@ -63,7 +64,8 @@ def migrate_plan(values: Mapping[str, Any], file: str) -> dict[str, Any]:
     """The fields of a `Plan`, of what its YAML holds.
 
     Args:
-        values: of the file; without a "version" they are of 0.1. Those of version 2 have no dtypes of weights.
+        values: of the file; without a "version" they are of 0.1. Those of version 2 have no dtypes of weights,
+            those of version 3 had int8 alone.
         file: its name, for messages.
 
     Raises:
@@ -73,10 +75,10 @@ def migrate_plan(values: Mapping[str, Any], file: str) -> dict[str, Any]:
     version = _version(values, file, PLAN_VERSION)
     predicted = values.get("predicted")
     if version > 1:
-        refuse_old_names(values, PLAN_NAMES, file)
+        refuse_old_names(values, PLAN_NAMES if version == PLAN_VERSION else CONFIG_NAMES, file)
         if isinstance(predicted, Mapping):
             refuse_old_names(predicted, PREDICTED_NAMES, f"{file}: predicted")
-        return values
+        return _rename(values, ROUNDING_NAMES, file)
     values = _rename(values, PLAN_NAMES, file)
     if isinstance(predicted, Mapping):
         values["predicted"] = _rename(predicted, PREDICTED_NAMES, f"{file}: predicted")

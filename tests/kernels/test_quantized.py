@@ -287,8 +287,8 @@ def test_bad_weights_are_refused():
     good = weight_of(24, 32, "int8_24")
     refused = [
         (lambda: quantize(torch.randn(24, 32)), "weight must be 2:4"),
-        (lambda: quantize(torch.randn(24, 32), "int4"), "scheme must be one of int8, int8_24, got int4"),
-        (lambda: quantize(mk.sparse24_prune(torch.randn(24, 32)), "int8"), "scheme must be int8_24"),
+        (lambda: quantize(torch.randn(24, 32), "int4"), "scheme must be one of int8, int8_24, fp8, fp8_24, got int4"),
+        (lambda: quantize(mk.sparse24_prune(torch.randn(24, 32)), "int8"), "scheme must be int8_24 or fp8_24"),
         (lambda: quantize(torch.full((8, 16), math.nan), "int8"), "weight must be finite"),
         (lambda: quantize(torch.full((8, 16), 1e300, dtype=torch.float64), "int8"), "weight must be finite"),
         (lambda: quantize(torch.ones(8, 16, device="meta"), "int8"), "weight must be of values"),

@@ -16,7 +16,7 @@ from madtp_kernels.ops import quantized
 from madtp_kernels.ops.quantized import quantized_pack
 from madtp_kernels.quantized import backend_dense as dense
 from madtp_kernels.quantized import tuning_cpu as tuning
-from madtp_kernels.reference.quantized import to_dense_int8
+from madtp_kernels.reference.quantized import to_dense_values
 
 pytestmark = [
     pytest.mark.sanitized,
@@ -156,10 +156,9 @@ def test_explain_shows_the_numbers(measured, weight):
 
 def test_dense_needs_the_kernels_that_cpu_needs(monkeypatch):
     reason = lambda device: dispatch.unsupported_reason(  # noqa: E731
-        "quantized_linear", "dense", torch.float32, torch.device(device)
+        "quantized_linear", "dense", torch.float32, torch.device(device), (), "int8"
     )
-    assert reason("cpu") is None and reason("cuda") == "the tensors are on cuda"
-    assert dispatch.backend_name("quantized_linear", None, torch.float32, torch.device("cuda")) == "reference"
+    assert reason("cpu") is None and reason("xpu") == "the tensors are on xpu"
     monkeypatch.setattr(dispatch, "extension_unsupported_reason", lambda: "it is not there")
     assert reason("cpu") == "it is not there"
 
@@ -176,7 +175,7 @@ def test_a_direct_call_of_dense_checks_its_layout(weight):
     call = lambda layout: torch.ops.madtp.quantized_linear(  # noqa: E731
         x, weight.values, weight.indices, weight.scale, layout, None, "none", None, None, None, "dense"
     )
-    layout = quantized_pack(to_dense_int8(weight.values, weight.indices), None)
+    layout = quantized_pack(to_dense_values(weight.values, weight.indices), None)
     expected = mk.quantized_linear(x, weight, backend="cpu")
     assert torch.equal(call(None), expected) and torch.equal(call(layout), expected)
     with pytest.raises(ValueError, match="layout must be contiguous uint8"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""int8 weights on disk: the names in the file, and which weights are refused. The rest is in test_weight_files."""
+"""Weights of 8 bits on disk: the names in the file, and which weights are refused. The rest is in test_weight_files."""
 
 import json
 import math
@@ -113,7 +113,9 @@ def test_weights_that_cannot_be_are_refused(saved, name, change, message):
 @pytest.mark.parametrize("schemes", [{"fc1": "int4"}, {"fc1": ["int8"]}, ["fc1"], None])
 def test_schemes_that_are_none(saved, schemes):
     weight_files.write(saved, files.KIND, files.VERSION, schemes, load_file(saved))
-    with pytest.raises(ValueError, match="path must be a file of weights that are int8 or int8_24, got .*w.safe"):
+    with pytest.raises(
+        ValueError, match="path must be a file of weights that are int8 or int8_24 or fp8 or fp8_24, got .*w.safe"
+    ):
         load_quantized(saved)
 
 
@@ -139,3 +141,57 @@ def test_save_refuses_and_leaves_what_was_there(saved, weights, message):
     with pytest.raises(ValueError, match=message):
         save_quantized(saved, weights)
     assert saved.read_bytes() == before and [path.name for path in saved.parent.iterdir()] == ["w.safetensors"]
+
+
+# --- fp8
+
+
+@pytest.fixture
+def saved_fp8(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "fc1": quantize(dense24(16, 32), "fp8_24"),
+        "fc2": quantize(torch.randn(5, 7, generator=generator), "fp8"),
+    }
+    save_quantized(tmp_path / "w.safetensors", weights)
+    return tmp_path / "w.safetensors", weights
+
+
+def test_fp8_is_saved_and_loaded(saved_fp8):
+    path, weights = saved_fp8
+    found = load_quantized(path)
+    assert {name: weight.scheme for name, weight in found.items()} == {"fc1": "fp8_24", "fc2": "fp8"}
+    for name, weight in weights.items():
+        for part, loaded in zip(weight._parts(), found[name]._parts(), strict=True):
+            assert loaded.dtype == part.dtype and torch.equal(loaded.view(torch.uint8), part.view(torch.uint8))
+    stored = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in load_file(path).items()}
+    assert stored["fc1.weight"] == (torch.float8_e4m3fn, (16, 16))
+    assert stored["fc2.weight"] == (torch.float8_e4m3fn, (5, 7))
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_a_file_with_nan_in_fp8_is_refused(saved_fp8, byte):
+    path, weights = saved_fp8
+    tensors = load_file(path)
+    tensors["fc2.weight"].view(torch.uint8)[3, 1] = byte
+    weight_files.write(path, files.KIND, files.VERSION, {name: w.scheme for name, w in weights.items()}, tensors)
+    with pytest.raises(ValueError, match="fc2: weight.values must be from -448 to 448, got a NaN at row 3$"):
+        load_quantized(path)
+    weights["fc2"].values.view(torch.uint8)[3, 1] = byte
+    with pytest.raises(ValueError, match=r"weights\['fc2'\].values must be from -448 to 448, got a NaN at row 3$"):
+        save_quantized(path, weights)
+
+
+@pytest.mark.parametrize(("name", "claimed"), [("fc1", "int8_24"), ("fc2", "int8")])
+def test_a_scheme_of_other_values_is_refused(saved_fp8, name, claimed):
+    path, weights = saved_fp8
+    tensors, of = load_file(path), {name: weight.scheme for name, weight in weights.items()}
+    weight_files.write(path, files.KIND, files.VERSION, {**of, name: claimed}, tensors)
+    with pytest.raises(ValueError, match=f"{name}: values must be those of {claimed}, got float8_e4m3fn"):
+        load_quantized(path)
+
+
+def test_a_reader_that_knows_no_fp8_says_so(saved_fp8, monkeypatch):
+    monkeypatch.setattr(files, "SCHEMES", ("int8", "int8_24"))
+    with pytest.raises(ValueError, match="path must be a file of weights that are int8 or int8_24, got .* 'fp8'"):
+        load_quantized(saved_fp8[0])

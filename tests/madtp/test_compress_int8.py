@@ -14,7 +14,7 @@ from torch import nn
 import madtp
 from madtp import hwp
 from madtp.budgets import latency
-from madtp.budgets.allocate import MAX_INT8_ERROR, choose
+from madtp.budgets.allocate import MAX_ROUNDING_ERROR, choose
 from madtp.budgets.plan import Plan
 from madtp.budgets.prunable import prunable_linears
 from madtp.budgets.sensitivity import Calibration, find_sensitivities
@@ -135,20 +135,20 @@ def test_smoothing_is_a_part_of_a_run(tmp_path, data):
 
 
 def test_a_plan_names_the_linears_that_go_int8(tmp_path):
-    errors = {"a": 0.01, "b": 2 * MAX_INT8_ERROR, "c": None}
+    errors = {"a": 0.01, "b": 2 * MAX_ROUNDING_ERROR, "c": None}
     measured = sensitivities()
     unit = measured.weights["fc"]
-    weights = {name: dataclasses.replace(unit, int8_error=error) for name, error in errors.items()}
+    weights = {name: dataclasses.replace(unit, rounding_error=error) for name, error in errors.items()}
     measured = dataclasses.replace(measured, weights=weights)
     config = dataclasses.replace(INT8, macs_reduction=0.2)
     chosen = choose(measured, config)
-    assert chosen.weight_dtypes == {"a": "int8"} and chosen.int8_errors == {"a": 0.01, "b": 2 * MAX_INT8_ERROR}
+    assert chosen.weight_dtypes == {"a": "int8"} and chosen.rounding_errors == {"a": 0.01, "b": 2 * MAX_ROUNDING_ERROR}
     chosen.save(tmp_path / "plan.yaml")
     assert "weight_dtypes:\n  a: int8\n" in (tmp_path / "plan.yaml").read_text()
     assert Plan.load(tmp_path / "plan.yaml") == chosen
     without = choose(measured, dataclasses.replace(config, weight_dtype=None))
-    assert without == dataclasses.replace(chosen, weight_dtypes=None, int8_errors={})
-    with pytest.raises(ValueError, match="sensitivities must hold int8 errors with a weight_dtype, got none"):
+    assert without == dataclasses.replace(chosen, weight_dtypes=None, rounding_errors={})
+    with pytest.raises(ValueError, match="sensitivities must hold rounding errors with a weight_dtype, got none"):
         choose(sensitivities(), config)
 
 
@@ -157,8 +157,8 @@ def test_what_int8_does_is_looked_at_where_it_is_asked_for(monkeypatch):
     config = dataclasses.replace(INT8, sparse_include=(FC1,))
     calibration = Calibration(patched(tiny_blip(), config), Task(), [tiny_batch()], config)
     (unit,) = find_sensitivities(calibration).weights.values()
-    assert 0 < unit.int8_error < 0.05
-    assert unit.int8_error == hwp.sensitivity_int8(calibration.model, calibration.inputs([FC1]))[FC1]
+    assert 0 < unit.rounding_error < 0.05
+    assert unit.rounding_error == hwp.rounding_sensitivity(calibration.model, calibration.inputs([FC1]))[FC1]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +182,11 @@ def test_a_plan_of_int8_alone_is_carried_out(tmp_path, data):
 OLD = "version: 2\nmacs_reduction: 0.3\ntokens: {vision: 0.5}\nsparse_modules: [fc1]\n"
 
 
+def test_a_plan_of_version_3_had_errors_of_int8(tmp_path):
+    (tmp_path / "plan.yaml").write_text(OLD.replace("version: 2", "version: 3") + "int8_errors: {fc1: 0.01}\n")
+    assert Plan.load(tmp_path / "plan.yaml").rounding_errors == {"fc1": 0.01}
+
+
 def test_a_plan_of_version_2_leaves_dtypes_to_the_config(tmp_path):
     (tmp_path / "plan.yaml").write_text(OLD)
     assert Plan.load(tmp_path / "plan.yaml") == Plan(0.3, {"vision": 0.5}, ("fc1",))
@@ -190,9 +195,10 @@ def test_a_plan_of_version_2_leaves_dtypes_to_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("weight_dtypes: {fc1: int4}", "weight_dtypes of fc1 must be int8, got 'int4'$"),
-        ("weight_dtypes: {fc1: }", "weight_dtypes of fc1 must be int8, got None$"),
-        ("weight_dtypes: {fc1: [int8]}", r"weight_dtypes of fc1 must be int8, got \['int8'\]$"),
+        ("weight_dtypes: {fc1: int4}", "weight_dtypes of fc1 must be int8 or fp8, got 'int4'$"),
+        ("weight_dtypes: {fc1: }", "weight_dtypes of fc1 must be int8 or fp8, got None$"),
+        ("weight_dtypes: {fc1: [int8]}", r"weight_dtypes of fc1 must be int8 or fp8, got \['int8'\]$"),
+        ("weight_dtypes: {fc1: int8, fc2: fp8}", "weight_dtypes must be of one dtype, got fp8, int8$"),
         ("weight_dtypes: [fc1]", r"weight_dtypes must map names of Linears to dtypes or be null, got \['fc1'\]$"),
     ],
 )

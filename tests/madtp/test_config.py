@@ -33,7 +33,7 @@ def test_round_trip_through_json():
         ("guard_tolerance", 0, "a positive number or None, got 0"),
         ("hwp_ramp", 1.5, r"a number in \[0, 1\]"),
         ("selection", "all", f"one of {', '.join(SELECTIONS)}, or a function, got 'all'"),
-        ("weight_dtype", "int4", "None or int8, got 'int4'"),
+        ("weight_dtype", "int4", "None or int8 or fp8, got 'int4'"),
         ("pattern", "4:2", '"n:m" with 1 <= n <= m'),
         ("sparse_exclude", "text_decoder", "a tuple of module name patterns, got 'text_decoder'"),
         ("controller_interval", True, "an integer of at least 1, got True"),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from madtp.hwp import FakeQuantizer, WeightPruner, prune_one_shot
-from madtp.hwp.int8_grid import rounded
+from madtp.hwp.weight_grid import rounded
 from madtp.training.trainer import last_checkpoint
 from madtp_kernels import quantize, quantized_linear
 from madtp_kernels.reference.quantized import quantize_rows

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_hwp_scores import correlated, make_model, output_error
 
-from madtp.hwp import collect_inputs, is_pattern, prune_one_shot, reconstruct, reconstruct_int8, round_to_int8
-from madtp.hwp.int8_grid import GridWeight, nearest, rounded, row_scale
-from madtp.hwp.int8_rounding import SHRINKS, search_scale
+from madtp.hwp import collect_inputs, is_pattern, prune_one_shot, reconstruct, reconstruct_rounded, round_weight
+from madtp.hwp.rounding import SHRINKS, search_scale
+from madtp.hwp.weight_grid import GridWeight, nearest, rounded, row_scale
 from madtp_kernels import nm_mask, quantize
 
 
@@ -26,11 +26,11 @@ def test_one_sweep_keeps_the_outputs_better_than_rounding_after(pattern):
     x, weight = correlated(), weight_with_outliers()
     gram = x.T @ x
     alone = weight if pattern is None else reconstruct(weight, gram, *map(int, pattern.split(":")))
-    joint = reconstruct_int8(weight, gram, pattern)
+    joint = reconstruct_rounded(weight, gram, pattern)
     errors = [output_error(weight, found, x) for found in (rounded(alone), joint.to_dense(torch.float32))]
     assert errors[1] < (0.3 if pattern is None else 1) * errors[0]
-    assert pattern is None or is_pattern(joint.integers.float(), pattern)
-    assert joint.integers.dtype == torch.int8 and joint.integers.min() >= -127
+    assert pattern is None or is_pattern(joint.values.float(), pattern)
+    assert joint.values.dtype == torch.int8 and joint.values.min() >= -127
 
 
 def test_rounding_in_the_sweep_against_the_naive_one():
@@ -38,15 +38,15 @@ def test_rounding_in_the_sweep_against_the_naive_one():
     torch.manual_seed(0)
     x, weight = torch.randn(300, 24, dtype=torch.float64), torch.randn(5, 24, dtype=torch.float64)
     x[:, 1::2] += x[:, ::2]
-    found = reconstruct_int8(weight, x.T @ x, damping=0.05)
+    found = reconstruct_rounded(weight, x.T @ x, damping=0.05)
     left, scale = weight.clone(), found.scale.double()[:, None]
     damped = x.T @ x + 0.05 * (x.T @ x).diagonal().mean() * torch.eye(24, dtype=torch.float64)
     for j in range(24):
         inverse = torch.linalg.inv(damped[j:, j:])
         error = left[:, j : j + 1] - nearest(left[:, j : j + 1], scale) * scale
         left[:, j:] -= error * inverse[0] / inverse[0, 0]
-    same = (found.integers == nearest(left, scale)).all(1)
-    nearest_won = (found.integers == nearest(weight, scale)).all(1)
+    same = (found.values == nearest(left, scale)).all(1)
+    nearest_won = (found.values == nearest(weight, scale)).all(1)
     assert (same | nearest_won).all() and same.sum() >= 4
 
 
@@ -65,15 +65,15 @@ def test_a_row_shrinks_where_that_pays():
 def test_the_nearest_integers_are_those_of_quantize(dtype):
     weight = torch.randn(9, 16).to(dtype)
     weight[3] = 0
-    found, expected = round_to_int8(weight), quantize(weight, "int8")
-    assert torch.equal(found.integers, expected.values) and torch.equal(found.scale, expected.scale)
+    found, expected = round_weight(weight), quantize(weight, "int8")
+    assert torch.equal(found.values, expected.values) and torch.equal(found.scale, expected.scale)
     assert torch.equal(rounded(weight), found.to_dense(dtype))
     again = quantize(found.to_dense(dtype), "int8", found.scale)
-    assert torch.equal(again.values, found.integers)
+    assert torch.equal(again.values, found.values)
     score = torch.rand(9, 16)
-    pruned = round_to_int8(weight, "2:4", score=score)
+    pruned = round_weight(weight, "2:4", score=score)
     expected = quantize(weight.masked_fill(~nm_mask(weight, 2, 4, score=score), 0), "int8")
-    assert torch.equal(pruned.integers, expected.values) and torch.equal(pruned.scale, expected.scale)
+    assert torch.equal(pruned.values, expected.values) and torch.equal(pruned.scale, expected.scale)
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
@@ -81,9 +81,9 @@ def test_zeros(pattern):
     weight = torch.randn(8, 16)
     weight[2], weight[:, 4:8] = 0, 0
     for gram in (torch.eye(16), torch.zeros(16, 16)):
-        found = reconstruct_int8(weight, gram, pattern)
-        assert (found.integers[2] == 0).all() and found.scale[2] == 1
-        assert (found.integers[:, 4:8] == 0).all()  # what was pruned before stays so
+        found = reconstruct_rounded(weight, gram, pattern)
+        assert (found.values[2] == 0).all() and found.scale[2] == 1
+        assert (found.values[:, 4:8] == 0).all()  # what was pruned before stays so
         assert found.scale.isfinite().all() and (found.scale > 0).all()
 
 
@@ -129,7 +129,7 @@ def test_one_shot_refuses_before_it_writes():
             {"weight_dtype": None},
             "pattern must be n:m where weights keep their dtype, got NoneType",
         ),
-        (("2:4", ["0"]), {"weight_dtype": "int4"}, 'weight_dtype must be "int8" or None, got int4'),
+        (("2:4", ["0"]), {"weight_dtype": "int4"}, "weight_dtype must be None or int8 or fp8, got 'int4'"),
         ((None, ["0", "2"], unreached), {"correct": True}, "must hold inputs of every module, got none of '2'"),
         ((None, ["0", "2"], broken), {"correct": True}, "gram must be finite, got a NaN or an infinity for '0'"),
         (("2:4", ["0", "2"]), {"correct": True}, "statistics must be given to correct weights"),
@@ -148,7 +148,7 @@ def test_one_shot_refuses_before_it_writes():
         (lambda layer: setattr(layer, "weight_scale", 3), "got '2': weight_scale is an attribute of it already"),
         (
             lambda layer: layer.half().weight.data.mul_(1e-5),
-            "must hold int8 weights in their dtype, got '2': dtype must be one that holds integers",
+            "must hold int8 weights in their dtype, got '2': dtype must be one that holds values",
         ),
     ],
 )
@@ -173,9 +173,9 @@ def test_weights_that_cannot_be_rounded(spoil, message):
 )
 def test_reconstruct_int8_refuses(weight, gram, message):
     with pytest.raises(ValueError, match=message):
-        reconstruct_int8(weight, gram, "2:4")
+        reconstruct_rounded(weight, gram, "2:4")
 
 
 def test_a_dtype_that_cannot_hold_the_grid():
-    with pytest.raises(ValueError, match="dtype must be one that holds integers \\* scale, got float16"):
+    with pytest.raises(ValueError, match="dtype must be one that holds values \\* scale, got float16"):
         GridWeight(torch.tensor([[127, 1]], dtype=torch.int8), torch.tensor([1e-8])).to_dense(torch.float16)

@@ -6,7 +6,7 @@ import torch
 from test_hwp_scores import correlated, make_model
 from torch import nn
 
-from madtp.hwp import InputStatistics, collect_inputs, prune_one_shot, select_int8, sensitivity_int8
+from madtp.hwp import InputStatistics, collect_inputs, prune_one_shot, rounding_sensitivity, select_rounded
 from madtp_kernels import quantize, quantized_linear
 
 
@@ -27,7 +27,7 @@ def measured(layer, x):
 def test_it_is_about_what_is_measured(outlier, tolerance):
     model, x = make_model(), torch.randn(500, 64)
     x[:, 7] *= outlier
-    found = sensitivity_int8(model, collected(model, x))
+    found = rounding_sensitivity(model, collected(model, x))
     assert list(found) == ["0", "2"]
     with torch.no_grad():
         inputs = {"0": x, "2": model[:2](x)}
@@ -39,19 +39,19 @@ def test_it_is_about_what_is_measured(outlier, tolerance):
 def test_an_outlier_of_the_inputs_makes_a_layer_sensitive():
     model, x = make_model(), torch.randn(200, 64)
     model[0].weight.data[:, 7] = 0  # so that the outlier counts for the scales of the rows alone
-    before = sensitivity_int8(model, collected(model, x))["0"]
+    before = rounding_sensitivity(model, collected(model, x))["0"]
     x[:, 7] *= 100
-    assert sensitivity_int8(model, collected(model, x))["0"] > 5 * before
+    assert rounding_sensitivity(model, collected(model, x))["0"] > 5 * before
 
 
 def test_the_scale_of_the_module_counts():
     model, x = make_model(), correlated()
     statistics = collected(model, x)
     prune_one_shot(model, None, ["0"], statistics, correct=True, weight_dtype="int8")
-    with_scale = sensitivity_int8(model, statistics)["0"]
+    with_scale = rounding_sensitivity(model, statistics)["0"]
     assert with_scale == pytest.approx(measured(model[0], x), rel=0.1)
     model[0].weight_scale.mul_(8)
-    assert sensitivity_int8(model, statistics)["0"] > 2 * with_scale
+    assert rounding_sensitivity(model, statistics)["0"] > 2 * with_scale
 
 
 def test_statistics_of_magnitudes():
@@ -76,20 +76,20 @@ def test_statistics_of_magnitudes():
 def test_zero_outputs_have_no_error():
     model = make_model()
     nn.init.zeros_(model[0].weight)
-    assert sensitivity_int8(model, collected(model, correlated()))["0"] == 0
+    assert rounding_sensitivity(model, collected(model, correlated()))["0"] == 0
 
 
 def test_select_int8():
     errors = {"a": 0.1, "b": 0.3, "c": 0.0, "d": 0.2}
-    assert select_int8(errors) == ["a", "b", "c", "d"]
-    assert select_int8(errors, keep_float=0.25) == ["a", "c", "d"]
-    assert select_int8(errors, keep_float=0.3, max_error=0.15) == ["a", "c"]
-    assert select_int8(errors, keep_float=1) == [] and select_int8({}, keep_float=0.5) == []
+    assert select_rounded(errors) == ["a", "b", "c", "d"]
+    assert select_rounded(errors, keep_float=0.25) == ["a", "c", "d"]
+    assert select_rounded(errors, keep_float=0.3, max_error=0.15) == ["a", "c"]
+    assert select_rounded(errors, keep_float=1) == [] and select_rounded({}, keep_float=0.5) == []
     for wrong in ({"keep_float": 1.5}, {"keep_float": "b"}, {"max_error": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a number"):
-            select_int8(errors, **wrong)
+            select_rounded(errors, **wrong)
     with pytest.raises(ValueError, match="errors must be numbers, got NaN for 'a'"):
-        select_int8({"a": float("nan")})
+        select_rounded({"a": float("nan")})
 
 
 def test_bad_statistics():
@@ -108,4 +108,4 @@ def test_bad_statistics():
         (smoothed, "statistics must be of the inputs as they are, got those before smoothing for '0'"),
     ):
         with pytest.raises(ValueError, match=message):
-            sensitivity_int8(model, statistics)
+            rounding_sensitivity(model, statistics)

@@ -9,7 +9,7 @@ from families import CASES, randomised
 from torch import nn
 
 import madtp
-from madtp.hwp import NormReaders, collect_inputs, prune_one_shot, sensitivity_int8, smooth
+from madtp.hwp import NormReaders, collect_inputs, prune_one_shot, rounding_sensitivity, smooth
 from madtp.models import norm_readers
 
 PAIR = NormReaders("0", ("1",))
@@ -77,13 +77,13 @@ def test_int8_costs_less():
     model, x = make_model(), torch.randn(200, 16)
     run = lambda model: model(x)  # noqa: E731
     statistics = collected(model, [PAIR], run)
-    dense, before = model(x), sensitivity_int8(model, statistics)["1"]
+    dense, before = model(x), rounding_sensitivity(model, statistics)["1"]
     gram = statistics["1"].gram.clone()
     report = smooth(model, [PAIR], statistics)["0"]
     assert torch.equal(model(x), dense)
     assert torch.equal(report.divisor.log2(), report.divisor.log2().round()) and report.reason is None
     anew = collected(model, [PAIR], run)
-    assert sensitivity_int8(model, anew)["1"] < 0.5 * before
+    assert rounding_sensitivity(model, anew)["1"] < 0.5 * before
     torch.testing.assert_close(statistics["1"].gram, anew["1"].gram, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(statistics["1"].amax, anew["1"].amax)
     assert not torch.allclose(gram, anew["1"].gram)

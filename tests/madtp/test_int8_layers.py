@@ -122,7 +122,7 @@ def test_a_layer_that_was_packed_24_and_cannot_go_int8_says_why():
         made.fc1.weight[0, 0] = torch.nan
     assert hwp.pack(made, dtype="int8") == {} and made.fc1.scheme == "sparse24"
     assert hwp.explain_linears(made, dtype="int8")["fc1"].endswith("; not int8: weight has a NaN or an infinity")
-    with pytest.raises(ValueError, match="dtype must be None or int8, got 'int4'"):
+    with pytest.raises(ValueError, match="dtype must be None or int8 or fp8, got 'int4'"):
         hwp.explain_linears(made, dtype="int4")
 
 
@@ -180,13 +180,13 @@ def test_scales_that_cannot_be_are_refused_before_anything_is_packed(scale, mess
 
 
 def test_what_is_no_dtype_and_no_linear_is_refused():
-    with pytest.raises(ValueError, match="dtype must be None or int8, got 'int4'"):
+    with pytest.raises(ValueError, match="dtype must be None or int8 or fp8, got 'int4'"):
         hwp.pack(block(), dtype="int4")
     with pytest.raises(ValueError, match="names must name Linear modules, got 'act', which is a ReLU"):
         hwp.pack(block(), ["act"], dtype="int8")
     with pytest.raises(ValueError, match="modules must name Linear modules, got 'fc1', which is a QuantizedLinear"):
         hwp.WeightPruner(packed_block(), "2:4", ["fc1"], schedule="one_shot")
-    with pytest.raises(ValueError, match="scheme must be one of sparse24, int8, int8_24, got 'int4'"):
+    with pytest.raises(ValueError, match="scheme must be one of sparse24, int8, int8_24, fp8, fp8_24, got 'int4'"):
         replace_linear(block(), "fc1", "int4", Epilogue())
 
 
@@ -269,8 +269,8 @@ def test_residuals_of_every_shape_and_of_a_wider_type():
         ("fc1.weight_scale", torch.zeros_like, "fc1.weight.scale must be positive and finite, got 0.0 at row 0"),
         ("fc2.weight_scale", torch.neg, "fc2.weight.scale must be positive and finite, got -"),
         ("fc2.weight_scale", lambda v: v * torch.nan, "fc2.weight.scale must be positive and finite, got nan"),
-        ("fc2.weight_scale", torch.Tensor.half, "fc2.weight_scale must be float32 for an int8 layer, got float16"),
-        ("fc2.weight", torch.Tensor.float, "fc2.weight must be int8 for an int8 layer, got float32"),
+        ("fc2.weight_scale", torch.Tensor.half, "fc2.weight_scale must be float32 for a layer of int8, got float16"),
+        ("fc2.weight", torch.Tensor.float, "fc2.weight must be int8 for a layer of int8, got float32"),
         ("fc2.weight", lambda v: v[:, :32], "size mismatch for fc2.weight"),
     ],
 )
@@ -288,7 +288,7 @@ def test_states_that_no_kernel_may_read_are_refused(name, change, message):
 def test_states_of_plain_linears_are_refused():
     """Those of a dense int8 layer have the shape of a plain one's: torch would cast them."""
     made = packed_block()
-    with pytest.raises(RuntimeError, match="fc2.weight must be int8 for an int8 layer, got float32"):
+    with pytest.raises(RuntimeError, match="fc2.weight must be int8 for a layer of int8, got float32"):
         made.load_state_dict(block().state_dict(), strict=False)
 
 

@@ -223,7 +223,7 @@ def test_the_command_line_and_the_config_take_int8(tmp_path):
     assert settings(None)[0].weight_dtype is None
     config, _ = settings(None, weights="int8")
     assert madtp.CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(ValueError, match="weight_dtype must be None or int8, got 'int4'"):
+    with pytest.raises(ValueError, match="weight_dtype must be None or int8 or fp8, got 'int4'"):
         settings(None, weights="int4")
 
 

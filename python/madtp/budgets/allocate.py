@@ -24,14 +24,14 @@ from madtp.budgets.smoothing import smooth_model
 from madtp.budgets.strategies import STRATEGIES
 from madtp.choices import ALLOCATIONS, REDUCTIONS
 from madtp.config import CompressionConfig
-from madtp.hwp import select_int8
+from madtp.hwp import select_rounded
 from madtp.patching.handle import patch
 from madtp.profiling.timing import TIMING_BATCH
 from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
 
 CALIBRATION_SAMPLES = 64
-MAX_INT8_ERROR = 0.1  # of the outputs of a Linear, by which int8 may change them; one above keeps its dtype
+MAX_ROUNDING_ERROR = 0.1  # of the outputs of a Linear, by which rounding may change them; one above keeps its dtype
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
@@ -49,7 +49,7 @@ def allocate(
     Every Linear and every branch is pruned by itself on `CALIBRATION_SAMPLES` samples of the data; what costs the
     answers least per MAC saved goes first; with a latency_reduction, per millisecond saved on the model's device
     (`madtp.budgets.latency`). With a weight_dtype the plan names the Linears that go there: all that may go N:M, but
-    for those whose outputs it changes by more than `MAX_INT8_ERROR`.
+    for those whose outputs it changes by more than `MAX_ROUNDING_ERROR`.
 
     Args:
         allocation: "joint", tokens and weights as they come; "tokens" or "weights", only those; "uniform", all Linears
@@ -124,7 +124,8 @@ def _look_into(
     sensitivities = find_sensitivities(calibration, progress=progress)
     if config.latency_reduction is not None:
         batch = sample_batches(task, calibration_data, TIMING_BATCH, device)[0]
-        times = time_parts(model, patched, sensitivities, batch, _quantized(sensitivities, config))
+        rounded = _quantized(sensitivities, config)
+        times = time_parts(model, patched, sensitivities, batch, rounded, config.weight_dtype or "int8")
         sensitivities = replace(sensitivities, times=times)
     return calibration, sensitivities
 
@@ -166,21 +167,21 @@ def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: 
     if config.weight_dtype is None:
         return plan
     dtypes: dict[str, str] = {name: config.weight_dtype for name in _quantized(sensitivities, config)}
-    return replace(plan, weight_dtypes=dtypes, int8_errors=_int8_errors(sensitivities))
+    return replace(plan, weight_dtypes=dtypes, rounding_errors=_rounding_errors(sensitivities))
 
 
 def _quantized(sensitivities: Sensitivities, config: CompressionConfig) -> list[str]:
-    """Linears that go int8: where that was looked at, and changes the outputs little enough."""
+    """Linears that are rounded: where that was looked at, and changes the outputs little enough."""
     if config.weight_dtype is None:
         return []
-    return select_int8(_int8_errors(sensitivities), max_error=MAX_INT8_ERROR)
+    return select_rounded(_rounding_errors(sensitivities), max_error=MAX_ROUNDING_ERROR)
 
 
-def _int8_errors(sensitivities: Sensitivities) -> dict[str, float]:
-    errors = {name: unit.int8_error for name, unit in sensitivities.weights.items()}
+def _rounding_errors(sensitivities: Sensitivities) -> dict[str, float]:
+    errors = {name: unit.rounding_error for name, unit in sensitivities.weights.items()}
     known = {name: error for name, error in errors.items() if error is not None}
     if errors and not known:
-        raise ValueError("sensitivities must hold int8 errors with a weight_dtype, got none")
+        raise ValueError("sensitivities must hold rounding errors with a weight_dtype, got none")
     return known
 
 

@@ -32,6 +32,7 @@ def time_parts(
     sensitivities: Sensitivities,
     batch: Mapping[str, Tensor],
     quantized: Collection[str] = (),
+    dtype: str = "int8",
 ) -> Times:
     """Times the parts that `sensitivities` knows the harm of, as the layers that will run.
 
@@ -39,12 +40,13 @@ def time_parts(
         dense: the model as it was given.
         patched: a copy of it, patched, at temperature 0.
         batch: without shared images, where the models are.
-        quantized: Linears that go int8.
+        quantized: Linears that are rounded.
+        dtype: to what.
     """
-    saved = _saved_by_packing(patched, sensitivities.weights, batch, quantized)
+    saved = _saved_by_packing(patched, sensitivities.weights, batch, dict.fromkeys(quantized, dtype))
     if quantized:
         patched = copy.deepcopy(patched)
-        pack(patched, quantized, dtype="int8")
+        pack(patched, quantized, dtype=dtype)
     handle, device, samples = handle_of(patched), next(iter(batch.values())).device, leading_size(batch)
 
     def at(branch: str, temperature: float) -> None:
@@ -66,12 +68,12 @@ def time_parts(
 
 
 def _saved_by_packing(
-    model: nn.Module, names: Iterable[str], batch: Mapping[str, Tensor], quantized: Collection[str]
+    model: nn.Module, names: Iterable[str], batch: Mapping[str, Tensor], quantized: Mapping[str, str]
 ) -> dict[str, float]:
     """Seconds a Linear takes less as a 2:4 layer, at the rows it meets in a forward of the batch; 0 where it does not.
 
-    Of those that go int8, the int8 layer is compared with the int8 2:4 one. Layers of one shape and dtype at as many
-    rows are timed once.
+    Of those that are rounded, the rounded layer is compared with the rounded 2:4 one. Layers of one shape and dtype at
+    as many rows are timed once.
     """
     modules = {name: linear_of(model, name) for name in names}
     rows: defaultdict[str, list[int]] = defaultdict(list)  # by module, of each of its calls
@@ -89,29 +91,29 @@ def _saved_by_packing(
         saved = dict.fromkeys(modules, 0.0)
         for name, module in modules.items():
             for count in rows[name]:
-                kind = count, module.weight.shape, name in quantized
+                kind = count, module.weight.shape, quantized.get(name)
                 if kind not in gains:
-                    gains[kind] = _gain(module, count, name in quantized)
+                    gains[kind] = _gain(module, count, quantized.get(name))
                 saved[name] += gains[kind]
     return saved
 
 
-def _gain(module: nn.Linear, rows: int, rounds: bool) -> float:
+def _gain(module: nn.Linear, rows: int, rounding: str | None) -> float:
     out_features, in_features = module.weight.shape
     if not rows or not supports_shape(out_features, in_features):  # which `pack` does not make 2:4
         return 0.0
-    dense, sparse = _layers(module, rounds)
+    dense, sparse = _layers(module, rounding)
     x = torch.randn(rows, in_features, dtype=module.weight.dtype, device=module.weight.device)
     found = medians({"dense": lambda: linear(dense, x), "packed": lambda: sparse(x)}, x.device)
     return max(found["dense"] - found["packed"], 0.0)
 
 
-def _layers(module: nn.Linear, rounds: bool) -> tuple[nn.Module, nn.Module]:
+def _layers(module: nn.Linear, rounding: str | None) -> tuple[nn.Module, nn.Module]:
     """What runs where the weight stays dense, and where it goes 2:4."""
     weight, bias = module.weight.detach(), module.bias
     sparse = sparse24_prune(weight)
-    if not rounds:
+    if rounding is None:
         return module, Sparse24Linear(sparse, bias)
     dtype = weight.dtype
-    dense = QuantizedLinear(quantize(weight, "int8"), bias, dense_dtype=dtype)
-    return dense, QuantizedLinear(quantize(sparse, "int8_24"), bias, dense_dtype=dtype)
+    dense = QuantizedLinear(quantize(weight, rounding), bias, dense_dtype=dtype)
+    return dense, QuantizedLinear(quantize(sparse, f"{rounding}_24"), bias, dense_dtype=dtype)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -37,10 +37,11 @@ class Plan:
             per sample of the dense model, as measured, and of what is planned.
         compared: what this plan and the others at the same budget did to the distillation loss on the calibration data
             before any training, by allocation; those that cannot reach the budget are not there.
-        weight_dtypes: name of a Linear -> the dtype that its weight is rounded to in the end, "int8"; Linears that are
-            not named keep theirs. None: the config says it for all.
-        int8_errors: name of a Linear -> the relative error of its outputs in int8 (`madtp.hwp.sensitivity_int8`), by
-            which weight_dtypes was chosen; Linears that the calibration data do not reach are not there.
+        weight_dtypes: name of a Linear -> the dtype that its weight is rounded to in the end, "int8" or "fp8", the same
+            for all; Linears that are not named keep theirs. None: the config says it for all.
+        rounding_errors: name of a Linear -> the relative error of its outputs in that dtype
+            (`madtp.hwp.rounding_sensitivity`), by which weight_dtypes was chosen; Linears that the calibration data do
+            not reach are not there.
     """
 
     macs_reduction: float
@@ -51,7 +52,7 @@ class Plan:
     predicted: dict[str, float] = field(default_factory=dict)
     compared: dict[str, float] = field(default_factory=dict)
     weight_dtypes: dict[str, str] | None = None
-    int8_errors: dict[str, float] = field(default_factory=dict)
+    rounding_errors: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _is_share(self.macs_reduction) or self.macs_reduction == 1:
@@ -74,10 +75,17 @@ class Plan:
         for name, dtype in dtypes.items():
             if dtype not in WEIGHT_DTYPES:
                 raise ValueError(f"weight_dtypes of {name} must be {' or '.join(WEIGHT_DTYPES)}, got {dtype!r}")
-        for field_name in ("predicted", "compared", "int8_errors"):
+        if len(set(dtypes.values())) > 1:
+            raise ValueError(f"weight_dtypes must be of one dtype, got {', '.join(sorted(set(dtypes.values())))}")
+        for field_name in ("predicted", "compared", "rounding_errors"):
             value = getattr(self, field_name)
             if not isinstance(value, Mapping) or not all(isinstance(number, int | float) for number in value.values()):
                 raise ValueError(f"{field_name} must map names to numbers, got {value!r}")
+
+    @property
+    def weight_dtype(self) -> Literal["int8", "fp8"] | None:
+        """What weights are rounded to; None: the config says it, or none is."""
+        return cast(Any, next(iter((self.weight_dtypes or {}).values()), None))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON and YAML."""

@@ -25,7 +25,7 @@ class WeightUnit:
     zeroed: int  # weights
     macs: float  # counted per sample that it saves with all tokens; 0 where the hardware cannot run the pattern
     distill_loss: float
-    int8_error: float | None = None  # of its outputs with a dense weight; None: not looked at, or no input was met
+    rounding_error: float | None = None  # of its outputs with a dense weight; None: not looked at, or no input was met
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Times:
 
     Args:
         dense: of the model as it was given.
-        patched: of the patched model with all its tokens and weights, those in int8 that will be.
+        patched: of the patched model with all its tokens and weights, those rounded that will be.
         tokens: of the same with one branch at the temperature of each of its `Sensitivities.tokens`.
-        weights: by Linear, what it saves as a packed 2:4 layer with all tokens; never below 0. One that goes int8 is
-            compared in int8.
+        weights: by Linear, what it saves as a packed 2:4 layer with all tokens; never below 0. One that goes to
+            int8 or fp8 is compared there.
     """
 
     dense: float

@@ -18,7 +18,7 @@ from madtp.budgets.prunable import linear_of, prunable_linears
 from madtp.budgets.records import Sensitivities, TokenPoint, WeightUnit
 from madtp.config import CompressionConfig
 from madtp.handles import handle_of
-from madtp.hwp import InputStatistics, Pattern, prune_one_shot, sensitivity_int8
+from madtp.hwp import InputStatistics, Pattern, prune_one_shot, rounding_sensitivity
 from madtp.inference import evaluating, leading_size
 from madtp.profiling.inputs import input_statistics
 from madtp.profiling.macs import branch_of, counted_macs, profile_batches
@@ -116,7 +116,7 @@ class Calibration:
 def find_sensitivities(
     calibration: Calibration, *, progress: Callable[[Sequence[str]], Iterable[str]] = iter
 ) -> Sensitivities:
-    """Prunes one part after the other and looks what it does to the answers; with a weight_dtype, what int8 does to
+    """Prunes one part after the other and looks what it does to the answers; with a weight_dtype, what that does to
     the outputs of each Linear too.
 
     Args:
@@ -142,7 +142,7 @@ def find_sensitivities(
             distill_loss = max(calibration.distill_loss(), 0.0)
         error = None
         if config.weight_dtype is not None and inputs[name].weight_sum > 0:
-            error = sensitivity_int8(model, {name: inputs[name]})[name]
+            error = rounding_sensitivity(model, {name: inputs[name]}, dtype=config.weight_dtype)[name]
         zeroed = weight.numel() - weight.numel() * n // m
         saved = 0.5 * macs if Pattern(n, m).sparse24 else 0.0
         weights[name] = WeightUnit(branch_of((name,), handle.branches), zeroed, saved, distill_loss, error)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Smoothing of a patched model whose Linears go int8: which of its norms, and by which inputs."""
+"""Smoothing of a patched model whose Linears are rounded: which of its norms, and by which inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from madtp.profiling.inputs import input_statistics, require_reached
 def smooth_model(
     model: nn.Module, quantized: Collection[str], batches: Iterable[Mapping[str, Tensor]], alpha: float
 ) -> dict[str, Smoothing]:
-    """`madtp.hwp.smooth` of every norm that a Linear which goes int8 reads; the model computes the same.
+    """`madtp.hwp.smooth` of every norm that a Linear which is rounded reads; the model computes the same.
 
     Args:
         model: patched.

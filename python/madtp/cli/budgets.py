@@ -72,8 +72,8 @@ def allocate(
         print(f"{branch}: {100 * share:.1f} % of its MACs for tokens")
     print(f"{len(plan.sparse_modules)} Linears go {asked.pattern}")
     if plan.weight_dtypes is not None:
-        print(f"{len(plan.weight_dtypes)} Linears go int8")
-        for name, error in plan.int8_errors.items():
+        print(f"{len(plan.weight_dtypes)} Linears go {asked.weight_dtype}")
+        for name, error in plan.rounding_errors.items():
             if name not in plan.weight_dtypes:
                 print(f"{name} does not: its outputs would change by {100 * error:.1f} %")
     if plan.latency_reduction is not None:

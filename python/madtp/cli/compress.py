@@ -114,7 +114,7 @@ def targets_table(targets: Targets) -> Table:
     ]
     caption = f"{len(targets.chosen)} Linears go N:M, {len(targets.dense)} stay dense"
     if targets.quantized:
-        caption += f"; {len(targets.quantized)} go int8"
+        caption += f"; {len(targets.quantized)} go {targets.weight_dtype}"
     if targets.latency_reduction is not None:
         caption += f"; planned for {100 * targets.latency_reduction:.1f} % less time"
     columns = ("", "GMACs a sample, dense", "target", "")

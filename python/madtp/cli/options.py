@@ -47,7 +47,7 @@ Weights = Annotated[
 ]
 Smoothing = Annotated[
     float | None,
-    typer.Option(help="With int8 weights: how much of outliers moves from inputs into weights first, 0 to 1."),
+    typer.Option(help="With rounded weights: how much of outliers moves from inputs into weights first, 0 to 1."),
 ]
 Config = Annotated[Path | None, typer.Option(help="YAML: fields of CompressionConfig, and training: a mapping.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")]

@@ -26,8 +26,8 @@ from madtp.config import CompressionConfig
 from madtp.files import atomic_directory, require_writable
 from madtp.handles import handle_of
 from madtp.hwp import Permutation, Smoothing, mlp_pairs, pack, permute_mlps, prune_one_shot
-from madtp.hwp.int8_grid import set_scale
-from madtp.hwp.packing import refuse_int8
+from madtp.hwp.packing import refuse_quantized
+from madtp.hwp.weight_grid import set_scale
 from madtp.patching.handle import patch
 from madtp.patching.pretrained import from_pretrained
 from madtp.patching.saving import files_of_user
@@ -42,7 +42,7 @@ from madtp.training.trainer import MadtpTrainer, last_checkpoint
 
 GUARD_SAMPLES = 16  # of the calibration data, on which a move of masks or temperatures must not raise the loss
 TEMPERATURE_SAMPLES = 2048  # of the calibration data, on which the temperatures are calibrated for a MAC target
-FAKE_QUANTIZED_SHARE = 0.2  # of the training, at its end, in which a model that gets int8 weights computes with them
+FAKE_QUANTIZED_SHARE = 0.2  # of the training, at its end, in which a model whose weights are rounded computes so
 TIME_TOLERANCE = 0.01  # of a latency target, within which they are calibrated
 
 
@@ -104,15 +104,15 @@ def compress(
 
     Raises:
         ValueError: a target cannot be reached, output_dir cannot be written to, data are empty or do not reach a
-            Linear, the model has int8 weights, which do not train, the selection is a function, which no file holds, or
-            the checkpoint is of another config.
+            Linear, the model has int8 or fp8 weights, which do not train, the selection is a function, which no file
+            holds, or the checkpoint is of another config.
         TypeError: the model's class is not supported.
     """
     require_samples(train_data=train_data, eval_data=eval_data)
-    refuse_int8(model)
+    refuse_quantized(model)
     config.to_dict()  # which every file of the run has
-    if plan is not None and plan.weight_dtypes:
-        config = replace(config, weight_dtype="int8")
+    if plan is not None and plan.weight_dtype is not None:
+        config = replace(config, weight_dtype=plan.weight_dtype)
     output_dir = require_writable("output_dir", output_dir)
     args = _training_arguments(output_dir, config, training)
     if args.max_steps == 0 and config.hwp_schedule != "one_shot":
@@ -143,8 +143,8 @@ def compress(
         data_collator=task.collate,
         callbacks=list(callbacks),
     )
-    if targets.quantized:
-        trainer.fake_quantize(targets.quantized, FAKE_QUANTIZED_SHARE)
+    if targets.weight_dtype is not None and targets.quantized:
+        trainer.fake_quantize(targets.quantized, FAKE_QUANTIZED_SHARE, targets.weight_dtype)
     _train(trainer, output_dir / "checkpoints", resume, progress)
     magnitude_kept = _finish_training(trainer, targets.quantized)
     with bars.status("calibrating the temperatures"):
@@ -186,7 +186,7 @@ def _permute(student: nn.Module, selected: list[str], config: CompressionConfig)
 
 
 def _smooth(student: nn.Module, targets: Targets, config: CompressionConfig) -> dict[str, Smoothing]:
-    """If asked to, moves outliers of what int8 layers meet into their weights; what the model computes stays."""
+    """If asked to, moves outliers of what rounded layers meet into their weights; what the model computes stays."""
     if config.hwp_smoothing is None:
         return {}
     return smooth_model(student, targets.quantized, targets.probe, config.hwp_smoothing)
@@ -194,7 +194,7 @@ def _smooth(student: nn.Module, targets: Targets, config: CompressionConfig) -> 
 
 def _score_norms(student: nn.Module, targets: Targets, config: CompressionConfig) -> dict[str, Tensor] | None:
     """What `WeightPruner` scores by; None: magnitude. With "second_order" weights are pruned, corrected and, where
-    they go int8, rounded here."""
+    that is asked for, rounded here."""
     if config.hwp_score == "magnitude":
         return None
     handle, second_order = handle_of(student), config.hwp_score == "second_order"
@@ -211,8 +211,10 @@ def _score_norms(student: nn.Module, targets: Targets, config: CompressionConfig
         both, dense = [[name for name in rounded if (name in chosen) == sparse] for sparse in (True, False)]
         kept = [name for name in chosen if name not in rounded]
         prune_one_shot(student, config.pattern, kept, inputs, correct=True)
-        prune_one_shot(student, config.pattern, both, inputs, correct=True, weight_dtype="int8")
-        prune_one_shot(student, None, dense, inputs, correct=True, weight_dtype="int8")
+        if rounded:
+            dtype = targets.weight_dtype
+            prune_one_shot(student, config.pattern, both, inputs, correct=True, weight_dtype=dtype)
+            prune_one_shot(student, None, dense, inputs, correct=True, weight_dtype=dtype)
         return None
     return {name: statistics.norms for name, statistics in inputs.items()}
 
@@ -245,7 +247,7 @@ def _pack_and_calibrate(
 ) -> tuple[list[str], float]:
     """Moves the temperatures until the model costs what it is to cost: MACs before it is packed, time after.
 
-    With int8 weights MACs are counted after it: rounding moves what decides which tokens stay.
+    With rounded weights MACs are counted after it: rounding moves what decides which tokens stay.
 
     Returns:
         the Linears that were packed, and the share by which the target is missed.
@@ -271,8 +273,8 @@ def _pack_and_calibrate(
 
 
 def _pack(student: nn.Module, targets: Targets) -> list[str]:
-    """Packs what goes int8, then what is 2:4 in its own dtype; returns the names."""
-    rounded = list(pack(student, targets.quantized, dtype="int8")) if targets.quantized else []
+    """Packs what is rounded, then what is 2:4 in its own dtype; returns the names."""
+    rounded = list(pack(student, targets.quantized, dtype=targets.weight_dtype)) if targets.quantized else []
     return [*rounded, *pack(student, targets.chosen)]
 
 

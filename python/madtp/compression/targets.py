@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ class Targets:
     macs_reduction: float  # of the dense MACs
     latency_reduction: float | None  # of the dense model's time, where that is what is asked for
     chosen: list[str]  # Linears that go N:M
-    quantized: list[str]  # Linears that go int8, whether they go N:M or not
+    quantized: list[str]  # Linears that are rounded, whether they go N:M or not
+    weight_dtype: Literal["int8", "fp8"] | None  # to what
     dense: dict[str, str]  # Linears that can do neither, and why
     branch_macs: dict[str, float]  # counted, of the branches that prune
     before: Profile  # with all tokens, the chosen Linears counted as N:M
@@ -108,8 +110,9 @@ def choose_targets(
         plan.require_fit(pruning, linears.selected)
         chosen = list(plan.sparse_modules)
         reduction, latency_reduction = plan.macs_reduction, plan.latency_reduction
-    quantized = [] if config.weight_dtype is None else linears.selected
+    quantized, weight_dtype = [] if config.weight_dtype is None else linears.selected, config.weight_dtype
     if plan is not None and plan.weight_dtypes is not None:
+        weight_dtype = plan.weight_dtype
         quantized = [name for name in linears.selected if name in plan.weight_dtypes]
     planned = chosen if Pattern.parse(config.pattern).sparse24 else []
     probe = sample_batches(task, calibration_data, PROBE_SAMPLES, device)
@@ -119,7 +122,8 @@ def choose_targets(
     else:
         macs = {b: share * before.branches[b].counted_macs for b, share in plan.tokens.items() if share < 1}
     _require_feasible(student, probe, planned, before.total.dense_macs, reduction, macs, config)
-    return Targets(reduction, latency_reduction, chosen, quantized, linears.dense, macs, before, probe)
+    rounding = quantized, weight_dtype
+    return Targets(reduction, latency_reduction, chosen, *rounding, linears.dense, macs, before, probe)
 
 
 def _require_params_reduction(model: nn.Module, selected: list[str], config: CompressionConfig) -> None:

@@ -7,9 +7,6 @@ The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go 
 
 from madtp.hwp.calibration import InputStatistics, collect_inputs
 from madtp.hwp.fake_quantization import FakeQuantizer
-from madtp.hwp.int8_grid import GridWeight
-from madtp.hwp.int8_rounding import reconstruct_int8, round_to_int8
-from madtp.hwp.int8_sensitivity import select_int8, sensitivity_int8
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
 from madtp.hwp.one_shot import OneShotReport, prune_one_shot
 from madtp.hwp.packed_linear import PackedLinear, activated_linear, linear, residual_linear
@@ -17,9 +14,12 @@ from madtp.hwp.packing import Epilogue, explain_linears, pack, unpack
 from madtp.hwp.permutation import Permutation, fold_permutation, mlp_pairs, permute_mlps, search_permutation
 from madtp.hwp.pruner import WeightPruner, bake
 from madtp.hwp.quantized_linear import QuantizedLinear
+from madtp.hwp.rounding import reconstruct_rounded, round_weight
+from madtp.hwp.rounding_sensitivity import rounding_sensitivity, select_rounded
 from madtp.hwp.scores import activation_score, reconstruct
 from madtp.hwp.smoothing import NormReaders, Smoothing, smooth
 from madtp.hwp.sparse24_linear import Sparse24Linear
+from madtp.hwp.weight_grid import GridWeight
 from madtp_kernels.nm_patterns import Pattern, explain_pattern, is_pattern
 
 __all__ = [
@@ -53,13 +53,13 @@ __all__ = [
     "permute_mlps",
     "prune_one_shot",
     "reconstruct",
-    "reconstruct_int8",
+    "reconstruct_rounded",
     "residual_linear",
-    "round_to_int8",
+    "round_weight",
     "search_permutation",
-    "select_int8",
+    "select_rounded",
     "select_modules",
-    "sensitivity_int8",
+    "rounding_sensitivity",
     "smooth",
     "sparsity",
     "unpack",

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""N:M masks and int8 weights in one shot, without training."""
+"""N:M masks, and weights in int8 or fp8, in one shot, without training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from madtp.choices import WEIGHT_DTYPES
 from madtp.hwp.calibration import InputStatistics, known_inputs
-from madtp.hwp.int8_grid import grid_unsupported_reason, set_scale
-from madtp.hwp.int8_rounding import reconstruct_int8, round_to_int8
 from madtp.hwp.modules import linears, write_parameters
+from madtp.hwp.rounding import reconstruct_rounded, round_weight
 from madtp.hwp.scores import activation_score, norms_of, reconstruct
+from madtp.hwp.weight_grid import grid_unsupported_reason, set_scale
 from madtp_kernels import Pattern, explain_pattern, nm_mask
 from madtp_kernels.checks import require
 from madtp_kernels.nm_patterns import PatternReport
@@ -33,7 +34,7 @@ def prune_one_shot(
     *,
     correct: bool = False,
     damping: float = 0.01,
-    weight_dtype: Literal["int8"] | None = None,
+    weight_dtype: str | None = None,
 ) -> OneShotReport:
     """Zeroes the weights of Linear modules that `pattern` has no room for, in place, and rounds the others if asked to.
 
@@ -42,18 +43,19 @@ def prune_one_shot(
         modules: names of Linear modules, such as `select_modules(...).selected`.
         statistics: of their inputs, from `collect_inputs`: the largest |W| ||x|| stay, token-weighted if those are.
             None keeps the largest |W|.
-        correct: choose, correct and round weights by `reconstruct` or `reconstruct_int8`, with its `damping`;
+        correct: choose, correct and round weights by `reconstruct` or `reconstruct_rounded`, with its `damping`;
             statistics must hold Gram matrices.
-        weight_dtype: "int8": the weights become integers times a scale for every row, which each module has from here
-            on as its buffer `weight_scale` (float32 (N,), no part of the state dict). Rounding weight / weight_scale
-            gives the integers, as `pack` does it. Cast the model before, not after: that would round the scales too.
-            None: they stay as they are, and a weight_scale of before goes.
+        weight_dtype: "int8" or "fp8": the weights become numbers of it times a scale for every row, which each module
+            has from here on as its buffer `weight_scale` (float32 (N,), no part of the state dict). Rounding
+            weight / weight_scale gives the numbers, as `pack` does it. Cast the model before, not after: that would
+            round the scales too. None: they stay as they are, and a weight_scale of before goes.
 
     Raises:
         ValueError: a module does not exist, does not fit the pattern, shares its weight, its statistics lack something,
             or its weight cannot be rounded. Weights are written when all is known to be well.
     """
-    require(weight_dtype in (None, "int8"), "weight_dtype", '"int8" or None', weight_dtype)
+    rounds = weight_dtype is None or weight_dtype in WEIGHT_DTYPES
+    require(rounds, "weight_dtype", f"None or {' or '.join(WEIGHT_DTYPES)}", repr(weight_dtype))
     require(pattern is not None or weight_dtype is not None, "pattern", "n:m where weights keep their dtype", pattern)
     pattern = Pattern(1, 1) if pattern is None else Pattern.parse(pattern)
     found = linears(model, modules, pattern)
@@ -69,7 +71,7 @@ def prune_one_shot(
         if weight_dtype is None:
             weights[name] = _pruned(module.weight.detach(), pattern, score, gram, damping), None
         else:
-            weights[name] = _rounded(name, module, pattern, score, gram, damping)
+            weights[name] = _rounded(name, module, pattern, score, gram, damping, weight_dtype)
     kept = {}
     for name, (weight, _) in weights.items():
         before = found[name].weight.detach().abs().double()
@@ -95,17 +97,23 @@ def _pruned(weight: Tensor, pattern: Pattern, score: Tensor | None, gram: Tensor
 
 
 def _rounded(
-    name: str, module: nn.Linear, pattern: Pattern, score: Tensor | None, gram: Tensor | None, damping: float
+    name: str,
+    module: nn.Linear,
+    pattern: Pattern,
+    score: Tensor | None,
+    gram: Tensor | None,
+    damping: float,
+    dtype: str,
 ) -> tuple[Tensor, Tensor]:
     """The weight on its grid, and the scale."""
     if (reason := grid_unsupported_reason(module)) is not None:
         raise ValueError(f"modules must have weights that can be rounded, got {name!r}: {reason}")
     weight = module.weight.detach()
     if gram is None:
-        grid = round_to_int8(weight, pattern, score=score)
+        grid = round_weight(weight, pattern, score=score, dtype=dtype)
     else:
-        grid = reconstruct_int8(weight, gram, pattern, damping=damping)
+        grid = reconstruct_rounded(weight, gram, pattern, damping=damping, dtype=dtype)
     try:
         return grid.to_dense(weight.dtype), grid.scale
     except ValueError as error:
-        raise ValueError(f"modules must hold int8 weights in their dtype, got {name!r}: {error}") from error
+        raise ValueError(f"modules must hold {dtype} weights in their dtype, got {name!r}: {error}") from error

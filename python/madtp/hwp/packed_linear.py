@@ -18,7 +18,8 @@ from madtp_kernels.dispatch import Choice
 from madtp_kernels.layouts import KeepsLayouts
 from madtp_kernels.reference.sparse24 import ACTIVATIONS as REFERENCES
 
-FORMS = {"sparse24": "2:4", "int8": "int8", "int8_24": "int8 2:4"}  # scheme -> what tables say
+# scheme -> what tables say
+FORMS = {"sparse24": "2:4", "int8": "int8", "int8_24": "int8 2:4", "fp8": "fp8", "fp8_24": "fp8 2:4"}
 
 
 class PackedLinear(nn.Module):
@@ -61,7 +62,7 @@ class PackedLinear(nn.Module):
     @property
     def sparse(self) -> bool:
         """Whether the weight is 2:4."""
-        return self.scheme != "int8"
+        return self.scheme.endswith("24")
 
     @property
     def in_features(self) -> int:

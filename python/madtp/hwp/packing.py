@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers that run 2:4, in int8, or both: `pack` puts them in place of plain ones, `unpack` takes them out."""
+"""Linear layers that run 2:4, in int8 or fp8, or both: `pack` puts them in place of plain ones, `unpack` back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from madtp.choices import WEIGHT_DTYPES
 from madtp.hwp.folding import ACTIVATIONS, Epilogue, Folded, check_epilogues, find_foldings, known_epilogues, scale_of
-from madtp.hwp.int8_grid import SCALE
 from madtp.hwp.modules import ModuleTree, Place, require_linears, shared_reason, write_unsupported_reason
 from madtp.hwp.packed_linear import PackedLinear
 from madtp.hwp.quantized_linear import QuantizedLinear
@@ -23,10 +22,11 @@ from madtp.hwp.takeover import (
     swap,
     take_over,
 )
+from madtp.hwp.weight_grid import SCALE
 from madtp_kernels import QuantizedWeight, Sparse24Weight, quantize, sparse24_compress
 from madtp_kernels.checks import require
 from madtp_kernels.nm_patterns import is_pattern
-from madtp_kernels.quantized.weight import SCHEMES
+from madtp_kernels.quantized.weight import SCHEMES, SPARSE, grid_of_scheme, is_sparse
 from madtp_kernels.reference.quantized import MAX_IN_FEATURES
 from madtp_kernels.renamed import renamed
 from madtp_kernels.sparse24.weight import DTYPES, supports_shape
@@ -45,12 +45,12 @@ def pack(
     Weights are final from here on; `unpack` brings them back as plain Linears. Whatever pattern made them, weights are
     2:4 when there are at most 2 non-zeros in every aligned 4 columns (`Pattern.sparse24`).
 
-    With dtype "int8" weights are rounded as well, by `quantize`, and inputs are rounded row by row at every call. A
-    Linear of a 2:4 weight gets the scheme "int8_24", and so does a layer that was packed 2:4 before. Any other Linear
-    gets the scheme "int8", all of its weights in int8, but only where `names` has it: a model loses accuracy by it, so
-    no Linear is rounded that was neither pruned nor asked for. The scales are those that a Linear has as its
-    `weight_scale`, (N,) floating point, such as a one-shot quantisation leaves, else the largest magnitude of each row
-    / 127.
+    With a dtype, "int8" or "fp8", weights are rounded as well, by `quantize`, and inputs are rounded row by row at
+    every call. A Linear of a 2:4 weight gets the scheme "int8_24", or "fp8_24", and so does a layer that was packed 2:4
+    before. Any other Linear gets the scheme "int8", or "fp8", all of its weights in that, but only where `names` has
+    it: a model loses accuracy by it, so no Linear is rounded that was neither pruned nor asked for. The scales are
+    those that a Linear has as its `weight_scale`, (N,) floating point, such as a one-shot quantisation leaves, else the
+    largest magnitude of each row / 127, or / 448.
 
     Hooks with their handles, attributes, flags, more parameters and buffers, and the hooks of `accelerate` move to the
     packed layer, and back. A Linear that has several names is packed at all of them, as one layer. Other models that
@@ -62,14 +62,15 @@ def pack(
         epilogues: name of a Linear -> what follows it, which is folded into the kernel where it is known, and where
             nothing else sees it: no forward or backward hook on the Linear, none at all on what follows, and no Linear
             in front of it that is not packed. None takes what is known of a patched model.
-        dtype: of the weights: None, as they are, or "int8".
+        dtype: of the weights: None, as they are, or "int8" or "fp8".
 
     Returns:
         name -> what was folded into it, of every layer packed now.
 
     Raises:
         ValueError: names has one that is no Linear, or epilogues one that is no module; dtype is another; a
-            weight_scale is of another shape or device, or not positive and finite. After this and any other error the
+            weight_scale is of another shape or device, not positive and finite, or cuts a row at less than half of its
+            largest magnitude, as one for another dtype does. After this and any other error the
             model is as it was.
     """
     _check_dtype(dtype)
@@ -104,10 +105,10 @@ def pack(
 
 
 def explain_linears(model: nn.Module, *, dtype: str | None = None) -> dict[str, str]:
-    """For every Linear of the model, by name: how it is packed (2:4, int8, int8 2:4), or whether `pack` could.
+    """For every Linear of the model, by name: how it is packed (2:4, int8, fp8, both), or whether `pack` could.
 
     Args:
-        dtype: as in `pack`. None: whether it could go 2:4; "int8": whether it could go int8, where it is named.
+        dtype: as in `pack`. None: whether it could go 2:4; else: whether it could be rounded, where it is named.
 
     Raises:
         ValueError: dtype is another.
@@ -181,13 +182,14 @@ def unpack(model: nn.Module) -> None:
     swap(modules)
 
 
-def refuse_int8(model: nn.Module) -> None:
-    """Raises ValueError for a model with int8 layers, whose weights do not train."""
-    name = next((name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)), None)
-    if name is not None:
+def refuse_quantized(model: nn.Module) -> None:
+    """Raises ValueError for a model with int8 or fp8 layers, whose weights do not train."""
+    named = ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
+    name, layer = next(named, ("", None))
+    if layer is not None:
         raise ValueError(
-            f"model must have no int8 weights, which do not train, got {name!r}: model.madtp_handle.remove(), or "
-            "madtp.hwp.unpack(model) where it is not patched, makes floating point of them"
+            f"model must have no {layer.form} weights, which do not train, got {name!r}: model.madtp_handle.remove(), "
+            "or madtp.hwp.unpack(model) where it is not patched, makes floating point of them"
         )
 
 
@@ -220,6 +222,7 @@ def _check_dtype(dtype: str | None) -> None:
 
 
 Weight = Sparse24Weight | QuantizedWeight
+MIN_RANGE = 0.5  # of a row's largest magnitude that a scale leaves; one-shot quantisation leaves 0.7
 
 _OF_LINEAR = own_names(nn.Linear(1, 1, device="meta"))  # which draws no random numbers
 
@@ -228,7 +231,7 @@ def _new_weight(name: str, module: nn.Module, tree: ModuleTree, dtype: str | Non
     """What the weight of a layer becomes, or None where the layer stays as it is; dense: even if it is not 2:4."""
     if isinstance(module, Sparse24Linear) and dtype is not None:
         stays = _staying_reason(module, tree)
-        return None if stays else _quantized(name, module, module.sparse_weight, "int8_24")
+        return None if stays else _quantized(name, module, module.sparse_weight, dtype + SPARSE)
     if not isinstance(module, nn.Linear):
         return None
     if dtype is None:
@@ -236,15 +239,31 @@ def _new_weight(name: str, module: nn.Module, tree: ModuleTree, dtype: str | Non
     if _dense_reason(module, tree, dtype):
         return None
     if _misfit(module.weight) is None:
-        return _quantized(name, module, module.weight, "int8_24")
-    return _quantized(name, module, module.weight, "int8") if dense else None
+        return _quantized(name, module, module.weight, dtype + SPARSE)
+    return _quantized(name, module, module.weight, dtype) if dense else None
 
 
 def _quantized(name: str, module: nn.Module, weight: Tensor | Sparse24Weight, scheme: str) -> QuantizedWeight:
+    scale = getattr(module, SCALE, None)
     try:
-        return quantize(weight, scheme, getattr(module, SCALE, None))
+        found = quantize(weight, scheme, scale)
     except ValueError as error:  # of the scale: the weight was looked at before
         raise ValueError(f"{SCALE} of {name}: {error}") from error
+    if scale is not None:
+        _check_range(name, weight, found)
+    return found
+
+
+def _check_range(name: str, weight: Tensor | Sparse24Weight, found: QuantizedWeight) -> None:
+    """Raises ValueError for scales that would cut most of a row off: those of fp8 are 0.28 of those of int8."""
+    values = weight.values if isinstance(weight, Sparse24Weight) else weight.detach()
+    if not values.numel():
+        return
+    kept = grid_of_scheme(found.scheme).largest * found.scale.double() / values.abs().amax(1).double()
+    if (kept < MIN_RANGE).any():
+        row = int((kept < MIN_RANGE).nonzero()[0])
+        rule = f"such as leave {found.scheme} at least {MIN_RANGE} of the largest magnitude of each row"
+        require(False, f"{SCALE} of {name}", rule, f"{kept[row]:.2g} of row {row}: are they those of another dtype?")
 
 
 def _packed(plain: nn.Linear, weight: Weight, activation: str | None, scale: nn.Parameter | None) -> PackedLinear:
@@ -331,7 +350,7 @@ def _unsupported_reason(module: nn.Linear, tree: ModuleTree) -> str | None:
 
 
 def _staying_reason(module: Sparse24Linear, tree: ModuleTree) -> str | None:
-    """Why a layer that is packed 2:4 cannot go int8, or None."""
+    """Why a layer that is packed 2:4 cannot be rounded, or None."""
     return _held_reason(module, tree) or _rounding_reason(module)
 
 
@@ -345,7 +364,7 @@ def _held_reason(module: nn.Module, tree: ModuleTree) -> str | None:
 
 
 def _rounding_reason(module: nn.Linear | Sparse24Linear) -> str | None:
-    """Why the weight of a layer cannot go int8, or its scales not to where they belong, or None."""
+    """Why the weight of a layer cannot be rounded, or its scales not to where they belong, or None."""
     weight = module.weight
     if reason := _dtype_reason(weight):
         return reason
@@ -383,9 +402,9 @@ def _empty(weight: Tensor, scheme: str) -> Weight:
     """One of the shape of a dense weight."""
     check_scheme(scheme)
     rows, columns = weight.shape
-    sparse = scheme != "int8"
+    sparse = scheme == "sparse24" or is_sparse(scheme)
     indices = weight.new_empty(rows, columns // 8, dtype=torch.uint8) if sparse else None
-    dtype = weight.dtype if scheme == "sparse24" else torch.int8
+    dtype = weight.dtype if scheme == "sparse24" else grid_of_scheme(scheme).dtype
     values = weight.new_empty(rows, columns // 2 if sparse else columns, dtype=dtype)
     if indices is not None and scheme == "sparse24":
         return Sparse24Weight(values, indices)

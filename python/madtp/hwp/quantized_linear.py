@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A packed layer with an int8 weight, dense or 2:4."""
+"""A packed layer with an int8 or fp8 weight, dense or 2:4."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from madtp.hwp.packed_linear import PackedLinear
 from madtp_kernels import QuantizedWeight, quantized_linear
+from madtp_kernels.reference.quantized import FP8
 
-DTYPES = {"weight": torch.int8, "weight_indices": torch.uint8, "weight_scale": torch.float32}  # of the parts, by name
+PARTS = ("weight", "weight_indices", "weight_scale")  # of the weight, by name
 
 
 class QuantizedLinear(PackedLinear):
-    """A Linear with an int8 weight, and what follows it, in one kernel: residual + scale * activation(x W^T + bias).
+    """A Linear with an int8 or fp8 weight, and what follows it: residual + scale * activation(x W^T + bias).
 
-    Buffers are `weight`, int8 (N, C) or, where it is 2:4 as well, (N, C/2); `weight_indices`, uint8 (N, C/8), which is
-    None where it is not; and `weight_scale`, float32 (N,): the parts of a `QuantizedWeight`. N is out_features, C
-    in_features. x is rounded to int8 row by row in the op. Gradients pass through to x (straight-through), residual,
-    bias and scale; the weight has none.
+    Buffers are `weight`, int8 or float8_e4m3fn (N, C) or, where it is 2:4 as well, (N, C/2); `weight_indices`, uint8
+    (N, C/8), which is None where it is not; and `weight_scale`, float32 (N,): the parts of a `QuantizedWeight`. N is
+    out_features, C in_features. x is rounded as the weight is, row by row in the op. Gradients pass through to x
+    (straight-through), residual, bias and scale; the weight has none.
 
     What casts the model casts bias and scale; the parts of the weight keep their dtypes.
 
@@ -73,17 +74,32 @@ class QuantizedLinear(PackedLinear):
         self.quantized_weight.check_values(f"{prefix}weight")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """What casts, moves or empties the tensors of a module. The scale of the weight is not cast: it would round."""
-        scale = self.weight_scale
+        """What casts, moves or empties the tensors of a module. The parts of the weight are not cast, which a kernel
+        reads in their own dtypes."""
+        weight, scale = self.weight, self.weight_scale
         dtype = fn(scale.new_empty(0, dtype=self.dense_dtype)).dtype
         super()._apply(fn, recurse)
         self.dense_dtype = dtype
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
+        if self.weight.dtype != weight.dtype:  # fp8 counts as floating point
+            self.weight = weight.to(self.weight.device)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """fp8 as bytes: torch cannot read it from a plain pickle."""
+        state, weight = dict(vars(self)), self.weight
+        if weight.dtype == FP8.dtype:
+            state["_buffers"] = {**self._buffers, "weight": weight.view(torch.uint8)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.weight.dtype == torch.uint8:
+            self.weight = self.weight.view(FP8.dtype)
+
     def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
-        _check_parts({name: state_dict.get(prefix + name) for name in DTYPES}, self.quantized_weight, prefix)
+        _check_parts({name: state_dict.get(prefix + name) for name in PARTS}, self.quantized_weight, prefix)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}"
@@ -94,13 +110,12 @@ def _check_parts(parts: dict[str, Any], weight: QuantizedWeight, prefix: str) ->
 
     torch looks at shapes alone and casts: it would round the weight of a plain Linear to integers, mostly zeros.
     """
-    for name, dtype in DTYPES.items():
+    dtypes = weight.dtype, torch.uint8, torch.float32
+    for name, dtype in zip(PARTS, dtypes, strict=True):
         part = parts[name]
         if isinstance(part, Tensor) and part.dtype != dtype:
-            got = str(part.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{prefix}{name} must be {str(dtype).removeprefix('torch.')} for an {weight.scheme} layer, got {got}"
-            )
+            rule, got = (str(t).removeprefix("torch.") for t in (dtype, part.dtype))
+            raise ValueError(f"{prefix}{name} must be {rule} for a layer of {weight.scheme}, got {got}")
     values, scale = parts["weight"], parts["weight_scale"]
     indices = None if weight.indices is None else parts["weight_indices"]
     pairs = ((values, weight.values), (scale, weight.scale), (indices, weight.indices))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from madtp.hooks import is_watched
 from madtp.hwp.calibration import InputStatistics
-from madtp.hwp.int8_grid import SCALE
 from madtp.hwp.modules import ModuleTree, shared_reason, write_parameters, write_unsupported_reason
+from madtp.hwp.weight_grid import SCALE
 from madtp_kernels.checks import require
 
 MIN_AMAX = 1e-5  # of a channel or a column, below which it is left as it is
@@ -59,7 +59,7 @@ def smooth(
     Args:
         pairs: such as `madtp.models.norm_readers(model)`.
         statistics: of the inputs of the readers, from `collect_inputs`, of at least one reader of every pair. Those of
-            what was smoothed become those of the inputs from here on, but for `sensitivity_int8`: collect them anew.
+            what was smoothed become those of the inputs from here on, but for `rounding_sensitivity`: collect anew.
         alpha: 0 leaves the work to the inputs, 1 to the weights.
         min_outliers: pairs are left alone whose largest channel is below this many times the median one.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from madtp_kernels import Pattern, nm_mask
 from madtp_kernels.checks import require
-from madtp_kernels.reference.quantized import nearest
+from madtp_kernels.reference.quantized import INT8, Grid, nearest
 
 BLOCK = 128  # columns corrected together before the rest of the row hears of it
 
@@ -35,7 +35,12 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
 
 
 def sweep(
-    weight: Tensor, factor: Tensor, pattern: Pattern, scale: Tensor | None = None, mask: Tensor | None = None
+    weight: Tensor,
+    factor: Tensor,
+    pattern: Pattern,
+    scale: Tensor | None = None,
+    mask: Tensor | None = None,
+    grid: Grid = INT8,
 ) -> Tensor:
     """Goes through the columns from left to right: each is pruned and rounded, and its error spread over those to come.
 
@@ -45,16 +50,16 @@ def sweep(
     Args:
         weight: (N, C) floating point, no NaN; C a multiple of m.
         factor: (C, C) float64, of `inverse_factor`.
-        scale: (N,) of the int8 grid that the kept weights are rounded to; None leaves them as they are.
+        scale: (N,) of the grid that the kept weights are rounded to; None leaves them as they are.
         mask: (N, C) bool, what stays of every group; None chooses.
 
     Returns:
-        (N, C) float64, with n in every m and 0 elsewhere; with a scale, integers times it.
+        (N, C) float64, with n in every m and 0 elsewhere; with a scale, values of the grid times it.
     """
     n, m = pattern
     chosen = nm_mask(weight, n, m)  # its checks; every group is chosen again below
     dense = weight.detach().double()
-    grid = None if scale is None else scale.double()
+    scales = None if scale is None else scale.double()
     columns = dense.shape[1]
     block = m * max(1, BLOCK // m)
     for start in range(0, columns, block):
@@ -66,8 +71,8 @@ def sweep(
                 score = (dense[:, group] / factor.diagonal()[group]).square()
                 chosen[:, group] = nm_mask(dense[:, group], n, m, score=score)
             value = dense[:, j].masked_fill(~(chosen if mask is None else mask)[:, j], 0.0)
-            if grid is not None:
-                value = nearest(value, grid) * grid
+            if scales is not None:
+                value = nearest(value, scales, grid) * scales
             error = (dense[:, j] - value) / factor[j, j]
             dense[:, j] = value
             dense[:, j + 1 : end] -= error[:, None] * factor[j, j + 1 : end]

@@ -18,7 +18,7 @@ from madtp.files.reading import tensor_shapes
 from madtp.handles import find_handle
 from madtp.hwp.packed_linear import PackedLinear
 from madtp.hwp.packing import Epilogue, replace_linear
-from madtp.hwp.quantized_linear import DTYPES, QuantizedLinear
+from madtp.hwp.quantized_linear import PARTS, QuantizedLinear
 from madtp.models.registry import family_of
 from madtp.models.vlm import unsupported_reason
 from madtp.patching.handle import patch
@@ -27,7 +27,8 @@ from madtp.patching.state import ModelError, Settings, check_files, read_checksu
 from madtp.patching.vlm_keep import loaded_keep
 from madtp_kernels.bounded_file import ODD_VALUES
 
-FILE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32"}  # of the parts of int8 layers, by safetensors
+# Of the parts of int8 and fp8 layers, as safetensors calls them.
+FILE_DTYPES = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.float32: "F32"}
 MAX_GUIDE = 1 << 24  # elements of alignment tokens that are made whatever the weights are
 WHERE = f"quantization_config of {CONFIG_FILE}"
 
@@ -42,7 +43,7 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
         checkpoint_files: the weights; where madtp.json lies beside, they have to have its checksums.
 
     Raises:
-        ModelError: they have not, the values are damaged, or do not fit the model; the files hold an int8 layer in
+        ModelError: they have not, the values are damaged, or do not fit the model; the files hold a quantized layer in
             another form, which would be cast.
     """
     settings = Settings.from_dict(values, WHERE)
@@ -119,7 +120,7 @@ def finish(model: PreTrainedModel, values: Any) -> None:
 
 
 def _check_quantized(held: Mapping[str, tuple[str, tuple[int, ...]]], layers: Mapping[str, PackedLinear]) -> None:
-    """Raises ModelError where the files hold a part of an int8 layer in another dtype or shape, or not at all.
+    """Raises ModelError where the files hold a part of a quantized layer in another dtype or shape, or not at all.
 
     transformers would cast the one, and make up the other.
 
@@ -131,7 +132,7 @@ def _check_quantized(held: Mapping[str, tuple[str, tuple[int, ...]]], layers: Ma
     if not held:
         return
     for name, layer in quantized.items():
-        for part in DTYPES:
+        for part in PARTS:
             if (buffer := getattr(layer, part)) is None:
                 continue
             names = (other for other, module in quantized.items() if module is layer)  # one of which is in the files

@@ -37,8 +37,8 @@ class Account:
 
     `dense_macs`: all tokens, all weights. `counted_macs`: tokens as kept, a linear whose weight is 2:4 at half.
     `executed_macs`: tokens as kept, half only where a sparse kernel ran. `bit_operations`: each counted multiply-add
-    times the bits of both operands, 8 x 8 in an int8 layer. `weight_bytes`: of parameters and packed weights, as the
-    model holds them.
+    times the bits of both operands, 8 x 8 in an int8 or fp8 layer. `weight_bytes`: of parameters and packed weights, as
+    the model holds them.
     """
 
     params: int
@@ -282,7 +282,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, int, int, int]]:
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             weight = module.packed_weight
-            yield name, weight.shape.numel(), int(module.weight.count_nonzero()), weight.nbytes
+            yield name, weight.shape.numel(), int((module.weight != 0).sum()), weight.nbytes
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -246,15 +246,16 @@ class MadtpTrainer(Trainer):
 
         self._move(lambda: self.pruner.advance(going, step), halve)
 
-    def fake_quantize(self, modules: Iterable[str], share: float) -> None:
-        """Before the training: has these Linears compute as with int8 weights in its last steps, a share of all.
+    def fake_quantize(self, modules: Iterable[str], share: float, dtype: str = "int8") -> None:
+        """Before the training: has these Linears compute as with rounded weights in its last steps, a share of all.
 
-        `fake_quantizer.stop()` when it has ended: the weights are as they were, for `pack(dtype="int8")` to round.
+        `fake_quantizer.stop()` when it has ended: the weights are as they were, for `pack(dtype=dtype)` to round.
 
         Raises:
             ValueError: as `FakeQuantizer`.
         """
-        self.fake_quantizer = FakeQuantizer(self.model, modules, total_steps=self._total_steps(), share=share)
+        steps = self._total_steps()
+        self.fake_quantizer = FakeQuantizer(self.model, modules, total_steps=steps, share=share, dtype=dtype)
 
     def _move(self, make: Callable[[], None], halve: Callable[[], None]) -> None:
         make() if self.guard is None else self.guard.move(make, halve)

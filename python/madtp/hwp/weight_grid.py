@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The int8 grid of a weight: integers from -127 to 127 times a scale for every row, as `madtp_kernels.quantize` has it.
+"""The grid of a weight, int8 or fp8: its numbers times a scale for every row, as `madtp_kernels.quantize` has it.
 
 A Linear whose weight lies on a grid other than that of its largest magnitudes keeps the scales beside it, in the buffer
-`weight_scale`: what rounds the weight by them finds the same integers.
+`weight_scale`: what rounds the weight by them finds the same numbers.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ import torch
 from torch import Tensor, nn
 
 from madtp_kernels.checks import require
-from madtp_kernels.reference.quantized import nearest, row_scale
+from madtp_kernels.reference.quantized import INT8, Grid, grid_of, nearest, row_scale
 
 SCALE = "weight_scale"  # float32 (N,), on a Linear; no part of its state dict
 
 
 class GridWeight(NamedTuple):
-    """integers: (N, C) int8. scale: (N,) float32, positive."""
+    """values: (N, C) int8 or float8_e4m3fn. scale: (N,) float32, positive."""
 
-    integers: Tensor
+    values: Tensor
     scale: Tensor
 
     def to_dense(self, dtype: torch.dtype) -> Tensor:
-        """(N, C): integers * scale, which `nearest` makes the same integers of.
+        """(N, C): values * scale, which `nearest` makes the same values of.
 
         Raises:
             ValueError: the dtype cannot hold them, as float16 cannot where a scale is small.
         """
         wide = torch.promote_types(dtype, torch.float32)
-        dense = (self.integers.to(wide) * self.scale.to(wide)[:, None]).to(dtype)
-        found = nearest(dense, self.scale[:, None])
+        dense = (self.values.to(wide) * self.scale.to(wide)[:, None]).to(dtype)
+        found = nearest(dense, self.scale[:, None], grid_of(self.values))
         name = str(dtype).removeprefix("torch.")
-        require(torch.equal(found, self.integers.to(found.dtype)), "dtype", "one that holds integers * scale", name)
+        require(torch.equal(found, self.values.to(found.dtype)), "dtype", "one that holds values * scale", name)
         return dense
 
 
-def rounded(weight: Tensor) -> Tensor:
+def rounded(weight: Tensor, grid: Grid = INT8) -> Tensor:
     """The weight (N, C) on the grid of its rows' largest magnitudes, in its dtype."""
-    scale = row_scale(weight)[:, None]
-    integers = nearest(weight, scale)
-    return (integers * scale.to(integers.dtype)).to(weight.dtype)
+    scale = row_scale(weight, grid)[:, None]
+    values = nearest(weight, scale, grid)
+    return (values * scale.to(values.dtype)).to(weight.dtype)
 
 
 def set_scale(module: nn.Linear, scale: Tensor | None) -> None:

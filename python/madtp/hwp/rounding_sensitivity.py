@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What int8 does to the outputs of every Linear, told from the statistics of its inputs."""
+"""What rounding to int8 or fp8 does to the outputs of every Linear, told from the statistics of its inputs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from typing import cast
 from torch import Tensor, nn
 
 from madtp.hwp.calibration import InputStatistics, known_inputs
-from madtp.hwp.int8_grid import SCALE
 from madtp.hwp.modules import ModuleTree, require_linears
+from madtp.hwp.weight_grid import SCALE
 from madtp_kernels.checks import require
-from madtp_kernels.reference.quantized import MAX_INT8, nearest, row_scale
+from madtp_kernels.reference.quantized import GRIDS, INT8, nearest, row_scale
 
 ROUNDING_VARIANCE = 1 / 12  # of a value rounded to a whole number, in squared steps
+# Of fp8, in squared values: of m 2^e with m from 1 to 2 a step is 2^(e - 3), and 1 / m^2 is 1/2 in the mean.
+FP8_VARIANCE = ROUNDING_VARIANCE * 2.0**-6 / 2
 
 
-def sensitivity_int8(model: nn.Module, statistics: Mapping[str, InputStatistics]) -> dict[str, float]:
-    """The relative error of every Linear's outputs, ||y_int8 - y|| / ||y|| over the rows that were met, without bias.
+def rounding_sensitivity(
+    model: nn.Module, statistics: Mapping[str, InputStatistics], *, dtype: str = "int8"
+) -> dict[str, float]:
+    """The relative error of every Linear's outputs, ||y_rounded - y|| / ||y|| over the rows met, without bias.
 
     The weights' part is exact, sqrt(E G E^T) with E the rounding errors and G the Gram matrix; the weights are rounded
     by the module's `weight_scale`, or by their largest magnitudes. The inputs' part takes the rounding error of each
-    value for independent and evenly spread over a step of its row.
+    value for independent and evenly spread over a step of its row, which for fp8 grows with the value.
 
     Args:
         statistics: of their inputs by the names of Linears, from `collect_inputs` with gram=True.
+        dtype: int8 or fp8.
 
     Returns:
         name -> error, in the order of statistics; 0 where all outputs are 0.
@@ -35,15 +40,16 @@ def sensitivity_int8(model: nn.Module, statistics: Mapping[str, InputStatistics]
         ValueError: a name is no Linear of the model, or its statistics have no rows, no Gram matrix, something that is
             not finite, or are those of inputs before smoothing.
     """
+    require(isinstance(dtype, str) and dtype in GRIDS, "dtype", " or ".join(GRIDS), repr(dtype))
     found = require_linears("statistics", statistics, ModuleTree(model))
-    return {name: _error(name, module, statistics) for name, module in found.items()}
+    return {name: _error(name, module, statistics, dtype) for name, module in found.items()}
 
 
-def select_int8(errors: Mapping[str, float], *, keep_float: float = 0.0, max_error: float = math.inf) -> list[str]:
-    """The Linears that go int8: all but those that it harms most.
+def select_rounded(errors: Mapping[str, float], *, keep_float: float = 0.0, max_error: float = math.inf) -> list[str]:
+    """The Linears that go to int8 or fp8: all but those that it harms most.
 
     Args:
-        errors: of `sensitivity_int8`.
+        errors: of `rounding_sensitivity`.
         keep_float: share of the Linears that stay as they are, rounded down; those of the largest errors.
         max_error: the largest error of a Linear that goes.
 
@@ -62,7 +68,8 @@ def select_int8(errors: Mapping[str, float], *, keep_float: float = 0.0, max_err
     return [name for name, error in errors.items() if name not in worst and error <= max_error]
 
 
-def _error(name: str, module: nn.Linear, statistics: Mapping[str, InputStatistics]) -> float:
+def _error(name: str, module: nn.Linear, statistics: Mapping[str, InputStatistics], dtype: str) -> float:
+    grid = GRIDS[dtype]
     known = known_inputs(name, statistics, gram=True)
     gram, rows = cast(Tensor, known.gram), known.row_amax_squares
     if rows is None:
@@ -75,10 +82,13 @@ def _error(name: str, module: nn.Linear, statistics: Mapping[str, InputStatistic
         raise ValueError(f"gram and weight must be finite, got a NaN or an infinity for {name!r}")
     dense = weight.double()
     scale = getattr(module, SCALE, None)
-    step = (row_scale(weight) if scale is None else scale)[:, None]
-    on_grid = nearest(weight, step).double() * step.double()
+    step = (row_scale(weight, grid) if scale is None else scale)[:, None]
+    on_grid = nearest(weight, step, grid).double() * step.double()
     lost = dense - on_grid
     by_weights = ((lost @ gram) * lost).sum()
-    by_inputs = ROUNDING_VARIANCE * rows / MAX_INT8**2 * on_grid.square().sum()
+    if grid is INT8:
+        by_inputs = ROUNDING_VARIANCE * rows / INT8.largest**2 * on_grid.square().sum()
+    else:
+        by_inputs = FP8_VARIANCE * (gram.diagonal() * on_grid.square().sum(0)).sum()
     outputs = ((dense @ gram) * dense).sum().item()
     return math.sqrt((by_weights + by_inputs).clamp_min(0).item() / outputs) if outputs > 0 else 0.0
