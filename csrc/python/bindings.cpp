@@ -88,7 +88,7 @@ PYBIND11_MODULE(_C, module) {
 #endif
   bind_attention(cpu);
   bind_attention_rows(cpu);
-  bind_quantized(cpu);
+  bind_quantized(cpu, cuda);
   bind_sparse24(cpu, cuda);
   bind_tokens(cpu, cuda);
 }
