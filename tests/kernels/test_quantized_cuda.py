@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised 2:4 layers on Sparse Tensor Cores: who runs them, with pretended GPUs, and on one the bits of the reference."""
+"""Quantised 2:4 layers on Sparse Tensor Cores: who runs them, with pretended GPUs, and on one the reference's bits."""
 
 import math
 
