@@ -18,6 +18,7 @@ class SlabWriter {
  public:
   static constexpr int kTokens = kTokens_, kGroups = kTokens / 16;  // in groups of 16, four matrices
   static constexpr int kSums = kTokens / 2;                         // that a lane has of them
+  static constexpr bool kLoadsScales = kTokens == 32;               // ahead; else there is no register for it
   static constexpr int kRowBytes = kSlabRows * 2, kGroupBytes = 16 * kRowBytes;
   static constexpr int kStagedBytes = kGroups * kGroupBytes;
 
@@ -46,10 +47,7 @@ class SlabWriter {
   // Asks for what the next kTokens tokens, from `first_token` on, need: the scales of rows of x, and the
   // residual.
   __device__ void load(int first_token, int valid_tokens) {
-    if constexpr (kIsQuantized) {
-      const int token = first_token + int(threadIdx.x) % kTokens;
-      next_x_scale_ = token < valid_tokens ? o_->x_scale[token] : 0;
-    }
+    if constexpr (kIsQuantized && kLoadsScales) next_x_scale_ = x_scale_of(first_token, valid_tokens);
     if (residual_ == nullptr) return;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
@@ -86,7 +84,8 @@ class SlabWriter {
     }
     const int token = token_;
     token_ += kTokens;
-    const float x_scale = next_x_scale_;
+    const float x_scale =
+        kIsQuantized && !kLoadsScales ? x_scale_of(first_token, valid_tokens) : next_x_scale_;
     if (has_next) load(first_token + kTokens, valid_tokens);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
@@ -136,6 +135,12 @@ class SlabWriter {
   __device__ void store(int token, int group, const uint4& words) const {
     if (token + group * 16 < o_->tokens)
       *reinterpret_cast<uint4*>(out_ + group * 16 * o_->out_stride) = words;
+  }
+
+  // That of a row, of those from `first_token` on, for each lane.
+  __device__ float x_scale_of(int first_token, int valid_tokens) const {
+    const int token = first_token + int(threadIdx.x) % kTokens;
+    return token < valid_tokens ? o_->x_scale[token] : 0;
   }
 
   // Of the two tokens of the `eight`-th eight whose sums this lane has; each lane has loaded that of one
