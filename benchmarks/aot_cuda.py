@@ -106,7 +106,8 @@ def write_predictions() -> None:
     PREDICTIONS.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in found) + "\n]\n")
     print("predicted microseconds, and the time of dense alone, and with a kernel for its epilogue, as a ratio to it")
     for row in found:
-        layer = f"{row['weights']} weights, {row['rows']:5} rows, {row['in_features']:4} -> {row['out_features']:4}"
+        layer = f"{row['rows']:5} rows, {row['in_features']:4} -> {row['out_features']:4}"
+        layer = f"{row['weights']} weights of {row['bits']:2} bits, {layer}"
         ratios = "  ".join(f"{row[name] / row['sparse']:.2f}" for name in ("dense", "dense_separate"))
         print(f"{layer}: {row['sparse']:6.1f}  {ratios}")
 

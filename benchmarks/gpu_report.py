@@ -172,7 +172,8 @@ def layers_part(found: Mapping[tuple, Mapping[str, dict]]) -> Iterator[str]:
 def predictions(folder: Path = PREDICTIONS) -> dict[tuple, dict]:
     """The committed predictions by rows and features: microseconds with weights that no cache holds, as here."""
     rows = [row for path in sorted(folder.glob("predictions_*.json")) for row in read_json(path) or ()]
-    return {(row["rows"], row["in_features"], row["out_features"]): row for row in rows if row["weights"] == "cold"}
+    cold = (row for row in rows if row["weights"] == "cold" and row.get("bits", 16) == 16)
+    return {(row["rows"], row["in_features"], row["out_features"]): row for row in cold}
 
 
 def predictions_part(found: Mapping[tuple, Mapping[str, dict]], predicted: Mapping[tuple, dict]) -> Iterator[str]:

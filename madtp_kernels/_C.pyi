@@ -325,6 +325,58 @@ class cuda:
     @staticmethod
     def sparse24_linear(inputs: Sparse24Linear, out: int, stream: int, config: _Config | None, /) -> None: ...
     @staticmethod
+    def quantized_layout_bytes(out_features: int, in_features: int, /) -> int: ...
+    @staticmethod
+    def quantized_pack(
+        values: int, indices: int, out_features: int, in_features: int, layout: int, stream: int, /
+    ) -> None: ...
+    @staticmethod
+    def quantize_rows(
+        x: int,
+        dtype: int,
+        x_stride: int,
+        tokens: int,
+        in_features: int,
+        num_rows: int,
+        values: int,
+        type: int,
+        stride: int,
+        scale: int,
+        stream: int,
+        /,
+    ) -> None: ...
+
+    class QuantizedRowsLinear:
+        """madtp::QuantizedLinear of quantised rows in place of x: it points into tensors, which must outlive it."""
+
+        def __init__(
+            self,
+            values: int,
+            type: int,
+            stride: int,
+            x_scale: int,
+            dtype: int,
+            tokens: int,
+            layout: int,
+            weight_scale: int,
+            out_features: int,
+            in_features: int,
+            bias: int,
+            bias_dtype: int,
+            activation: int,
+            scale: int,
+            scale_dtype: int,
+            residual: int,
+            residual_stride: int,
+            num_rows: int,
+            /,
+        ) -> None: ...
+
+    @staticmethod
+    def quantized_linear_configs(inputs: QuantizedRowsLinear, /) -> list[_Config]: ...
+    @staticmethod
+    def quantized_linear(inputs: QuantizedRowsLinear, out: int, stream: int, config: _Config | None, /) -> None: ...
+    @staticmethod
     def gather_merge(
         x: int, x_dtype: int, x_stride: int, channels: int, selection: _TokenSelection, out: int, stream: int, /
     ) -> None: ...

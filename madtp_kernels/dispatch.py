@@ -333,6 +333,11 @@ def code_that_runs(archs: tuple[str, ...], capability: tuple[int, int]) -> tuple
     return best, not own
 
 
+def running_arch(device: torch.device) -> str:
+    """That of the code of madtp_kernels._C that a GPU runs, which runs some of it: 80, 90a."""
+    return code_that_runs(tuple(_build_archs()), torch.cuda.get_device_capability(device))[0]
+
+
 def explain_code(archs: tuple[str, ...], capability: tuple[int, int]) -> str:
     """Which of our kernels a GPU runs, and how they come to it."""
     arch, is_ptx = code_that_runs(archs, capability)

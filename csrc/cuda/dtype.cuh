@@ -16,6 +16,9 @@ namespace madtp::cuda {
 
 using BFloat16 = __nv_bfloat16;
 using Float16 = __half;
+struct E4M3 {  // torch.float8_e4m3fn
+  std::uint8_t bits;
+};
 
 // 16 bytes of a row: what one lane moves in one access. Kept as words, since elements of 16 bits would take a
 // register each.

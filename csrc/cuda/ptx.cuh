@@ -79,6 +79,32 @@ __device__ __forceinline__ void mma_sp_m16n8k32(float (&d)[4], const std::uint32
 #undef MADTP_MMA_SP
 }
 
+// The same of 8-bit elements, d (16, 8) += a (16, 64, 2:4) b (64, 8): int8 where sums are int32, and e4m3, on
+// sm_89 and newer, where they are float32. Lane 4 g + t gives the metadata of row g + 8 (t % 2), columns
+// 32 (t / 2) on.
+__device__ __forceinline__ void mma_sp_m16n8k64(std::int32_t (&d)[4], const std::uint32_t (&a)[4],
+                                                const std::uint32_t (&b)[4], std::uint32_t metadata) {
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0;"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+        "r"(metadata));
+}
+__device__ __forceinline__ void mma_sp_m16n8k64(float (&d)[4], const std::uint32_t (&a)[4],
+                                                const std::uint32_t (&b)[4], std::uint32_t metadata) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.f32.e4m3.e4m3.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+        "r"(metadata));
+#else
+  __trap();  // no kernel with it is launched there
+#endif
+}
+
 // --- approximate functions: error below 2^-22 relative, results that are subnormal are zero
 
 __device__ __forceinline__ float ex2_approx(float x) {
@@ -97,6 +123,17 @@ __device__ __forceinline__ float add_here(float a, float b) {
   float sum;
   asm volatile("add.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
   return sum;
+}
+// The nearest float32, likewise.
+__device__ __forceinline__ float to_float_here(std::int32_t a) {
+  float x;
+  asm volatile("cvt.rn.f32.s32 %0, %1;" : "=f"(x) : "r"(a));
+  return x;
+}
+__device__ __forceinline__ float to_float_here(float a) {
+  float x;
+  asm volatile("mov.f32 %0, %1;" : "=f"(x) : "f"(a));
+  return x;
 }
 
 }  // namespace madtp::cuda::ptx

@@ -140,44 +140,39 @@ __device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// d (64, kN) = a (64, 32, 2:4) b (32, kN), + d if `accumulate`. a is in registers, warp w of the warpgroup
-// holding rows 16 w to 16 w + 15 as in mma_sp_m16n8k32, and its metadata likewise; `b` describes (kN, 32) in
-// shared memory, rows of k.
-template <typename T, int kN, int kSelector>
-__device__ __forceinline__ void wgmma_sp_m64k32(float (&d)[kN / 2], const std::uint32_t (&a)[4],
-                                                std::uint64_t b, std::uint32_t metadata, bool accumulate) {
-  static_assert(kN == 64 || kN == 128 || kN == 256, "the sizes that are spelled out");
-#define MADTP_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define MADTP_F16(i) MADTP_F4(i), MADTP_F4(i + 4), MADTP_F4(i + 8), MADTP_F4(i + 12)
-#define MADTP_F32(i) MADTP_F16(i), MADTP_F16(i + 16)
-#define MADTP_WGMMA_SP_64(type)                                                               \
+// The instructions as macros, of n = 64, 128 and 256. `instruction` is what follows
+// that in their name, c how the compiler binds a sum ("+f", "+r"), `signs` what follows the predicate.
+#define MADTP_D4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define MADTP_D16(c, i) MADTP_D4(c, i), MADTP_D4(c, i + 4), MADTP_D4(c, i + 8), MADTP_D4(c, i + 12)
+#define MADTP_D32(c, i) MADTP_D16(c, i), MADTP_D16(c, i + 16)
+#define MADTP_WGMMA_SP_64(instruction, c, selector, signs)                                    \
   asm volatile(                                                                               \
       "{ .reg .pred p; setp.ne.b32 p, %39, 0;\n"                                              \
-      "wgmma.mma_async.sp.sync.aligned.m64n64k32.f32." type "." type                          \
+      "wgmma.mma_async.sp.sync.aligned.m64n64" instruction                                    \
       " {"                                                                                    \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                       \
-      "}, {%32, %33, %34, %35}, %36, %37, %38, p, 1, 1, 0; }"                                 \
-      : MADTP_F32(0)                                                                          \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(kSelector),    \
+      "}, {%32, %33, %34, %35}, %36, %37, %38, p" signs "; }"                                 \
+      : MADTP_D32(c, 0)                                                                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(selector),     \
         "r"(int(accumulate)))
-#define MADTP_WGMMA_SP_128(type)                                                              \
+#define MADTP_WGMMA_SP_128(instruction, c, selector, signs)                                   \
   asm volatile(                                                                               \
       "{ .reg .pred p; setp.ne.b32 p, %71, 0;\n"                                              \
-      "wgmma.mma_async.sp.sync.aligned.m64n128k32.f32." type "." type                         \
+      "wgmma.mma_async.sp.sync.aligned.m64n128" instruction                                   \
       " {"                                                                                    \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
       "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
       "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                                 \
-      "}, {%64, %65, %66, %67}, %68, %69, %70, p, 1, 1, 0; }"                                 \
-      : MADTP_F32(0), MADTP_F32(32)                                                           \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(kSelector),    \
+      "}, {%64, %65, %66, %67}, %68, %69, %70, p" signs "; }"                                 \
+      : MADTP_D32(c, 0), MADTP_D32(c, 32)                                                     \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(selector),     \
         "r"(int(accumulate)))
-#define MADTP_WGMMA_SP_256(type)                                                              \
+#define MADTP_WGMMA_SP_256(instruction, c, selector, signs)                                   \
   asm volatile(                                                                               \
       "{ .reg .pred p; setp.ne.b32 p, %135, 0;\n"                                             \
-      "wgmma.mma_async.sp.sync.aligned.m64n256k32.f32." type "." type                         \
+      "wgmma.mma_async.sp.sync.aligned.m64n256" instruction                                   \
       " {"                                                                                    \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
@@ -187,34 +182,56 @@ __device__ __forceinline__ void wgmma_sp_m64k32(float (&d)[kN / 2], const std::u
       "%87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "   \
       "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "  \
       "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"                      \
-      "}, {%128, %129, %130, %131}, %132, %133, %134, p, 1, 1, 0; }"                          \
-      : MADTP_F32(0), MADTP_F32(32), MADTP_F32(64), MADTP_F32(96)                             \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(kSelector),    \
+      "}, {%128, %129, %130, %131}, %132, %133, %134, p" signs "; }"                          \
+      : MADTP_D32(c, 0), MADTP_D32(c, 32), MADTP_D32(c, 64), MADTP_D32(c, 96)                 \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(selector),     \
         "r"(int(accumulate)))
-#define MADTP_WGMMA_SP(n)                    \
-  if constexpr (std::is_same_v<T, __half>) { \
-    MADTP_WGMMA_SP_##n("f16");               \
-  } else {                                   \
-    MADTP_WGMMA_SP_##n("bf16");              \
+#define MADTP_WGMMA_SP(...)                                     \
+  if constexpr (kN == 64) {                                     \
+    MADTP_WGMMA_SP_64(__VA_ARGS__);                             \
+  } else if constexpr (kN == 128) {                             \
+    MADTP_WGMMA_SP_128(__VA_ARGS__);                            \
+  } else {                                                      \
+    static_assert(kN == 256, "the sizes that are spelled out"); \
+    MADTP_WGMMA_SP_256(__VA_ARGS__);                            \
   }
-  if constexpr (kN == 64) {
-    MADTP_WGMMA_SP(64)
-  } else if constexpr (kN == 128) {
-    MADTP_WGMMA_SP(128)
+
+// d (64, kN) = a (64, 32, 2:4) b (32, kN), + d if `accumulate`. a is in registers, warp w of the warpgroup
+// holding rows 16 w to 16 w + 15 as in mma_sp_m16n8k32, and its metadata likewise; `b` describes (kN, 32) in
+// shared memory, rows of k.
+template <typename T, int kN, int kSelector>
+__device__ __forceinline__ void wgmma_sp_m64k32(float (&d)[kN / 2], const std::uint32_t (&a)[4],
+                                                std::uint64_t b, std::uint32_t metadata, bool accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    MADTP_WGMMA_SP("k32.f32.f16.f16", "+f", kSelector, ", 1, 1, 0");
   } else {
-    MADTP_WGMMA_SP(256)
+    MADTP_WGMMA_SP("k32.f32.bf16.bf16", "+f", kSelector, ", 1, 1, 0");
   }
+}
+
+// The same of 8-bit elements, a (64, 64, 2:4) b (64, kN): int8 where sums are int32, e4m3 where they are
+// float32. a and its metadata lie as in mma_sp_m16n8k64; `b` describes (kN, 64).
+template <int kN>
+__device__ __forceinline__ void wgmma_sp_m64k64(std::int32_t (&d)[kN / 2], const std::uint32_t (&a)[4],
+                                                std::uint64_t b, std::uint32_t metadata, bool accumulate) {
+  MADTP_WGMMA_SP("k64.s32.s8.s8", "+r", 0, "");
+}
+template <int kN>
+__device__ __forceinline__ void wgmma_sp_m64k64(float (&d)[kN / 2], const std::uint32_t (&a)[4],
+                                                std::uint64_t b, std::uint32_t metadata, bool accumulate) {
+  MADTP_WGMMA_SP("k64.f32.e4m3.e4m3", "+f", 0, ", 1, 1");
+}
+
 #undef MADTP_WGMMA_SP
 #undef MADTP_WGMMA_SP_64
 #undef MADTP_WGMMA_SP_128
 #undef MADTP_WGMMA_SP_256
-#undef MADTP_F4
-#undef MADTP_F16
-#undef MADTP_F32
-}
+#undef MADTP_D4
+#undef MADTP_D16
+#undef MADTP_D32
 
-// The matrix descriptor of the B operand: rows of 64 16-bit elements (128 bytes), swizzled as TMA does with
-// 128 bytes, from a 1024-byte boundary on. A step of 32 elements along k adds 64 bytes, 4 in the descriptor.
+// The matrix descriptor of the B operand: rows of 128 bytes, 64 elements of 16 bits or 128 of 8, swizzled as
+// TMA does, from a 1024-byte boundary on. Each half of the row adds 64 bytes, 4 in the descriptor.
 __device__ __forceinline__ std::uint64_t wgmma_descriptor(std::uint32_t address) {
   constexpr std::uint64_t kEightRows = 1024 / 16, kSwizzle128 = 1;
   return std::uint64_t((address & 0x3ffff) >> 4) | std::uint64_t(1) << 16 | kEightRows << 32 |

@@ -16,7 +16,7 @@ namespace madtp::python {
 // One function per op family, defined in the file of that name. cuda is null in a build without CUDA.
 void bind_attention(py::module_& cpu);
 void bind_attention_rows(py::module_& cpu);
-void bind_quantized(py::module_& cpu);
+void bind_quantized(py::module_& cpu, py::module_* cuda);
 void bind_sparse24(py::module_& cpu, py::module_* cuda);
 void bind_tokens(py::module_& cpu, py::module_* cuda);
 
@@ -88,7 +88,7 @@ PYBIND11_MODULE(_C, module) {
 #endif
   bind_attention(cpu);
   bind_attention_rows(cpu);
-  bind_quantized(cpu);
+  bind_quantized(cpu, cuda);
   bind_sparse24(cpu, cuda);
   bind_tokens(cpu, cuda);
 }

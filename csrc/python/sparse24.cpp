@@ -4,11 +4,10 @@
 #include "madtp/sparse24.h"
 
 #include <optional>
-#include <string>
-#include <tuple>
 #include <vector>
 
 #include "python/common.h"
+#include "python/configs.h"
 
 namespace madtp::python {
 namespace {
@@ -100,30 +99,11 @@ void cuda_prune(Address weight, int dtype, std::int64_t weight_stride, Address s
         "madtp::cuda::sparse24_prune");
 }
 
-// madtp::cuda::Sparse24Config, or None for what runs unasked.
-using Config = std::tuple<int, int, int, int>;
-
-template <typename Function>
-auto with_config(const std::optional<Config>& given, Function&& function) {
-  if (!given) return function(nullptr);
-  const auto [architecture, tile_tokens, tile_out_features, cluster] = *given;
-  const cuda::Sparse24Config config{architecture, tile_tokens, tile_out_features, cluster};
-  return function(&config);
-}
-
 std::vector<Config> cuda_configs(const Sparse24Linear& inputs) {
-  int count = 0;
-  const auto list = [&](cuda::Sparse24Config* configs) {
-    check(cuda::sparse24_linear_configs(inputs, configs, count, &count),
-          "madtp::cuda::sparse24_linear_configs");
-  };
-  list(nullptr);
-  std::vector<cuda::Sparse24Config> configs(static_cast<std::size_t>(count));
-  list(configs.data());
-  std::vector<Config> result;
-  for (const cuda::Sparse24Config& c : configs)
-    result.emplace_back(c.architecture, c.tile_tokens, c.tile_out_features, c.cluster);
-  return result;
+  return all_configs("madtp::cuda::sparse24_linear_configs",
+                     [&](cuda::Sparse24Config* configs, int capacity, int* count) {
+                       return cuda::sparse24_linear_configs(inputs, configs, capacity, count);
+                     });
 }
 
 void cuda_linear(const Sparse24Linear& inputs, Address out, Address stream,

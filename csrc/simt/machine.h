@@ -121,8 +121,9 @@ struct MatrixQueue {
   using Operation = std::function<void()>;
   std::vector<Operation> open;
   std::deque<std::vector<Operation>> groups;
-  std::map<const float*, std::vector<float>> accumulators;  // the sums of those under way, as they must stay
-  bool fenced = false;                                      // since the last commit
+  std::map<const void*, std::vector<unsigned char>>
+      accumulators;     // the sums of those under way: as they must stay
+  bool fenced = false;  // since the last commit
 };
 
 struct Block {

@@ -52,7 +52,20 @@ void mma_sp_m16n8k32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint
                      std::uint32_t metadata, Site site = Site::here()) {
   static_assert(kSelector == 0 || kSelector == 1, "of four lanes, the first or the last two");
   simt::aligned(site);
-  simt::mma_sp_m16n8k32(d, a, b, metadata, kSelector, std::is_same_v<T, __half>);
+  const bool is_float16 = std::is_same_v<T, __half>;
+  simt::mma_sp(d, a, b, metadata, kSelector, is_float16 ? simt::Element::float16 : simt::Element::bfloat16);
+}
+inline void mma_sp_m16n8k64(std::int32_t (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[4],
+                            std::uint32_t metadata, Site site = Site::here()) {
+  simt::aligned(site);
+  simt::mma_sp(d, a, b, metadata, 0, simt::Element::int8);
+}
+inline void mma_sp_m16n8k64(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[4],
+                            std::uint32_t metadata, Site site = Site::here()) {
+  simt::aligned(site);
+  if (simt::options.capability < 89)
+    simt::fail("mma.sp: a device of %d has no e4m3", simt::options.capability);
+  simt::mma_sp(d, a, b, metadata, 0, simt::Element::e4m3);
 }
 
 // --- approximate functions: exact here
@@ -61,5 +74,7 @@ inline float ex2_approx(float x) { return std::exp2(x); }
 inline float rcp_approx(float x) { return 1 / x; }
 
 inline float add_here(float a, float b) { return a + b; }
+inline float to_float_here(std::int32_t a) { return float(a); }
+inline float to_float_here(float a) { return a; }
 
 }  // namespace madtp::cuda::ptx

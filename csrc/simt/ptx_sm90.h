@@ -91,7 +91,23 @@ void wgmma_sp_m64k32(float (&d)[kN / 2], const std::uint32_t (&a)[4], std::uint6
   static_assert(kN == 64 || kN == 128 || kN == 256, "the sizes that are spelled out");
   static_assert(kSelector == 0 || kSelector == 1, "of four lanes, the first or the last two");
   simt::aligned(site);
-  simt::wgmma_sp_m64k32(d, a, b, metadata, kN, kSelector, accumulate, std::is_same_v<T, __half>);
+  const bool is_float16 = std::is_same_v<T, __half>;
+  simt::wgmma_sp(d, a, b, metadata, kN, kSelector, accumulate,
+                 is_float16 ? simt::Element::float16 : simt::Element::bfloat16);
+}
+template <int kN>
+void wgmma_sp_m64k64(std::int32_t (&d)[kN / 2], const std::uint32_t (&a)[4], std::uint64_t b,
+                     std::uint32_t metadata, bool accumulate, Site site = Site::here()) {
+  static_assert(kN == 64 || kN == 128 || kN == 256, "the sizes that are spelled out");
+  simt::aligned(site);
+  simt::wgmma_sp(d, a, b, metadata, kN, 0, accumulate, simt::Element::int8);
+}
+template <int kN>
+void wgmma_sp_m64k64(float (&d)[kN / 2], const std::uint32_t (&a)[4], std::uint64_t b, std::uint32_t metadata,
+                     bool accumulate) {
+  static_assert(kN == 64 || kN == 128 || kN == 256, "the sizes that are spelled out");
+  simt::aligned(site);
+  simt::wgmma_sp(d, a, b, metadata, kN, 0, accumulate, simt::Element::e4m3);
 }
 
 inline std::uint64_t wgmma_descriptor(std::uint32_t address) {

@@ -71,12 +71,19 @@ inline std::uint32_t described_address(std::uint64_t descriptor, int row, int by
                      std::uint32_t(byte));
 }
 
-// Element (row, k) of 16 bits.
-inline float described(Block& b, std::uint64_t descriptor, int row, int k, bool is_float16) {
-  const unsigned char* const at = shared(b, described_address(descriptor, row, 2 * k), 2, 2, "wgmma");
-  std::uint16_t bits;
-  std::memcpy(&bits, at, sizeof bits);
-  return element(bits, 0, is_float16);
+// Element (row, k).
+inline float described(Block& b, std::uint64_t descriptor, int row, int k, Element element) {
+  const std::uint32_t bytes = std::uint32_t(bytes_of(element));
+  const std::uint32_t address = described_address(descriptor, row, k * int(bytes));
+  const unsigned char* const at = shared(b, address, bytes, bytes, "wgmma");
+  std::uint32_t bits = 0;
+  std::memcpy(&bits, at, bytes);
+  return element_of(bits, 0, element);
+}
+
+inline std::vector<unsigned char> bytes_at(const void* data, std::size_t bytes) {
+  const unsigned char* const from = static_cast<const unsigned char*>(data);
+  return std::vector<unsigned char>(from, from + bytes);
 }
 
 // What wgmma reads must be there when it is issued, and stay.
@@ -87,8 +94,9 @@ inline void check_operand(Block& b, std::uint64_t descriptor, int rows, int row_
 }
 
 // One thread's part of an instruction.
+template <typename Sum>
 struct MatrixLane {
-  float* d;
+  Sum* d;
   const std::uint32_t* a;
   std::uint32_t a_words[4];
   std::uint64_t b;
@@ -96,57 +104,58 @@ struct MatrixLane {
   bool accumulate;
 };
 
-inline void wgmma_sp_m64k32(float* d, const std::uint32_t (&a)[4], std::uint64_t descriptor,
-                            std::uint32_t metadata, int n_count, int selector, bool accumulate,
-                            bool is_float16) {
-  MatrixLane mine{d, a, {a[0], a[1], a[2], a[3]}, descriptor, metadata, accumulate};
+// d (64, n_count) = a (64, 16 w, 2:4) b (16 w, n_count), as mma_sp has the operands.
+template <typename Sum>
+void wgmma_sp(Sum* d, const std::uint32_t (&a)[4], std::uint64_t descriptor, std::uint32_t metadata,
+              int n_count, int selector, bool accumulate, Element element) {
+  MatrixLane<Sum> mine{d, a, {a[0], a[1], a[2], a[3]}, descriptor, metadata, accumulate};
   with_warpgroup(selector == 0 ? "wgmma.sp, selector 0" : "wgmma.sp, selector 1", mine, [&](auto&& of) {
     MatrixQueue& queue = matrix_queue();
     if (!queue.fenced) fail("wgmma: its group has not begun with wgmma.fence");
-    const std::size_t own = std::size_t(n_count) / 2;  // sums of a thread
-    std::vector<MatrixLane> lanes;
+    const std::size_t own = std::size_t(n_count) / 2 * sizeof(Sum);  // bytes of the sums of a thread
+    std::vector<MatrixLane<Sum>> lanes;
     for (unsigned i = 0; i < kWarpgroupSize; ++i) {
-      const MatrixLane& lane = of(i);
+      const MatrixLane<Sum>& lane = of(i);
       if (lane.b != of(0).b || lane.accumulate != of(0).accumulate)
         fail("wgmma: the descriptors of a warpgroup differ");
       lanes.push_back(lane);
       // From the first instruction on, the sums may not be touched until a wait.
-      queue.accumulators.emplace(lane.d, std::vector<float>(lane.d, lane.d + own));
+      queue.accumulators.emplace(lane.d, bytes_at(lane.d, own));
     }
     Block& b = block();
     check_operand(b, of(0).b, n_count, 64);
-    queue.open.push_back([&queue, &b, lanes, own, n_count, selector, is_float16] {
+    queue.open.push_back([&queue, &b, lanes, own, n_count, selector, element] {
       const std::uint64_t descriptor = lanes[0].b;
-      for (const MatrixLane& lane : lanes) {
-        const std::vector<float>& expected = queue.accumulators.at(lane.d);
-        if (std::memcmp(expected.data(), lane.d, own * sizeof(float)) != 0)
+      for (const MatrixLane<Sum>& lane : lanes) {
+        if (queue.accumulators.at(lane.d) != bytes_at(lane.d, own))
           fail("wgmma: sums were touched while it was under way");
         if (std::memcmp(lane.a, lane.a_words, sizeof lane.a_words) != 0)
           fail("wgmma: registers of its A operand were written while it was under way");
       }
       check_operand(b, descriptor, n_count, 64);
-      std::vector<float> right(std::size_t(32 * n_count));
-      for (int k = 0; k < 32; ++k)
+      const int depth = 16 * elements_of_word(element);
+      std::vector<Sum> right(std::size_t(depth * n_count));
+      for (int k = 0; k < depth; ++k)
         for (int n = 0; n < n_count; ++n)
-          right[std::size_t(k * n_count + n)] = described(b, descriptor, n, k, is_float16);
-      std::vector<float> sums(static_cast<std::size_t>(n_count));
+          right[std::size_t(k * n_count + n)] = Sum(described(b, descriptor, n, k, element));
+      std::vector<Sum> sums(static_cast<std::size_t>(n_count));
       for (int row = 0; row < 64; ++row) {  // warp w of the warpgroup has rows 16 w on
-        const MatrixLane* const warp = &lanes[std::size_t(row / 16 * kWarpSize)];
-        std::fill(sums.begin(), sums.end(), 0.0f);
+        const MatrixLane<Sum>* const warp = &lanes[std::size_t(row / 16 * kWarpSize)];
+        std::fill(sums.begin(), sums.end(), Sum(0));
         for_each_kept(
-            row % 16, selector, is_float16, [&](unsigned lane, int i) { return warp[lane].a_words[i]; },
+            row % 16, selector, element, [&](unsigned lane, int i) { return warp[lane].a_words[i]; },
             [&](unsigned lane) { return warp[lane].metadata; },
             [&](int column, float value) {
-              const float* const from = &right[std::size_t(column * n_count)];
-              for (std::size_t n = 0; n < sums.size(); ++n) sums[n] += value * from[n];
+              const Sum* const from = &right[std::size_t(column * n_count)];
+              for (std::size_t n = 0; n < sums.size(); ++n) sums[n] += Sum(value) * from[n];
             });
         for (int n = 0; n < n_count; ++n) {
-          const MatrixLane& lane = warp[row % 8 * 4 + n % 8 / 2];
-          float& to = lane.d[n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
-          to = (lane.accumulate ? to : 0.0f) + sums[std::size_t(n)];
+          const MatrixLane<Sum>& lane = warp[row % 8 * 4 + n % 8 / 2];
+          Sum& to = lane.d[n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
+          to = (lane.accumulate ? to : Sum(0)) + sums[std::size_t(n)];
         }
       }
-      for (const MatrixLane& lane : lanes) queue.accumulators.at(lane.d).assign(lane.d, lane.d + own);
+      for (const MatrixLane<Sum>& lane : lanes) queue.accumulators.at(lane.d) = bytes_at(lane.d, own);
     });
   });
 }

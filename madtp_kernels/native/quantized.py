@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from madtp_kernels import dispatch
-from madtp_kernels.native.common import DTYPES, address, row_contiguous
-from madtp_kernels.native.sparse24 import ACTIVATIONS
+from madtp_kernels.native.common import DTYPES, address, aligned, aligned_rows, call, map_given, row_contiguous
+from madtp_kernels.native.sparse24 import ACTIVATIONS, Sparse24Config
+
+if TYPE_CHECKING:
+    from madtp_kernels import _C
+
+TYPES = {torch.int8: 0, torch.float8_e4m3fn: 1}  # madtp::cuda::QuantizedType
 
 
 def quantized_layout_bytes(out_features: int, in_features: int, sparse: bool) -> int:
@@ -81,3 +88,108 @@ def quantized_linear(
         torch.get_num_threads(),
     )
     return out
+
+
+def quantized_layout_bytes_cuda(out_features: int, in_features: int) -> int:
+    """Size of the layout of a 2:4 weight on a GPU, of int8 or fp8."""
+    return dispatch.extension().cuda.quantized_layout_bytes(out_features, in_features)
+
+
+def quantized_pack_cuda(values: Tensor, indices: Tensor) -> Tensor:
+    """The layout (bytes,) uint8 of values (N, C/2) int8 or float8_e4m3fn and indices (N, C/8), which ascend."""
+    values, indices = aligned(values), aligned(indices)
+    out_features, in_features = values.shape[0], 2 * values.shape[1]
+    layout = indices.new_empty(quantized_layout_bytes_cuda(out_features, in_features))
+    at = address(values), address(indices), out_features, in_features, address(layout)
+    call("quantized_pack", values.device, *at)
+    return layout
+
+
+def quantize_rows_cuda(x: Tensor, dtype: torch.dtype, num_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x (T, C), C a multiple of 16 -> values of dtype int8 or float8_e4m3fn (T, C), scales (T,) float32.
+
+    The bits of `reference.quantized.quantize_rows`; rows from num_rows on are left as they are.
+    """
+    x = aligned_rows(x)
+    (tokens, in_features) = x.shape
+    values = torch.empty(tokens, in_features, dtype=dtype, device=x.device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    rows = address(values), TYPES[dtype], in_features, address(scale)
+    source = address(x), DTYPES[x.dtype], x.stride(0), tokens, in_features, address(num_rows)
+    call("quantize_rows", x.device, *source, *rows)
+    return values, scale
+
+
+def quantized_linear_cuda(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor | None,
+    weight_scale: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+    config: Sparse24Config | None = None,
+) -> Tensor:
+    """`quantized_linear` of a 2:4 weight on Sparse Tensor Cores: a kernel that quantises x, then the product.
+
+    config: one of `quantized_linear_configs`, None for the one that a model of the device expects to be fastest;
+        RuntimeError for one that cannot run here.
+    """
+    inputs, _alive = _cuda_inputs(x, values, indices, weight_scale, layout, bias, activation, residual, scale, num_rows)
+    out = x.new_empty(x.shape[0], values.shape[0])
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        dispatch.extension().cuda.quantized_linear(inputs, address(out), stream, config)
+    return out
+
+
+def quantized_linear_configs(x: Tensor, *arguments: Any) -> list[Sparse24Config]:
+    """Every configuration that can run `quantized_linear_cuda` of these arguments on the device of x."""
+    inputs, _alive = _cuda_inputs(x, *arguments)
+    with torch.cuda.device(x.device):
+        return [Sparse24Config(*config) for config in dispatch.extension().cuda.quantized_linear_configs(inputs)]
+
+
+def _cuda_inputs(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor | None,
+    weight_scale: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+) -> tuple[_C.cuda.QuantizedRowsLinear, tuple[Tensor | None, ...]]:
+    """A layer of the rows of x, which are quantised here, and the tensors it points to, which must outlive it."""
+    if layout is None:
+        assert indices is not None, "the CUDA kernels have 2:4 weights alone"
+        layout = quantized_pack_cuda(values, indices)
+    rows, x_scale = quantize_rows_cuda(x, values.dtype, num_rows)
+    weight_scale, residual = aligned(weight_scale), map_given(aligned_rows, residual)
+    bias, scale = map_given(aligned, bias), map_given(aligned, scale)
+    inputs = dispatch.extension().cuda.QuantizedRowsLinear(
+        address(rows),
+        TYPES[values.dtype],
+        rows.shape[1],
+        address(x_scale),
+        DTYPES[x.dtype],
+        x.shape[0],
+        address(layout),
+        address(weight_scale),
+        values.shape[0],
+        x.shape[1],
+        address(bias),
+        0 if bias is None else DTYPES[bias.dtype],
+        ACTIVATIONS[activation],
+        address(scale),
+        0 if scale is None else DTYPES[scale.dtype],
+        address(residual),
+        0 if residual is None else residual.stride(0),
+        address(num_rows),
+    )
+    return inputs, (rows, x_scale, layout, weight_scale, bias, residual, scale, num_rows)

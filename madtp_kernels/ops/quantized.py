@@ -72,11 +72,12 @@ def quantized_linear(
         residual: (T, N) dtype of x; any row stride. Or (..., N).
         scale: (N,) float32 or the dtype of x.
         num_rows: int32, one element: rows from it on are zeros. None: all rows are computed. With x (T, C) only.
-        backend: auto, reference, cpu or dense, for which a 2:4 weight is made dense and kept so as well: on a CPU the
+        backend: auto, reference, cpu, cuda (2:4 weights on Sparse Tensor Cores: int8 on sm_80 and newer, fp8 where
+            code for sm_90a runs) or dense, for which a 2:4 weight is made dense and kept so as well: on a CPU the
             kernel of dense int8 weights, on a GPU torch's product, of fp8 from compute capability 8.9. For an int8 2:4
             weight auto measures on a CPU, at the first use of a shape, whether cpu or dense is faster
-            (`quantized.tuning_cpu`); under torch.compile it is cpu. fp8 runs the reference on a CPU, and other devices
-            run that alone.
+            (`quantized.tuning_cpu`); under torch.compile it is cpu. On a GPU it is cuda where that runs, else dense.
+            fp8 runs the reference on a CPU, and other devices run that alone.
 
     Returns:
         (T, N) dtype of x, or (..., N); the same bits on cpu and dense of a CPU, whatever the activation.
@@ -288,8 +289,29 @@ def _dense_layout(weight: QuantizedWeight) -> Tensor:
     return quantized_pack(reference.to_dense_values(weight.values, weight.indices), None)
 
 
+def _check_cuda_layout(layout: Tensor | None, values: Tensor, indices: Tensor | None) -> Tensor:
+    """`layout`, or a new one where it is None, for the CUDA kernels. Raises ValueError for one of another weight."""
+    layout = _cuda_layout(values, indices) if layout is None else layout
+    size = native.quantized_layout_bytes_cuda(*_shape(values, indices))
+    ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
+    require(ok, "layout", f"contiguous uint8 of shape ({size},), from QuantizedWeight.layout", layout)
+    return layout
+
+
+def _cuda_layout(values: Tensor, indices: Tensor | None) -> Tensor:
+    # A weight of another scheme comes here from `layout("cuda")` alone.
+    require(indices is not None, "weight", "of scheme int8_24 or fp8_24 for cuda", scheme_of(values, indices))
+    indices = cast(Tensor, indices)
+    check_nibbles(indices, "indices")
+    return native.quantized_pack_cuda(values.detach(), indices)
+
+
 # backend -> the schemes that its kernels multiply by; the reference knows all
-_SCHEMES = {"cpu": ("int8", "int8_24"), "dense": ("int8", "int8_24", "fp8", "fp8_24")}
+_SCHEMES = {
+    "cpu": ("int8", "int8_24"),
+    "cuda": ("int8_24", "fp8_24"),
+    "dense": ("int8", "int8_24", "fp8", "fp8_24"),
+}
 
 
 def _scheme_unsupported_reason(backend: str, scheme: str, device: torch.device) -> str | None:
@@ -297,6 +319,9 @@ def _scheme_unsupported_reason(backend: str, scheme: str, device: torch.device) 
     schemes, fp8 = _SCHEMES[backend], scheme.startswith("fp8")
     if scheme not in schemes:
         return f"{backend} multiplies by weights of {' and '.join(schemes)}, not {scheme}"
+    if backend == "cuda" and fp8:
+        arch = dispatch.running_arch(device)
+        return None if not arch.isdecimal() else f"fp8_24 needs code for sm_90a, and the GPU runs that for sm_{arch}"
     if backend != "dense":
         return None
     if device.type == "cpu":
@@ -310,16 +335,18 @@ def _scheme_unsupported_reason(backend: str, scheme: str, device: torch.device) 
 
 
 register_layout("cpu", lambda weight: quantized_pack(weight.values, weight.indices))
+register_layout("cuda", lambda weight: _cuda_layout(weight.values, weight.indices))
 register_layout("dense", _dense_layout)
 dispatch.register(
     "quantized_linear",
     reference=reference.quantized_linear,
     cpu=native.quantized_linear,
+    cuda=native.quantized_linear_cuda,
     dense=dense.quantized_linear,
     scheme_limits=_scheme_unsupported_reason,
     dtype=_dtype,
     tuned=_tuned,
-    layout_checks={"cpu": _check_layout, "dense": _check_dense_layout},
+    layout_checks={"cpu": _check_layout, "cuda": _check_cuda_layout, "dense": _check_dense_layout},
 )
 
 

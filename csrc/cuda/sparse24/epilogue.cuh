@@ -2,16 +2,18 @@
 #pragma once
 
 // From accumulators to rows of the output: y = residual + scale * activation(sum + bias), in float32, cast
-// once. In the accumulators of mma and wgmma a lane has two neighbouring tokens of a feature; staged in
-// shared memory they come out as rows, 64 output features at a time, 128 bytes of a 16-bit type.
+// once. Of quantised operands the sum is first multiplied by the scale of its row of x, then by that of its
+// row of the weight, and every operation rounds by itself, as on a CPU. In the accumulators of mma and wgmma
+// a lane has two neighbouring tokens of a feature; staged in shared memory they come out as rows, 64 output
+// features at a time, 128 bytes of a 16-bit type.
 
 #include <cstdint>
 #include <type_traits>
 
 #include "cuda/dtype.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/sparse24/architectures.h"
 #include "cuda/sparse24/layout.cuh"
-#include "madtp/sparse24.h"
 
 namespace madtp::cuda {
 
@@ -32,7 +34,8 @@ struct Output {
   const std::int32_t* num_rows;  // rows from it on are zeros; null: every row is computed
   int tokens, out_features;
   Activation activation;
-  bool bias_is_float, scale_is_float;  // and not T
+  bool bias_is_float, scale_is_float;   // and not T
+  const float *x_scale, *weight_scale;  // (tokens,), (out_features,), of quantised operands
 
   // How many tokens are computed: what num_rows says, and never more than there are.
   __device__ int valid_tokens() const {
@@ -41,6 +44,24 @@ struct Output {
     return valid < 0 ? 0 : valid < tokens ? valid : tokens;
   }
 };
+
+template <typename T>
+Output<T> output_of(const LinearCall& a, void* out, std::int64_t out_stride) {
+  return {static_cast<T*>(out),
+          static_cast<const T*>(a.residual),
+          a.bias,
+          a.scale,
+          out_stride,
+          a.residual_stride,
+          a.num_rows,
+          int(a.tokens),
+          int(a.out_features),
+          a.activation,
+          a.bias_dtype == DType::float32,
+          a.scale_dtype == DType::float32,
+          a.x_scale,
+          a.weight_scale};
+}
 
 // Phi(-a) of a >= 0, the normal distribution's tail: exp(-a^2 / 2) Q(t) with t = 1 / (1 + 0.37 a) and Q of
 // degree 5, the minimax fit on [0, 13]. Its relative error is at most 3.5e-5 everywhere, a fourteenth of what
@@ -94,43 +115,64 @@ __device__ void with_activation(Activation activation, Use&& use) {
   }
 }
 
+// before + value * scale: one FMA where the compiler likes, but of quantised operands two roundings.
+template <bool kIsQuantized>
+__device__ float add_scaled(float before, float value, float scale) {
+  if constexpr (kIsQuantized) return __fadd_rn(before, __fmul_rn(value, scale));
+  return before + value * scale;
+}
+
 __device__ inline void load_four(const float* from, float (&values)[4]) {
   const float4 four = *reinterpret_cast<const float4*>(from);
   values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
 }
 
+// Four elements of T, as they move.
 template <typename T>
-__device__ void unpack_four(uint2 words, float (&values)[4]) {
-  Pair<T> pairs[2];
-  memcpy(pairs, &words, sizeof words);
-  const float2 low = to_float2(pairs[0]), high = to_float2(pairs[1]);
-  values[0] = low.x, values[1] = low.y, values[2] = high.x, values[3] = high.y;
+using Four = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
+
+template <typename T>
+__device__ void unpack_four(const Four<T>& words, float (&values)[4]) {
+  if constexpr (sizeof(T) == 4) {
+    values[0] = __uint_as_float(words.x), values[1] = __uint_as_float(words.y);
+    values[2] = __uint_as_float(words.z), values[3] = __uint_as_float(words.w);
+  } else {
+    Pair<T> pairs[2];
+    memcpy(pairs, &words, sizeof words);
+    const float2 low = to_float2(pairs[0]), high = to_float2(pairs[1]);
+    values[0] = low.x, values[1] = low.y, values[2] = high.x, values[3] = high.y;
+  }
 }
 
 template <typename T>
-__device__ uint2 pack_four(const float (&values)[4]) {
-  Pair<T> pairs[2];
-  round_to(values[0], values[1], pairs[0]);
-  round_to(values[2], values[3], pairs[1]);
-  uint2 words;
-  memcpy(&words, pairs, sizeof words);
-  return words;
+__device__ Four<T> pack_four(const float (&values)[4]) {
+  if constexpr (sizeof(T) == 4) {
+    return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+                      __float_as_uint(values[3]));
+  } else {
+    Pair<T> pairs[2];
+    round_to(values[0], values[1], pairs[0]);
+    round_to(values[2], values[3], pairs[1]);
+    uint2 words;
+    memcpy(&words, pairs, sizeof words);
+    return words;
+  }
 }
 
 // Stages the sums of 16 output features and 8 tokens, a fragment of d: those of slab `slab` and tokens 8
 // `group` on.
-template <int kFeatures = kTileFeatures>
-__device__ void stage(float* staged, int slab, int group, const float* d, int lane) {
+template <int kFeatures = kTileFeatures, typename Sum>
+__device__ void stage(float* staged, int slab, int group, const Sum (&d)[4], int lane) {
   constexpr int kNext = kStride<kFeatures>;
   float* const to = staged + (8 * group + lane % 4 * 2) * kNext + slab * kSlabRows + lane / 4;
-  to[0] = d[0];
-  to[kNext] = d[1];
-  to[8] = d[2];
-  to[kNext + 8] = d[3];
+  to[0] = float(d[0]);
+  to[kNext] = float(d[1]);
+  to[8] = float(d[2]);
+  to[kNext + 8] = float(d[3]);
 }
 
 // One lane of those that write the rows of a tile of kFeatures output features from `first_feature` on.
-template <typename T, int kFeatures = kTileFeatures>
+template <typename T, bool kIsQuantized, int kFeatures = kTileFeatures>
 class RowWriter {
  public:
   __device__ RowWriter(const Output<T>& output, int first_feature, int lane)
@@ -141,6 +183,7 @@ class RowWriter {
     if (feature_ >= o_.out_features) return;
     load_vector(o_.bias, o_.bias_is_float, -0.0f, bias_);  // which leaves every sum as it is
     load_vector(o_.scale, o_.scale_is_float, 1, scale_);
+    if constexpr (kIsQuantized) load_four(o_.weight_scale + feature_, weight_scale_);
   }
 
   // Writes `count` staged tokens from `first_token` on; those from `valid_tokens` on are zeros.
@@ -172,14 +215,22 @@ class RowWriter {
     valid_tokens -= first_token;
 #pragma unroll 1
     for (int first = token_; first < count; first += kTokensAtOnce * kStep) {
-      uint2 residuals[kTokensAtOnce] = {};
+      Four<T> residuals[kTokensAtOnce] = {};
+      float x_scales[kTokensAtOnce] = {};
       if (o_.residual != nullptr) {
 #pragma unroll
         for (int k = 0; k < kTokensAtOnce; ++k) {
           const int i = first + k * kStep;
           if (i < count && i < valid_tokens)
-            residuals[k] = *reinterpret_cast<const uint2*>(o_.residual +
-                                                           (first_token + i) * o_.residual_stride + feature_);
+            residuals[k] = *reinterpret_cast<const Four<T>*>(
+                o_.residual + (first_token + i) * o_.residual_stride + feature_);
+        }
+      }
+      if constexpr (kIsQuantized) {
+#pragma unroll
+        for (int k = 0; k < kTokensAtOnce; ++k) {
+          const int i = first + k * kStep;
+          if (i < count && i < valid_tokens) x_scales[k] = o_.x_scale[first_token + i];
         }
       }
 #pragma unroll
@@ -190,9 +241,18 @@ class RowWriter {
         if (i < valid_tokens) {
           float sums[4];
           load_four(staged + i * kStride<kFeatures> + place_, sums);
-          if (o_.residual != nullptr) unpack_four<T>(residuals[k], y);
+          if (o_.residual != nullptr) {
+            unpack_four<T>(residuals[k], y);
+          } else {
+            for (float& before : y) before = -0.0f;  // which leaves every sum as it is
+          }
 #pragma unroll
-          for (int c = 0; c < 4; ++c) y[c] += activate<kActivation>(sums[c] + bias_[c]) * scale_[c];
+          for (int c = 0; c < 4; ++c) {
+            if constexpr (kIsQuantized)
+              sums[c] = __fmul_rn(__fmul_rn(sums[c], x_scales[k]), weight_scale_[c]);
+            const float biased = __fadd_rn(sums[c], bias_[c]);
+            y[c] = add_scaled<kIsQuantized>(y[c], activate<kActivation>(biased), scale_[c]);
+          }
         }
         store(first_token + i, y);
       }
@@ -200,7 +260,7 @@ class RowWriter {
   }
 
   __device__ void store(int token, const float (&y)[4]) const {
-    *reinterpret_cast<uint2*>(o_.out + token * o_.out_stride + feature_) = pack_four<T>(y);
+    *reinterpret_cast<Four<T>*>(o_.out + token * o_.out_stride + feature_) = pack_four<T>(y);
   }
 
   // Four of the vector, or `otherwise` where there is none.
@@ -210,13 +270,13 @@ class RowWriter {
     } else if (is_float) {
       load_four(static_cast<const float*>(vector) + feature_, values);
     } else {
-      unpack_four<T>(*reinterpret_cast<const uint2*>(static_cast<const T*>(vector) + feature_), values);
+      unpack_four<T>(*reinterpret_cast<const Four<T>*>(static_cast<const T*>(vector) + feature_), values);
     }
   }
 
   const Output<T>& o_;
   int token_, place_, feature_;
-  float bias_[4], scale_[4];
+  float bias_[4], scale_[4], weight_scale_[4];
 };
 
 }  // namespace madtp::cuda

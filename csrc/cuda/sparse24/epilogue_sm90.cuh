@@ -13,11 +13,12 @@
 namespace madtp::cuda {
 
 // One lane of a warp that writes the rows of a slab of output features, kTokens tokens at a time.
-template <typename T>
+template <typename T, bool kIsQuantized, int kTokens_ = 32>
 class SlabWriter {
  public:
-  static constexpr int kTokens = 32, kGroups = kTokens / 16;  // in groups of 16, four matrices
-  static constexpr int kSums = kTokens / 2;                   // that a lane has of them
+  static constexpr int kTokens = kTokens_, kGroups = kTokens / 16;  // in groups of 16, four matrices
+  static constexpr int kSums = kTokens / 2;                         // that a lane has of them
+  static constexpr bool kLoadsScales = kTokens == 32;               // ahead; else there is no register for it
   static constexpr int kRowBytes = kSlabRows * 2, kGroupBytes = 16 * kRowBytes;
   static constexpr int kStagedBytes = kGroups * kGroupBytes;
 
@@ -39,11 +40,14 @@ class SlabWriter {
       bias_[half] =
           is_there ? one_of(output.bias, output.bias_is_float, row, -0.0f) : 0;  // -0 changes no sum
       scale_[half] = is_there ? one_of(output.scale, output.scale_is_float, row, 1) : 0;
+      if constexpr (kIsQuantized) weight_scale_[half] = is_there ? output.weight_scale[row] : 0;
     }
   }
 
-  // Asks for the residual of the next kTokens tokens, which `write` takes.
-  __device__ void load_residual(int valid_tokens) {
+  // Asks for what the next kTokens tokens, from `first_token` on, need: the scales of rows of x, and the
+  // residual.
+  __device__ void load(int first_token, int valid_tokens) {
+    if constexpr (kIsQuantized && kLoadsScales) next_x_scale_ = x_scale_of(first_token, valid_tokens);
     if (residual_ == nullptr) return;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
@@ -53,16 +57,24 @@ class SlabWriter {
     }
   }
 
-  // Adds the bias to the sums of kTokens tokens, in the branch that calls it.
-  __device__ void add_bias(const float* sums, float (&biased)[kSums]) const {
+  // What is done to the sums of kTokens tokens in the branch that calls it: their bias is added, or of
+  // quantised operands they become float32.
+  template <typename Sum>
+  __device__ void take(const Sum* sums, float (&taken)[kSums]) const {
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) biased[i] = ptx::add_here(sums[i], bias_[i / 2 % 2]);
+    for (int i = 0; i < kSums; ++i) {
+      if constexpr (kIsQuantized) {
+        taken[i] = ptx::to_float_here(sums[i]);
+      } else {
+        taken[i] = ptx::add_here(sums[i], bias_[i / 2 % 2]);
+      }
+    }
   }
 
-  // Writes the next kTokens tokens; those from `valid_tokens` on are zeros. Asks for the residual of those
-  // after them.
+  // Writes the next kTokens tokens, from `first_token` on, of which `take` has taken the sums; those from
+  // `valid_tokens` on are zeros. Asks for what those after them need.
   template <Activation kActivation>
-  __device__ void write(const float (&biased)[kSums], int valid_tokens, bool has_next) {
+  __device__ void write(const float (&taken)[kSums], int first_token, int valid_tokens, bool has_next) {
     __syncwarp();  // what was staged before was read
     if (residual_ != nullptr) {
 #pragma unroll
@@ -72,19 +84,22 @@ class SlabWriter {
     }
     const int token = token_;
     token_ += kTokens;
-    if (has_next) load_residual(valid_tokens);
+    const float x_scale =
+        kIsQuantized && !kLoadsScales ? x_scale_of(first_token, valid_tokens) : next_x_scale_;
+    if (has_next) load(first_token + kTokens, valid_tokens);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       const std::uint32_t at = fragment_ + std::uint32_t(group * kGroupBytes);
-      std::uint32_t words[4] = {};
+      std::uint32_t words[4] = {kNoResidual, kNoResidual, kNoResidual, kNoResidual};
       if (residual_ != nullptr) ptx::ldmatrix_x4_trans(words, at);
+      float2 scales = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // two tokens of a feature
+        if (kIsQuantized && i % 2 == 0) scales = scales_of(x_scale, group * 2 + i / 2);
         const float2 before = two_of(words[i]);
-        const float* const sums = biased + (group * 4 + i) * 2;
-        const float scale = scale_[i % 2];
-        words[i] = rounded(before.x + activate<kActivation>(sums[0]) * scale,
-                           before.y + activate<kActivation>(sums[1]) * scale);
+        const float* const sums = taken + (group * 4 + i) * 2;
+        words[i] = rounded(finish<kActivation>(before.x, sums[0], scales.x, i % 2),
+                           finish<kActivation>(before.y, sums[1], scales.y, i % 2));
       }
       ptx::stmatrix_x4_trans(at, words);
     }
@@ -106,6 +121,7 @@ class SlabWriter {
   }
 
  private:
+  static constexpr std::uint32_t kNoResidual = 0x80008000;  // -0 twice, which leaves every sum as it is
   static constexpr int kNowhere = 1 << 30;  // past every token, and far from where a sum would overflow
 
   // Of 16 bytes of a row: chunks trade places every four rows, so that the 8 rows of a matrix lie in all
@@ -119,6 +135,26 @@ class SlabWriter {
   __device__ void store(int token, int group, const uint4& words) const {
     if (token + group * 16 < o_->tokens)
       *reinterpret_cast<uint4*>(out_ + group * 16 * o_->out_stride) = words;
+  }
+
+  // That of a row, of those from `first_token` on, for each lane.
+  __device__ float x_scale_of(int first_token, int valid_tokens) const {
+    const int token = first_token + int(threadIdx.x) % kTokens;
+    return token < valid_tokens ? o_->x_scale[token] : 0;
+  }
+
+  // Of the two tokens of the `eight`-th eight whose sums this lane has; each lane has loaded that of one
+  // token.
+  __device__ static float2 scales_of(float x_scale, int eight) {
+    const int first = eight * 8 + int(threadIdx.x) % 4 * 2;
+    return make_float2(__shfl_sync(kAllLanes, x_scale, first), __shfl_sync(kAllLanes, x_scale, first + 1));
+  }
+
+  template <Activation kActivation>
+  __device__ float finish(float before, float taken, float x_scale, int half) const {
+    if constexpr (kIsQuantized)
+      taken = __fadd_rn(__fmul_rn(__fmul_rn(taken, x_scale), weight_scale_[half]), bias_[half]);
+    return add_scaled<kIsQuantized>(before, activate<kActivation>(taken), scale_[half]);
   }
 
   __device__ static float one_of(const void* vector, bool is_float, int feature, float otherwise) {
@@ -147,7 +183,8 @@ class SlabWriter {
   int token_;
   std::uint32_t fragment_;
   unsigned char* row_;
-  float bias_[2], scale_[2];  // of the output features whose sums it has
+  float bias_[2], scale_[2], weight_scale_[2];  // of the output features whose sums it has
+  float next_x_scale_ = 0;                      // of one of the tokens that it writes next, by lane
   uint4 residuals_[kGroups] = {};
 };
 

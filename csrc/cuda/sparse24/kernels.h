@@ -13,6 +13,7 @@ namespace madtp::cuda {
 Status prune_weight(const Sparse24Dense& dense, void* values, std::uint8_t* indices, std::int32_t* has_nan,
                     void* stream);
 
-Status pack_weight(const Sparse24Weight& weight, void* layout, void* stream);
+// Of elements of so many bytes, 2 or 1, whatever its dtype says.
+Status pack_weight(const Sparse24Weight& weight, int bytes, void* layout, void* stream);
 
 }  // namespace madtp::cuda

@@ -46,6 +46,7 @@ struct Layer {
   Activation activation = Activation::none;
   bool has_residual = false;
   bool is_cold = false;  // whether the weight comes from HBM; else from L2
+  int bytes = 2;         // of an element of x and the weight; the output and the residual have 16 bits
 };
 
 struct Schedule {
@@ -64,19 +65,22 @@ inline bool is_in_turn(const Schedule& s, std::int64_t tiles, int clusters) {
 
 // Of one value from the accumulator to the output, bias and scale included, as compiled: what
 // tests/kernels/test_cuda_sass.py holds.
-inline double instructions(Activation activation, bool has_residual) {
-  const double residual = has_residual ? 2.5 : 0;
-  switch (activation) {
+inline double instructions(const Layer& layer, bool has_two_halves) {
+  // Quantised, the conversion of the sum, which counts twice, both scales, and no FMA; of two halves, tokens
+  // come 16 at a time.
+  const double quantized = layer.bytes == 2 ? 0 : has_two_halves ? 15 : 7;
+  const double more = quantized + (layer.has_residual ? 2.5 : 0);
+  switch (layer.activation) {
     case Activation::gelu:
-      return 22 + residual;
+      return 22 + more;
     case Activation::gelu_tanh:
-      return 15 + residual;
+      return 15 + more;
     case Activation::quick_gelu:
-      return 13 + residual;
+      return 13 + more;
     case Activation::relu:
-      return 10 + residual;
+      return 10 + more;
     default:
-      return 8 + residual;
+      return 8 + more;
   }
 }
 
@@ -84,14 +88,23 @@ inline double specials(Activation activation) {
   return activation == Activation::none || activation == Activation::relu ? 0 : 2;
 }
 
-constexpr int kStep = 64;               // input features
-constexpr double kWeightBytes = 1.125;  // of a value of the dense weight, in 2:4 of a 16-bit type
+constexpr int kRowBytes = 128;  // of x, that a step takes
 
-inline std::int64_t steps_of(std::int64_t in_features) { return quotient_up(in_features, kStep); }
+inline int step_of(int bytes) { return kRowBytes / bytes; }  // input features
+// Of a 2:4 weight, of an output feature and a step: half of the values, and a quarter of a byte of metadata
+// for each dense one.
+inline double weight_bytes_of(int bytes) { return kRowBytes / 2 + step_of(bytes) / 8; }
+
+inline std::int64_t steps_of(const Layer& layer) {
+  return quotient_up(layer.in_features, step_of(layer.bytes));
+}
+
+// Multiply-adds of a multiprocessor and clock, dense: twice as many of 8-bit types.
+inline double dense_macs(const Layer& layer) { return kDenseMacs * 2 / layer.bytes; }
 
 // Clocks for the bytes that pass through L2 of all of a layer, from HBM those that L2 did not keep.
 inline double hbm_clocks(const Layer& layer, double weight_bytes) {
-  const double x = 2.0 * double(layer.rows) * double(layer.in_features);
+  const double x = double(layer.bytes) * double(layer.rows) * double(layer.in_features);
   const double y = 2.0 * double(layer.rows) * double(layer.out_features) * (layer.has_residual ? 2 : 1);
   const double passing = x + y > kL2Capacity ? x + y : 0;
   return (passing + (layer.is_cold ? weight_bytes : 0)) / kHbmBytes;
@@ -113,23 +126,24 @@ inline Clocks clocks(const Layer& layer, const Schedule& s, const Gpu& gpu) {
   const int clusters = gpu.clusters(s.cluster);
   const double active = double(std::min<std::int64_t>(tiles, clusters)) * s.cluster;
   const double l2_rate = std::min(kL2BytesOfOne, kL2Bytes / active);
-  const double steps = double(steps_of(layer.in_features));
+  const double steps = double(steps_of(layer));
 
   const bool in_turn = is_in_turn(s, tiles, clusters);
 
   Clocks c{};
   c.rounds = double(quotient_up(tiles, clusters));
-  c.tensor = steps * values * kStep / (2 * kDenseMacs);
-  c.shared = steps * (1 + s.features / 64) * (n * kStep * 2) /
+  c.tensor = steps * values * step_of(layer.bytes) / (2 * dense_macs(layer));
+  c.shared = steps * (1 + s.features / 64) * (n * kRowBytes) /
              kSharedBytes;  // x, read for 64 features twice, and written once
-  c.l2 = steps * (n * kStep * 2 / s.cluster + s.features * kStep * kWeightBytes) / l2_rate;
+  c.l2 = steps * (n * kRowBytes / s.cluster + s.features * weight_bytes_of(layer.bytes)) / l2_rate;
   const double latency = steps * (layer.is_cold ? kHbmLatency : kL2Latency) / steps_ahead(s, in_turn);
   const double loop = std::max({c.tensor, c.shared, c.l2, latency});
-  const double per_value = instructions(layer.activation, layer.has_residual);
+  const double per_value = instructions(layer, in_turn || s.features == 256);
   const double special = values * specials(layer.activation) / kSpecial;
   const double written = 2 * values * (layer.has_residual ? 2 : 1) / l2_rate;
   c.issue = values * per_value / (kIssue * (s.features == 64 ? kIssueOfOne : kIssueOfTwo));
-  c.hbm = hbm_clocks(layer, kWeightBytes * double(layer.out_features) * double(layer.in_features));
+  c.hbm = hbm_clocks(layer, weight_bytes_of(layer.bytes) / step_of(layer.bytes) * double(layer.out_features) *
+                                double(layer.in_features));
   double products;
   if (in_turn) {
     // What both warpgroups share adds up; else each takes its own time, and they take turns.
@@ -181,18 +195,18 @@ inline double dense_clocks(const Layer& layer, const Gpu& gpu) {
     const int tile_features = 64 * (1 + tile / 4), tile_rows = 64 * (1 + tile % 4);
     if (tile_features * tile_rows > 256 * 128) continue;  // sums that registers hold
     for (int splits : {1, 2, 3, 4, 6, 8}) {
-      if (splits > 1 && steps_of(layer.in_features) < 4 * splits) break;
+      if (splits > 1 && steps_of(layer) < 4 * splits) break;
       const double features = tile_features, n = tile_rows;
       const std::int64_t work_tiles =
           quotient_up(layer.out_features, tile_features) * quotient_up(layer.rows, tile_rows) * splits;
       const double active = double(std::min<std::int64_t>(work_tiles, gpu.multiprocessors));
       const double l2_rate = std::min(kL2BytesOfOne, kL2Bytes / active);
-      const double steps = double(quotient_up(steps_of(layer.in_features), splits));
-      const double tensor = steps * features * n * kStep / (kDenseMacs * kDenseRate);
-      const double l2 = steps * (features / 2 + n) * kStep * 2 / l2_rate;  // clusters of two share a side
+      const double steps = double(quotient_up(steps_of(layer), splits));
+      const double tensor = steps * features * n * step_of(layer.bytes) / (dense_macs(layer) * kDenseRate);
+      const double l2 = steps * (features / 2 + n) * kRowBytes / l2_rate;  // clusters of two share a side
       const double loops =
           double(quotient_up(work_tiles, gpu.multiprocessors)) * std::max(tensor, l2) + kEnds;
-      const double weight = 2.0 * double(layer.out_features) * double(layer.in_features);
+      const double weight = double(layer.bytes) * double(layer.out_features) * double(layer.in_features);
       const double sums = 8.0 * double(layer.rows) * double(layer.out_features) * splits;
       const double now =
           kLaunch + std::max(loops, hbm_clocks(layer, weight)) + (splits > 1 ? elementwise_clocks(sums) : 0);
@@ -200,6 +214,11 @@ inline double dense_clocks(const Layer& layer, const Gpu& gpu) {
     }
   }
   return best;
+}
+
+// The kernel that quantises x, which dense layers of 8-bit types need too: reads 16 bits, writes 8.
+inline double quantize_clocks(const Layer& layer) {
+  return elementwise_clocks(3 * double(layer.rows) * double(layer.in_features));
 }
 
 // A kernel of its own that reads the result and writes it again: GELU, or the sum with a residual.

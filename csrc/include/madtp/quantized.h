@@ -63,4 +63,55 @@ Status quantized_linear(const QuantizedLinear& inputs,
                         std::int64_t out_stride, int threads);
 
 }  // namespace cpu
+
+#if MADTP_HAS_CUDA
+// 2:4 weights alone, on GPUs of compute capability 8.0 and newer for which the library has code, and where
+// that is code for sm_90a in e4m3 too; Status::unsupported elsewhere, and for a dense weight. Pointers are
+// multiples of 16 bytes (of 4 to `num_rows`), strides of 8 elements, of quantised rows of 16; at most 2^27
+// tokens and output features. Work is queued on `stream`, a cudaStream_t of the current device; of another
+// device it is Status::invalid_argument.
+namespace cuda {
+
+// What x and the weight are rounded to. The values are part of the ABI. e4m3 is torch.float8_e4m3fn: there
+// amax / 448 and 448 / amax stand where int8 has 127, and products are summed in float32 as the tensor cores
+// do it, which keep some 14 bits of a sum: other bits than a CPU's.
+enum class QuantizedType : int { int8 = 0, e4m3 = 1 };
+
+// Rows of x, rounded with a scale each. A row with a NaN or an infinity has zeros and the scale NaN.
+struct QuantizedRows {
+  QuantizedType type;
+  void* values;  // (tokens, in_features), 8 bits each
+  std::int64_t stride;
+  float* scale;  // (tokens,)
+};
+
+// Writes `rows`, the same bits as the CPU. Those from `num_rows` on stay as they are.
+Status quantize_rows(DType dtype,
+                     const void* x,  // (tokens, in_features)
+                     std::int64_t x_stride, std::int64_t tokens,
+                     std::int64_t in_features,      // a multiple of 16
+                     const std::int32_t* num_rows,  // one number, or null
+                     const QuantizedRows& rows, void* stream);
+
+// Bytes of the layout, the same on every device and for both types: 0.625 of the dense weight's in 8 bits,
+// padded to 64 output and 128 input features.
+Status quantized_layout_bytes(std::int64_t out_features, std::int64_t in_features, std::int64_t* bytes);
+
+// Writes the layout of a weight of either type whose indices ascend.
+Status quantized_pack(const QuantizedWeight& weight, void* layout, void* stream);
+
+// Every configuration that can run these inputs on the current device, as sparse24_linear_configs.
+Status quantized_linear_configs(const QuantizedLinear& inputs, const QuantizedRows& rows,
+                                Sparse24Config* configs,  // (capacity,)
+                                int capacity, int* count);
+
+// The layer of rows that quantize_rows has written, in place of x, which is not read. In int8 the same bits
+// as on a CPU without an activation and with relu. float32 outputs run on the kernel of sm_80.
+Status quantized_linear(const QuantizedLinear& inputs, const QuantizedRows& rows,
+                        void* out,  // (tokens, out_features)
+                        std::int64_t out_stride, void* stream, const Sparse24Config* config = nullptr);
+
+}  // namespace cuda
+#endif
+
 }  // namespace madtp

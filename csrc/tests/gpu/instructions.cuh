@@ -8,6 +8,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/ptx_sm90.cuh"
+#include "cuda/sparse24/operand.cuh"
 #include "cuda/tensor_map.h"
 #include "tests/gpu/instructions.h"
 #include "tests/gpu/on_device.cuh"
@@ -45,13 +46,18 @@ __global__ void cp_async_kernel(const CopyOperands* in, CopyResult* out) {
   for (unsigned i = 0; i < 16; ++i) out->shared[lane][i] = shared[lane * 16 + i];
 }
 
-template <typename T, int kSelector>
+template <typename X, int kSelector>
 __global__ void mma_sp_kernel(const MmaOperands* in, MmaResult* out) {
   const unsigned lane = threadIdx.x;
-  float d[4];
-  for (int i = 0; i < 4; ++i) d[i] = in->d[lane][i];
-  ptx::mma_sp_m16n8k32<T, kSelector>(d, in->a[lane], in->b[lane], in->metadata[lane]);
-  for (int i = 0; i < 4; ++i) out->d[lane][i] = d[i];
+  using Sum = cuda::SumOf<X>;
+  Sum d[4];
+  for (int i = 0; i < 4; ++i) d[i] = Sum(in->d[lane][i]);
+  if constexpr (sizeof(X) == 1) {
+    ptx::mma_sp_m16n8k64(d, in->a[lane], in->b[lane], in->metadata[lane]);
+  } else {
+    ptx::mma_sp_m16n8k32<X, kSelector>(d, in->a[lane], in->b[lane], in->metadata[lane]);
+  }
+  for (int i = 0; i < 4; ++i) out->d[lane][i] = float(d[i]);
 }
 
 // Other targets than sm_90a have none of what follows.
@@ -72,7 +78,7 @@ __global__ void stmatrix_kernel(const StmatrixOperands* in, StmatrixResult* out)
 #endif
 }
 
-template <typename T, int kN>
+template <typename X, int kN>
 __global__ void wgmma_sp_kernel(const __grid_constant__ ptx::TensorMap map, bool accumulate,
                                 const WgmmaOperands* in, WgmmaResult* out) {
 #ifdef MADTP_SM90
@@ -88,18 +94,24 @@ __global__ void wgmma_sp_kernel(const __grid_constant__ ptx::TensorMap map, bool
   }
   __syncthreads();
   ptx::mbarrier_wait(barrier, 0);
-  float d[kN / 2];
-  for (int i = 0; i < kN / 2; ++i) d[i] = in->d[thread][i];
+  using Sum = cuda::SumOf<X>;
+  Sum d[kN / 2];
+  for (int i = 0; i < kN / 2; ++i) d[i] = Sum(in->d[thread][i]);
   std::uint32_t a[2][4];
   for (int i = 0; i < 8; ++i) a[i / 4][i % 4] = in->a[i / 4][thread][i % 4];
-  const std::uint32_t metadata = in->metadata[thread];
+  const std::uint32_t metadata[2] = {in->metadata[0][thread], in->metadata[1][thread]};
   const std::uint64_t b = ptx::wgmma_descriptor(base);
   ptx::wgmma_fence();
-  ptx::wgmma_sp_m64k32<T, kN, 0>(d, a[0], b, metadata, accumulate);
-  ptx::wgmma_sp_m64k32<T, kN, 1>(d, a[1], b + 4, metadata, accumulate);
+  if constexpr (sizeof(X) == 1) {
+    ptx::wgmma_sp_m64k64<kN>(d, a[0], b, metadata[0], accumulate);
+    ptx::wgmma_sp_m64k64<kN>(d, a[1], b + 4, metadata[1], accumulate);
+  } else {
+    ptx::wgmma_sp_m64k32<X, kN, 0>(d, a[0], b, metadata[0], accumulate);
+    ptx::wgmma_sp_m64k32<X, kN, 1>(d, a[1], b + 4, metadata[1], accumulate);
+  }
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
-  for (int i = 0; i < kN / 2; ++i) out->d[thread][i] = d[i];
+  for (int i = 0; i < kN / 2; ++i) out->d[thread][i] = float(d[i]);
 #endif
 }
 
@@ -155,36 +167,48 @@ Status run_cp_async(const CopyOperands& operands, CopyResult* result) {
   });
 }
 
-template <typename T>
-Status run_mma_sp_of(int selector, const MmaOperands& operands, MmaResult* result) {
-  return on_device(operands, result, [&](const auto* in, auto* out) {
-    return cuda::launch(selector == 0 ? mma_sp_kernel<T, 0> : mma_sp_kernel<T, 1>, LaunchShape{1, 32},
-                        nullptr, in, out);
-  });
-}
-Status run_mma_sp(DType dtype, int selector, const MmaOperands& operands, MmaResult* result) {
-  if (const Status status = needs(0); status != Status::ok) return status;
-  return dtype == DType::bfloat16 ? run_mma_sp_of<__nv_bfloat16>(selector, operands, result)
-                                  : run_mma_sp_of<__half>(selector, operands, result);
+// use(X{}) with the elements of an operand.
+template <typename Use>
+Status with_operand(Operand operand, Use&& use) {
+  switch (operand) {
+    case Operand::bfloat16:
+      return use(cuda::BFloat16{});
+    case Operand::float16:
+      return use(cuda::Float16{});
+    case Operand::int8:
+      return use(std::int8_t{});
+    default:
+      return use(cuda::E4M3{});
+  }
 }
 
-template <typename T>
-Status run_wgmma_sp_of(DType dtype, int n, bool accumulate, const WgmmaOperands& operands,
-                       WgmmaResult* result) {
-  return on_device(operands, result, [&](const auto* in, auto* out) {
-    ptx::TensorMap map;
-    const Status status = cuda::encode_matrix(&map, in->x, dtype, 256, 64, 64, n);
-    if (status != Status::ok) return status;
-    const auto kernel = n == 64    ? wgmma_sp_kernel<T, 64>
-                        : n == 128 ? wgmma_sp_kernel<T, 128>
-                                   : wgmma_sp_kernel<T, 256>;
-    return cuda::launch(kernel, LaunchShape{1, 128, n * 128 + 8}, nullptr, map, accumulate, in, out);
+Status run_mma_sp(Operand operand, int selector, const MmaOperands& operands, MmaResult* result) {
+  // e4m3 came with 8.9: here it is in the code of sm_90a.
+  if (const Status status = needs(operand == Operand::e4m3 ? 90 : 0); status != Status::ok) return status;
+  return with_operand(operand, [&](auto x) {
+    using X = decltype(x);
+    return on_device(operands, result, [&](const auto* in, auto* out) {
+      return cuda::launch(selector == 0 ? mma_sp_kernel<X, 0> : mma_sp_kernel<X, 1>, LaunchShape{1, 32},
+                          nullptr, in, out);
+    });
   });
 }
-Status run_wgmma_sp(DType dtype, int n, bool accumulate, const WgmmaOperands& operands, WgmmaResult* result) {
+
+Status run_wgmma_sp(Operand operand, int n, bool accumulate, const WgmmaOperands& operands,
+                    WgmmaResult* result) {
   if (const Status status = needs(90); status != Status::ok) return status;
-  return dtype == DType::bfloat16 ? run_wgmma_sp_of<__nv_bfloat16>(dtype, n, accumulate, operands, result)
-                                  : run_wgmma_sp_of<__half>(dtype, n, accumulate, operands, result);
+  return with_operand(operand, [&](auto x) {
+    using X = decltype(x);
+    return on_device(operands, result, [&](const auto* in, auto* out) {
+      ptx::TensorMap map;  // of 16 bits, of whatever elements
+      const Status status = cuda::encode_matrix(&map, in->x, DType::float16, 256, 64, 64, n);
+      if (status != Status::ok) return status;
+      const auto kernel = n == 64    ? wgmma_sp_kernel<X, 64>
+                          : n == 128 ? wgmma_sp_kernel<X, 128>
+                                     : wgmma_sp_kernel<X, 256>;
+      return cuda::launch(kernel, LaunchShape{1, 128, n * 128 + 8}, nullptr, map, accumulate, in, out);
+    });
+  });
 }
 
 Status run_tma_load(int blocks, int column, int row, const BoxOperands& operands, BoxResult* result) {

@@ -6,7 +6,6 @@
 
 #include <cstdint>
 
-#include "madtp/dtype.h"
 #include "madtp/status.h"
 
 namespace madtp::test {
@@ -36,6 +35,9 @@ struct CopyResult {
   unsigned char shared[32][16];
 };
 
+// What products are made of; sums of int8 are int32, and float here, which has all that they come to.
+enum class Operand { bfloat16, float16, int8, e4m3 };
+
 struct MmaOperands {
   std::uint32_t a[32][4], b[32][4], metadata[32];
   float d[32][4];
@@ -45,8 +47,8 @@ struct MmaResult {
 };
 
 struct WgmmaOperands {
-  alignas(16) std::uint16_t x[256][64];       // b of two steps of 32 along k
-  std::uint32_t a[2][128][4], metadata[128];  // a of both; the metadata with selector 0, then 1
+  alignas(16) std::uint32_t x[256][32];          // b of two steps along k, 64 bytes each
+  std::uint32_t a[2][128][4], metadata[2][128];  // of both; of 16-bit elements with selector 0, then 1
   float d[128][128];
 };
 struct WgmmaResult {
@@ -67,9 +69,9 @@ struct Instructions {
   Status (*ldmatrix_x4_trans)(const LdmatrixOperands&, LdmatrixResult*);
   Status (*stmatrix_x4_trans)(const StmatrixOperands&, StmatrixResult*);
   Status (*cp_async_16)(const CopyOperands&, CopyResult*);
-  Status (*mma_sp_m16n8k32)(DType, int selector, const MmaOperands&, MmaResult*);
+  Status (*mma_sp)(Operand, int selector, const MmaOperands&, MmaResult*);  // of 8-bit elements selector 0
   // Both steps, added to d or, without `accumulate`, the second one alone.
-  Status (*wgmma_sp_m64k32)(DType, int n, bool accumulate, const WgmmaOperands&, WgmmaResult*);
+  Status (*wgmma_sp)(Operand, int n, bool accumulate, const WgmmaOperands&, WgmmaResult*);
   // One block copies the box at (column, row); of two, each copies one into both, the second the box below.
   Status (*tma_load_2d)(int blocks, int column, int row, const BoxOperands&, BoxResult*);
 };

@@ -14,7 +14,6 @@ using namespace madtp::test;
 
 namespace {
 
-constexpr DType kTypes[] = {DType::bfloat16, DType::float16};
 constexpr int kRounds = 20;
 
 // The same call on both.
@@ -47,12 +46,14 @@ bool has_sm90a() {
   return false;
 }
 
-void expect_same_sum(int thread, int i, float gpu, float simulated, Numbers numbers,
+void expect_same_sum(int thread, int i, float gpu, float simulated, Operand operand, Numbers numbers,
                      const Bounded& expected) {
   const auto is_near = [&](float sum) {
-    return std::abs(double(sum) - expected.sum) <= expected.tolerance();
+    return std::abs(double(sum) - expected.sum) <= expected.tolerance(operand);
   };
-  const bool is_same = numbers == Numbers::integers ? gpu == simulated : is_near(gpu) && is_near(simulated);
+  const bool is_same = numbers == Numbers::integers || operand == Operand::int8
+                           ? gpu == simulated
+                           : is_near(gpu) && is_near(simulated);
   if (!is_same && add_failure())
     std::printf("thread %d, element %d: %.9g on the GPU, %.9g simulated, %.9g by the manual\n", thread, i,
                 double(gpu), double(simulated), expected.sum);
@@ -102,35 +103,37 @@ TEST(cp_async) {
 TEST(mma_sp) {
   std::mt19937 generator(3);
   for (int round = 0; round < kRounds; ++round)
-    for (DType dtype : kTypes)
+    for (Operand operand : kOperands)
       for (Numbers numbers : {Numbers::integers, Numbers::normal})
-        for (int selector : {0, 1}) {
-          const MmaCase now(dtype, selector, numbers, generator);
+        for (int selector = 0; selector < (has_selectors(operand) ? 2 : 1); ++selector) {
+          if (operand == Operand::e4m3 && !has_sm90a()) continue;
+          const MmaCase now(operand, selector, numbers, generator);
           MmaResult gpu{}, simulated{};
           run(&gpu, &simulated, [&](const Instructions& of, MmaResult* result) {
-            return of.mma_sp_m16n8k32(dtype, selector, now.operands, result);
+            return of.mma_sp(operand, selector, now.operands, result);
           });
           for (int lane = 0; lane < 32; ++lane)
             for (int i = 0; i < 4; ++i)
-              expect_same_sum(lane, i, gpu.d[lane][i], simulated.d[lane][i], numbers, now.expected(lane, i));
+              expect_same_sum(lane, i, gpu.d[lane][i], simulated.d[lane][i], operand, numbers,
+                              now.expected(lane, i));
         }
 }
 
 TEST(wgmma_sp) {
   if (!has_sm90a()) return;
   std::mt19937 generator(4);
-  for (DType dtype : kTypes)
+  for (Operand operand : kOperands)
     for (Numbers numbers : {Numbers::integers, Numbers::normal})
       for (int n : {64, 128, 256})
         for (bool accumulate : {false, true}) {
-          const WgmmaCase now(dtype, n, accumulate, numbers, generator);
+          const WgmmaCase now(operand, n, accumulate, numbers, generator);
           WgmmaResult gpu{}, simulated{};
           run(&gpu, &simulated, [&](const Instructions& of, WgmmaResult* result) {
-            return of.wgmma_sp_m64k32(dtype, n, accumulate, now.operands, result);
+            return of.wgmma_sp(operand, n, accumulate, now.operands, result);
           });
           for (int thread = 0; thread < 128; ++thread)
             for (int i = 0; i < n / 2; ++i)
-              expect_same_sum(thread, i, gpu.d[thread][i], simulated.d[thread][i], numbers,
+              expect_same_sum(thread, i, gpu.d[thread][i], simulated.d[thread][i], operand, numbers,
                               now.expected(thread, i));
         }
 }

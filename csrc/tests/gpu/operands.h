@@ -11,11 +11,17 @@
 #include <vector>
 
 #include "tests/gpu/instructions.h"
-#include "tests/simt/sparse24_cases.h"
+#include "tests/simt/quantized_cases.h"
 
 namespace madtp::test {
 
 enum class Numbers { integers, normal };
+
+constexpr Operand kOperands[] = {Operand::bfloat16, Operand::float16, Operand::int8, Operand::e4m3};
+
+inline bool has_selectors(Operand operand) {
+  return operand == Operand::bfloat16 || operand == Operand::float16;
+}
 
 inline float draw(Numbers numbers, std::mt19937& generator) {
   if (numbers == Numbers::integers) return float(generator() % 9) - 4;
@@ -49,55 +55,83 @@ inline CopyOperands draw_copies(std::mt19937& generator) {
   return o;
 }
 
-// A (rows, 32), 2:4, B (32, columns) and D (rows, columns).
+inline std::uint32_t bits_of(float x, Operand operand) {
+  if (operand == Operand::int8) return std::uint8_t(int(x));
+  if (operand == Operand::e4m3) return nearest_e4m3(x);
+  return encode(x, operand == Operand::float16 ? DType::float16 : DType::bfloat16);
+}
+inline float number_of(std::uint32_t bits, Operand operand) {
+  if (operand == Operand::int8) return float(std::int8_t(bits));
+  if (operand == Operand::e4m3) return simt::e4m3_to_float(bits);
+  return decode(std::uint16_t(bits), operand == Operand::float16 ? DType::float16 : DType::bfloat16);
+}
+
+// A (rows, 16 w), 2:4, B (16 w, columns) and D (rows, columns) of elements of which a word has w.
 struct SparseProduct {
-  DType dtype;
-  int rows, columns;
-  std::vector<unsigned> nibbles;  // (rows, 8)
-  std::vector<float> kept;        // (rows, 16)
+  Operand operand;
+  int rows, columns, w, depth;
+  std::vector<unsigned> nibbles;  // (rows, depth / 4)
+  std::vector<float> kept;        // (rows, depth / 2)
   std::vector<float> b, d;
 
-  SparseProduct(DType dtype, int rows, int columns, Numbers numbers, std::mt19937& generator)
-      : dtype(dtype), rows(rows), columns(columns) {
+  SparseProduct(Operand operand, int rows, int columns, Numbers numbers, std::mt19937& generator)
+      : operand(operand),
+        rows(rows),
+        columns(columns),
+        w(operand == Operand::int8 || operand == Operand::e4m3 ? 4 : 2),
+        depth(16 * w) {
     constexpr unsigned valid[] = {4, 8, 12, 9, 13, 14};
-    const auto rounded = [&] { return decode(encode(draw(numbers, generator), dtype), dtype); };
-    for (int i = 0; i < rows * 8; ++i) nibbles.push_back(valid[generator() % 6]);
-    for (int i = 0; i < rows * 16; ++i) kept.push_back(rounded());
-    for (int i = 0; i < 32 * columns; ++i) b.push_back(rounded());
-    for (int i = 0; i < rows * columns; ++i) d.push_back(draw(numbers, generator));
+    const auto rounded = [&] { return number_of(bits_of(draw(numbers, generator), operand), operand); };
+    for (int i = 0; i < rows * depth / 4; ++i) nibbles.push_back(valid[generator() % 6]);
+    for (int i = 0; i < rows * depth / 2; ++i) kept.push_back(rounded());
+    for (int i = 0; i < depth * columns; ++i) b.push_back(rounded());
+    for (int i = 0; i < rows * columns; ++i)
+      d.push_back(operand == Operand::int8 ? float(int(generator() % 999)) : draw(numbers, generator));
   }
   // use(a, b) for the two factors of every product in the sum at (row, column).
   template <typename Use>
   void for_each_product(int row, int column, Use&& use) const {
-    for (int group = 0; group < 8; ++group)
+    for (int group = 0; group < depth / 4; ++group)
       for (int i = 0; i < 2; ++i) {
-        const int k = 4 * group + int(nibbles[std::size_t(row * 8 + group)] >> (2 * i) & 3);
-        use(double(kept[std::size_t(row * 16 + 2 * group + i)]),
+        const int k = 4 * group + int(nibble(row, group) >> (2 * i) & 3);
+        use(double(kept[std::size_t(row * depth / 2 + 2 * group + i)]),
             double(b[std::size_t(k * columns + column)]));
       }
   }
-  std::uint32_t pair(int row, int column) const {  // kept values `column`, + 1
-    return word(kept[std::size_t(row * 16 + column)], kept[std::size_t(row * 16 + column + 1)]);
+  unsigned nibble(int row, int group) const { return nibbles[std::size_t(row * depth / 4 + group)]; }
+  // w elements, the first in the lowest bits: number(i) of each.
+  template <typename Number>
+  std::uint32_t word(Number&& number) const {
+    std::uint32_t bits = 0;
+    for (int i = 0; i < w; ++i) bits |= bits_of(number(i), operand) << (32 / w * i);
+    return bits;
   }
-  std::uint32_t word(float low, float high) const {
-    return std::uint32_t(encode(low, dtype)) | std::uint32_t(encode(high, dtype)) << 16;
+  std::uint32_t kept_word(int row, int place) const {  // kept values from `place` on
+    return word([&](int i) { return kept[std::size_t(row * depth / 2 + place + i)]; });
   }
-  // What a thread holds: rows g and g + 8 of the 16 of its warp, g = lane / 4, kept values 2 t, + 1 and
-  // 2 t + 8, + 9, t = lane % 4; of the metadata for `selector` columns 16 (t % 2) on of both rows, in the
-  // lanes t = 2 selector and + 1.
+  std::uint32_t b_word(int k, int column) const {
+    return word([&](int i) { return b[std::size_t((k + i) * columns + column)]; });
+  }
+  // What a thread holds: rows g and g + 8 of the 16 of its warp, g = lane / 4, kept values w t on and
+  // 4 w + w t on, t = lane % 4.
   void fragment(int thread, std::uint32_t (&a)[4]) const {
     const int row = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
-    a[0] = pair(row, 2 * t), a[1] = pair(row + 8, 2 * t);
-    a[2] = pair(row, 2 * t + 8), a[3] = pair(row + 8, 2 * t + 8);
+    a[0] = kept_word(row, w * t), a[1] = kept_word(row + 8, w * t);
+    a[2] = kept_word(row, 4 * w + w * t), a[3] = kept_word(row + 8, 4 * w + w * t);
   }
+  // Of 16-bit elements columns 16 (t % 2) on of both rows, in the lanes t = 2 selector and + 1; of 8-bit ones
+  // columns 32 (t / 2) on of row g + 8 (t % 2).
   std::uint32_t metadata(int thread, int selector) const {
     const int row = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
     std::uint32_t bits = 0;
+    if (w == 4) {
+      for (int i = 0; i < 8; ++i) bits |= std::uint32_t(nibble(row + t % 2 * 8, t / 2 * 8 + i)) << (4 * i);
+      return bits;
+    }
     if (t / 2 != selector) return bits;
     for (int i = 0; i < 4; ++i)
       for (int high = 0; high < 2; ++high)
-        bits |= std::uint32_t(nibbles[std::size_t((row + 8 * high) * 8 + t % 2 * 4 + i)])
-                << (16 * high + 4 * i);
+        bits |= std::uint32_t(nibble(row + 8 * high, t % 2 * 4 + i)) << (16 * high + 4 * i);
     return bits;
   }
 };
@@ -108,22 +142,25 @@ struct SparseProduct {
 struct Bounded {
   double sum = 0, magnitude = 0;
   void add(double x) { sum += x, magnitude += std::abs(x); }
-  double tolerance() const { return magnitude * std::ldexp(1.0, -17); }
+  // Of e4m3 it keeps 13 bits behind the leading one of the largest term.
+  double tolerance(Operand operand) const {
+    return magnitude * std::ldexp(1.0, operand == Operand::e4m3 ? -7 : -17);
+  }
 };
 
 struct MmaCase {
   SparseProduct product;
   MmaOperands operands;
 
-  MmaCase(DType dtype, int selector, Numbers numbers, std::mt19937& generator)
-      : product(dtype, 16, 8, numbers, generator) {
+  MmaCase(Operand operand, int selector, Numbers numbers, std::mt19937& generator)
+      : product(operand, 16, 8, numbers, generator) {
     for (int lane = 0; lane < 32; ++lane) {
       product.fragment(lane, operands.a[lane]);
       // Lanes that the selector does not name hold what is metadata of no matrix.
       operands.metadata[lane] = product.metadata(lane, selector);
       const int t = lane % 4, g = lane / 4;
-      const auto b = [&](int k) { return product.b[std::size_t(k * 8 + g)]; };
-      for (int i = 0; i < 4; ++i) operands.b[lane][i] = product.word(b(8 * i + 2 * t), b(8 * i + 2 * t + 1));
+      const int w = product.w;
+      for (int i = 0; i < 4; ++i) operands.b[lane][i] = product.b_word(4 * w * i + w * t, g);
       for (int i = 0; i < 4; ++i)
         operands.d[lane][i] = product.d[std::size_t(row(lane, i) * 8 + column(lane, i))];
     }
@@ -142,22 +179,20 @@ struct MmaCase {
 struct WgmmaCase {
   int n;
   bool accumulate;
-  SparseProduct steps[2];  // of 32 along k
+  SparseProduct steps[2];  // along k
   WgmmaOperands operands;
 
-  WgmmaCase(DType dtype, int n, bool accumulate, Numbers numbers, std::mt19937& generator)
+  WgmmaCase(Operand operand, int n, bool accumulate, Numbers numbers, std::mt19937& generator)
       : n(n),
         accumulate(accumulate),
-        steps{{dtype, 64, n, numbers, generator}, {dtype, 64, n, numbers, generator}} {
-    std::fill_n(&operands.x[0][0], 256 * 64, std::uint16_t(0xffff));  // of rows past n nothing is read
+        steps{{operand, 64, n, numbers, generator}, {operand, 64, n, numbers, generator}} {
+    std::fill_n(&operands.x[0][0], 256 * 32, ~std::uint32_t(0));  // of rows past n nothing is read
     for (int column = 0; column < n; ++column)
-      for (int k = 0; k < 64; ++k)
-        operands.x[column][k] = encode(steps[k / 32].b[std::size_t(k % 32 * n + column)], dtype);
+      for (int i = 0; i < 32; ++i) operands.x[column][i] = steps[i / 16].b_word(i % 16 * steps[0].w, column);
     for (int thread = 0; thread < 128; ++thread) {
-      operands.metadata[thread] = 0;
       for (int step = 0; step < 2; ++step) {
         steps[step].fragment(thread, operands.a[step][thread]);
-        operands.metadata[thread] |= steps[step].metadata(thread, step);
+        operands.metadata[step][thread] = steps[step].metadata(thread, step);
       }
       std::fill_n(operands.d[thread], 128, 0.0f);
       for (int i = 0; i < n / 2; ++i)

@@ -11,14 +11,13 @@ using namespace madtp::test;
 
 namespace {
 
-constexpr DType kTypes[] = {DType::bfloat16, DType::float16};
-
 std::uint16_t half_of(std::uint32_t word, int half) {  // 0: low
   return std::uint16_t(word >> (16 * half));
 }
 
-void expect_sum(float got, Numbers numbers, const Bounded& expected) {
-  EXPECT_NEAR(double(got), expected.sum, numbers == Numbers::integers ? 0 : expected.tolerance());
+void expect_sum(float got, Operand operand, Numbers numbers, const Bounded& expected) {
+  EXPECT_NEAR(double(got), expected.sum,
+              numbers == Numbers::integers || operand == Operand::int8 ? 0 : expected.tolerance(operand));
 }
 
 }  // namespace
@@ -80,29 +79,37 @@ TEST(cp_async_fills_with_zeros) {
 
 TEST(mma_sp_follows_the_fragment_tables) {
   std::mt19937 generator(3);
-  for (DType dtype : kTypes)
+  for (Operand operand : kOperands)
     for (Numbers numbers : {Numbers::integers, Numbers::normal})
-      for (int selector : {0, 1}) {
-        const MmaCase now(dtype, selector, numbers, generator);
+      for (int selector = 0; selector < (has_selectors(operand) ? 2 : 1); ++selector) {
+        const MmaCase now(operand, selector, numbers, generator);
         MmaResult got;
-        EXPECT(simulated_instructions().mma_sp_m16n8k32(dtype, selector, now.operands, &got) == Status::ok);
+        EXPECT(simulated_instructions().mma_sp(operand, selector, now.operands, &got) == Status::ok);
         for (int lane = 0; lane < 32; ++lane)
-          for (int i = 0; i < 4; ++i) expect_sum(got.d[lane][i], numbers, now.expected(lane, i));
+          for (int i = 0; i < 4; ++i) expect_sum(got.d[lane][i], operand, numbers, now.expected(lane, i));
       }
+}
+
+TEST(e4m3_is_what_8_9_has) {
+  const Capability ampere(80);
+  std::mt19937 generator(9);
+  const MmaCase now(Operand::e4m3, 0, Numbers::integers, generator);
+  MmaResult d;
+  EXPECT(simulated_instructions().mma_sp(Operand::e4m3, 0, now.operands, &d) == Status::unsupported);
 }
 
 TEST(wgmma_sp_follows_the_fragment_tables) {
   std::mt19937 generator(4);
-  for (DType dtype : kTypes)
+  for (Operand operand : kOperands)
     for (Numbers numbers : {Numbers::integers, Numbers::normal})
       for (int n : {64, 128, 256})
         for (bool accumulate : {false, true}) {
-          const WgmmaCase now(dtype, n, accumulate, numbers, generator);
+          const WgmmaCase now(operand, n, accumulate, numbers, generator);
           WgmmaResult got;
-          EXPECT(simulated_instructions().wgmma_sp_m64k32(dtype, n, accumulate, now.operands, &got) ==
-                 Status::ok);
+          EXPECT(simulated_instructions().wgmma_sp(operand, n, accumulate, now.operands, &got) == Status::ok);
           for (int thread = 0; thread < 128; ++thread)
-            for (int i = 0; i < n / 2; ++i) expect_sum(got.d[thread][i], numbers, now.expected(thread, i));
+            for (int i = 0; i < n / 2; ++i)
+              expect_sum(got.d[thread][i], operand, numbers, now.expected(thread, i));
         }
 }
 
@@ -134,8 +141,8 @@ TEST(instructions_that_a_device_lacks_are_refused) {
   StmatrixResult stored;
   EXPECT(simulated_instructions().stmatrix_x4_trans(draw_stmatrix(generator), &stored) ==
          Status::unsupported);
-  const WgmmaCase now(DType::bfloat16, 64, true, Numbers::integers, generator);
+  const WgmmaCase now(Operand::bfloat16, 64, true, Numbers::integers, generator);
   WgmmaResult d;
-  EXPECT(simulated_instructions().wgmma_sp_m64k32(DType::bfloat16, 64, true, now.operands, &d) ==
+  EXPECT(simulated_instructions().wgmma_sp(Operand::bfloat16, 64, true, now.operands, &d) ==
          Status::unsupported);
 }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/dtype.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx_sm90.cuh"
 #include "cuda/tensor_map.h"
@@ -110,6 +111,14 @@ void bad_metadata(std::uint32_t metadata) {
   float d[4] = {};
   const std::uint32_t words[4] = {};
   ptx::mma_sp_m16n8k32<BF16, 0>(d, words, words, metadata);
+}
+
+// Of 8-bit elements: int8 sums in int32, e4m3 in float32.
+template <typename Sum>
+void bad_metadata_of_bytes(std::uint32_t metadata) {
+  Sum d[4] = {};
+  const std::uint32_t words[4] = {};
+  ptx::mma_sp_m16n8k64(d, words, words, threadIdx.x == 7 ? metadata : 0x44444444);  // of row 9, columns 32 on
 }
 
 // --- where lanes meet
@@ -393,9 +402,11 @@ enum class Bug {
   plain_store,
   no_wait,
   wrong_swizzle,
-  apart
+  apart,
+  metadata
 };
 
+template <typename X, typename Sum>
 void misuses_wgmma(Bug bug, const float* from) {
   MADTP_DYNAMIC_SHARED(shared);
   const std::uint32_t base = ptx::shared_address(shared);
@@ -412,9 +423,14 @@ void misuses_wgmma(Bug bug, const float* from) {
   if (bug == Bug::wrong_swizzle) b &= ~(std::uint64_t(3) << 62);
   if (bug == Bug::apart) b += threadIdx.x / 64;
   std::uint32_t a[4] = {};
-  float d[32] = {};
+  Sum d[32] = {};
+  const std::uint32_t metadata = bug == Bug::metadata && threadIdx.x == 99 ? 0x44444445 : 0x44444444;
   if (bug != Bug::no_fence) ptx::wgmma_fence();
-  ptx::wgmma_sp_m64k32<BF16, 64, 0>(d, a, b, 0x44444444, false);
+  if constexpr (sizeof(X) == 1) {
+    ptx::wgmma_sp_m64k64<64>(d, a, b, metadata, false);
+  } else {
+    ptx::wgmma_sp_m64k32<X, 64, 0>(d, a, b, metadata, false);
+  }
   ptx::wgmma_commit_group();
   if (bug == Bug::touches_sums) d[5] = 1;
   if (bug == Bug::writes_a) a[2] = 1;
@@ -580,9 +596,27 @@ TEST(bad_metadata_is_reported) {
   EXPECT(says(report(bad_metadata, {1, 32}, 0x44444440u), "the columns 0, 0 do not ascend"));
 }
 
-TEST(misused_wgmma_is_reported) {
+TEST(bad_metadata_of_8_bit_elements_is_reported) {
+  const Capability hopper(90);
+  EXPECT(report(bad_metadata_of_bytes<std::int32_t>, {1, 32}, 0x9de84444u).empty());
+  EXPECT(report(bad_metadata_of_bytes<float>, {1, 32}, 0x9de84444u).empty());
+  for (std::uint32_t metadata : {0x04444444u, 0x44444441u})  // every lane has some, up to its last nibble
+    for (const auto kernel : {bad_metadata_of_bytes<std::int32_t>, bad_metadata_of_bytes<float>})
+      EXPECT(says(report(kernel, {1, 32}, metadata), "do not ascend"));
+}
+
+TEST(a_device_before_8_9_has_no_e4m3) {
+  const Capability ampere(80);
+  EXPECT(report(bad_metadata_of_bytes<std::int32_t>, {1, 32}, 0x44444444u).empty());
+  EXPECT(says(report(bad_metadata_of_bytes<float>, {1, 32}, 0x44444444u), "a device of 80 has no e4m3"));
+}
+
+template <typename X, typename Sum>
+void expect_misuse_reported() {
   const Guarded<float> from(4);
-  const auto run = [&](Bug bug) { return report(misuses_wgmma, {1, 128, 64 * 128}, bug, from.data()); };
+  const auto run = [&](Bug bug) {
+    return report(misuses_wgmma<X, Sum>, {1, 128, 64 * 128}, bug, from.data());
+  };
   EXPECT(run(Bug::none).empty());
   EXPECT(says(run(Bug::no_fence), "has not begun with wgmma.fence"));
   EXPECT(says(run(Bug::touches_sums), "sums were touched while it was under way"));
@@ -592,6 +626,18 @@ TEST(misused_wgmma_is_reported) {
   EXPECT(says(run(Bug::no_wait), "returned with wgmma under way"));
   EXPECT(says(run(Bug::wrong_swizzle), "the swizzle of a descriptor must be that of 128 bytes"));
   EXPECT(says(run(Bug::apart), "the descriptors of a warpgroup differ"));
+}
+
+TEST(misused_wgmma_is_reported) {
+  expect_misuse_reported<BF16, float>();
+  expect_misuse_reported<std::int8_t, std::int32_t>();
+  expect_misuse_reported<E4M3, float>();
+}
+
+TEST(bad_metadata_of_wgmma_is_reported) {
+  const Guarded<float> from(4);
+  for (const auto kernel : {misuses_wgmma<std::int8_t, std::int32_t>, misuses_wgmma<E4M3, float>})
+    EXPECT(says(report(kernel, {1, 128, 64 * 128}, Bug::metadata, from.data()), "do not ascend"));
 }
 
 TEST(launches_beyond_the_machine_are_reported) {

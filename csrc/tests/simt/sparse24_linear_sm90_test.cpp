@@ -171,7 +171,7 @@ TEST(a_default_is_a_configuration_that_there_is) {
     for (std::int64_t out_features : {8, 768, 3072}) {
       inputs.tokens = tokens, inputs.out_features = out_features;
       inputs.in_features = inputs.x_stride = 768;
-      const cuda::Sparse24Config chosen = cuda::kLinearSm90.default_config(inputs, h100);
+      const cuda::Sparse24Config chosen = cuda::kLinearSm90.default_config({inputs}, h100);
       EXPECT(chosen.tile_out_features >= 64 && chosen.cluster >= 1 && chosen.cluster <= 4);
       if (tokens <= 64) EXPECT(chosen.tile_tokens == 64);
       if (tokens == 18464) EXPECT(chosen.tile_tokens > 64);

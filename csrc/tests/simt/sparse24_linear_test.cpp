@@ -135,7 +135,7 @@ TEST(a_default_is_a_tile_that_the_device_can_hold) {
       inputs.out_features = out_features;
       inputs.in_features = 768;
       for (const cuda::Device& device : {a100, ada}) {
-        const cuda::Sparse24Config chosen = cuda::kLinearSm80.default_config(inputs, device);
+        const cuda::Sparse24Config chosen = cuda::kLinearSm80.default_config({inputs}, device);
         bool known = false;
         for (const cuda::Sparse24Config& tile : kTiles)
           known |=
