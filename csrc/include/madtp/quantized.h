@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "madtp/dtype.h"
+#include "madtp/export.h"
 #include "madtp/sparse24.h"
 #include "madtp/status.h"
 #include "madtp/version.h"
@@ -49,7 +50,7 @@ struct QuantizedLinear {
   const std::int32_t* num_rows;  // one number: rows from it on are written as zeros; null: none are
 };
 
-namespace cpu {
+namespace cpu MADTP_API {
 
 // Bytes of the layout of a weight, which the instruction set in use shapes: a layout belongs to the process.
 Status quantized_layout_bytes(std::int64_t out_features, std::int64_t in_features, bool sparse,
@@ -62,5 +63,5 @@ Status quantized_linear(const QuantizedLinear& inputs,
                         void* out,  // (tokens, out_features)
                         std::int64_t out_stride, int threads);
 
-}  // namespace cpu
+}  // namespace cpu MADTP_API
 }  // namespace madtp
