@@ -6,6 +6,7 @@ alignment of MAG. Bits are compared with a model in which these run on our kerne
 the code of a patched model as it is. Beside torch's own the rows are close, and as many tokens stay.
 """
 
+import random
 import shutil
 import struct
 import subprocess
@@ -177,3 +178,24 @@ def test_damaged_files_are_refused_in_a_line(program, tmp_path):
         assert ": " in refused(weights=weights[:8] + header.replace(was, is_now, 1) + weights[8 + length :])
     assert "cannot be opened" in run(program, tmp_path / "none", images).stderr
     assert run(program).stderr.startswith("usage: ")
+
+
+@pytest.mark.slow
+def test_no_change_of_a_byte_crashes_it(program, tmp_path):
+    folder, images = tmp_path / "model", tmp_path / "images.safetensors"
+    compressed("sparse24").save_pretrained(folder)
+    save_file({"pixel_values": torch.zeros(1, 3, 64, 64)}, images)
+    generator = random.Random(0)
+    for path in (folder / "config.json", folder / "model.safetensors", images):
+        whole = path.read_bytes()
+        head = len(whole) if path.suffix == ".json" else 8 + struct.unpack("<Q", whole[:8])[0]
+        for _ in range(60):
+            changed = bytearray(whole)
+            for _ in range(generator.choice((1, 1, 4))):
+                changed[generator.randrange(head)] = generator.choice(b'0129-eE.,:[]{}"\\ntfu\x00\xff')
+            path.write_bytes(changed)
+            done = run(program, folder, images, "--threads", 1)
+            assert done.returncode in (0, 1), (path, done)
+            assert done.stderr.count("\n") == done.returncode, done.stderr
+        path.write_bytes(whole)
+    assert run(program, folder, images).returncode == 0
