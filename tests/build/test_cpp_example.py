@@ -189,7 +189,7 @@ def test_no_change_of_a_byte_crashes_it(program, tmp_path):
     for path in (folder / "config.json", folder / "model.safetensors", images):
         whole = path.read_bytes()
         head = len(whole) if path.suffix == ".json" else 8 + struct.unpack("<Q", whole[:8])[0]
-        for _ in range(60):
+        for _ in range(25):
             changed = bytearray(whole)
             for _ in range(generator.choice((1, 1, 4))):
                 changed[generator.randrange(head)] = generator.choice(b'0129-eE.,:[]{}"\\ntfu\x00\xff')
