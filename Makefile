@@ -35,7 +35,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover
 ASAN := $(CURDIR)/build/asan
 ASAN_TESTS = $(shell grep -l mark.sanitized $(CURDIR)/tests/kernels/test_*.py)
 CLANG ?= clang++
-CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_SOURCES = $(shell find csrc examples/cpp -name '*.c' -o -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 

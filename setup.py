@@ -43,6 +43,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_INSTALL_LIBDIR=lib",
             "-DMADTP_BUILD_PYTHON=ON",
+            "-DBUILD_SHARED_LIBS=OFF",  # a wheel has no links, which a shared library has for its names
             *(f"-D{name}={os.environ[name]}" for name in PASSED_THROUGH if os.environ.get(name)),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]

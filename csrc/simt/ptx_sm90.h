@@ -104,7 +104,7 @@ void wgmma_sp_m64k64(std::int32_t (&d)[kN / 2], const std::uint32_t (&a)[4], std
 }
 template <int kN>
 void wgmma_sp_m64k64(float (&d)[kN / 2], const std::uint32_t (&a)[4], std::uint64_t b, std::uint32_t metadata,
-                     bool accumulate) {
+                     bool accumulate, Site site = Site::here()) {
   static_assert(kN == 64 || kN == 128 || kN == 256, "the sizes that are spelled out");
   simt::aligned(site);
   simt::wgmma_sp(d, a, b, metadata, kN, 0, accumulate, simt::Element::e4m3);

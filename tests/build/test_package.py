@@ -85,9 +85,11 @@ def test_wheel_holds_both_packages_the_library_and_the_assets(wheel):
     for name in (
         "madtp_kernels/_C.pyi",
         "madtp_kernels/include/madtp/tokens.h",
+        "madtp_kernels/include/madtp/c_api.h",
         "madtp_kernels/include/madtp/version.h",
         "madtp_kernels/lib/libmadtp_kernels.a",
         "madtp_kernels/lib/cmake/Madtp/MadtpConfig.cmake",
+        "madtp_kernels/lib/pkgconfig/madtp-kernels.pc",
     ):
         assert name in names, name
     tracked = {path.relative_to(ROOT / "python") for path in (ROOT / "python/madtp").rglob("*") if path.is_file()}
@@ -108,7 +110,8 @@ def test_consumer_project_builds_against_the_wheel(site, no_nvcc, tmp_path):
     consumer = ROOT / "csrc/tests/consumer"
     run("cmake", "-S", consumer, "-B", tmp_path, "-G", "Ninja", f"-DMadtp_DIR={cmake_dir}", cwd=tmp_path, PATH=no_nvcc)
     run("cmake", "--build", tmp_path, cwd=tmp_path, PATH=no_nvcc)
-    assert "CUDA 0: ok, merged row (6, 7)" in run(tmp_path / "consumer", cwd=tmp_path)
+    for name in ("consumer", "consumer_c"):
+        assert "CUDA 0: ok, merged row (6, 7)" in run(tmp_path / name, cwd=tmp_path)
 
 
 def test_cuda_on_without_nvcc_is_an_error_and_auto_falls_back(no_nvcc, tmp_path):

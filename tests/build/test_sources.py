@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".cmake"}
+SUFFIXES = {".py", ".pyi", ".h", ".c", ".cpp", ".cu", ".cuh", ".cmake"}
 
 
 def test_every_source_names_its_licence():

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "madtp/dtype.h"
+#include "madtp/export.h"
 #include "madtp/status.h"
 
 namespace madtp {
@@ -39,7 +40,7 @@ struct AttentionInputs {
   std::int64_t alibi_stride = 0;        // between sequences: 0 where all have the same slopes
 };
 
-namespace cpu {
+namespace cpu MADTP_API {
 
 // out_i = sum_j softmax_j(score_ij) v_j over the keys that query i sees, zeros where it sees none; score_ij
 // is softmax_scale q_i k_j, after softcap and slopes. With statistics, which are for self-attention of at
@@ -82,5 +83,5 @@ Status varlen_attention_backward(const AttentionInputs& inputs, const AttentionG
 Status varlen_attention_backward_workspace(const AttentionInputs& inputs, bool statistics, int threads,
                                            std::int64_t* bytes);
 
-}  // namespace cpu
+}  // namespace cpu MADTP_API
 }  // namespace madtp

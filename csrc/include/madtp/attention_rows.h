@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "madtp/dtype.h"
+#include "madtp/export.h"
 #include "madtp/status.h"
 
 namespace madtp {
@@ -29,7 +30,7 @@ struct AttentionRowsInputs {
   const std::int32_t* row_position;
 };
 
-namespace cpu {
+namespace cpu MADTP_API {
 
 // attention_j = mean over the heads and over the rows of its sequence that see a key of
 // softmax_j(softmax_scale q_i k_j), the softmax being over the keys that row i sees; 0 where no row sees any.
@@ -44,5 +45,5 @@ Status attention_rows(const AttentionRowsInputs& inputs,
 // best aligned to 64 bytes.
 Status attention_rows_workspace(const AttentionRowsInputs& inputs, int threads, std::int64_t* bytes);
 
-}  // namespace cpu
+}  // namespace cpu MADTP_API
 }  // namespace madtp

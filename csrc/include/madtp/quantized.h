@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "madtp/dtype.h"
+#include "madtp/export.h"
 #include "madtp/sparse24.h"
 #include "madtp/status.h"
 #include "madtp/version.h"
@@ -49,7 +50,7 @@ struct QuantizedLinear {
   const std::int32_t* num_rows;  // one number: rows from it on are written as zeros; null: none are
 };
 
-namespace cpu {
+namespace cpu MADTP_API {
 
 // Bytes of the layout of a weight, which the instruction set in use shapes: a layout belongs to the process.
 Status quantized_layout_bytes(std::int64_t out_features, std::int64_t in_features, bool sparse,
@@ -62,7 +63,7 @@ Status quantized_linear(const QuantizedLinear& inputs,
                         void* out,  // (tokens, out_features)
                         std::int64_t out_stride, int threads);
 
-}  // namespace cpu
+}  // namespace cpu MADTP_API
 
 #if MADTP_HAS_CUDA
 // 2:4 weights alone, on GPUs of compute capability 8.0 and newer for which the library has code, and where
@@ -70,7 +71,7 @@ Status quantized_linear(const QuantizedLinear& inputs,
 // multiples of 16 bytes (of 4 to `num_rows`), strides of 8 elements, of quantised rows of 16; at most 2^27
 // tokens and output features. Work is queued on `stream`, a cudaStream_t of the current device; of another
 // device it is Status::invalid_argument.
-namespace cuda {
+namespace cuda MADTP_API {
 
 // What x and the weight are rounded to. The values are part of the ABI. e4m3 is torch.float8_e4m3fn: there
 // amax / 448 and 448 / amax stand where int8 has 127, and products are summed in float32 as the tensor cores
@@ -111,7 +112,7 @@ Status quantized_linear(const QuantizedLinear& inputs, const QuantizedRows& rows
                         void* out,  // (tokens, out_features)
                         std::int64_t out_stride, void* stream, const Sparse24Config* config = nullptr);
 
-}  // namespace cuda
+}  // namespace cuda MADTP_API
 #endif
 
 }  // namespace madtp

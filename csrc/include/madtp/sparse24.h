@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "madtp/dtype.h"
+#include "madtp/export.h"
 #include "madtp/status.h"
 #include "madtp/version.h"
 
@@ -62,7 +63,7 @@ struct Sparse24Linear {
   const std::int32_t* num_rows;  // one number: rows from it on are written as zeros; null: none are
 };
 
-namespace cpu {
+namespace cpu MADTP_API {
 
 // Keeps the two columns of every group that rank highest, of equal ones the lower, and writes them as a
 // Sparse24Weight. A kept zero is as good as none: a group with fewer than two non-zeros left stores zeros
@@ -88,7 +89,7 @@ Status sparse24_linear(const Sparse24Linear& inputs,
                        void* out,  // (tokens, out_features)
                        std::int64_t out_stride, int threads);
 
-}  // namespace cpu
+}  // namespace cpu MADTP_API
 
 #if MADTP_HAS_CUDA
 // bfloat16 and float16 (float32 too where a weight is pruned), on GPUs of compute capability 8.0 and newer
@@ -96,7 +97,7 @@ Status sparse24_linear(const Sparse24Linear& inputs,
 // `num_rows` and `has_nan`), strides of 8 elements, and a weight has the dtype of x. At most 2^27 tokens and
 // features of either side. Work is queued on `stream`, a cudaStream_t of the current device; of another
 // device it is Status::invalid_argument.
-namespace cuda {
+namespace cuda MADTP_API {
 
 // As madtp::cpu::sparse24_prune, of a transposed weight too, but that the device cannot answer at once:
 // `has_nan` becomes 1 where it would have returned Status::invalid_argument for a NaN, else 0.
@@ -136,7 +137,7 @@ Status sparse24_linear(const Sparse24Linear& inputs,
                        void* out,  // (tokens, out_features)
                        std::int64_t out_stride, void* stream, const Sparse24Config* config = nullptr);
 
-}  // namespace cuda
+}  // namespace cuda MADTP_API
 #endif
 
 }  // namespace madtp

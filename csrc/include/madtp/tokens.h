@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "madtp/dtype.h"
+#include "madtp/export.h"
 #include "madtp/status.h"
 #include "madtp/version.h"
 
@@ -58,7 +59,7 @@ struct SelectionOutputs {
   float* merge_weight;           // (tokens,), 0 where kept
 };
 
-namespace cpu {
+namespace cpu MADTP_API {
 
 // importance = (S_cls + S_self + S_mag) / 3: `summary_attention`, and the shares of `received_attention` and
 // of relu(max_k mag_logits) in their sums over the prunable tokens of the sequence; 0 at the summary token
@@ -121,10 +122,10 @@ Status gather_merge_rmsnorm(const void* x, DType dtype, std::int64_t x_stride,  
                             void* normed,  // (capacity, channels)
                             int threads);
 
-}  // namespace cpu
+}  // namespace cpu MADTP_API
 
 #if MADTP_HAS_CUDA
-namespace cuda {
+namespace cuda MADTP_API {
 
 // As their namesakes above, enqueued on `stream` (a cudaStream_t). Nothing is read on the host.
 
@@ -140,7 +141,7 @@ Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,
                               DType affine_dtype, double eps, void* x_out, void* normed, float* mean,
                               float* rstd, void* stream);
 
-}  // namespace cuda
+}  // namespace cuda MADTP_API
 #endif
 
 }  // namespace madtp

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// madtp/c_api.h on a GPU.
+
+#include "c/records.h"
+
+#if MADTP_HAS_CUDA
+#include <algorithm>
+#include <vector>
+
+namespace cuda = madtp::cuda;
+using madtp::DType;
+using madtp::c::call;
+
+madtp_status madtp_cuda_gather_merge(const void* x, madtp_dtype dtype, int64_t x_stride, int64_t channels,
+                                     const madtp_token_selection* selection, void* out, void* stream) {
+  return call(
+      [&](const auto& s) { return cuda::gather_merge(x, DType(dtype), x_stride, channels, s, out, stream); },
+      selection);
+}
+
+madtp_status madtp_cuda_gather_merge_backward(const void* grad, int64_t grad_stride, const void* x,
+                                              madtp_dtype dtype, int64_t x_stride, int64_t channels,
+                                              const madtp_token_selection* selection, void* grad_x,
+                                              float* grad_weight, void* stream) {
+  return call(
+      [&](const auto& s) {
+        return cuda::gather_merge_backward(grad, grad_stride, x, DType(dtype), x_stride, channels, s, grad_x,
+                                           grad_weight, stream);
+      },
+      selection);
+}
+
+madtp_status madtp_cuda_gather_merge_layernorm(const void* x, madtp_dtype dtype, int64_t x_stride,
+                                               int64_t channels, const madtp_token_selection* selection,
+                                               const void* weight, const void* bias, madtp_dtype affine_dtype,
+                                               double eps, void* x_out, void* normed, float* mean,
+                                               float* rstd, void* stream) {
+  return call(
+      [&](const auto& s) {
+        return cuda::gather_merge_layernorm(x, DType(dtype), x_stride, channels, s, weight, bias,
+                                            DType(affine_dtype), eps, x_out, normed, mean, rstd, stream);
+      },
+      selection);
+}
+
+madtp_status madtp_cuda_sparse24_prune(const madtp_sparse24_dense* dense, void* values, uint8_t* indices,
+                                       int32_t* has_nan, void* stream) {
+  return call([&](const auto& a) { return cuda::sparse24_prune(a, values, indices, has_nan, stream); },
+              dense);
+}
+
+madtp_status madtp_cuda_sparse24_layout_bytes(int64_t out_features, int64_t in_features,
+                                              madtp_dtype weight_dtype, int64_t* bytes) {
+  return call(
+      [&] { return cuda::sparse24_layout_bytes(out_features, in_features, DType(weight_dtype), bytes); });
+}
+
+madtp_status madtp_cuda_sparse24_pack(const madtp_sparse24_weight* weight, void* layout, void* stream) {
+  return call([&](const auto& a) { return cuda::sparse24_pack(a, layout, stream); }, weight);
+}
+
+madtp_status madtp_cuda_sparse24_linear_configs(const madtp_sparse24_linear* inputs,
+                                                madtp_sparse24_config* configs, int capacity, int* count) {
+  if (capacity < 0 || count == nullptr) return MADTP_STATUS_INVALID_ARGUMENT;
+  if (capacity > 0 && (configs == nullptr || configs->struct_size != sizeof *configs))
+    return MADTP_STATUS_INVALID_ARGUMENT;
+  return call(
+      [&](const auto& a) {
+        int found = 0;
+        madtp::Status status = cuda::sparse24_linear_configs(a, nullptr, 0, &found);
+        if (status != madtp::Status::ok) return status;
+        std::vector<cuda::Sparse24Config> all(std::max(found, 1));
+        status = cuda::sparse24_linear_configs(a, all.data(), found, &found);
+        if (status != madtp::Status::ok) return status;
+        for (int i = 0; i < std::min(capacity, found); ++i)
+          configs[i] = {sizeof *configs, all[i].architecture, all[i].tile_tokens, all[i].tile_out_features,
+                        all[i].cluster};
+        *count = found;
+        return status;
+      },
+      inputs);
+}
+
+madtp_status madtp_cuda_sparse24_linear(const madtp_sparse24_linear* inputs, void* out, int64_t out_stride,
+                                        void* stream, const madtp_sparse24_config* config) {
+  if (config == nullptr)
+    return call([&](const auto& a) { return cuda::sparse24_linear(a, out, out_stride, stream, nullptr); },
+                inputs);
+  return call(
+      [&](const auto& a, const cuda::Sparse24Config& c) {
+        return cuda::sparse24_linear(a, out, out_stride, stream, &c);
+      },
+      inputs, config);
+}
+#endif
