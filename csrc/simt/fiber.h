@@ -14,27 +14,41 @@
 #include <ucontext.h>
 #endif
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace madtp::simt {
 
 constexpr std::size_t kPage = 4096;
 
+// A stack, as AddressSanitizer wants to hear of it.
+struct StackBounds {
+  const void* bottom = nullptr;
+  std::size_t bytes = 0;
+};
+
 #ifdef MADTP_SIMT_UCONTEXT_SWITCH
 struct Context {
   ucontext_t saved;
+  StackBounds bounds;
 };
 
-inline void switch_to(Context& from, Context& to) { swapcontext(&from.saved, &to.saved); }
+inline void jump(Context& from, Context& to) { swapcontext(&from.saved, &to.saved); }
 
 inline void start_at(Context& context, unsigned char* stack, std::size_t bytes, void (*entry)()) {
   getcontext(&context.saved);
   context.saved.uc_stack.ss_sp = stack;
   context.saved.uc_stack.ss_size = bytes;
   context.saved.uc_link = nullptr;
+  context.bounds = {stack, bytes};
   makecontext(&context.saved, entry, 0);
 }
 #else
 struct Context {
   void* stack_pointer = nullptr;
+  StackBounds bounds;
 };
 
 extern "C" void madtp_simt_switch(void** save, void* load);
@@ -60,9 +74,7 @@ madtp_simt_switch:
   ret
 )");
 
-inline void switch_to(Context& from, Context& to) {
-  madtp_simt_switch(&from.stack_pointer, to.stack_pointer);
-}
+inline void jump(Context& from, Context& to) { madtp_simt_switch(&from.stack_pointer, to.stack_pointer); }
 
 inline void start_at(Context& context, unsigned char* stack, std::size_t bytes, void (*entry)()) {
   void** top = reinterpret_cast<void**>(stack + bytes);
@@ -70,8 +82,25 @@ inline void start_at(Context& context, unsigned char* stack, std::size_t bytes, 
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   context.stack_pointer = top;
+  context.bounds = {stack, bytes};
 }
 #endif
+
+// Comes first in a fiber that begins, with what it was switched to from.
+inline void has_switched([[maybe_unused]] void* fake_stack, [[maybe_unused]] Context& from) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(fake_stack, &from.bounds.bottom, &from.bounds.bytes);
+#endif
+}
+
+inline void switch_to(Context& from, Context& to) {
+  void* fake_stack = nullptr;
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(&fake_stack, to.bounds.bottom, to.bounds.bytes);
+#endif
+  jump(from, to);
+  has_switched(fake_stack, to);
+}
 
 // Memory with a page after it, and one before it, that nobody may touch.
 class GuardedPages {

@@ -27,6 +27,12 @@ struct Stacks {
     while (all.size() <= i) all.emplace_back(kStackBytes);
     return all[i].data();
   }
+  // After an error threads stay in the middle of their functions, whose frames AddressSanitizer has marked.
+  void unmark() {
+#ifdef __SANITIZE_ADDRESS__
+    for (const GuardedPages& stack : all) ASAN_UNPOISON_MEMORY_REGION(stack.data(), stack.bytes());
+#endif
+  }
 };
 thread_local Stacks stacks;
 
@@ -47,6 +53,7 @@ std::string name_of(const Thread& thread) {
 // Where every fiber begins and ends.
 void enter() {
   Machine& m = *machine;
+  has_switched(nullptr, m.scheduler);
   try {
     (*m.kernel)();
   } catch (const Error& error) {
@@ -311,10 +318,15 @@ void run(dim3 grid, dim3 threads, std::size_t shared_bytes, int cluster,
   std::vector<std::size_t> order(count / std::size_t(cluster));
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = i * std::size_t(cluster);
   if (is_random()) std::shuffle(order.begin(), order.end(), m.random);
-  for (std::size_t first : order) {
-    m.running = nullptr;
-    prepare(m, shared_bytes, first);
-    run_cluster(m);
+  try {
+    for (std::size_t first : order) {
+      m.running = nullptr;
+      prepare(m, shared_bytes, first);
+      run_cluster(m);
+    }
+  } catch (const Error&) {
+    stacks.unmark();
+    throw;
   }
 }
 
