@@ -36,7 +36,7 @@ def score_and_select(
     capacity: str = "exact",
     backend: str | None = None,
 ) -> tuple[Tensor, Selection]:
-    """`token_importance` and `select_tokens` in one pass per sequence, one launch on a GPU; bit-equal to the two.
+    """`token_importance` and `select_tokens` in one call; bit-equal to the two.
 
     Args:
         stats, mag_logits, cu_seqlens, summary_index, protected: as in `token_importance`.

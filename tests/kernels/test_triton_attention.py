@@ -357,6 +357,22 @@ def test_options_with_statistics(dtype, name):
     OptionsCase(OPTIONS[name], [9, 4], heads=3, key_heads=1, dtype=dtype).check()
 
 
+@pytest.mark.parametrize("dim", with_slow([72], [256]))
+@pytest.mark.parametrize("scale", with_slow([0.0], [0.3]))
+def test_causal_with_unequal_lengths_down_to_none(dim, scale):
+    """No queries, one query and key, and more of one than of the other."""
+    case = OptionsCase({"causal": True}, [0, 1, 3, 1], [2, 1, 2, 4], heads=1, key_heads=1, dim=dim)
+    case.arguments = *case.arguments[:4], scale, *case.arguments[5:]
+    case.check()
+
+
+@pytest.mark.parametrize("dim", with_slow([72], [256]))
+def test_statistics_of_one_token_without_a_scale(dim):
+    case = Case([1, 0, 3], heads=2, dim=dim, index=[0, -1, 1])
+    case.scale = 0.0
+    case.check()
+
+
 WIDE = {
     "window": {"window_size": (20, 9)},
     "left": {"window_size": (20, -1), "softcap": 50.0},

@@ -25,3 +25,14 @@ def test_rows_past_the_last_sequence_are_zero():
     ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32, device=DEVICE) for ends in ([0, 2], [0, 12]))
     got = attention_rows(q, k, ends_q, ends_k, None, 0.3)
     assert not got[12:].any() and got[:12].sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("dim", [72, 256])
+def test_a_scale_of_zero_gives_every_key_that_is_seen_the_same(dim):
+    q, k = torch.randn(3, 2, dim, device=DEVICE), torch.randn(8, 1, dim, device=DEVICE)
+    ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32, device=DEVICE) for ends in ([0, 2, 2, 3], [0, 4, 7, 8]))
+    position = torch.tensor([1, 9, -1], dtype=torch.int32, device=DEVICE)  # of the last row, one that sees nothing
+    got = attention_rows(q, k, ends_q, ends_k, position, 0.0)
+    assert got.tolist() == [0.375, 0.375, 0.125, 0.125, 0, 0, 0, 0]
+    got = attention_rows(q, k, ends_q, ends_k, None, 0.0)
+    assert got.tolist() == [0.25] * 4 + [0] * 3 + [1]

@@ -79,12 +79,11 @@ def head_argmax_kernel(
     b_best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
     b_head = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for i_h in range(H):
-        b_lse = load_lse(p_lse, begin + o_m, m_m, 0.0)  # before the product, which then hides how long it takes
         b_q = load_tile(p_q, begin + top, q_row, m_m, BLOCK_M, D, BLOCK_D)
         b_k = load_tile(p_k, begin + i_n * BLOCK_N, k_row, m_n, BLOCK_N, D, BLOCK_D)
         b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), bias)
         b_s = slant(b_s * scale, slope_of(bias, i_b, i_h), o_m[:, None], o_n[None, :])
-        b_log = b_s - b_lse[:, None]
+        b_log = b_s - load_lse(p_lse, begin + o_m, m_m, 0.0)[:, None]
         b_head = tl.where(b_log > b_best, i_h, b_head)
         b_best = tl.maximum(b_best, b_log)
         p_q += eights(q_head, D)
@@ -173,7 +172,7 @@ def _blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     if head_dim > 128:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2 if head_dim > 64 else 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
 class HeadArgmax:

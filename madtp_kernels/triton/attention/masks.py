@@ -13,9 +13,12 @@ import triton.language as tl
 @triton.jit
 def right_of(right, CAUSAL: tl.constexpr):
     """The bound that holds on the right."""
+    bound = None  # not `right`: triton 3.6 returns no argument that is None
     if CAUSAL:
-        right = 0
-    return right
+        bound = 0
+    elif right is not None:
+        bound = right
+    return bound
 
 
 @triton.jit

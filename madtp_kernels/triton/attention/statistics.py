@@ -75,12 +75,11 @@ def head_maximum_kernel(
     m_m, m_n = o_m < n, o_n < n
     b_best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
     for i_h in range(H):
-        b_lse = load_lse(p_lse, begin + o_m, m_m, 0.0)  # before the product, which then hides how long it takes
         b_q = load_tile(p_q, begin + i_m * BLOCK_M, q_row, m_m, BLOCK_M, D, BLOCK_D)
         b_k = load_tile(p_k, begin + i_n * BLOCK_N, k_row, m_n, BLOCK_N, D, BLOCK_D)
         b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), bias)
         b_s = slant(b_s * scale, slope_of(bias, i_b, i_h), o_m[:, None], o_n[None, :])
-        b_log = b_s - b_lse[:, None]
+        b_log = b_s - load_lse(p_lse, begin + o_m, m_m, 0.0)[:, None]
         b_best = tl.maximum(b_best, b_log, propagate_nan=tl.PropagateNan.ALL)
         p_q += eights(q_head, D)
         p_k += tl.where(i_h % GROUP == GROUP - 1, eights(k_head, D), 0)
