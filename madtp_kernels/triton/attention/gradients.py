@@ -184,7 +184,9 @@ def _add_keys(
     keys,  # p_k and p_v of the head, their row strides, the sequence's first row and number of keys
     heads,  # p_head, p_through of the head, p_d_maximum, i_h, summary_row, column of the first query, slab; or None
     start,
-    score,  # scale, bias and slope
+    scale,
+    bias,  # these two apart: triton 3.6 makes no tuple that holds None
+    slope,
     left,
     right,
     D: tl.constexpr,
@@ -196,7 +198,6 @@ def _add_keys(
     """dQ from one block of keys; unless MASKED every query sees every key of it."""
     b_q, b_d_out, b_lse, b_delta, o_m, m_m, shift = queries
     p_k, p_v, k_row, v_row, first, n = keys
-    scale, bias, slope = score
     o_p = o_m + shift
     o_n = start + tl.arange(0, BLOCK_N)
     m_n = o_n < n if MASKED else None
@@ -274,16 +275,20 @@ def query_gradient_kernel(
     begin_n, whole, edge, end = keys_of(top, shift, n_k, left, right, BLOCK_M, BLOCK_N)
     queries = (b_q, b_d_out, b_lse, b_delta, o_m, m_m, shift)
     keys = (p_k, p_v, strides.k_row, strides.v_row, first, end)
-    score = (scale, bias, slope_of(bias, i_b, i_h))
+    slope = slope_of(bias, i_b, i_h)
     if left is not None:
         for start in range(begin_n, whole, BLOCK_N):
             b_dq = _add_keys(
-                b_dq, queries, keys, heads, start, score, left, right, D, BLOCK_D, BLOCK_M, BLOCK_N, True
+                b_dq, queries, keys, heads, start, scale, bias, slope, left, right, D, BLOCK_D, BLOCK_M, BLOCK_N, True
             )  # fmt: skip
     for start in range(whole, edge, BLOCK_N):
-        b_dq = _add_keys(b_dq, queries, keys, heads, start, score, left, right, D, BLOCK_D, BLOCK_M, BLOCK_N, False)
+        b_dq = _add_keys(
+            b_dq, queries, keys, heads, start, scale, bias, slope, left, right, D, BLOCK_D, BLOCK_M, BLOCK_N, False
+        )  # fmt: skip
     for start in range(edge, end, BLOCK_N):
-        b_dq = _add_keys(b_dq, queries, keys, heads, start, score, left, right, D, BLOCK_D, BLOCK_M, BLOCK_N, True)
+        b_dq = _add_keys(
+            b_dq, queries, keys, heads, start, scale, bias, slope, left, right, D, BLOCK_D, BLOCK_M, BLOCK_N, True
+        )  # fmt: skip
     store_tile(p_dq + i_h * D, begin + top, H * D, m_m, b_dq * softmax_scale, BLOCK_M, D, BLOCK_D)
 
 
