@@ -155,11 +155,12 @@ def _tuned(
     **__: object,
 ) -> dispatch.Choice:
     """For `explain`: the choice with what was measured of the call."""
+    if choice.backend != "reference" and not weight.values.numel():
+        why = "the weight has no elements, and no product to run"
+        rejected = choice.rejected | {"dense": why, choice.backend: why}
+        return replace(choice, backend="reference", reason=why, rejected=rejected)
     if choice.backend != "cpu":
         return choice
-    if not weight.values.numel():
-        why = "the weight has no elements, and no product to run"
-        return replace(choice, backend="reference", reason=why, rejected=choice.rejected | {"cpu": why, "dense": why})
     if weight.indices is None:
         return replace(choice, rejected={**choice.rejected, "dense": "the weight is dense: cpu is the same kernel"})
     return tuning.add_timings(choice, tuning.quantized_call(x, weight, activation, residual, scale))

@@ -65,7 +65,7 @@ def _sums(x: Tensor, dense: Tensor) -> Tensor:
     """x (T, C), dense (N, C) -> (T, N) float32."""
     if grid_of(dense) is INT8:
         return torch._int_mm(x, dense.t()).float()
-    # Of scales by row torch makes bfloat16, which would round the sums: so they are 1, and ours follow in float32.
+    # With scales by row torch rounds the sums to 16 bits, but on sm_90: so they are 1, and ours follow in float32.
     one = torch.ones((), dtype=torch.float32, device=x.device)
     out: Tensor = torch._scaled_mm(x, dense.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
     return out

@@ -115,8 +115,8 @@ def sum_error(
     """How far x W^T of an fp8 weight may be from that of the reference, before the bias: (T, N) float64.
 
     An instruction cuts each of its summands, and their sum, by less than 2^-13 of the largest magnitude that it met,
-    which the magnitudes of all products bound: 34 cuts in each run of 32 products. The four roundings of float32 that
-    follow count once more.
+    which the magnitudes of all products bound: 34 cuts for every 32 products. To them come the roundings of float32:
+    of the sum, of its two scales and of every accumulator that is added.
 
     Args:
         run: after how many products of a row the accumulator is added to a float32 and starts again. None: never.

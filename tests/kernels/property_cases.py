@@ -39,13 +39,12 @@ def cases(quick: int, thorough: int, **strategies: st.SearchStrategy):
     """A property for `quick` cases in the default run, and for `thorough` ones where slow tests run."""
 
     def decorate(check):
-        drawn = given(**strategies)(check)
-
         @pytest.mark.parametrize(
             "examples", [pytest.param(quick, id="quick"), pytest.param(thorough, id="thorough", marks=pytest.mark.slow)]
         )
         @functools.wraps(check)
         def test(examples):
+            drawn = given(**strategies)(check)  # here: settings are put on a function once
             settings(settings.get_profile("madtp"), max_examples=examples)(drawn)()
 
         test.__signature__ = inspect.Signature([inspect.Parameter("examples", inspect.Parameter.KEYWORD_ONLY)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Properties of 2:4 and int8 weights, of their layers and files, and of masks, at drawn sizes and values."""
+"""Properties of 2:4, int8 and fp8 weights, of their layers and files, and of masks, at drawn sizes and values."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ from property_cases import (
 from torch import Tensor
 
 import madtp_kernels as mk
+from madtp_kernels.reference import quantized as reference
 from madtp_kernels.reference.sparse24 import ACTIVATIONS
 from madtp_kernels.sparse24 import formats
 
 pytestmark = [pytest.mark.sanitized, needs_extension]
 
 SCHEMES = ("int8", "int8_24")
+EVERY_SCHEME = (*SCHEMES, "fp8", "fp8_24")
 ROWS = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 48, 65, 100]))
 
 
@@ -77,11 +79,11 @@ class Layer:
 
 
 @st.composite
-def layers(draw, dense: bool = False) -> Layer:
+def layers(draw, dense: bool = False, schemes: tuple[str, ...] = SCHEMES) -> Layer:
     rows, dtype = draw(ROWS), draw(dtypes)
-    scheme = draw(st.sampled_from(SCHEMES))
+    scheme = draw(st.sampled_from(schemes))
     sized = values.filter(lambda kind: kind != "large")  # or a product leaves float32
-    any_size = dense and scheme == "int8"
+    any_size = dense and not scheme.endswith("24")
     return Layer(
         rows=rows,
         out_features=draw(st.integers(1, 70)) if any_size else 8 * draw(st.integers(1, 9)),
@@ -225,26 +227,53 @@ def test_a_transposable_mask_is_two_of_four_both_ways(rows, columns, kind, seed)
     assert (mask.unflatten(1, (-1, 4)).sum(2) == 2).all() and (mask.unflatten(0, (-1, 4)).sum(1) == 2).all()
 
 
-@cases(15, 1000, case=layers(dense=True))
+@cases(20, 1400, case=layers(dense=True, schemes=("fp8", "fp8_24")), broken=st.sampled_from([None, math.nan, math.inf]))
+def test_fp8_sums_are_exact_and_rows_their_own(case, broken):
+    dense = case.weight()
+    weight = mk.quantize(mk.sparse24_prune(dense) if case.scheme == "fp8_24" else dense, case.scheme)
+    x = case.x()
+    run = lambda x, **parts: mk.quantized_linear(x, weight, **(case.options() | parts))  # noqa: E731
+    got = run(x)
+    rounded, x_scale = reference.quantize_rows(x, reference.FP8)
+    columns = torch.randperm(case.in_features, generator=generator_of(case.seed))
+    whole = reference.to_dense_values(weight.values, weight.indices)
+    sums = reference.exact_sums(rounded[:, columns], whole[:, columns])  # in another order
+    before = reference.product(sums, x_scale, weight.scale, case.epilogue().get("bias"))
+    rest = {name: case.options().get(name) for name in ("residual", "scale", "num_rows")}
+    assert same_bits(reference.finish(before, x, case.activation or "none", **rest), got)
+    assert same_bits(run(laid_out(x, case.layout)), got)
+    exact = x_scale.double()[:, None] * rounded.double()
+    largest = x.double().abs().amax(1, keepdim=True) if x.numel() else x.double()
+    step = torch.maximum(x.double().abs() / 16, largest / 448 * 2.0**-10)
+    assert (((exact - x.double()).abs() <= step * (1 + 1e-5)) | (largest < 2.0**-117)).all()
+    if broken is not None and case.rows > 1:
+        x[0, case.seed % case.in_features] = broken
+        assert same_bits(run(x)[1:], got[1:])
+
+
+@cases(15, 1000, case=layers(dense=True, schemes=EVERY_SCHEME))
 def test_quantizing_is_to_the_nearest_and_once(case):
     dense = case.weight()
-    if case.scheme == "int8_24":
+    if case.scheme.endswith("24"):
         dense = mk.sparse24_prune(dense).to_dense()
     weight = mk.quantize(dense, case.scheme)
     weight.check_values()
-    half = weight.scale.double()[:, None] / 2
-    tiny = dense.double().abs().amax(1, keepdim=True) < 2.0**-119  # such a row counts as zeros
+    amax, size = dense.double().abs().amax(1, keepdim=True), dense.double().abs()
+    if case.scheme.startswith("int8"):
+        half, least = weight.scale.double()[:, None] / 2, 2.0**-119
+    else:  # of a step that has the size of the number, or of those below 2^-6
+        half, least = torch.maximum(size / 16, weight.scale.double()[:, None] * 2.0**-10), 2.0**-117
     error = (weight.to_dense().double() - dense.double()).abs()
-    assert ((error <= half * (1 + 1e-5)) | tiny).all()
+    assert ((error <= half * (1 + 1e-5)) | (amax < least)).all()  # such a row counts as zeros
     again = mk.quantize(weight.to_dense(), case.scheme, scale=weight.scale)
     assert torch.equal(again.to_dense(), weight.to_dense())
 
 
-@cases(15, 700, case=layers(dense=True), other=st.sampled_from([*DTYPES, torch.float64]))
+@cases(15, 700, case=layers(dense=True, schemes=EVERY_SCHEME), other=st.sampled_from([*DTYPES, torch.float64]))
 def test_what_is_saved_is_loaded(case, other):
     sparse = mk.sparse24_prune(numbers((8, 32), case.kinds[1], torch.float32, generator_of(case.seed)).to(other))
     dense = case.weight()
-    whole = mk.quantize(mk.sparse24_prune(dense) if case.scheme == "int8_24" else dense, case.scheme)
+    whole = mk.quantize(mk.sparse24_prune(dense) if case.scheme.endswith("24") else dense, case.scheme)
     plain = laid_out(case.weight(), case.layout)
     with TemporaryDirectory() as folder:
         mk.save_sparse24(Path(folder) / "a.safetensors", {"layer": sparse, "plain": plain})
@@ -254,7 +283,9 @@ def test_what_is_saved_is_loaded(case, other):
     assert loaded["layer"].dtype == other and same_bits(loaded["layer"].values, sparse.values)
     assert torch.equal(loaded["layer"].indices, sparse.indices)
     assert same_bits(loaded["plain"], plain) and same_bits(quantized["plain"], plain)
-    assert quantized["layer"].scheme == case.scheme and torch.equal(quantized["layer"].values, whole.values)
+    found = quantized["layer"]
+    assert found.scheme == case.scheme and found.dtype == whole.dtype
+    assert torch.equal(found.values.view(torch.uint8), whole.values.view(torch.uint8))
     assert torch.equal(quantized["layer"].scale, whole.scale)
 
 

@@ -251,7 +251,8 @@ def subjects(tmp_path_factory):
     for name in ("sparse24", "quantized", "plan", "config", "annotations", "original", "table"):
         (root / name).mkdir()
     save_sparse24(root / "sparse24" / "w", {"a": weight, "b.c": torch.ones(3)})
-    save_quantized(root / "quantized" / "w", {"a": quantize(weight), "d": quantize(dense, "int8"), "b": torch.ones(3)})
+    rounded = {"a": quantize(weight), "d": quantize(dense, "int8"), "e": quantize(weight, "fp8_24")}
+    save_quantized(root / "quantized" / "w", rounded | {"b": torch.ones(3)})
     Plan(0.5, {"vision": 0.5}, ("a.b", "c"), predicted={"distill_loss": 0.1}, weight_dtypes={"a.b": "int8"}).save(
         root / "plan" / "plan.yaml"
     )

@@ -15,14 +15,26 @@ def arguments(sizes):
 
 
 @functools.cache
-def weight():
-    return mk.quantize(torch.randn(16, 32, generator=torch.Generator().manual_seed(0)), "int8")
+def weight(scheme):
+    return mk.quantize(torch.randn(16, 32, generator=torch.Generator().manual_seed(0)), scheme)
+
+
+def run(scheme, x, bias, residual, scale, backend):
+    rest = {"activation": "gelu", "residual": residual.float(), "scale": scale.float(), "backend": backend}
+    return mk.quantized_linear(x.float(), weight(scheme), bias.float(), **rest).to(x.dtype)
 
 
 def quantized(x, bias, residual, scale, backend):
-    rest = {"activation": "gelu", "residual": residual.float(), "scale": scale.float(), "backend": backend}
-    return mk.quantized_linear(x.float(), weight(), bias.float(), **rest).to(x.dtype)
+    return run("int8", x, bias, residual, scale, backend)
 
 
-CALLS = {quantized: lambda: (random64(6, 32), random64(16), random64(6, 16), random64(16))}
-ROUNDED = {quantized}
+def quantized_fp8(x, bias, residual, scale, backend):
+    return run("fp8", x, bias, residual, scale, "reference")  # which is all that a CPU has
+
+
+def inputs():
+    return random64(6, 32), random64(16), random64(6, 16), random64(16)
+
+
+CALLS = {quantized: inputs, quantized_fp8: inputs}
+ROUNDED = {quantized, quantized_fp8}
