@@ -25,7 +25,7 @@ EPILOGUES = {"90a": ("STG", "STSM"), "80": ("STG", "LDS")}  # what stands in the
 VALUES_OF_A_STORE = {"90a": 8, "80": 4}
 # Instructions a value, GELU with residual, bias and scale: of 16-bit operands, of quantised ones, of those in tiles of
 # two halves, where tokens come 16 at a time.
-LONGEST_EPILOGUE = {"90a": (25, 31, 39), "80": (31, 40, 40)}
+LONGEST_EPILOGUE = {"90a": (25, 31, 39), "80": (31, 35, 35)}
 
 
 class Instruction:
