@@ -265,7 +265,7 @@ template <typename Types>
 class LinearSm80 {
  public:
   static void configs(const LinearCall& call, const Device& device, const UseConfig& use) {
-    for_each_tile([&](auto tile) {
+    for_each_of_types([&](auto tile) {
       if (can_run(tile, call, device)) use(config_of(tile));
     });
   }
@@ -273,7 +273,7 @@ class LinearSm80 {
   static Sparse24Config default_config(const LinearCall& call, const Device& device) {
     Sparse24Config best{};
     double fewest = 0;
-    for_each_tile([&](auto tile) {
+    for_each_of_types([&](auto tile) {
       using Tile = decltype(tile);
       if (!can_run(tile, call, device)) return;
       const double now = clocks<Tile>(call, device);
@@ -287,7 +287,7 @@ class LinearSm80 {
   static Status run(const LinearCall& call, void* out, std::int64_t out_stride, const Sparse24Config& config,
                     const Device&, void* stream) {
     Status status = Status::invalid_argument;
-    for_each_tile([&](auto tile) {
+    for_each_of_types([&](auto tile) {
       using Tile = decltype(tile);
       if (config.tile_out_features != Tile::kFeatures || config.tile_tokens != Tile::kTokens) return;
       Types::with(call.dtype, [&](auto x, auto element) {
@@ -299,6 +299,13 @@ class LinearSm80 {
 
  private:
   static constexpr int kBytes = Types::kBytes;
+
+  template <typename Body>
+  static void for_each_of_types(Body&& body) {
+    for_each_tile([&](auto tile) {
+      if constexpr (Types::template kHasTile<decltype(tile)>) body(tile);
+    });
+  }
 
   template <typename Tile>
   static Sparse24Config config_of(Tile) {

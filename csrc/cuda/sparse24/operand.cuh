@@ -20,7 +20,8 @@ template <typename X>
 constexpr bool kIsQuantized = sizeof(X) == 1;
 
 // A family has kBytes of an element; with(dtype, use), which calls use(X{}, T{}) with the elements of x and
-// of the output of a call of this dtype; and runs_on(device), whether mma.sp of it runs there.
+// of the output of a call of this dtype; runs_on(device), whether mma.sp of it runs there, and
+// kHasTile<Tile>, whether in such tiles.
 struct HalfTypes {
   static constexpr int kBytes = 2;
   template <typename Use>
@@ -32,6 +33,8 @@ struct HalfTypes {
     }
   }
   static bool runs_on(const Device&) { return true; }
+  template <typename Tile>
+  static constexpr bool kHasTile = true;
 };
 
 template <typename X>
@@ -45,6 +48,9 @@ struct ByteTypes {
   static bool runs_on(const Device& device) {
     return std::is_same_v<X, std::int8_t> || device.specific_code >= 89;
   }
+  // Of e4m3 a compiler makes float16 first, on sm_90a, for which larger tiles have no registers.
+  template <typename Tile>
+  static constexpr bool kHasTile = std::is_same_v<X, std::int8_t> || Tile::kTokens == 16;
 };
 
 }  // namespace madtp::cuda
