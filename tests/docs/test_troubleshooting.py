@@ -33,10 +33,11 @@ def template(node: ast.AST) -> str | None:
 
 
 def raised_class(node: ast.AST) -> str | None:
-    """A class of errors that is defined here, or one of Python's that is raised here."""
+    """A class of errors that is defined here for others, or one of Python's that is raised here."""
     if isinstance(node, ast.ClassDef):
         bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
-        return node.name if any(base.endswith(("Error", "Exception")) for base in bases) else None
+        public = not node.name.startswith("_")
+        return node.name if public and any(base.endswith(("Error", "Exception")) for base in bases) else None
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
         return node.exc.func.id if isinstance(getattr(builtins, node.exc.func.id, None), type) else None
     return None

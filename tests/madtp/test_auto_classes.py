@@ -177,7 +177,7 @@ def test_a_plain_model_is_not_patched_at_loading(tmp_path):
         ({"packed": {"no.such": {"scheme": "sparse24"}}}, "cannot be read"),
         ({"packed": {"text_model": {"scheme": "sparse24"}}}, "cannot be read"),
         ({"packed": {FC1: {"scheme": "sparse24", "activation": "vision_model"}}}, "cannot be read"),
-        ({"packed": {FC1: {"scheme": "int4"}}}, "scheme must be one of sparse24, int8, int8_24, got 'int4'"),
+        ({"packed": {FC1: {"scheme": "int4"}}}, "scheme must be one of sparse24, int8, .*, got 'int4'"),
         ({"packed": {}}, "weights must match|ignore_mismatched_sizes"),
     ],
 )

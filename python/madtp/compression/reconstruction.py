@@ -122,21 +122,22 @@ def _blocks(student: nn.Module, chosen: Collection[str], batch: Mapping[str, Any
     return list(order)
 
 
+class _Reached(Exception):
+    """The block is called: what comes after it need not run."""
+
+
 def _calls(student: nn.Module, block: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Call]:
     """What a forward of every batch calls the block with, the first time."""
     calls: list[Call] = []
 
-    class Reached(Exception):
-        pass
-
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, kwargs))
-        raise Reached
+        raise _Reached
 
     hook = block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in batches:
-            with torch.no_grad(), suppress(Reached):
+            with torch.no_grad(), suppress(_Reached):
                 student(**batch)
     finally:
         hook.remove()
