@@ -56,8 +56,8 @@ class CompressionConfig:
     # training, what reconstructs the outputs best (with hwp_schedule "one_shot").
     hwp_score: Literal["magnitude", "activation", "token_weighted", "second_order"] = "magnitude"
     # With hwp_score "second_order": steps of Adam for every part of a block, by which what is left after one shot is
-    # fitted to the dense outputs, with the pruned tokens in place (`madtp.compression.reconstruction`). 0: none.
-    hwp_reconstruction_steps: int = 0
+    # fitted to the dense outputs, with the pruned tokens in place (`madtp.compression.reconstruction`). None: none.
+    hwp_reconstruction_steps: int | None = None
     hwp_permute: bool = False  # reorder the hidden channels of MLPs first, so that the masks take less
     hwp_schedule: Literal["gradual", "one_shot"] = "gradual"
     hwp_ramp: float = 0.5  # share of the training after which the gradual schedule has the final pattern
@@ -100,10 +100,11 @@ class CompressionConfig:
         self._require("hwp_score", self.hwp_score in scores, f"one of {', '.join(scores)}")
         known = self.weight_dtype is None or self.weight_dtype in WEIGHT_DTYPES
         self._require("weight_dtype", known, f"None or {' or '.join(WEIGHT_DTYPES)}")
-        steps = self.hwp_reconstruction_steps
-        self._require("hwp_reconstruction_steps", _is_int(steps) and steps >= 0, "an integer of at least 0")
-        fits = steps == 0 or self.hwp_score == "second_order"
-        self._require("hwp_reconstruction_steps", fits, f"0 with hwp_score {self.hwp_score!r}")
+        if self.hwp_reconstruction_steps is not None:
+            steps = self.hwp_reconstruction_steps
+            self._require("hwp_reconstruction_steps", _is_int(steps) and steps >= 1, "an integer of at least 1 or None")
+            fits = self.hwp_score == "second_order"
+            self._require("hwp_reconstruction_steps", fits, f"None with hwp_score {self.hwp_score!r}")
         self._require("hwp_permute", isinstance(self.hwp_permute, bool), "true or false")
         once = self.hwp_score != "second_order" or self.hwp_schedule == "one_shot"
         self._require("hwp_schedule", once, '"one_shot" with hwp_score "second_order"')

@@ -92,6 +92,45 @@ def test_what_is_exact_is_left_as_it_is(pruned):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_fitted_too(pruned, dtype):
+    model, dense, names, batches = pruned
+    batches = [{**batch, "pixel_values": batch["pixel_values"].to(dtype)} for batch in batches]
+    vision = [name for name in names if "vision_model" in name]
+    found = reconstruct_blocks(model.to(dtype), dense.to(dtype), vision, batches, steps=20)
+    assert all(part.after < 0.8 * part.before for part in found.values()), found
+    assert all(is_pattern(model.get_submodule(name).weight.detach(), "2:4") for name in vision)
+
+
+def test_what_one_token_outweighs_is_fitted_too(pruned):
+    model, dense, names, batches = pruned
+    for tower in (model, dense):
+        tower.vision_model.embeddings.position_embedding.data[0, 3] *= 1e4
+    found = reconstruct_blocks(model, dense, [n for n in names if "layers.0.mlp" in n], batches, steps=30)
+    assert all(part.after < 0.8 * part.before for part in found.values()), found
+
+
+def test_outputs_of_zeros_have_an_error(pruned):
+    model, dense, names, batches = pruned
+    name = "vision_model.encoder.layers.1.self_attn.projection"
+    block = "vision_model.encoder.layers.1"
+    for tower in (model, dense):
+        for parameter in tower.get_submodule(f"{block}.mlp.fc1").parameters():
+            parameter.data.zero_()
+        tower.get_submodule(f"{block}.mlp.fc2").bias.data.zero_()
+    found = reconstruct_blocks(model, dense, [f"{block}.mlp.fc2", name], batches, steps=1)
+    assert all(part.before == part.before and part.after <= part.before for part in found.values())
+
+
+def test_under_autocast_and_in_inference_mode_it_is_the_same(pruned):
+    model, dense, names, batches = pruned
+    vision = [name for name in names if "layers.0.mlp" in name]
+    other = copy.deepcopy(model)
+    wanted = reconstruct_blocks(model, dense, vision, batches, steps=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        assert reconstruct_blocks(other, dense, vision, iter(batches), steps=2) == wanted
+
+
 def test_an_interrupt_leaves_gradients_as_they_were(pruned, monkeypatch):
     model, dense, names, batches = pruned
     parameter = model.get_submodule(names[0]).weight.requires_grad_(False)
@@ -110,6 +149,7 @@ def test_an_interrupt_leaves_gradients_as_they_were(pruned, monkeypatch):
     ("changes", "message"),
     [
         ({"steps": 0}, "steps must be a positive integer, got int 0"),
+        ({"steps": True}, "steps must be a positive integer, got bool True"),
         ({"batches": []}, "batches must be at least one, got none"),
         ({"modules": ["vision_model"]}, "modules must name Linear modules, got 'vision_model'"),
     ],
@@ -128,6 +168,15 @@ def test_compress_without_training(tmp_path):
     parts = result.report["plan"]["reconstructions"]
     assert len(parts) > 4 and all(part["after"] < part["before"] for part in parts.values())
     assert result.report["plan"]["packed_modules"]
+
+
+def test_a_run_without_training_has_nothing_to_go_on_from(tmp_path):
+    torch.manual_seed(0)
+    (tmp_path / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    result = madtp.compress(
+        tiny_blip(), Task(), Questions(8), None, CONFIG, output_dir=tmp_path, training={"max_steps": 0}, resume=True
+    )
+    assert result.report["plan"]["reconstructions"]
 
 
 @pytest.mark.slow

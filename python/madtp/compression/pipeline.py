@@ -131,8 +131,9 @@ def compress(
     smoothings = _smooth(student, targets, config)
     fitted: dict[str, Reconstruction] = {}
     if config.hwp_score == "second_order":
-        resumed = resume and last_checkpoint(output_dir / "checkpoints") is not None  # and has the weights
-        fits = config.hwp_reconstruction_steps > 0 and not resumed
+        goes_on = resume and args.max_steps != 0
+        resumed = goes_on and last_checkpoint(output_dir / "checkpoints") is not None  # which has the weights
+        fits = config.hwp_reconstruction_steps is not None and not resumed
         batches = sample_batches(task, calibration_data, RECONSTRUCTION_SAMPLES, args.device) if fits else []
         with bars.status("fitting pruned weights to the dense model") if fits else nullcontext():
             fitted = _prune_in_one_shot(student, targets, config, batches)
@@ -234,6 +235,7 @@ def _prune_in_one_shot(
     pruned = [name for name in chosen if dense is not None or name not in rounded]
     prune_one_shot(student, config.pattern, pruned, known, correct=True)
     if dense is not None:
+        assert config.hwp_reconstruction_steps is not None, "batches are to be fitted on"
         with settled(student, targets, config):
             fitted = reconstruct_blocks(student, dense, chosen, batches, steps=config.hwp_reconstruction_steps)
         known = inputs(rounded) if rounded else {}

@@ -10,7 +10,7 @@ Source: reconstruction of attention and MLP in turn, arXiv 2510.14444; docs/meth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +44,7 @@ def reconstruct_blocks(
     student: nn.Module,
     dense: nn.Module,
     modules: Collection[str],
-    batches: Sequence[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]],
     *,
     steps: int,
 ) -> dict[str, Reconstruction]:
@@ -67,11 +67,14 @@ def reconstruct_blocks(
     Raises:
         ValueError: steps is no positive integer, there are no batches, or a module is no Linear.
     """
-    require(isinstance(steps, int) and steps > 0, "steps", "a positive integer", steps)
+    require(type(steps) is int and steps > 0, "steps", "a positive integer", steps)
+    batches = list(batches)
     require(len(batches) > 0, "batches", "at least one", "none")
     chosen = set(linears(student, modules, Pattern(1, 1)))
     found: dict[str, Reconstruction] = {}
-    with evaluating(student), evaluating(dense), handle_of(student).inference():
+    device = next(student.parameters()).device
+    plainly = torch.inference_mode(False), torch.autocast(device.type, enabled=False)
+    with plainly[0], plainly[1], evaluating(student), evaluating(dense), handle_of(student).inference():
         for name in _blocks(student, chosen, batches[0]):
             block, model = student.get_submodule(name), dense.get_submodule(name)
             inside: dict[str, Any] = {p: m for p, m in block.named_modules() if _joined(name, p) in chosen}
@@ -189,29 +192,37 @@ def _fit(
     """Fits what is not zero in the weights, and the biases, of modules of the block."""
     with torch.no_grad():
         targets = [run(dense, i) for i in range(count)]
-    scale = max(sum(target.double().square().sum().item() for target in targets), 1e-300)
+    squares = sum(target.double().square().sum().item() for target in targets) or 1.0
+    mean = squares / max(sum(target.numel() for target in targets), 1)
 
     def error(i: int) -> Tensor:
-        return (run(block, i) - targets[i]).float().square().sum() / scale
+        return (run(block, i) - targets[i]).float().square().sum()
 
     def total() -> float:
         with torch.no_grad():
-            return sum(error(i).item() for i in range(count))
+            return sum(error(i).item() for i in range(count)) / squares
 
-    parameters: list[Tensor] = [p for m in modules for p in (m.weight, m.bias) if p is not None]
-    masks = [p != 0 if p.ndim == 2 else None for p in parameters]
+    if (before := total()) == 0:
+        return Reconstruction(0.0, 0.0)
+    found = {p: p != 0 if p.ndim == 2 else None for m in modules for p in (m.weight, m.bias) if p is not None}
+    parameters, masks = list(found), list(found.values())
     start = [p.detach().clone() for p in parameters]
-    groups = [{"params": [p], "lr": RATE * max(p.detach().abs().mean().item(), LEAST)} for p in parameters]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    wide = [p.detach().float() + 0.0 for p in parameters]  # steps are too small for 16 bits
+    groups = [{"params": [p], "lr": RATE * max(p.abs().mean().item(), LEAST)} for p in wide]
+    # Gradients have the scale of the outputs, whatever that is.
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-15)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    before = total()
     with _trained(parameters):
         for step in range(steps):
-            gradients = torch.autograd.grad(error(step % count), parameters)
-            for p, gradient, mask in zip(parameters, gradients, masks, strict=True):
-                p.grad = gradient if mask is None else gradient * mask
-            optimizer.step()
+            gradients = torch.autograd.grad(error(step % count) / mean, parameters)
+            if all(gradient.isfinite().all() for gradient in gradients):  # float16 may overflow
+                for p, gradient, mask in zip(wide, gradients, masks, strict=True):
+                    p.grad = gradient.float() if mask is None else gradient.float() * mask
+                optimizer.step()
             schedule.step()
+            with torch.no_grad():
+                for p, value in zip(parameters, wide, strict=True):
+                    p.copy_(value)
     after = total()
     if after < before:
         return Reconstruction(before, after)
