@@ -110,6 +110,23 @@ def test_removed_is_hidden(name, projector):
         close(beams.sequences_scores, hidden_beams.sequences_scores)
 
 
+@families(quick=("GLM-4.5V",), of=("GLM-4.5V", "GLM-4.6V", "EXAONE 4.5", "Qwen3-VL MoE", "DeepSeek-VL"))
+def test_removed_is_hidden_in_decoders_of_other_cases(name):
+    model = make_vlm(name)
+    inputs = vlm_batch(name, model)
+    plan = {2: 0.5} if name == "Qwen3-VL MoE" else {1: 0.5, 2: 0.25}
+    handle = madtp.patch(model, keep={"prefill": plan})
+    logits, columns, kept = model(**inputs).logits, handle.columns, handle.selections["prefill"]
+    out = model.generate(**inputs, **GREEDY)
+    with handle.simulated():
+        whole, hidden = model(**inputs).logits, model.generate(**inputs, **GREEDY)
+        assert same(handle.selections["prefill"], kept)
+    real = columns >= 0
+    assert logits.shape[1] < whole.shape[1]
+    close(logits[real], whole[torch.arange(2)[:, None].expand_as(columns)[real], columns[real]])
+    close(answers(out), answers(hidden))
+
+
 def by_hand(model, name, inputs, plan, steps):
     """-> (steps, 2, V) logits of greedy steps, and by layer the columns that stay of each sample."""
     ids, real = inputs["input_ids"], inputs["attention_mask"].bool()

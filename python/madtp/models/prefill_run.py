@@ -109,7 +109,9 @@ class PromptRun:
         index = slots.clamp(min=0)
         kwargs["position_embeddings"] = tuple(_columns(table, index) for table in kwargs["position_embeddings"])
         if (positions := kwargs.get("position_ids")) is not None:
-            kwargs["position_ids"] = positions.expand(len(index), -1).gather(1, index)
+            axes = positions.shape[:-2]  # of GLM-4.5V, time and places
+            positions = positions.expand(*axes, len(index), -1)
+            kwargs["position_ids"] = positions.gather(-1, index.expand(*axes, *index.shape))
         given, count = kwargs.get("attention_mask"), slots.shape[1]
         static = getattr(cache, "is_compileable", False)
         keys = int(cache.get_mask_sizes(count)[0]) if static else count
