@@ -33,6 +33,8 @@ from vlm_families import (
 )
 
 import madtp
+from madtp.models.vlm import usual_prefill_layer
+from madtp.patching.vlm_keep import keep_by_temperature
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -562,6 +564,25 @@ def test_models_that_cannot_be_patched():
         madtp.patch(make_vlm("Florence-2"), keep={"prefill": {1: 0.5}})
     with pytest.raises(ValueError, match="must be behind layers 2 to 2 of this model, got 1"):
         madtp.patch(make_vlm("Qwen3-VL"), keep={"prefill": {1: 0.5}})
+
+
+def test_the_usual_layer_follows_full_attention(llava):
+    assert usual_prefill_layer(llava[0]) == 2
+    model = make_vlm("Gemma 3")
+    decoder = model.model.language_model
+    window, full = "sliding_attention", "full_attention"
+    for kinds, layer in (
+        ([window, full, window, full], 2),
+        ([window, window, full, window], 3),
+        ([window, window, window, full], 2),  # behind the last one nothing is left to prune
+        ([full, window, window, window], 2),
+    ):
+        decoder.config.layer_types = kinds
+        assert usual_prefill_layer(model) == layer
+    decoder.layers = torch.nn.ModuleList([decoder.layers[0]] * 12)
+    decoder.config.layer_types = hf.Gemma3TextConfig(num_hidden_layers=12).layer_types
+    assert usual_prefill_layer(model) == 6
+    assert list(keep_by_temperature(model, ["prefill"])["prefill"]) == [6]
 
 
 @pytest.mark.slow

@@ -95,8 +95,8 @@ def seam_pareto(
         batches: keyword arguments of forwards, with images.
         shares: what to keep at each seam that the model has, every combination of them; 1 leaves a seam out.
         keeps: settings, as of `madtp.patch`, in place of those.
-        prefill_layer: behind which decoder layer the prefill seam prunes; None is 2, as in FastV, or the nearest that
-            may.
+        prefill_layer: behind which decoder layer the prefill seam prunes; None is 2, as in FastV, or the first one
+            after it that follows full attention.
         progress: wraps the settings, for a bar.
 
     Returns:
