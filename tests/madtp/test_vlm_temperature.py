@@ -27,7 +27,9 @@ from vlm_families import (
 )
 
 import madtp
-from madtp.dtp.threshold import above_threshold
+from madtp.dtp.threshold import above_threshold, least_first
+from madtp.models.bare_rows import image_units
+from madtp.models.vision_seam import UnitSelection
 from madtp.patching import keep_rate
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -317,6 +319,26 @@ def shares_by_hand(handle, batches):
                 entered[name], left[name] = entered[name] + before, left[name] + after
             before = after
     return {name: left[name] / entered[name] for name in entered}
+
+
+def test_newlines_are_no_part_of_a_rate(few_rounds):
+    model = make_vlm("LLaVA-NeXT")
+    inputs = vlm_batch("LLaVA-NeXT", model)
+    units = image_units(model.base_model, inputs, "image", pruned=True)
+    newlines = sum(units.newlines)
+    assert newlines > 0
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(temperature=1.0)})
+    found = handle.set_keep_rate(0.6, [inputs])["vision"]
+    model(**inputs)
+    left = sum(lengths_of(handle.selections["vision"][-1])) - newlines
+    assert found == left / sum(units.lengths) == pytest.approx(0.6, abs=0.1)
+    handle.remove()
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(temperature=1.0), "projector": TEXT})
+    shares = handle._kept_shares([inputs])
+    model(**inputs)
+    came = sum(lengths_of(handle.selections["vision"][-1]))
+    assert shares["vision"] == (came - newlines) / sum(units.lengths)
+    assert shares["projector"] == sum(lengths_of(handle.selections["projector"])) / came
 
 
 def test_rates_of_several_seams_are_of_what_came_to_each(llava, few_rounds):

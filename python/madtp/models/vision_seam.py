@@ -34,11 +34,18 @@ class TowerRecord:
         lengths: how many units each has.
         kept: by layer, (U,) bool, the units of all of them that were left behind it.
         entered: (U,) bool, those that entered the first layer; None: all.
+        newlines: how many of them are tokens between rows of a grid, which are no units and all stay.
     """
 
     lengths: list[int]
     kept: list[Tensor]
     entered: Tensor | None = None
+    newlines: int = 0
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """How many there were, and were left in the end."""
+        return sum(self.lengths) - self.newlines, int(self.kept[-1].sum()) - self.newlines
 
     def selections(self) -> list[list[Tensor]]:
         """By layer, for each image the units kept, int64 ascending."""

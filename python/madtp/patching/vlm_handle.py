@@ -33,6 +33,7 @@ from madtp.models.prompt import (
 from madtp.models.pruned_prefill import PrunedPrefill
 from madtp.models.pruned_vision import PrunedVision, parts_of
 from madtp.models.vision_layers import TowerAttention, TowerLayer, attention_of
+from madtp.models.vision_seam import TowerRecord
 from madtp.models.vlm import (
     decoder_of,
     mixin_of,
@@ -163,7 +164,7 @@ class VlmHandle:
 
         Args:
             keep_rate: in (0, 1]; what a share of `keep` is at the seam, over all images: of the tokens that come to it,
-                those left behind its last layer. 1 switches pruning off there.
+                in the tower of the units, those left behind its last layer. 1 switches pruning off there.
             calibration: a few batches, each the keyword arguments of a forward with images, on the model's device.
 
         Returns:
@@ -194,13 +195,13 @@ class VlmHandle:
         return {name: left[name] / entered[name] for name in self.temperatures}
 
     def _passed(self, batch: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-        """By seam, how many tokens came to it in a forward, and were left. Only what has to run does."""
+        """By seam, how many tokens came to it in a forward, and were left; in the tower units. Only what has to run
+        does."""
         model: Any = self.model
         if list(self.temperatures) == [VISION]:
             given = {name: value for name, value in batch.items() if value is not None}
             outputs = model._encoded(given)["mm_encoder_outputs"].values()
-            lefts = [output.madtp_left for output in outputs if output is not None]
-            return {VISION: (sum(sum(left.lengths) for left in lefts), sum(int(left.kept[-1].sum()) for left in lefts))}
+            return {VISION: _units(getattr(output, "madtp_left", None) for output in outputs)}
         model(**batch)
         found = {}
         if PROJECTOR in self._mixed:
@@ -208,7 +209,9 @@ class VlmHandle:
             kept, towers = record.selections(), record.tower_selections()
             entered = sum(record.lengths())
             came = sum(map(len, towers[-1])) if towers else entered
-            found = {VISION: (entered, came), PROJECTOR: (came, sum(map(len, kept)))}
+            found = {PROJECTOR: (came, sum(map(len, kept)))}
+            if VISION in self.seams:
+                found[VISION] = _units(record.towers)
         if PREFILL in self.seams:
             record = self.seams[PREFILL].here.record
             found[PREFILL] = sum(record.entered()), int(record.kept[max(record.kept)].sum())
@@ -390,6 +393,12 @@ class VlmHandle:
     ) -> tuple[Settings, Mapping[str, Tensor] | None]:
         """What config.json is to hold, and the state dict to write. Raises ValueError where a rule is a function."""
         return Settings(None, {}, packed, saved_keep(self.keep)), state_dict
+
+
+def _units(towers: Iterable[TowerRecord | None]) -> tuple[int, int]:
+    """How many units there were, and were left; of images that were encoded before there is no record."""
+    pairs = [tower.units for tower in towers if tower is not None]
+    return sum(before for before, _ in pairs), sum(after for _, after in pairs)
 
 
 def patch_decoder(
