@@ -71,6 +71,45 @@ def test_the_threshold_is_that_of_the_method(temperature):
     assert torch.equal(scaled, torch.cat(keep[:2]))
 
 
+def test_what_differs_by_rounding_alone_ties():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(-2, 3, (60,), generator=generator)
+    ends = torch.tensor([0, 60], dtype=torch.int32)
+    for dtype in (torch.float32, torch.float64):
+        eps = torch.finfo(torch.float32).eps
+        for value in (0.7, -0.7, 3e-9, 3e9):
+            tied = (value * (1 + noise * eps)).to(dtype)
+            assert len(tied.unique()) > 2
+            assert above_threshold(tied, ends, 1.0).all()
+            one = torch.where(noise == 2, value * 1.0001, tied)
+            assert torch.equal(above_threshold(one, ends, 1.0), (noise == 2) == (value > 0))
+    apart = 1 + torch.arange(60) * 2e-6  # no rounding
+    assert torch.equal(above_threshold(apart, ends, 1e3), apart > apart.mean())
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e20, 1e30])
+def test_the_threshold_does_not_know_the_scale(scale):
+    values = torch.rand(40, generator=torch.Generator().manual_seed(0)) ** 3
+    ends = torch.tensor([0, 40], dtype=torch.int32)
+    for temperature in (0.3, 1.0, 5.0):
+        expected = above_threshold(values, ends, temperature)
+        assert 0 < int(expected.sum()) < 40
+        assert torch.equal(above_threshold(values * scale, ends, temperature), expected)
+
+
+def test_scaling_by_powers_of_two_rounds_nothing():
+    values = torch.rand(40, generator=torch.Generator().manual_seed(0)) ** 3
+    ends = torch.tensor([0, 25, 25, 40], dtype=torch.int32)
+    prunable = torch.arange(40) != 7
+    logits = least_first(values, ends, prunable)
+    for begin, end in ((0, 25), (25, 40)):
+        rows = torch.arange(begin, end)[prunable[begin:end]]
+        centred = values[rows] - values[rows].mean()
+        torch.testing.assert_close(logits[rows, 0], -centred / centred.square().mean().sqrt())
+    assert torch.equal(least_first(values * 2.0**-100, ends, prunable), logits)
+    assert torch.equal(least_first(values * 2.0**100, ends, prunable), logits)
+
+
 def test_a_higher_temperature_keeps_less():
     importance = torch.rand(300, generator=torch.Generator().manual_seed(0))
     ends = torch.tensor([0, 300], dtype=torch.int32)
