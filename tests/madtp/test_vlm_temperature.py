@@ -243,6 +243,26 @@ def test_zero_is_the_model_and_nothing_is_emptied(llava):
     assert set(handle.temperatures.values()) == {1e6}
 
 
+def test_a_forward_keeps_the_temperature_it_began_with(llava):
+    """Whatever another thread sets, between any two of its layers, or while the first of them is planned."""
+    model, inputs = llava
+    keep = {"vision": madtp.Keep(temperature=1.0), "projector": TEXT, "prefill": {1: FASTV, 2: FASTV}}
+    handle = madtp.patch(model, keep=keep)
+    model(**inputs)
+    expected = lengths_of(handle.selections)
+    for part, seam in ((model.model.vision_tower.encoder, "vision"), (model.model.language_model, "prefill")):
+        handle.set_temperature(1.0)
+        hook = part.layers[0].register_forward_hook(lambda *_: handle.set_temperature(0.0))
+        model(**inputs)
+        hook.remove()
+        assert lengths_of(handle.selections)[seam] == expected[seam]
+        assert set(handle.temperatures.values()) == {0.0}
+    seam = handle.seams["vision"]
+    seam.keep = madtp.Keep(temperature=0.0)
+    seam.warn_of_large = lambda *_: handle.set_temperature(1.0)  # what another thread does once the tower has begun
+    assert UnitSelection(seam, [4, 5], torch.device("cpu"))._counts == [[4, 5]] * seam.layers
+
+
 @pytest.mark.parametrize(
     ("keep", "message"),
     [

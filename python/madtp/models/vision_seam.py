@@ -93,18 +93,23 @@ class VisionSeam(Seam):
         Raises:
             ValueError: what is left depends on more than lengths.
         """
-        last = self.keep.counts(lengths)
-        shares = [
-            self.keep.amount if isinstance(self.keep.amount, float) else n / max(length, 1)
-            for n, length in zip(last, lengths, strict=True)
+        return layer_counts(self.keep, self.layers, lengths, entered)
+
+
+def layer_counts(keep: Keep, layers: int, lengths: Sequence[int], entered: Sequence[int]) -> list[list[int]]:
+    """`VisionSeam.counts` of what a seam keeps."""
+    last = keep.counts(lengths)
+    shares = [
+        keep.amount if isinstance(keep.amount, float) else n / max(length, 1)
+        for n, length in zip(last, lengths, strict=True)
+    ]
+    return [
+        [
+            min(_left(length, share ** (layer / layers)), there)
+            for length, share, there in zip(lengths, shares, entered, strict=True)
         ]
-        return [
-            [
-                min(_left(length, share ** (layer / self.layers)), there)
-                for length, share, there in zip(lengths, shares, entered, strict=True)
-            ]
-            for layer in range(1, self.layers + 1)
-        ]
+        for layer in range(1, layers + 1)
+    ]
 
 
 class UnitSelection:
@@ -124,7 +129,7 @@ class UnitSelection:
             self.left = [int(part.sum()) for part in distinct.split(self.left)]
         keep = self.keep  # as it is now, whatever is set while the tower runs
         seam.warn_of_large(f"the seam {NAME!r}", keep.amount, lengths)
-        self._counts = seam.counts(lengths, self.left) if keep.is_fixed else None
+        self._counts = layer_counts(keep, self.layers, lengths, self.left) if keep.is_fixed else None
         self._planned: list[Tensor] | None = None
         if self._counts is not None and isinstance(keep.rule, str) and keep.rule in PLANNED:
             planned = nested(RULES[keep.rule].choose, self.left, self._counts)
