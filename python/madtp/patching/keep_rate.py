@@ -23,7 +23,7 @@ ROUNDS = 20  # passes over the calibration inputs, at most, for a branch
 
 def check_rates(keep_rate: float | Mapping[str, float], branches: Iterable[str]) -> dict[str, float]:
     """The rate of each branch that was given one. Raises ValueError for an unknown branch or a rate not in (0, 1]."""
-    branches = list(branches)
+    branches = _branches(branches, "keep_rate", keep_rate)
     rates = dict(keep_rate) if isinstance(keep_rate, Mapping) else dict.fromkeys(branches, keep_rate)
     if not rates or not set(rates) <= set(branches):
         raise ValueError(f"keep_rate must be for branches {', '.join(branches)}, got {keep_rate!r}")
@@ -35,7 +35,7 @@ def check_rates(keep_rate: float | Mapping[str, float], branches: Iterable[str])
 
 def check_temperatures(temperature: float | Mapping[str, float], branches: Iterable[str]) -> dict[str, float]:
     """By branch. Raises ValueError for an unknown branch or a number that is none >= 0."""
-    branches = list(branches)
+    branches = _branches(branches, "temperature", temperature)
     by_branch = temperature if isinstance(temperature, Mapping) else dict.fromkeys(branches, temperature)
     for name, value in by_branch.items():
         if name not in branches:
@@ -46,6 +46,16 @@ def check_temperatures(temperature: float | Mapping[str, float], branches: Itera
 
 
 def check_calibration(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+def _branches(branches: Iterable[str], argument: str, given: Any) -> list[str]:
+    """The names of branches. Raises ValueError where there are none, which is of decoders alone."""
+    if not (names := list(branches)):
+        raise ValueError(
+            f"{argument} must be of a model patched with a temperature at a seam, such as madtp.Keep(temperature=1.0), "
+            f"got {given!r} and no seam with one"
+        )
+    return names
+
+
     """Raises ValueError unless it is a few batches of model inputs."""
     rule = "calibration must be an iterable of dicts of model inputs, at least one, for keep_rate"
     if calibration is None or isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
