@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from madtp.config import CompressionConfig
 from madtp.dtp.ragged import RaggedBatch
+from madtp.dtp.scalars import is_number
 from madtp.inference import evaluating
 from madtp.search import find_root
 
@@ -28,9 +29,9 @@ def check_rates(keep_rate: float | Mapping[str, float], branches: Iterable[str])
     if not rates or not set(rates) <= set(branches):
         raise ValueError(f"keep_rate must be for branches {', '.join(branches)}, got {keep_rate!r}")
     for rate in rates.values():
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+        if not (is_number(rate) and 0 < rate <= 1):
             raise ValueError(f"keep_rate must be a number in (0, 1], or one for each branch, got {keep_rate!r}")
-    return rates
+    return {name: float(rate) for name, rate in rates.items()}
 
 
 def check_temperatures(temperature: float | Mapping[str, float], branches: Iterable[str]) -> dict[str, float]:
@@ -40,7 +41,7 @@ def check_temperatures(temperature: float | Mapping[str, float], branches: Itera
     for name, value in by_branch.items():
         if name not in branches:
             raise ValueError(f"temperature must be for branches {', '.join(branches)}, got {name!r}")
-        if not (isinstance(value, int | float) and 0 <= value < math.inf):
+        if not (is_number(value) and value >= 0):
             raise ValueError(f"temperature must be a finite number >= 0, got {value!r} for {name}")
     return {name: float(value) for name, value in by_branch.items()}
 

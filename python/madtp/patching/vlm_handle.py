@@ -26,7 +26,6 @@ from madtp.models.prompt import (
     count_images,
     find_images,
     find_placeholders,
-    has_images,
     in_prompt_order,
     token_of,
 )
@@ -150,8 +149,9 @@ class VlmHandle:
         """tau of all seams that were given one, or of some by name; larger prunes more, 0 keeps all.
 
         Raises:
-            ValueError: a seam has none, or it is no number >= 0; nothing is changed.
+            ValueError: a seam has none, or it is no number >= 0, or this handle was removed; nothing is changed.
         """
+        self._check_attached()
         taus = check_temperatures(temperature, self.temperatures)
         for name, tau in taus.items():
             self.seams[name].keep = with_temperature(self.seams[name].keep, tau)
@@ -171,14 +171,15 @@ class VlmHandle:
             the share each of these seams keeps of them now.
 
         Raises:
-            ValueError: an argument breaks a rule, or no temperature from 0.0001 to 1000 reaches the rate; nothing is
-                changed.
+            ValueError: an argument breaks a rule, no temperature from 0.0001 to 1000 reaches the rate, the rate is 1
+                where amounts or duplicates leave less, or this handle was removed; nothing is changed.
         """
+        self._check_attached()
         rates, batches = check_rates(keep_rate, self.temperatures), check_calibration(calibration)
         if any(seam.here.dense for seam in self._mixed.values()):
             raise ValueError("keep_rate must be set outside of dense(), in which nothing is pruned")
         for batch in batches:
-            if not has_images({**batch, "mm_encoder_outputs": None}):  # which a tower has pruned already
+            if not self._has_pixels(batch):
                 raise ValueError(
                     f"calibration must have pixels of images, got a batch with {', '.join(batch) or 'nothing'} alone"
                 )
@@ -192,7 +193,20 @@ class VlmHandle:
                 for name, (before, after) in self._passed(batch).items():
                     entered[name] += before
                     left[name] += after
+        for name in self.temperatures:
+            if not entered[name]:
+                raise ValueError(f"calibration must have image tokens to prune at the seam {name!r}, got none")
         return {name: left[name] / entered[name] for name in self.temperatures}
+
+    def _has_pixels(self, batch: Mapping[str, Any]) -> bool:
+        """Whether there are pixels that the model reads; what is encoded was pruned in the tower already."""
+        known = [modality for modality in MODALITIES if token_of(self.model.config, modality) is not None]
+        return any(batch.get(name) is not None for modality in known for name in PIXELS[modality])
+
+    def _check_attached(self) -> None:
+        """Raises ValueError where the model is no longer patched by this handle."""
+        if getattr(self.model, "madtp_handle", None) is not self:
+            raise ValueError("model must be patched by this handle, got one of which it was removed: patch it anew")
 
     def _passed(self, batch: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         """By seam, how many tokens came to it in a forward, and were left; in the tower units. Only what has to run
@@ -271,9 +285,10 @@ class VlmHandle:
                 read where `duplicates` are to be found; how many enter the tower is said of "pixels".
 
         Raises:
-            ValueError: what is left depends on more than lengths; a forward refuses the prompt; or it does not say
-                where an image ends.
+            ValueError: what is left depends on more than lengths; a forward refuses the prompt; it does not say where
+                an image ends; or this handle was removed.
         """
+        self._check_attached()
         input_ids = inputs.get("input_ids")
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise ValueError(f"input_ids must be a tensor (B, S), got {type(input_ids).__name__}")
