@@ -46,7 +46,6 @@ def check_temperatures(temperature: float | Mapping[str, float], branches: Itera
     return {name: float(value) for name, value in by_branch.items()}
 
 
-def check_calibration(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
 def _branches(branches: Iterable[str], argument: str, given: Any) -> list[str]:
     """The names of branches. Raises ValueError where there are none, which is of decoders alone."""
     if not (names := list(branches)):
@@ -57,6 +56,7 @@ def _branches(branches: Iterable[str], argument: str, given: Any) -> list[str]:
     return names
 
 
+def check_calibration(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
     """Raises ValueError unless it is a few batches of model inputs."""
     rule = "calibration must be an iterable of dicts of model inputs, at least one, for keep_rate"
     if calibration is None or isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
@@ -135,13 +135,22 @@ def find_temperatures(
                 if abs(missed) > TOLERANCE:
                     least, most = sorted(share(branch, bound) for bound in (low, high))
                     if not least - TOLERANCE <= rate <= most + TOLERANCE:
+                        handle.set_temperature({branch: 0.0})
+                        whole = "1 or " if shares()[branch] == 1 else ""
                         raise ValueError(
-                            f"keep_rate of {branch} must be 1 or from {least:.3f} to {most:.3f}, what temperatures "
+                            f"keep_rate of {branch} must be {whole}from {least:.3f} to {most:.3f}, what temperatures "
                             f"from {config.temperature_min:g} to {config.temperature_max:g} keep of the calibration "
                             f"inputs, got {rate}"
                         )
                 handle.set_temperature({branch: math.exp(start + shift)})
-        return shares()
+        found = shares()
+        for branch, rate in rates.items():
+            if rate == 1 and found[branch] < 1:
+                raise ValueError(
+                    f"keep_rate of {branch} must be below 1 where amounts or duplicates leave {found[branch]:.3f} at "
+                    f"temperature 0, got {rate:g}"
+                )
+        return found
     except BaseException:
         handle.set_temperature(before)
         raise
