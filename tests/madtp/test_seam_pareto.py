@@ -55,6 +55,19 @@ def test_points_are_predicted_costs_and_measured_harm(llava):
     assert (points["{}"].macs_share, points["{}"].divergence, points["{}"].dominated) == (1, 0, False)
 
 
+@pytest.mark.parametrize(
+    ("keep", "decides"),
+    [
+        ({VISION: madtp.Keep(temperature=2.0)}, "temperature 2 at 'vision'"),
+        ({"prefill": {1: 0.5, 2: madtp.Keep(mass=0.5)}}, "mass 0.5 at 'prefill'"),
+    ],
+)
+def test_settings_must_have_a_cost_that_is_known_before(llava, keep, decides):
+    model, inputs = llava
+    with pytest.raises(ValueError, match=f"^keeps must be of shares and counts, .*, got {decides}$"):
+        madtp.seam_pareto(model, [inputs], keeps=[{VISION: 0.5}, keep])
+
+
 def test_the_front_is_what_nothing_beats(llava):
     model, inputs = llava
     found = madtp.seam_pareto(model, [inputs], shares=(1, 0.25))

@@ -33,6 +33,8 @@ from vlm_families import (
 )
 
 import madtp
+from madtp.models.vlm import usual_prefill_layer
+from madtp.patching.vlm_keep import keep_by_temperature
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -108,6 +110,23 @@ def test_removed_is_hidden(name, projector):
     if CASES[name].beams:
         assert torch.equal(beams.sequences, hidden_beams.sequences)
         close(beams.sequences_scores, hidden_beams.sequences_scores)
+
+
+@families(quick=("GLM-4.5V",), of=("GLM-4.5V", "GLM-4.6V", "EXAONE 4.5", "Qwen3-VL MoE", "DeepSeek-VL"))
+def test_removed_is_hidden_in_decoders_of_other_cases(name):
+    model = make_vlm(name)
+    inputs = vlm_batch(name, model)
+    plan = {2: 0.5} if name == "Qwen3-VL MoE" else {1: 0.5, 2: 0.25}
+    handle = madtp.patch(model, keep={"prefill": plan})
+    logits, columns, kept = model(**inputs).logits, handle.columns, handle.selections["prefill"]
+    out = model.generate(**inputs, **GREEDY)
+    with handle.simulated():
+        whole, hidden = model(**inputs).logits, model.generate(**inputs, **GREEDY)
+        assert same(handle.selections["prefill"], kept)
+    real = columns >= 0
+    assert logits.shape[1] < whole.shape[1]
+    close(logits[real], whole[torch.arange(2)[:, None].expand_as(columns)[real], columns[real]])
+    close(answers(out), answers(hidden))
 
 
 def by_hand(model, name, inputs, plan, steps):
@@ -545,6 +564,25 @@ def test_models_that_cannot_be_patched():
         madtp.patch(make_vlm("Florence-2"), keep={"prefill": {1: 0.5}})
     with pytest.raises(ValueError, match="must be behind layers 2 to 2 of this model, got 1"):
         madtp.patch(make_vlm("Qwen3-VL"), keep={"prefill": {1: 0.5}})
+
+
+def test_the_usual_layer_follows_full_attention(llava):
+    assert usual_prefill_layer(llava[0]) == 2
+    model = make_vlm("Gemma 3")
+    decoder = model.model.language_model
+    window, full = "sliding_attention", "full_attention"
+    for kinds, layer in (
+        ([window, full, window, full], 2),
+        ([window, window, full, window], 3),
+        ([window, window, window, full], 2),  # behind the last one nothing is left to prune
+        ([full, window, window, window], 2),
+    ):
+        decoder.config.layer_types = kinds
+        assert usual_prefill_layer(model) == layer
+    decoder.layers = torch.nn.ModuleList([decoder.layers[0]] * 12)
+    decoder.config.layer_types = hf.Gemma3TextConfig(num_hidden_layers=12).layer_types
+    assert usual_prefill_layer(model) == 6
+    assert list(keep_by_temperature(model, ["prefill"])["prefill"]) == [6]
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ Towers and layers are held against those of Hugging Face, as in `test_vlm_vision
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_vlm_prefill import LAYERS_BY_HAND, by_hand, plan_of
 from test_vlm_vision import assert_by_hand, features, oracle
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 from vlm_families import (
     CASES,
     GREEDY,
@@ -27,7 +28,9 @@ from vlm_families import (
 )
 
 import madtp
-from madtp.dtp.threshold import above_threshold
+from madtp.dtp.threshold import above_threshold, least_first
+from madtp.models.bare_rows import image_units
+from madtp.models.vision_seam import UnitSelection
 from madtp.patching import keep_rate
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -67,6 +70,45 @@ def test_the_threshold_is_that_of_the_method(temperature):
     assert all(kept.any() for kept in keep if len(kept))
     scaled = above_threshold(torch.cat(parts[:2]) * 1e-6, ends[:3], temperature)
     assert torch.equal(scaled, torch.cat(keep[:2]))
+
+
+def test_what_differs_by_rounding_alone_ties():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(-2, 3, (60,), generator=generator)
+    ends = torch.tensor([0, 60], dtype=torch.int32)
+    for dtype in (torch.float32, torch.float64):
+        eps = torch.finfo(torch.float32).eps
+        for value in (0.7, -0.7, 3e-9, 3e9):
+            tied = (value * (1 + noise * eps)).to(dtype)
+            assert len(tied.unique()) > 2
+            assert above_threshold(tied, ends, 1.0).all()
+            one = torch.where(noise == 2, value * 1.0001, tied)
+            assert torch.equal(above_threshold(one, ends, 1.0), (noise == 2) == (value > 0))
+    apart = 1 + torch.arange(60) * 2e-6  # no rounding
+    assert torch.equal(above_threshold(apart, ends, 1e3), apart > apart.mean())
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e20, 1e30])
+def test_the_threshold_does_not_know_the_scale(scale):
+    values = torch.rand(40, generator=torch.Generator().manual_seed(0)) ** 3
+    ends = torch.tensor([0, 40], dtype=torch.int32)
+    for temperature in (0.3, 1.0, 5.0):
+        expected = above_threshold(values, ends, temperature)
+        assert 0 < int(expected.sum()) < 40
+        assert torch.equal(above_threshold(values * scale, ends, temperature), expected)
+
+
+def test_scaling_by_powers_of_two_rounds_nothing():
+    values = torch.rand(40, generator=torch.Generator().manual_seed(0)) ** 3
+    ends = torch.tensor([0, 25, 25, 40], dtype=torch.int32)
+    prunable = torch.arange(40) != 7
+    logits = least_first(values, ends, prunable)
+    for begin, end in ((0, 25), (25, 40)):
+        rows = torch.arange(begin, end)[prunable[begin:end]]
+        centred = values[rows] - values[rows].mean()
+        torch.testing.assert_close(logits[rows, 0], -centred / centred.square().mean().sqrt())
+    assert torch.equal(least_first(values * 2.0**-100, ends, prunable), logits)
+    assert torch.equal(least_first(values * 2.0**100, ends, prunable), logits)
 
 
 def test_a_higher_temperature_keeps_less():
@@ -196,10 +238,32 @@ def test_zero_is_the_model_and_nothing_is_emptied(llava):
         ({"decoder": 1.0}, "temperature must be for branches vision, projector, prefill, got 'decoder'"),
         (-1.0, "temperature must be a finite number >= 0, got -1.0 for vision"),
         (math.nan, "temperature must be a finite number >= 0, got nan for vision"),
+        (True, "temperature must be a finite number >= 0, got True for vision"),
+        (10**400, "temperature must be a finite number >= 0, got 1000.* for vision"),
     ):
         with pytest.raises(ValueError, match=message):
             handle.set_temperature(wrong)
     assert set(handle.temperatures.values()) == {1e6}
+
+
+def test_a_forward_keeps_the_temperature_it_began_with(llava):
+    """Whatever another thread sets, between any two of its layers, or while the first of them is planned."""
+    model, inputs = llava
+    keep = {"vision": madtp.Keep(temperature=1.0), "projector": TEXT, "prefill": {1: FASTV, 2: FASTV}}
+    handle = madtp.patch(model, keep=keep)
+    model(**inputs)
+    expected = lengths_of(handle.selections)
+    for part, seam in ((model.model.vision_tower.encoder, "vision"), (model.model.language_model, "prefill")):
+        handle.set_temperature(1.0)
+        hook = part.layers[0].register_forward_hook(lambda *_: handle.set_temperature(0.0))
+        model(**inputs)
+        hook.remove()
+        assert lengths_of(handle.selections)[seam] == expected[seam]
+        assert set(handle.temperatures.values()) == {0.0}
+    seam = handle.seams["vision"]
+    seam.keep = madtp.Keep(temperature=0.0)
+    seam.warn_of_large = lambda *_: handle.set_temperature(1.0)  # what another thread does once the tower has begun
+    assert UnitSelection(seam, [4, 5], torch.device("cpu"))._counts == [[4, 5]] * seam.layers
 
 
 @pytest.mark.parametrize(
@@ -207,6 +271,9 @@ def test_zero_is_the_model_and_nothing_is_emptied(llava):
     [
         ({"temperature": -1}, "temperature must be a finite number >= 0, got -1"),
         ({"temperature": True}, "temperature must be a finite number >= 0, got True"),
+        ({"temperature": 10**400}, "temperature must be a finite number >= 0, got 1000"),
+        ({"temperature": np.bool_(True)}, "temperature must be a finite number >= 0, got "),
+        ({"temperature": "1"}, "temperature must be a finite number >= 0, got '1'"),
         ({"temperature": math.inf}, "temperature must be a finite number >= 0, got inf"),
         ({"temperature": 1.0, "amount": 0.5}, "temperature must be None with amount 0.5, got 1.0"),
         ({"temperature": 1.0, "mass": 0.5}, "temperature must be None with mass 0.5, got 1.0"),
@@ -264,6 +331,8 @@ def test_what_needs_fixed_counts_is_refused_before_anything_runs(llava, keep, de
     own.cache_implementation = "static"
     with pytest.raises(ValueError, match=f"cache_implementation must not be static where a seam .*, got {decides}"):
         model.generate(**inputs, **GREEDY)
+    with pytest.raises(ValueError, match="cache_implementation must not be static"):  # the given one has none
+        model.generate(**inputs, generation_config=GenerationConfig(max_new_tokens=4, do_sample=False))
     own.cache_implementation = None
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     for call in (model, lambda **given: model.generate(**given, **GREEDY)):
@@ -317,6 +386,26 @@ def shares_by_hand(handle, batches):
                 entered[name], left[name] = entered[name] + before, left[name] + after
             before = after
     return {name: left[name] / entered[name] for name in entered}
+
+
+def test_newlines_are_no_part_of_a_rate(few_rounds):
+    model = make_vlm("LLaVA-NeXT")
+    inputs = vlm_batch("LLaVA-NeXT", model)
+    units = image_units(model.base_model, inputs, "image", pruned=True)
+    newlines = sum(units.newlines)
+    assert newlines > 0
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(temperature=1.0)})
+    found = handle.set_keep_rate(0.6, [inputs])["vision"]
+    model(**inputs)
+    left = sum(lengths_of(handle.selections["vision"][-1])) - newlines
+    assert found == left / sum(units.lengths) == pytest.approx(0.6, abs=0.1)
+    handle.remove()
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(temperature=1.0), "projector": TEXT})
+    shares = handle._kept_shares([inputs])
+    model(**inputs)
+    came = sum(lengths_of(handle.selections["vision"][-1]))
+    assert shares["vision"] == (came - newlines) / sum(units.lengths)
+    assert shares["projector"] == sum(lengths_of(handle.selections["projector"])) / came
 
 
 def test_rates_of_several_seams_are_of_what_came_to_each(llava, few_rounds):
@@ -393,6 +482,74 @@ def test_what_cannot_be_reached_is_refused_and_leaves_the_model_alone(llava):
     model.config.vision_feature_select_strategy = "full"
     with pytest.raises(TypeError, match="model must have a vision seam, its tokens must be its patches"):
         madtp.patch(model, keep_rate=0.5, calibration=[inputs])
+
+
+def test_numbers_of_numpy_are_numbers(llava, few_rounds):
+    model, inputs = llava
+    keep = madtp.Keep(temperature=np.float32(0.5), duplicates=np.int64(0))
+    assert (keep.temperature, keep.duplicates) == (0.5, 0.0)
+    shares = [madtp.Keep(np.float32(0.5)), madtp.Keep(np.float64(0.5)), madtp.Keep(mass=np.float16(0.5)), madtp.Keep(1)]
+    assert shares[0] == shares[1] == madtp.Keep(0.5) and shares[2] == madtp.Keep(mass=0.5)
+    json.dumps([keep.to_dict(), *(share.to_dict() for share in shares)])
+    assert madtp.Keep(np.int64(3)) == madtp.Keep(3) and type(madtp.Keep(np.int64(3)).amount) is int
+    for wrong in (np.bool_(True), True, 10**400, np.float32("nan"), 1.5, 0):
+        for name in ("amount", "mass"):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                madtp.Keep(**{name: wrong})
+    handle = madtp.patch(model, keep={"vision": keep})
+    handle.set_temperature(np.int64(2))
+    assert handle.temperatures == {"vision": 2.0} and type(handle.temperatures["vision"]) is float
+    assert handle.set_keep_rate(np.float32(1), [inputs]) == {"vision": 1.0}
+
+
+def test_without_a_temperature_there_is_none_to_set(llava):
+    model, inputs = llava
+    handle = madtp.patch(model, keep={"vision": 0.5})
+    for call, name in (
+        (lambda: handle.set_temperature(2.0), "temperature"),
+        (lambda: handle.set_temperature({"vision": 2.0}), "temperature"),
+        (lambda: handle.set_keep_rate(0.5, [inputs]), "keep_rate"),
+    ):
+        rule = f"^{name} must be of a model patched with a temperature at a seam, .*, got .* and no seam with one$"
+        with pytest.raises(ValueError, match=rule):
+            call()
+
+
+def test_a_removed_handle_says_so(llava):
+    model, inputs = llava
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(temperature=1.0)})
+    handle.remove()
+    for call in (
+        lambda: handle.set_temperature(2.0),
+        lambda: handle.set_keep_rate(0.5, [inputs]),
+        lambda: handle.counts(**inputs),
+    ):
+        with pytest.raises(ValueError, match="model must be patched by this handle, got one of which it was removed"):
+            call()
+    assert handle.temperatures == {"vision": 1.0}
+
+
+def test_calibration_without_image_tokens(llava):
+    model, inputs = llava
+    handle = madtp.patch(model, keep={"vision": madtp.Keep(temperature=1.0)})
+    videos = {"pixel_values_videos": inputs["pixel_values"]}
+    with pytest.raises(ValueError, match="calibration must have pixels of images, got a batch with pixel_values_video"):
+        handle.set_keep_rate(0.5, [videos])
+    with pytest.raises(ValueError, match="calibration must have image tokens to prune at the seam 'vision', got none"):
+        handle._kept_shares([])
+    assert handle.temperatures == {"vision": 1.0}
+
+
+def test_a_rate_of_one_where_amounts_leave_less(llava, few_rounds):
+    model, inputs = llava
+    keep = {"prefill": {1: 0.5, 2: FASTV}}
+    for rate, message in (
+        (1, "keep_rate of prefill must be below 1 where amounts or duplicates leave 0.500 at temperature 0, got 1"),
+        (0.9, r"keep_rate of prefill must be from 0\.\d+ to 0.500, what temperatures .*, got 0.9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            madtp.patch(model, keep=keep, keep_rate=rate, calibration=[inputs])
+        assert not hasattr(model, "madtp_handle")
 
 
 def test_saved_and_loaded(llava, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.dtp.keep import Keep
+from madtp.dtp.scalars import is_number
 from madtp.files import atomic_write, require_writable_file
 from madtp.handles import find_handle
 from madtp.inference import evaluating
@@ -94,17 +95,18 @@ def seam_pareto(
         model: a decoder that reads images, not patched.
         batches: keyword arguments of forwards, with images.
         shares: what to keep at each seam that the model has, every combination of them; 1 leaves a seam out.
-        keeps: settings, as of `madtp.patch`, in place of those.
-        prefill_layer: behind which decoder layer the prefill seam prunes; None is 2, as in FastV, or the nearest that
-            may.
+        keeps: settings, as of `madtp.patch`, in place of those; of shares and counts alone.
+        prefill_layer: behind which decoder layer the prefill seam prunes; None is 2, as in FastV, or the first one
+            after it that follows full attention.
         progress: wraps the settings, for a bar.
 
     Returns:
         points from the cheapest on, the dense model among them.
 
     Raises:
-        ValueError: the model is patched, there are no batches, shares are not in (0, 1], or a batch has no image or
-            breaks a rule of `madtp.patch`'s forward. TypeError: as `madtp.prompt_cost`.
+        ValueError: the model is patched, there are no batches, shares are not in (0, 1], keeps have a mass, a
+            temperature, or a function that says how many, or a batch has no image or breaks a rule of `madtp.patch`'s
+            forward. TypeError: as `madtp.prompt_cost`.
     """
     if find_handle(model) is not None:
         raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
@@ -119,6 +121,8 @@ def seam_pareto(
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     dense_macs = sum(prompt_cost(model, {}, **batch).first_token for batch in inputs)
     settings = _settings(model, shares, prefill_layer) if keeps is None else list(keeps)
+    for keep in settings:
+        _check_fixed(keep)
     costs = [sum(prompt_cost(model, keep, **batch).first_token for batch in inputs) for keep in settings]
     asked = [_asked(batch) for batch in batches]
     if not any(places.any() for places in asked):
@@ -135,7 +139,7 @@ def seam_pareto(
 def _settings(model: nn.Module, shares: Sequence[float], prefill_layer: int | None) -> list[dict[str, Any]]:
     """Every combination of shares at the seams of a model, but the dense one."""
     for share in shares:
-        if not (isinstance(share, float | int) and 0 < share <= 1):
+        if not (is_number(share) and 0 < share <= 1):
             raise ValueError(f"shares must be in (0, 1], got {share!r}")
     steps = sorted({float(share) for share in shares}, reverse=True)
     layer = usual_prefill_layer(model) if prefill_layer is None else prefill_layer
@@ -152,6 +156,17 @@ def _settings(model: nn.Module, shares: Sequence[float], prefill_layer: int | No
         if keep:
             combined.append(keep)
     return combined
+
+
+def _check_fixed(setting: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting whose cost is not known before it runs."""
+    for seam, amounts in check_keep(setting).items() if setting else ():
+        for keep in [amounts] if isinstance(amounts, Keep) else amounts.values():
+            if not keep.is_fixed:
+                raise ValueError(
+                    "keeps must be of shares and counts, whose costs are known before they run, got "
+                    f"{keep.decided_by} at {seam!r}"
+                )
 
 
 def _asked(batch: Batch) -> Tensor:

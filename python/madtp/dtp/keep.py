@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from madtp.dtp.keep_rules import RULES, Candidates, Kept, Rule, checked, fewest_with_mass, name_of
+from madtp.dtp.scalars import is_count, is_number, is_share
 from madtp.dtp.threshold import above_threshold
 
 
@@ -46,37 +46,44 @@ class Keep:
     def __post_init__(self) -> None:
         if not callable(self.rule) and not (isinstance(self.rule, str) and self.rule in RULES):
             raise ValueError(f"rule must be one of {', '.join(RULES)}, or a function, got {self.rule!r}")
-        if self.amount is not None and not (_is_share(self.amount) or _is_count(self.amount)):
-            raise ValueError(f"amount must be a share, a float in (0, 1], or a count, an int >= 1, got {self.amount!r}")
-        if _is_count(self.amount):
-            object.__setattr__(self, "amount", int(self.amount or 0))  # of numpy too, which no JSON takes
-        if self.mass is not None and not (_is_share(self.mass) or (_is_count(self.mass) and self.mass == 1)):
-            raise ValueError(f"mass must be in (0, 1], got {self.mass!r}")
+        if self.amount is not None:
+            if not (is_share(self.amount) or is_count(self.amount)):
+                raise ValueError(
+                    f"amount must be a share, a float in (0, 1], or a count, an int >= 1, got {self.amount!r}"
+                )
+            self._set("amount", int if is_count(self.amount) else float)
+        if self.mass is not None:
+            if not (is_number(self.mass) and 0 < self.mass <= 1):
+                raise ValueError(f"mass must be in (0, 1], got {self.mass!r}")
+            self._set("mass", float)
         if self.amount is not None and self.mass is not None:
             raise ValueError(f"mass must be None with amount {self.amount!r}, got {self.mass!r}")
         if self.temperature is not None:
             self._check_temperature()
         free = self.amount is None and self.mass is None and self.temperature is None and not callable(self.rule)
         if self.duplicates is not None:
-            if isinstance(self.duplicates, bool) or not (
-                isinstance(self.duplicates, float | int) and 0 <= self.duplicates < math.inf
-            ):
+            if not (is_number(self.duplicates) and self.duplicates >= 0):
                 raise ValueError(f"duplicates must be a tolerance, a number >= 0, got {self.duplicates!r}")
+            self._set("duplicates", float)
             if free:
                 object.__setattr__(self, "amount", 1.0)
         elif free:
             raise ValueError(f"amount, mass or temperature must be given with rule {self.rule!r}, got none of them")
 
+    def _set(self, name: str, kind: type) -> None:
+        """Makes a number plain: JSON takes none of numpy."""
+        object.__setattr__(self, name, kind(getattr(self, name)))
+
     def _check_temperature(self) -> None:
         tau, ranking = self.temperature, [name for name, entry in RULES.items() if entry.ranks is not None]
-        if isinstance(tau, bool) or not (isinstance(tau, float | int) and 0 <= tau < math.inf):
+        if tau is None or not (is_number(tau) and tau >= 0):
             raise ValueError(f"temperature must be a finite number >= 0, got {tau!r}")
         for name in ("amount", "mass"):
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"temperature must be None with {name} {value!r}, got {tau!r}")
         if self.rule not in ranking:
             raise ValueError(f"rule must be one of {', '.join(ranking)} with a temperature, got {self.name!r}")
-        object.__setattr__(self, "temperature", float(tau))
+        self._set("temperature", float)
 
     @classmethod
     def of(cls, value: Any, rule: str) -> Keep:
@@ -120,8 +127,8 @@ class Keep:
             raise ValueError(
                 f"counts must be of a share or a count, got {self.decided_by}, which decides by what it sees"
             )
-        if _is_count(self.amount):
-            return [min(int(self.amount), length) for length in lengths]
+        if isinstance(self.amount, int):
+            return [min(self.amount, length) for length in lengths]
         share = self.amount
         return [max(math.ceil(round(share * length, 9)), min(1, length)) for length in lengths]  # 0.1 * 30 > 3
 
@@ -167,11 +174,3 @@ class Keep:
         more = {name: getattr(self, name) for name in ("temperature", "duplicates")}
         more = {name: value for name, value in more.items() if value is not None}
         return {"amount": self.amount, "mass": self.mass, **more, "rule": self.rule}
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, float) and 0 < value <= 1
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1

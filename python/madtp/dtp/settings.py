@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from madtp.dtp.scalars import is_number
 from madtp.dtp.selection_rules import METHOD, SELECTIONS, is_selection
 from madtp_kernels.bounded_file import ODD_VALUES, one_line, parse_json
 
@@ -102,12 +102,8 @@ class BranchSettings(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 _RULES = {  # setting -> its rule in words, and as a function
-    "temperature": ("a finite number >= 0", lambda value: _is_number(value) and 0 <= value and math.isfinite(value)),
+    "temperature": ("a finite number >= 0", lambda value: is_number(value) and value >= 0),
     "capacity": (f"one of {', '.join(CAPACITIES)}", lambda value: value in CAPACITIES),
     "selection": (f"one of {', '.join(SELECTIONS)}, or a function", is_selection),
     "samples_per_feature": (

@@ -12,6 +12,9 @@ from torch import Tensor
 from madtp_kernels import select_tokens
 from madtp_kernels.ragged import segment_sum, sequence_ids
 
+TIE = 8  # roundings, of the largest of a sequence, by which importances may differ that tie
+EXPONENT = 126  # at most, of a power of two that is a float32 as its inverse is
+
 
 def least_first(importance: Tensor, cu_seqlens: Tensor, prunable: Tensor | None = None) -> Tensor:
     """(T, 1), in place of the logits of MAG: -z, z the importances (T,) with mean 0 and deviation 1 in each sequence.
@@ -30,21 +33,39 @@ def least_first(importance: Tensor, cu_seqlens: Tensor, prunable: Tensor | None 
         return (segment_sum(of.masked_fill(~prunable, 0), cu_seqlens) / counts)[sequence]
 
     centred = values - mean(values)
-    z = centred / mean(centred.square()).sqrt().clamp(min=torch.finfo(values.dtype).tiny)
+    # By a power of two, which rounds nothing: squares of what is left neither overflow nor vanish.
+    most = _largest(centred.abs().masked_fill(~prunable, 0), cu_seqlens, sequence)
+    scaled = torch.ldexp(centred, -most.frexp().exponent.clamp(-EXPONENT, EXPONENT)[sequence])
+    z = scaled / mean(scaled.square()).sqrt().clamp(min=torch.finfo(values.dtype).tiny)
     return -z[:, None]
 
 
+def without_rounding(importance: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(T,) float32: the importances (T,), and one value for all of a sequence where they tie but for rounding."""
+    values, sequence = importance.detach().float(), sequence_ids(cu_seqlens, importance.shape[0])
+    most, least = _largest(values, cu_seqlens, sequence), -_largest(-values, cu_seqlens, sequence)
+    eps = max(torch.finfo(importance.dtype).eps, torch.finfo(values.dtype).eps)
+    ties = most - least <= TIE * eps * torch.maximum(most.abs(), least.abs())
+    return torch.where(ties[sequence], most[sequence], values)
+
+
 def above_threshold(importance: Tensor, cu_seqlens: Tensor, temperature: float) -> Tensor:
-    """(T,) bool: the tokens of each sequence that stay, at least one; all where those that tie are all there are.
+    """(T,) bool: the tokens of each sequence that stay, at least one; all where all tie, or differ by rounding alone.
 
     Args:
         importance: (T,), of any sign.
         cu_seqlens: (B + 1,) int32.
         temperature: > 0; larger prunes more.
     """
-    values = importance.detach().float()
+    values = without_rounding(importance, cu_seqlens)
     nobody = torch.full_like(cu_seqlens[1:], -1)  # there are no summary tokens
     logits = least_first(values, cu_seqlens)
     keep = select_tokens(values, logits, cu_seqlens, temperature, summary_index=nobody).keep
     left = segment_sum(keep.float(), cu_seqlens)
     return keep | (left == 0)[sequence_ids(cu_seqlens, len(keep))]
+
+
+def _largest(values: Tensor, cu_seqlens: Tensor, sequence: Tensor) -> Tensor:
+    """(B,), of each sequence; -inf where it is empty."""
+    nothing = values.new_full((len(cu_seqlens) - 1,), -torch.inf)
+    return nothing.scatter_reduce(0, sequence, values, "amax")

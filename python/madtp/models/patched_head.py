@@ -17,6 +17,7 @@ from madtp.handles import handle_of
 from madtp.models.arguments import Arguments
 from madtp.models.prompt import has_images, run_lengths
 
+DYNAMIC = "hybrid"  # of the names of static caches the one that `generate` takes for none
 FIRST_POSITION = {"paligemma": 1}  # by model type, of what counts its positions from another number than 0
 
 
@@ -57,9 +58,10 @@ class PatchedHead(nn.Module):
     def generate(self, *args, **kwargs):
         if has_images(kwargs):
             config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-            config = self.generation_config if config is None else config
-            name = kwargs.get("cache_implementation") or config.cache_implementation
-            if name in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+            configs = [self.generation_config] if config is None else [config, self.generation_config]
+            names = (each.cache_implementation for each in configs)  # where the given one has none, the model's holds
+            name = kwargs.get("cache_implementation", next(filter(None, names), None))
+            if name != DYNAMIC and name in ALL_STATIC_CACHE_IMPLEMENTATIONS:
                 handle_of(self).check_fixed("cache_implementation")  # type: ignore[attr-defined]  # of a decoder
             self._check_cache_kind(kwargs)
         return super().generate(*args, **kwargs)  # type: ignore[misc]  # that of Hugging Face

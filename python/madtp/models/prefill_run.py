@@ -51,6 +51,7 @@ class PromptRun:
 
     def __init__(self, seam: PrefillSeam, record: PrefillRecord, copies: int, width: int, known: bool):
         self.seam, self.record, self.copies, self.known = seam, record, copies, known
+        self.keep = seam.keep  # as it is now, whatever is set while the prompt is read
         more = width - record.real.shape[1]
         self.real = F.pad(record.real, (0, more), value=True)
         images = record.images
@@ -64,7 +65,7 @@ class PromptRun:
 
     def watches(self, layer: int) -> bool:
         """Whether the importance of attention in a layer is asked for."""
-        keep = self.seam.keep.get(layer + 1)
+        keep = self.keep.get(layer + 1)
         return keep is not None and not self.known and (keep.needs_importance or callable(keep.rule))
 
     def observe(
@@ -82,7 +83,7 @@ class PromptRun:
             query, key = query[:: self.copies].detach(), key[:: self.copies, :, :length].detach()
             mask = None if mask is None else mask[:: self.copies] if len(mask) > 1 else mask
             plain = mask is None and softcap is None and bool((slots >= 0).all())
-            if self.seam.keep[layer + 1].rule == "received":
+            if self.keep[layer + 1].rule == "received":
                 places = torch.arange(length, device=slots.device).expand_as(slots)
                 parts = places.split(ROWS_OF_OP if plain else ROWS, dim=1)
             else:
@@ -100,7 +101,7 @@ class PromptRun:
         self, layer: int, hidden: Tensor, kwargs: dict[str, Any], cache: Any, form: str, window: int | None
     ) -> Tensor:
         """The hidden states of what a layer holds, (B, N, D); its other arguments are changed in place."""
-        if layer in self.seam.keep:
+        if layer in self.keep:
             hidden = self._prune(layer, hidden)
         if self.slots is None:
             return hidden
@@ -109,7 +110,9 @@ class PromptRun:
         index = slots.clamp(min=0)
         kwargs["position_embeddings"] = tuple(_columns(table, index) for table in kwargs["position_embeddings"])
         if (positions := kwargs.get("position_ids")) is not None:
-            kwargs["position_ids"] = positions.expand(len(index), -1).gather(1, index)
+            axes = positions.shape[:-2]  # of GLM-4.5V, time and places
+            positions = positions.expand(*axes, len(index), -1)
+            kwargs["position_ids"] = positions.gather(-1, index.expand(*axes, *index.shape))
         given, count = kwargs.get("attention_mask"), slots.shape[1]
         static = getattr(cache, "is_compileable", False)
         keys = int(cache.get_mask_sizes(count)[0]) if static else count
@@ -187,7 +190,7 @@ class PromptRun:
         features = hidden[:: self.copies].flatten(0, 1)[which.to(hidden.device)].detach()
         importance = None if self.importance is None else self.importance.flatten()[which.to(self.importance.device)]
         self.importance = None
-        chosen = self.seam.choose(layer, Candidates(features, lengths, importance), self.entered)
+        chosen = self.seam.choose(layer, self.keep[layer], Candidates(features, lengths, importance), self.entered)
         keep = torch.zeros(images.numbers.numel(), dtype=torch.bool, device=images.numbers.device)
         keep[which] = chosen.to(keep.device)
         return keep.view_as(images.numbers)

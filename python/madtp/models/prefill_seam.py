@@ -126,9 +126,8 @@ class PrefillSeam(Seam):
             counts[layer] = left
         return counts
 
-    def choose(self, layer: int, candidates: Candidates, entered: Sequence[int]) -> Tensor:
-        """(T,) bool, what the layer's rule keeps; a count that is larger than an image is said once."""
-        keep = self.keep[layer]
+    def choose(self, layer: int, keep: Keep, candidates: Candidates, entered: Sequence[int]) -> Tensor:
+        """(T,) bool, what is kept behind a layer; a count that is larger than an image is said once."""
         self.warn_of_large(f"prefill behind layer {layer}", keep.amount, entered)
         chosen = keep.choose(candidates, entered)
         if chosen.features is not None:

@@ -91,5 +91,6 @@ class ProjectorSeam(Seam):
 
     def choose(self, candidates: Candidates) -> Kept:
         """What the rule keeps; a count that is larger than an image is said once."""
-        self.warn_of_large("the projector", self.keep.amount, candidates.lengths)
-        return self.keep.choose(candidates)
+        keep = self.keep  # as it is now, whatever is set meanwhile
+        self.warn_of_large("the projector", keep.amount, candidates.lengths)
+        return keep.choose(candidates)

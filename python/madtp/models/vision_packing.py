@@ -70,7 +70,8 @@ class Packing:
         entered = None if record.entered is None else (~patch).masked_scatter(patch, record.entered)
         left = patch[kept[-1]]
         rows = newline.to(tokens).expand(len(left), -1).masked_scatter(left[:, None], tokens)
-        return TowerRecord([len(places) for places in self.places], kept, entered), rows
+        lengths = [len(places) for places in self.places]
+        return TowerRecord(lengths, kept, entered, sum(self.newlines())), rows
 
 
 def tile_counts(base: Any, arguments: Mapping[str, Any]) -> list[int]:

@@ -34,11 +34,18 @@ class TowerRecord:
         lengths: how many units each has.
         kept: by layer, (U,) bool, the units of all of them that were left behind it.
         entered: (U,) bool, those that entered the first layer; None: all.
+        newlines: how many of them are tokens between rows of a grid, which are no units and all stay.
     """
 
     lengths: list[int]
     kept: list[Tensor]
     entered: Tensor | None = None
+    newlines: int = 0
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """How many there were, and were left in the end."""
+        return sum(self.lengths) - self.newlines, int(self.kept[-1].sum()) - self.newlines
 
     def selections(self) -> list[list[Tensor]]:
         """By layer, for each image the units kept, int64 ascending."""
@@ -86,18 +93,23 @@ class VisionSeam(Seam):
         Raises:
             ValueError: what is left depends on more than lengths.
         """
-        last = self.keep.counts(lengths)
-        shares = [
-            self.keep.amount if isinstance(self.keep.amount, float) else n / max(length, 1)
-            for n, length in zip(last, lengths, strict=True)
+        return layer_counts(self.keep, self.layers, lengths, entered)
+
+
+def layer_counts(keep: Keep, layers: int, lengths: Sequence[int], entered: Sequence[int]) -> list[list[int]]:
+    """`VisionSeam.counts` of what a seam keeps."""
+    last = keep.counts(lengths)
+    shares = [
+        keep.amount if isinstance(keep.amount, float) else n / max(length, 1)
+        for n, length in zip(last, lengths, strict=True)
+    ]
+    return [
+        [
+            min(_left(length, share ** (layer / layers)), there)
+            for length, share, there in zip(lengths, shares, entered, strict=True)
         ]
-        return [
-            [
-                min(_left(length, share ** (layer / self.layers)), there)
-                for length, share, there in zip(lengths, shares, entered, strict=True)
-            ]
-            for layer in range(1, self.layers + 1)
-        ]
+        for layer in range(1, layers + 1)
+    ]
 
 
 class UnitSelection:
@@ -117,7 +129,7 @@ class UnitSelection:
             self.left = [int(part.sum()) for part in distinct.split(self.left)]
         keep = self.keep  # as it is now, whatever is set while the tower runs
         seam.warn_of_large(f"the seam {NAME!r}", keep.amount, lengths)
-        self._counts = seam.counts(lengths, self.left) if keep.is_fixed else None
+        self._counts = layer_counts(keep, self.layers, lengths, self.left) if keep.is_fixed else None
         self._planned: list[Tensor] | None = None
         if self._counts is not None and isinstance(keep.rule, str) and keep.rule in PLANNED:
             planned = nested(RULES[keep.rule].choose, self.left, self._counts)

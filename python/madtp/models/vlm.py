@@ -88,9 +88,15 @@ def first_prefill_layer(model: nn.Module) -> int:
 
 
 def usual_prefill_layer(model: nn.Module) -> int:
-    """Behind which layer a decoder prunes where nobody says: 2, as in FastV, or the nearest; 0 where none may."""
-    layers = getattr(decoder_of(model), "layers", (None,))
-    return min(max(2, first_prefill_layer(model)), len(layers) - 1)
+    """Behind which layer a decoder prunes where nobody says: 2, as in FastV, or the first one after it whose attention
+    sees all; where there is none, the nearest to 2; 0 where none may."""
+    decoder = decoder_of(model)
+    layers = len(getattr(decoder, "layers", (None,)))
+    nearest = min(max(2, first_prefill_layer(model)), layers - 1)
+    if getattr(getattr(decoder, "config", None), "layer_types", None) is None:
+        return nearest
+    seeing = (layer for layer in range(max(nearest, 1), layers) if window_of(decoder.config, layer - 1) is None)
+    return next(seeing, nearest)
 
 
 def window_of(config: Any, layer: int) -> int | None:

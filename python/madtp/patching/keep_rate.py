@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from madtp.config import CompressionConfig
 from madtp.dtp.ragged import RaggedBatch
+from madtp.dtp.scalars import is_number
 from madtp.inference import evaluating
 from madtp.search import find_root
 
@@ -23,26 +24,36 @@ ROUNDS = 20  # passes over the calibration inputs, at most, for a branch
 
 def check_rates(keep_rate: float | Mapping[str, float], branches: Iterable[str]) -> dict[str, float]:
     """The rate of each branch that was given one. Raises ValueError for an unknown branch or a rate not in (0, 1]."""
-    branches = list(branches)
+    branches = _branches(branches, "keep_rate", keep_rate)
     rates = dict(keep_rate) if isinstance(keep_rate, Mapping) else dict.fromkeys(branches, keep_rate)
     if not rates or not set(rates) <= set(branches):
         raise ValueError(f"keep_rate must be for branches {', '.join(branches)}, got {keep_rate!r}")
     for rate in rates.values():
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+        if not (is_number(rate) and 0 < rate <= 1):
             raise ValueError(f"keep_rate must be a number in (0, 1], or one for each branch, got {keep_rate!r}")
-    return rates
+    return {name: float(rate) for name, rate in rates.items()}
 
 
 def check_temperatures(temperature: float | Mapping[str, float], branches: Iterable[str]) -> dict[str, float]:
     """By branch. Raises ValueError for an unknown branch or a number that is none >= 0."""
-    branches = list(branches)
+    branches = _branches(branches, "temperature", temperature)
     by_branch = temperature if isinstance(temperature, Mapping) else dict.fromkeys(branches, temperature)
     for name, value in by_branch.items():
         if name not in branches:
             raise ValueError(f"temperature must be for branches {', '.join(branches)}, got {name!r}")
-        if not (isinstance(value, int | float) and 0 <= value < math.inf):
+        if not (is_number(value) and value >= 0):
             raise ValueError(f"temperature must be a finite number >= 0, got {value!r} for {name}")
     return {name: float(value) for name, value in by_branch.items()}
+
+
+def _branches(branches: Iterable[str], argument: str, given: Any) -> list[str]:
+    """The names of branches. Raises ValueError where there are none, which is of decoders alone."""
+    if not (names := list(branches)):
+        raise ValueError(
+            f"{argument} must be of a model patched with a temperature at a seam, such as madtp.Keep(temperature=1.0), "
+            f"got {given!r} and no seam with one"
+        )
+    return names
 
 
 def check_calibration(calibration: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
@@ -124,13 +135,22 @@ def find_temperatures(
                 if abs(missed) > TOLERANCE:
                     least, most = sorted(share(branch, bound) for bound in (low, high))
                     if not least - TOLERANCE <= rate <= most + TOLERANCE:
+                        handle.set_temperature({branch: 0.0})
+                        whole = "1 or " if shares()[branch] == 1 else ""
                         raise ValueError(
-                            f"keep_rate of {branch} must be 1 or from {least:.3f} to {most:.3f}, what temperatures "
+                            f"keep_rate of {branch} must be {whole}from {least:.3f} to {most:.3f}, what temperatures "
                             f"from {config.temperature_min:g} to {config.temperature_max:g} keep of the calibration "
                             f"inputs, got {rate}"
                         )
                 handle.set_temperature({branch: math.exp(start + shift)})
-        return shares()
+        found = shares()
+        for branch, rate in rates.items():
+            if rate == 1 and found[branch] < 1:
+                raise ValueError(
+                    f"keep_rate of {branch} must be below 1 where amounts or duplicates leave {found[branch]:.3f} at "
+                    f"temperature 0, got {rate:g}"
+                )
+        return found
     except BaseException:
         handle.set_temperature(before)
         raise

@@ -26,13 +26,13 @@ from madtp.models.prompt import (
     count_images,
     find_images,
     find_placeholders,
-    has_images,
     in_prompt_order,
     token_of,
 )
 from madtp.models.pruned_prefill import PrunedPrefill
 from madtp.models.pruned_vision import PrunedVision, parts_of
 from madtp.models.vision_layers import TowerAttention, TowerLayer, attention_of
+from madtp.models.vision_seam import TowerRecord
 from madtp.models.vlm import (
     decoder_of,
     mixin_of,
@@ -149,8 +149,9 @@ class VlmHandle:
         """tau of all seams that were given one, or of some by name; larger prunes more, 0 keeps all.
 
         Raises:
-            ValueError: a seam has none, or it is no number >= 0; nothing is changed.
+            ValueError: a seam has none, or it is no number >= 0, or this handle was removed; nothing is changed.
         """
+        self._check_attached()
         taus = check_temperatures(temperature, self.temperatures)
         for name, tau in taus.items():
             self.seams[name].keep = with_temperature(self.seams[name].keep, tau)
@@ -163,21 +164,22 @@ class VlmHandle:
 
         Args:
             keep_rate: in (0, 1]; what a share of `keep` is at the seam, over all images: of the tokens that come to it,
-                those left behind its last layer. 1 switches pruning off there.
+                in the tower of the units, those left behind its last layer. 1 switches pruning off there.
             calibration: a few batches, each the keyword arguments of a forward with images, on the model's device.
 
         Returns:
             the share each of these seams keeps of them now.
 
         Raises:
-            ValueError: an argument breaks a rule, or no temperature from 0.0001 to 1000 reaches the rate; nothing is
-                changed.
+            ValueError: an argument breaks a rule, no temperature from 0.0001 to 1000 reaches the rate, the rate is 1
+                where amounts or duplicates leave less, or this handle was removed; nothing is changed.
         """
+        self._check_attached()
         rates, batches = check_rates(keep_rate, self.temperatures), check_calibration(calibration)
         if any(seam.here.dense for seam in self._mixed.values()):
             raise ValueError("keep_rate must be set outside of dense(), in which nothing is pruned")
         for batch in batches:
-            if not has_images({**batch, "mm_encoder_outputs": None}):  # which a tower has pruned already
+            if not self._has_pixels(batch):
                 raise ValueError(
                     f"calibration must have pixels of images, got a batch with {', '.join(batch) or 'nothing'} alone"
                 )
@@ -191,16 +193,29 @@ class VlmHandle:
                 for name, (before, after) in self._passed(batch).items():
                     entered[name] += before
                     left[name] += after
+        for name in self.temperatures:
+            if not entered[name]:
+                raise ValueError(f"calibration must have image tokens to prune at the seam {name!r}, got none")
         return {name: left[name] / entered[name] for name in self.temperatures}
 
+    def _has_pixels(self, batch: Mapping[str, Any]) -> bool:
+        """Whether there are pixels that the model reads; what is encoded was pruned in the tower already."""
+        known = [modality for modality in MODALITIES if token_of(self.model.config, modality) is not None]
+        return any(batch.get(name) is not None for modality in known for name in PIXELS[modality])
+
+    def _check_attached(self) -> None:
+        """Raises ValueError where the model is no longer patched by this handle."""
+        if getattr(self.model, "madtp_handle", None) is not self:
+            raise ValueError("model must be patched by this handle, got one of which it was removed: patch it anew")
+
     def _passed(self, batch: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-        """By seam, how many tokens came to it in a forward, and were left. Only what has to run does."""
+        """By seam, how many tokens came to it in a forward, and were left; in the tower units. Only what has to run
+        does."""
         model: Any = self.model
         if list(self.temperatures) == [VISION]:
             given = {name: value for name, value in batch.items() if value is not None}
             outputs = model._encoded(given)["mm_encoder_outputs"].values()
-            lefts = [output.madtp_left for output in outputs if output is not None]
-            return {VISION: (sum(sum(left.lengths) for left in lefts), sum(int(left.kept[-1].sum()) for left in lefts))}
+            return {VISION: _units(getattr(output, "madtp_left", None) for output in outputs)}
         model(**batch)
         found = {}
         if PROJECTOR in self._mixed:
@@ -208,7 +223,9 @@ class VlmHandle:
             kept, towers = record.selections(), record.tower_selections()
             entered = sum(record.lengths())
             came = sum(map(len, towers[-1])) if towers else entered
-            found = {VISION: (entered, came), PROJECTOR: (came, sum(map(len, kept)))}
+            found = {PROJECTOR: (came, sum(map(len, kept)))}
+            if VISION in self.seams:
+                found[VISION] = _units(record.towers)
         if PREFILL in self.seams:
             record = self.seams[PREFILL].here.record
             found[PREFILL] = sum(record.entered()), int(record.kept[max(record.kept)].sum())
@@ -268,9 +285,10 @@ class VlmHandle:
                 read where `duplicates` are to be found; how many enter the tower is said of "pixels".
 
         Raises:
-            ValueError: what is left depends on more than lengths; a forward refuses the prompt; or it does not say
-                where an image ends.
+            ValueError: what is left depends on more than lengths; a forward refuses the prompt; it does not say where
+                an image ends; or this handle was removed.
         """
+        self._check_attached()
         input_ids = inputs.get("input_ids")
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise ValueError(f"input_ids must be a tensor (B, S), got {type(input_ids).__name__}")
@@ -390,6 +408,12 @@ class VlmHandle:
     ) -> tuple[Settings, Mapping[str, Tensor] | None]:
         """What config.json is to hold, and the state dict to write. Raises ValueError where a rule is a function."""
         return Settings(None, {}, packed, saved_keep(self.keep)), state_dict
+
+
+def _units(towers: Iterable[TowerRecord | None]) -> tuple[int, int]:
+    """How many units there were, and were left; of images that were encoded before there is no record."""
+    pairs = [tower.units for tower in towers if tower is not None]
+    return sum(before for before, _ in pairs), sum(after for _, after in pairs)
 
 
 def patch_decoder(
