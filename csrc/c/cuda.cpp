@@ -11,6 +11,35 @@ namespace cuda = madtp::cuda;
 using madtp::DType;
 using madtp::c::call;
 
+namespace {
+
+// Writes the first of all configurations that find(to, room, found, records...) knows, and how many there
+// are.
+template <class Find, class... Given>
+madtp_status list_configs(madtp_sparse24_config* configs, int capacity, int* count, Find find,
+                          const Given*... given) {
+  if (capacity < 0 || count == nullptr) return MADTP_STATUS_INVALID_ARGUMENT;
+  if (capacity > 0 && (configs == nullptr || configs->struct_size != sizeof *configs))
+    return MADTP_STATUS_INVALID_ARGUMENT;
+  return call(
+      [&](const auto&... a) {
+        int found = 0;
+        madtp::Status status = find(nullptr, 0, &found, a...);
+        if (status != madtp::Status::ok) return status;
+        std::vector<cuda::Sparse24Config> all(std::max(found, 1));
+        status = find(all.data(), found, &found, a...);
+        if (status != madtp::Status::ok) return status;
+        for (int i = 0; i < std::min(capacity, found); ++i)
+          configs[i] = {sizeof *configs, all[i].architecture, all[i].tile_tokens, all[i].tile_out_features,
+                        all[i].cluster};
+        *count = found;
+        return status;
+      },
+      given...);
+}
+
+}  // namespace
+
 madtp_status madtp_cuda_gather_merge(const void* x, madtp_dtype dtype, int64_t x_stride, int64_t channels,
                                      const madtp_token_selection* selection, void* out, void* stream) {
   return call(
@@ -61,22 +90,10 @@ madtp_status madtp_cuda_sparse24_pack(const madtp_sparse24_weight* weight, void*
 
 madtp_status madtp_cuda_sparse24_linear_configs(const madtp_sparse24_linear* inputs,
                                                 madtp_sparse24_config* configs, int capacity, int* count) {
-  if (capacity < 0 || count == nullptr) return MADTP_STATUS_INVALID_ARGUMENT;
-  if (capacity > 0 && (configs == nullptr || configs->struct_size != sizeof *configs))
-    return MADTP_STATUS_INVALID_ARGUMENT;
-  return call(
-      [&](const auto& a) {
-        int found = 0;
-        madtp::Status status = cuda::sparse24_linear_configs(a, nullptr, 0, &found);
-        if (status != madtp::Status::ok) return status;
-        std::vector<cuda::Sparse24Config> all(std::max(found, 1));
-        status = cuda::sparse24_linear_configs(a, all.data(), found, &found);
-        if (status != madtp::Status::ok) return status;
-        for (int i = 0; i < std::min(capacity, found); ++i)
-          configs[i] = {sizeof *configs, all[i].architecture, all[i].tile_tokens, all[i].tile_out_features,
-                        all[i].cluster};
-        *count = found;
-        return status;
+  return list_configs(
+      configs, capacity, count,
+      [](cuda::Sparse24Config* to, int room, int* found, const auto&... a) {
+        return cuda::sparse24_linear_configs(a..., to, room, found);
       },
       inputs);
 }
@@ -91,5 +108,48 @@ madtp_status madtp_cuda_sparse24_linear(const madtp_sparse24_linear* inputs, voi
         return cuda::sparse24_linear(a, out, out_stride, stream, &c);
       },
       inputs, config);
+}
+
+madtp_status madtp_cuda_quantize_rows(madtp_dtype dtype, const void* x, int64_t x_stride, int64_t tokens,
+                                      int64_t in_features, const int32_t* num_rows,
+                                      const madtp_quantized_rows* rows, void* stream) {
+  return call(
+      [&](const auto& r) {
+        return cuda::quantize_rows(DType(dtype), x, x_stride, tokens, in_features, num_rows, r, stream);
+      },
+      rows);
+}
+
+madtp_status madtp_cuda_quantized_layout_bytes(int64_t out_features, int64_t in_features, int64_t* bytes) {
+  return call([&] { return cuda::quantized_layout_bytes(out_features, in_features, bytes); });
+}
+
+madtp_status madtp_cuda_quantized_pack(const madtp_quantized_weight* weight, void* layout, void* stream) {
+  return call([&](const auto& a) { return cuda::quantized_pack(a, layout, stream); }, weight);
+}
+
+madtp_status madtp_cuda_quantized_linear_configs(const madtp_quantized_linear* inputs,
+                                                 const madtp_quantized_rows* rows,
+                                                 madtp_sparse24_config* configs, int capacity, int* count) {
+  return list_configs(
+      configs, capacity, count,
+      [](cuda::Sparse24Config* to, int room, int* found, const auto&... a) {
+        return cuda::quantized_linear_configs(a..., to, room, found);
+      },
+      inputs, rows);
+}
+
+madtp_status madtp_cuda_quantized_linear(const madtp_quantized_linear* inputs,
+                                         const madtp_quantized_rows* rows, void* out, int64_t out_stride,
+                                         void* stream, const madtp_sparse24_config* config) {
+  if (config == nullptr)
+    return call([&](const auto& a,
+                    const auto& r) { return cuda::quantized_linear(a, r, out, out_stride, stream, nullptr); },
+                inputs, rows);
+  return call(
+      [&](const auto& a, const auto& r, const cuda::Sparse24Config& c) {
+        return cuda::quantized_linear(a, r, out, out_stride, stream, &c);
+      },
+      inputs, rows, config);
 }
 #endif

@@ -152,6 +152,10 @@ inline QuantizedLinear converted(const madtp_quantized_linear& a) {
 inline cuda::Sparse24Config converted(const madtp_sparse24_config& a) {
   return {a.architecture, a.tile_tokens, a.tile_out_features, a.cluster};
 }
+
+inline cuda::QuantizedRows converted(const madtp_quantized_rows& a) {
+  return {cuda::QuantizedType(a.type), a.values, a.stride, a.scale};
+}
 #endif
 
 // run(the C++ record of each struct that is given). What the standard library throws is a lack of memory.

@@ -290,6 +290,22 @@ typedef struct madtp_sparse24_config {
   int32_t cluster;
 } madtp_sparse24_config;
 
+/* madtp::cuda::QuantizedType */
+typedef enum madtp_quantized_type {
+  MADTP_QUANTIZED_TYPE_INT8 = 0,
+  MADTP_QUANTIZED_TYPE_E4M3 = 1
+} madtp_quantized_type;
+
+/* madtp::cuda::QuantizedRows */
+typedef struct madtp_quantized_rows {
+  size_t struct_size;
+  void* values; /* (tokens, in_features), 8 bits each */
+  int64_t stride;
+  float* scale; /* (tokens,) */
+  int32_t type;
+  int32_t reserved; /* 0 */
+} madtp_quantized_rows;
+
 MADTP_API madtp_status madtp_cuda_gather_merge(const void* x, madtp_dtype dtype, int64_t x_stride,
                                                int64_t channels, const madtp_token_selection* selection,
                                                void* out, void* stream);
@@ -317,6 +333,23 @@ MADTP_API madtp_status madtp_cuda_sparse24_linear_configs(const madtp_sparse24_l
 MADTP_API madtp_status madtp_cuda_sparse24_linear(const madtp_sparse24_linear* inputs, void* out,
                                                   int64_t out_stride, void* stream,
                                                   const madtp_sparse24_config* config);
+
+MADTP_API madtp_status madtp_cuda_quantize_rows(madtp_dtype dtype, const void* x, int64_t x_stride,
+                                                int64_t tokens, int64_t in_features, const int32_t* num_rows,
+                                                const madtp_quantized_rows* rows, void* stream);
+MADTP_API madtp_status madtp_cuda_quantized_layout_bytes(int64_t out_features, int64_t in_features,
+                                                         int64_t* bytes);
+MADTP_API madtp_status madtp_cuda_quantized_pack(const madtp_quantized_weight* weight, void* layout,
+                                                 void* stream);
+/* As madtp_cuda_sparse24_linear_configs. */
+MADTP_API madtp_status madtp_cuda_quantized_linear_configs(const madtp_quantized_linear* inputs,
+                                                           const madtp_quantized_rows* rows,
+                                                           madtp_sparse24_config* configs, int capacity,
+                                                           int* count);
+MADTP_API madtp_status madtp_cuda_quantized_linear(const madtp_quantized_linear* inputs,
+                                                   const madtp_quantized_rows* rows, void* out,
+                                                   int64_t out_stride, void* stream,
+                                                   const madtp_sparse24_config* config);
 #endif
 
 #ifdef __cplusplus

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "madtp/tokens.h"
+#include "tests/simt/quantized_cases.h"
 #include "tests/simt/sparse24_cases.h"
 
 using namespace madtp;
@@ -128,6 +129,60 @@ TEST(sparse24_has_the_bits_of_cpp) {
   EXPECT(madtp_cuda_sparse24_linear(nullptr, ours.data(), 24, nullptr, nullptr) ==
          MADTP_STATUS_INVALID_ARGUMENT);
   EXPECT(same(ours, theirs));
+}
+
+TEST(quantized_layers_have_the_bits_of_cpp) {
+  for (const QuantizedType type : {QuantizedType::int8, QuantizedType::e4m3}) {
+    const QuantizedCase p(DType::float32, 9, 24, 64, type);
+    std::int64_t bytes = -1;
+    EXPECT(madtp_cuda_quantized_layout_bytes(24, 64, &bytes) == MADTP_STATUS_OK);
+    EXPECT(bytes == std::int64_t(p.layout.size()));
+    Guarded<std::uint8_t> layout(bytes), values(9 * 64);
+    Guarded<float> scale(9);
+    const QuantizedWeight expected_weight = p.weight();
+    const madtp_quantized_weight weight{sizeof weight, expected_weight.values, p.indices.data(), 24, 64};
+    EXPECT(madtp_cuda_quantized_pack(&weight, layout.data(), nullptr) == MADTP_STATUS_OK);
+    EXPECT(same(layout, p.layout));
+
+    madtp_quantized_rows rows{sizeof rows, values.data(), 64, scale.data(), std::int32_t(type), 0};
+    EXPECT(madtp_cuda_quantize_rows(MADTP_DTYPE_FLOAT32, p.x.data(), 64, 9, 64, nullptr, &rows, nullptr) ==
+           MADTP_STATUS_OK);
+    p.quantize();
+    EXPECT(same(values, p.rows) && same(scale, p.x_scale));
+
+    const QuantizedLinear expected = p.inputs(Activation::gelu);
+    madtp_quantized_linear inputs{};
+    inputs.struct_size = sizeof inputs;
+    inputs.x = p.x.data(), inputs.x_stride = 64, inputs.tokens = 9;
+    inputs.layout = layout.data(), inputs.weight_scale = p.weight_scale.data();
+    inputs.out_features = 24, inputs.in_features = 64, inputs.sparse = 1;
+    inputs.bias = p.bias.data(), inputs.scale = p.scale.data();
+    inputs.residual = p.residual.data(), inputs.residual_stride = 24;
+    inputs.activation = MADTP_ACTIVATION_GELU;
+    Elements ours(DType::float32, 9 * 24), theirs(DType::float32, 9 * 24);
+    const auto run = [&](const madtp_sparse24_config* config) {
+      return madtp_cuda_quantized_linear(&inputs, &rows, ours.data(), 24, nullptr, config);
+    };
+    EXPECT(run(nullptr) == MADTP_STATUS_OK);
+    EXPECT(cuda::quantized_linear(expected, p.quantized(), theirs.data(), 24, nullptr) == Status::ok);
+    EXPECT(ours.same(theirs));
+
+    int count = -1, expected_count = -1;
+    EXPECT(cuda::quantized_linear_configs(expected, p.quantized(), nullptr, 0, &expected_count) ==
+           Status::ok);
+    madtp_sparse24_config config{sizeof config, 0, 0, 0, 0};
+    EXPECT(madtp_cuda_quantized_linear_configs(&inputs, &rows, &config, 1, &count) == MADTP_STATUS_OK);
+    EXPECT(count == expected_count && count > 0);
+    EXPECT(run(&config) == MADTP_STATUS_OK);
+
+    rows.struct_size = 4;
+    EXPECT(run(nullptr) == MADTP_STATUS_INVALID_ARGUMENT);
+    EXPECT(madtp_cuda_quantize_rows(MADTP_DTYPE_FLOAT32, p.x.data(), 64, 9, 64, nullptr, &rows, nullptr) ==
+           MADTP_STATUS_INVALID_ARGUMENT);
+    EXPECT(madtp_cuda_quantized_linear_configs(&inputs, nullptr, &config, 1, &count) ==
+           MADTP_STATUS_INVALID_ARGUMENT);
+    EXPECT(madtp_cuda_quantized_pack(nullptr, layout.data(), nullptr) == MADTP_STATUS_INVALID_ARGUMENT);
+  }
 }
 
 TEST(pruning_has_the_bits_of_cpp) {
