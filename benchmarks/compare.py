@@ -4,7 +4,7 @@
 A row is slower when the whole spread of the second run, 20th to 80th percentile, lies on the slow side of that of the
 first, and the medians differ by more than --least and by more than the noise: what nine in ten rows of the peers
 changed by, whose code is the same in both runs. What is within that is the same. The exit code is 1 where a provider of
-ours got slower or its result is wrong by now, 2 where the files cannot be compared.
+ours got slower, its result is wrong by now or its times are gone, 2 where the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from benchmarks.result_files import ResultError, entries_of, read
 LEAST = 0.03
 NOISE_SHARE = 0.9  # of the peers' rows, that change by no more than the noise
 OURS = "madtp"  # how the names of our providers begin
-SLOWER, FASTER, SAME, ONE_CALL, WRONG, MISSING = "slower", "faster", "same", "one call", "wrong", "not there"
-BAD = (SLOWER, WRONG)
+SLOWER, FASTER, SAME, ONE_CALL, WRONG, GONE, NEW = "slower", "faster", "same", "one call", "wrong", "gone", "new"
+BAD = (SLOWER, WRONG, GONE)
 
 
 class Change(NamedTuple):
@@ -82,19 +82,26 @@ def noise(before: dict, after: dict, by: str) -> float:
 
 
 def compare(before: dict, after: dict, by: str = "speedup", least: float = LEAST) -> Iterator[Change]:
-    """Every row that either run has times of, in the order of the first; `least` as a share of the time."""
+    """Every row that either run has times of, or a wrong result by now, in the order of the first.
+
+    least: a change of the median that counts, as a share of the time.
+    """
     first, second = rows_of(before), rows_of(after)
     least = max(least, noise(before, after, by))
-    for key, ratio in ratios(before, after, by).items():
+    timed = ratios(before, after, by)
+    for key in dict.fromkeys([*first, *second]):
         one, two = first.get(key, {}), second.get(key, {})
-        if ratio is not None:
-            yield Change(key, verdict(ratio, least, alone=0 in (one.get("turns"), two.get("turns"))), ratio)
-        else:
-            yield Change(key, WRONG if "wrong" in two else MISSING, None)
+        if (ratio := timed.get(key)) is not None:
+            turns = min(row.get("turns", 0) for row in (one, two))
+            yield Change(key, verdict(ratio, least, alone=turns < 2), ratio)
+        elif "wrong" in two:
+            yield Change(key, WRONG, None)
+        elif key in timed:
+            yield Change(key, NEW if spread(one, by) is None else GONE, None)
 
 
 def verdict(ratio: tuple[float, float, float], least: float, alone: bool = False) -> str:
-    """alone: one of the two is a single call, which has no spread."""
+    """alone: one of the two is a single turn, which has no spread."""
     low, median, high = ratio
     if alone:
         return ONE_CALL
@@ -149,7 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     for change in changes:
         if options.all or change.verdict != SAME:
             print(line(change))
-    counts = {name: sum(change.verdict == name for change in changes) for name in (SLOWER, FASTER, SAME, ONE_CALL)}
+    verdicts = (SLOWER, FASTER, SAME, ONE_CALL, WRONG, GONE, NEW)
+    counts = {name: sum(change.verdict == name for change in changes) for name in verdicts}
     print(", ".join(f"{count} {name}" for name, count in counts.items()) + f"; time over time, by {options.by}")
     print(f"noise: nine in ten rows of peers changed by at most {noise(before, after, options.by):.0%}")
     return int(any(change.is_ours and change.verdict in BAD for change in changes))

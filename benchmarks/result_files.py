@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def check(result: Any, name: object) -> None:
         kind = SCHEMA
     if (found := problem(result, kind, SCHEMA)) is not None:
         raise ResultError(f"{name} must hold results of benchmarks: {found}")
+    for row in (row for entry in entries_of(result) for block in entry["blocks"] for row in block["rows"]):
+        for key in ("seconds", "speedup"):
+            if (spread := row.get(key)) is not None and not _is_spread(spread):
+                raise ResultError(f"{name} must hold {key} above 0 with p20 <= median <= p80, got {spread}")
+
+
+def _is_spread(found: dict) -> bool:
+    low, median, high = (found[part] for part in ("p20", "median", "p80"))
+    return 0 < low <= median <= high < math.inf
 
 
 def write(result: dict, path: Path) -> None:

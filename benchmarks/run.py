@@ -250,6 +250,10 @@ def main(arguments: list[str] | None = None) -> None:
         values[key] = int(value) if value.isdecimal() else value
     if (options.suite is None) != (options.json is None):
         parser.error("--suite and --json must come together")
+    if options.json is not None and (not options.json.parent.is_dir() or options.json.is_dir()):
+        parser.error(f"--json must be a file in a folder that is there, got {options.json}")
+    if options.cases is not None and options.cases < 1:
+        parser.error(f"--cases must be at least 1, got {options.cases}")
     if options.suite is None:
         chosen = {name: known[name].cases_on(device) for name in options.entries or known}
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from website.api import filled
 from website.links import ROOT, all_files, moved, place, shown
-from website.navigation import FIRST, NAVIGATION
+from website.navigation import FIRST, NAVIGATION, pages
 
 
 def toctrees() -> str:
@@ -20,6 +20,11 @@ def toctrees() -> str:
         lines = "\n".join(posixpath.splitext(place(path))[0] for path in listed)
         trees.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```\n")
     return "\n".join(trees)
+
+
+def with_place(path: str, markdown: str) -> str:
+    """A page outside the navigation says that it is: only links lead to it."""
+    return markdown if path in pages() else f"---\norphan: true\n---\n\n{markdown}"
 
 
 def lay_out(folder: Path) -> None:
@@ -33,7 +38,7 @@ def lay_out(folder: Path) -> None:
             else:  # a picture
                 shutil.copyfile(ROOT / path, target)
             continue
-        text = filled(moved(path, (ROOT / path).read_text(encoding="utf-8")))
+        text = with_place(path, filled(moved(path, (ROOT / path).read_text(encoding="utf-8"))))
         target.write_text(f"{text}\n{toctrees()}" if path == FIRST else text, encoding="utf-8")
 
 

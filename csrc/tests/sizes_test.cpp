@@ -127,6 +127,22 @@ TEST(attention_sizes_of_zero) {
   EXPECT(cpu::varlen_attention_workspace(a, false, 1, &bytes) == Status::invalid_argument && bytes == -1);
 }
 
+TEST(a_long_sequence_does_not_make_short_ones_large) {
+  std::vector<std::int32_t> ends{0, 4096};
+  for (int i = 0; i < 1000; ++i) ends.push_back(ends.back() + 8);
+  const float q[8] = {};
+  const auto bytes_of = [&](std::int64_t batch) {
+    const std::int64_t tokens = ends[std::size_t(batch)];
+    const AttentionInputs a{DType::float32, q,           q,      q,      {8, 8}, {8, 8}, {8, 8},
+                            ends.data(),    ends.data(), tokens, tokens, batch,  1,      8,
+                            1.0f,           false,       nullptr};
+    std::int64_t bytes = -1;
+    EXPECT(cpu::varlen_attention_workspace(a, true, 1, &bytes) == Status::ok);
+    return bytes;
+  };
+  EXPECT(bytes_of(1001) < bytes_of(1) + 1000 * 1024);
+}
+
 TEST(token_sizes_of_zero) {
   const std::int32_t none[] = {0, 0, 0}, some[] = {0, 0, 3};
   for (const DType dtype : kTypes) {

@@ -2,6 +2,7 @@
 """Suites, their ceilings and files, the comparison of two runs, and the pictures."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,11 @@ def test_bad_arguments_of_suites(small_suite, capsys, arguments, message):
         (row("madtp", 2.0, spread=0.0), row("madtp", 1.9, spread=0.0), "slower"),
         (row("madtp", 2.0, turns=0), row("madtp", 1.0), "one call"),
         (row("madtp", 2.0), {"provider": "madtp", "wrong": "by 3"}, "wrong"),
-        (row("madtp", 2.0), {"provider": "madtp", "unavailable": "no"}, "not there"),
+        (row("madtp", 2.0), row("madtp", 1.0, turns=1), "one call"),
+        (row("madtp", 2.0), {"provider": "madtp", "unavailable": "no"}, "gone"),
+        ({"provider": "madtp", "unavailable": "no"}, row("madtp", 2.0), "new"),
+        ({"provider": "madtp", "unavailable": "no"}, {"provider": "madtp", "wrong": "by 3"}, "wrong"),
+        ({"provider": "madtp", "wrong": "by 2"}, {"provider": "madtp", "wrong": "by 3"}, "wrong"),
     ],
 )
 def test_what_is_called_slower(before, after, expected):
@@ -169,7 +174,19 @@ def test_only_ours_decide_the_exit_code(tmp_path, capsys):
     assert compare.main([before, written(tmp_path, "slow", row("madtp", 1.0), row("peer", 2.0))]) == 1
     shown = capsys.readouterr().out
     assert "slower     2.00 (1.64-2.44)  double: size 64, 1 threads: madtp" in shown
-    assert "1 slower, 0 faster, 2 same, 0 one call; time over time, by speedup" in shown
+    assert "1 slower, 0 faster, 2 same, 0 one call, 0 wrong, 0 gone, 0 new; time over time, by speedup" in shown
+    gone = written(tmp_path, "gone", {"provider": "madtp", "unavailable": "not built"}, row("peer", 2.0))
+    assert compare.main([before, gone]) == 1
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_times_are_positive_numbers_in_order(tmp_path, value):
+    for part in ("p20", "median", "p80"):
+        bad = row("madtp", 2.0)
+        bad["speedup"][part] = value
+        with pytest.raises(result_files.ResultError, match="must hold speedup above 0 with p20 <= median <= p80"):
+            written(tmp_path, "bad", bad)
+    assert not (tmp_path / "bad.json").exists()
 
 
 def test_runs_of_other_machines_are_compared_on_request_alone(tmp_path, capsys):

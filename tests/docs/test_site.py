@@ -15,6 +15,13 @@ from website.docstrings import arguments, sections
 from website.navigation import FIRST, NAVIGATION, pages
 
 
+def test_what_only_links_lead_to_says_so():
+    """Or the build would ask where it is in the navigation."""
+    outside = [path for path in links.all_files().values() if path.endswith(".md") and path not in pages()]
+    assert outside and all(tree.with_place(path, "text").startswith("---\norphan: true\n---\n") for path in outside)
+    assert tree.with_place(FIRST, "text") == "text"
+
+
 def test_every_page_is_in_the_navigation_once():
     listed = pages()
     assert len(listed) == len(set(listed))

@@ -7,6 +7,8 @@
 
 #include "cpu/kernels/attention.h"
 
+#include <cstring>
+
 #include "cpu/kernels/attention_block.h"
 #include "cpu/kernels/dtype.h"
 
@@ -20,7 +22,14 @@ constexpr std::int64_t kTaskRows = 600;  // more is packed less often, but the m
 struct Results {
   float* norms;         // (tokens_q, heads) of the outputs
   float* from_summary;  // (tokens_q, heads): P[h, s, j] of key j
-  float* column_sums;   // (batch, chunks, padded keys), strides those of the longest sequence
+  float* column_sums;   // (chunks, padded keys) of every sequence, one after another
+  float* offsets;       // (batch,) std::int64_t: where those of a sequence begin
+
+  float* column_sums_of(std::int64_t b) const {
+    std::int64_t offset;
+    std::memcpy(&offset, offsets + 2 * b, sizeof offset);  // a workspace may be at any address
+    return column_sums + offset;
+  }
 };
 
 // Scratch of one thread.
@@ -206,7 +215,7 @@ struct Plan {
   int threads;
   std::int64_t terms = 1;  // elements of a cell
   std::int64_t longest_key = 0, task_rows = 0, tasks_of_sequence = 1;
-  std::int64_t column_sums = 0;  // floats of a sequence
+  std::int64_t column_sums = 0;  // floats of all sequences
 
   Plan(const AttentionInputs& inputs, bool with_statistics, int max_threads)
       : a(inputs), statistics(with_statistics), threads(max_threads) {
@@ -216,9 +225,7 @@ struct Plan {
       const Sequence s(a, b);
       if (s.keys > longest_key) longest_key = s.keys;
       if (s.queries > longest_query) longest_query = s.queries;
-      const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
-      const std::int64_t sums = statistics && s.queries > 0 ? chunks * padded(s.keys) : 0;
-      if (sums > column_sums) column_sums = sums;
+      column_sums += column_sums_of(s);
     }
     // Enough tasks for the threads, and no more than that: each packs the keys and values again.
     const std::int64_t by_cache = (longest_query + kTaskRows - 1) / kTaskRows;
@@ -234,9 +241,22 @@ struct Plan {
 
   std::int64_t tasks() const { return a.batch * tasks_of_sequence; }
 
+  std::int64_t column_sums_of(const Sequence& s) const {
+    return statistics && s.queries > 0 ? Blocks(s.queries).chunks(kBlocksPerChunk) * padded(s.keys) : 0;
+  }
+
   Results results(Arena& arena) const {
-    const std::int64_t rows = statistics ? a.tokens_q : 0;
-    return {arena.take({rows, a.heads}), arena.take({rows, a.heads}), arena.take({a.batch, column_sums})};
+    const std::int64_t rows = statistics ? a.tokens_q : 0, batch = statistics ? a.batch : 0;
+    return {arena.take({rows, a.heads}), arena.take({rows, a.heads}), arena.take({column_sums}),
+            arena.take({2, batch})};
+  }
+
+  void write_offsets(const Results& results) const {
+    std::int64_t offset = 0;
+    for (std::int64_t b = 0; statistics && b < a.batch; ++b) {
+      std::memcpy(results.offsets + 2 * b, &offset, sizeof offset);
+      offset += column_sums_of(Sequence(a, b));
+    }
   }
 
   // The scratch of one thread.
@@ -266,6 +286,7 @@ Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* 
   if (bytes_of(plan) == kTooLarge) return Status::invalid_argument;
   Arena arena(static_cast<float*>(memory));
   const Results results = plan.results(arena);
+  plan.write_offsets(results);
   float* const own = arena.next();
 
   with_type(a.dtype, [&](auto element) {
@@ -282,12 +303,12 @@ Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* 
         const std::int64_t first = chunks * part / plan.tasks_of_sequence;
         const std::int64_t last = chunks * (part + 1) / plan.tasks_of_sequence;
         if (first < last)
-          attention.run(s, first, last, results.column_sums + b * plan.column_sums, workspace);
+          attention.run(s, first, last, statistics ? results.column_sums_of(b) : nullptr, workspace);
       }
       if (statistics) {
 #pragma omp for schedule(dynamic)
         for (std::int64_t b = 0; b < a.batch; ++b)
-          finish(a, Sequence(a, b), results, results.column_sums + b * plan.column_sums, summary_attention,
+          finish(a, Sequence(a, b), results, results.column_sums_of(b), summary_attention,
                  received_attention);
       }
     }

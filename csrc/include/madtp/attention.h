@@ -59,8 +59,9 @@ Status varlen_attention(const AttentionInputs& inputs,
                         void* workspace,            // as many bytes as varlen_attention_workspace says
                         int threads);
 
-// The bytes that a forward with these arguments needs beside its results, O(tokens * heads); a workspace is
-// best aligned to 64 bytes.
+// The bytes that a forward with these arguments needs beside its results: O(tokens * heads), and with
+// statistics a float for every key of a sequence and every 84 of its queries. A workspace is best aligned to
+// 64 bytes.
 Status varlen_attention_workspace(const AttentionInputs& inputs, bool statistics, int threads,
                                   std::int64_t* bytes);
 
