@@ -29,7 +29,9 @@ QuantizedWeight weight_of(Address values, Address indices, std::int64_t out_feat
 
 void pack(Address values, Address indices, std::int64_t out_features, std::int64_t in_features,
           Address layout, int threads) {
-  check(cpu::quantized_pack(weight_of(values, indices, out_features, in_features), pointer<void>(layout), threads), "madtp::cpu::quantized_pack");
+  check(cpu::quantized_pack(weight_of(values, indices, out_features, in_features), pointer<void>(layout),
+                            threads),
+        "madtp::cpu::quantized_pack");
 }
 
 QuantizedLinear inputs(Address x, int dtype, std::int64_t x_stride, std::int64_t tokens, Address layout,
@@ -37,22 +39,22 @@ QuantizedLinear inputs(Address x, int dtype, std::int64_t x_stride, std::int64_t
                        Address bias, int bias_dtype, int activation, Address scale, int scale_dtype,
                        Address residual, std::int64_t residual_stride, Address num_rows) {
   return {static_cast<DType>(dtype),
-                               pointer<const void>(x),
-                               x_stride,
-                               tokens,
-                               pointer<const void>(layout),
-                               sparse,
-                               pointer<const float>(weight_scale),
-                               out_features,
-                               in_features,
-                               pointer<const void>(bias),
-                               static_cast<DType>(bias_dtype),
-                               static_cast<Activation>(activation),
-                               pointer<const void>(scale),
-                               static_cast<DType>(scale_dtype),
-                               pointer<const void>(residual),
-                               residual_stride,
-                               pointer<const std::int32_t>(num_rows)};
+          pointer<const void>(x),
+          x_stride,
+          tokens,
+          pointer<const void>(layout),
+          sparse,
+          pointer<const float>(weight_scale),
+          out_features,
+          in_features,
+          pointer<const void>(bias),
+          static_cast<DType>(bias_dtype),
+          static_cast<Activation>(activation),
+          pointer<const void>(scale),
+          static_cast<DType>(scale_dtype),
+          pointer<const void>(residual),
+          residual_stride,
+          pointer<const std::int32_t>(num_rows)};
 }
 
 void linear(Address x, int dtype, std::int64_t x_stride, std::int64_t tokens, Address layout, bool sparse,
@@ -111,10 +113,10 @@ QuantizedRowsLinear rows_linear(Address values, int type, std::int64_t stride, A
 }
 
 std::vector<Config> cuda_configs(const QuantizedRowsLinear& call) {
-  return all_configs("madtp::cuda::quantized_linear_configs",
-                     [&](cuda::Sparse24Config* configs, int capacity, int* count) {
-                       return cuda::quantized_linear_configs(call.inputs, call.rows, configs, capacity, count);
-                     });
+  return all_configs(
+      "madtp::cuda::quantized_linear_configs", [&](cuda::Sparse24Config* configs, int capacity, int* count) {
+        return cuda::quantized_linear_configs(call.inputs, call.rows, configs, capacity, count);
+      });
 }
 
 void cuda_linear(const QuantizedRowsLinear& call, Address out, Address stream,

@@ -24,8 +24,8 @@ struct Params {
   int tokens, in_features;
 };
 
-// The largest value of a type, below which amax a row counts as zeros, and a value in its range to the nearest of the type, as its 8 bits in the
-// lowest byte; ties to even.
+// The largest value of a type, below which amax a row counts as zeros, and a value in its range to the
+// nearest of the type, as its 8 bits in the lowest byte; ties to even.
 struct Int8Rounding {
   static constexpr float kMax = 127, kMinAmax = 1.504632769052528e-36f;  // 2^-119
   __device__ static std::uint32_t bits(float x) {
