@@ -72,18 +72,20 @@ def reconstruct_blocks(
     require(len(batches) > 0, "batches", "at least one", "none")
     chosen = set(linears(student, modules, Pattern(1, 1)))
     found: dict[str, Reconstruction] = {}
-    device = next(student.parameters()).device
-    plainly = torch.inference_mode(False), torch.autocast(device.type, enabled=False)
-    with plainly[0], plainly[1], evaluating(student), evaluating(dense), handle_of(student).inference():
+    with ExitStack() as contexts:
+        contexts.enter_context(torch.inference_mode(False))
+        contexts.enter_context(torch.autocast(next(student.parameters()).device.type, enabled=False))
+        contexts.enter_context(handle_of(student).inference())
+        for model in (student, dense):
+            contexts.enter_context(evaluating(model))
         for name in _blocks(student, chosen, batches[0]):
-            block, model = student.get_submodule(name), dense.get_submodule(name)
+            block, reference = student.get_submodule(name), dense.get_submodule(name)
             inside: dict[str, Any] = {p: m for p, m in block.named_modules() if _joined(name, p) in chosen}
             parts = _ragged_parts if isinstance(block, RaggedBlock) else _whole
             for part in parts(block, _calls(student, block, batches), set(inside)):
                 fitted = [inside[path] for path in inside if path in part.linears]
                 if fitted:
-                    came_to = _fit(part.run, block, model, fitted, len(batches), steps)
-                    found[_joined(name, part.name)] = came_to
+                    found[_joined(name, part.name)] = _fit(part.run, block, reference, fitted, len(batches), steps)
     return found
 
 
@@ -207,7 +209,7 @@ def _fit(
     found = {p: p != 0 if p.ndim == 2 else None for m in modules for p in (m.weight, m.bias) if p is not None}
     parameters, masks = list(found), list(found.values())
     start = [p.detach().clone() for p in parameters]
-    wide = [p.detach().float() + 0.0 for p in parameters]  # steps are too small for 16 bits
+    wide = [p.detach().to(torch.float32, copy=True) for p in parameters]  # steps are too small for 16 bits
     groups = [{"params": [p], "lr": RATE * max(p.abs().mean().item(), LEAST)} for p in wide]
     # Gradients have the scale of the outputs, whatever that is.
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-15)
@@ -232,14 +234,13 @@ def _fit(
 
 @contextmanager
 def _trained(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """A context in which these have gradients, and afterwards those that they had."""
-    before = [(p.requires_grad, p.grad) for p in parameters]
+    """A context in which gradients of these can be asked for, whether they are trained or not."""
+    before = [p.requires_grad for p in parameters]
     try:
         for p in parameters:
             p.requires_grad_(True)
         with torch.enable_grad():
             yield
     finally:
-        for p, (required, gradient) in zip(parameters, before, strict=True):
+        for p, required in zip(parameters, before, strict=True):
             p.requires_grad_(required)
-            p.grad = gradient
