@@ -10,7 +10,7 @@ from torch import Tensor
 
 from madtp_kernels import dispatch
 from madtp_kernels.native.common import DTYPES, address, aligned, aligned_rows, call, map_given, row_contiguous
-from madtp_kernels.native.sparse24 import ACTIVATIONS, Sparse24Config
+from madtp_kernels.native.sparse24 import ACTIVATIONS, Sparse24Config, epilogue_inputs
 
 if TYPE_CHECKING:
     from madtp_kernels import _C
@@ -183,13 +183,6 @@ def _cuda_inputs(
         address(weight_scale),
         values.shape[0],
         x.shape[1],
-        address(bias),
-        0 if bias is None else DTYPES[bias.dtype],
-        ACTIVATIONS[activation],
-        address(scale),
-        0 if scale is None else DTYPES[scale.dtype],
-        address(residual),
-        0 if residual is None else residual.stride(0),
-        address(num_rows),
+        *epilogue_inputs(bias, activation, scale, residual, num_rows),
     )
     return inputs, (rows, x_scale, layout, weight_scale, bias, residual, scale, num_rows)

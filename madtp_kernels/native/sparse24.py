@@ -191,6 +191,16 @@ def _sparse24_inputs(
         DTYPES[values.dtype],
         values.shape[0],
         x.shape[1],
+        *epilogue_inputs(bias, activation, scale, residual, num_rows),
+    )
+    return inputs, (x, layout, bias, residual, scale, num_rows)
+
+
+def epilogue_inputs(
+    bias: Tensor | None, activation: str, scale: Tensor | None, residual: Tensor | None, num_rows: Tensor | None
+) -> tuple[int, int, int, int, int, int, int, int]:
+    """What follows the product of a linear layer on a GPU, as the last arguments of its record in C++."""
+    return (
         address(bias),
         0 if bias is None else DTYPES[bias.dtype],
         ACTIVATIONS[activation],
@@ -200,7 +210,6 @@ def _sparse24_inputs(
         0 if residual is None else residual.stride(0),
         address(num_rows),
     )
-    return inputs, (x, layout, bias, residual, scale, num_rows)
 
 
 def _optional_matrix(x: Tensor | None) -> tuple[int, int]:
