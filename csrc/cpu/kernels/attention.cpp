@@ -15,8 +15,26 @@
 namespace madtp::cpu::MADTP_ISA {
 namespace {
 
-constexpr std::int64_t kBlocksPerChunk = 84 / kMaxBlockRows;  // about 84 rows
-constexpr std::int64_t kTaskRows = 600;  // more is packed less often, but the maxima leave L2
+constexpr std::int64_t kMostChunks = 64;     // of a sequence: each has sums of all its columns in memory
+constexpr std::int64_t kTaskRows = 600;      // more is packed less often, but the maxima leave L2
+constexpr std::int64_t kLeastTaskRows = 28;  // less takes longer to pack and to hand out than to compute
+constexpr std::int64_t kTasksOfThread = 4;   // with so many, no thread waits long for the last one
+
+// The blocks of a sequence's queries in chunks of as few as kMostChunks allow, so that they spread evenly
+// over threads.
+struct Chunks {
+  Blocks blocks;
+  std::int64_t size;    // in blocks
+  std::int64_t number;  // of them
+
+  explicit Chunks(std::int64_t rows)
+      : blocks(rows),
+        size(blocks.number > kMostChunks ? blocks.chunks(kMostChunks) : 1),
+        number(blocks.chunks(size)) {}
+  std::int64_t first_block(std::int64_t chunk) const {
+    return chunk * size < blocks.number ? chunk * size : blocks.number;
+  }
+};
 
 // What tasks leave for the end: floats per query row of the batch.
 struct Results {
@@ -54,9 +72,9 @@ class Attention {
   // Chunks [first, last) of a sequence whose column sums go to column_sums (chunks, padded keys).
   void run(const Sequence& s, std::int64_t first, std::int64_t last, float* column_sums,
            const Workspace& w) const {
-    const Blocks blocks(s.queries);
-    const std::int64_t begin = first * kBlocksPerChunk;
-    const std::int64_t end = last * kBlocksPerChunk < blocks.number ? last * kBlocksPerChunk : blocks.number;
+    const Chunks chunks(s.queries);
+    const Blocks& blocks = chunks.blocks;
+    const std::int64_t begin = chunks.first_block(first), end = chunks.first_block(last);
     const std::int64_t first_row = blocks.begin(begin),
                        group = a_.key_heads > 0 ? a_.heads / a_.key_heads : 0;
     const Packed packed(a_, s, first_row, blocks.begin(end) - first_row);
@@ -90,8 +108,7 @@ class Attention {
     for (std::int64_t chunk = first; chunk < last; ++chunk) {
       float* const sums = column_sums + chunk * padded(s.keys);
       for (std::int64_t j = 0; j < padded(s.keys); ++j) sums[j] = 0;
-      for (std::int64_t block = chunk * kBlocksPerChunk; block < (chunk + 1) * kBlocksPerChunk && block < end;
-           ++block) {
+      for (std::int64_t block = chunks.first_block(chunk); block < chunks.first_block(chunk + 1); ++block) {
         const std::int64_t i = blocks.begin(block), rows = blocks.begin(block + 1) - i;
         const Visible visible(a_, s, i, rows);
         add_columns(w.maxima + (i - first_row) * padded(s.keys), rows, s.summary_row - i,
@@ -194,11 +211,16 @@ class Attention {
 // From what the tasks left to the two numbers of each token of a sequence.
 void finish(const AttentionInputs& a, const Sequence& s, const Results& results, const float* column_sums,
             float* summary_attention, float* received_attention) {
-  const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
+  const std::int64_t chunks = Chunks(s.queries).number;
+  float observed[kWidth];  // what a vector of tokens receives
   for (std::int64_t j = 0; j < s.queries; ++j) {
-    float observed = 0;
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) observed += column_sums[chunk * padded(s.keys) + j];
-    received_attention[s.query + j] = observed / observers(a, s, j);
+    if (j % kWidth == 0) {
+      Vec total{};
+      for (std::int64_t chunk = 0; chunk < chunks; ++chunk)
+        total += load(column_sums + chunk * padded(s.keys) + j);
+      store(observed, total);
+    }
+    received_attention[s.query + j] = observed[j % kWidth] / observers(a, s, j);
 
     const float* const norms = results.norms + (s.query + j) * a.heads;
     const float* const weights = results.from_summary + (s.query + j) * a.heads;
@@ -227,14 +249,15 @@ struct Plan {
       if (s.queries > longest_query) longest_query = s.queries;
       column_sums += column_sums_of(s);
     }
-    // Enough tasks for the threads, and no more than that: each packs the keys and values again.
-    const std::int64_t by_cache = (longest_query + kTaskRows - 1) / kTaskRows;
-    const std::int64_t by_threads = a.batch > 0 ? (threads + a.batch - 1) / a.batch : 1;
-    tasks_of_sequence = by_cache > by_threads ? by_cache : by_threads;
-    const std::int64_t chunks = longest_query > 0 ? Blocks(longest_query).chunks(kBlocksPerChunk) : 1;
-    if (tasks_of_sequence > chunks) tasks_of_sequence = chunks;
+    // As few tasks as share the work evenly among the threads, as each packs the keys and values again.
+    const Chunks chunks(longest_query);
+    tasks_of_sequence = (longest_query + kTaskRows - 1) / kTaskRows;
     if (tasks_of_sequence < 1) tasks_of_sequence = 1;
-    task_rows = (chunks + tasks_of_sequence - 1) / tasks_of_sequence * kBlocksPerChunk * kMaxBlockRows;
+    const std::int64_t most =
+        chunks.number < longest_query / kLeastTaskRows ? chunks.number : longest_query / kLeastTaskRows;
+    while (tasks_of_sequence < most && tasks() % threads != 0 && tasks() < threads * kTasksOfThread)
+      ++tasks_of_sequence;
+    task_rows = (chunks.number + tasks_of_sequence - 1) / tasks_of_sequence * chunks.size * kMaxBlockRows;
     if (task_rows > longest_query) task_rows = longest_query;
     if (threads > tasks()) threads = tasks() > 0 ? int(tasks()) : 1;
   }
@@ -242,7 +265,7 @@ struct Plan {
   std::int64_t tasks() const { return a.batch * tasks_of_sequence; }
 
   std::int64_t column_sums_of(const Sequence& s) const {
-    return statistics && s.queries > 0 ? Blocks(s.queries).chunks(kBlocksPerChunk) * padded(s.keys) : 0;
+    return statistics ? Chunks(s.queries).number * padded(s.keys) : 0;
   }
 
   Results results(Arena& arena) const {
@@ -299,7 +322,7 @@ Status varlen_attention(const AttentionInputs& a, void* out, float* lse, float* 
         const std::int64_t b = task / plan.tasks_of_sequence, part = task % plan.tasks_of_sequence;
         const Sequence s(a, b);
         if (part == 0 && s.blind > 0) attention.clear_blind(s);
-        const std::int64_t chunks = Blocks(s.queries).chunks(kBlocksPerChunk);
+        const std::int64_t chunks = Chunks(s.queries).number;
         const std::int64_t first = chunks * part / plan.tasks_of_sequence;
         const std::int64_t last = chunks * (part + 1) / plan.tasks_of_sequence;
         if (first < last)
