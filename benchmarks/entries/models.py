@@ -33,11 +33,13 @@ WEIGHT_STD = 0.05  # smaller ones make tokens so alike that the lowest temperatu
 
 
 class Mode(NamedTuple):
-    """How a model of ours is compressed. reduction: the share of the dense MACs that counted ones save; 0: none."""
+    """How a model of ours is compressed. reduction: the share of the dense MACs that counted ones save; 0: none.
+    bfloat16: what is not int8, instead of the dtype of the dense model."""
 
     sparse: bool
     reduction: float
     int8: bool = False
+    bfloat16: bool = False
 
 
 MODES = {
@@ -117,7 +119,7 @@ class Models:
         hwp.prune_one_shot(self.pruned, "2:4", self.linears)
         self.config = madtp.CompressionConfig(alignment_dim=min(768, case["width"]))
         self.references: dict[bool, tuple[dict[str, Tensor], Tensor]] = {}
-        self.packed: dict[tuple[bool, bool], nn.Module] = {}
+        self.packed: dict[Mode, nn.Module] = {}  # by mode without its reduction
         self.log_tau: dict[Mode, float] = {}  # by mode: where the last search ended, and the next begins
         self.calibrated: dict[tuple[Mode, int], tuple[float, float]] = {}  # mode, batch -> tau, relative miss
 
@@ -129,18 +131,20 @@ class Models:
         model.set_attn_implementation("sdpa")
         return model
 
-    def ours(self, sparse: bool, int8: bool = False) -> nn.Module:
+    def ours(self, mode: Mode) -> nn.Module:
         """Patched, with its Linears in the form asked for; one for all modes that have it."""
-        if (sparse, int8) not in self.packed:
+        form = mode._replace(reduction=0.0)
+        if form not in self.packed:
             torch.manual_seed(0)  # the alignment tokens
-            model = sharing_weights(self.pruned if sparse else self.plain)
+            model = self.pruned if mode.sparse else self.plain
+            model = copy.deepcopy(model).to(torch.bfloat16) if mode.bfloat16 else sharing_weights(model)
             madtp.patch(model, self.config)
-            if int8:
+            if mode.int8:
                 hwp.pack(model, self.linears, dtype="int8")
-            elif sparse:
+            elif mode.sparse:
                 hwp.pack(model)
-            self.packed[sparse, int8] = model
-        return self.packed[sparse, int8]
+            self.packed[form] = model
+        return self.packed[form]
 
     @functools.cached_property
     def checksum(self) -> float:
@@ -164,7 +168,7 @@ class Models:
         if mode.reduction == 0:
             return 0.0
         if (mode, batch) not in self.calibrated:
-            dense, model = self.ours(False), self.ours(mode.sparse, mode.int8)
+            dense, model = self.ours(mode._replace(sparse=False, int8=False)), self.ours(mode)
             dense.madtp_handle.set_temperature(0)
             one = {key: value[:1] for key, value in tensors.items()}
             target = (1 - mode.reduction) * sum(counted_macs(dense, [one]).values())
@@ -222,12 +226,14 @@ def sdpa(i: ModelInputs) -> Thunk:
 
 def ours(mode: Mode) -> Callable[[ModelInputs], Thunk]:
     def prepare(i: ModelInputs) -> Thunk:
-        model = i.models.ours(mode.sparse, mode.int8)
-        temperature = i.models.temperature(mode, i.tensors)
+        model, tensors = i.models.ours(mode), i.tensors
+        if mode.bfloat16:
+            tensors = {name: x.bfloat16() if x.is_floating_point() else x for name, x in tensors.items()}
+        temperature = i.models.temperature(mode, tensors)
 
         def run() -> Tensor:
             model.madtp_handle.set_temperature(temperature)
-            return i.models.run(model, i.tensors)
+            return i.models.run(model, tensors)
 
         return run
 
@@ -255,7 +261,7 @@ def weight_bytes(case: Case, i: ModelInputs) -> int:
 
 
 def dense_flops(case: Case, i: ModelInputs) -> int:
-    model = i.models.ours(False)
+    model = i.models.ours(Mode(False, 0.0))
     with model.madtp_handle.dense():
         return int(2 * case["batch"] * sum(counted_macs(model, [i.tensors]).values()))
 

@@ -33,7 +33,7 @@ class Epilogue {
     float scratch[2][kMaxEpilogueFeatures];
     const float* const bias = part(a_.bias, a_.bias_dtype, first, out_features, scratch[0]);
     const float* const scale = part(a_.scale, a_.scale_dtype, first, out_features, scratch[1]);
-    with_activation(a_.activation, [&](auto activation) {
+    with_activation<T>(a_.activation, [&](auto activation) {
       for (std::int64_t t = 0; t < count; ++t) {
         const float* const row = sums + t * stride;
         T* const to = out_ + (token + t) * out_stride_ + first;

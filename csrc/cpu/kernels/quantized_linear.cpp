@@ -56,6 +56,7 @@ class QuantizedX {
 constexpr std::int64_t kTilesBytes =
     500000;  // of x, of the tiles that a unit is multiplied with in turn: in L2
 constexpr std::int64_t kUnitsOfTask = 4;
+constexpr std::int64_t kTasksOfThread = 4;  // with so many, no thread waits long for the last one
 
 typedef std::uint8_t Bytes __attribute__((vector_size(kDotsColumns)));
 
@@ -91,9 +92,11 @@ Status run(const QuantizedLinear& a, void* out, std::int64_t out_stride, int thr
 
     const Int8Sums<T> sums{x.scale, a.weight_scale};
     const Epilogue<Int8Sums<T>> epilogue(sums, a, out, out_stride);
-    std::int64_t together = kTilesBytes / (kDotsTokens * (row_bytes + 1));
-    together = together < 1 ? 1 : together < tiles.parts ? together : tiles.parts;
     const std::int64_t spans = ceil_div(layout.units, kUnitsOfTask);
+    const std::int64_t by_cache = kTilesBytes / (kDotsTokens * (row_bytes + 1));
+    const std::int64_t by_threads = tiles.parts * spans / (threads * kTasksOfThread);
+    std::int64_t together = by_cache < by_threads ? by_cache : by_threads;
+    together = together < 1 ? 1 : together < tiles.parts ? together : tiles.parts;
     for_each_task(ceil_div(tiles.parts, together) * spans, threads, [&](std::int64_t task, int) {
       const std::int64_t first_tile = task / spans * together, first_unit = task % spans * kUnitsOfTask;
       for (std::int64_t u = first_unit; u < first_unit + kUnitsOfTask && u < layout.units; ++u) {

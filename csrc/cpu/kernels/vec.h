@@ -323,9 +323,13 @@ inline Vec log2_positive(Vec x) {
   return p * s + __builtin_convertvector(exponent, Vec);
 }
 
-// 2^(x + kScale) to about 1 ulp for x <= 0 where that is a normal number. Below, where x + kScale is under
-// -126, it falls to 0, which it is exactly from -127 on. NaN is NaN.
-template <int kScale = 0>
+// How far a result is from the exact one: about 1 ulp, or little enough to vanish where it is rounded to 16
+// bits.
+enum class Accuracy { full, half };
+
+// 2^(x + kScale) for x <= 0 where that is a normal number; the relative error of `half` is 3e-6. Below, where
+// x + kScale is under -126, it falls to 0, which it is exactly from -127 on. NaN is NaN.
+template <int kScale = 0, Accuracy kAccuracy = Accuracy::full>
 inline Vec exp2_nonpositive(Vec x) {
   constexpr float kOne = float(1 << kScale);
   const Vec lowest = broadcast(-127.0f - kScale);  // its p is kOne, and all bits of that are taken off
@@ -333,12 +337,20 @@ inline Vec exp2_nonpositive(Vec x) {
   x = max(lowest, x);                              // in this order NaN stays
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);
-  Vec p = broadcast(kOne * 1.534581180e-4f);
-  p = p * f + kOne * 1.339993122e-3f;
-  p = p * f + kOne * 9.618488958e-3f;
-  p = p * f + kOne * 5.550328777e-2f;
-  p = p * f + kOne * 2.402264689e-1f;
-  p = p * f + kOne * 6.931472057e-1f;
+  Vec p;
+  if constexpr (kAccuracy == Accuracy::full) {
+    p = broadcast(kOne * 1.534581180e-4f);
+    p = p * f + kOne * 1.339993122e-3f;
+    p = p * f + kOne * 9.618488958e-3f;
+    p = p * f + kOne * 5.550328777e-2f;
+    p = p * f + kOne * 2.402264689e-1f;
+    p = p * f + kOne * 6.931472057e-1f;
+  } else {
+    p = broadcast(kOne * 9.582863189e-3f);
+    p = p * f + kOne * 5.590645224e-2f;
+    p = p * f + kOne * 2.402409911e-1f;
+    p = p * f + kOne * 6.931241751e-1f;
+  }
   p = p * f + kOne;
   return bit_cast<Vec>(bit_cast<BitVec>(p) + (bit_cast<BitVec>(shifted) << 23));
 }
