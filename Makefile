@@ -40,7 +40,7 @@ CXX_SOURCES = $(shell find csrc examples/cpp -name '*.c' -o -name '*.h' -o -name
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 
 .DEFAULT_GOAL := test
-.PHONY: demo docs api-check test test-asan test-tsan test-emulated test-emulated-arm test-slow soak coverage-cuda test-package wheel bench bench-peers gpu gpu-first lint types format build clean
+.PHONY: demo docs api-check test test-asan test-tsan test-emulated test-emulated-arm test-slow soak coverage-cuda test-package wheel hub-kernel bench bench-peers gpu gpu-first lint types format build clean
 
 demo: build
 	$(MADTP) demo
@@ -121,6 +121,10 @@ wheel: $(WHEEL_ENV)/.ready
 	env -u MADTP_BUILD_DIR $(WHEEL_PY) -m build --no-isolation --outdir build/wheel .
 	$(WHEEL_PY) -m auditwheel repair --exclude libgomp.so.1 --wheel-dir $(DIST) build/wheel/*.whl
 	cp build/wheel/*.tar.gz $(DIST)
+
+# The ops as a kernel of the Hugging Face Hub, in build/hub: docs/hub-kernel.md.
+hub-kernel:
+	$(PYTHON) -m hub.layout build/hub
 
 bench: build
 	$(PY) -m benchmarks.run

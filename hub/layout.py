@@ -22,8 +22,6 @@ from pathlib import Path
 
 import tomllib
 
-from madtp_kernels._version import __version__
-
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "madtp_kernels"
 NAME = PACKAGE.name
@@ -141,4 +139,3 @@ def write(folder: Path, files: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     lay_out(Path(sys.argv[1]))
-    print(f"madtp-kernels {__version__} as a kernel of the Hub: {sys.argv[1]}")
