@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import fnmatch
 import hashlib
 import json
 import re
@@ -45,7 +46,7 @@ def add_op_namespace_prefix(name: str) -> str:
 def sources() -> dict[str, str]:
     """Path in the kernel -> rewritten source, of every file that is part of it."""
     paths = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-    paths = [path for path in paths if not any(path.match(pattern) for pattern in LEFT_OUT)]
+    paths = [path for path in paths if not any(fnmatch.fnmatchcase(path.as_posix(), pattern) for pattern in LEFT_OUT)]
     return {path.as_posix(): rewritten((PACKAGE / path).read_text(encoding="utf-8"), path) for path in paths}
 
 

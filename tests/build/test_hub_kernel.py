@@ -5,6 +5,7 @@ import ast
 import importlib.util
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -77,6 +78,15 @@ def test_it_runs_beside_the_package_with_ops_of_its_own(kernel):
         assert torch.equal(theirs, ours)
     namespace = getattr(torch.ops, kernel.__name__)
     assert namespace.varlen_attention is not torch.ops.madtp.varlen_attention
+
+
+def test_every_module_of_it_can_be_imported(kernel):
+    pytest.importorskip("triton")
+    modules = [module.name for module in pkgutil.walk_packages(kernel.__path__, f"{kernel.__name__}.")]
+    for module in modules:
+        importlib.import_module(module)
+    assert f"{kernel.__name__}.triton.attention.forward" in modules
+    assert f"{kernel.__name__}.triton.aot" not in modules
 
 
 def test_it_takes_no_compiled_kernels_and_says_so(kernel):
