@@ -114,7 +114,7 @@ def test_wheel_is_for_any_linux_of_its_glibc_and_brings_no_library_of_others(whe
     assert re.fullmatch(r"madtp_kernels-[\d.]+-cp3\d+-cp3\d+-manylinux_2_\d+_\w+\.whl", wheel.name)
     assert wheel.stat().st_size < 40e6
     names = zipfile.ZipFile(wheel).namelist()
-    assert [name for name in names if ".so" in name] == [name for name in names if name.startswith("madtp_kernels/_C.")]
+    assert [name.split(".")[0] for name in names if ".so" in name] == ["madtp_kernels/_C"]
 
 
 def test_the_environment_that_builds_has_no_torch(wheel, source):
