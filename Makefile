@@ -40,7 +40,7 @@ CXX_SOURCES = $(shell find csrc examples/cpp -name '*.c' -o -name '*.h' -o -name
 PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(strip $(WORKERS)) --dist worksteal')
 
 .DEFAULT_GOAL := test
-.PHONY: demo docs api-check test test-asan test-tsan test-emulated test-emulated-arm test-slow soak coverage-cuda test-package bench bench-peers gpu gpu-first lint types format build clean
+.PHONY: demo docs api-check test test-asan test-tsan test-emulated test-emulated-arm test-slow soak coverage-cuda test-package wheel hub-kernel bench bench-peers gpu gpu-first lint types format build clean
 
 demo: build
 	$(MADTP) demo
@@ -105,6 +105,26 @@ soak: build
 
 test-package: build
 	$(PY) -m pytest tests/build -m slow
+
+# The wheel of PYTHON in DIST, and the sources it was built from, by an environment without torch; with CUDA kernels as
+# MADTP_CUDA says. Its tag is the oldest glibc it runs on. libgomp stays out: the one of torch serves both (docs/install.md).
+DIST ?= dist
+WHEEL_ENV := build/wheel-env-$(notdir $(PYTHON))
+WHEEL_PY := $(CURDIR)/$(WHEEL_ENV)/bin/python
+$(WHEEL_ENV)/.ready: requirements-wheel.txt
+	$(PYTHON) -m venv $(WHEEL_ENV)
+	$(WHEEL_PY) -m pip install -q -r requirements-wheel.txt
+	touch $@
+wheel: export PATH := $(CURDIR)/$(WHEEL_ENV)/bin:$(PATH)
+wheel: $(WHEEL_ENV)/.ready
+	rm -rf build/wheel
+	env -u MADTP_BUILD_DIR $(WHEEL_PY) -m build --no-isolation --outdir build/wheel .
+	$(WHEEL_PY) -m auditwheel repair --exclude libgomp.so.1 --wheel-dir $(DIST) build/wheel/*.whl
+	cp build/wheel/*.tar.gz $(DIST)
+
+# The ops as a kernel of the Hugging Face Hub, in build/hub: docs/hub-kernel.md.
+hub-kernel:
+	$(PYTHON) -m hub.layout build/hub
 
 bench: build
 	$(PY) -m benchmarks.run

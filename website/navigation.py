@@ -5,7 +5,7 @@ from __future__ import annotations
 
 FIRST = "docs/README.md"
 NAVIGATION = {
-    "Start": ("README.md", "docs/concepts.md", "docs/troubleshooting.md"),
+    "Start": ("README.md", "docs/install.md", "docs/concepts.md", "docs/troubleshooting.md"),
     "Usage": (
         "docs/usage/patching.md",
         "docs/usage/decoders.md",
@@ -13,6 +13,7 @@ NAVIGATION = {
         "docs/usage/weights.md",
         "docs/usage/command-line.md",
         "docs/usage/cpp.md",
+        "docs/hub-kernel.md",
         "docs/usage/tuning.md",
     ),
     "Ops": (

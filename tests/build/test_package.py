@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaves the repository works elsewhere: sdist, wheel, and the C++ package inside the wheel."""
+"""What leaves the repository works elsewhere: sdist, the wheel of `make wheel`, and the C++ package inside it.
+
+`make wheel` sets up its own environment, from a package index.
+"""
 
 import fcntl
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -51,19 +57,25 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(source, no_nvcc, tmp_path_factory) -> Path:
+def wheel(source, tmp_path_factory) -> Path:
+    """Built from the sdist, and repaired."""
     directory = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", directory, source)
-    run(*pip, cwd=directory, PATH=no_nvcc, MADTP_CUDA="OFF", MADTP_BUILD_DIR=str(directory / "build"))
+    run("make", "wheel", f"PYTHON={sys.executable}", f"DIST={directory}", cwd=source, MADTP_CUDA="OFF")
     (path,) = directory.glob("*.whl")
     return path
 
 
 @pytest.fixture(scope="module")
-def site(wheel, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("site")
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", directory, wheel, cwd=directory)
-    return directory
+def python(wheel, tmp_path_factory) -> Path:
+    """The interpreter of a new environment with the wheel, and beside it the torch and transformers of this one."""
+    directory = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", directory, cwd=directory)
+    (site,) = directory.glob("lib/python*/site-packages")
+    (site / "others.pth").write_text(
+        sysconfig.get_path("purelib")
+    )  # a .pth in there, of an editable install, is not read
+    run(directory / "bin/pip", "install", "--no-deps", wheel, cwd=directory)
+    return directory / "bin/python"
 
 
 def test_sdist_holds_the_sources_and_no_build_products(source):
@@ -74,6 +86,7 @@ def test_sdist_holds_the_sources_and_no_build_products(source):
         "csrc/tests/consumer/main.cpp",
         "LICENSE",
         "requirements.lock",
+        "requirements-wheel.txt",
     ):
         assert (source / name).is_file(), name
     assert not list(source.rglob("*.so")) and not (source / "madtp_kernels" / "lib").exists()
@@ -97,21 +110,57 @@ def test_wheel_holds_both_packages_the_library_and_the_assets(wheel):
     assert not any(name.startswith(("tests/", "csrc/", "benchmarks/")) for name in names)
 
 
-def test_installed_wheel_runs_and_says_it_has_no_cuda(site):
-    program = "import madtp_kernels; from madtp_kernels import _C; print(_C.__file__, _C.build_info())"
-    printed = run(sys.executable, "-c", program, cwd=site.parent, PYTHONPATH=str(site))
-    assert printed.startswith(str(site)) and "'cuda': None" in printed and "MADTP_CUDA=OFF" in printed
+def test_wheel_is_for_any_linux_of_its_glibc_and_brings_no_library_of_others(wheel):
+    assert re.fullmatch(r"madtp_kernels-[\d.]+-cp3\d+-cp3\d+-manylinux_2_\d+_\w+\.whl", wheel.name)
+    assert wheel.stat().st_size < 40e6
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name.split(".")[0] for name in names if ".so" in name] == ["madtp_kernels/_C"]
 
 
-def test_consumer_project_builds_against_the_wheel(site, no_nvcc, tmp_path):
-    env = (sys.executable, "-m", "madtp_kernels.env", "--cmake-dir")
-    cmake_dir = run(*env, cwd=site.parent, PYTHONPATH=str(site)).strip()
-    assert Path(cmake_dir).is_relative_to(site)
+def test_the_environment_that_builds_has_no_torch(wheel, source):
+    (builder,) = source.glob("build/wheel-env-*/bin/python")
+    program = "import importlib.util; print([importlib.util.find_spec(name) for name in ('torch', 'numpy')])"
+    assert run(builder, "-c", program, cwd=source.parent) == "[None, None]\n"
+
+
+def test_installed_wheel_runs_on_the_widest_instructions_and_one_openmp_runtime(python, tmp_path):
+    found = json.loads(run(python, ROOT / "tests/build/try_wheel.py", cwd=tmp_path))
+    assert Path(found["package"]).is_relative_to(python.parents[1])
+    assert found["cuda"] is None
+    assert (found["isa"] != "baseline") == bool(found["cpu_has"])
+    assert found["isa"].startswith("avx512") == ("avx512f" in found["cpu_has"])
+    assert len(found["openmp"]) == 1 and "/torch" in found["openmp"][0]
+    for isa in found["isas"]:
+        program = "import torch; from madtp_kernels import _C; print(_C.cpu.isa())"
+        assert run(python, "-c", program, cwd=tmp_path, MADTP_CPU_ISA=isa) == f"{isa}\n"
+    assert "MADTP_CUDA=OFF" in run(python.parent / "madtp", "env", cwd=tmp_path)
+
+
+def test_consumer_project_builds_against_the_wheel(python, no_nvcc, tmp_path):
+    cmake_dir = run(python, "-m", "madtp_kernels.env", "--cmake-dir", cwd=tmp_path).strip()
+    assert Path(cmake_dir).is_relative_to(python.parents[1])
     consumer = ROOT / "csrc/tests/consumer"
     run("cmake", "-S", consumer, "-B", tmp_path, "-G", "Ninja", f"-DMadtp_DIR={cmake_dir}", cwd=tmp_path, PATH=no_nvcc)
     run("cmake", "--build", tmp_path, cwd=tmp_path, PATH=no_nvcc)
     for name in ("consumer", "consumer_c"):
         assert "CUDA 0: ok, merged row (6, 7)" in run(tmp_path / name, cwd=tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("pkg-config") is None, reason="pkg-config is needed")
+def test_pkg_config_finds_the_library_in_the_wheel(python, tmp_path):
+    prefix = Path(run(python, "-m", "madtp_kernels.env", "--cmake-dir", cwd=tmp_path).strip()).parents[2]
+    ask = ("pkg-config", "--cflags", "--libs", "madtp-kernels")
+    flags = run(*ask, cwd=tmp_path, PKG_CONFIG_PATH=str(prefix / "lib/pkgconfig")).split()
+    run("c++", "-std=c++17", ROOT / "csrc/tests/consumer/main.cpp", *flags, "-o", "consumer", cwd=tmp_path)
+    assert "ok, merged row (6, 7)" in run(tmp_path / "consumer", cwd=tmp_path)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="cibuildwheel needs Python 3.11")
+def test_cibuildwheel_reads_which_wheels_there_are(wheel, source):
+    (command,) = source.glob("build/wheel-env-*/bin/cibuildwheel")
+    ask = (command, "--print-build-identifiers", "--platform", "linux")
+    expected = [f"cp{v}-manylinux_{a}" for a in ("x86_64", "aarch64") for v in ("310", "311", "312", "313")]
+    assert sorted(run(*ask, cwd=source).split()) == sorted(expected)
 
 
 def test_cuda_on_without_nvcc_is_an_error_and_auto_falls_back(no_nvcc, tmp_path):
