@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from madtp_kernels.ragged import prunable_rows, segment_sum, sequence_ids
-from madtp_kernels.reference import attention, quantized, sparse24, tokens
+from madtp_kernels.reference import attention, dense, quantized, sparse24, tokens
 from madtp_kernels.selection import ARGMAX_TEMPERATURE, layout_on_device
 
 Decomposition = Callable[..., Any]
@@ -55,13 +55,45 @@ def _varlen_attention(*arguments: Any) -> tuple[Tensor, ...]:
     return attention.varlen_attention(*inputs)
 
 
-def _sparse24_linear(*arguments: Any) -> Tensor:
-    return sparse24.sparse24_linear(*arguments[:9])
+def _sparse24_linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    num_rows: Tensor | None,
+    *_: Any,
+) -> Tensor:
+    y = dense.dense_linear(x, _to_dense(values, indices), bias, activation, residual, scale)
+    return y if num_rows is None else torch.where(sparse24.valid_rows(x, num_rows), y, 0)
 
 
-def _quantized_linear(*arguments: Any) -> Tensor:
-    *inputs, _ = arguments
-    return quantized.quantized_linear(*inputs)
+def _quantized_linear(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor | None,
+    weight_scale: Tensor,
+    layout: Tensor | None,
+    bias: Tensor | None,
+    *epilogue: Any,
+) -> Tensor:
+    """Sums are those of float32: exact below 2^24, about 1000 input features of the largest magnitude."""
+    *epilogue, _ = epilogue  # type: ignore[assignment]
+    rounded, x_scale = quantized.quantize_rows(x, quantized.grid_of(values))
+    weight = values.float() if indices is None else _to_dense(values.float(), indices)
+    before = quantized.product(linear(rounded.float(), weight), x_scale, weight_scale, bias)
+    return quantized.finish(before, x, *epilogue)
+
+
+def _to_dense(values: Tensor, indices: Tensor) -> Tensor:
+    """(N, C/2), (N, C/8) -> (N, C), by a table: bits of a byte are what few runtimes can take apart."""
+    table = torch.tensor([[byte >> shift & 3 for shift in (0, 2, 4, 6)] for byte in range(256)])
+    columns = table.to(indices.device)[indices.long()].reshape(values.shape[0], -1, 2)  # (N, C/4, 2)
+    groups = values.new_zeros(values.shape[0], columns.shape[1], 4)
+    return groups.scatter(2, columns, values.unflatten(1, (-1, 2))).flatten(1)
 
 
 def _segment_reduce(data: Tensor, reduce: str, *, offsets: Tensor, initial: float = 0.0, **_: Any) -> Tensor:

@@ -144,7 +144,7 @@ def _check_model(model: Any) -> None:
     require(not training, "model", "in eval mode to be exported (model.eval())", got)
     tensors = [*model.parameters(), *model.buffers()]
     where = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)
-    require(where is None, "model", "on a CPU to be exported (model.cpu())", where)
+    require(where is None, "model", "on a CPU to be exported (model.cpu())", str(where))
     for module in model.modules():
         handle: Any = find_handle(module)
         if isinstance(handle, VlmHandle):
@@ -169,6 +169,6 @@ def _check_onnx(model: nn.Module) -> None:
     parameters = [*model.parameters(), *model.buffers()]
     other = next((tensor.dtype for tensor in parameters if tensor.is_floating_point() and tensor.dtype != torch.float32), None)
     rule = "of float32 with format onnx (model.float(), and hwp.unpack of fp8 layers)"
-    require(other is None, "model", rule, other)
+    require(other is None, "model", rule, str(other))
     size = sum(tensor.nbytes for tensor in parameters)
-    require(size <= MAX_ONNX_BYTES, "model", f"of at most {MAX_ONNX_BYTES} bytes of weights with format onnx", size)
+    require(size <= MAX_ONNX_BYTES, "model", f"of at most {MAX_ONNX_BYTES} bytes of weights with format onnx", str(size))
