@@ -98,13 +98,9 @@ def _write_aoti(program: Any, file: Path) -> None:
     inductor: Any = import_module("torch._inductor")
     errors: Any = import_module("torch._inductor.exc")
     try:
-        inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=_AOTI)
+        inductor.aoti_compile_and_package(program, package_path=str(file))
     except errors.InvalidCxxCompiler as error:
         raise RuntimeError("format aoti needs a C++ compiler, and none was found: install g++, or set CXX") from error
-
-
-# What is packed from constants is packed once, when the package is loaded.
-_AOTI = {"aot_inductor.use_runtime_constant_folding": True}
 
 
 def _write_onnx(program: Any, file: Path) -> None:

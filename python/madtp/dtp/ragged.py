@@ -128,7 +128,8 @@ class RaggedBatch:
         if index is not None:  # it moves up by the pruned rows before it
             before = torch.nn.functional.pad((~selection.keep).cumsum(0, dtype=torch.int32), (1, 0))
             first = self.cu_seqlens[:-1]
-            index = index - (before[first + index.clamp_min(0)] - before[first])
+            # int64: an exported program may have no other indices.
+            index = index - (before[(first + index.clamp_min(0)).long()] - before[first.long()])
         longest = self.max_seqlen
         # On a CPU reading the longest sequence is free; elsewhere the bound does.
         free = x.device.type == "cpu" and not torch.compiler.is_exporting()
