@@ -24,9 +24,9 @@ Decomposition = Callable[..., Any]
 def decompositions() -> dict[Any, Decomposition]:
     """What `ExportedProgram.run_decompositions` takes to leave no op of `torch.ops.madtp` in a program.
 
-    It has the ops that run in towers, and `aten.segment_reduce`, which these use and few runtimes have. Weights that are
-    2:4 or of 8 bits are made dense in the program; a runtime that folds constants does it when it loads. Batches have a
-    row at least.
+    It has the ops that run in towers, and two of torch that they use and few runtimes have. Weights that are 2:4 or of
+    8 bits are made dense in the program; a runtime that folds constants does it when it loads. A batch has at least one
+    row.
 
     ```python
     program = torch.export.export(model, (), inputs).run_decompositions(madtp_kernels.decompositions())
@@ -194,14 +194,18 @@ def _score_and_select(
     return importance, *selection, merge_weight
 
 
-def _gather_merge(
+def _gather_merge(x: Tensor, *arguments: Any) -> Tensor:
+    *selection, _ = arguments
+    return _gathered(x, *selection)
+
+
+def _gathered(
     x: Tensor,
     keep: Tensor,
     cu_seqlens_in: Tensor,
     cu_seqlens_out: Tensor,
     source: Tensor,
     merge_weight: Tensor,
-    backend: str,
 ) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     weighted = (x.to(wide) * merge_weight.to(wide)[:, None]).masked_fill(keep[:, None], 0)
@@ -215,14 +219,14 @@ def _gather_merge(
 
 
 def _gather_merge_layernorm(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *selection, weight, bias, eps, backend = arguments
-    rows = _gather_merge(x, *selection, backend)
+    *selection, weight, bias, eps, _ = arguments
+    rows = _gathered(x, *selection)
     return rows, *tokens.layernorm(rows, _real(x, selection), weight, bias, eps)
 
 
 def _gather_merge_rmsnorm(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *selection, weight, eps, backend = arguments
-    rows = _gather_merge(x, *selection, backend)
+    *selection, weight, eps, _ = arguments
+    rows = _gathered(x, *selection)
     return rows, tokens.rmsnorm(rows, _real(x, selection), weight, eps)
 
 

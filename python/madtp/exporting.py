@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -104,16 +106,27 @@ def _write_aoti(program: Any, file: Path) -> None:
 
 
 def _write_onnx(program: Any, file: Path) -> None:
-    plain = program.run_decompositions(decompositions())
+    plain = _quietly(program.run_decompositions, decompositions())
     inputs = list(plain.call_spec.in_spec.children()[1].context)
-    exported: Any = torch.onnx.export(
-        plain,
-        input_names=inputs,
-        output_names=list(plain.call_spec.out_spec.context),
-        dynamo=True,
-        verbose=False,
-    )
+    outputs = list(plain.call_spec.out_spec.context)
+    options = {"input_names": inputs, "output_names": outputs, "dynamo": True, "verbose": False}
+    exported = _quietly(torch.onnx.export, plain, **options)
     exported.save(file, external_data=False)
+
+
+def _quietly(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A call without what exporters say of themselves below an error: nodes not folded, packages not used."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call(*arguments, **options)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 _WRITERS: dict[str, tuple[str, Callable[[Any, Path], None]]] = {
@@ -161,10 +174,16 @@ def _check_selection(branch: Any) -> None:
 def _check_onnx(model: nn.Module) -> None:
     for package in ONNX_PACKAGES:
         if find_spec(package) is None:
-            raise ImportError(f"{package} is needed for format onnx: pip install {' '.join(ONNX_PACKAGES)}", name=package)
+            raise ImportError(
+                f"{package} is needed for format onnx: pip install {' '.join(ONNX_PACKAGES)}", name=package
+            )
     parameters = [*model.parameters(), *model.buffers()]
-    other = next((tensor.dtype for tensor in parameters if tensor.is_floating_point() and tensor.dtype != torch.float32), None)
+    other = next(
+        (tensor.dtype for tensor in parameters if tensor.is_floating_point() and tensor.dtype != torch.float32), None
+    )
     rule = "of float32 with format onnx (model.float(), and hwp.unpack of fp8 layers)"
     require(other is None, "model", rule, str(other))
     size = sum(tensor.nbytes for tensor in parameters)
-    require(size <= MAX_ONNX_BYTES, "model", f"of at most {MAX_ONNX_BYTES} bytes of weights with format onnx", str(size))
+    require(
+        size <= MAX_ONNX_BYTES, "model", f"of at most {MAX_ONNX_BYTES} bytes of weights with format onnx", str(size)
+    )

@@ -58,7 +58,10 @@ def test_a_torch_file(tmp_path, selection):
     path = export(model, inputs, tmp_path / "tower.pt2")
     program = torch.export.load(path)
     same(lambda given: program.module()(**given), model, inputs, "CLIPVisionModel", CASES["CLIPVisionModel"].outputs)
-    read = {str(node.target) for node in program.graph.nodes} & {"aten.item.default", "aten._local_scalar_dense.default"}
+    read = {str(node.target) for node in program.graph.nodes} & {
+        "aten.item.default",
+        "aten._local_scalar_dense.default",
+    }
     assert bool(read) == (selection == "instance"), "counts are fixed but for the method's own"
     assert program.example_inputs is None, "what was given is in no file"
 

@@ -137,9 +137,7 @@ class RaggedBatch:
             longest += prunable - self.prunable
         elif free and self.num_sequences and not self.fixed:
             longest = int(selection.cu_seqlens_out.diff().max())
-        rows = replace(
-            self, cu_seqlens=selection.cu_seqlens_out, max_seqlen=longest, aligned=None, prunable=prunable
-        )
+        rows = replace(self, cu_seqlens=selection.cu_seqlens_out, max_seqlen=longest, aligned=None, prunable=prunable)
         return replace(rows, x=x, origin=origin, summary_index=index)
 
     def kept_positions(self) -> list[Tensor]:

@@ -90,9 +90,7 @@ def unguided(tokens: Tokens, temperature: float) -> Outcome:
     return Outcome(importance, selection)
 
 
-def by_count(
-    rule: Rule, attention: str | None, tokens: Tokens, temperature: float, *, obeys: bool = True
-) -> Outcome:
+def by_count(rule: Rule, attention: str | None, tokens: Tokens, temperature: float, *, obeys: bool = True) -> Outcome:
     """A rule of `Keep` in a tower, on the prunable tokens of each sequence.
 
     Args:
