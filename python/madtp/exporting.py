@@ -61,6 +61,8 @@ def export(
     _check_model(model)
     if format == "onnx":
         _check_onnx(model)
+    if format == "aoti":
+        _check_compiler()
     with torch.no_grad():
         program = torch.export.export(_Named(model), (), dict(inputs))
         with atomic_file(path) as file:
@@ -98,11 +100,7 @@ def _write_torch(program: Any, file: Path) -> None:
 
 def _write_aoti(program: Any, file: Path) -> None:
     inductor: Any = import_module("torch._inductor")
-    errors: Any = import_module("torch._inductor.exc")
-    try:
-        inductor.aoti_compile_and_package(program, package_path=str(file))
-    except errors.InvalidCxxCompiler as error:
-        raise RuntimeError("format aoti needs a C++ compiler, and none was found: install g++, or set CXX") from error
+    inductor.aoti_compile_and_package(program, package_path=str(file))
 
 
 def _write_onnx(program: Any, file: Path) -> None:
@@ -187,3 +185,12 @@ def _check_onnx(model: nn.Module) -> None:
     require(
         size <= MAX_ONNX_BYTES, "model", f"of at most {MAX_ONNX_BYTES} bytes of weights with format onnx", str(size)
     )
+
+
+def _check_compiler() -> None:
+    builder: Any = import_module("torch._inductor.cpp_builder")
+    errors: Any = import_module("torch._inductor.exc")
+    try:
+        builder.get_cpp_compiler()
+    except errors.InvalidCxxCompiler as error:
+        raise RuntimeError("format aoti needs a C++ compiler, and none was found: install g++, or set CXX") from error

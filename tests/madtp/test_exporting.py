@@ -123,7 +123,6 @@ def test_a_compiled_package(tmp_path, selection):
     same(lambda given: package(**given), model, inputs, "CLIPVisionModel", ["pooler_output"])
 
 
-@pytest.mark.slow
 def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
     from torch._inductor import config
 
