@@ -83,6 +83,16 @@ def test_a_torch_file_of_every_selection(tmp_path, selection):
     same(lambda given: program(**given), model, inputs, "SiglipVisionModel", ["pooler_output"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CASES)
+def test_a_torch_file_of_every_family(tmp_path, family):
+    model, inputs = patched(family, temperature=0.0, samples=2)
+    counted = {name for name in model.madtp_handle.temperatures if name == "vision" or "attention_mask" not in inputs}
+    model.madtp_handle.set_temperature(dict.fromkeys(counted, 4.0))
+    program = torch.export.load(export(model, inputs, tmp_path / "model.pt2")).module()
+    same(lambda given: program(**given), model, inputs, family, CASES[family].outputs)
+
+
 def test_a_model_of_image_and_text(tmp_path):
     family = "BlipForImageTextRetrieval"
     model, inputs = patched(family, temperature={"vision": 4.0}, samples=2)
