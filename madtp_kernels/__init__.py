@@ -5,6 +5,7 @@ Importing never fails for a missing capability: a call that needs one raises and
 """
 
 from madtp_kernels._version import __version__
+from madtp_kernels.decompositions import decompositions
 from madtp_kernels.dispatch import explain
 from madtp_kernels.nm_masks import nm_mask, transposable_mask
 from madtp_kernels.nm_patterns import Pattern, explain_pattern
@@ -37,6 +38,7 @@ __all__ = [
     "Sparse24Weight",
     "__version__",
     "attention_rows",
+    "decompositions",
     "dense_linear",
     "explain",
     "explain_pattern",

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from madtp_kernels.checks import check_not_recorded, require
 
@@ -56,3 +58,29 @@ class KeepsLayouts:
     def forget(self) -> None:
         """Drops what was packed: after a write that torch does not count, or that a compiled function is to see."""
         self._packed.clear()
+
+
+class LayoutsOfTensors:
+    """What was packed of weights that come as tensors alone, as out of an exported program: kept as long as these live.
+
+    It is packed again after a write that torch counts.
+    """
+
+    def __init__(self, pack: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+        self._pack, self._kept = pack, WeakTensorKeyDictionary()
+
+    def __call__(self, values: Tensor, indices: Tensor | None) -> Tensor:
+        if values.is_inference() or (indices is not None and indices.is_inference()):  # which count no write
+            return self._pack(values, indices)
+        state = values._version, None if indices is None else indices._version
+        found = self._kept.get(values)
+        if found is not None and found[0] == state and found[1]() is indices:
+            layout: Tensor = found[2]
+            return layout
+        layout = self._pack(values, indices)
+        self._kept[values] = state, _nothing if indices is None else weakref.ref(indices), layout
+        return layout
+
+
+def _nothing() -> None:
+    return None

@@ -11,6 +11,7 @@ NAVIGATION = {
         "docs/usage/decoders.md",
         "docs/usage/transformers-attention.md",
         "docs/usage/weights.md",
+        "docs/export.md",
         "docs/usage/command-line.md",
         "docs/usage/cpp.md",
         "docs/hub-kernel.md",

@@ -20,6 +20,7 @@ from madtp_kernels.checks import (
     require,
 )
 from madtp_kernels.flops import flop_formula
+from madtp_kernels.layouts import LayoutsOfTensors
 from madtp_kernels.native import quantized as native
 from madtp_kernels.ops.autograd import register_autograd, register_second_order
 from madtp_kernels.ops.epilogue import check_epilogue, check_epilogue_types, in_any_shape
@@ -111,7 +112,9 @@ def quantized_linear(
             parts = weight.values, weight.indices, weight.scale
             _check(x, *parts, None, bias, activation or "none", residual, scale, num_rows)
             runs = tuning.fastest(tuning.quantized_call(x, weight, activation, residual, scale))
-    layout = None if runs == "reference" else weight.layout(runs)
+    # In an exported program the op keeps the layout: what is packed here is of this machine.
+    here = runs != "reference" and not torch.compiler.is_exporting()
+    layout = weight.layout(runs) if here else None
     y: Tensor = torch.ops.madtp.quantized_linear(
         x,
         weight.values,
@@ -261,11 +264,12 @@ def _pack(values: Tensor, indices: Tensor | None) -> Tensor:
 
 
 torch.library.impl("madtp::quantized_pack", "CompositeExplicitAutograd", _pack)
+_kept = LayoutsOfTensors(_pack)
 
 
 def _check_layout(layout: Tensor | None, values: Tensor, indices: Tensor | None) -> Tensor:
     """`layout`, or a new one where it is None. Raises ValueError for one of another weight."""
-    layout = _pack(values, indices) if layout is None else layout
+    layout = _kept(values, indices) if layout is None else layout
     size = native.quantized_layout_bytes(*_shape(values, indices), indices is not None)
     ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
     require(ok, "layout", f"contiguous uint8 of shape ({size},), from quantized_pack", layout)

@@ -19,6 +19,7 @@ from madtp_kernels.checks import (
 )
 from madtp_kernels.dense import onednn
 from madtp_kernels.flops import flop_formula
+from madtp_kernels.layouts import LayoutsOfTensors
 from madtp_kernels.native import sparse24 as native
 from madtp_kernels.ops.autograd import register_autograd, register_second_order
 from madtp_kernels.ops.epilogue import check_epilogue, check_epilogue_types, in_any_shape
@@ -106,7 +107,9 @@ def sparse24_linear(
             runs = tuning.fastest(tuning.linear_call(x, weight, *epilogue))
         else:
             runs = tuning_cuda.fastest(tuning_cuda.linear_call(x, weight.values, *epilogue), x.device)
-    layout = None if runs == "reference" else weight.layout(runs)
+    # In an exported program the op keeps the layout: what is packed here is of this machine.
+    here = runs != "reference" and not torch.compiler.is_exporting()
+    layout = weight.layout(runs) if here else None
     y: Tensor = torch.ops.madtp.sparse24_linear(
         x,
         weight.values,
@@ -265,11 +268,12 @@ def _pack(values: Tensor, indices: Tensor) -> Tensor:
 
 
 torch.library.impl("madtp::sparse24_pack", "CompositeExplicitAutograd", _pack)
+_kept = LayoutsOfTensors(_pack)  # type: ignore[arg-type]  # a 2:4 weight has indices
 
 
 def _check_layout(layout: Tensor | None, values: Tensor, indices: Tensor) -> Tensor:
     """`layout`, or a new one where it is None, for the C++ kernels. Raises ValueError for one of another weight."""
-    layout = _pack(values, indices) if layout is None else layout
+    layout = _kept(values, indices) if layout is None else layout
     size = native.sparse24_layout_bytes(values.shape[0], 2 * values.shape[1], values.dtype, values.device)
     ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
     require(ok, "layout", f"contiguous uint8 of shape ({size},), from sparse24_pack", layout)

@@ -108,10 +108,10 @@ def gather_merge(
     zero = x.new_zeros(1, x.shape[1])
     table = torch.cat([x, torch.stack(merged).to(x.dtype), zero]) if merged else torch.cat([x, zero])
     row = torch.where(source >= 0, source.long(), x.shape[0] - 1 - source.long())
-    return table[torch.where(_is_row(source, x.shape[0], len(merged)), row, table.shape[0] - 1)]
+    return table[torch.where(is_row(source, x.shape[0], len(merged)), row, table.shape[0] - 1)]
 
 
-def _is_row(source: Tensor, rows: int, batch: int) -> Tensor:
+def is_row(source: Tensor, rows: int, batch: int) -> Tensor:
     """(R,) bool: whether an output row is a row of the input or a merged one; what is neither is padding."""
     return (source >= -batch) & (source < rows)
 
@@ -152,14 +152,24 @@ def gather_merge_layernorm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # x_out (R, C), normed (R, C), mean (R,), rstd (R,)
     """`gather_merge`, then LayerNorm of the rows as stored; all four are zero past the last sequence."""
-    wide = torch.promote_types(x.dtype, torch.float32)
     x_out = gather_merge(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight)
-    real = _is_row(source, x.shape[0], cu_seqlens_in.numel() - 1)[:, None]
-    rows = x_out.to(wide)
+    return x_out, *layernorm(x_out, is_row(source, x.shape[0], cu_seqlens_in.numel() - 1), weight, bias, eps)
+
+
+def layernorm(
+    x: Tensor,  # (R, C)
+    real: Tensor,  # (R,) bool
+    weight: Tensor,  # (C,)
+    bias: Tensor,  # (C,)
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # normed (R, C), mean (R,), rstd (R,)
+    """All three are zero where a row is not real."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.to(wide)
     mean, variance = rows.mean(dim=1), rows.var(dim=1, correction=0)
     rstd = (variance + eps).rsqrt()
     normed = layer_norm(rows, (x.shape[1],), weight.to(wide), bias.to(wide), eps).to(x.dtype)
-    return x_out, normed * real, mean * real[:, 0], rstd * real[:, 0]
+    return normed * real[:, None], mean * real, rstd * real
 
 
 def gather_merge_rmsnorm(
@@ -177,9 +187,17 @@ def gather_merge_rmsnorm(
     Computed in float32, rounded to the dtype of x, then multiplied by the weight: as in Qwen2RMSNorm and LlamaRMSNorm
     of transformers.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
     x_out = gather_merge(x, keep, cu_seqlens_in, cu_seqlens_out, source, merge_weight)
-    real = _is_row(source, x.shape[0], cu_seqlens_in.numel() - 1)[:, None]
-    rows = x_out.to(wide)
+    return x_out, rmsnorm(x_out, is_row(source, x.shape[0], cu_seqlens_in.numel() - 1), weight, eps)
+
+
+def rmsnorm(
+    x: Tensor,  # (R, C)
+    real: Tensor,  # (R,) bool
+    weight: Tensor,  # (C,)
+    eps: float,
+) -> Tensor:  # (R, C)
+    """Zero where a row is not real."""
+    rows = x.to(torch.promote_types(x.dtype, torch.float32))
     scaled = (rows * (rows.square().mean(dim=1, keepdim=True) + eps).rsqrt()).to(x.dtype)
-    return x_out, (scaled * weight).to(x.dtype) * real
+    return (scaled * weight).to(x.dtype) * real[:, None]

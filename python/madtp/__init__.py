@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from madtp.compression import compress as compress
     from madtp.config import CompressionConfig as CompressionConfig
     from madtp.dtp.keep import Keep as Keep
+    from madtp.exporting import export as export
     from madtp.patching.handle import patch as patch
     from madtp.patching.pretrained import from_pretrained as from_pretrained
     from madtp.patching.state import ModelError as ModelError
@@ -40,6 +41,7 @@ _API = {
     "Result": "madtp.compression",
     "allocate": "madtp.budgets.allocate",
     "compress": "madtp.compression",
+    "export": "madtp.exporting",
     "from_pretrained": "madtp.patching.pretrained",
     "measure": "madtp.profiling.figures",
     "pareto": "madtp.budgets.allocate",

@@ -13,14 +13,14 @@ SOURCES = {"madtp_kernels": ROOT / "madtp_kernels", "madtp": ROOT / "python" / "
 LAYERS = {
     "madtp_kernels": (
         ("_version", "atomic_file", "bounded_file"),
-        ("checks", "selection", "flops", "nm_patterns", "ragged", "renamed"),
-        ("table_file", "nm_masks", "dispatch", "layouts", "weight_files"),
+        ("checks", "flops", "nm_patterns", "ragged", "renamed"),
+        ("table_file", "nm_masks", "dispatch", "layouts", "selection", "weight_files"),
         ("reference", "measured"),
         ("native", "triton"),
         ("dense",),
         ("sparse24",),
         ("quantized",),
-        ("ops",),
+        ("decompositions", "ops"),
         ("",),  # madtp_kernels itself
         ("env", "tune"),
     ),
@@ -44,7 +44,7 @@ LAYERS = {
         ("config", "hwp"),
         ("models",),
         ("patching", "data"),
-        ("tasks",),
+        ("exporting", "tasks"),
         ("profiling",),
         ("training",),
         ("budgets",),

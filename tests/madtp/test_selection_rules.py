@@ -45,7 +45,7 @@ def share(prunable, temperature):
 @pytest.mark.parametrize("temperature", [0.01, 2.3, HALF, 300.0])
 @pytest.mark.parametrize("rule", ["static", "cls"])
 def test_static_keeps_the_share_the_summary_attends_to_most(stats, temperature, rule):
-    _, selection, _ = choose(rule, tokens(stats), temperature)
+    _, selection, *_ = choose(rule, tokens(stats), temperature)
     for begin, end, prunable in sequences():
         count = -int(-len(prunable) // (1 + temperature / HALF))
         best = sorted(prunable, key=lambda row: -stats.summary_attention[row])[:count]
@@ -68,7 +68,7 @@ def test_batch_max_keeps_the_best_of_every_sequence(stats, temperature):
     logits = torch.randn(sum(LENGTHS), 4)
     importance, own = score_and_select(stats, logits, CU_SEQLENS, temperature, summary_index=SUMMARY)
     most = max(int(own.keep[prunable].sum()) for _, _, prunable in sequences())
-    got, selection, _ = choose("batch_max", tokens(stats, logits), temperature)
+    got, selection, *_ = choose("batch_max", tokens(stats, logits), temperature)
     torch.testing.assert_close(got, importance)
     for begin, end, prunable in sequences():
         best = sorted(prunable, key=lambda row: -importance[row])[:most]
@@ -79,7 +79,7 @@ def test_batch_max_keeps_the_best_of_every_sequence(stats, temperature):
 def test_unguided_falls_from_all_tokens_to_those_above_the_mean(stats):
     kept = []
     for temperature in (1e-3, 0.1, 1.0, 1e4):
-        importance, selection, _ = choose("unguided", tokens(stats), temperature)
+        importance, selection, *_ = choose("unguided", tokens(stats), temperature)
         kept.append(int(selection.keep.sum()))
     assert kept == sorted(kept, reverse=True) and kept[0] > kept[-1]
     for begin, end, prunable in sequences():
@@ -92,7 +92,7 @@ def test_unguided_falls_from_all_tokens_to_those_above_the_mean(stats):
 def test_the_rules_of_keep_choose_in_a_tower_as_they_do_elsewhere(stats, rule):
     given = tokens(stats)
     attention = stats.received_attention if rule == "received" else stats.summary_attention
-    importance, selection, changed = choose(rule, given, HALF)
+    importance, selection, changed, _ = choose(rule, given, HALF)
     rows = given.x if changed is None else changed
     for begin, end, prunable in sequences():
         if not prunable:

@@ -144,20 +144,21 @@ def visionzip(candidates: Candidates, counts: Sequence[int], context: float = 10
     numbers = [round(context * count) for count in counts]
     dominant = _best(_importance(candidates), candidates, [n - c for n, c in zip(counts, numbers, strict=True)])
     keep, rows, lengths = [], [], list(candidates.lengths)
-    for part, first, number in zip(candidates.features.split(lengths), dominant.split(lengths), numbers, strict=True):
-        rest = (~first).nonzero().flatten()
+    parts = zip(candidates.features.split(lengths), dominant.split(lengths), counts, numbers, strict=True)
+    for part, first, count, number in parts:
+        rest = rows_of(~first, len(part) - count + number)
         target = rest[_evenly(len(rest), number, part.device)]
         stay = first | _mask(target, len(part))
         merged = part
         if number:
-            others = (~stay).nonzero().flatten()
+            others = rows_of(~stay, len(part) - count)
             y = _unit(part.detach())
             nearest = target[(y[others] @ y[target].T).argmax(1)]
             wide = _wide(part)
             size = wide.new_zeros(len(part)).index_add(0, nearest, wide.new_ones(len(others))).clamp_min(1)
             merged = (wide + torch.zeros_like(wide).index_add(0, nearest, wide[others]) / size[:, None]).to(part)
         keep.append(stay)
-        rows.append(merged[stay])
+        rows.append(merged[rows_of(stay, count)])
     return Kept(torch.cat(keep), torch.cat(rows))
 
 
@@ -335,23 +336,30 @@ def _merged(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         y = _unit((total / size[:, None]).detach())
         even, odd = (torch.arange(first, len(left), 2, device=x.device) for first in (0, 1))
         score, target = (y[even] @ y[odd].T).max(1)
-        goes = score.argsort(descending=True, stable=True)[: min(len(left) - count, len(even))]
+        goes = score.sort(descending=True, stable=True).indices[: min(len(left) - count, len(even))]
         to = odd[target[goes]]
         total, size = total.index_add(0, to, total[even[goes]]), size.index_add(0, to, size[even[goes]])
-        stay = ~_mask(even[goes], len(left))
+        stay = rows_of(~_mask(even[goes], len(left)), len(left) - len(goes))
         left, total, size = left[stay], total[stay], size[stay]
     return left, (total / size[:, None]).to(x)
+
+
+def rows_of(which: Tensor, count: int) -> Tensor:
+    """(count,) int64: where `which` (T,) bool is True, `count` times. Unlike `nonzero` it reads nothing on the host."""
+    rows = torch.arange(len(which), device=which.device)
+    return torch.where(which, rows, len(which)).sort().values[:count]
 
 
 def _best(score: Tensor, candidates: Candidates, counts: Sequence[int]) -> Tensor:
     """(T,) bool: the `counts` tokens of each image with the largest scores, of equal ones the first."""
     tokens, cu_seqlens = len(score), candidates.cu_seqlens
     sequence = sequence_ids(cu_seqlens, tokens)
-    order = score.argsort(descending=True, stable=True)
-    order = order[sequence[order].argsort(stable=True)]  # by image, the best first
+    order = score.sort(descending=True, stable=True).indices  # not `argsort`, which no decomposition reaches
+    place = torch.arange(tokens, device=score.device)
+    order = order[(sequence[order] * tokens + place).sort().indices]  # by image, the best first
     limit = torch.tensor(list(counts), device=score.device)
     keep = torch.zeros(tokens, dtype=torch.bool, device=score.device)
-    keep[order] = torch.arange(tokens, device=score.device) - cu_seqlens[sequence] < limit[sequence]
+    keep[order] = place - cu_seqlens[sequence] < limit[sequence]
     return keep
 
 

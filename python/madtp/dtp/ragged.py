@@ -29,6 +29,8 @@ class RaggedBatch:
     aligned: Tensor | None = None  # (B, K, d): MAG's feature of the block the tokens come from, where it is collected
     may_be_empty: bool = False  # some sequences may have no token at all
     fixed: bool = False  # T and the work on it depend on no value: nothing is read on the host
+    # How many tokens of each sequence may go, where all have as many and the host knows it; all are as long then.
+    prunable: int | None = None
 
     @classmethod
     def from_padded(
@@ -37,10 +39,12 @@ class RaggedBatch:
         mask: Tensor | None = None,
         summary_position: Tensor | None = None,
         fixed: bool = False,
+        summary_tokens: int | None = None,
     ) -> RaggedBatch:
         """hidden (B, N, C), mask (B, N) with non-zero at real tokens (None: all are).
 
         summary_position: (B,) the position of each summary token, a real one; -1: none; None: the first real token.
+        summary_tokens: how many each sequence has, 0 or 1; None: that is known of first tokens alone.
         """
         if hidden.device.type == "cpu" and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
             fixed = False  # as ops on a CPU check that sequences end with the rows, which these cannot read
@@ -49,7 +53,11 @@ class RaggedBatch:
         if mask is None:
             ends = torch.arange(0, batch * length + 1, length, device=hidden.device, dtype=torch.int32)
             index = None if summary_position is None else summary_position.int()
-            return cls(hidden.reshape(-1, channels), ends, length, length, position.reshape(-1), index, fixed=fixed)
+            if summary_position is None:
+                summary_tokens = 1
+            prunable = None if summary_tokens is None else max(length - summary_tokens, 0)
+            rows = hidden.reshape(-1, channels), ends, length, length, position.reshape(-1), index
+            return cls(*rows, fixed=fixed, prunable=prunable)
         real = mask.bool()
         ends = torch.nn.functional.pad(real.sum(dim=1).cumsum(0, dtype=torch.int32), (1, 0))
         index = None
@@ -112,21 +120,24 @@ class RaggedBatch:
             row = torch.where(self.cu_seqlens.diff() > 0, row, self.x.shape[0])
         return x.index_select(0, row.long())
 
-    def selected(self, x: Tensor, selection: Selection) -> RaggedBatch:
-        """The batch after pruning: x (T_out, C) came out of a gather with `selection`."""
+    def selected(self, x: Tensor, selection: Selection, prunable: int | None = None) -> RaggedBatch:
+        """The batch after pruning: x (T_out, C) came out of a gather with `selection`, and `prunable` is its own."""
         kept = selection.source >= 0
         origin = torch.where(kept, self.origin[selection.source.clamp_min(0).long()], MERGED)
         index = self.summary_index
         if index is not None:  # it moves up by the pruned rows before it
             before = torch.nn.functional.pad((~selection.keep).cumsum(0, dtype=torch.int32), (1, 0))
             first = self.cu_seqlens[:-1]
-            index = index - (before[first + index.clamp_min(0)] - before[first])
+            # int64: an exported program may have no other indices.
+            index = index - (before[(first + index.clamp_min(0)).long()] - before[first.long()])
         longest = self.max_seqlen
         # On a CPU reading the longest sequence is free; elsewhere the bound does.
         free = x.device.type == "cpu" and not torch.compiler.is_exporting()
-        if free and self.num_sequences and not self.fixed:
+        if prunable is not None and self.prunable is not None:
+            longest += prunable - self.prunable
+        elif free and self.num_sequences and not self.fixed:
             longest = int(selection.cu_seqlens_out.diff().max())
-        rows = replace(self, cu_seqlens=selection.cu_seqlens_out, max_seqlen=longest, aligned=None)
+        rows = replace(self, cu_seqlens=selection.cu_seqlens_out, max_seqlen=longest, aligned=None, prunable=prunable)
         return replace(rows, x=x, origin=origin, summary_index=index)
 
     def kept_positions(self) -> list[Tensor]:
@@ -139,7 +150,8 @@ class RaggedBatch:
         if self.fixed:
             numbers = torch.arange(self.num_sequences, device=self.x.device)
             return self._copied(numbers[:count]), self._copied(numbers[count:])
-        row, index, rows = self.cu_seqlens[count].item(), self.summary_index, replace(self, aligned=None)
+        index, rows = self.summary_index, replace(self, aligned=None)
+        row = self.cu_seqlens[count].item() if self.prunable is None else count * self.max_seqlen
         torch._check(row >= 0)
         torch._check(row <= self.x.shape[0])
         ends, other_ends = self.cu_seqlens[: count + 1], self.cu_seqlens[count:] - row
@@ -162,7 +174,8 @@ class RaggedBatch:
         """(Tk,) int64, the rows of the sequences `index` (Q,) names, and their cu_seqlens (Q+1,)."""
         lengths = self.cu_seqlens.diff()[index]
         ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        count = index.numel() * self.max_seqlen if self.fixed else int(ends[-1])
+        known = self.fixed or self.prunable is not None
+        count = index.numel() * self.max_seqlen if known else int(ends[-1])
         ids = sequence_ids(ends, count)
         inside = torch.arange(count, device=ids.device) - ends[ids]
         starts = torch.nn.functional.pad(self.cu_seqlens[index], (0, 1))  # past the last sequence: any row

@@ -82,6 +82,7 @@ class PruningStep:
         x = batch.for_op(x)
         logits = None if logits is None else batch.for_op(logits)
         normed: Tensor | None = None
+        prunable: int | None = None
         if self.selection == METHOD:
             assert logits is not None, "the method is guided"
             x, normed, selection, importance = prune_tokens(
@@ -95,8 +96,8 @@ class PruningStep:
                 capacity="upper_bound" if batch.fixed else "exact",
             )
         else:
-            tokens = Tokens(x, stats, logits, batch.cu_seqlens, batch.summary_index)
-            importance, selection, changed = choose(self.selection, tokens, self.temperature)
+            tokens = Tokens(x, stats, logits, batch.cu_seqlens, batch.summary_index, batch.prunable)
+            importance, selection, changed, prunable = choose(self.selection, tokens, self.temperature)
             x = x if changed is None else changed
             if norm is None:
                 x = gather_merge(x, selection)
@@ -104,7 +105,7 @@ class PruningStep:
                 x, normed = gather_merge_layernorm(x, selection, *norm)
         if self.observer is not None:
             self.observer(importance, selection)
-        return batch.selected(x, selection), normed
+        return batch.selected(x, selection, prunable), normed
 
 
 def _can_be_fused(norm: nn.LayerNorm) -> bool:

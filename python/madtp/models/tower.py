@@ -37,6 +37,8 @@ class Tower:
     final_norm: str | None = None  # the LayerNorm of the features that leave
     # (tower, inputs, attention_mask) -> (B,) the position of each summary token, -1: none; None: all are the first
     summary_position: Callable[[nn.Module, Tensor, Tensor | None], Tensor] | None = None
+    # How many of them each sequence has, 0 or 1, where summary_position always says the same; None: it may differ.
+    summary_tokens: int | None = None
 
 
 class RaggedTower(nn.Module):
@@ -169,7 +171,7 @@ class RaggedTower(nn.Module):
         position = None
         if spec.summary_position is not None:
             position = spec.summary_position(self, inputs, mask)
-        batch = RaggedBatch.from_padded(hidden, mask, position, self.madtp_branch.fixed(self))
+        batch = RaggedBatch.from_padded(hidden, mask, position, self.madtp_branch.fixed(self), spec.summary_tokens)
         batch = encode(self, spec.encoder, batch, self.madtp_branch, keys, record)
         if spec.final_norm is None:
             return batch

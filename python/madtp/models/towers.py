@@ -164,7 +164,12 @@ TOWERS: dict[type[nn.Module], Tower | Callable[[Any], Tower]] = {
     hf.Blip2VisionModel: BLIP_VISION,
     hf.CLIPVisionModel: Tower(CLIP_ENCODER, "pixel_values", post_layernorm, pre_norm="pre_layrnorm"),
     hf.SiglipVisionModel: Tower(
-        CLIP_ENCODER, "pixel_values", attention_pooling, final_norm="post_layernorm", summary_position=no_summary
+        CLIP_ENCODER,
+        "pixel_values",
+        attention_pooling,
+        final_norm="post_layernorm",
+        summary_position=no_summary,
+        summary_tokens=0,
     ),
     hf.ViTModel: Tower(VIT_ENCODER, "pixel_values", pooler, final_norm="layernorm"),
     hf.Dinov2Model: dinov2,
@@ -175,9 +180,15 @@ TOWERS: dict[type[nn.Module], Tower | Callable[[Any], Tower]] = {
         first,
         final_norm="final_layer_norm",
         summary_position=end_of_text,
+        summary_tokens=1,
     ),
     hf.SiglipTextModel: Tower(
-        CLIP_ENCODER, "input_ids", head_of_last, final_norm="final_layer_norm", summary_position=last_position
+        CLIP_ENCODER,
+        "input_ids",
+        head_of_last,
+        final_norm="final_layer_norm",
+        summary_position=last_position,
+        summary_tokens=1,
     ),
     hf.BertModel: bert,
 }
