@@ -22,7 +22,7 @@ from madtp.budgets.prunable import linear_of
 from madtp.budgets.smoothing import smooth_model
 from madtp.compression.reconstruction import Reconstruction, reconstruct_blocks
 from madtp.compression.report import report_data
-from madtp.compression.targets import Targets, choose_targets, latency_plan, settled
+from madtp.compression.targets import Targets, choose_targets, latency_plan, refuse_towers_only, settled
 from madtp.config import CompressionConfig
 from madtp.files import atomic_directory, require_writable
 from madtp.handles import handle_of
@@ -112,6 +112,7 @@ def compress(
     """
     require_samples(train_data=train_data, eval_data=eval_data)
     refuse_quantized(model)
+    refuse_towers_only(model, config, plan)
     config.to_dict()  # which every file of the run has
     if plan is not None and plan.weight_dtype is not None:
         config = replace(config, weight_dtype=plan.weight_dtype)

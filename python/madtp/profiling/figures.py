@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from madtp.handles import find_handle, handle_of
+from madtp.handles import find_handle
 from madtp.inference import leading_size
+from madtp.models.registry import family_of
 from madtp.patching import patch
 from madtp.profiling.macs import count_parameters, disk_bytes, mean_profile, profile, weight_bytes
 from madtp.profiling.timing import TIMING_BATCH, time_per_layer, time_per_sample
@@ -52,7 +53,7 @@ def measure(
     watch = _TokenCount(model)
     metrics = task.evaluate(model, data, progress=lambda batches: watch(progress(batches)))
     counted = model
-    if find_handle(model) is None:
+    if find_handle(model) is None and family_of(model) is not None:
         counted = copy.deepcopy(model)
         patch(counted)
     batches = sample_batches(task, data, ACCOUNT_SAMPLES, _device(model))
@@ -71,7 +72,7 @@ def measure(
         "nonzero_params": nonzero_params,
         "bytes": disk_bytes(path / "model.safetensors") if path else _saved_bytes(model),
         "weight_bytes": weight_bytes(model),
-        "tokens_per_layer": watch.means() or handle_of(counted).tokens_per_layer,
+        "tokens_per_layer": watch.means() or getattr(find_handle(counted), "tokens_per_layer", {}),
     }
 
 

@@ -151,8 +151,9 @@ def mean_profile(profiles: Sequence[Profile], samples: Sequence[int]) -> Profile
 def counted_macs(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], *, planned_sparse: Collection[str] = ()
 ) -> dict[str, float]:
-    """The counted MACs per sample of each branch of a patched model, as `profile` has them, from one forward pass."""
-    branches, samples = handle_of(model).branches, sum(leading_size(batch) for batch in batches)
+    """The counted MACs per sample of each part of a patched model that spends its own, as `profile` has them, from one
+    forward pass."""
+    branches, samples = handle_of(model).spending, sum(leading_size(batch) for batch in batches)
     kept = sum((_forward_macs(model, batch) for batch in batches), Counter())
     sparse = _sparse_shares(model, kept, planned_sparse)
     macs = dict.fromkeys((*branches, OTHER), 0.0)
