@@ -59,7 +59,18 @@ def test_a_decoder_is_compressed_and_judged(madtp, tmp_path):
         (("evaluate", dense), "data must be an annotation file with images="),
         (("evaluate", dense, "--data", "no.json", "--images", tmp_path), "conversations not found at no.json: run `hf"),
         (
-            ("visualize", out / "model", "--data", test, "--images", tmp_path / "images", "--out", tmp_path / "a.png"),
+            (
+                "visualize",
+                out / "model",
+                "--rows",
+                2,
+                "--data",
+                test,
+                "--images",
+                tmp_path / "images",
+                "--out",
+                tmp_path / "a.png",
+            ),
             "model must have",
         ),
         (
