@@ -166,6 +166,8 @@ def test_fixed_amounts_train_and_come_to_what_they_come_to(tmp_path, data, task)
     assert compressed["executed_gmacs"] == pytest.approx(compressed["counted_gmacs"])
     assert compressed["metrics"].keys() == {"accuracy", "loss"} == result.report["dense"]["metrics"].keys()
     assert plan["packed_modules"] == sorted(plan["sparse_modules"]) and "lm_head" in plan["dense_modules"]
+    assert compressed["tokens_per_layer"] == {"projector": [32.0], "prefill": [8.0]}
+    assert result.report["dense"]["tokens_per_layer"] == {"projector": [64.0], "prefill": [64.0]}
     assert result.report["config"]["keep"] == FIXED.to_dict()["keep"]
     again = madtp.from_pretrained(result.path)
     assert again.madtp_handle.keep == result.model.madtp_handle.keep and again.madtp_handle.keep["projector"] == UNIFORM

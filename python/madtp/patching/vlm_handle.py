@@ -336,6 +336,21 @@ class VlmHandle:
                 found[name] = {} if record is None else record.selections()
         return found
 
+    def token_counts(self) -> tuple[list[int], dict[str, list[list[int]]]]:
+        """Of the last prompt with images of this thread: how many tokens each image had, and by seam, layer after
+        layer, how many of each were left."""
+        if PROJECTOR in self._mixed:
+            had = self._mixed[PROJECTOR].here.record.lengths()
+        else:
+            record = self.seams[PREFILL].here.record
+            had = [] if record is None else record.entered()
+        left: dict[str, list[list[int]]] = {}
+        for name, found in self.selections.items():
+            if name in self.seams and had:
+                layers = [found] if name == PROJECTOR else found.values() if name == PREFILL else found
+                left[name] = [[len(kept) for kept in layer] for layer in layers]
+        return had, left
+
     @property
     def columns(self) -> Tensor | None:
         """(B, S') int64: the places of the whole prompt that were left in the last one of this thread, -1 for padding.
