@@ -42,6 +42,9 @@ class CompressionConfig:
     # may be a mapping of its fields. Temperatures of seams are steered to the target, amounts stay. None: a temperature
     # in the tower.
     keep: Mapping[str, Any] | None = None
+    # Of decoders that read images alone: the decoder trains by LoRA adapters of this rank on its Linears that do not go
+    # N:M, which are merged in the end; its other weights are frozen, but for those that go N:M. None: all train.
+    lora_rank: int | None = None
 
     temperature: float = 1.0  # where the search for the tau of every branch starts
     temperature_min: float = 1e-4
@@ -100,6 +103,8 @@ class CompressionConfig:
         self._require("seed", _is_int(self.seed) and self.seed >= 0, "an integer of at least 0")
         self._number("hwp_ramp", lambda value: 0 <= value <= 1, "a number in [0, 1]")
         self._require("selection", is_selection(self.selection), f"one of {', '.join(SELECTIONS)}, or a function")
+        rank = self.lora_rank
+        self._require("lora_rank", rank is None or (_is_int(rank) and rank >= 1), "an integer of at least 1 or None")
         if self.keep is not None:
             object.__setattr__(self, "keep", _parsed_keep(self.keep))
         self._require("hwp_schedule", self.hwp_schedule in ("gradual", "one_shot"), '"gradual" or "one_shot"')

@@ -329,3 +329,42 @@ def test_qwen_is_compressed(tmp_path, name):
     again = madtp.from_pretrained(result.path)
     task, items = VlmTask(Numbers()), [data[0], data[1]]
     assert task.predictions(again, items) == task.predictions(result.model, items)
+
+
+def test_a_decoder_trains_by_adapters_that_are_merged(tmp_path, data, task):
+    pytest.importorskip("peft")
+    keep, exclude = {"vision": madtp.Keep(temperature=1.0)}, ("*.layers.*.self_attn",)
+    config = dataclasses.replace(
+        FIXED, macs_reduction=0.55, keep=keep, sparse_exclude=exclude, lora_rank=4, guard_tolerance=None
+    )
+    training = {**TRAINING, "save_strategy": "steps", "save_steps": 3, "max_steps": 4}
+    model = dense()
+    whole = madtp.compress(model, task, data, None, config, output_dir=tmp_path / "whole", training=training)
+    assert whole.report["training"][-1]["loss_task"] < whole.report["training"][0]["loss_task"]
+    weights, before = whole.model.state_dict(), model.state_dict()
+    assert not any("lora" in name or "base_layer" in name for name in weights)
+    changed = {name for name in weights.keys() & before.keys() if not torch.equal(weights[name], before[name])}
+    layer = "model.language_model.layers.0"
+    assert f"{layer}.self_attn.q_proj.weight" in changed and f"{layer}.input_layernorm.weight" not in changed
+    difference = weights[f"{layer}.self_attn.q_proj.weight"] - before[f"{layer}.self_attn.q_proj.weight"]
+    assert torch.linalg.matrix_rank(difference, rtol=1e-4) == 4
+    assert "model.language_model.embed_tokens.weight" not in changed and "lm_head.weight" not in changed
+    assert f"{layer}.mlp.up_proj" in whole.report["plan"]["packed_modules"], "those that go 2:4 train as ever"
+    assert "model.multi_modal_projector.linear_1.bias" in changed
+    found = profile_batches(whole.model, sample_batches(task, data, 8)).total
+    assert found.counted_macs == pytest.approx(0.45 * found.dense_macs, rel=0.05)
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "checkpoint-4")
+    resumed = madtp.compress(
+        model, task, data, None, config, output_dir=tmp_path / "whole", training=training, resume=True
+    )
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_adapters_where_there_is_no_place_for_them_are_refused(tmp_path, data, task, blip):
+    config = dataclasses.replace(FIXED, lora_rank=4)
+    with pytest.raises(ValueError, match="lora_rank must be None where all Linears of the decoder go 2:4"):
+        madtp.compress(dense(), task, data, None, config, output_dir=tmp_path, training=TRAINING)
+    with pytest.raises(ValueError, match="lora_rank must be None for a BlipForQuestionAnswering, it is of decoders"):
+        madtp.compress(blip, task, data, None, config, output_dir=tmp_path, training=TRAINING)
+    with pytest.raises(ValueError, match="lora_rank must be an integer of at least 1 or None, got 0"):
+        dataclasses.replace(FIXED, lora_rank=0)

@@ -69,7 +69,7 @@ def predict_targets(
     Raises:
         as `compress`.
     """
-    refuse_towers_only(model, config, plan)
+    check_kind(model, config, plan)
     set_seed(config.seed)
     student = copy.deepcopy(model)
     patch(student, config)
@@ -160,9 +160,12 @@ def settled(student: nn.Module, targets: Targets, config: CompressionConfig) -> 
         handle.set_temperature(before)
 
 
-def refuse_towers_only(model: nn.Module, config: CompressionConfig, plan: Plan | None) -> None:
-    """Raises ValueError for what a decoder that reads images has not: its seams are given, and nobody plans them."""
+def check_kind(model: nn.Module, config: CompressionConfig, plan: Plan | None) -> None:
+    """Raises ValueError for what a decoder that reads images has not, since its seams are given and nobody plans them,
+    and for what it alone has."""
     if family_of(model) is not None or unsupported_reason(model) is not None:
+        if config.lora_rank is not None:
+            raise ValueError(f"lora_rank must be None for a {type(model).__name__}, it is of decoders that read images")
         return
 
     def require(name: str, fits: bool, rule: str, given: object) -> None:

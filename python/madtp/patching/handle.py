@@ -338,8 +338,8 @@ def patch(
     trained = keep is None and keep_rate is None and config is not None  # and perhaps a decoder
     asked = keep_rate is not None or trained
     if keep is not None or (family is None and asked and unsupported_reason(model) is None):
-        others: dict[str, Any] = {"family": family, "capacity": None if capacity == "exact" else capacity}
-        others |= {} if trained else {"config": config}
+        others: dict[str, Any] = {"config": None if trained else config, "family": family}
+        others |= {"capacity": None if capacity == "exact" else capacity}
         if given := [name for name, value in others.items() if value is not None]:
             what = "keep" if keep is not None else "config of a decoder" if trained else "keep_rate of a decoder"
             raise ValueError(f"{what} must come without settings of pruned towers, got {', '.join(given)} too")

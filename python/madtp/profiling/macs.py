@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from madtp.dtp.branch import exact_capacity
 from madtp.handles import find_handle, handle_of
 from madtp.hwp import PackedLinear, is_pattern, matches
+from madtp.hwp.adapters import MERGED
 from madtp.inference import evaluating, leading_size
 from madtp.models.registry import family_of
 from madtp.models.vlm_branches import branches_of
@@ -302,6 +303,8 @@ def _sparse_shares(model: nn.Module, macs: Counter, planned_sparse: Collection[s
 
 def _sparsity(module: nn.Module, planned: bool) -> tuple[float, float]:
     """(counted, executed) share of the MACs run directly in the module."""
+    if hasattr(module, MERGED):
+        return 0.0, 0.0
     if isinstance(module, PackedLinear):
         return 0.5 if module.sparse else 1.0, 0.5 if module.executes_sparse else 1.0
     if not isinstance(module, nn.Linear):

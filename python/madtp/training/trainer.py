@@ -15,14 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import ModelOutput
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from madtp.config import CompressionConfig
 from madtp.files import atomic_write
 from madtp.handles import handle_of
 from madtp.hwp import FakeQuantizer, Pattern, WeightPruner
+from madtp.hwp.adapters import has_adapters
 from madtp.inference import evaluating
 from madtp.migration import CHECKPOINT_VERSION, migrate_checkpoint, migrate_log
 from madtp.profiling.macs import counted_macs
@@ -295,6 +297,15 @@ class MadtpTrainer(Trainer):
         if wrong is not None:
             raise self._diverged(f"weight: {wrong}")
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Of a model with adapters, which no model folder has a place for, the weights alone."""
+        if not has_adapters(self.model):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(str(output_dir or self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, str(folder / SAFE_WEIGHTS_NAME), {"format": "pt"})
 
     def _diverged(self, what: str) -> DivergedError:
         good = last_checkpoint(str(self.args.output_dir))
