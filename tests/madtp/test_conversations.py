@@ -104,6 +104,16 @@ def test_a_conversation_longer_than_the_context_is_one_error(tmp_path):
         data[3]
 
 
+def test_the_context_is_no_longer_than_the_tokenizer_says(tmp_path):
+    processor = example.make_processor()
+    assert conversations(tmp_path, processor=processor, max_length=None).max_length > 10**9
+    processor.tokenizer.model_max_length = 100
+    assert conversations(tmp_path, processor=processor, max_length=None).max_length == 100
+    assert conversations(tmp_path, processor=processor).max_length == 100
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        conversations(tmp_path, limit=0)
+
+
 def test_a_missing_file_says_how_to_get_one(tmp_path):
     with pytest.raises(DataError, match=r"conversations not found at .*none.json: run `hf download .*compress_vlm.py"):
         Conversations(tmp_path / "none.json", tmp_path, example.make_processor(), max_length=CONTEXT)
@@ -132,6 +142,13 @@ def test_a_template_that_takes_back_what_it_said_is_refused(tmp_path):
     processor = example.make_processor()
     processor.chat_template = "{{ messages | length }} " + CHAT
     with pytest.raises(DataError, match="record 0 must be said turn by turn"):
+        conversations(tmp_path, processor=processor)[0]
+
+
+def test_a_template_that_fails_is_one_error(tmp_path):
+    processor = example.make_processor()
+    processor.chat_template = "{{ raise_exception('no system prompt') }}"
+    with pytest.raises(DataError, match=r"record 0 cannot be said by the chat template .*\(no system prompt\)"):
         conversations(tmp_path, processor=processor)[0]
 
 

@@ -333,10 +333,8 @@ def test_qwen_is_compressed(tmp_path, name):
 
 def test_a_decoder_trains_by_adapters_that_are_merged(tmp_path, data, task):
     pytest.importorskip("peft")
-    keep, exclude = {"vision": madtp.Keep(temperature=1.0)}, ("*.layers.*.self_attn",)
-    config = dataclasses.replace(
-        FIXED, macs_reduction=0.55, keep=keep, sparse_exclude=exclude, lora_rank=4, guard_tolerance=None
-    )
+    exclude = ("*.layers.*.self_attn",)
+    config = dataclasses.replace(FIXED, macs_reduction=0.4, sparse_exclude=exclude, lora_rank=4, guard_tolerance=None)
     training = {**TRAINING, "save_strategy": "steps", "save_steps": 3, "max_steps": 4}
     model = dense()
     whole = madtp.compress(model, task, data, None, config, output_dir=tmp_path / "whole", training=training)
@@ -352,7 +350,8 @@ def test_a_decoder_trains_by_adapters_that_are_merged(tmp_path, data, task):
     assert f"{layer}.mlp.up_proj" in whole.report["plan"]["packed_modules"], "those that go 2:4 train as ever"
     assert "model.multi_modal_projector.linear_1.bias" in changed
     found = profile_batches(whole.model, sample_batches(task, data, 8)).total
-    assert found.counted_macs == pytest.approx(0.45 * found.dense_macs, rel=0.05)
+    miss = found.counted_macs / (0.6 * found.dense_macs) - 1
+    assert whole.report["plan"]["calibration_miss"] == pytest.approx(miss), "adapters are not counted"
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "checkpoint-4")
     resumed = madtp.compress(
         model, task, data, None, config, output_dir=tmp_path / "whole", training=training, resume=True

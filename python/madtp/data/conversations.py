@@ -17,6 +17,7 @@ from torch import Tensor
 from madtp.data.annotations import Annotations, is_text
 from madtp.data.errors import DataError
 from madtp.data.images import read_image
+from madtp_kernels.bounded_file import one_line
 
 IMAGE = "<image>"  # where a text has an image, whatever the placeholder of a tokenizer is
 SPEAKERS = ("human", "gpt")  # in turns
@@ -48,7 +49,7 @@ class Conversations(Annotations):
         processor: of Hugging Face, with a tokenizer, an image processor and perhaps a chat template. Without one
             prompts are those of LLaVA-1.5, "USER: <image>\\nWhat ...? ASSISTANT: ...".
         image_processor: that of the processor; it is not looked at.
-        max_length: tokens of the model's context, image tokens among them.
+        max_length: tokens of the model's context, image tokens among them; None: what the tokenizer says.
         limit: keep the first `limit` records.
 
     Raises:
@@ -63,12 +64,22 @@ class Conversations(Annotations):
         "conversations": lambda value: isinstance(value, list) and bool(value) and all(map(_is_turn, value)),
     }
 
-    def __init__(self, file: Path | str, image_root: Path | str, processor, image_processor=None, **options):
+    def __init__(
+        self,
+        file: Path | str,
+        image_root: Path | str,
+        processor,
+        image_processor=None,
+        max_length: int | None = None,
+        limit: int | None = None,
+    ):
         self.image_token = _image_token(processor)
         self.image_id = processor.tokenizer.convert_tokens_to_ids(self.image_token)
         if not Path(file).exists():
             raise DataError(f"conversations not found at {file}: {REMEDY}")
-        super().__init__(file, image_root, processor, image_processor, **options)
+        longest = processor.tokenizer.model_max_length  # a number without meaning, but large, where nobody knows
+        max_length = longest if max_length is None else min(max_length, longest)
+        super().__init__(file, image_root, processor, image_processor, max_length, limit)
         for number, record in enumerate(self.records):
             self._check(number, record)
 
@@ -142,7 +153,13 @@ class Conversations(Annotations):
         pieces, whole = [], ""
         for end in range(1, len(turns) + 1):
             is_answer = turns[end - 1]["from"] == "gpt"
-            text = self._templated(messages[:end], prompts=not is_answer)
+            try:
+                text = self._templated(messages[:end], prompts=not is_answer)
+            except Exception as error:  # whatever a template does
+                raise DataError(
+                    f"{self.file}: record {number} cannot be said by the chat template of the processor "
+                    f"({one_line(error)})"
+                ) from error
             if not text.startswith(whole):
                 raise DataError(
                     f"{self.file}: record {number} must be said turn by turn, and the chat template of the processor "
