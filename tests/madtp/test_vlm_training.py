@@ -119,6 +119,18 @@ def test_student_and_teacher_share_rows(data, task, keep):
     assert not any(x.requires_grad for x in ours.summary_features["text"]), "no graph is kept"
 
 
+def test_a_prompt_without_images_has_no_features_and_all_its_labels(data, task):
+    model, handle = patched(dataclasses.replace(FIXED, keep=KEEPS["both"]))
+    model(**task.collate([data[0]]))
+    assert handle.summary_features["text"]
+    words = torch.tensor([[2, 7, 8, 14]])
+    batch = {"input_ids": words, "labels": words}
+    logits, _ = task.logits(model(**batch), handle.as_left(batch))
+    assert handle.summary_features == {} and logits.shape[0] == 3
+    with torch.no_grad():
+        torch.testing.assert_close(logits, dense()(**batch).logits[0, :3])
+
+
 def test_all_tokens_make_the_features_of_the_teacher(data, task):
     _, ours = patched(dataclasses.replace(FIXED, keep={"projector": 1.0, "prefill": {1: 1.0}}))
     batch = task.collate([data[0], data[1]])

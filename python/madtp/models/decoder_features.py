@@ -37,9 +37,17 @@ class FeatureRecord:
     Args:
         layers: (B, N_l, C) each, what left a layer.
         columns: of each (B, N_l) int64, the places of the prompt that it holds, -1 for padding.
+        left: those that the logits are of; None: all, of a prompt without images.
     """
 
-    def __init__(self, prompt: Prompt | None = None, layers: Sequence[Tensor] = (), columns: Sequence[Tensor] = ()):
+    def __init__(
+        self,
+        prompt: Prompt | None = None,
+        layers: Sequence[Tensor] = (),
+        columns: Sequence[Tensor] = (),
+        left: Tensor | None = None,
+    ):
+        self.left = left
         self.text: list[Tensor] = []  # (R, C): the rows of text, sample by sample
         self.vision: list[Tensor] = []  # (B, C): the mean of the image tokens of each prompt
         for hidden, held in zip(layers, columns, strict=True):
@@ -95,7 +103,10 @@ class RecordedHead(PatchedHead):
 
     def _forward(self, kwargs: dict[str, Any]):
         run, here, input_ids = super().forward, self.madtp_features.here, kwargs.get("input_ids")
-        if not isinstance(input_ids, Tensor) or not has_images(kwargs) or any(seam.here.calls for seam in self._seams):
+        if any(seam.here.calls for seam in self._seams):  # it generates
+            return run(**kwargs)
+        here.record = FeatureRecord()
+        if not isinstance(input_ids, Tensor) or not has_images(kwargs):
             return run(**kwargs)
         here.running = []
         try:
@@ -105,7 +116,8 @@ class RecordedHead(PatchedHead):
             here.running = None
         prompt = self._prompt(input_ids, kwargs)
         found = {number: hidden for number, hidden in enumerate(layers) if number >= self._first_pruned}
-        here.record = FeatureRecord(prompt, list(found.values()), [self._held(prompt, number) for number in found])
+        columns = [self._held(prompt, number) for number in found]
+        here.record = FeatureRecord(prompt, list(found.values()), columns, self._held(prompt, len(layers) - 1))
         return output
 
     @property

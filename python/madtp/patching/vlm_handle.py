@@ -189,20 +189,22 @@ class VlmHandle:
 
     @property
     def summary_features(self) -> dict[str, list[Tensor]]:
-        """Of the last forward with images of this thread, after each layer of the decoder that some tokens may not
-        reach: "text" (R, C), the rows of text, sample by sample, and "vision" (B, C), the mean of each prompt's image
-        tokens. Of a model that is trained; their gradients go once a backward has passed.
+        """Of the last forward of this thread, after each layer of the decoder that some tokens may not reach: "text"
+        (R, C), the rows of text, sample by sample, and "vision" (B, C), the mean of each prompt's image tokens.
+
+        Of a model that is trained, and nothing of a forward without images; their gradients go once a backward has
+        passed.
         """
         if self._features is None:
             return {}
         record = self._features.here.record
-        return {"vision": record.vision, "text": record.text}
+        return {"vision": record.vision, "text": record.text} if record.text else {}
 
     def as_left(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of the last forward, their labels those of the columns that its logits are of."""
-        pruned = not any(seam.here.dense for seam in self._mixed.values())
-        labels, columns = inputs.get("labels"), self.columns
-        if not pruned or labels is None or columns is None:
+        """The inputs of the last forward, their labels those of the columns that its logits are of; of a model that is
+        trained."""
+        labels, columns = inputs.get("labels"), None if self._features is None else self._features.here.record.left
+        if labels is None or columns is None or self.model.config.is_encoder_decoder:  # type: ignore[union-attr]
             return dict(inputs)
         columns = columns.to(labels.device)
         moved = labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, FILLS["labels"])
