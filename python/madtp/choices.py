@@ -4,7 +4,7 @@
 ALLOCATIONS = ("joint", "uniform", "tokens", "weights")  # of a budget, see `madtp.budgets.allocate`
 REDUCTIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of MACs, for which `pareto` makes plans
 WEIGHT_DTYPES = ("int8", "fp8")  # of packed weights, beside that of the model
-TASKS = ("vqa", "retrieval", "nlvr", "captioning")  # the rows of `madtp.tasks.registry`
+TASKS = ("vqa", "retrieval", "nlvr", "captioning", "vlm")  # the rows of `madtp.tasks.registry`
 DATA = ("easy-vqa", "emoji")  # the data sets with a name there
 DEMO_STEPS = 300
 DEMO_REDUCTION = 0.6

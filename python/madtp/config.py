@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from madtp.choices import WEIGHT_DTYPES
+from madtp.dtp.keep import Keep
 from madtp.dtp.keep_rules import Rule, name_of
 from madtp.dtp.selection_rules import METHOD, SELECTIONS, is_selection
 from madtp.migration import CONFIG_NAMES, refuse_old_names
@@ -37,6 +38,13 @@ class CompressionConfig:
     # Which tokens stay: the method, or a rule to compare it with (`madtp.dtp.selection_rules`), by its name or as a
     # function like the rules of `Keep`, which no file can hold.
     selection: str | Rule = METHOD
+    # Of decoders that read images alone: by seam what is left of each image, as `madtp.patch(keep=)` takes it; a Keep
+    # may be a mapping of its fields. Temperatures of seams are steered to the target, amounts stay. None: a temperature
+    # in the tower.
+    keep: Mapping[str, Any] | None = None
+    # Of decoders that read images alone: the decoder trains by LoRA adapters of this rank on its Linears that do not go
+    # N:M, which are merged in the end; its other weights are frozen, but for those that go N:M. None: all train.
+    lora_rank: int | None = None
 
     temperature: float = 1.0  # where the search for the tau of every branch starts
     temperature_min: float = 1e-4
@@ -95,6 +103,10 @@ class CompressionConfig:
         self._require("seed", _is_int(self.seed) and self.seed >= 0, "an integer of at least 0")
         self._number("hwp_ramp", lambda value: 0 <= value <= 1, "a number in [0, 1]")
         self._require("selection", is_selection(self.selection), f"one of {', '.join(SELECTIONS)}, or a function")
+        rank = self.lora_rank
+        self._require("lora_rank", rank is None or (_is_int(rank) and rank >= 1), "an integer of at least 1 or None")
+        if self.keep is not None:
+            object.__setattr__(self, "keep", _parsed_keep(self.keep))
         self._require("hwp_schedule", self.hwp_schedule in ("gradual", "one_shot"), '"gradual" or "one_shot"')
         scores = ("magnitude", "activation", "token_weighted", "second_order")
         self._require("hwp_score", self.hwp_score in scores, f"one of {', '.join(scores)}")
@@ -123,13 +135,14 @@ class CompressionConfig:
             object.__setattr__(self, name, tuple(value))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON. Raises ValueError where the selection is a function."""
+        """Plain values, ready for JSON. Raises ValueError where the selection is a function, or a rule of `keep`."""
         if callable(self.selection):
             names = ", ".join(SELECTIONS)
             raise ValueError(
                 f"selection must be one of {names} to be saved, got the function {name_of(self.selection)}"
             )
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return values | {"keep": None if self.keep is None else _plain_keep(self.keep)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionConfig:
@@ -153,6 +166,43 @@ class CompressionConfig:
     def _require(self, name: str, ok: bool, rule: str) -> None:
         if not ok:
             raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+
+PREFILL = "prefill"  # the seam whose amounts are by layer
+
+
+def _parsed_keep(keep: Any) -> dict[str, Any]:
+    """By seam an amount or a Keep, of prefill by layer; `madtp.patch` knows which seams and layers there are."""
+    if not isinstance(keep, Mapping) or not keep:
+        raise ValueError(f'keep must be None or a mapping by seam, such as {{"projector": 0.5}}, got {keep!r}')
+    parsed: dict[str, Any] = {}
+    for seam, value in keep.items():
+        if seam == PREFILL and isinstance(value, Mapping):
+            parsed[seam] = {_layer(layer): _parsed_amount(seam, amount) for layer, amount in value.items()}
+        else:
+            parsed[seam] = _parsed_amount(seam, value)
+    return parsed
+
+
+def _layer(layer: Any) -> Any:
+    """Keys of JSON are strings."""
+    return int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+
+
+def _parsed_amount(seam: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    known = [field.name for field in fields(Keep)]
+    unknown = sorted(set(value) - set(known))
+    if unknown:
+        raise ValueError(f"keep of {seam!r} must have fields of Keep ({', '.join(known)}), got {', '.join(unknown)}")
+    return Keep(**value)
+
+
+def _plain_keep(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain_keep(part) for name, part in value.items()}
+    return value.to_dict() if isinstance(value, Keep) else value
 
 
 def _is_int(value: object) -> bool:

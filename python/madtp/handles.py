@@ -3,7 +3,8 @@
 
 `torch.nn.Module` says of an attribute only that it is a tensor or a module; these say which type it has. `Handle`
 itself lives in `patching`, at the top of what asks for it, so it is imported for its type alone. The `VlmHandle` of a
-decoder has of it what all models need: `branches`, none of which prunes, `dense()`, `inference()` and `save`.
+decoder has of it what all models need: `branches`, none of which prunes, `dense()`, `inference()` and `save`, and what
+the training asks for: `temperatures`, `spending`, `summary_features`, `as_left`.
 """
 
 from __future__ import annotations

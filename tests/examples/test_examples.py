@@ -60,6 +60,13 @@ def test_decoders_answer_with_fewer_image_tokens(run_here, name, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_decoder_is_made_trained_and_compressed(run_here, tmp_path):
+    out = run_here("compress_vlm", "--out", tmp_path, "--samples", 16, "--dense-steps", 4, "--steps", 2)
+    assert "| accuracy, 4 samples |" in out and "| tokens, projector layer 1 | 64.0 |" in out
+    assert (tmp_path / "model" / "madtp.json").is_file() and (tmp_path / "report.md").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FETCHED)
 def test_runs_on_fetched_data(name):
     arguments, promised = FETCHED[name]

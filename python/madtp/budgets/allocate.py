@@ -25,6 +25,8 @@ from madtp.budgets.strategies import STRATEGIES
 from madtp.choices import ALLOCATIONS, REDUCTIONS
 from madtp.config import CompressionConfig
 from madtp.hwp import select_rounded
+from madtp.models.registry import family_of
+from madtp.models.vlm import unsupported_reason
 from madtp.patching.handle import patch
 from madtp.profiling.timing import TIMING_BATCH
 from madtp.tasks.batches import require_samples, sample_batches
@@ -114,6 +116,11 @@ def _look_into(
     model: nn.Module, task: Task, calibration_data: Dataset, config: CompressionConfig, progress: Progress
 ) -> tuple[Calibration, Sensitivities]:
     """A patched copy of the model on calibration data, and what each of its parts does to its answers."""
+    if family_of(model) is None and unsupported_reason(model) is None:
+        raise ValueError(
+            f"model must have towers that prune, whose budgets a plan is of, got a {type(model).__name__}: "
+            "madtp.seam_pareto compares its seams"
+        )
     require_samples(calibration_data=calibration_data)
     device, patched = next(model.parameters()).device, copy.deepcopy(model)
     patch(patched, config)

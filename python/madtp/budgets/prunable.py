@@ -14,7 +14,7 @@ from madtp.hwp import SparseModules, select_modules
 
 def prunable_linears(model: nn.Module, config: CompressionConfig) -> SparseModules:
     """Those of a patched model that the pattern fits, without what the config, the family and MAG keep dense."""
-    exclude = (*config.sparse_exclude, *handle_of(model).family.dense_modules, "madtp_guide")
+    exclude = (*config.sparse_exclude, *handle_of(model).dense_modules)
     return select_modules(model, config.pattern, include=config.sparse_include, exclude=exclude)
 
 

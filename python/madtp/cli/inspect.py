@@ -45,6 +45,7 @@ def evaluate(
     """
     quiet_transformers()
     from madtp.progress import Progress
+    from madtp.reporting.rows import metric
     from madtp.tasks.batches import sample_count
     from madtp.tasks.registry import load_judged
 
@@ -53,7 +54,7 @@ def evaluate(
         judged = load_judged(model, task, data, test=test, images=images, limit=limit)
     metrics = judged.task.evaluate(judged.model, judged.data, progress=lambda batches: progress(batches, "evaluating"))
     for name, value in metrics.items():
-        print(f"{name} {100 * value:.2f} % on {sample_count(judged.data):,} samples")
+        print(f"{name} {metric(name, value)} on {sample_count(judged.data):,} samples")
 
 
 def profile(
@@ -74,6 +75,7 @@ def profile(
 
     from madtp.data.model_inputs import random_inputs
     from madtp.handles import find_handle
+    from madtp.models.registry import family_of
     from madtp.patching.handle import patch
     from madtp.profiling.figures import ACCOUNT_SAMPLES
     from madtp.profiling.macs import profile_batches
@@ -91,7 +93,7 @@ def profile(
         batches = [random_inputs(loaded, limit or RANDOM_SAMPLES)]
         samples = f"{limit or RANDOM_SAMPLES} random samples, as no task is for this model: {_shapes(batches[0])}"
     found = weights = profile_batches(loaded, batches)
-    if find_handle(loaded) is None:
+    if find_handle(loaded) is None and family_of(loaded) is not None:
         patch(loaded)  # plain Hugging Face computes padding, the patched dense model does not
         found = profile_batches(loaded, batches)
     console = Console()

@@ -18,17 +18,20 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from madtp.budgets.plan import Plan
-from madtp.budgets.prunable import linear_of
+from madtp.budgets.prunable import linear_of, prunable_linears
 from madtp.budgets.smoothing import smooth_model
 from madtp.compression.reconstruction import Reconstruction, reconstruct_blocks
 from madtp.compression.report import report_data
-from madtp.compression.targets import Targets, choose_targets, latency_plan, settled
+from madtp.compression.targets import Targets, check_kind, choose_targets, latency_plan, settled
 from madtp.config import CompressionConfig
 from madtp.files import atomic_directory, require_writable
 from madtp.handles import handle_of
 from madtp.hwp import InputStatistics, Permutation, Smoothing, mlp_pairs, pack, permute_mlps, prune_one_shot
+from madtp.hwp.adapters import Adapters, require_peft
+from madtp.hwp.modules import matches
 from madtp.hwp.packing import refuse_quantized
 from madtp.hwp.weight_grid import set_scale
+from madtp.models.vlm_branches import branches_of
 from madtp.patching.handle import patch
 from madtp.patching.pretrained import from_pretrained
 from madtp.patching.saving import files_of_user
@@ -112,6 +115,9 @@ def compress(
     """
     require_samples(train_data=train_data, eval_data=eval_data)
     refuse_quantized(model)
+    check_kind(model, config, plan)
+    if config.lora_rank is not None:
+        require_peft()
     config.to_dict()  # which every file of the run has
     if plan is not None and plan.weight_dtype is not None:
         config = replace(config, weight_dtype=plan.weight_dtype)
@@ -137,6 +143,8 @@ def compress(
         batches = sample_batches(task, calibration_data, RECONSTRUCTION_SAMPLES, args.device) if fits else []
         with bars.status("fitting pruned weights to the dense model") if fits else nullcontext():
             fitted = _prune_in_one_shot(student, targets, config, batches)
+    norms = _score_norms(student, targets, config)
+    adapters = _adapt(student, targets, config)
     trainer = MadtpTrainer(
         student,
         teacher,
@@ -145,7 +153,7 @@ def compress(
         targets=targets.branch_macs,
         probe=targets.probe,
         sparse_modules=targets.chosen,
-        norms=_score_norms(student, targets, config),
+        norms=norms,
         guarded=sample_batches(task, calibration_data, GUARD_SAMPLES, args.device),
         args=args,
         train_dataset=train_data,
@@ -156,6 +164,8 @@ def compress(
     if targets.weight_dtype is not None and targets.quantized:
         trainer.fake_quantize(targets.quantized, FAKE_QUANTIZED_SHARE, targets.weight_dtype)
     _train(trainer, output_dir / "checkpoints", resume, progress)
+    if adapters is not None:
+        adapters.merge()
     magnitude_kept = _finish_training(trainer, targets.quantized)
     with bars.status("calibrating the temperatures"):
         packed, miss = _pack_and_calibrate(trainer, model, calibration_data, targets)
@@ -244,6 +254,24 @@ def _prune_in_one_shot(
         prune_one_shot(student, config.pattern, both, known, correct=True, weight_dtype=dtype)
         prune_one_shot(student, None, unpruned, known, correct=True, weight_dtype=dtype)
     return fitted
+
+
+def _adapt(student: nn.Module, targets: Targets, config: CompressionConfig) -> Adapters | None:
+    """If asked to, puts LoRA on the Linears of a decoder that keep all their weights, and freezes its others."""
+    if config.lora_rank is None:
+        return None
+    everywhere = replace(config, sparse_include=("*",), sparse_exclude=())
+    decoder, linears = branches_of(student)["decoder"], prunable_linears(student, everywhere)
+    names = [name for name in linears.selected if matches(name, decoder) and name not in targets.chosen]
+    if not names:
+        raise ValueError(
+            f"lora_rank must be None where all Linears of the decoder go {config.pattern}, which adapters cannot be "
+            f"merged into: sparse_exclude leaves some out, got {config.lora_rank}"
+        )
+    adapters = Adapters(student, decoder, names, config.lora_rank)
+    for name in targets.chosen:
+        linear_of(student, name).requires_grad_(True)
+    return adapters
 
 
 def _train(trainer: MadtpTrainer, checkpoints: Path, resume: bool, progress: Progress | None) -> None:

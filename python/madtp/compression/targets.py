@@ -19,8 +19,11 @@ from madtp.budgets.allocate import allocate
 from madtp.budgets.plan import Plan
 from madtp.budgets.prunable import linear_of, prunable_linears
 from madtp.config import CompressionConfig
+from madtp.dtp.selection_rules import METHOD
 from madtp.handles import handle_of
 from madtp.hwp import Pattern
+from madtp.models.registry import family_of
+from madtp.models.vlm import unsupported_reason
 from madtp.patching.handle import patch
 from madtp.profiling.macs import Profile, counted_macs, profile_batches
 from madtp.tasks.batches import require_samples, sample_batches
@@ -66,6 +69,7 @@ def predict_targets(
     Raises:
         as `compress`.
     """
+    check_kind(model, config, plan)
     set_seed(config.seed)
     student = copy.deepcopy(model)
     patch(student, config)
@@ -101,7 +105,8 @@ def choose_targets(
 ) -> Targets:
     """The targets of a plan, or without one those of the config; `student` is the patched model."""
     require_samples(calibration_data=calibration_data)
-    pruning, linears = handle_of(student).pruning, prunable_linears(student, config)
+    handle, linears = handle_of(student), prunable_linears(student, config)
+    pruning = list(handle.temperatures)
     latency_reduction: float | None = None
     if plan is None:
         assert config.macs_reduction is not None  # a config without one asks for time, and comes with a plan
@@ -117,12 +122,17 @@ def choose_targets(
         quantized = [name for name in linears.selected if name in plan.weight_dtypes]
     planned = chosen if Pattern.parse(config.pattern).sparse24 else []
     probe = sample_batches(task, calibration_data, PROBE_SAMPLES, device)
-    before = profile_batches(student, probe, planned_sparse=planned)
-    if plan is None:
-        macs = branch_targets(before, reduction, tuple(pruning))
+    handle.set_temperature(dict.fromkeys(pruning, 0.0))
+    before = profile_batches(student, probe, planned_sparse=planned, branches=handle.spending)
+    if plan is None and not pruning:
+        _require_reached(before, reduction)
+        macs = {}
+    elif plan is None:
+        macs = branch_targets(before, reduction, pruning)
     else:
         macs = {b: share * before.branches[b].counted_macs for b, share in plan.tokens.items() if share < 1}
-    _require_feasible(student, probe, planned, before.total.dense_macs, reduction, macs, config)
+    if macs:
+        _require_feasible(student, probe, planned, before.total.dense_macs, reduction, macs, config)
     rounding = quantized, weight_dtype
     return Targets(reduction, latency_reduction, chosen, *rounding, linears.dense, macs, before, probe)
 
@@ -150,6 +160,35 @@ def settled(student: nn.Module, targets: Targets, config: CompressionConfig) -> 
         handle.set_temperature(before)
 
 
+def check_kind(model: nn.Module, config: CompressionConfig, plan: Plan | None) -> None:
+    """Raises ValueError for what a decoder that reads images has not, since its seams are given and nobody plans them,
+    and for what it alone has."""
+    if family_of(model) is not None or unsupported_reason(model) is not None:
+        if config.lora_rank is not None:
+            raise ValueError(f"lora_rank must be None for a {type(model).__name__}, it is of decoders that read images")
+        return
+
+    def require(name: str, fits: bool, rule: str, given: object) -> None:
+        if not fits:
+            raise ValueError(f"{name} must be {rule} for a decoder that reads images, got {given!r}")
+
+    kind = None if plan is None else "a plan"
+    require("plan", plan is None, "None (keep of the config says what goes, madtp.seam_pareto compares it)", kind)
+    require("latency_reduction", config.latency_reduction is None, "None", config.latency_reduction)
+    require("selection", config.selection == METHOD, f"{METHOD!r} (a rule is of keep)", config.selection)
+    require("hwp_score", config.hwp_score != "token_weighted", "another", config.hwp_score)
+
+
+def _require_reached(before: Profile, reduction: float) -> None:
+    """Refuses a target that amounts and patterns, which nothing moves, do not come down to."""
+    left = before.total.counted_macs / before.total.dense_macs
+    if left > 1 - reduction:
+        raise ValueError(
+            f"macs_reduction must be at most {1 - left:.3f}, which the amounts of keep and the pattern come to; a "
+            f"temperature at a seam would be steered to it, got {reduction}"
+        )
+
+
 def _require_params_reduction(model: nn.Module, selected: list[str], config: CompressionConfig) -> None:
     if config.params_reduction is None:
         return
@@ -175,7 +214,7 @@ def _require_feasible(
     """Refuses a target far from what the highest temperature reaches: training moves this bound, but not by much."""
     handle_of(student).set_temperature(dict.fromkeys(branches, config.temperature_max))
     least = sum(counted_macs(student, probe, planned_sparse=planned).values()) / dense_macs
-    handle_of(student).set_temperature(0)
+    handle_of(student).set_temperature(dict.fromkeys(branches, 0.0))
     if least > FEASIBLE_MARGIN * (1 - reduction):
         raise ValueError(
             f"macs_reduction must be at most about {1 - least:.2f}, which temperature_max {config.temperature_max:g} "

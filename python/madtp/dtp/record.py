@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class ForwardRecord:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # The hook is held by the graph, which this record may hold: a strong reference would close a circle that
             # no garbage collector sees.
-            release = _Release(self)
+            release = Release(self)
             for feature in (batch.x, *features):
                 if feature.requires_grad:
                     feature.register_hook(release)
@@ -56,10 +57,10 @@ class ForwardRecord:
         self._aligned = [feature.detach() for feature in self._aligned]
 
 
-class _Release:
-    """A tensor hook: the backward has come by, the record needs no graph any more."""
+class Release:
+    """A tensor hook: the backward has come by, the record, whose `release` it calls, needs no graph any more."""
 
-    def __init__(self, record: ForwardRecord):
+    def __init__(self, record: Any):
         self.record = weakref.ref(record)
 
     def __call__(self, gradient: Tensor) -> None:

@@ -44,6 +44,10 @@ class Handle:
 
     def __init__(self, model: nn.Module, family: Family, config: CompressionConfig, capacity: str = "exact"):
         _check_capacity(capacity, config)
+        if config.keep is not None:
+            raise ValueError(
+                f"config must have no keep for a model whose towers prune, got some for a {type(model).__name__}"
+            )
         _check_whole(model)
         self.model, self.family, self.config = model, family, config
         specs = {branch: family.tower(model, branch) for branch in family.towers}  # raises before anything is touched
@@ -112,6 +116,20 @@ class Handle:
             branch: (*names, *(name.format(branch) for name in ours if branch in self.pruning))
             for branch, names in self.family.branches.items()
         }
+
+    @property
+    def spending(self) -> dict[str, tuple[str, ...]]:
+        """The modules of each part that has MACs of its own to spend."""
+        return self.branches
+
+    @property
+    def dense_modules(self) -> tuple[str, ...]:
+        """Whose weights stay dense."""
+        return *self.family.dense_modules, "madtp_guide"
+
+    def as_left(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of the last forward: what its outputs are of is all that was given."""
+        return dict(inputs)
 
     @property
     def epilogues(self) -> dict[str, Epilogue]:
@@ -288,7 +306,8 @@ def patch(
     Args:
         model: of a class in `madtp.models.FAMILIES`, or of one that `family` describes. Its parameters stay as they
             are; the alignment tokens join them as `madtp_guide`.
-        config: alignment and selection settings.
+        config: alignment and selection settings; of a decoder that reads images those of its training, with the seams
+            of `config.keep`.
         family: which towers prune; None takes what is known of the model's class.
         keep_rate, calibration: of `Handle.set_keep_rate`, to prune without training; None leaves temperature 0.
         capacity: "exact": every block computes on the tokens that are left, which a GPU has to report to the host.
@@ -316,12 +335,15 @@ def patch(
     if find_handle(model) is not None:
         raise ValueError("model must not be patched already; call model.madtp_handle.remove() first")
     family = family or (family_of(model) if keep is None else None)
-    if keep is not None or (family is None and keep_rate is not None and unsupported_reason(model) is None):
-        others = {"config": config, "family": family, "capacity": None if capacity == "exact" else capacity}
+    trained = keep is None and keep_rate is None and config is not None  # and perhaps a decoder
+    asked = keep_rate is not None or trained
+    if keep is not None or (family is None and asked and unsupported_reason(model) is None):
+        others: dict[str, Any] = {"config": None if trained else config, "family": family}
+        others |= {"capacity": None if capacity == "exact" else capacity}
         if given := [name for name, value in others.items() if value is not None]:
-            what = "keep_rate of a decoder" if keep is None else "keep"
+            what = "keep" if keep is not None else "config of a decoder" if trained else "keep_rate of a decoder"
             raise ValueError(f"{what} must come without settings of pruned towers, got {', '.join(given)} too")
-        return patch_decoder(model, keep, keep_rate, calibration)
+        return patch_decoder(model, keep, keep_rate, calibration, config if trained else None)
     if family is None:
         known = ", ".join(family.source.__name__ for family in FAMILIES if family.source is not None)
         raise TypeError(f"model must be one of {known}, or come with a family=, got {type(model).__name__}")

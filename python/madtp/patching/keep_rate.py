@@ -36,6 +36,8 @@ def check_rates(keep_rate: float | Mapping[str, float], branches: Iterable[str])
 
 def check_temperatures(temperature: float | Mapping[str, float], branches: Iterable[str]) -> dict[str, float]:
     """By branch. Raises ValueError for an unknown branch or a number that is none >= 0."""
+    if isinstance(temperature, Mapping) and not temperature:
+        return {}
     branches = _branches(branches, "temperature", temperature)
     by_branch = temperature if isinstance(temperature, Mapping) else dict.fromkeys(branches, temperature)
     for name, value in by_branch.items():

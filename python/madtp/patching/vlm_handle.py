@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from madtp.dtp.keep import Keep
 from madtp.hwp.packing import Epilogue, unpack
 from madtp.inference import evaluating
 from madtp.models.bare_rows import image_units
+from madtp.models.decoder_features import DecoderFeatures, RecordedHead, RecordedLayer
 from madtp.models.mixing import change_class, check_forward, mixed
 from madtp.models.patched_head import features_of
 from madtp.models.prefill_layers import PrefillLayer, WatchedAttention
 from madtp.models.projector_seam import ProjectorSeam
 from madtp.models.prompt import (
+    FILLS,
     MODALITIES,
     PIXELS,
     Images,
@@ -66,14 +69,15 @@ class VlmHandle:
 
     Args:
         seams: by name, where image tokens are pruned: "vision", "projector", "prefill", or several.
+        config: of a model that is trained, which then leaves its `summary_features`; None: it is not.
     """
 
     pruning: Mapping[str, Any] = {}  # the branches of towers that `Handle` patches: there are none
     epilogues: Mapping[str, Epilogue] = {}
 
-    def __init__(self, model: nn.Module, keep: Mapping[str, Any]):
+    def __init__(self, model: nn.Module, keep: Mapping[str, Any], config: CompressionConfig | None = None):
         checked = check_keep(keep)
-        self.model = model
+        self.model, self.config = model, config
         if (reason := unsupported_reason(model)) is not None:
             raise TypeError(f"model must have a projector seam, {reason}, got {type(model).__name__}")
         self.seams = make_seams(model, checked)
@@ -92,6 +96,9 @@ class VlmHandle:
             decoder = decoder_of(model)
             modules += [(layer, PrefillLayer) for layer in decoder.layers]
             modules += [(decoder.layers[layer - 1].self_attn, WatchedAttention) for layer in self.seams[PREFILL].keep]
+        self._features = None if config is None else DecoderFeatures()
+        if self._features is not None:
+            modules += [(model, RecordedHead), *((layer, RecordedLayer) for layer in self._decoder_layers())]
         names = {module: name for name, module in model.named_modules()}
         for module, _ in modules:
             check_forward(module, names[module])
@@ -119,7 +126,16 @@ class VlmHandle:
             for number, layer in enumerate(decoder.layers):
                 layer.madtp_prefill = layer.self_attn.madtp_prefill = self.seams[PREFILL]
                 layer.madtp_window = window_of(decoder.config, number)
+        for module in self._recorded_modules():
+            module.madtp_features = self._features
         model.madtp_handle = self
+
+    def _decoder_layers(self) -> list[Any]:
+        return list(getattr(decoder_of(self.model), "layers", ()))
+
+    def _recorded_modules(self) -> list[Any]:
+        """What takes part in leaving features."""
+        return [] if self._features is None else [self.model, *self._decoder_layers()]
 
     def _tower_modules(self) -> list[Any]:
         """What knows of the seam in the tower."""
@@ -133,6 +149,66 @@ class VlmHandle:
         """The modules of each branch, for accounting; what the seams do between modules is of the projector."""
         found = branches_of(self.model)
         return {**found, "projector": (*found["projector"], "")}
+
+    @property
+    def spending(self) -> dict[str, tuple[str, ...]]:
+        """By seam with a temperature, the modules whose rows it decides on: all that run behind it, up to the next such
+        seam. Of a seam behind another the modules come first. Without a temperature these are `branches`."""
+        found: dict[str, tuple[str, ...]] = {}
+        names = {module: name for name, module in self.model.named_modules()}
+        if PREFILL in self.temperatures:
+            decoder: Any = decoder_of(self.model)
+            first = min(layer for layer, keep in self.seams[PREFILL].keep.items() if keep.temperature is not None)
+            behind = [*decoder.layers[first:], self.model.get_output_embeddings()]  # type: ignore[operator]
+            found[PREFILL] = tuple(names[module] for module in behind)
+        if PROJECTOR in self.temperatures:
+            found[PROJECTOR] = branches_of(self.model)["decoder"]
+        if VISION in self.temperatures:
+            found[VISION] = ("*",)
+        return found or self.branches
+
+    @property
+    def dense_modules(self) -> tuple[str, ...]:
+        """Whose weights stay dense: the head, which shares its weight with the embedding or might, and layers of the
+        tower that do not run."""
+        names = {module: name for name, module in self.model.named_modules()}
+        idle: list[Any] = []
+        if VISION in self.seams:
+            _, tower, spec = parts_of(self.model.base_model)
+            idle = list(attrgetter(spec.layers)(tower))[len(tower_layers(self.model)) :]
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return tuple(names[module] for module in (*idle, head) if module in names)
+
+    def collect_alignment(self, on: bool) -> None:
+        """As of any handle: a decoder has no alignment tokens."""
+
+    @property
+    def aligned(self) -> dict[str, Tensor | None]:
+        """As of any handle: a decoder has no alignment tokens."""
+        return {}
+
+    @property
+    def summary_features(self) -> dict[str, list[Tensor]]:
+        """Of the last forward of this thread, after each layer of the decoder that some tokens may not reach: "text"
+        (R, C), the rows of text, sample by sample, and "vision" (B, C), the mean of each prompt's image tokens.
+
+        Of a model that is trained, and nothing of a forward without images; their gradients go once a backward has
+        passed.
+        """
+        if self._features is None:
+            return {}
+        record = self._features.here.record
+        return {"vision": record.vision, "text": record.text} if record.text else {}
+
+    def as_left(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of the last forward, their labels those of the columns that its logits are of; of a model that is
+        trained."""
+        labels, columns = inputs.get("labels"), None if self._features is None else self._features.here.record.left
+        if labels is None or columns is None or self.model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            return dict(inputs)
+        columns = columns.to(labels.device)
+        moved = labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, FILLS["labels"])
+        return {**inputs, "labels": moved}
 
     @property
     def keep(self) -> dict[str, Amounts]:
@@ -261,6 +337,21 @@ class VlmHandle:
                 record = seam.here.record
                 found[name] = {} if record is None else record.selections()
         return found
+
+    def token_counts(self) -> tuple[list[int], dict[str, list[list[int]]]]:
+        """Of the last prompt with images of this thread: how many tokens each image had, and by seam, layer after
+        layer, how many of each were left."""
+        if PROJECTOR in self._mixed:
+            had = self._mixed[PROJECTOR].here.record.lengths()
+        else:
+            record = self.seams[PREFILL].here.record
+            had = [] if record is None else record.entered()
+        left: dict[str, list[list[int]]] = {}
+        for name, found in self.selections.items():
+            if name in self.seams and had:
+                layers = [found] if name == PROJECTOR else found.values() if name == PREFILL else found
+                left[name] = [[len(kept) for kept in layer] for layer in layers]
+        return had, left
 
     @property
     def columns(self) -> Tensor | None:
@@ -394,6 +485,8 @@ class VlmHandle:
                 del layer.madtp_prefill, layer.madtp_window, layer.self_attn.madtp_prefill
         for module in self._tower_modules():
             del module.madtp_vision
+        for module in self._recorded_modules():
+            del module.madtp_features
         for name in {PROJECTOR, PREFILL} & set(self._mixed):
             delattr(self.model, f"madtp_{name}")
         del self.model.madtp_handle
@@ -421,13 +514,16 @@ def patch_decoder(
     keep: Mapping[str, Any] | None,
     keep_rate: float | Mapping[str, float] | None,
     calibration: Iterable[Mapping[str, Any]] | None,
+    config: CompressionConfig | None = None,
 ) -> VlmHandle:
     """`madtp.patch` of a decoder."""
+    if config is not None:
+        keep = keep_by_temperature(model, [VISION]) if config.keep is None else config.keep
     if keep_rate is None:
         if calibration is not None:
             raise ValueError("keep_rate must be given with calibration, got None")
         assert keep is not None, "one of them says what goes"
-        return VlmHandle(model, keep)
+        return VlmHandle(model, keep, config)
     if keep is None:
         seams = keep_rate if isinstance(keep_rate, Mapping) else [VISION]
         check_rates(keep_rate, (VISION, PROJECTOR, PREFILL))

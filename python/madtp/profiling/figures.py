@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import stdev
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from madtp.handles import find_handle, handle_of
+from madtp.handles import find_handle
 from madtp.inference import leading_size
+from madtp.models.registry import family_of
 from madtp.patching import patch
+from madtp.patching.vlm_handle import VlmHandle
 from madtp.profiling.macs import count_parameters, disk_bytes, mean_profile, profile, weight_bytes
 from madtp.profiling.timing import TIMING_BATCH, time_per_layer, time_per_sample
 from madtp.progress import Progress
@@ -52,7 +54,7 @@ def measure(
     watch = _TokenCount(model)
     metrics = task.evaluate(model, data, progress=lambda batches: watch(progress(batches)))
     counted = model
-    if find_handle(model) is None:
+    if find_handle(model) is None and family_of(model) is not None:
         counted = copy.deepcopy(model)
         patch(counted)
     batches = sample_batches(task, data, ACCOUNT_SAMPLES, _device(model))
@@ -71,7 +73,8 @@ def measure(
         "nonzero_params": nonzero_params,
         "bytes": disk_bytes(path / "model.safetensors") if path else _saved_bytes(model),
         "weight_bytes": weight_bytes(model),
-        "tokens_per_layer": watch.means() or handle_of(counted).tokens_per_layer,
+        "tokens_per_layer": watch.means() or getattr(find_handle(counted), "tokens_per_layer", {}),
+        **watch.per_image(),
     }
 
 
@@ -83,6 +86,11 @@ def compare(
         name: measure(model, task, data, path=where, progress=partial(bars, title=f"evaluating {name}"))
         for name, model, where in (("dense", dense, None), ("compressed", compressed, path))
     }
+    if (
+        whole := figures["compressed"].get("tokens_per_image")
+    ) is not None:  # of a decoder, which has them at all seams
+        left: Any = figures["compressed"]["tokens_per_layer"]
+        figures["dense"]["tokens_per_layer"] = {seam: [whole] * len(layers) for seam, layers in left.items()}
     with bars.status("timing"):
         batch = sample_batches(task, data, TIMING_BATCH, _device(dense))[0]
         times = time_per_sample({"dense": dense, "compressed": compressed}, batch)
@@ -93,12 +101,14 @@ def compare(
 
 
 class _TokenCount:
-    """Averages the tokens after each layer over the batches of an evaluation, of a patched model."""
+    """Averages the tokens after each layer over the batches of an evaluation, of a patched model; of a decoder that
+    reads images those of an image at each seam."""
 
     def __init__(self, model: nn.Module):
         self.handle = find_handle(model)
         self.tokens: defaultdict[str, list] = defaultdict(list)  # branch -> per batch, (B,) x layers totals
         self.sequences: defaultdict[str, int] = defaultdict(int)
+        self.had: list[int] = []  # of each image, tokens where nothing is pruned
 
     def __call__(self, batches: Iterable) -> Iterator:
         for batch in batches:
@@ -108,6 +118,16 @@ class _TokenCount:
                     layers = branch.last.layers
                     self.sequences[name] += layers[0].num_sequences
                     self.tokens[name].append([layer.origin.numel() for layer in layers])
+            if isinstance(self.handle, VlmHandle):
+                had, left = self.handle.token_counts()
+                self.had += had
+                for name, counts in left.items():
+                    self.sequences[name] += len(had)
+                    self.tokens[name].append([sum(layer) for layer in counts])
+
+    def per_image(self) -> dict[str, float]:
+        """The mean number of tokens of an image, of a decoder that has seen some."""
+        return {"tokens_per_image": sum(self.had) / len(self.had)} if self.had else {}
 
     def means(self) -> dict[str, list[float]]:
         return {

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from madtp.dtp.branch import exact_capacity
 from madtp.handles import find_handle, handle_of
 from madtp.hwp import PackedLinear, is_pattern, matches
+from madtp.hwp.adapters import MERGED
 from madtp.inference import evaluating, leading_size
 from madtp.models.registry import family_of
 from madtp.models.vlm_branches import branches_of
@@ -151,8 +152,9 @@ def mean_profile(profiles: Sequence[Profile], samples: Sequence[int]) -> Profile
 def counted_macs(
     model: nn.Module, batches: Sequence[Mapping[str, Any]], *, planned_sparse: Collection[str] = ()
 ) -> dict[str, float]:
-    """The counted MACs per sample of each branch of a patched model, as `profile` has them, from one forward pass."""
-    branches, samples = handle_of(model).branches, sum(leading_size(batch) for batch in batches)
+    """The counted MACs per sample of each part of a patched model that spends its own, as `profile` has them, from one
+    forward pass."""
+    branches, samples = handle_of(model).spending, sum(leading_size(batch) for batch in batches)
     kept = sum((_forward_macs(model, batch) for batch in batches), Counter())
     sparse = _sparse_shares(model, kept, planned_sparse)
     macs = dict.fromkeys((*branches, OTHER), 0.0)
@@ -301,6 +303,8 @@ def _sparse_shares(model: nn.Module, macs: Counter, planned_sparse: Collection[s
 
 def _sparsity(module: nn.Module, planned: bool) -> tuple[float, float]:
     """(counted, executed) share of the MACs run directly in the module."""
+    if hasattr(module, MERGED):
+        return 0.0, 0.0
     if isinstance(module, PackedLinear):
         return 0.5 if module.sparse else 1.0, 0.5 if module.executes_sparse else 1.0
     if not isinstance(module, nn.Linear):

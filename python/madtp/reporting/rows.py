@@ -18,9 +18,9 @@ def rows(report: dict) -> list[list[tuple[str, str, str, str]]]:
         [
             (
                 f"{name}, {compressed['samples']:,} samples",
-                percent(before),
-                percent(compressed["metrics"][name]),
-                f"{100 * (compressed['metrics'][name] - before):+.2f} points",
+                metric(name, before),
+                metric(name, compressed["metrics"][name]),
+                _change_of(name, before, compressed["metrics"][name]),
             )
             for name, before in dense["metrics"].items()
         ],
@@ -53,6 +53,18 @@ def layer_times(report: dict) -> list[tuple[str, str, str, str]]:
         for branch, layers in compressed.items()
         for number, (before, after) in enumerate(zip(dense[branch], layers, strict=True), 1)
     ]
+
+
+LOSS = "loss"  # the one metric that is no share
+
+
+def metric(name: str, value: float) -> str:
+    """A figure of an evaluation, to be read."""
+    return f"{value:.4g}" if name == LOSS else percent(value)
+
+
+def _change_of(name: str, before: float, after: float) -> str:
+    return f"{after - before:+.4g}" if name == LOSS else f"{100 * (after - before):+.2f} points"
 
 
 def percent(share: float) -> str:

@@ -128,6 +128,11 @@ def look(model: PreTrainedModel, inputs: Mapping[str, Tensor], tokenizer=None) -
         tokenizer: that turns its ids back into words; only for models that prune text.
     """
     handle = handle_of(model)
+    if "vision" not in handle.pruning:
+        raise ValueError(
+            f"model must have a vision tower with alignment, got a {type(model).__name__}: of a decoder "
+            "handle.selections says what is left"
+        )
     fits: list[Tensor] = []  # per layer, (T,)
     hook = handle.guide.logits["vision"].register_forward_hook(lambda *a: fits.append(a[-1].amax(dim=1).relu()))
     try:

@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 
 from madtp.tasks.task import Task
 
-BATCH_SIZE = 64  # samples that run at a time
+BATCH_SIZE = 64  # samples that run at a time, where a task says no other number
+MAX_BATCHES = 32  # of samples on which a model is looked at
 
 
 def sample_count(data: Dataset) -> int:
@@ -27,12 +28,14 @@ def require_samples(**data: Dataset | None) -> None:
 def sample_batches(
     task: Task, data: Dataset, count: int, device: torch.device | str = "cpu"
 ) -> list[dict[str, Tensor]]:
-    """Batches of `count` items spread over the data (all, if fewer), every sample with its own copy of its image."""
-    total = sample_count(data)
+    """Batches of `count` items spread over the data (all, if fewer; no more than `MAX_BATCHES` hold), every sample with
+    its own copy of its image."""
+    total, size = sample_count(data), getattr(task, "samples_at_a_time", BATCH_SIZE)
+    count = min(count, MAX_BATCHES * size)
     chosen = [int(i * max(1.0, total / count)) for i in range(min(count, total))]
     batches = []
-    for start in range(0, len(chosen), BATCH_SIZE):
-        batch = task.collate([data[i] for i in chosen[start : start + BATCH_SIZE]])
+    for start in range(0, len(chosen), size):
+        batch = task.collate([data[i] for i in chosen[start : start + size]])
         index = batch.pop("image_index", None)
         if index is not None:
             batch["pixel_values"] = batch["pixel_values"][index]

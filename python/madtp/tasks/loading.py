@@ -96,6 +96,25 @@ def load_tokenizer(directory: Path | str):
         raise DataError(f"model directory {directory} has no tokenizer ({_reason(error)})") from error
 
 
+def load_processor(directory: Path | str):
+    """Of texts with images. Raises DataError where there is none."""
+    try:
+        require_files(Path(directory))
+        return hf.AutoProcessor.from_pretrained(directory)
+    except Exception as error:
+        raise DataError(f"model directory {directory} has no processor ({_reason(error)})") from error
+
+
+def load_context(directory: Path | str) -> int:
+    """How many tokens the decoder of a folder reads. Raises DataError where its config.json is missing or broken."""
+    try:
+        require_files(Path(directory))
+        config: Any = hf.AutoConfig.from_pretrained(directory)
+        return int(config.get_text_config().max_position_embeddings)
+    except Exception as error:
+        raise unreadable(directory, error) from error
+
+
 def load_image_processor(directory: Path | str):
     """None where there is none. Raises DataError where it is broken."""
     try:

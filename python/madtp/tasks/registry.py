@@ -22,6 +22,7 @@ from madtp.data.annotations import (
     RetrievalAnnotations,
     VqaAnnotations,
 )
+from madtp.data.conversations import Conversations
 from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
 from madtp.data.emoji import EmojiCaptions, EmojiPairs, EmojiRetrieval
 from madtp.data.errors import DataError
@@ -29,8 +30,10 @@ from madtp.models.blip_nlvr import BlipForNLVR
 from madtp.tasks.captioning import CaptioningTask
 from madtp.tasks.loading import (
     architecture,
+    load_context,
     load_image_processor,
     load_model,
+    load_processor,
     load_tokenizer,
     names_of,
     no_image_processor,
@@ -38,6 +41,7 @@ from madtp.tasks.loading import (
 from madtp.tasks.nlvr import NlvrTask
 from madtp.tasks.retrieval import RetrievalTask
 from madtp.tasks.task import Task
+from madtp.tasks.vlm import VlmTask
 from madtp.tasks.vqa import VqaTask
 
 
@@ -65,7 +69,8 @@ class TaskEntry(NamedTuple):
 
     models: the Hugging Face classes it is for. make: (tokenizer, image processor or None, the data it is judged on) ->
     the task. data: by name; the first is the default. annotations: the reader of the user's files. reads_text: whether
-    the models do; without, the tokenizer is None everywhere.
+    the models do; without, the tokenizer is None everywhere. one_processor: whether one object makes prompts of texts
+    and images; it is in the place of the tokenizer everywhere.
     """
 
     models: tuple[type[PreTrainedModel], ...]
@@ -73,6 +78,7 @@ class TaskEntry(NamedTuple):
     data: dict[str, NamedData]
     annotations: type[Annotations]
     reads_text: bool = True
+    one_processor: bool = False
 
 
 TASKS = {
@@ -99,6 +105,23 @@ TASKS = {
         make=lambda tokenizer, images, data: CaptioningTask(tokenizer, images),
         data={"emoji": _emoji(EmojiCaptions)},
         annotations=CaptionAnnotations,
+    ),
+    "vlm": TaskEntry(
+        models=(
+            hf.LlavaForConditionalGeneration,
+            hf.LlavaNextForConditionalGeneration,
+            hf.LlavaOnevisionForConditionalGeneration,
+            hf.Qwen2VLForConditionalGeneration,
+            hf.Qwen2_5_VLForConditionalGeneration,
+            hf.Qwen3VLForConditionalGeneration,
+            hf.InternVLForConditionalGeneration,
+            hf.SmolVLMForConditionalGeneration,
+            hf.Idefics3ForConditionalGeneration,
+        ),
+        make=lambda processor, images, data: VlmTask(processor),
+        data={},
+        annotations=Conversations,
+        one_processor=True,
     ),
 }
 
@@ -177,7 +200,7 @@ def load_judged(
         DataError, ModelError, ValueError: what is missing or wrong, in one line.
     """
     entry = _entry(name or _task_of(model))
-    data = data or next(iter(entry.data))
+    data = data or next(iter(entry.data), "")
     named = _named(entry, data, test, images)
     if named is None and images is None:
         raise ValueError(f"data must be {_choices(entry)} with images=, got {data!r}")
@@ -214,7 +237,7 @@ def _entry(name: str) -> TaskEntry:
 
 
 def _choices(entry: TaskEntry) -> str:
-    return f"{' or '.join(entry.data)}, or an annotation file"
+    return ", or ".join(filter(None, (" or ".join(entry.data), "an annotation file")))
 
 
 def _named(entry: TaskEntry, data: str, test: Path | None, images: Path | None) -> NamedData | None:
@@ -227,13 +250,19 @@ def _named(entry: TaskEntry, data: str, test: Path | None, images: Path | None) 
 
 def _processors(entry: TaskEntry, model: Path) -> tuple[Any, Any]:
     """The tokenizer, None for models without text, and the image processor, None where there is none."""
+    if entry.one_processor:
+        processor = load_processor(model)
+        return processor, getattr(processor, "image_processor", None)
     return load_tokenizer(model) if entry.reads_text else None, load_image_processor(model)
 
 
 def _annotated(entry: TaskEntry, model, file, images, tokenizer, processor, limit: int | None) -> Annotations:
     if processor is None:
         raise no_image_processor(model)
-    length = MAX_LENGTH if tokenizer is None else min(MAX_LENGTH, tokenizer.model_max_length)
+    if entry.one_processor:
+        length = load_context(model)
+    else:
+        length = MAX_LENGTH if tokenizer is None else min(MAX_LENGTH, tokenizer.model_max_length)
     return entry.annotations(file, images, tokenizer, processor, max_length=length, limit=limit)
 
 

@@ -17,6 +17,9 @@ class Task(Protocol):
 
     A batch is what the model's forward takes by keyword. The leading size of its tensors is the number of samples,
     but for pixel_values where "image_index" (B,) int64 says which of its rows each sample is about.
+
+    A task whose samples would be padded for each other may say in `samples_at_a_time` how many of them a model is
+    looked at on together.
     """
 
     metric: str  # the one of `evaluate` that a model is judged by; in [0, 1], larger is better

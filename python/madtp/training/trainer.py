@@ -15,14 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import ModelOutput
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from madtp.config import CompressionConfig
 from madtp.files import atomic_write
 from madtp.handles import handle_of
 from madtp.hwp import FakeQuantizer, Pattern, WeightPruner
+from madtp.hwp.adapters import has_adapters
 from madtp.inference import evaluating
 from madtp.migration import CHECKPOINT_VERSION, migrate_checkpoint, migrate_log
 from madtp.profiling.macs import counted_macs
@@ -51,10 +53,11 @@ class MadtpTrainer(Trainer):
 
     Args:
         model: patched (see `madtp.patch`); its forward takes the task's batches.
-        teacher: the dense model, patched at temperature 0 so that it reports its summary tokens. It is frozen.
+        teacher: the dense model, patched so that it reports its summary tokens; it prunes nothing. It is frozen.
         task: its loss, and which logits are distilled.
         config: loss weights, mask schedule, controller.
-        targets: counted MACs per sample of each pruned branch, such as `branch_targets` gives.
+        targets: counted MACs per sample of each pruned branch, such as `branch_targets` gives; of a decoder of each
+            seam with a temperature.
         probe: batches without shared images to observe MACs on, where the model is.
         sparse_modules: names of the Linear modules that go N:M.
         norms: of their inputs, for masks by |W| ||x||; None keeps the largest |W|.
@@ -134,10 +137,9 @@ class MadtpTrainer(Trainer):
             output = model(**inputs)
         if isinstance(output, tuple):
             output, _ = output
-        with torch.no_grad(), self.accelerator.autocast():
-            taught = self.teacher(**inputs)
-        teaching = self.task.logits(taught, inputs)[0], handle_of(self.teacher).summary_features
-        loss, parts = self._joint(output, inputs, *teaching, aligned=self._aligned(inputs.get("image_index")))
+        loss, parts = self._joint(
+            output, inputs, *self._taught(inputs), aligned=self._aligned(inputs.get("image_index"))
+        )
         if not torch.isfinite(loss):
             wrong = [f"{name} is {part.item()}" for name, part in parts.items() if not torch.isfinite(part)]
             raise self._diverged(f"loss: {', '.join(wrong) or f'their sum is {loss.item()}'}")
@@ -149,15 +151,19 @@ class MadtpTrainer(Trainer):
     def guarded_loss(self) -> float:
         """The loss without alignment on the guarded batches, as the model is now; no gradient, eval mode."""
         if not self._guarded_teaching:
-            with torch.no_grad(), self.accelerator.autocast():
-                for batch in self.guarded:
-                    logits = self.task.logits(self.teacher(**batch), batch)[0]
-                    self._guarded_teaching.append((logits, handle_of(self.teacher).summary_features))
+            self._guarded_teaching = [self._taught(batch) for batch in self.guarded]
         losses = []
         with evaluating(self.model), self.handle.inference():
             for batch, teaching in zip(self.guarded, self._guarded_teaching, strict=True):
                 losses.append(self._joint(self.model(**batch), batch, *teaching)[0])
         return torch.stack(losses).mean().item()
+
+    def _taught(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """What the teacher says of a batch: the logits that are distilled, and its features."""
+        handle = handle_of(self.teacher)
+        with torch.no_grad(), self.accelerator.autocast(), handle.dense():
+            logits, _ = self.task.logits(self.teacher(**inputs), inputs)
+            return logits, handle.summary_features
 
     def _joint(
         self,
@@ -168,6 +174,7 @@ class MadtpTrainer(Trainer):
         aligned: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts of what the model has just said, beside what the teacher said."""
+        inputs = self.handle.as_left(inputs)
         logits, mask = self.task.logits(output, inputs)
         features = self.handle.summary_features
         return self.joint_loss(
@@ -211,8 +218,10 @@ class MadtpTrainer(Trainer):
         return {branch: observed[branch] for branch in self.controller.targets}
 
     def steer(self) -> None:
-        """One observation, one move of the temperatures."""
+        """One observation, one move of the temperatures, where there are any."""
         seen = self._spent()
+        if not seen:
+            return
         self._move(
             lambda: self.handle.set_temperature(self.controller.update(seen)),
             lambda: self.handle.set_temperature(self.controller.halve_step()),
@@ -288,6 +297,15 @@ class MadtpTrainer(Trainer):
         if wrong is not None:
             raise self._diverged(f"weight: {wrong}")
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Of a model with adapters, which no model folder has a place for, the weights alone."""
+        if not has_adapters(self.model):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(str(output_dir or self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, str(folder / SAFE_WEIGHTS_NAME), {"format": "pt"})
 
     def _diverged(self, what: str) -> DivergedError:
         good = last_checkpoint(str(self.args.output_dir))
