@@ -8,7 +8,7 @@ benchmarks/results/aot/cuda/predictions_sm90.json; `--predictions` stops there, 
 
 Writes a file for each target and source to benchmarks/results/aot/cuda: of every kernel the registers, spilled bytes
 and static shared memory by ptxas, and how many sparse matrix instructions the machine code has. Needs nvcc, and a build
-folder of this project for the headers that CMake makes.
+folder of this project with CUDA for the headers that CMake makes.
 """
 
 from __future__ import annotations
@@ -58,11 +58,13 @@ def compiled(source: Path, target: str, build: Path) -> tuple[str, str]:
         command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-Xptxas=-v", "-o", str(cubin), str(source)]
         command += [f"-gencode=arch=compute_{target},code=sm_{target}", f"-I{ROOT / 'csrc'}"]
         command += [f"-I{ROOT / 'csrc' / 'include'}", f"-I{build / 'include'}", f"-I{build / 'private'}"]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode != 0:  # a build folder without CUDA, say
+            raise SystemExit(f"{source.relative_to(ROOT)} does not compile for sm_{target}:\n{done.stderr}")
         sass = subprocess.run(
             [tool("cuobjdump"), "-sass", str(cubin)], check=True, capture_output=True, text=True
         ).stdout
-    return log, sass
+    return done.stderr, sass
 
 
 def report(source: Path, target: str, build: Path) -> dict:
