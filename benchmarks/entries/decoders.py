@@ -65,6 +65,31 @@ def _llava_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor([prompt]), "pixel_values": draw(1, 3, 336, 336)}
 
 
+def _qwen2_vl(case: Case) -> nn.Module:
+    text = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+    text |= {"vocab_size": 151936, "pad_token_id": PAD_ID, "num_hidden_layers": case["decoder_layers"]}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+    config = hf.Qwen2VLConfig(
+        text_config=text,
+        vision_config={"depth": case["tower_layers"], "hidden_size": text["hidden_size"]},
+        image_token_id=IMAGE_ID,
+        tie_word_embeddings=True,
+    )
+    return hf.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen2_vl_inputs(case: Case, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """A square image in patches of 14 pixels, of which four make a token."""
+    side = case["pixels"] // 14
+    ids = torch.tensor([[WORD_IDS[0], *[IMAGE_ID] * (side * side // 4), *_words(case)]])
+    return {
+        "input_ids": ids,
+        "pixel_values": draw(side * side, 3 * 2 * 14 * 14),  # each patch is there twice, as two frames
+        "image_grid_thw": torch.tensor([[1, side, side]]),
+        "mm_token_type_ids": (ids == IMAGE_ID).int(),
+    }
+
+
 def _words(case: Case) -> list[int]:
     low, high = WORD_IDS
     return [low + 7 * i % (high - low) for i in range(case["words"])]
@@ -78,10 +103,15 @@ class Shape(NamedTuple):
 SHAPES = {
     "SmolVLM2-256M": Shape(_smolvlm, _smolvlm_inputs),
     "LLaVA, 0.5B decoder": Shape(_llava, _llava_inputs),
+    "Qwen2-VL-2B": Shape(_qwen2_vl, _qwen2_vl_inputs),
 }
 CASES = [
     {"model": "SmolVLM2-256M", "tiles": 12, "words": 60, "tower_layers": 12, "decoder_layers": 30},
     {"model": "LLaVA, 0.5B decoder", "words": 60, "tower_layers": 24, "decoder_layers": 24},
+    {
+        **{"model": "Qwen2-VL-2B", "pixels": 504, "words": 60, "tower_layers": 32, "decoder_layers": 28},
+        "dtype": "bfloat16",
+    },
 ]
 SEAMS: dict[str, Callable[[float], dict[str, Any]]] = {
     "tower": lambda share: {"vision": share},
@@ -99,7 +129,7 @@ class Models:
 
     def __init__(self, case: Case, device: torch.device):
         torch.manual_seed(0)
-        self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.dtype = getattr(torch, case.get("dtype", "float32")) if device.type == "cpu" else torch.bfloat16
         self.plain = SHAPES[case["model"]].build(case).eval().requires_grad_(False).to(device, self.dtype)
         self.plain.generation_config.eos_token_id = None
         self.patched: dict[str, nn.Module] = {}
@@ -132,7 +162,7 @@ def _models(device: torch.device, **case: Any) -> Models:
 
 
 def decoder_inputs(case: Case, device: torch.device, seed: int) -> DecoderInputs:
-    models = _models(device, **{key: value for key, value in case.items() if key not in ("tiles", "words")})
+    models = _models(device, **{key: value for key, value in case.items() if key not in ("tiles", "pixels", "words")})
     generator = torch.Generator().manual_seed(seed)
     tensors = SHAPES[case["model"]].inputs(case, lambda *shape: torch.randn(shape, generator=generator))
     tensors["pixel_values"] = tensors["pixel_values"].to(models.dtype)
@@ -180,6 +210,8 @@ def on_openvino(i: DecoderInputs) -> Thunk:
     pixels, ids = i.tensors["pixel_values"], i.tensors["input_ids"]
     if pixels.device.type != "cpu":
         raise Unavailable("OpenVINO is compared on CPUs")
+    if "image_grid_thw" in i.tensors:
+        raise Unavailable("it is given a tower that takes pixels alone")
     embed = i.models.sdpa.get_input_embeddings()  # type: ignore[operator]
     images = openvino.load(openvino.convert(Images(i.models.sdpa), pixels), "f32")
     prefill = openvino.load(openvino.convert(Prefill(i.models.sdpa), embed(ids)), "f32")
