@@ -47,7 +47,7 @@ demo: build
 
 test: export MADTP_BUILD_TESTS := ON
 test: build
-	ctest --test-dir $(BUILD) --output-on-failure -LE gpu
+	ctest --test-dir $(BUILD) --output-on-failure -j $(strip $(WORKERS)) -LE gpu
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow and not gpu" $(PARALLEL)
 
 # The C++ tests, then the Python tests marked `sanitized`, on an extension that is built apart from the one in the source tree.

@@ -248,7 +248,7 @@ PROPERTIES = {
     "gradient checkpointing": Column(checkpoints_gradients, _checkpoints),
     "autocast bfloat16": Column(runs_under_autocast),
     "torch.compile": Column(compiles, quick=("Dinov2Model",)),
-    "DDP": Column(trains_under_ddp),  # all families at once, in the first test that asks
+    "DDP": Column(trains_under_ddp, quick=()),  # all families at once, in the first test that asks
     "generate, with beams": Column(generates, _generates),
 }
 

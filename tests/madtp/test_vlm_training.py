@@ -326,7 +326,8 @@ class Numbers:
         pass
 
 
-@pytest.mark.parametrize("name", ["Qwen2-VL", pytest.param("Qwen2.5-VL", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen2-VL", "Qwen2.5-VL"])
 def test_qwen_is_compressed(tmp_path, name):
     model, data = make_vlm(name).float(), QwenItems()
     keep = {"vision": madtp.Keep(temperature=1.0), "projector": 0.75}
