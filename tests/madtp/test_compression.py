@@ -95,6 +95,9 @@ def test_compress_reaches_the_target_and_reports_what_was_saved(tmp_path, data):
     assert compressed["executed_gmacs"] == pytest.approx(compressed["counted_gmacs"]), "2:4 layers run sparse"
     assert report["plan"]["packed_modules"] == sorted(report["plan"]["sparse_modules"])
     assert compressed["nonzero_params"] < 0.75 * report["dense"]["params"]
+    runs = report["dense"]["ms_by_run"]
+    assert runs.keys() == {"as loaded", "patched"} and min(runs, key=runs.get) == report["dense"]["fastest_run"]
+    assert report["dense"]["ms_per_sample"] == min(runs.values()) > 0 and "ms_by_run" not in compressed
     tokens = compressed["tokens_per_layer"]["vision"]
     assert len(tokens) == 2 and 17 > tokens[0] > tokens[1] > 1
     assert report["plan"]["temperatures"] == result.model.madtp_handle.temperatures

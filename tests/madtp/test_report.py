@@ -82,6 +82,13 @@ def test_rows_compare():
     assert rows["tokens, text layer 1"] == ("9.0", "8.1", "-10.0 %")
 
 
+def test_the_dense_run_that_was_timed_is_named():
+    first = report.rows(REPORT)[0]
+    assert [row[0] for row in first] == ["ms per sample", "accuracy, 9,673 samples", "bytes on disk"]
+    known = REPORT | {"dense": DENSE | {"fastest_run": "SDPA", "ms_by_run": {"as loaded": 3.0, "SDPA": 2.0}}}
+    assert report.rows(known)[0][1] == ("the dense model runs", "SDPA", "", "")
+
+
 def test_the_table_fits_a_terminal_of_80_columns():
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report.table(REPORT))

@@ -4,10 +4,13 @@
 import pytest
 import torch
 from tiny_models import tiny_batch, tiny_blip
+from transformers import ViTConfig, ViTModel
 
 import madtp
 from madtp import hwp
+from madtp.handles import find_handle
 from madtp.profiling import timing
+from madtp.profiling.figures import dense_runs
 
 
 class Clock:
@@ -50,3 +53,15 @@ def test_samples_share_the_time_of_a_forward(monkeypatch):
     clock, model = Clock(monkeypatch), tiny_blip()
     clock.taken_by(model, 5.0)
     assert timing.time_per_sample({"a": model}, tiny_batch(), rounds=2) == {"a": pytest.approx(1000.0)}
+
+
+def test_a_dense_model_runs_in_every_way_it_can():
+    """With torch's fused attention too, where it has that and was loaded without."""
+    assert list(dense_runs(tiny_blip())) == ["as loaded", "patched"], "Hugging Face's BLIP has no fused attention"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vit = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8, attn_implementation="eager")).eval()
+    runs = dense_runs(vit)
+    assert list(runs) == ["as loaded", "SDPA", "patched"] and runs["as loaded"] is vit
+    assert vit.config._attn_implementation == "eager" and runs["SDPA"].config._attn_implementation == "sdpa"
+    assert find_handle(vit) is None
+    assert list(dense_runs(ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8)))) == ["as loaded", "patched"]
