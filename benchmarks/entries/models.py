@@ -34,12 +34,14 @@ WEIGHT_STD = 0.05  # smaller ones make tokens so alike that the lowest temperatu
 
 class Mode(NamedTuple):
     """How a model of ours is compressed. reduction: the share of the dense MACs that counted ones save; 0: none.
-    bfloat16: what is not int8, instead of the dtype of the dense model."""
+    bfloat16: what is not int8, instead of the dtype of the dense model. by_tokens: the share is of what the weights
+    leave, so that tokens alone save it."""
 
     sparse: bool
     reduction: float
     int8: bool = False
     bfloat16: bool = False
+    by_tokens: bool = False
 
 
 MODES = {
@@ -133,7 +135,7 @@ class Models:
 
     def ours(self, mode: Mode) -> nn.Module:
         """Patched, with its Linears in the form asked for; one for all modes that have it."""
-        form = mode._replace(reduction=0.0)
+        form = mode._replace(reduction=0.0, by_tokens=False)
         if form not in self.packed:
             torch.manual_seed(0)  # the alignment tokens
             model = self.pruned if mode.sparse else self.plain
@@ -168,7 +170,8 @@ class Models:
         if mode.reduction == 0:
             return 0.0
         if (mode, batch) not in self.calibrated:
-            dense, model = self.ours(mode._replace(sparse=False, int8=False)), self.ours(mode)
+            model = self.ours(mode)
+            dense = model if mode.by_tokens else self.ours(mode._replace(sparse=False, int8=False))
             dense.madtp_handle.set_temperature(0)
             one = {key: value[:1] for key, value in tensors.items()}
             target = (1 - mode.reduction) * sum(counted_macs(dense, [one]).values())

@@ -49,6 +49,7 @@ MODES = {
     "madtp int8 and bfloat16": Mode(False, 0.0, int8=True, bfloat16=True),
     "madtp 2:4 int8 and bfloat16": Mode(True, 0.0, int8=True, bfloat16=True),
     "madtp tokens and 2:4 int8, -70 % MACs, bfloat16": Mode(True, 0.7, int8=True, bfloat16=True),
+    "madtp 2:4 int8, -50 % MACs by tokens, bfloat16": Mode(True, 0.5, int8=True, bfloat16=True, by_tokens=True),
 }
 CALIBRATION_IMAGES = 4
 ERROR = {"bfloat16": 6e-2, "int8": 2.5e-1}  # relative, of the output, by what is in the provider's name
