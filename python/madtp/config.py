@@ -46,6 +46,9 @@ class CompressionConfig:
     # N:M, which are merged in the end; its other weights are frozen, but for those that go N:M. None: all train.
     lora_rank: int | None = None
 
+    # By branch, the first layer whose tokens are pruned, counted from 0. None: the plan says it, or all layers prune.
+    first_layer: Mapping[str, int] | None = None
+
     temperature: float = 1.0  # where the search for the tau of every branch starts
     temperature_min: float = 1e-4
     temperature_max: float = 1000.0
@@ -107,6 +110,12 @@ class CompressionConfig:
         self._require("lora_rank", rank is None or (_is_int(rank) and rank >= 1), "an integer of at least 1 or None")
         if self.keep is not None:
             object.__setattr__(self, "keep", _parsed_keep(self.keep))
+        if self.first_layer is not None:
+            first = self.first_layer
+            named = isinstance(first, Mapping) and all(isinstance(name, str) for name in first)
+            fits = named and all(_is_int(layer) and layer >= 0 for layer in first.values())
+            self._require("first_layer", fits, "integers of at least 0 by branch, or None")
+            object.__setattr__(self, "first_layer", dict(first))
         self._require("hwp_schedule", self.hwp_schedule in ("gradual", "one_shot"), '"gradual" or "one_shot"')
         scores = ("magnitude", "activation", "token_weighted", "second_order")
         self._require("hwp_score", self.hwp_score in scores, f"one of {', '.join(scores)}")

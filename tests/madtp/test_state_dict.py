@@ -17,7 +17,8 @@ from madtp.dtp.settings import SIZE_MULTIPLE
 
 NAME = "CLIPModel"
 KEY = "madtp_settings._extra_state"
-SETTINGS = {"temperature": 1.5, "capacity": "exact", "selection": "instance", "samples_per_feature": 1}
+SETTINGS = {"temperature": 1.5, "first_layer": 0, "capacity": "exact", "selection": "instance"}
+SETTINGS |= {"samples_per_feature": 1}
 
 
 def patched(name=NAME, temperature=0.0, **options):
@@ -101,6 +102,8 @@ def as_state(text):
                 ('{"temperature": true}', "temperature of vision must be a finite number >= 0, got True"),
                 ('{"capacity": "none"}', "capacity of vision must be one of exact, upper_bound, got 'none'"),
                 ('{"capacity": []}', "capacity of vision must be one of exact, upper_bound, got "),
+                ('{"first_layer": 2}', "first_layer of vision must be below 2, its layers, got 2"),
+                ('{"first_layer": -1}', "first_layer of vision must be an integer of at least 0, got -1"),
                 ('{"selection": "best"}', "selection of vision must be one of instance, .*, got 'best'"),
                 ('{"samples_per_feature": 0}', "samples_per_feature of vision must be an integer of at least 1, got 0"),
                 ('{"selection": "random", "capacity": "upper_bound"}', 'capacity of vision must be "exact" with sel'),

@@ -176,6 +176,7 @@ def check_kind(model: nn.Module, config: CompressionConfig, plan: Plan | None) -
     require("plan", plan is None, "None (keep of the config says what goes, madtp.seam_pareto compares it)", kind)
     require("latency_reduction", config.latency_reduction is None, "None", config.latency_reduction)
     require("selection", config.selection == METHOD, f"{METHOD!r} (a rule is of keep)", config.selection)
+    require("first_layer", config.first_layer is None, "None (keep of the config says where)", config.first_layer)
     require("hwp_score", config.hwp_score != "token_weighted", "another", config.hwp_score)
 
 

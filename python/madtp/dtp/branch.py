@@ -31,12 +31,21 @@ class Branch:
         name: such as "vision".
         guide: alignment tokens and maps, shared with the other branches.
         attention: runs the branch's attention.
+        layers: how many blocks the branch has.
         selection: one of `selection_rules.SELECTIONS`, or a function like the rules of `Keep`.
     """
 
-    def __init__(self, name: str, guide: AlignmentGuide, attention: RaggedAttention, selection: str | Rule = METHOD):
-        self.name, self.guide, self.attention, self.selection = name, guide, attention, selection
+    def __init__(
+        self,
+        name: str,
+        guide: AlignmentGuide,
+        attention: RaggedAttention,
+        layers: int,
+        selection: str | Rule = METHOD,
+    ):
+        self.name, self.guide, self.attention, self.layers, self.selection = name, guide, attention, layers, selection
         self.temperature = 0.0
+        self.first_layer = 0  # whose tokens are pruned; blocks before it keep all of theirs
         self.capacity = "exact"  # or "upper_bound", where a forward needs no gradients: of `madtp.patch`
         self.samples_per_feature = 1  # consecutive parts of the batch whose aligned features are averaged
         self.align = False  # collect the aligned features of MAG, for its loss

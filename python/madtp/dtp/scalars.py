@@ -23,6 +23,11 @@ def is_share(value: Any) -> bool:
     return is_number(value) and not isinstance(value, numbers.Integral) and 0 < value <= 1
 
 
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer, and no bool."""
+    return is_number(value) and isinstance(value, numbers.Integral)
+
+
 def is_count(value: Any) -> bool:
     """Whether it is an integer of at least 1."""
-    return is_number(value) and isinstance(value, numbers.Integral) and int(value) >= 1
+    return is_integer(value) and int(value) >= 1

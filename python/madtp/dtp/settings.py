@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from madtp.dtp.scalars import is_number
+from madtp.dtp.scalars import is_count, is_integer, is_number
 from madtp.dtp.selection_rules import METHOD, SELECTIONS, is_selection
 from madtp_kernels.bounded_file import ODD_VALUES, one_line, parse_json
 
@@ -26,7 +26,7 @@ Values = dict[str, dict[str, Any]]  # branch -> name of a setting -> its value
 
 
 class BranchSettings(nn.Module):
-    """The settings of the branches: temperature, capacity, selection, samples_per_feature. No parameters, no forward.
+    """The settings of the branches, by the names of `_RULES`. No parameters, no forward.
 
     In a state dict they are the extra state of this module: JSON as a uint8 tensor, for safetensors and accelerate
     write nothing but tensors, filled up with spaces so that it is of one size whatever the numbers. A state dict
@@ -45,7 +45,7 @@ class BranchSettings(nn.Module):
         self.check(values)
         for name, given in values.items():
             for key, value in given.items():
-                setattr(self.branches[name], key, float(value) if key == "temperature" else value)
+                setattr(self.branches[name], key, _PLAIN.get(key, lambda value: value)(value))
 
     def check(self, values: Any) -> None:
         """Raises ValueError for values that are not of these branches, or break the rule of a setting."""
@@ -62,6 +62,9 @@ class BranchSettings(nn.Module):
                 rule, holds = _RULES[key]
                 if not holds(value):
                     raise ValueError(f"{key} of {name} must be {rule}, got {value!r}")
+            first, layers = given.get("first_layer", 0), self.branches[name].layers
+            if first >= layers:
+                raise ValueError(f"first_layer of {name} must be below {layers}, its layers, got {first!r}")
             selection = given.get("selection", self.branches[name].selection)
             if given.get("capacity", "exact") != "exact" and selection != METHOD:
                 raise ValueError(f'capacity of {name} must be "exact" with selection {selection!r}')
@@ -102,12 +105,11 @@ class BranchSettings(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+_PLAIN = {"temperature": float, "first_layer": int, "samples_per_feature": int}  # of the numbers that are given, which may be of numpy
 _RULES = {  # setting -> its rule in words, and as a function
     "temperature": ("a finite number >= 0", lambda value: is_number(value) and value >= 0),
     "capacity": (f"one of {', '.join(CAPACITIES)}", lambda value: value in CAPACITIES),
     "selection": (f"one of {', '.join(SELECTIONS)}, or a function", is_selection),
-    "samples_per_feature": (
-        "an integer of at least 1",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-    ),
+    "first_layer": ("an integer of at least 0", lambda value: is_integer(value) and value >= 0),
+    "samples_per_feature": ("an integer of at least 1", is_count),
 }

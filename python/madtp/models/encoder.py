@@ -95,18 +95,22 @@ def encode(
     keys: Any = None,
     record: list[RaggedBatch] | None = None,
 ) -> RaggedBatch:
-    """Runs the blocks of a tower; each prunes its tokens where the branch's temperature is above 0.
+    """Runs the blocks of a tower; each from the branch's first layer on prunes its tokens, where the temperature is
+    above 0.
 
     keys: what cross-attention reads, in towers that have it; without, it is left out.
     record: gets the tokens that enter the first block and those that leave each.
     """
     step, left = branch.begin(batch)
+    first = branch.first_layer  # read once, as the step is
+    whole = replace(step, temperature=0.0)
     features = [key.x for key in (keys if isinstance(keys, tuple) else () if keys is None else (keys,))]
     rows = batch.without_features()
     if record is not None:
         record.append(batch)
-    for layer in attrgetter(spec.blocks)(tower):
-        call = BlockCall(spec, step, tower.config.num_attention_heads, keys, rows)
+    for index, layer in enumerate(attrgetter(spec.blocks)(tower)):
+        now = step if index >= first else whole
+        call = BlockCall(spec, now, tower.config.num_attention_heads, keys, rows)
         x, aligned, rows = layer(batch.x, *features, call)
         batch = replace(rows, x=x, aligned=aligned)
         left.end_block(batch)

@@ -80,6 +80,8 @@ def _ops(tower: RaggedTower, spec: Encoder, branch: Branch) -> Iterator[tuple[st
         yield op, choice.backend, choice.reason
     if not branch.prunes:
         yield "pruning", "nothing", "temperature 0"
+    elif branch.first_layer:
+        yield "pruning", f"from layer {branch.first_layer} on", "first_layer; those before it keep all tokens"
 
 
 def _rows(branch: Branch, blocks: int) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from madtp.config import CompressionConfig
 from madtp.dtp.branch import Branch, in_this_thread
 from madtp.dtp.ragged import RaggedAttention
+from madtp.dtp.scalars import is_integer
 from madtp.dtp.selection_rules import METHOD
 from madtp.dtp.settings import EXTRA_STATE, BranchSettings
 from madtp.handles import find_handle
@@ -56,7 +57,13 @@ class Handle:
         with torch.inference_mode(False):  # whose tensors could not be trained later
             guide = AlignmentGuide(config.alignment_tokens, config.alignment_dim, widths).to(next(model.parameters()))
         attention = {branch: RaggedAttention() for branch in widths}
-        self.pruning = {branch: Branch(branch, guide, attention[branch], config.selection) for branch in widths}
+        layers = {branch: len(attrgetter(specs[branch].encoder.blocks)(tower)) for branch, tower in towers.items()}
+        first = check_first_layers(config.first_layer or {}, layers)
+        self.pruning = {
+            branch: Branch(branch, guide, attention[branch], layers[branch], config.selection) for branch in widths
+        }
+        for branch, layer in first.items():
+            self.pruning[branch].first_layer = layer
         if "vision" in self.pruning:
             self.pruning["vision"].samples_per_feature = family.images_per_text
         self.capacity = capacity
@@ -163,6 +170,23 @@ class Handle:
         """tau of all branches, or of some by name; larger prunes more, 0 is the dense model."""
         for name, value in check_temperatures(temperature, self.pruning).items():
             self.pruning[name].temperature = value
+
+    @property
+    def first_layers(self) -> dict[str, int]:
+        return {name: branch.first_layer for name, branch in self.pruning.items()}
+
+    def set_first_layer(self, first_layer: int | Mapping[str, int]) -> None:
+        """The first layer whose tokens are pruned, counted from 0, of all branches or of some by name.
+
+        Early layers know least of what matters, and late ones save least: at equal cost the best lies between
+        (docs/method.md, DTP).
+
+        Raises:
+            ValueError: an unknown branch, or a number that is none of its layers; nothing is changed.
+        """
+        layers = {name: branch.layers for name, branch in self.pruning.items()}
+        for name, value in check_first_layers(first_layer, layers).items():
+            self.pruning[name].first_layer = value
 
     def set_keep_rate(
         self, keep_rate: float | Mapping[str, float], calibration: Iterable[Mapping[str, Any]]
@@ -366,6 +390,17 @@ def _check_capacity(capacity: str, config: CompressionConfig) -> None:
         raise ValueError(f'capacity must be "exact" or "upper_bound", got {capacity!r}')
     if capacity != "exact" and config.selection != METHOD:
         raise ValueError(f'capacity must be "exact" with selection {config.selection!r}, got {capacity!r}')
+
+
+def check_first_layers(first_layer: int | Mapping[str, int], layers: Mapping[str, int]) -> dict[str, int]:
+    """By branch. Raises ValueError for an unknown branch, or a number that is none of its layers."""
+    by_branch = first_layer if isinstance(first_layer, Mapping) else dict.fromkeys(layers, first_layer)
+    for name, value in by_branch.items():
+        if name not in layers:
+            raise ValueError(f"first_layer must be for branches {', '.join(layers)}, got {name!r}")
+        if not (is_integer(value) and 0 <= value < layers[name]):
+            raise ValueError(f"first_layer of {name} must be an integer from 0 to {layers[name] - 1}, got {value!r}")
+    return {name: int(value) for name, value in by_branch.items()}
 
 
 def _check_whole(model: nn.Module) -> None:
