@@ -50,7 +50,7 @@ _API = {
     "prompt_cost": "madtp.profiling.prompt_cost",
     "seam_pareto": "madtp.budgets.seam_pareto",
 }
-_ROOMS = ("budgets", "data", "dtp", "hwp", "models", "patching", "profiling", "reporting", "tasks", "training")
+_ROOMS = ("budgets", "data", "dtp", "hwp", "models", "patching", "profiling", "reporting", "tasks", "training", "width")
 
 __all__ = list(_API)
 __getattr__, __dir__ = attach(
