@@ -47,7 +47,7 @@ def cut(
     Args:
         weight, bias: (N, C), (N,) of the Linear.
         inputs: with Gram matrix and sums.
-        score, correct, damping: of `madtp.width.prune_width`.
+        score, correct, damping: of `madtp.prune_width`.
 
     Raises:
         ValueError: the Gram matrix is not finite.
