@@ -3,6 +3,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -76,6 +77,46 @@ def test_saved_and_loaded_bit_for_bit(family, tmp_path):
             assert torch.equal(value, expected[name])
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["widths"] == saved
+
+
+def test_loaded_as_the_base_of_what_was_saved(tmp_path):
+    model = build("ViTForImageClassification")
+    madtp.patch(model, CONFIG)
+    width.prune_width(model, 0.5, [batch_of("ViTModel")])
+    model.save_pretrained(tmp_path)
+    base = hf.ViTModel.from_pretrained(tmp_path)
+    assert {f"vit.{name}" for name in width.widths_of(base)} == set(width.widths_of(model))
+    with torch.no_grad():
+        expected, found = (m(**batch_of("ViTModel")) for m in (model.vit, base))
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+
+
+@pytest.mark.parametrize("family", [VQA, "Blip2Model", "BertModel"])
+def test_copied_pickled_and_without_the_patch(family):
+    """After `remove` the classes of Hugging Face compute with the heads that are left, in copies too."""
+    model = build(family)
+    handle = madtp.patch(model, CONFIG)
+    width.prune_width(model, 0.5, [batch_of(family)])
+    handle.remove()
+    names = {type(module).__name__ for module in model.modules()}
+    assert not {name for name in names if "Narrow" in name}
+    inputs = batch_of(family)
+    with torch.no_grad():
+        expected = model(**inputs).to_tuple()
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            for value, same in zip(other(**inputs).to_tuple(), expected, strict=True):
+                assert not isinstance(value, torch.Tensor) or torch.equal(value, same)
+            assert width.widths_of(other) == width.widths_of(model) != {}
+
+
+def test_exported(tmp_path):
+    model, inputs = build("CLIPVisionModel"), batch_of("CLIPVisionModel")
+    madtp.patch(model, CONFIG).set_temperature(2.0)
+    width.prune_width(model, 0.5, [inputs])
+    expected = outputs("CLIPVisionModel", model)["pooler_output"]
+    madtp.export(model, inputs, tmp_path / "model.pt2", format="torch")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(**inputs)["pooler_output"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_damaged_widths_are_refused(tmp_path):
@@ -229,8 +270,8 @@ FC2, FC1 = "vision_model.encoder.layers.1.mlp.fc2", "vision_model.encoder.layers
         ({FC2: 40}, "must leave shapes that kernels run"),
         ({"vision_model.encoder.layers.0.self_attn.projection": 0}, "from 1 to its 2 heads"),
         ({FC1: 32}, "of Linears that read heads or hidden channels"),
-        (0.0, "share must be a number"),
-        (None, "share must be a number"),
+        (0.0, r"widths must be numbers by part, or one share in \(0, 1\], got float 0.0"),
+        (None, "widths must be numbers by part, or one share"),
     ],
 )
 def test_widths_that_cannot_be(widths, message):

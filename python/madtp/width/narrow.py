@@ -35,17 +35,19 @@ def checked_widths(model: nn.Module, widths: Mapping[str, int]) -> dict[WidthPar
     parts, tree = {part.name: part for part in width_parts(model)}, ModuleTree(model)
     kind = f"a {type(model).__name__}"
     require(bool(parts), "model", "one of towers with heads or MLPs that are described", kind)
-    require(isinstance(widths, Mapping), "widths", "a mapping of the names of Linears to numbers", widths)
     for name, width in widths.items():
-        rule = f"of Linears that read heads or hidden channels, such as {next(iter(parts))}"
-        require(name in parts, "widths", rule, repr(name))
-        part = parts[name]
-        whole = isinstance(width, int) and not isinstance(width, bool)
-        require(
-            whole and 1 <= width <= part.width, f"widths[{name!r}]", f"from 1 to its {part.width} {part.kind}", width
-        )
-        _require_runs(part, width, tree)
+        _require_runs(_part(parts, name, width), width, tree)
     return {part: widths[name] for name, part in parts.items() if widths.get(name, part.width) < part.width}
+
+
+def _part(parts: Mapping[str, WidthPart], name: str, width: object) -> WidthPart:
+    """The part of that name. Raises ValueError where there is none, or that is no width of it."""
+    rule = f"of Linears that read heads or hidden channels, such as {next(iter(parts), None)}"
+    require(name in parts, "widths", rule, repr(name))
+    part = parts[name]
+    fits = type(width) is int and 1 <= width <= part.width
+    require(fits, f"widths[{name!r}]", f"from 1 to its {part.width} {part.kind}", width)
+    return part
 
 
 def _require_runs(part: WidthPart, width: int, tree: ModuleTree) -> None:
@@ -115,16 +117,9 @@ def restore_widths(model: nn.Module, widths: Mapping[str, int]) -> None:
     """
     parts = {part.name: part for part in width_parts(model)}
     for name, width in widths.items():
-        require(name in parts, "widths", "of parts of the model", repr(name))
-        part = parts[name]
-        whole = isinstance(width, int) and not isinstance(width, bool)
-        require(whole and 1 <= width <= part.width, f"widths[{name!r}]", f"from 1 to {part.width}", width)
-        linear = cast(nn.Linear, model.get_submodule(name))
-        weight, bias = linear.weight.detach()[:, : width * part.size], linear.bias
-        kept = torch.arange(width, device=weight.device)
-        narrow(
-            model, part, Cut(kept, weight.clone(), None if bias is None else bias.detach().clone(), 0.0), ExitStack()
-        )
+        part, linear = _part(parts, name, width), cast(nn.Linear, model.get_submodule(name))
+        kept = torch.arange(width, device=linear.weight.device)
+        narrow(model, part, Cut(kept, linear.weight[:, : width * part.size], linear.bias, 0.0), ExitStack())
 
 
 def _rows(parameter: Tensor, part: WidthPart, cut: Cut) -> Tensor:

@@ -41,10 +41,13 @@ def uniform_widths(model: nn.Module, share: float) -> dict[str, int]:
     Raises:
         ValueError: the share is no number in (0, 1].
     """
-    number = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1
-    require(number, "share", "a number in (0, 1]", share)
+    require(_is_share(share), "share", "a number in (0, 1]", share)
     rounded = {part: uniform_width(part, share) for part in width_parts(model)}
     return {part.name: width for part, width in rounded.items() if width < part.width}
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def uniform_width(part: WidthPart, share: float) -> int:
@@ -123,6 +126,7 @@ def _narrow(
     require(isinstance(correct, bool), "correct", "true or false", correct)
     everywhere = not isinstance(widths, Mapping)
     if not isinstance(widths, Mapping):
+        require(_is_share(widths), "widths", "numbers by part, or one share in (0, 1]", widths)
         widths = uniform_widths(model, widths)
     asked, batches = checked_widths(model, widths), list(batches)
     require_removable(list(asked), model)
