@@ -22,6 +22,7 @@ from madtp.cli.options import (
     Task,
     Test,
     Weights,
+    Width,
     quiet_transformers,
     says_how_to_go_on,
     settings,
@@ -43,6 +44,7 @@ def compress(
     macs: Macs = None,
     latency: Latency = None,
     params: Params = None,
+    width: Width = None,
     weights: Weights = None,
     smoothing: Smoothing = None,
     plan: Annotated[Path | None, typer.Option(help="What `madtp allocate` wrote; its target counts.")] = None,
@@ -68,7 +70,9 @@ def compress(
     from madtp.reporting import report
     from madtp.tasks.registry import load
 
-    asked, training = settings(config, macs=macs, latency=latency, params=params, weights=weights, smoothing=smoothing)
+    asked, training = settings(
+        config, macs=macs, latency=latency, params=params, width=width, weights=weights, smoothing=smoothing
+    )
     if steps is not None:
         training["max_steps"] = steps
     chosen = None if plan is None else Plan.load(plan)
@@ -113,6 +117,8 @@ def targets_table(targets: Targets) -> Table:
         if dense
     ]
     caption = f"{len(targets.chosen)} Linears go N:M, {len(targets.dense)} stay dense"
+    if targets.widths:
+        caption += f"; heads or channels go from {len(targets.widths)} places"
     if targets.quantized:
         caption += f"; {len(targets.quantized)} go {targets.weight_dtype}"
     if targets.latency_reduction is not None:
