@@ -5,9 +5,13 @@ import dataclasses
 
 import pytest
 import torch
+from test_compression import Questions, Task
 from tiny_models import tiny_batch, tiny_blip
 
 import madtp
+from madtp.budgets.plan import Plan
+from madtp.budgets.sensitivity import Calibration, find_first_layers
+from madtp.profiling.macs import counted_macs
 
 CONFIG = madtp.CompressionConfig(alignment_tokens=8, alignment_dim=32)
 
@@ -87,3 +91,49 @@ def test_a_config_says_it_or_is_refused():
     with pytest.raises(ValueError, match="first_layer of vision must be an integer from 0 to 1, got 7"):
         madtp.patch(model, dataclasses.replace(config, first_layer={"vision": 7}))
     assert not hasattr(model, "madtp_handle") and madtp.patch(model, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    model = tiny_blip()
+    madtp.patch(model, CONFIG)
+    return Calibration(model, Task(), [tiny_batch(40)], CONFIG)
+
+
+def test_a_temperature_is_found_for_each_first_layer(calibration):
+    whole = counted_macs(calibration.model, calibration.batches)["vision"]
+    found = [calibration.temperature_for("vision", 0.92, layer) for layer in (0, 1)]
+    assert found[0] < found[1], "fewer layers have to prune more"
+    for layer, temperature in enumerate(found):
+        with calibration.at({"vision": temperature}, {"vision": layer}):
+            share = counted_macs(calibration.model, calibration.batches)["vision"] / whole
+        assert share == pytest.approx(0.92, abs=0.02)
+    assert calibration.temperature_for("vision", 0.2, 1) is None, "the first layer alone costs more"
+    assert calibration.handle.first_layers == {"vision": 0, "text": 0}
+
+
+@pytest.mark.parametrize(("second", "expected"), [(0.9, {"vision": 1}), (0.97, {}), (1.1, {})])
+def test_a_later_layer_is_taken_where_it_costs_clearly_less(calibration, monkeypatch, second, expected):
+    by_layer = [1.0, second]
+    monkeypatch.setattr(calibration, "distill_loss", lambda: by_layer[calibration.handle.first_layers["vision"]])
+    assert find_first_layers(calibration, {"vision": 0.92, "text": 1.0}) == expected
+
+
+def test_a_plan_says_it(tmp_path):
+    data, share = Questions(16), {"vision": 0.8, "text": 1.0}
+    plan = Plan(0.2, share, (), "tokens", first_layers={"vision": 1})
+    plan.save(tmp_path / "plan.yaml")
+    assert Plan.load(tmp_path / "plan.yaml") == plan
+    run = {"output_dir": tmp_path / "out", "training": {"max_steps": 0}}
+    config = dataclasses.replace(CONFIG, macs_reduction=0.2, hwp_schedule="one_shot")
+    result = madtp.compress(tiny_blip(), Task(), data, data, config, plan=plan, **run)
+    assert result.model.madtp_handle.first_layers == {"vision": 1, "text": 0}
+    left = result.report["compressed"]["tokens_per_layer"]["vision"]
+    assert left[0] == 17 > left[1]
+    with pytest.raises(ValueError, match="first_layer of vision must be an integer from 0 to 1, got 5"):
+        madtp.compress(
+            tiny_blip(), Task(), data, None, config, plan=dataclasses.replace(plan, first_layers={"vision": 5}), **run
+        )
+    for wrong in ({"audio": 1}, {"vision": -1}, {"vision": 1.0}, [1]):
+        with pytest.raises(ValueError, match="first_layers must map branches of tokens to numbers of at least 0, got"):
+            dataclasses.replace(plan, first_layers=wrong)

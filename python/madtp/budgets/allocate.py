@@ -19,7 +19,7 @@ from madtp.budgets.latency import time_parts
 from madtp.budgets.plan import Plan
 from madtp.budgets.prunable import prunable_linears
 from madtp.budgets.records import Sensitivities
-from madtp.budgets.sensitivity import Calibration, find_sensitivities
+from madtp.budgets.sensitivity import Calibration, find_first_layers, find_sensitivities
 from madtp.budgets.smoothing import smooth_model
 from madtp.budgets.strategies import STRATEGIES
 from madtp.choices import ALLOCATIONS, REDUCTIONS
@@ -69,8 +69,8 @@ def allocate(
     if allocation not in ALLOCATIONS:
         raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
     calibration, sensitivities = _look_into(model, task, calibration_data, config, progress)
-    plan = choose(sensitivities, config, allocation)
-    return replace(plan, compared=_compared(calibration, sensitivities, config))
+    plan = _with_first_layers(calibration, choose(sensitivities, config, allocation))
+    return replace(plan, compared=_compared(calibration, sensitivities, config, plan))
 
 
 def pareto(
@@ -108,7 +108,8 @@ def pareto(
         except ValueError as error:
             refusal = error
             continue
-        plans.append(replace(plan, compared=_compared(calibration, sensitivities, target)))
+        plan = _with_first_layers(calibration, plan)
+        plans.append(replace(plan, compared=_compared(calibration, sensitivities, target, plan)))
     if not plans:
         raise refusal
     return plans
@@ -139,14 +140,26 @@ def _look_into(
     return calibration, sensitivities
 
 
-def _compared(calibration: Calibration, sensitivities: Sensitivities, config: CompressionConfig) -> dict[str, float]:
-    """Allocation -> what it does at the budget of a config; those that cannot reach it are left out."""
+def _with_first_layers(calibration: Calibration, plan: Plan) -> Plan:
+    """The plan, with the first layers that prune where the config does not say them and allocation is no rule."""
+    if calibration.config.first_layer is not None or plan.allocation == "uniform":
+        return plan
+    return replace(plan, first_layers=find_first_layers(calibration, plan.tokens))
+
+
+def _compared(
+    calibration: Calibration, sensitivities: Sensitivities, config: CompressionConfig, chosen: Plan
+) -> dict[str, float]:
+    """Allocation -> what it does at the budget of a config; those that cannot reach it are left out. One of them is
+    the chosen plan."""
     compared = {}
     for allocation in ALLOCATIONS:
         try:
-            plan = choose(sensitivities, config, allocation)
+            plan = chosen if allocation == chosen.allocation else choose(sensitivities, config, allocation)
         except ValueError:
             continue
+        if plan is not chosen:
+            plan = _with_first_layers(calibration, plan)
         compared[allocation] = measured_distill_loss(calibration, sensitivities, plan)
     return compared
 
@@ -268,5 +281,10 @@ def measured_distill_loss(calibration: Calibration, sensitivities: Sensitivities
         logs = [np.log(max(point.temperature, calibration.config.temperature_min)) for point in points]
         log = np.interp(share, [point.share for point in reversed(points)], logs[::-1])
         temperatures[branch] = float(np.exp(log)) if share < 1 else 0.0
-    with calibration.narrowed(plan.widths), calibration.masked(plan.sparse_modules), calibration.at(temperatures):
-        return calibration.distill_loss()
+    first = calibration.handle.first_layers | plan.first_layers
+    for branch, layer in plan.first_layers.items():  # the points are of the first layers that the config says
+        temperature = calibration.temperature_for(branch, plan.tokens[branch], layer)
+        temperatures[branch] = temperatures[branch] if temperature is None else temperature
+    with calibration.narrowed(plan.widths), calibration.masked(plan.sparse_modules):
+        with calibration.at(temperatures, first):
+            return calibration.distill_loss()

@@ -44,6 +44,8 @@ class Plan:
             not reach are not there.
         widths: name of the Linear that reads the heads of an attention or the channels of an MLP -> how many of them
             stay (`madtp.width`); others stay whole.
+        first_layers: by branch, the first layer whose tokens are pruned, counted from 0; of others it is 0. A config's
+            `first_layer` goes before it.
     """
 
     macs_reduction: float
@@ -56,6 +58,7 @@ class Plan:
     weight_dtypes: dict[str, str] | None = None
     rounding_errors: dict[str, float] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
+    first_layers: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _is_share(self.macs_reduction) or self.macs_reduction == 1:
@@ -80,6 +83,12 @@ class Plan:
                 raise ValueError(f"weight_dtypes of {name} must be {' or '.join(WEIGHT_DTYPES)}, got {dtype!r}")
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"weight_dtypes must be of one dtype, got {', '.join(sorted(set(dtypes.values())))}")
+        if not isinstance(self.first_layers, Mapping) or not all(
+            branch in self.tokens and type(layer) is int and layer >= 0 for branch, layer in self.first_layers.items()
+        ):
+            raise ValueError(
+                f"first_layers must map branches of tokens to numbers of at least 0, got {self.first_layers!r}"
+            )
         if not isinstance(self.widths, Mapping) or not all(
             isinstance(name, str) and type(width) is int and width >= 1 for name, width in self.widths.items()
         ):

@@ -22,6 +22,7 @@ from madtp.hwp import InputStatistics, Pattern, prune_one_shot, rounding_sensiti
 from madtp.inference import evaluating, leading_size
 from madtp.profiling.inputs import input_statistics
 from madtp.profiling.macs import Profile, branch_of, counted_macs, profile_batches
+from madtp.search import find_root
 from madtp.tasks.task import Task
 from madtp.training.losses import JointLoss
 from madtp.width import WidthPart, narrowed, uniform_width, width_parts
@@ -30,6 +31,8 @@ TEMPERATURES = 9  # between the bounds of the config, at which a branch is looke
 MAX_GAP = 0.12  # between the shares of neighbouring points; a wider one is looked into
 MAX_POINTS = 20  # of a branch, the one with all tokens not counted
 WIDTHS = 4  # of a part that are looked at, beside all of it
+SHARE_TOLERANCE, MAX_SHARE_MISS = 0.005, 0.02  # of the MACs of a branch: aimed at, and taken where shares jump
+FIRST_LAYER_GAIN = 0.95  # of the loss of the layers before it, which a later first layer must come below
 INPUTS_AT_A_TIME = 16  # Linears whose Gram matrices are in memory
 
 
@@ -114,13 +117,31 @@ class Calibration:
             yield
 
     @contextmanager
-    def at(self, temperatures: Mapping[str, float]) -> Iterator[None]:
-        """A context with these temperatures, 0 for branches that are not named."""
+    def at(self, temperatures: Mapping[str, float], first_layers: Mapping[str, int] | None = None) -> Iterator[None]:
+        """A context with these temperatures, 0 for branches that are not named, and first layers that prune."""
+        before = self.handle.first_layers
         try:
+            self.handle.set_first_layer(first_layers or {})
             self.handle.set_temperature(temperatures)
             yield
         finally:
             self.handle.set_temperature(0)
+            self.handle.set_first_layer(before)
+
+    def temperature_for(self, branch: str, share: float, first_layer: int) -> float | None:
+        """At which a branch that prunes from a layer on costs this share of its MACs; None: at none of the config."""
+        config, first = self.config, {branch: first_layer}
+        start = math.log(config.temperature)
+        low, high = (math.log(tau) - start for tau in (config.temperature_min, config.temperature_max))
+        with self.at({}, first):
+            whole = counted_macs(self.model, self.batches)[branch]
+
+        def excess(shift: float) -> float:
+            with self.at({branch: math.exp(start + shift)}, first):
+                return counted_macs(self.model, self.batches)[branch] / whole - share
+
+        shift, missed = find_root(excess, low, high, tolerance=SHARE_TOLERANCE)
+        return math.exp(start + shift) if abs(missed) <= MAX_SHARE_MISS else None
 
     def _answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, dict[str, list[Tensor]]]:
         """What is compared: logits, the rows of them that count, and the summary tokens by branch."""
@@ -174,6 +195,30 @@ def find_sensitivities(
         saved = 0.5 * macs if Pattern(n, m).sparse24 else 0.0
         weights[name] = WeightUnit(branch_of((name,), handle.branches), zeroed, saved, distill_loss, error)
     return Sensitivities(found, tokens, weights, widths=widths)
+
+
+def find_first_layers(calibration: Calibration, tokens: Mapping[str, float]) -> dict[str, int]:
+    """The first layer that prunes of each branch that keeps a share of its tokens: what costs the answers least.
+
+    Layers are tried in turn at the same counted MACs, everything else dense, until one is worse than the one before.
+    Those named have a first layer above 0.
+
+    Args:
+        tokens: share of its MACs by branch, as a plan has them.
+    """
+    found: dict[str, int] = {}
+    for branch, share in tokens.items():
+        best = math.inf
+        for layer in range(calibration.handle.pruning[branch].layers if share < 1 else 0):
+            temperature = calibration.temperature_for(branch, share, layer)
+            if temperature is None:
+                break
+            with calibration.at({branch: temperature}, {branch: layer}):
+                loss = calibration.distill_loss()
+            if loss >= FIRST_LAYER_GAIN * best:
+                break
+            best, found[branch] = loss, layer
+    return {branch: layer for branch, layer in found.items() if layer > 0}
 
 
 def _width_unit(

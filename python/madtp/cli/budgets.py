@@ -75,6 +75,8 @@ def allocate(
     for branch, share in plan.tokens.items():
         print(f"{branch}: {100 * share:.1f} % of its MACs for tokens")
     print(f"{len(plan.sparse_modules)} Linears go {asked.pattern}")
+    for branch, layer in plan.first_layers.items():
+        print(f"{branch} prunes from layer {layer} on, counted from 0")
     if plan.widths:
         print(f"heads or channels go from {len(plan.widths)} places")
     if plan.weight_dtypes is not None:

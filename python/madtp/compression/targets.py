@@ -113,6 +113,8 @@ def choose_targets(
     probe = sample_batches(task, calibration_data, PROBE_SAMPLES, device)
     pruning = list(handle.temperatures)
     handle.set_temperature(dict.fromkeys(pruning, 0.0))
+    if plan is not None and config.first_layer is None:
+        handle.set_first_layer(plan.first_layers)
     asked = _widths(student, config, plan)
     whole = profile_batches(student, probe, branches=handle.spending) if asked else None
     narrowed = (

@@ -105,7 +105,11 @@ class BranchSettings(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_PLAIN = {"temperature": float, "first_layer": int, "samples_per_feature": int}  # of the numbers that are given, which may be of numpy
+_PLAIN = {
+    "temperature": float,
+    "first_layer": int,
+    "samples_per_feature": int,
+}  # of the numbers that are given, which may be of numpy
 _RULES = {  # setting -> its rule in words, and as a function
     "temperature": ("a finite number >= 0", lambda value: is_number(value) and value >= 0),
     "capacity": (f"one of {', '.join(CAPACITIES)}", lambda value: value in CAPACITIES),
