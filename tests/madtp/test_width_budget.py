@@ -2,6 +2,7 @@
 """Width as an axis of budgets: beside tokens and weights, alone, before weights; and carried out by `compress`."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -169,3 +170,16 @@ def test_compress_without_a_plan_takes_a_share_of_each(tmp_path):
     assert sum(targets.counted_macs.values()) == pytest.approx(0.55 * targets.before.total.dense_macs, rel=1e-6)
     result = madtp.compress(tiny_blip(), Task(), data, None, config, output_dir=tmp_path, training={"max_steps": 0})
     assert set(width.widths_of(result.model)) == set(targets.widths)
+
+
+@pytest.mark.slow
+def test_a_training_goes_on(tmp_path):
+    """The widths are removed again, and the weights are those of the checkpoint: the bits of a run that was not cut."""
+    config = with_targets(macs_reduction=0.45, width_reduction=0.25, hwp_schedule="one_shot")
+    training = TRAINING | {"save_strategy": "steps", "save_steps": 2}
+    arguments = (tiny_blip(), Task(), Questions(16), None, config)
+    whole = madtp.compress(*arguments, output_dir=tmp_path / "whole", training=training)
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-2", tmp_path / "cut/checkpoints/checkpoint-2")
+    resumed = madtp.compress(*arguments, output_dir=tmp_path / "cut", training=training, resume=True)
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())

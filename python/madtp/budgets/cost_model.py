@@ -64,6 +64,12 @@ class CostModel:
         steps = self.steps[name]
         return float(np.interp(width, list(steps)[::-1], list(steps.values())[::-1]))
 
+    def loss(self, choice: Choice) -> float:
+        """What a choice does to the distillation loss, if effects add up."""
+        tokens = sum(self.distill_loss(branch, share) for branch, share in choice.shares.items())
+        widths = sum(self.width_loss(name, width) for name, width in choice.widths.items())
+        return tokens + widths + sum(self.weights[name].distill_loss for name in choice.sparse)
+
     def narrowest(self) -> dict[str, int]:
         """The least width of every part."""
         return {name: min(steps) for name, steps in self.steps.items() if min(steps) < self.widths[name].full}

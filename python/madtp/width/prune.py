@@ -18,7 +18,7 @@ from madtp.width.narrow import checked_widths, narrow, require_removable
 from madtp.width.parts import WidthPart, tile, width_parts
 from madtp_kernels.checks import require
 
-AT_A_TIME = 16  # parts whose Gram matrices are in memory
+AT_A_TIME = 4  # parts that are narrowed by what they meet once those before them are
 
 
 class Narrowed(NamedTuple):
