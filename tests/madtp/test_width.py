@@ -327,7 +327,7 @@ def test_linears_that_cannot_become_smaller(spoil, message):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_other_arguments_that_cannot_be():
+def test_other_arguments_that_cannot_be(llava):
     model, batch = build(VQA), batch_of(VQA)
     for options, message in (({"score": "taylor"}, "score must be one of"), ({"correct": 1}, "correct must be")):
         with pytest.raises(ValueError, match=message):
@@ -338,6 +338,12 @@ def test_other_arguments_that_cannot_be():
         width.prune_width(model, WIDE, [])
     with pytest.raises(ValueError, match="model must be one of towers with heads"):
         width.prune_width(nn.Linear(4, 4), 0.5, [])
+    decoder, prompts = llava
+    for _ in range(2):
+        with pytest.raises(ValueError, match="model must be one of towers with heads .* got a Llava"):
+            width.prune_width(decoder, 0.5, [prompts])
+        if find_handle(decoder) is None:
+            madtp.patch(decoder, keep={"projector": 0.5})
     assert width.widths_of(model) == {} and model.get_submodule(FC2).in_features == 64
 
 
