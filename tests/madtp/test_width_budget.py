@@ -13,6 +13,7 @@ import madtp
 from madtp import width
 from madtp.budgets.allocate import choose, measured_distill_loss
 from madtp.budgets.plan import Plan
+from madtp.budgets.records import Times
 from madtp.budgets.sensitivity import Calibration, find_sensitivities
 from madtp.compression import predict_targets
 
@@ -108,8 +109,6 @@ def test_what_cannot_be(measured):
         choose(without, dataclasses.replace(CONFIG, macs_reduction=0.2), "width")
     with pytest.raises(ValueError, match="macs_reduction must be at most about 0.404, which allocation 'width'"):
         choose(measured, with_targets(macs_reduction=0.6), "width")
-    with pytest.raises(ValueError, match="width_reduction must be None with a latency_reduction, got 0.5"):
-        with_targets(macs_reduction=None, latency_reduction=0.3)
     with pytest.raises(ValueError, match=r"width_reduction must be a number in \[0, 1\), got 1"):
         with_targets(width_reduction=1)
 
@@ -183,3 +182,16 @@ def test_a_training_goes_on(tmp_path):
     resumed = madtp.compress(*arguments, output_dir=tmp_path / "cut", training=training, resume=True)
     expected = whole.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_widths_that_save_time(measured):
+    """With a latency target a part counts with the time of its Linears; what saves none stays."""
+    tokens = {branch: tuple(10.0 for _ in points) for branch, points in measured.tokens.items()}
+    widths = dict.fromkeys(measured.widths, 0.0) | {FC2: 0.05}
+    times = Times(10.0, 10.0, tokens, dict.fromkeys(measured.weights, 0.0), widths)
+    timed = dataclasses.replace(measured, times=times)
+    plan = choose(timed, with_targets(macs_reduction=None, latency_reduction=0.1))
+    assert plan.widths == {FC2: 32} and plan.predicted["ms"] == pytest.approx(10 - 32 * 0.05)
+    assert not plan.sparse_modules and plan.macs_reduction == pytest.approx(
+        32 * measured.widths[FC2].macs / measured.profile.total.dense_macs
+    )

@@ -27,23 +27,24 @@ class CostModel:
 
     The cost is counted MACs, or milliseconds, per sample: what everything costs with all tokens and dense weights, less
     what each branch saves by its tokens, less what each removed head or channel and each sparse Linear saves at the
-    share of its branch; a sparse Linear at the share of its own width too. Times know nothing of widths.
+    share of its branch; a sparse Linear at the share of its own width too.
     """
 
     def __init__(self, sensitivities: Sensitivities, times: Times | None = None):
         self.weights = sensitivities.weights
-        self.widths = sensitivities.widths if times is None else {}
+        self.widths = sensitivities.widths
         self.part_of = {linear: name for name, unit in self.widths.items() for linear in unit.linears}
         if times is None:
             branches = sensitivities.profile.branches
             self.full = sensitivities.profile.total.dense_macs
             self.saves = {name: unit.macs for name, unit in self.weights.items()}
+            self.width_saves = {name: unit.macs for name, unit in self.widths.items()}
             by_tokens = {
                 branch: [(1 - point.share) * branches[branch].dense_macs for point in points]
                 for branch, points in sensitivities.tokens.items()
             }
         else:
-            self.full, self.saves = times.patched, times.weights
+            self.full, self.saves, self.width_saves = times.patched, times.weights, times.widths
             by_tokens = {b: [times.patched - time for time in measured] for b, measured in times.tokens.items()}
         self.curves = {
             branch: _lower_hull(points, by_tokens[branch]) for branch, points in sensitivities.tokens.items()
@@ -83,7 +84,7 @@ class CostModel:
         shares = choice.shares
         by_tokens = sum(np.interp(share, *self.curves[branch][:2]) for branch, share in shares.items())
         by_width = sum(
-            unit.macs * (unit.full - choice.widths[name]) * shares.get(unit.branch, 1.0)
+            self.width_saves[name] * (unit.full - choice.widths[name]) * shares.get(unit.branch, 1.0)
             for name, unit in self.widths.items()
             if name in choice.widths
         )
