@@ -4,6 +4,8 @@
 import copy
 import json
 import pickle
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,19 @@ def test_saved_and_loaded_bit_for_bit(family, tmp_path):
             assert torch.equal(value, expected[name])
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["widths"] == saved
+
+
+def test_of_an_encoder_that_a_user_describes():
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "own_encoder.py"))
+    torch.manual_seed(0)
+    model, ids = example["Words"]().eval(), torch.randint(1000, (4, 12))
+    madtp.patch(model, CONFIG, family=madtp.models.Family({"text": ("", example["TOWER"])}))
+    dense = copy.deepcopy(model)
+    width.prune_width(model, 0.5, [{"input_ids": ids}], score="activation", correct=False)
+    assert set(width.widths_of(model).values()) == {2, 128}
+    with torch.no_grad():
+        found, expected = (m(input_ids=ids).last_hidden_state for m in (model, zeroed(dense, model)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_loaded_as_the_base_of_what_was_saved(tmp_path):
