@@ -362,6 +362,21 @@ def test_other_arguments_that_cannot_be(llava):
     assert width.widths_of(model) == {} and model.get_submodule(FC2).in_features == 64
 
 
+def test_parts_that_the_batches_do_not_reach():
+    """They stay where a share is asked for, and are refused by name."""
+    family, cross = "BlipForImageTextRetrieval", "text_encoder.encoder.layer.0.crossattention.output.dense"
+    batch = batch_of(family) | {"use_itm_head": False}
+    model = build(family)
+    done = width.prune_width(model, 0.5, [batch])
+    assert done and cross not in done and cross not in width.widths_of(model)
+    model = build(family)
+    with pytest.raises(
+        ValueError, match=f"batches must be such as reach all parts of widths, got .*no input of '{cross}'"
+    ):
+        width.prune_width(model, {"vision_model.encoder.layers.0.mlp.fc2": 32, cross: 1}, [batch])
+    assert width.widths_of(model) == {}
+
+
 def test_what_fails_in_the_midst_leaves_the_model_as_it_was(monkeypatch):
     model = build(VQA)
     before = copy.deepcopy(model.state_dict())

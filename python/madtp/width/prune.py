@@ -136,7 +136,8 @@ def _narrow(
         group = parts[start : start + AT_A_TIME]
         met = part_inputs(model, group, batches) if statistics is None else statistics
         for part in group:
-            if everywhere and not met[part.name].weight_sum:
+            if statistics is None and not met[part.name].weight_sum:
+                require(everywhere, "batches", "such as reach all parts of widths", f"no input of {part.name!r}")
                 continue
             after = cast(nn.Linear, model.get_submodule(part.name))
             known = known_inputs(part.name, met, gram=True)
