@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +138,7 @@ def _saved_by_width(
     return saved
 
 
-def _gain(module: nn.Linear, both: tuple[nn.Module, nn.Module], rows: int) -> float:
+def _gain(module: nn.Linear, both: tuple[Any, Any], rows: int) -> float:
     """Seconds that the second layer takes less than the first at so many rows, each of as many inputs as it takes."""
     if not rows:
         return 0.0
