@@ -15,6 +15,8 @@ from madtp.budgets.allocate import choose, measured_distill_loss
 from madtp.budgets.plan import Plan
 from madtp.budgets.records import Times
 from madtp.budgets.sensitivity import Calibration, find_sensitivities
+from madtp.cli.compress import targets_table
+from madtp.cli.options import settings
 from madtp.compression import predict_targets
 
 WIDE = dataclasses.replace(CONFIG, width_reduction=0.5)
@@ -167,6 +169,8 @@ def test_compress_without_a_plan_takes_a_share_of_each(tmp_path):
     dense = madtp.profile(tiny_blip(), targets.probe[0]).total.dense_macs
     assert targets.before.total.dense_macs == pytest.approx(dense, rel=0.02)
     assert sum(targets.counted_macs.values()) == pytest.approx(0.55 * targets.before.total.dense_macs, rel=1e-6)
+    assert f"heads or channels go from {len(targets.widths)} places" in str(targets_table(targets).caption)
+    assert settings(None, macs=0.45, width=0.25)[0].width_reduction == 0.25
     result = madtp.compress(tiny_blip(), Task(), data, None, config, output_dir=tmp_path, training={"max_steps": 0})
     assert set(width.widths_of(result.model)) == set(targets.widths)
 
