@@ -150,6 +150,27 @@ def sparse24() -> Picture:
     return picture
 
 
+def width() -> Picture:
+    gone = (2, 5)  # of eight hidden channels
+    picture = Picture(640, 170, "Hidden channels of an MLP that go take a row of one weight and a column of the next")
+    for i in range(8):
+        kind = "gone" if i in gone else "accent"
+        picture.box(40, 20 + 14 * i, 84, 12, kind)
+        picture.box(200, 20 + 14 * i, 26, 12, "gone" if i in gone else "warm")
+        picture.box(300 + 14 * i, 36, 12, 84, kind)
+    picture.line((128, 76), (194, 76), arrow=True)
+    picture.line((230, 76), (294, 76), arrow=True)
+    picture.line((420, 76), (462, 76), arrow=True)
+    picture.text(82, 152, "first Linear: rows", "faint small")
+    picture.text(213, 152, "channels", "faint small")
+    picture.text(356, 152, "second Linear: columns", "faint small")
+    for i in range(8 - len(gone)):
+        picture.box(474, 34 + 14 * i, 60, 12, "accent")
+        picture.box(548 + 14 * i, 36, 12, 84, "accent")
+    picture.text(552, 152, "what is left", "faint small")
+    return picture
+
+
 def int8() -> Picture:
     row = (0.51, -1.27, 0.33, 0.06)
     scale = max(map(abs, row)) / 127
@@ -260,7 +281,7 @@ def architecture() -> Picture:
 PICTURES: dict[str, Callable[[], Picture]] = {
     draw.__name__: draw
     for draw in (
-        *(tokens, ragged, scores, thresholds, merging, sparse24),
+        *(tokens, ragged, scores, thresholds, merging, width, sparse24),
         *(int8, budgets, seams, overview, architecture),
     )
 }

@@ -34,7 +34,7 @@ class CompressionConfig:
     params_reduction: float | None = None  # least share of the parameters that must go to zero; None asks for none
 
     # Most of the heads and of the hidden MLP channels of a block that are removed (`madtp.width`): `madtp.allocate`
-    # chooses how many, without a plan it is that share of each. With a MAC target alone. None: none are.
+    # chooses how many, without a plan it is that share of each. None: none are.
     width_reduction: float | None = None
 
     alignment_tokens: int = 100  # K
@@ -99,8 +99,6 @@ class CompressionConfig:
                 self._number(name, lambda value: 0 <= value < 1, "a number in [0, 1)")
         one = self.macs_reduction is None or self.latency_reduction is None
         self._require("latency_reduction", one, f"None with a macs_reduction, which is {self.macs_reduction}")
-        timed = self.latency_reduction is not None and self.width_reduction is not None
-        self._require("width_reduction", not timed, "None with a latency_reduction")
         for name in ("temperature", "temperature_min", "temperature_max", "controller_gain", "kd_temperature"):
             self._number(name, lambda value: value > 0, "a positive number")
         if self.guard_tolerance is not None:

@@ -125,6 +125,17 @@ def test_compress_calibrates_on_the_time_it_measures(machine, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_plan_for_time_may_take_width(machine, data, tmp_path):
+    config = dataclasses.replace(LATENCY, width_reduction=0.5)
+    plan = madtp.allocate(tiny_blip(), Task(), data, config)
+    assert plan.widths and plan.predicted["ms"] == pytest.approx(0.65 * plan.predicted["dense_ms"], rel=1e-3)
+    training = TRAINING | {"max_steps": 4}
+    result = madtp.compress(tiny_blip(), Task(), data, data, config, output_dir=tmp_path, plan=plan, training=training)
+    times = [result.report[name]["ms_per_sample"] for name in ("compressed", "dense")]
+    assert times[0] == pytest.approx(0.65 * times[1], rel=0.05)
+
+
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_plan(machine, data, tmp_path, monkeypatch):
     training = TRAINING | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     run = lambda **options: madtp.compress(  # noqa: E731

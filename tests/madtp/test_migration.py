@@ -81,8 +81,8 @@ def test_a_plan_of_0_1_is_read_and_written_as_one_of_today(tmp_path, name, laten
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("version: 5\nmacs_reduction: 0.5", "must be of version 4, got 5: install a newer madtp"),
-        ("version: two\nmacs_reduction: 0.5", "must be of version 4, got 'two'"),
+        ("version: 6\nmacs_reduction: 0.5", "must be of version 5, got 6: install a newer madtp"),
+        ("version: two\nmacs_reduction: 0.5", "must be of version 5, got 'two'"),
         ("macs_reduction: 0.5\nflops_reduction: 0.4", "flops_reduction and macs_reduction are the same, and both are"),
         ("version: 2\nflops_reduction: 0.5", "flops_reduction is now called macs_reduction"),
         ("version: 3\nmacs_reduction: 0.5\nflops_reduction: 0.5", "flops_reduction is now called macs_reduction"),

@@ -4,6 +4,8 @@
 import copy
 import json
 import pickle
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,19 @@ def test_saved_and_loaded_bit_for_bit(family, tmp_path):
             assert torch.equal(value, expected[name])
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["widths"] == saved
+
+
+def test_of_an_encoder_that_a_user_describes():
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "own_encoder.py"))
+    torch.manual_seed(0)
+    model, ids = example["Words"]().eval(), torch.randint(1000, (4, 12))
+    madtp.patch(model, CONFIG, family=madtp.models.Family({"text": ("", example["TOWER"])}))
+    dense = copy.deepcopy(model)
+    width.prune_width(model, 0.5, [{"input_ids": ids}], score="activation", correct=False)
+    assert set(width.widths_of(model).values()) == {2, 128}
+    with torch.no_grad():
+        found, expected = (m(input_ids=ids).last_hidden_state for m in (model, zeroed(dense, model)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_loaded_as_the_base_of_what_was_saved(tmp_path):
@@ -327,7 +342,7 @@ def test_linears_that_cannot_become_smaller(spoil, message):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_other_arguments_that_cannot_be():
+def test_other_arguments_that_cannot_be(llava):
     model, batch = build(VQA), batch_of(VQA)
     for options, message in (({"score": "taylor"}, "score must be one of"), ({"correct": 1}, "correct must be")):
         with pytest.raises(ValueError, match=message):
@@ -338,7 +353,28 @@ def test_other_arguments_that_cannot_be():
         width.prune_width(model, WIDE, [])
     with pytest.raises(ValueError, match="model must be one of towers with heads"):
         width.prune_width(nn.Linear(4, 4), 0.5, [])
+    decoder, prompts = llava
+    for _ in range(2):
+        with pytest.raises(ValueError, match="model must be one of towers with heads .* got a Llava"):
+            width.prune_width(decoder, 0.5, [prompts])
+        if find_handle(decoder) is None:
+            madtp.patch(decoder, keep={"projector": 0.5})
     assert width.widths_of(model) == {} and model.get_submodule(FC2).in_features == 64
+
+
+def test_parts_that_the_batches_do_not_reach():
+    """They stay where a share is asked for, and are refused by name."""
+    family, cross = "BlipForImageTextRetrieval", "text_encoder.encoder.layer.0.crossattention.output.dense"
+    batch = batch_of(family) | {"use_itm_head": False}
+    model = build(family)
+    done = width.prune_width(model, 0.5, [batch])
+    assert done and cross not in done and cross not in width.widths_of(model)
+    model = build(family)
+    with pytest.raises(
+        ValueError, match=f"batches must be such as reach all parts of widths, got .*no input of '{cross}'"
+    ):
+        width.prune_width(model, {"vision_model.encoder.layers.0.mlp.fc2": 32, cross: 1}, [batch])
+    assert width.widths_of(model) == {}
 
 
 def test_what_fails_in_the_midst_leaves_the_model_as_it_was(monkeypatch):

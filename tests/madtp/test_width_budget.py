@@ -2,6 +2,7 @@
 """Width as an axis of budgets: beside tokens and weights, alone, before weights; and carried out by `compress`."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ import madtp
 from madtp import width
 from madtp.budgets.allocate import choose, measured_distill_loss
 from madtp.budgets.plan import Plan
+from madtp.budgets.records import Times
 from madtp.budgets.sensitivity import Calibration, find_sensitivities
+from madtp.cli.compress import targets_table
+from madtp.cli.options import settings
 from madtp.compression import predict_targets
 
 WIDE = dataclasses.replace(CONFIG, width_reduction=0.5)
@@ -107,8 +111,6 @@ def test_what_cannot_be(measured):
         choose(without, dataclasses.replace(CONFIG, macs_reduction=0.2), "width")
     with pytest.raises(ValueError, match="macs_reduction must be at most about 0.404, which allocation 'width'"):
         choose(measured, with_targets(macs_reduction=0.6), "width")
-    with pytest.raises(ValueError, match="width_reduction must be None with a latency_reduction, got 0.5"):
-        with_targets(macs_reduction=None, latency_reduction=0.3)
     with pytest.raises(ValueError, match=r"width_reduction must be a number in \[0, 1\), got 1"):
         with_targets(width_reduction=1)
 
@@ -167,5 +169,33 @@ def test_compress_without_a_plan_takes_a_share_of_each(tmp_path):
     dense = madtp.profile(tiny_blip(), targets.probe[0]).total.dense_macs
     assert targets.before.total.dense_macs == pytest.approx(dense, rel=0.02)
     assert sum(targets.counted_macs.values()) == pytest.approx(0.55 * targets.before.total.dense_macs, rel=1e-6)
+    assert f"heads or channels go from {len(targets.widths)} places" in str(targets_table(targets).caption)
+    assert settings(None, macs=0.45, width=0.25)[0].width_reduction == 0.25
     result = madtp.compress(tiny_blip(), Task(), data, None, config, output_dir=tmp_path, training={"max_steps": 0})
     assert set(width.widths_of(result.model)) == set(targets.widths)
+
+
+@pytest.mark.slow
+def test_a_training_goes_on(tmp_path):
+    """The widths are removed again, and the weights are those of the checkpoint: the bits of a run that was not cut."""
+    config = with_targets(macs_reduction=0.45, width_reduction=0.25, hwp_schedule="one_shot")
+    training = TRAINING | {"save_strategy": "steps", "save_steps": 2}
+    arguments = (tiny_blip(), Task(), Questions(16), None, config)
+    whole = madtp.compress(*arguments, output_dir=tmp_path / "whole", training=training)
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-2", tmp_path / "cut/checkpoints/checkpoint-2")
+    resumed = madtp.compress(*arguments, output_dir=tmp_path / "cut", training=training, resume=True)
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_widths_that_save_time(measured):
+    """With a latency target a part counts with the time of its Linears; what saves none stays."""
+    tokens = {branch: tuple(10.0 for _ in points) for branch, points in measured.tokens.items()}
+    widths = dict.fromkeys(measured.widths, 0.0) | {FC2: 0.05}
+    times = Times(10.0, 10.0, tokens, dict.fromkeys(measured.weights, 0.0), widths)
+    timed = dataclasses.replace(measured, times=times)
+    plan = choose(timed, with_targets(macs_reduction=None, latency_reduction=0.1))
+    assert plan.widths == {FC2: 32} and plan.predicted["ms"] == pytest.approx(10 - 32 * 0.05)
+    assert not plan.sparse_modules and plan.macs_reduction == pytest.approx(
+        32 * measured.widths[FC2].macs / measured.profile.total.dense_macs
+    )

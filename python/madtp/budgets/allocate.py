@@ -181,9 +181,7 @@ def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: 
     choice = strategy.spend(goal.costs, goal.target, required)
     predicted = {
         "params_reduction": _params_saved(goal.costs, choice) / sensitivities.profile.total.params,
-        "distill_loss": sum(goal.costs.distill_loss(branch, share) for branch, share in choice.shares.items())
-        + sum(goal.costs.width_loss(name, left) for name, left in choice.widths.items())
-        + sum(sensitivities.weights[name].distill_loss for name in choice.sparse),
+        "distill_loss": goal.costs.loss(choice),
     }
     if config.latency_reduction is not None:
         predicted |= {"dense_ms": goal.dense, "ms": goal.costs.cost(choice)}

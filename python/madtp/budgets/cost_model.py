@@ -27,23 +27,24 @@ class CostModel:
 
     The cost is counted MACs, or milliseconds, per sample: what everything costs with all tokens and dense weights, less
     what each branch saves by its tokens, less what each removed head or channel and each sparse Linear saves at the
-    share of its branch; a sparse Linear at the share of its own width too. Times know nothing of widths.
+    share of its branch; a sparse Linear at the share of its own width too.
     """
 
     def __init__(self, sensitivities: Sensitivities, times: Times | None = None):
         self.weights = sensitivities.weights
-        self.widths = sensitivities.widths if times is None else {}
+        self.widths = sensitivities.widths
         self.part_of = {linear: name for name, unit in self.widths.items() for linear in unit.linears}
         if times is None:
             branches = sensitivities.profile.branches
             self.full = sensitivities.profile.total.dense_macs
             self.saves = {name: unit.macs for name, unit in self.weights.items()}
+            self.width_saves = {name: unit.macs for name, unit in self.widths.items()}
             by_tokens = {
                 branch: [(1 - point.share) * branches[branch].dense_macs for point in points]
                 for branch, points in sensitivities.tokens.items()
             }
         else:
-            self.full, self.saves = times.patched, times.weights
+            self.full, self.saves, self.width_saves = times.patched, times.weights, times.widths
             by_tokens = {b: [times.patched - time for time in measured] for b, measured in times.tokens.items()}
         self.curves = {
             branch: _lower_hull(points, by_tokens[branch]) for branch, points in sensitivities.tokens.items()
@@ -64,6 +65,12 @@ class CostModel:
         steps = self.steps[name]
         return float(np.interp(width, list(steps)[::-1], list(steps.values())[::-1]))
 
+    def loss(self, choice: Choice) -> float:
+        """What a choice does to the distillation loss, if effects add up."""
+        tokens = sum(self.distill_loss(branch, share) for branch, share in choice.shares.items())
+        widths = sum(self.width_loss(name, width) for name, width in choice.widths.items())
+        return tokens + widths + sum(self.weights[name].distill_loss for name in choice.sparse)
+
     def narrowest(self) -> dict[str, int]:
         """The least width of every part."""
         return {name: min(steps) for name, steps in self.steps.items() if min(steps) < self.widths[name].full}
@@ -77,7 +84,7 @@ class CostModel:
         shares = choice.shares
         by_tokens = sum(np.interp(share, *self.curves[branch][:2]) for branch, share in shares.items())
         by_width = sum(
-            unit.macs * (unit.full - choice.widths[name]) * shares.get(unit.branch, 1.0)
+            self.width_saves[name] * (unit.full - choice.widths[name]) * shares.get(unit.branch, 1.0)
             for name, unit in self.widths.items()
             if name in choice.widths
         )

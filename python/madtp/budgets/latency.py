@@ -7,15 +7,15 @@ Source: docs/method.md, cooperative optimisation, step 3 with a latency_reductio
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from madtp.budgets.prunable import linear_of
-from madtp.budgets.records import Sensitivities, Times
+from madtp.budgets.records import Sensitivities, Times, WidthUnit
 from madtp.handles import handle_of
 from madtp.hwp import QuantizedLinear, Sparse24Linear, linear, pack
 from madtp.inference import evaluating, leading_size
@@ -43,7 +43,10 @@ def time_parts(
         quantized: Linears that are rounded.
         dtype: to what.
     """
-    saved = _saved_by_packing(patched, sensitivities.weights, batch, dict.fromkeys(quantized, dtype))
+    rounding = dict.fromkeys(quantized, dtype)
+    rows = _rows_met(patched, [*sensitivities.weights, *_linears(sensitivities.widths)], batch)
+    saved = _saved_by_packing(patched, sensitivities.weights, rows, rounding)
+    narrow = _saved_by_width(patched, sensitivities.widths, rows, rounding)
     if quantized:
         patched = copy.deepcopy(patched)
         pack(patched, quantized, dtype=dtype)
@@ -64,19 +67,19 @@ def time_parts(
         branch: (found["patched"], *(found[branch, point.temperature] for point in points[1:]))
         for branch, points in sensitivities.tokens.items()
     }
-    return Times(found["dense"], found["patched"], tokens, {name: 1e3 * s / samples for name, s in saved.items()})
+    by_weights, by_width = ({name: 1e3 * s / samples for name, s in part.items()} for part in (saved, narrow))
+    return Times(found["dense"], found["patched"], tokens, by_weights, by_width)
 
 
-def _saved_by_packing(
-    model: nn.Module, names: Iterable[str], batch: Mapping[str, Tensor], quantized: Mapping[str, str]
-) -> dict[str, float]:
-    """Seconds a Linear takes less as a 2:4 layer, at the rows it meets in a forward of the batch; 0 where it does not.
+def _linears(units: Mapping[str, WidthUnit]) -> Iterator[str]:
+    for unit in units.values():
+        yield from unit.linears
 
-    Of those that are rounded, the rounded layer is compared with the rounded 2:4 one. Layers of one shape and dtype at
-    as many rows are timed once.
-    """
+
+def _rows_met(model: nn.Module, names: Iterable[str], batch: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Of each Linear, how many rows it meets in each of its calls in a forward of the batch."""
     modules = {name: linear_of(model, name) for name in names}
-    rows: defaultdict[str, list[int]] = defaultdict(list)  # by module, of each of its calls
+    rows: dict[str, list[int]] = {name: [] for name in modules}
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: rows[name].append(inputs[0].shape[:-1].numel()))
         for name, module in modules.items()
@@ -87,25 +90,64 @@ def _saved_by_packing(
         finally:
             for hook in hooks:
                 hook.remove()
-        gains: dict[Hashable, float] = {}
-        saved = dict.fromkeys(modules, 0.0)
-        for name, module in modules.items():
-            for count in rows[name]:
-                kind = count, module.weight.shape, quantized.get(name)
-                if kind not in gains:
-                    gains[kind] = _gain(module, count, quantized.get(name))
-                saved[name] += gains[kind]
+    return rows
+
+
+def _saved_by_packing(
+    model: nn.Module, names: Iterable[str], rows: Mapping[str, list[int]], quantized: Mapping[str, str]
+) -> dict[str, float]:
+    """Seconds a Linear takes less as a 2:4 layer, at the rows it meets; 0 where it does not.
+
+    Of those that are rounded, the rounded layer is compared with the rounded 2:4 one. Layers of one shape and dtype at
+    as many rows are timed once.
+    """
+    gains: dict[Hashable, float] = {}
+    saved = dict.fromkeys(names, 0.0)
+    for name in saved:
+        module, rounding = linear_of(model, name), quantized.get(name)
+        for count in rows[name]:
+            kind = count, module.weight.shape, rounding
+            if kind not in gains:
+                fits = supports_shape(*module.weight.shape)  # others are not made 2:4
+                gains[kind] = _gain(module, _layers(module, rounding), count) if fits else 0.0
+            saved[name] += gains[kind]
     return saved
 
 
-def _gain(module: nn.Linear, rows: int, rounding: str | None) -> float:
-    out_features, in_features = module.weight.shape
-    if not rows or not supports_shape(out_features, in_features):  # which `pack` does not make 2:4
+def _saved_by_width(
+    model: nn.Module, units: Mapping[str, WidthUnit], rows: Mapping[str, list[int]], quantized: Mapping[str, str]
+) -> dict[str, float]:
+    """Seconds that each head or channel of a part takes in the Linears around it: of the fewest that were looked at
+    against all, at the rows they meet."""
+    gains: dict[Hashable, float] = {}
+    saved = dict.fromkeys(units, 0.0)
+    for part, unit in units.items():
+        least = unit.points[-1].width
+        for name in unit.linears:
+            module, rounding = linear_of(model, name), quantized.get(name)
+            axis = 1 if name == part else 0
+            size = module.weight.shape[axis] // unit.full * least
+            for count in rows[name]:
+                kind = count, module.weight.shape, rounding, axis, size
+                if kind not in gains:
+                    narrow = module.weight.detach().narrow(axis, 0, size).contiguous()
+                    bias = module.bias if axis or module.bias is None else nn.Parameter(module.bias.detach()[:size])
+                    both = _dense(module.weight, module.bias, rounding), _dense(narrow, bias, rounding)
+                    gains[kind] = _gain(module, both, count)
+                saved[part] += gains[kind] / (unit.full - least)
+    return saved
+
+
+def _gain(module: nn.Linear, both: tuple[Any, Any], rows: int) -> float:
+    """Seconds that the second layer takes less than the first at so many rows, each of as many inputs as it takes."""
+    if not rows:
         return 0.0
-    dense, sparse = _layers(module, rounding)
-    x = torch.randn(rows, in_features, dtype=module.weight.dtype, device=module.weight.device)
-    found = medians({"dense": lambda: linear(dense, x), "packed": lambda: sparse(x)}, x.device)
-    return max(found["dense"] - found["packed"], 0.0)
+    columns = [layer.in_features for layer in both]
+    x = torch.randn(rows, max(columns), dtype=module.weight.dtype, device=module.weight.device)
+    first, second = (x[:, :count].contiguous() for count in columns)
+    with torch.no_grad():
+        found = medians({"before": lambda: linear(both[0], first), "after": lambda: linear(both[1], second)}, x.device)
+    return max(found["before"] - found["after"], 0.0)
 
 
 def _layers(module: nn.Linear, rounding: str | None) -> tuple[nn.Module, nn.Module]:
@@ -114,6 +156,16 @@ def _layers(module: nn.Linear, rounding: str | None) -> tuple[nn.Module, nn.Modu
     sparse = sparse24_prune(weight)
     if rounding is None:
         return module, Sparse24Linear(sparse, bias)
-    dtype = weight.dtype
-    dense = QuantizedLinear(quantize(weight, rounding), bias, dense_dtype=dtype)
-    return dense, QuantizedLinear(quantize(sparse, f"{rounding}_24"), bias, dense_dtype=dtype)
+    packed = QuantizedLinear(quantize(sparse, f"{rounding}_24"), bias, dense_dtype=weight.dtype)
+    return _dense(weight, bias, rounding), packed
+
+
+def _dense(weight: Tensor, bias: nn.Parameter | None, rounding: str | None) -> nn.Module:
+    """A layer of all these weights."""
+    if rounding is not None:
+        return QuantizedLinear(quantize(weight.detach(), rounding), bias, dense_dtype=weight.dtype)
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    layer.register_parameter("bias", bias)
+    return layer

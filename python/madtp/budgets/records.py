@@ -58,12 +58,15 @@ class Times:
         tokens: of the same with one branch at the temperature of each of its `Sensitivities.tokens`.
         weights: by Linear, what it saves as a packed 2:4 layer with all tokens; never below 0. One that goes to
             int8 or fp8 is compared there.
+        widths: by part, what each removed head or channel saves in the Linears around it, with all tokens; never below
+            0, and nothing of attention itself.
     """
 
     dense: float
     patched: float
     tokens: dict[str, tuple[float, ...]]
     weights: dict[str, float]
+    widths: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

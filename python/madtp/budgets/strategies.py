@@ -47,14 +47,16 @@ class Strategy:
 
 
 class Joint(Strategy):
-    """Where a whole Linear or width went past the target and all tokens are left, ends on tokens in its place."""
+    """Where a whole Linear or width went past the target and all tokens are left, ends on tokens in its place; where
+    widths may go, only if that costs the answers less."""
 
     def _taken(self, costs: CostModel, target: float, start: Choice, limits: Choice) -> Choice:
         taken, before = costs.greedy(start, target, limits)
         past = costs.cost(taken) < (1 - 1e-6) * target and before is not taken
         tokens = replace(before, shares=limits.shares)
         if past and min(taken.shares.values()) == 1 and costs.cost(tokens) <= target:
-            return costs.greedy(before, target, Choice(limits.shares, []))[0]
+            exact = costs.greedy(before, target, Choice(limits.shares, []))[0]
+            return exact if not limits.widths or costs.loss(exact) < costs.loss(taken) else taken
         return taken
 
 

@@ -16,6 +16,7 @@ from madtp.models.encoder import Encoder, head_dim_of
 from madtp.models.registry import family_of
 from madtp.models.tower import Tower
 from madtp.models.towers import tower_of
+from madtp.models.vlm import unsupported_reason
 
 FULL = "madtp_full_width"  # of the Linear after heads or channels that were removed: how many there were
 MIN_TILE, STEPS = 16, 8  # channels that all kernels take; steps that there are of the fewest channels, too
@@ -43,7 +44,8 @@ def tile(part: WidthPart) -> int:
 def width_parts(model: nn.Module) -> list[WidthPart]:
     """The parts of all towers of a model, in its order: self-attention, cross-attention and MLP of every block.
 
-    An MLP that is one module (SwiGLU) has no part, nor has what no tower describes, such as a decoder.
+    An MLP that is one module (SwiGLU) has no part, nor has what no tower describes, such as a decoder; a decoder that
+    reads images has none, whose files do not say widths.
 
     Args:
         model: patched or not; of a known class, or a tower, or what holds some.
@@ -66,6 +68,7 @@ def _towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
     family = getattr(find_handle(model), "family", None) or family_of(model)
     if family is not None:
         yield from ((family.path(branch), family.tower(model, branch)) for branch in family.towers)
+    if family is not None or unsupported_reason(model) is None:
         return
     for path, module in model.named_modules():
         spec = getattr(module, "madtp_spec", None)  # of a patched tower, which may be one of the user's

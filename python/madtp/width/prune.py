@@ -18,7 +18,7 @@ from madtp.width.narrow import checked_widths, narrow, require_removable
 from madtp.width.parts import WidthPart, tile, width_parts
 from madtp_kernels.checks import require
 
-AT_A_TIME = 16  # parts whose Gram matrices are in memory
+AT_A_TIME = 4  # parts that are narrowed by what they meet once those before them are
 
 
 class Narrowed(NamedTuple):
@@ -136,7 +136,8 @@ def _narrow(
         group = parts[start : start + AT_A_TIME]
         met = part_inputs(model, group, batches) if statistics is None else statistics
         for part in group:
-            if everywhere and not met[part.name].weight_sum:
+            if statistics is None and not met[part.name].weight_sum:
+                require(everywhere, "batches", "such as reach all parts of widths", f"no input of {part.name!r}")
                 continue
             after = cast(nn.Linear, model.get_submodule(part.name))
             known = known_inputs(part.name, met, gram=True)
