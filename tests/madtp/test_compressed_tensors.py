@@ -134,6 +134,12 @@ def test_rounded_layers_have_the_numbers_of_the_file(rounded, dtype, tmp_path):
             assert torch.equal(found.to_dense() / scale, numbers)
 
 
+def test_the_other_loader_names_this_one(tmp_path):
+    write(tmp_path)
+    with pytest.raises(madtp.ModelError, match="is of compressed-tensors: load it with madtp.load_compressed_tensors"):
+        madtp.from_pretrained(tmp_path)
+
+
 def test_names_of_the_first_versions(tmp_path):
     expected = write(tmp_path, "sparse-bitmask", first_names=True, field="compression_config")
     state = madtp.load_compressed_tensors(tmp_path, dtype="bfloat16").state_dict()

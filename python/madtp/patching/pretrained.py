@@ -87,6 +87,7 @@ def from_pretrained(
     }
     folder, local = _folder(directory, hub)
     before = _identity(folder)
+    _refuse_compressed_tensors(folder)
     settings, old = read_settings(folder)
     kind = model_class(folder, decoder=settings.keep is not None)
     options = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
@@ -120,6 +121,16 @@ def from_pretrained(
     if wrong:
         raise ModelError(f"{directory}: weights must match {CONFIG_FILE}, {len(wrong)} do not (first: {wrong[0]})")
     return model
+
+
+def _refuse_compressed_tensors(folder: Path) -> None:
+    """Raises ModelError for a folder of compressed-tensors, which has a function of its own."""
+    if (folder / STATE_FILE).exists() or not (folder / CONFIG_FILE).exists():
+        return
+    config = read_json(folder, CONFIG_FILE)
+    values = config.get("quantization_config") if isinstance(config, dict) else None
+    if isinstance(values, dict) and values.get("quant_method") == "compressed-tensors":
+        raise ModelError(f"{folder} is of compressed-tensors: load it with madtp.load_compressed_tensors")
 
 
 def _identity(folder: Path) -> tuple[int, ...]:
