@@ -170,8 +170,7 @@ docs: $(DOCS_READY)
 # Whether public names and signatures break with those of an earlier commit, AGAINST= it.
 AGAINST ?= $(or $(shell git describe --tags --abbrev=0 2>/dev/null),HEAD^)
 api-check: $(DOCS_READY)
-	failed=0; for root in madtp_kernels python/madtp; do \
-	  $(DOCS_PY) -m griffe check $$(basename $$root) --search $$(dirname $$root) --against $(AGAINST) || failed=1; done; exit $$failed
+	$(DOCS_PY) -m website.api_check $(AGAINST)
 
 lint: $(READY)
 	ruff check .

@@ -49,7 +49,7 @@ def read(path: Path) -> dict:
     """A result, of either kind. Raises ResultError for anything else, and OSError."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultError(f"{path} must be JSON: {error}") from None
     check(result, path)
     return result

@@ -24,7 +24,8 @@ def points(result: dict, threads: int | None) -> dict[str, list[tuple[float, flo
     for entry in result["entries"]:
         for block in entry["blocks"]:
             for row in block["rows"]:
-                if block["threads"] == threads and row["provider"].startswith(OURS) and "gflop_per_second" in row:
+                ours = block["threads"] == threads and row["provider"].startswith(OURS)
+                if ours and row.get("gflop_per_second", 0) > 0 and row.get("gb_per_second", 0) > 0:
                     intensity = row["gflop_per_second"] / row["gb_per_second"]
                     point = intensity, row["gflop_per_second"] * 1e9, dtype_of(block["case"])
                     found.setdefault(f"{entry['entry']}: {row['provider']}", []).append(point)
@@ -51,6 +52,24 @@ def table(result: dict, threads: int | None) -> tuple[list[str], list[str], list
 
 def thread_counts(result: dict) -> list[int | None]:
     return list(dict.fromkeys(block["threads"] for entry in result["entries"] for block in entry["blocks"]))
+
+
+def not_drawn(result: dict) -> str | None:
+    """What the result of a suite would have to be to be drawn, or None."""
+    if not thread_counts(result):
+        return "must have blocks to draw, got a suite of none"
+    if "/" in result["suite"]:
+        return f"must be of a suite whose name can be that of a file, got {result['suite']!r}"
+    for threads in thread_counts(result):
+        if not table(result, threads)[0]:
+            return f"must have speed-ups of {OURS} to draw, got none at {threads} threads"
+        if (ceiling := result["ceilings"].get(str(threads))) is None:
+            return f"must have the ceilings of its rows, got none at {threads} threads"
+        if not all(
+            0 < rate < math.inf for rate in (ceiling["bytes_per_second"], *ceiling["flops_per_second"].values())
+        ):
+            return f"must have ceilings above 0, got another at {threads} threads"
+    return None
 
 
 def _pyplot() -> Any:
@@ -112,6 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     if "suite" not in result:
         parser.error(f"{options.result} must be of a suite, which has ceilings, got one of the entry {result['entry']}")
+    if (why := not_drawn(result)) is not None:
+        parser.error(f"{options.result} {why}")
     options.out.mkdir(parents=True, exist_ok=True)
     for threads in thread_counts(result):
         name = result["suite"] + ("" if threads is None else f"-{threads}-threads")

@@ -44,4 +44,9 @@ static inline bool is_addressable(std::int64_t rows, std::int64_t columns, std::
   return product_of({elements, std::int64_t(element_bytes)}) < kTooLarge;
 }
 
+// Whether no two rows of an output share an element.
+static constexpr bool are_apart(std::int64_t rows, std::int64_t columns, std::int64_t stride) {
+  return rows <= 1 || stride >= columns || stride <= -columns;
+}
+
 }  // namespace madtp

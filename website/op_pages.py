@@ -83,7 +83,10 @@ def template(node: ast.expr, names: dict[str, Any]) -> str | None:
 
 
 def rules(function: Callable[..., Any]) -> list[tuple[str, str]]:
-    """Argument and rule of every `require` on an argument of this function, as its errors say them."""
+    """Argument and rule of every `require` on an argument of this function, as its errors say them.
+
+    Where None may be given too, the rule of the op, in which it has a name, is said already.
+    """
     names = set(inspect.signature(function).parameters)
     found = {}
     for tree, known in _imported_checks(inspect.getmodule(inspect.unwrap(function))):
@@ -94,7 +97,7 @@ def rules(function: Callable[..., Any]) -> list[tuple[str, str]]:
             name, rule = template(node.args[1], known), template(node.args[2], known)
             if name is not None and rule is not None and name.partition(".")[0] in names:
                 found[name, rule] = None
-    return sorted(found)
+    return sorted((name, rule) for name, rule in found if (name, f"{rule} or None") not in found)
 
 
 def limits(record: dispatch.OpRecord) -> list[str]:

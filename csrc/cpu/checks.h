@@ -34,4 +34,10 @@ inline bool is_matrix(const void* data, DType dtype, std::int64_t rows, std::int
   return is_matrix(data, dtype, rows, columns, columns);
 }
 
+// Likewise of an output, whose rows must not share elements.
+inline bool is_output(const void* data, DType dtype, std::int64_t rows, std::int64_t columns,
+                      std::int64_t stride) {
+  return is_matrix(data, dtype, rows, columns, stride) && are_apart(rows, columns, stride);
+}
+
 }  // namespace madtp::cpu

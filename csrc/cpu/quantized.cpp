@@ -40,7 +40,7 @@ Status quantized_pack(const QuantizedWeight& weight, void* layout, int threads) 
 Status quantized_linear(const QuantizedLinear& a, void* out, std::int64_t out_stride, int threads) {
   if (!is_weight_shape(a.out_features, a.in_features, a.sparse) || !is_count(a.tokens) ||
       !is_matrix(a.x, a.dtype, a.tokens, a.in_features, a.x_stride) ||
-      !is_matrix(out, a.dtype, a.tokens, a.out_features, out_stride) ||
+      !is_output(out, a.dtype, a.tokens, a.out_features, out_stride) ||
       (a.residual != nullptr &&
        !is_matrix(a.residual, a.dtype, a.tokens, a.out_features, a.residual_stride)) ||
       !is_present(a.layout, a.out_features, a.in_features) || !is_present(a.weight_scale, a.out_features) ||

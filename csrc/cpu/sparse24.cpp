@@ -53,7 +53,7 @@ Status sparse24_prune(const Sparse24Dense& dense, void* values, std::uint8_t* in
 Status sparse24_linear(const Sparse24Linear& a, void* out, std::int64_t out_stride, int threads) {
   if (!is_weight_shape(a.out_features, a.in_features, a.weight_dtype) || !is_count(a.tokens) ||
       !is_matrix(a.x, a.dtype, a.tokens, a.in_features, a.x_stride) ||
-      !is_matrix(out, a.dtype, a.tokens, a.out_features, out_stride) ||
+      !is_output(out, a.dtype, a.tokens, a.out_features, out_stride) ||
       (a.residual != nullptr &&
        !is_matrix(a.residual, a.dtype, a.tokens, a.out_features, a.residual_stride)) ||
       !is_present(a.layout, a.out_features, a.in_features) || threads < 1)

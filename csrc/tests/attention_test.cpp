@@ -153,6 +153,18 @@ TEST(a_summary_row_that_does_not_exist_is_none) {
   for (float value : none.summary_attention) EXPECT(value == 0);
 }
 
+TEST(a_scale_of_0_weighs_all_keys_alike) {
+  const Problem p({3}, {3}, 1, 8, false);
+  AttentionInputs inputs = p.inputs();
+  inputs.softmax_scale = 0;
+  std::vector<float> out(p.q.size(), kNaN);
+  EXPECT(attend(inputs, out.data(), nullptr, nullptr, nullptr, 1) == Status::ok);
+  for (int d = 0; d < 8; ++d) {
+    const float mean = (p.v[d] + p.v[8 + d] + p.v[16 + d]) / 3;
+    for (int i = 0; i < 3; ++i) EXPECT(std::abs(out[i * 8 + d] - mean) < 1e-6f);
+  }
+}
+
 TEST(bad_attention_arguments_are_refused) {
   const Problem p({4, 3}, {4, 3}, 2, 32, false);
   std::vector<float> out(p.q.size(), 5), statistic(7, 5);

@@ -225,6 +225,8 @@ TEST(quantized_arguments_are_checked) {
   EXPECT(refused([](QuantizedLinear& a) { a.bias_dtype = DType::float16; }));
   EXPECT(refused([](QuantizedLinear& a) { a.activation = Activation(9); }));
   EXPECT(cpu::quantized_linear(p.inputs(), out.data(), 16, 0) == Status::invalid_argument);
+  for (std::int64_t stride : {0, 8, 15, -8})  // rows that would overwrite each other
+    EXPECT(cpu::quantized_linear(p.inputs(), out.data(), stride, 1) == Status::invalid_argument);
 }
 
 // What a layout holds is not trusted: any bytes give some numbers, and read and write nothing else.

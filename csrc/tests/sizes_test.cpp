@@ -29,6 +29,11 @@ struct Memory {
 
 }  // namespace
 
+TEST(rows_of_an_output_are_apart) {
+  EXPECT(are_apart(2, 16, 16) && are_apart(2, 16, -16) && are_apart(1, 16, 0) && are_apart(2, 0, 0));
+  EXPECT(!are_apart(2, 16, 15) && !are_apart(2, 16, 0) && !are_apart(2, 16, -8));
+}
+
 TEST(products_and_sums_do_not_overflow) {
   EXPECT(product_of({3, 5, 7}) == 105);
   EXPECT(product_of({INT64_MAX, INT64_MAX, 0}) == 0);

@@ -197,6 +197,9 @@ TEST(bad_sparse24_arguments_are_refused) {
   refused([](Sparse24Linear& a) { a.scale_dtype = DType(7); });
   refused([](Sparse24Linear& a) { a.activation = Activation(5); });
   EXPECT(cpu::sparse24_linear(p.inputs(Activation::none), out.data(), 16, 0) == Status::invalid_argument);
+  for (std::int64_t stride : {0, 8, 15, -8})  // rows that would overwrite each other
+    EXPECT(cpu::sparse24_linear(p.inputs(Activation::none), out.data(), stride, 1) ==
+           Status::invalid_argument);
   EXPECT((out == std::vector<float>(4 * 16, 5)));
 
   std::vector<std::uint8_t> layout(p.layout.size(), 9);

@@ -48,7 +48,8 @@ struct Block {
 class Tower {
  public:
   Tower(const std::string& folder, int threads)
-      : Tower(read_json(folder + "/config.json"), Safetensors(folder + "/model.safetensors"), threads) {}
+      // In braces config.json is read first, and is what a message names for a folder of another kind.
+      : Tower{read_json(folder + "/config.json"), Safetensors(folder + "/model.safetensors"), threads} {}
 
   // pixels (B, 3, image, image) -> the rows that leave the tower; what is printed goes to stdout.
   Batch run(const Floats& pixels, std::int64_t images) const {
@@ -68,6 +69,9 @@ class Tower {
  private:
   Tower(const Json& config, const Safetensors& file, int threads)
       : sizes_(config["vision_config"]), threads_(threads) {
+    if (!config.has("quantization_config"))
+      throw std::runtime_error(config.where() +
+                               " must have a quantization_config: save a BLIP that madtp has patched");
     const Json& settings = config["quantization_config"];
     if (settings["quant_method"].string() != "madtp")
       throw std::runtime_error(settings.where() + ": must be of madtp, got " +

@@ -6,10 +6,12 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -18,6 +20,10 @@ namespace example {
 constexpr std::size_t kMaxJsonBytes = std::size_t{16} << 20;
 
 inline std::string read_file(const std::string& path, std::size_t most) {
+  std::error_code error;
+  const std::filesystem::file_status found = std::filesystem::status(path, error);
+  if (!std::filesystem::exists(found)) throw std::runtime_error(path + ": is not there");
+  if (!std::filesystem::is_regular_file(found)) throw std::runtime_error(path + ": is no regular file");
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   if (!file) throw std::runtime_error(path + ": cannot be opened");
   const std::streamoff size = file.tellg();

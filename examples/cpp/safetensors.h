@@ -91,7 +91,7 @@ class Safetensors {
 
   const Tensor& find(const std::string& name) const {
     const auto found = tensors_.find(name);
-    if (found == tensors_.end()) fail("has no " + name);
+    if (found == tensors_.end()) fail("has no tensor " + name);
     return found->second;
   }
 

@@ -119,7 +119,7 @@ def varlen_attention(
         cu_seqlens_q: (B+1,) int32.
         cu_seqlens_k: (B+1,) int32, where keys are other rows than queries; None is self-attention.
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
-        softmax_scale: 1 / sqrt(D) by default.
+        softmax_scale: 1 / sqrt(D) by default; at 0 all keys that a query sees weigh the same.
         causal: a query sees no key after its position.
         window_size: a query sees `left` keys before its position and `right` after it; -1 is all of them.
         softcap: where above 0, a score s becomes softcap tanh(s / softcap).

@@ -40,7 +40,7 @@ def attention_rows(
         cu_seqlens_k: (B+1,) int32, where its keys end.
         row_position: (R,) int32, the place of a row among the keys of its sequence: it sees the keys up to that place.
             A row at -1 sees none and counts for nothing. None: every row sees all keys.
-        softmax_scale: 1 / sqrt(D) by default.
+        softmax_scale: 1 / sqrt(D) by default; at 0 all keys that a row sees weigh the same.
         backend: auto, reference, cpu or triton.
 
     Returns:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from madtp.config import CompressionConfig as CompressionConfig
     from madtp.dtp.keep import Keep as Keep
     from madtp.exporting import export as export
+    from madtp.patching.compressed_tensors import load_compressed_tensors as load_compressed_tensors
     from madtp.patching.handle import patch as patch
     from madtp.patching.pretrained import from_pretrained as from_pretrained
     from madtp.patching.state import ModelError as ModelError
@@ -44,6 +45,7 @@ _API = {
     "compress": "madtp.compression",
     "export": "madtp.exporting",
     "from_pretrained": "madtp.patching.pretrained",
+    "load_compressed_tensors": "madtp.patching.compressed_tensors",
     "measure": "madtp.profiling.figures",
     "pareto": "madtp.budgets.allocate",
     "patch": "madtp.patching.handle",

@@ -43,7 +43,8 @@ def export(
             "aoti": a `.pt2` that AOTInductor compiles for this CPU with a C++ compiler, for
             `torch._inductor.aoti_load_package`. Both call the ops of madtp_kernels, which has to be imported first.
             "onnx": an `.onnx` of plain ops, for ONNX Runtime and OpenVINO; weights that are 2:4 or int8 are in it as
-            they are packed, and the runtime multiplies by dense ones. It needs onnx and onnxscript, and float32.
+            they are packed, and the runtime multiplies by dense ones. It needs onnx and onnxscript (the extra
+            `[export]`), and float32.
 
     Returns:
         the path.
@@ -173,7 +174,8 @@ def _check_onnx(model: nn.Module) -> None:
     for package in ONNX_PACKAGES:
         if find_spec(package) is None:
             raise ImportError(
-                f"{package} is needed for format onnx: pip install {' '.join(ONNX_PACKAGES)}", name=package
+                f"{package} is needed for format onnx: pip install -e .[export] (or {' '.join(ONNX_PACKAGES)})",
+                name=package,
             )
     parameters = [*model.parameters(), *model.buffers()]
     other = next(

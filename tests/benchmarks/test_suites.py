@@ -278,6 +278,41 @@ def test_pictures_of_a_suite(tmp_path):
     assert names == ["vlm-1-threads-roofline.png", "vlm-1-threads-speedups.png"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found.update(entries=[]), "must have blocks to draw, got a suite of none"),
+        (lambda found: found.update(suite="a/b"), "must be of a suite whose name can be that of a file, got 'a/b'"),
+        (lambda found: found.update(ceilings={}), "must have the ceilings of its rows, got none at 1 threads"),
+        (lambda found: found["ceilings"]["1"].update(bytes_per_second=0), "must have ceilings above 0"),
+        (lambda found: found["entries"][0]["blocks"][0].update(rows=[]), "must have speed-ups of madtp to draw"),
+        (lambda found: found.clear(), "must hold results of benchmarks: the file must have"),
+    ],
+)
+def test_what_cannot_be_drawn_is_a_line(tmp_path, capsys, change, message):
+    path = Path(written(tmp_path, "suite", row("madtp cpu", 2.0)))
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(SystemExit):
+        suite_plots.main([str(path), "--out", str(tmp_path / "pictures")])
+    assert message in capsys.readouterr().err and not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", "3"])
+def test_other_json_is_a_line(tmp_path, capsys, text):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(SystemExit):
+        suite_plots.main([str(tmp_path / "other.json"), "--out", str(tmp_path / "pictures")])
+    assert "other.json must " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rows_without_bytes_are_left_out(tmp_path):
+    path = Path(written(tmp_path, "suite", row("madtp cpu", 2.0) | {"gb_per_second": 0.0}))
+    assert suite_plots.points(result_files.read(path), 1) == {}
+    suite_plots.main([str(path), "--out", str(tmp_path / "pictures")])
+
+
 def test_pictures_are_of_suites(tmp_path, capsys):
     result_files.write(result(row("madtp", 2.0)), tmp_path / "entry.json")
     with pytest.raises(SystemExit):

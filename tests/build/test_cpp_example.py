@@ -163,7 +163,7 @@ def test_damaged_files_are_refused_in_a_line(program, tmp_path):
         assert done.stderr.count("\n") == 1
         return done.stderr
 
-    assert 'has no "quantization_config"' in refused()
+    assert "config.json: must have a quantization_config: save a BLIP that madtp has patched" in refused()
     assert "is no JSON at byte" in refused(config[:-5])
     assert "is no JSON at byte" in refused(config + b"x")
     assert "nested too deeply" in refused(b"[" * 1000)
@@ -176,7 +176,11 @@ def test_damaged_files_are_refused_in_a_line(program, tmp_path):
     header = weights[8 : 8 + length]
     for was, is_now in ((b'"F32"', b'"F16"'), (b"[128,", b"[129,"), (b'"F32"', b'"X32"')):
         assert ": " in refused(weights=weights[:8] + header.replace(was, is_now, 1) + weights[8 + length :])
-    assert "cannot be opened" in run(program, tmp_path / "none", images).stderr
+    assert run(program, tmp_path / "none", images).stderr.endswith("none/config.json: is not there\n")
+    assert run(program, folder / "config.json", images).stderr.endswith("config.json/config.json: is not there\n")
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    assert run(program, folder, images).stderr.endswith("model/config.json: is no regular file\n")
     assert run(program).stderr.startswith("usage: ")
 
 

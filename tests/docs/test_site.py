@@ -11,6 +11,7 @@ from pages import ALL, ROOT
 
 from website import links, op_pages, pictures, svg, tree
 from website.anchors import slug
+from website.api_check import is_public
 from website.docstrings import arguments, sections
 from website.navigation import FIRST, NAVIGATION, pages
 
@@ -165,3 +166,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
             r'<(?:script|img|link)[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8")
         )
         assert not fetched, f"{page.name} fetches {fetched}"
+
+
+def test_the_check_of_the_api_is_of_what_the_pages_name():
+    names = {"madtp.exporting.export", "madtp.budgets.plan.Plan"}
+    public = ("madtp.exporting.export", "madtp.exporting.export(inputs)", "madtp.budgets.plan.Plan.save")
+    others = ("madtp.exporting", "madtp.exporting.export_all", "madtp.budgets.plan.Planner")
+    assert all(is_public(path, names) for path in public) and not any(is_public(path, names) for path in others)

@@ -3,7 +3,9 @@
 
 import dataclasses
 import os
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from vlm_families import CASES as DECODERS
 import madtp
 import madtp_kernels
 from madtp import hwp
-from madtp.exporting import export
+from madtp.exporting import ONNX_PACKAGES, export
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
@@ -169,6 +171,8 @@ ONNX = {  # what a case shows -> family, and what is patched
     "2:4 int8": ("ViTModel", {"selection": "tome", "sparse": True, "dtype": "int8"}),
     "batch": ("CLIPVisionModel", {"selection": "visionzip", "samples": 4}),
     "image and text": ("BlipForImageTextRetrieval", {"temperature": {"vision": 4.0}}),
+    "image and text, both of a count": ("SiglipModel", {"samples": 2}),
+    "queries": ("Blip2Model", {"temperature": {"vision": 4.0}}),
     "own counts": ("CLIPVisionModel", {"selection": "instance", "samples": 2}),
 }
 
@@ -188,10 +192,18 @@ def test_an_onnx_file(tmp_path, case):
         same(load(path), model, inputs, family, CASES[family].outputs, tolerance)
 
 
+def test_the_extra_has_what_onnx_needs():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^export = \[(.*)\]$", project, re.MULTILINE)
+    assert re.findall(r'"([a-z]+)>=', line) == [*ONNX_PACKAGES]
+
+
 def test_onnx_needs_its_packages(tmp_path, monkeypatch):
     monkeypatch.setattr("madtp.exporting.find_spec", lambda name: None)
     model, inputs = patched("CLIPVisionModel")
-    with pytest.raises(ImportError, match="onnx is needed for format onnx: pip install onnx onnxscript"):
+    with pytest.raises(
+        ImportError, match=r"onnx is needed for format onnx: pip install -e \.\[export\] \(or onnx onnxscript\)"
+    ):
         export(model, inputs, tmp_path / "model.onnx", format="onnx")
 
 

@@ -18,7 +18,7 @@ bool is_quantized_shape(std::int64_t out_features, std::int64_t in_features) {
 
 bool is_valid(const QuantizedRows& a, std::int64_t tokens, std::int64_t in_features) {
   return (a.type == QuantizedType::int8 || a.type == QuantizedType::e4m3) &&
-         is_matrix(a.values, a.stride, tokens, in_features) && a.stride % 16 == 0 &&
+         is_output(a.values, a.stride, tokens, in_features) && a.stride % 16 == 0 &&
          is_present(a.scale, tokens, 1);
 }
 
@@ -96,7 +96,7 @@ Status quantized_linear_configs(const QuantizedLinear& inputs, const QuantizedRo
 
 Status quantized_linear(const QuantizedLinear& inputs, const QuantizedRows& rows, void* out,
                         std::int64_t out_stride, void* stream, const Sparse24Config* asked) {
-  if (!is_matrix(out, out_stride, inputs.tokens, inputs.out_features)) return Status::invalid_argument;
+  if (!is_output(out, out_stride, inputs.tokens, inputs.out_features)) return Status::invalid_argument;
   Device device;
   Status status = check(inputs, rows, &device);
   if (status != Status::ok) return status;

@@ -31,6 +31,11 @@ inline bool is_matrix(const void* data, std::int64_t stride, std::int64_t rows, 
          is_addressable(rows, columns, stride, sizeof(float));  // the widest element
 }
 
+// Likewise of an output, whose rows must not share elements.
+inline bool is_output(const void* data, std::int64_t stride, std::int64_t rows, std::int64_t columns) {
+  return is_matrix(data, stride, rows, columns) && are_apart(rows, columns, stride);
+}
+
 // A vector of float32 or `dtype`, or none.
 inline bool is_affine(const void* data, DType data_dtype, DType dtype) {
   return data == nullptr || (is_aligned(data) && (data_dtype == DType::float32 || data_dtype == dtype));

@@ -80,7 +80,7 @@ Status sparse24_linear_configs(const Sparse24Linear& inputs, Sparse24Config* lis
 
 Status sparse24_linear(const Sparse24Linear& inputs, void* out, std::int64_t out_stride, void* stream,
                        const Sparse24Config* asked) {
-  if (!is_valid(inputs) || !is_matrix(out, out_stride, inputs.tokens, inputs.out_features))
+  if (!is_valid(inputs) || !is_output(out, out_stride, inputs.tokens, inputs.out_features))
     return Status::invalid_argument;
   Device device;
   Choice choice;

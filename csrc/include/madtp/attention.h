@@ -27,8 +27,8 @@ struct AttentionInputs {
   const std::int32_t* cu_seqlens_q;  // (batch + 1,)
   const std::int32_t* cu_seqlens_k;  // (batch + 1,)
   std::int64_t tokens_q, tokens_k, batch, heads, head_dim;
-  float softmax_scale;
-  bool causal;                        // a query sees no key after its position
+  float softmax_scale;  // mostly 1 / sqrt(head_dim); 0 gives all keys that a query sees the same score
+  bool causal;          // a query sees no key after its position
   const std::int32_t* summary_index;  // (batch,) row inside its sequence, -1: none; null: row 0 of each
   // Query head h reads key head h / (heads / key_heads). A divisor of heads; 0 is as many as those.
   std::int64_t key_heads = 0;

@@ -25,7 +25,7 @@ struct AttentionRowsInputs {
   const std::int32_t* cu_seqlens_k;  // (batch + 1,), of k
   std::int64_t rows, tokens, batch;
   std::int64_t heads, key_heads, head_dim;  // heads is a multiple of key_heads
-  float softmax_scale;
+  float softmax_scale;  // mostly 1 / sqrt(head_dim); 0 gives all keys that a row sees the same score
   // (rows,) a row sees the keys 0 to this one of its sequence, none below 0; null: all of them
   const std::int32_t* row_position;
 };

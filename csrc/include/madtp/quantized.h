@@ -60,8 +60,9 @@ Status quantized_layout_bytes(std::int64_t out_features, std::int64_t in_feature
 Status quantized_pack(const QuantizedWeight& weight, void* layout, int threads);
 
 Status quantized_linear(const QuantizedLinear& inputs,
-                        void* out,  // (tokens, out_features)
-                        std::int64_t out_stride, int threads);
+                        void* out,                // (tokens, out_features)
+                        std::int64_t out_stride,  // at least out_features: rows must not overlap
+                        int threads);
 
 }  // namespace cpu MADTP_API
 
@@ -81,9 +82,9 @@ enum class QuantizedType : int { int8 = 0, e4m3 = 1 };
 // Rows of x, rounded with a scale each. A row with a NaN or an infinity has zeros and the scale NaN.
 struct QuantizedRows {
   QuantizedType type;
-  void* values;  // (tokens, in_features), 8 bits each
-  std::int64_t stride;
-  float* scale;  // (tokens,)
+  void* values;         // (tokens, in_features), 8 bits each
+  std::int64_t stride;  // at least in_features: rows must not overlap
+  float* scale;         // (tokens,)
 };
 
 // Writes `rows`, the same bits as the CPU. Those from `num_rows` on stay as they are.

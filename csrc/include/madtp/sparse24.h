@@ -83,8 +83,9 @@ Status sparse24_layout_bytes(std::int64_t out_features, std::int64_t in_features
 // Writes the layout. Status::invalid_argument for indices that do not ascend.
 Status sparse24_pack(const Sparse24Weight& weight, void* layout, int threads);
 
-// Accumulates in float32 and casts once. A row of the result has the same bits whatever the other rows, their
-// number and the number of threads are.
+// The rows of `out` must not overlap: out_stride is at least out_features, or at most -out_features, for two
+// rows and more. Accumulates in float32 and casts once. A row of the result has the same bits whatever the
+// other rows, their number and the number of threads are.
 Status sparse24_linear(const Sparse24Linear& inputs,
                        void* out,  // (tokens, out_features)
                        std::int64_t out_stride, int threads);

@@ -177,7 +177,9 @@ TEST(bad_linear_arguments_are_refused) {
   const Linear good = p.inputs(Activation::none);
   const cuda::Sparse24Config none{80, 32, 32};
   EXPECT(cuda::quantized_linear(good, p.quantized(), nullptr, 16, nullptr) == Status::invalid_argument);
-  EXPECT(cuda::quantized_linear(good, p.quantized(), out.data(), 20, nullptr) == Status::invalid_argument);
+  for (std::int64_t stride : {20, 8, 0, -8})
+    EXPECT(cuda::quantized_linear(good, p.quantized(), out.data(), stride, nullptr) ==
+           Status::invalid_argument);
   EXPECT(cuda::quantized_linear(good, p.quantized(), out.data(), 16, nullptr, &none) ==
          Status::invalid_argument);
   int count = 0;

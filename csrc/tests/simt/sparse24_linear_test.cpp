@@ -184,7 +184,8 @@ TEST(bad_linear_arguments_are_refused) {
   const Sparse24Linear good = p.inputs(Activation::none);
   EXPECT(cuda::sparse24_linear(good, nullptr, 16, nullptr) == Status::invalid_argument);
   EXPECT(cuda::sparse24_linear(good, out.data() + 4, 16, nullptr) == Status::invalid_argument);
-  EXPECT(cuda::sparse24_linear(good, out.data(), 20, nullptr) == Status::invalid_argument);
+  for (std::int64_t stride : {20, 8, 0, -8})
+    EXPECT(cuda::sparse24_linear(good, out.data(), stride, nullptr) == Status::invalid_argument);
   for (std::uint16_t bits : out.values()) EXPECT(bits == 0xffff);
 }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from madtp.lazy import attach
 
 if TYPE_CHECKING:
+    from madtp.patching.compressed_tensors import load_compressed_tensors as load_compressed_tensors
     from madtp.patching.handle import Handle as Handle
     from madtp.patching.handle import patch as patch
     from madtp.patching.pretrained import from_pretrained as from_pretrained
@@ -20,6 +21,7 @@ _API = {
     "Handle": "madtp.patching.handle",
     "ModelError": "madtp.patching.state",
     "from_pretrained": "madtp.patching.pretrained",
+    "load_compressed_tensors": "madtp.patching.compressed_tensors",
     "patch": "madtp.patching.handle",
 }
 

@@ -73,7 +73,7 @@ def from_pretrained(
             to do. ValueError: an argument breaks its rule. RuntimeError: transformers is too old.
     """
     check_transformers()
-    dtype = _dtype(torch_dtype if dtype is None else dtype)
+    dtype = model_dtype(torch_dtype if dtype is None else dtype)
     check_device_map(device_map)
     if use_safetensors not in (None, True):
         raise ValueError(f"use_safetensors must be None or True, got {use_safetensors!r}")
@@ -87,8 +87,9 @@ def from_pretrained(
     }
     folder, local = _folder(directory, hub)
     before = _identity(folder)
+    _refuse_compressed_tensors(folder)
     settings, old = read_settings(folder)
-    kind = _model_class(folder, decoder=settings.keep is not None)
+    kind = model_class(folder, decoder=settings.keep is not None)
     options = {"attn_implementation": attn_implementation} if attn_implementation is not None else {}
     try:
         require_files(folder)
@@ -122,6 +123,16 @@ def from_pretrained(
     return model
 
 
+def _refuse_compressed_tensors(folder: Path) -> None:
+    """Raises ModelError for a folder of compressed-tensors, which has a function of its own."""
+    if (folder / STATE_FILE).exists() or not (folder / CONFIG_FILE).exists():
+        return
+    config = read_json(folder, CONFIG_FILE)
+    values = config.get("quantization_config") if isinstance(config, dict) else None
+    if isinstance(values, dict) and values.get("quant_method") == "compressed-tensors":
+        raise ModelError(f"{folder} is of compressed-tensors: load it with madtp.load_compressed_tensors")
+
+
 def _identity(folder: Path) -> tuple[int, ...]:
     """Of what was saved there: every save writes a new madtp.json."""
     try:
@@ -131,7 +142,7 @@ def _identity(folder: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _dtype(dtype: Any) -> Any:
+def model_dtype(dtype: Any) -> Any:
     if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
         return dtype
     if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -185,7 +196,7 @@ def _held(folder: Path, files: list[Path]) -> dict[str, tuple[str, tuple[int, ..
         raise unreadable(folder, error) from error
 
 
-def _model_class(directory: Path, decoder: bool) -> Any:
+def model_class(directory: Path, decoder: bool) -> Any:
     """The class a directory was saved as: one of `FAMILIES`, or any decoder of transformers."""
     try:
         kind = str(read_json(directory, CONFIG_FILE)["architectures"][0])
