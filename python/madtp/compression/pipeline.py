@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from madtp.budgets.plan import Plan
 from madtp.budgets.prunable import linear_of, prunable_linears
 from madtp.budgets.smoothing import smooth_model
+from madtp.choices import CORRECTIONS
 from madtp.compression.reconstruction import Reconstruction, reconstruct_blocks
 from madtp.compression.report import report_data
 from madtp.compression.targets import Targets, check_kind, choose_targets, latency_plan, settled
@@ -136,7 +137,7 @@ def compress(
     permutations = _permute(student, targets.chosen, config)
     smoothings = _smooth(student, targets, config)
     fitted: dict[str, Reconstruction] = {}
-    if config.hwp_score == "second_order":
+    if config.hwp_score in CORRECTIONS:
         goes_on = resume and args.max_steps != 0
         resumed = goes_on and last_checkpoint(output_dir / "checkpoints") is not None  # which has the weights
         fits = config.hwp_reconstruction_steps is not None and not resumed
@@ -215,7 +216,7 @@ def _smooth(student: nn.Module, targets: Targets, config: CompressionConfig) -> 
 
 def _score_norms(student: nn.Module, targets: Targets, config: CompressionConfig) -> dict[str, Tensor] | None:
     """What `WeightPruner` scores by; None: magnitude, as after one shot, which has left nothing else."""
-    if config.hwp_score in ("magnitude", "second_order"):
+    if config.hwp_score in ("magnitude", *CORRECTIONS):
         return None
     handle, weighted = handle_of(student), config.hwp_score == "token_weighted"
     before = handle.temperatures
@@ -243,7 +244,7 @@ def _prune_in_one_shot(
 
     known, fitted = inputs([*chosen, *rounded]), dict[str, Reconstruction]()
     pruned = [name for name in chosen if dense is not None or name not in rounded]
-    prune_one_shot(student, config.pattern, pruned, known, correct=True)
+    prune_one_shot(student, config.pattern, pruned, known, correct=config.hwp_score)
     if dense is not None:
         assert config.hwp_reconstruction_steps is not None, "batches are to be fitted on"
         with settled(student, targets, config):
@@ -251,8 +252,8 @@ def _prune_in_one_shot(
         known = inputs(rounded) if rounded else {}
     if rounded:
         dtype = targets.weight_dtype
-        prune_one_shot(student, config.pattern, both, known, correct=True, weight_dtype=dtype)
-        prune_one_shot(student, None, unpruned, known, correct=True, weight_dtype=dtype)
+        prune_one_shot(student, config.pattern, both, known, correct=config.hwp_score, weight_dtype=dtype)
+        prune_one_shot(student, None, unpruned, known, correct=config.hwp_score, weight_dtype=dtype)
     return fitted
 
 

@@ -5,6 +5,7 @@ The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go 
 `training`.
 """
 
+from madtp.hwp.admm import admm, admm_rounded
 from madtp.hwp.calibration import InputStatistics, collect_inputs
 from madtp.hwp.fake_quantization import FakeQuantizer
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
@@ -40,6 +41,8 @@ __all__ = [
     "WeightPruner",
     "activated_linear",
     "activation_score",
+    "admm",
+    "admm_rounded",
     "bake",
     "collect_inputs",
     "explain_linears",
