@@ -71,7 +71,7 @@ class WeightPruner:
             raise ValueError(f"refresh_interval must be at least 1, got {refresh_interval}")
         require(masking in MASKINGS, "masking", "None, reweighted or s_ste", repr(masking))
         if masking is not None and norms is not None:
-            raise ValueError(f'norms must be None with masking "{masking}", which goes by |W|')
+            raise ValueError(f'norms must be None with masking "{masking}", which goes by magnitude')
         if masking == "reweighted" and schedule != "gradual":
             raise ValueError(f'schedule must be "gradual" with masking "reweighted", got {schedule!r}')
         self.pattern, self.masking = Pattern.parse(pattern), MASKINGS[masking]
