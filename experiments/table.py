@@ -48,7 +48,7 @@ def lost_by_int8(result: dict):
 
 
 def share_of_dense(row: dict, gmacs: str) -> float:
-    return row[gmacs] / row["dense_gmacs"]
+    return row[gmacs] / row.get("whole_gmacs", row["dense_gmacs"])
 
 
 def saved(row: dict) -> float:

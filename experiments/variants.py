@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +29,8 @@ REWEIGHTED = (
     ("hwp_masking", "reweighted"),
     ("hwp_decay", 1e-2),
 )
+WIDTH = (("width_reduction", 0.75),)  # the most that goes from a block
+WIDTH_REDUCTIONS = (0.3, 0.5, COMPARED_AT)
 NO_TEACHER = {"kd_weight": 0.0, "vision_weight": 0.0, "text_weight": 0.0}
 
 
@@ -64,24 +67,37 @@ VARIANTS = {
     "one_shot_fitted": Variant("without training, blocks fitted", changes=FITTED, steps=0),
     "one_shot_admm": Variant("without training, ADMM", changes=ADMM, steps=0),
     "one_shot_admm_fitted": Variant("without training, ADMM, blocks fitted", changes=(*ADMM, *FITTED), steps=0),
+    "width": Variant("width only", "width", WIDTH, reductions=WIDTH_REDUCTIONS),
+    "width_weights": Variant("width, then 2:4", "width_weights", WIDTH, reductions=WIDTH_REDUCTIONS),
+    "three_axes": Variant("MADTP++ and width (joint allocation)", "joint", WIDTH, reductions=WIDTH_REDUCTIONS),
     "int8": Variant("int8 weights", changes=(("weight_dtype", "int8"),), reductions=(0.5, 0.7), beside="joint"),
 }
 
 
 class Budgets:
-    """Plans of one dense model, from one measurement of its sensitivities."""
+    """Plans of one dense model, from one measurement of its sensitivities, and one more where its width may go too."""
 
     def __init__(self, prepared: Prepared, preset: Preset, config: CompressionConfig):
-        model = copy.deepcopy(prepared.model)
-        patch(model, config)
-        batches = sample_batches(
-            prepared.task, prepared.calibration, preset.allocation_samples, next(model.parameters()).device
-        )
-        self.sensitivities: Sensitivities = find_sensitivities(Calibration(model, prepared.task, batches, config))
+        self.prepared, self.preset, self.config = prepared, preset, config
+        self.measured: dict[float | None, Sensitivities] = {}  # by width_reduction
 
-    def plan(self, config: CompressionConfig, allocation: str) -> Plan:
+    @property
+    def sensitivities(self) -> Sensitivities:
+        return self.sensitivities_at(None)
+
+    def sensitivities_at(self, width_reduction: Any) -> Sensitivities:
+        if width_reduction not in self.measured:
+            config, prepared = replace(self.config, width_reduction=width_reduction), self.prepared
+            model = copy.deepcopy(prepared.model)
+            patch(model, config)
+            samples, device = self.preset.allocation_samples, next(model.parameters()).device
+            batches = sample_batches(prepared.task, prepared.calibration, samples, device)
+            self.measured[width_reduction] = find_sensitivities(Calibration(model, prepared.task, batches, config))
+        return self.measured[width_reduction]
+
+    def plan(self, config: CompressionConfig, variant: Variant) -> Plan:
         """Raises ValueError where the allocation cannot reach the budget."""
-        return choose(self.sensitivities, config, allocation)
+        return choose(self.sensitivities_at(dict(variant.changes).get("width_reduction")), config, variant.allocation)
 
     def tokens_of(self, plan: Plan) -> Plan:
         """The tokens of a plan, without its weights."""
@@ -103,7 +119,7 @@ def run(
     Raises:
         ValueError: the budget cannot be reached this way.
     """
-    plan = budgets.plan(config, variant.allocation)
+    plan = budgets.plan(config, variant)
     config = replace(config, **dict(variant.changes))
     steps = preset.steps if variant.steps is None else variant.steps
     if not variant.staged:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from madtp.profiling.macs import profile as profile
     from madtp.profiling.prompt_cost import prompt_cost as prompt_cost
     from madtp.training.trainer import MadtpTrainer as MadtpTrainer
+    from madtp.width.prune import prune_width as prune_width
     from madtp_kernels import __version__ as __version__
 
 _API = {
@@ -48,9 +49,10 @@ _API = {
     "patch": "madtp.patching.handle",
     "profile": "madtp.profiling.macs",
     "prompt_cost": "madtp.profiling.prompt_cost",
+    "prune_width": "madtp.width.prune",
     "seam_pareto": "madtp.budgets.seam_pareto",
 }
-_ROOMS = ("budgets", "data", "dtp", "hwp", "models", "patching", "profiling", "reporting", "tasks", "training")
+_ROOMS = ("budgets", "data", "dtp", "hwp", "models", "patching", "profiling", "reporting", "tasks", "training", "width")
 
 __all__ = list(_API)
 __getattr__, __dir__ = attach(

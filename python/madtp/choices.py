@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What options can be and are by default, for those who must not wait for torch: `madtp --help` reads only this."""
 
-ALLOCATIONS = ("joint", "uniform", "tokens", "weights")  # of a budget, see `madtp.budgets.allocate`
+ALLOCATIONS = (
+    "joint",
+    "uniform",
+    "tokens",
+    "weights",
+    "width",
+    "width_weights",
+)  # of a budget, see `madtp.budgets.allocate`
 REDUCTIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of MACs, for which `pareto` makes plans
 WEIGHT_DTYPES = ("int8", "fp8")  # of packed weights, beside that of the model
 TASKS = ("vqa", "retrieval", "nlvr", "captioning", "vlm")  # the rows of `madtp.tasks.registry`

@@ -33,6 +33,10 @@ class CompressionConfig:
     latency_reduction: float | None = None
     params_reduction: float | None = None  # least share of the parameters that must go to zero; None asks for none
 
+    # Most of the heads and of the hidden MLP channels of a block that are removed (`madtp.width`): `madtp.allocate`
+    # chooses how many, without a plan it is that share of each. With a MAC target alone. None: none are.
+    width_reduction: float | None = None
+
     alignment_tokens: int = 100  # K
     alignment_dim: int = 768  # d
     # Which tokens stay: the method, or a rule to compare it with (`madtp.dtp.selection_rules`), by its name or as a
@@ -91,11 +95,13 @@ class CompressionConfig:
     def __post_init__(self) -> None:
         if self.macs_reduction is None and self.latency_reduction is None:
             object.__setattr__(self, "macs_reduction", 0.5)
-        for name in ("macs_reduction", "latency_reduction", "params_reduction"):
+        for name in ("macs_reduction", "latency_reduction", "params_reduction", "width_reduction"):
             if getattr(self, name) is not None:
                 self._number(name, lambda value: 0 <= value < 1, "a number in [0, 1)")
         one = self.macs_reduction is None or self.latency_reduction is None
         self._require("latency_reduction", one, f"None with a macs_reduction, which is {self.macs_reduction}")
+        timed = self.latency_reduction is not None and self.width_reduction is not None
+        self._require("width_reduction", not timed, "None with a latency_reduction")
         for name in ("temperature", "temperature_min", "temperature_max", "controller_gain", "kd_temperature"):
             self._number(name, lambda value: value > 0, "a positive number")
         if self.guard_tolerance is not None:

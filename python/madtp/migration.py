@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 CHECKPOINT_VERSION = 2
 
 CONFIG_NAMES = {"flops_reduction": "macs_reduction"}  # old -> new
@@ -65,7 +65,7 @@ def migrate_plan(values: Mapping[str, Any], file: str) -> dict[str, Any]:
 
     Args:
         values: of the file; without a "version" they are of 0.1. Those of version 2 have no dtypes of weights,
-            those of version 3 had int8 alone.
+            those of version 3 had int8 alone, those of version 4 no widths.
         file: its name, for messages.
 
     Raises:
@@ -75,7 +75,7 @@ def migrate_plan(values: Mapping[str, Any], file: str) -> dict[str, Any]:
     version = _version(values, file, PLAN_VERSION)
     predicted = values.get("predicted")
     if version > 1:
-        refuse_old_names(values, PLAN_NAMES if version == PLAN_VERSION else CONFIG_NAMES, file)
+        refuse_old_names(values, PLAN_NAMES if version > 3 else CONFIG_NAMES, file)
         if isinstance(predicted, Mapping):
             refuse_old_names(predicted, PREDICTED_NAMES, f"{file}: predicted")
         return _rename(values, ROUNDING_NAMES, file)

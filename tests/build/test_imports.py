@@ -43,6 +43,7 @@ LAYERS = {
         ("dtp",),
         ("config", "hwp"),
         ("models",),
+        ("width",),
         ("patching", "data"),
         ("exporting", "tasks"),
         ("profiling",),

@@ -32,10 +32,11 @@ def start(drawn, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_rows_are_measured_once(start, capsys):
-    arguments = ("--variants", "joint", "staged", "weights", "random", "int8", "--reductions", "0.5")
+    arguments = ("--variants", "joint", "staged", "weights", "random", "int8", "width_weights", "--reductions", "0.5")
     results = start(*arguments)
     rows = {(row["variant"], row["reduction"]): row for row in results["rows"]}
     keys = ("dense", 0.0), ("joint", 0.5), ("staged", 0.7), ("weights", 0.7), ("random", 0.7), ("int8", 0.5)
+    keys += (("width_weights", 0.5),)
     assert tuple(rows) == keys
     assert "macs_reduction must be at most" in rows["weights", 0.7]["unreachable"]
     assert rows["dense", 0.0]["counted_gmacs"] == rows["dense", 0.0]["dense_gmacs"] == rows["joint", 0.5]["dense_gmacs"]
@@ -43,6 +44,10 @@ def test_rows_are_measured_once(start, capsys):
         row = rows[key]
         assert row["counted_gmacs"] / row["dense_gmacs"] == pytest.approx(1 - key[1], abs=0.08), key
         assert 0 <= row["metrics"]["accuracy"] <= 1 and row["nonzero_params"] < row["params"]
+    narrow = rows["width_weights", 0.5]
+    assert narrow["plan"]["widths"] and narrow["dense_gmacs"] < rows["joint", 0.5]["dense_gmacs"]
+    assert narrow["whole_gmacs"] == rows["dense", 0.0]["dense_gmacs"]
+    assert table.share_of_dense(narrow, "counted_gmacs") == pytest.approx(0.5, abs=0.08)
     other = rows["joint", 0.5]["batch_max"]
     assert other["counted_gmacs"] >= other["instance_gmacs"] and other["batch_size"] == run.BATCH
     int8, beside = rows["int8", 0.5], rows["int8", 0.5]["beside"]

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
-from madtp.budgets.cost_model import CostModel
+from madtp.budgets.cost_model import Choice, CostModel
 from madtp.budgets.latency import time_parts
 from madtp.budgets.plan import Plan
 from madtp.budgets.prunable import prunable_linears
@@ -33,6 +33,7 @@ from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
 
 CALIBRATION_SAMPLES = 64
+WIDTH_ALLOCATIONS = ("width", "width_weights")  # which need a width_reduction
 MAX_ROUNDING_ERROR = 0.1  # of the outputs of a Linear, by which rounding may change them; one above keeps its dtype
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
@@ -54,8 +55,9 @@ def allocate(
     for those whose outputs it changes by more than `MAX_ROUNDING_ERROR`.
 
     Args:
-        allocation: "joint", tokens and weights as they come; "tokens" or "weights", only those; "uniform", all Linears
-            that can, and one share for all branches.
+        allocation: "joint", tokens and weights as they come, and with a width_reduction heads and channels; "tokens",
+            "weights" or "width", only those; "width_weights", heads and channels first, then weights; "uniform", all
+            Linears that can, widths as far as they may go, and one share for all branches.
         progress: wraps the list of what is pruned, for a bar.
 
     Returns:
@@ -156,25 +158,35 @@ def choose(sensitivities: Sensitivities, config: CompressionConfig, allocation: 
         ValueError: a target cannot be reached.
     """
     strategy, goal = STRATEGIES[allocation], _Goal.of(config, sensitivities)
+    if allocation in WIDTH_ALLOCATIONS and not goal.costs.widths:
+        raise ValueError(
+            f"width_reduction must be above 0, on a model with heads or channels to remove, for allocation "
+            f"{allocation!r}, got {config.width_reduction}"
+        )
     required = _required_linears(sensitivities, config.params_reduction, allocation)
     _require_feasible(goal, config, allocation)
-    shares, sparse = strategy.spend(goal.costs, goal.target, required)
-    units, branches = [sensitivities.weights[name] for name in sparse], shares.items()
+    choice = strategy.spend(goal.costs, goal.target, required)
     predicted = {
-        "params_reduction": sum(unit.zeroed for unit in units) / sensitivities.profile.total.params,
-        "distill_loss": sum(goal.costs.distill_loss(branch, share) for branch, share in branches)
-        + sum(unit.distill_loss for unit in units),
+        "params_reduction": _params_saved(goal.costs, choice) / sensitivities.profile.total.params,
+        "distill_loss": goal.costs.loss(choice),
     }
     if config.latency_reduction is not None:
-        predicted |= {"dense_ms": goal.dense, "ms": goal.costs.cost(shares, sparse)}
+        predicted |= {"dense_ms": goal.dense, "ms": goal.costs.cost(choice)}
     macs = CostModel(sensitivities)
-    macs_reduction = 1 - macs.cost(shares, sparse) / macs.full
-    ordered = tuple(name for name in sensitivities.weights if name in set(sparse))
-    plan = Plan(macs_reduction, shares, ordered, allocation, config.latency_reduction, predicted)
+    macs_reduction = 1 - macs.cost(choice) / macs.full
+    ordered = tuple(name for name in sensitivities.weights if name in set(choice.sparse))
+    widths = {name: choice.widths[name] for name in sensitivities.widths if name in choice.widths}
+    plan = Plan(macs_reduction, choice.shares, ordered, allocation, config.latency_reduction, predicted, widths=widths)
     if config.weight_dtype is None:
         return plan
     dtypes: dict[str, str] = {name: config.weight_dtype for name in _quantized(sensitivities, config)}
     return replace(plan, weight_dtypes=dtypes, rounding_errors=_rounding_errors(sensitivities))
+
+
+def _params_saved(costs: CostModel, choice: Choice) -> float:
+    """Parameters that are removed or go to zero."""
+    removed = sum(costs.widths[name].params * (costs.widths[name].full - left) for name, left in choice.widths.items())
+    return removed + sum(costs.weights[name].zeroed * costs.left_of(name, choice) for name in choice.sparse)
 
 
 def _quantized(sensitivities: Sensitivities, config: CompressionConfig) -> list[str]:
@@ -218,7 +230,7 @@ class _Goal:
 
 def _require_feasible(goal: _Goal, config: CompressionConfig, allocation: str) -> None:
     """Raises ValueError where all that the allocation may prune does not come down to the target."""
-    least = goal.costs.cost(*STRATEGIES[allocation].bounds(goal.costs))
+    least = goal.costs.cost(STRATEGIES[allocation].bounds(goal.costs))
     if least <= goal.target:
         return
     if least >= goal.dense:
@@ -254,5 +266,5 @@ def measured_distill_loss(calibration: Calibration, sensitivities: Sensitivities
         logs = [np.log(max(point.temperature, calibration.config.temperature_min)) for point in points]
         log = np.interp(share, [point.share for point in reversed(points)], logs[::-1])
         temperatures[branch] = float(np.exp(log)) if share < 1 else 0.0
-    with calibration.masked(plan.sparse_modules), calibration.at(temperatures):
+    with calibration.narrowed(plan.widths), calibration.masked(plan.sparse_modules), calibration.at(temperatures):
         return calibration.distill_loss()

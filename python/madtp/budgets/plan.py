@@ -42,6 +42,8 @@ class Plan:
         rounding_errors: name of a Linear -> the relative error of its outputs in that dtype
             (`madtp.hwp.rounding_sensitivity`), by which weight_dtypes was chosen; Linears that the calibration data do
             not reach are not there.
+        widths: name of the Linear that reads the heads of an attention or the channels of an MLP -> how many of them
+            stay (`madtp.width`); others stay whole.
     """
 
     macs_reduction: float
@@ -53,6 +55,7 @@ class Plan:
     compared: dict[str, float] = field(default_factory=dict)
     weight_dtypes: dict[str, str] | None = None
     rounding_errors: dict[str, float] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _is_share(self.macs_reduction) or self.macs_reduction == 1:
@@ -77,6 +80,10 @@ class Plan:
                 raise ValueError(f"weight_dtypes of {name} must be {' or '.join(WEIGHT_DTYPES)}, got {dtype!r}")
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"weight_dtypes must be of one dtype, got {', '.join(sorted(set(dtypes.values())))}")
+        if not isinstance(self.widths, Mapping) or not all(
+            isinstance(name, str) and type(width) is int and width >= 1 for name, width in self.widths.items()
+        ):
+            raise ValueError(f"widths must map names of Linears to numbers of at least 1, got {self.widths!r}")
         for field_name in ("predicted", "compared", "rounding_errors"):
             value = getattr(self, field_name)
             if not isinstance(value, Mapping) or not all(isinstance(number, int | float) for number in value.values()):
@@ -123,7 +130,8 @@ class Plan:
         if set(self.tokens) != set(branches):
             raise ValueError(f"plan must give tokens to {', '.join(branches)}, got {', '.join(self.tokens)}")
         rounds = bool(self.weight_dtypes)
-        if all(share == 1 for share in self.tokens.values()) and not self.sparse_modules and not rounds:
+        whole = all(share == 1 for share in self.tokens.values()) and not self.widths
+        if whole and not self.sparse_modules and not rounds:
             raise ValueError(f"plan must give a branch fewer tokens than all or name a Linear, got {self.tokens}")
         unknown = sorted(set(self.sparse_modules) - set(modules))
         if unknown:

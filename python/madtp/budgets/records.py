@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from madtp.profiling.macs import Profile
 
@@ -29,6 +29,26 @@ class WeightUnit:
 
 
 @dataclass(frozen=True)
+class WidthPoint:
+    """One part with so many heads or channels left, everything else dense."""
+
+    width: int
+    distill_loss: float
+
+
+@dataclass(frozen=True)
+class WidthUnit:
+    """The heads of one attention or the channels of one MLP (`madtp.width.WidthPart`)."""
+
+    branch: str
+    full: int  # how many there are
+    macs: float  # of each, counted per sample with all tokens and dense weights
+    params: int  # of each
+    linears: tuple[str, ...]  # whose rows or columns they are
+    points: tuple[WidthPoint, ...]  # from all of them to the fewest
+
+
+@dataclass(frozen=True)
 class Times:
     """Milliseconds per sample, of forward passes of one batch.
 
@@ -51,9 +71,11 @@ class Sensitivities:
     """profile: of the dense model on the calibration data. tokens: per branch, from all tokens to the fewest.
 
     times: of `madtp.budgets.latency.time_parts`, where budgets are for a latency target.
+    widths: by part, where the config has a width_reduction.
     """
 
     profile: Profile
     tokens: dict[str, tuple[TokenPoint, ...]]
     weights: dict[str, WeightUnit]
     times: Times | None = None
+    widths: dict[str, WidthUnit] = field(default_factory=dict)

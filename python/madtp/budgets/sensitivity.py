@@ -15,19 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from madtp.budgets.prunable import linear_of, prunable_linears
-from madtp.budgets.records import Sensitivities, TokenPoint, WeightUnit
+from madtp.budgets.records import Sensitivities, TokenPoint, WeightUnit, WidthPoint, WidthUnit
 from madtp.config import CompressionConfig
 from madtp.handles import handle_of
 from madtp.hwp import InputStatistics, Pattern, prune_one_shot, rounding_sensitivity
 from madtp.inference import evaluating, leading_size
 from madtp.profiling.inputs import input_statistics
-from madtp.profiling.macs import branch_of, counted_macs, profile_batches
+from madtp.profiling.macs import Profile, branch_of, counted_macs, profile_batches
 from madtp.tasks.task import Task
 from madtp.training.losses import JointLoss
+from madtp.width import WidthPart, narrowed, uniform_width, width_parts
 
 TEMPERATURES = 9  # between the bounds of the config, at which a branch is looked at first
 MAX_GAP = 0.12  # between the shares of neighbouring points; a wider one is looked into
 MAX_POINTS = 20  # of a branch, the one with all tokens not counted
+WIDTHS = 4  # of a part that are looked at, beside all of it
 INPUTS_AT_A_TIME = 16  # Linears whose Gram matrices are in memory
 
 
@@ -99,6 +101,19 @@ class Calibration:
                     linear_of(self.model, name).weight.copy_(weight)
 
     @contextmanager
+    def narrowed(
+        self, widths: Mapping[str, int], inputs: Mapping[str, InputStatistics] | None = None
+    ) -> Iterator[None]:
+        """A context in which these parts have so many heads or channels left; what was comes back to the bit.
+
+        Args:
+            inputs: of the Linears that read the parts; None collects them, some parts at a time, the former ones
+                narrow.
+        """
+        with narrowed(self.model, widths, self.batches, statistics=inputs):
+            yield
+
+    @contextmanager
     def at(self, temperatures: Mapping[str, float]) -> Iterator[None]:
         """A context with these temperatures, 0 for branches that are not named."""
         try:
@@ -117,7 +132,7 @@ def find_sensitivities(
     calibration: Calibration, *, progress: Callable[[Sequence[str]], Iterable[str]] = iter
 ) -> Sensitivities:
     """Prunes one part after the other and looks what it does to the answers; with a weight_dtype, what that does to
-    the outputs of each Linear too.
+    the outputs of each Linear too; with a width_reduction, what fewer heads and channels do.
 
     Args:
         progress: wraps the list of Linear modules and branches, for a bar.
@@ -129,7 +144,19 @@ def find_sensitivities(
     weights: dict[str, WeightUnit] = {}
     inputs: dict[str, InputStatistics] = {}
     n, m = Pattern.parse(config.pattern)
-    for name in progress([*handle.pruning, *modules]):
+    parts = {f"{part.kind} of {part.name}": part for part in width_parts(model)} if config.width_reduction else {}
+    widths: dict[str, WidthUnit] = {}
+    met: dict[str, InputStatistics] = {}
+    for name in progress([*handle.pruning, *modules, *parts]):
+        if name in parts:
+            part = parts[name]
+            if part.name not in met:
+                ahead = [other.name for other in parts.values()]
+                first = ahead.index(part.name)
+                met = calibration.inputs(ahead[first : first + INPUTS_AT_A_TIME])
+            if met[part.name].weight_sum > 0 and (unit := _width_unit(calibration, part, met, found)) is not None:
+                widths[part.name] = unit
+            continue
         if name in handle.pruning:
             tokens[name] = _token_points(calibration, name, found.branches[name].dense_macs)
             continue
@@ -146,7 +173,30 @@ def find_sensitivities(
         zeroed = weight.numel() - weight.numel() * n // m
         saved = 0.5 * macs if Pattern(n, m).sparse24 else 0.0
         weights[name] = WeightUnit(branch_of((name,), handle.branches), zeroed, saved, distill_loss, error)
-    return Sensitivities(found, tokens, weights)
+    return Sensitivities(found, tokens, weights, widths=widths)
+
+
+def _width_unit(
+    calibration: Calibration, part: WidthPart, inputs: Mapping[str, InputStatistics], found: Profile
+) -> WidthUnit | None:
+    """A part from all of its heads or channels to the fewest; None where it has too few to go."""
+    model, points, macs = calibration.model, [WidthPoint(part.width, 0.0)], 0.0
+    for i in range(1, WIDTHS + 1):
+        least = uniform_width(part, 1 - (calibration.config.width_reduction or 0.0) * i / WIDTHS)
+        if least >= points[-1].width:
+            continue
+        with calibration.narrowed({part.name: least}, inputs):
+            points.append(WidthPoint(least, max(calibration.distill_loss(), 0.0)))
+            if len(points) == 2:  # all cost the same
+                left = sum(counted_macs(model, calibration.batches).values())
+                macs = (found.total.counted_macs - left) / (part.width - least)
+    if len(points) == 1:
+        return None
+    linears = (*part.before, part.name)
+    params = sum(linear_of(model, name).weight.numel() for name in linears)
+    params += sum(bias.numel() for name in part.before if (bias := linear_of(model, name).bias) is not None)
+    branch = branch_of((part.name,), calibration.handle.branches)
+    return WidthUnit(branch, part.width, macs, params // part.width, linears, tuple(points))
 
 
 def _token_points(calibration: Calibration, branch: str, dense_macs: float) -> tuple[TokenPoint, ...]:

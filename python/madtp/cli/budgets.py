@@ -22,6 +22,7 @@ from madtp.cli.options import (
     Task,
     Test,
     Weights,
+    Width,
     quiet_transformers,
     settings,
     stderr,
@@ -36,6 +37,7 @@ def allocate(
     macs: Macs = None,
     latency: Latency = None,
     params: Params = None,
+    width: Width = None,
     weights: Weights = None,
     smoothing: Smoothing = None,
     allocation: Annotated[str, typer.Option(help=f"One of {', '.join(ALLOCATIONS)}.")] = ALLOCATIONS[0],
@@ -54,7 +56,9 @@ def allocate(
     from madtp.progress import Progress
     from madtp.tasks.registry import load
 
-    asked, _ = settings(config, macs=macs, latency=latency, params=params, weights=weights, smoothing=smoothing)
+    asked, _ = settings(
+        config, macs=macs, latency=latency, params=params, width=width, weights=weights, smoothing=smoothing
+    )
     require_writable_file("out", out)
     progress = Progress(stderr())
     with progress.status("reading the data"):
@@ -71,6 +75,8 @@ def allocate(
     for branch, share in plan.tokens.items():
         print(f"{branch}: {100 * share:.1f} % of its MACs for tokens")
     print(f"{len(plan.sparse_modules)} Linears go {asked.pattern}")
+    if plan.widths:
+        print(f"heads or channels go from {len(plan.widths)} places")
     if plan.weight_dtypes is not None:
         print(f"{len(plan.weight_dtypes)} Linears go {asked.weight_dtype}")
         for name, error in plan.rounding_errors.items():
@@ -126,16 +132,16 @@ def pareto(
         reductions=shares,
         progress=lambda units: progress(units, "measuring sensitivities"),
     )
-    rows = []
+    rows, compared = [], [name for name in ALLOCATIONS if any(name in plan.compared for plan in plans)]
     percents = [f"{100 * plan.macs_reduction:.0f}" for plan in plans]
     if len(set(percents)) < len(plans):  # or one would be written over the other
         percents = [f"{100 * plan.macs_reduction:.2f}" for plan in plans]
     for plan, percent in zip(plans, percents, strict=True):
         path = out / f"{percent}.yaml"
         plan.save(path)
-        losses = (f"{plan.compared[name]:.4g}" if name in plan.compared else "" for name in ALLOCATIONS)
+        losses = (f"{plan.compared[name]:.4g}" if name in plan.compared else "" for name in compared)
         rows.append((f"{100 * plan.macs_reduction:.1f} %", *losses, path.name))
-    columns = ("MACs saved", *ALLOCATIONS, "plan")
+    columns = ("MACs saved", *compared, "plan")
     Console().print(number_table(columns, [rows], title="distillation loss before training"))
 
 

@@ -25,6 +25,7 @@ from madtp.cli.options import (
     Task,
     Test,
     Weights,
+    Width,
     quiet_transformers,
     says_how_to_go_on,
     settings,
@@ -47,6 +48,7 @@ def compress(
     macs: Macs = None,
     latency: Latency = None,
     params: Params = None,
+    width: Width = None,
     weights: Weights = None,
     smoothing: Smoothing = None,
     correct: Correct = None,
@@ -75,7 +77,9 @@ def compress(
     from madtp.reporting import report
     from madtp.tasks.registry import load
 
-    asked, training = settings(config, macs=macs, latency=latency, params=params, weights=weights, smoothing=smoothing)
+    asked, training = settings(
+        config, macs=macs, latency=latency, params=params, width=width, weights=weights, smoothing=smoothing
+    )
     asked = with_recovery(asked, correct=correct, fit=fit, masking=masking)
     if steps is not None:
         training["max_steps"] = steps
@@ -121,6 +125,8 @@ def targets_table(targets: Targets) -> Table:
         if dense
     ]
     caption = f"{len(targets.chosen)} Linears go N:M, {len(targets.dense)} stay dense"
+    if targets.widths:
+        caption += f"; heads or channels go from {len(targets.widths)} places"
     if targets.quantized:
         caption += f"; {len(targets.quantized)} go {targets.weight_dtype}"
     if targets.latency_reduction is not None:

@@ -43,6 +43,9 @@ JudgedTest = Annotated[Path | None, typer.Option(help="The annotation file to ju
 Macs = Annotated[float | None, typer.Option(help="Share of the counted MACs to save; 0.5 unless the config says it.")]
 Latency = Annotated[float | None, typer.Option(help="Share of the time on this machine to save, in place of MACs.")]
 Params = Annotated[float | None, typer.Option(help="Share of the parameters to zero, at least.")]
+Width = Annotated[
+    float | None, typer.Option(help="Most of the heads and hidden channels of a block that are removed, a share.")
+]
 Weights = Annotated[
     str | None, typer.Option(help=f"{' or '.join(WEIGHT_DTYPES)}: what weights are rounded to in the end.")
 ]
@@ -85,6 +88,7 @@ def settings(
     macs: float | None = None,
     latency: float | None = None,
     params: float | None = None,
+    width: float | None = None,
     weights: str | None = None,
     smoothing: float | None = None,
 ) -> tuple[CompressionConfig, dict]:
@@ -105,7 +109,7 @@ def settings(
     if macs is not None or latency is not None:  # the target given takes the place of the file's
         values = {n: v for n, v in values.items() if n not in ("macs_reduction", "latency_reduction")}
     given: dict[str, Any] = {"macs_reduction": macs, "latency_reduction": latency, "params_reduction": params}
-    given |= {"weight_dtype": weights, "hwp_smoothing": smoothing}
+    given |= {"width_reduction": width, "weight_dtype": weights, "hwp_smoothing": smoothing}
     values |= {name: value for name, value in given.items() if value is not None}
     try:
         return CompressionConfig.from_dict(values), dict(training)

@@ -319,8 +319,8 @@ def _pack_and_calibrate(
     student, task, device = trainer.model, trainer.task, trainer.args.device
     if targets.latency_reduction is None:
         trainer.probe = sample_batches(task, calibration_data, TEMPERATURE_SAMPLES, device)
-        dense_macs = profile_batches(student, trainer.probe).total.dense_macs
-        budget = (1 - targets.macs_reduction) * dense_macs
+        whole = _whole(dense, trainer) if targets.widths else student
+        budget = (1 - targets.macs_reduction) * profile_batches(whole, trainer.probe).total.dense_macs
         if not targets.quantized:
             miss = trainer.calibrate(budget)
             return _pack(student, targets), miss
@@ -334,6 +334,13 @@ def _pack_and_calibrate(
         return times["compressed"] / times["dense"]
 
     return packed, trainer.calibrate(1 - targets.latency_reduction, TIME_TOLERANCE, share_of_time)
+
+
+def _whole(dense: nn.Module, trainer: MadtpTrainer) -> nn.Module:
+    """The model before heads and channels were removed, patched to be counted without padding."""
+    whole = copy.deepcopy(dense).to(trainer.args.device)
+    patch(whole, trainer.config)
+    return whole
 
 
 def _pack(student: nn.Module, targets: Targets) -> list[str]:

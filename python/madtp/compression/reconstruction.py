@@ -163,11 +163,11 @@ def _ragged_parts(block: nn.Module, calls: list[Call], chosen: set[str]) -> Iter
     """Each is fitted before the next is asked for, which is about the tokens that are left then."""
     features: list[tuple[Tensor, ...]] = [args[:-1] for args, _ in calls]
     call: list[BlockCall] = [args[-1] for args, _ in calls]
-    spec, heads, count = call[0].spec, call[0].heads, range(len(calls))
+    spec, head_dim, count = call[0].spec, call[0].head_dim, range(len(calls))
     entering = [c.rows.with_x(x) for c, (x, *_) in zip(call, features, strict=True)]
 
     def attend(layer: nn.Module, i: int) -> tuple[Tensor, Any]:
-        return attention_part(layer, spec, entering[i], call[i].step, heads)
+        return attention_part(layer, spec, entering[i], call[i].step, head_dim)
 
     attention = chosen & {*spec.qkv, spec.out}
     yield _Part("attention", attention, lambda layer, i: attend(layer, i)[0])
@@ -179,7 +179,7 @@ def _ragged_parts(block: nn.Module, calls: list[Call], chosen: set[str]) -> Iter
     if (cross := spec.cross) is not None and spec.post_norm and keys[0] is not None:
 
         def read(layer: nn.Module, i: int) -> Tensor:
-            return cross(layer, after[i][0], keys[i], call[i].step, heads)
+            return cross(layer, after[i][0], keys[i], call[i].step, head_dim)
 
         yield _Part("cross_attention", chosen - attention - mlp, read)
         with torch.no_grad():

@@ -55,6 +55,10 @@ def report_data(
         "quantized_modules": {name: schemes[name] for name in sorted(packed) if schemes[name] != "sparse24"},
         "dense_modules": targets.dense,
         "magnitude_kept": magnitude_kept,
+        "widths": {
+            name: {"kind": w.kind, "before": w.before, "after": w.after, "error": w.error}
+            for name, w in targets.widths.items()
+        },
         "permutations": {name: {"before": p.before, "after": p.after} for name, p in permutations.items()},
         "smoothings": {
             name: {"before": s.outliers_before, "after": s.outliers_after}

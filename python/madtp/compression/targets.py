@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,9 @@ from madtp.profiling.macs import Profile, counted_macs, profile_batches
 from madtp.tasks.batches import require_samples, sample_batches
 from madtp.tasks.task import Task
 from madtp.training.controller import TemperatureController, branch_targets, settle
+from madtp.width import Narrowed, prune_width
 
+WIDTH_SAMPLES = 256  # of the calibration data, by which heads and channels that go are chosen
 PROBE_SAMPLES = 64  # of the calibration data, on which MACs are observed while training
 FEASIBLE_MARGIN = 1.15  # over the MACs asked for, which the highest temperature may need before training
 
@@ -45,8 +47,9 @@ class Targets:
     weight_dtype: Literal["int8", "fp8"] | None  # to what
     dense: dict[str, str]  # Linears that can do neither, and why
     branch_macs: dict[str, float]  # counted, of the branches that prune
-    before: Profile  # with all tokens, the chosen Linears counted as N:M
+    before: Profile  # with all tokens, the chosen Linears counted as N:M; dense: before heads and channels went
     probe: list[dict[str, Tensor]]  # the samples MACs are observed on
+    widths: dict[str, Narrowed]  # what was removed of heads and channels
 
     @property
     def counted_macs(self) -> dict[str, float]:
@@ -103,15 +106,24 @@ def choose_targets(
     plan: Plan | None,
     device: torch.device,
 ) -> Targets:
-    """The targets of a plan, or without one those of the config; `student` is the patched model."""
+    """The targets of a plan, or without one those of the config; `student` is the patched model, which loses the heads
+    and channels that are to go."""
     require_samples(calibration_data=calibration_data)
-    handle, linears = handle_of(student), prunable_linears(student, config)
+    handle, params = handle_of(student), sum(p.numel() for p in student.parameters())
+    probe = sample_batches(task, calibration_data, PROBE_SAMPLES, device)
     pruning = list(handle.temperatures)
+    handle.set_temperature(dict.fromkeys(pruning, 0.0))
+    asked = _widths(student, config, plan)
+    whole = profile_batches(student, probe, branches=handle.spending) if asked else None
+    narrowed = (
+        prune_width(student, asked, sample_batches(task, calibration_data, WIDTH_SAMPLES, device)) if asked else {}
+    )
+    linears = prunable_linears(student, config)
     latency_reduction: float | None = None
     if plan is None:
         assert config.macs_reduction is not None  # a config without one asks for time, and comes with a plan
         chosen, reduction = linears.selected, config.macs_reduction
-        _require_params_reduction(student, chosen, config)
+        _require_params_reduction(student, chosen, config, params)
     else:
         plan.require_fit(pruning, linears.selected)
         chosen = list(plan.sparse_modules)
@@ -121,9 +133,8 @@ def choose_targets(
         weight_dtype = plan.weight_dtype
         quantized = [name for name in linears.selected if name in plan.weight_dtypes]
     planned = chosen if Pattern.parse(config.pattern).sparse24 else []
-    probe = sample_batches(task, calibration_data, PROBE_SAMPLES, device)
-    handle.set_temperature(dict.fromkeys(pruning, 0.0))
     before = profile_batches(student, probe, planned_sparse=planned, branches=handle.spending)
+    before = before if whole is None else _with_dense(before, whole)
     if plan is None and not pruning:
         _require_reached(before, reduction)
         macs = {}
@@ -134,7 +145,20 @@ def choose_targets(
     if macs:
         _require_feasible(student, probe, planned, before.total.dense_macs, reduction, macs, config)
     rounding = quantized, weight_dtype
-    return Targets(reduction, latency_reduction, chosen, *rounding, linears.dense, macs, before, probe)
+    return Targets(reduction, latency_reduction, chosen, *rounding, linears.dense, macs, before, probe, narrowed)
+
+
+def _widths(student: nn.Module, config: CompressionConfig, plan: Plan | None) -> Mapping[str, int] | float:
+    """What of the heads and channels stays, of `prune_width`; {} for all."""
+    if plan is not None:
+        return plan.widths
+    return 1 - config.width_reduction if config.width_reduction else {}
+
+
+def _with_dense(profile: Profile, whole: Profile) -> Profile:
+    """The profile, whose dense MACs are those of the model before anything was removed."""
+    branches = {b: replace(account, dense_macs=whole.branches[b].dense_macs) for b, account in profile.branches.items()}
+    return replace(profile, total=replace(profile.total, dense_macs=whole.total.dense_macs), branches=branches)
 
 
 @contextmanager
@@ -175,6 +199,7 @@ def check_kind(model: nn.Module, config: CompressionConfig, plan: Plan | None) -
     kind = None if plan is None else "a plan"
     require("plan", plan is None, "None (keep of the config says what goes, madtp.seam_pareto compares it)", kind)
     require("latency_reduction", config.latency_reduction is None, "None", config.latency_reduction)
+    require("width_reduction", config.width_reduction is None, "None", config.width_reduction)
     require("selection", config.selection == METHOD, f"{METHOD!r} (a rule is of keep)", config.selection)
     require("hwp_score", config.hwp_score != "token_weighted", "another", config.hwp_score)
 
@@ -189,12 +214,14 @@ def _require_reached(before: Profile, reduction: float) -> None:
         )
 
 
-def _require_params_reduction(model: nn.Module, selected: list[str], config: CompressionConfig) -> None:
+def _require_params_reduction(model: nn.Module, selected: list[str], config: CompressionConfig, params: int) -> None:
+    """params: of the model before heads and channels were removed."""
     if config.params_reduction is None:
         return
     n, m = Pattern.parse(config.pattern)
     weights = sum(linear_of(model, name).weight.numel() for name in selected)
-    reachable = weights * (1 - n / m) / sum(p.numel() for p in model.parameters())
+    removed = params - sum(p.numel() for p in model.parameters())
+    reachable = (removed + weights * (1 - n / m)) / params
     if config.params_reduction > reachable:
         raise ValueError(
             f"params_reduction must be at most {reachable:.3f}, the share {config.pattern} zeroes in the "

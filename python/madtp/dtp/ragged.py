@@ -210,9 +210,9 @@ def for_op(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return values[: int(cu_seqlens[-1])] if values.device.type == "cpu" else values
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(T, H*D) -> (T, H, D)"""
-    return x.unflatten(-1, (heads, -1))
+    return x.unflatten(-1, (-1, head_dim))
 
 
 class RaggedAttention(nn.Module):

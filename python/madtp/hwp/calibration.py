@@ -28,6 +28,7 @@ class InputStatistics:
     amax: Tensor | None = None  # (C,) float32: the largest magnitude of every channel; None before the first row
     # float64: sum_t r_t max_j x_tj^2, which says what rounding every row by its largest magnitude costs.
     row_amax_squares: Tensor | None = None
+    sums: Tensor | None = None  # (C,) float64: sum_t r_t x_t, where there is a gram
 
     @property
     def norms(self) -> Tensor:
@@ -42,6 +43,8 @@ class InputStatistics:
         self.squares += (weighted * x).sum(0, dtype=torch.float64)
         if self.gram is not None:
             self.gram += weighted.T @ x
+            total = weighted.sum(0, dtype=torch.float64)
+            self.sums = total if self.sums is None else self.sums + total
         if len(x):
             magnitudes = x.abs()
             amax, rows = magnitudes.amax(0), magnitudes.amax(1).double().square()
@@ -55,6 +58,8 @@ class InputStatistics:
         self.squares /= by.square()
         if self.gram is not None:
             self.gram /= by[:, None] * by
+        if self.sums is not None:
+            self.sums = self.sums / by
         if self.amax is not None:
             self.amax = self.amax / divisor.to(self.amax)
         self.row_amax_squares = None

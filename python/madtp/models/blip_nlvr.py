@@ -148,19 +148,26 @@ class RaggedBlipForNLVR(CompressedModel, BlipForNLVR):
 RaggedBlipForNLVR.__name__ = BlipForNLVR.__name__  # what a saved model says it is
 
 
+def _attention_of(image: int) -> tuple[tuple[str, str, str], str]:
+    path = f"crossattention.self{image}"
+    return (f"{path}.query", f"{path}.key", f"{path}.value"), f"crossattention.output.dense{image}"
+
+
+TWIN_ATTENTIONS = tuple(map(_attention_of, range(2)))
+
+
 def _twin_cross_attention(
     layer: nn.Module,
     batch: RaggedBatch,
     keys: tuple[RepeatedSequences, RepeatedSequences],
     step: PruningStep,
-    heads: int,
+    head_dim: int,
 ) -> Tensor:
     """(T, C)"""
     attended = []
-    for path, image in zip(("crossattention.self0", "crossattention.self1"), keys, strict=True):
-        qkv = f"{path}.query", f"{path}.key", f"{path}.value"
-        attended.append(attend(layer, qkv, batch, image, step, heads))
+    for (qkv, _), image in zip(TWIN_ATTENTIONS, keys, strict=True):
+        attended.append(attend(layer, qkv, batch, image, step, head_dim))
     return attrgetter("crossattention.output")(layer)(*attended, batch.x)
 
 
-TEXT = replace(BLIP_TEXT, encoder=replace(BERT_ENCODER, cross=_twin_cross_attention))
+TEXT = replace(BLIP_TEXT, encoder=replace(BERT_ENCODER, cross=_twin_cross_attention, cross_attentions=TWIN_ATTENTIONS))

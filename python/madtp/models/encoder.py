@@ -43,8 +43,15 @@ class Encoder:
     dropout1: str | None = None  # dropout at the same places; nn.Dropout, or one that drops the path of a sample
     dropout2: str | None = None
     causal: bool = False
-    # After the pruning step of a post_norm block, where keys are given: (block, batch, keys, step, heads) -> (T, C)
+    # After the pruning step of a post_norm block, where keys are given: (block, batch, keys, step, head_dim) -> (T, C)
     cross: Callable[[nn.Module, RaggedBatch, Any, PruningStep, int], Tensor] | None = None
+    # The attentions in there: of each the Linears of query, key and value, and the one after it.
+    cross_attentions: tuple[tuple[tuple[str, str, str], str], ...] = ()
+
+    @property
+    def attentions(self) -> tuple[tuple[tuple[str, ...], str], ...]:
+        """All attentions of a block: the Linears before the heads, and the one after them."""
+        return ((self.qkv, self.out), *self.cross_attentions)
 
 
 def containers(spec: Encoder) -> set[str]:
@@ -65,11 +72,16 @@ class CrossAttention:
     norm: str
     dropout: str | None = None
 
+    @property
+    def attention(self) -> tuple[tuple[str, str, str], str]:
+        """As `Encoder.cross_attentions` has it."""
+        return (self.query, self.key, self.value), self.out
+
     def __call__(
-        self, layer: nn.Module, batch: RaggedBatch, keys: RepeatedSequences, step: PruningStep, heads: int
+        self, layer: nn.Module, batch: RaggedBatch, keys: RepeatedSequences, step: PruningStep, head_dim: int
     ) -> Tensor:
         """-> (T, C)"""
-        attended = attend(layer, (self.query, self.key, self.value), batch, keys, step, heads)
+        attended = attend(layer, (self.query, self.key, self.value), batch, keys, step, head_dim)
         return attrgetter(self.norm)(layer)(add(layer, self.out, None, self.dropout, attended, batch.x, batch))
 
 
@@ -79,12 +91,17 @@ def attend(
     batch: RaggedBatch,
     keys: RepeatedSequences,
     step: PruningStep,
-    heads: int,
+    head_dim: int,
 ) -> Tensor:
     """(T, H*D): attention from the tokens to the keys."""
     sources = batch.x, keys.x, keys.x
-    q, k, v = (split_heads(linear(attrgetter(path)(layer), x), heads) for path, x in zip(qkv, sources, strict=True))
+    q, k, v = (split_heads(linear(attrgetter(path)(layer), x), head_dim) for path, x in zip(qkv, sources, strict=True))
     return step.attention(q, k, v, batch, keys)[0]
+
+
+def head_dim_of(config: Any) -> int:
+    """The size of a head, which stays where heads are removed."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def encode(
@@ -106,7 +123,7 @@ def encode(
     if record is not None:
         record.append(batch)
     for layer in attrgetter(spec.blocks)(tower):
-        call = BlockCall(spec, step, tower.config.num_attention_heads, keys, rows)
+        call = BlockCall(spec, step, head_dim_of(tower.config), keys, rows)
         x, aligned, rows = layer(batch.x, *features, call)
         batch = replace(rows, x=x, aligned=aligned)
         left.end_block(batch)
@@ -121,14 +138,14 @@ class BlockCall:
 
     spec: Encoder
     step: PruningStep
-    heads: int
+    head_dim: int  # blocks may differ in how many heads they have left (`madtp.width`), and all heads are of one size
     keys: Any  # as of `encode`
     rows: RaggedBatch  # what the tokens are, without their features
 
     def __call__(self, layer: nn.Module, x: Tensor, *features: Tensor) -> tuple[Tensor, Tensor | None, RaggedBatch]:
         """-> the features that are left, MAG's of the block if they are collected, and what the tokens are."""
         keys = self.with_keys(features)
-        after = block(layer, self.spec, self.rows.with_x(x), keys, self.step, self.heads)
+        after = block(layer, self.spec, self.rows.with_x(x), keys, self.step, self.head_dim)
         return after.x, after.aligned, after.without_features()
 
     def with_keys(self, features: tuple[Tensor, ...]) -> Any:
@@ -162,22 +179,24 @@ class RaggedBlock(nn.Module):
         return run(x, *args[:-1])
 
 
-def block(layer: nn.Module, spec: Encoder, batch: RaggedBatch, keys: Any, step: PruningStep, heads: int) -> RaggedBatch:
+def block(
+    layer: nn.Module, spec: Encoder, batch: RaggedBatch, keys: Any, step: PruningStep, head_dim: int
+) -> RaggedBatch:
     """One block on a ragged batch. A function of nothing that changes, so that it can run again for its gradient."""
-    x, stats = attention_part(layer, spec, batch, step, heads)
+    x, stats = attention_part(layer, spec, batch, step, head_dim)
     batch, normed = pruning_part(layer, spec, batch, x, stats, step)
     if spec.post_norm and keys is not None and spec.cross is not None:
-        normed = spec.cross(layer, batch, keys, step, heads)
+        normed = spec.cross(layer, batch, keys, step, head_dim)
         batch = batch.with_x(normed)
     return batch.with_x(mlp_part(layer, spec, batch, normed))
 
 
 def attention_part(
-    layer: nn.Module, spec: Encoder, batch: RaggedBatch, step: PruningStep, heads: int
+    layer: nn.Module, spec: Encoder, batch: RaggedBatch, step: PruningStep, head_dim: int
 ) -> tuple[Tensor, AttentionStats | None]:
     """The first part of a block: (T, C) before tokens are pruned, and before `norm1` where that follows it."""
     normed = batch.x if spec.post_norm else attrgetter(spec.norm1)(layer)(batch.x)
-    q, k, v = _project(layer, spec, normed, heads, batch.num_rows)
+    q, k, v = _project(layer, spec, normed, head_dim, batch.num_rows)
     out, stats = step.attention(q, k, v, batch, causal=spec.causal, statistics=step.prunes)
     return add(layer, spec.out, spec.scale1, spec.dropout1, out, batch.x, batch), stats
 
@@ -202,12 +221,12 @@ def mlp_part(layer: nn.Module, spec: Encoder, batch: RaggedBatch, normed: Tensor
     return part(spec.norm2)(x) if spec.post_norm else x
 
 
-def _project(layer: nn.Module, spec: Encoder, x: Tensor, heads: int, num_rows: Tensor | None) -> tuple[Tensor, ...]:
+def _project(layer: nn.Module, spec: Encoder, x: Tensor, head_dim: int, num_rows: Tensor | None) -> tuple[Tensor, ...]:
     """x (T, C) -> q, k, v, each (T, H, D)"""
     projected = [linear(attrgetter(path)(layer), x, num_rows) for path in spec.qkv]
     if len(projected) == 1:
-        return projected[0].unflatten(-1, (3, heads, -1)).unbind(1)
-    return tuple(split_heads(y, heads) for y in projected)
+        return projected[0].unflatten(-1, (3, -1, head_dim)).unbind(1)
+    return tuple(split_heads(y, head_dim) for y in projected)
 
 
 def add(

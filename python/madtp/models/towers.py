@@ -92,12 +92,12 @@ def attention_pooling(tower: Any, batch: RaggedBatch) -> Tensor | None:
     if not tower.use_head:
         return None
     head, attention = tower.head, tower.head.attention
-    channels, heads = attention.embed_dim, attention.num_heads
+    channels, head_dim = attention.embed_dim, attention.head_dim
     weight_q, weight_kv = attention.in_proj_weight.split((channels, 2 * channels))
     bias_q, bias_kv = attention.in_proj_bias.split((channels, 2 * channels))
-    query = split_heads(F.linear(head.probe[0], weight_q, bias_q), heads).expand(batch.num_sequences, -1, -1)
+    query = split_heads(F.linear(head.probe[0], weight_q, bias_q), head_dim).expand(batch.num_sequences, -1, -1)
     features = batch.for_op(batch.x)
-    key, value = F.linear(features, weight_kv, bias_kv).unflatten(-1, (2, heads, -1)).unbind(1)
+    key, value = F.linear(features, weight_kv, bias_kv).unflatten(-1, (2, -1, head_dim)).unbind(1)
     out = varlen_attention(
         query,
         key,
@@ -148,7 +148,7 @@ BLIP_CROSS = CrossAttention(
 )
 BLIP_VISION = Tower(BLIP_VISION_ENCODER, "pixel_values", post_layernorm, final_norm="post_layernorm")
 BERT = Tower(BERT_ENCODER, "input_ids", pooler)
-BLIP_TEXT = replace(BERT, encoder=replace(BERT_ENCODER, cross=BLIP_CROSS))
+BLIP_TEXT = replace(BERT, encoder=replace(BERT_ENCODER, cross=BLIP_CROSS, cross_attentions=(BLIP_CROSS.attention,)))
 
 
 def bert(tower: Any) -> Tower:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +14,9 @@ from madtp.dtp.branch import Branch
 from madtp.hwp.dense_linear import dense_choice, kernel_of
 from madtp.hwp.packed_linear import PackedLinear
 from madtp.hwp.packing import explain_linears
-from madtp.models.encoder import CrossAttention, Encoder
+from madtp.models.encoder import CrossAttention, Encoder, head_dim_of
 from madtp.models.tower import RaggedTower
+from madtp.width import WidthPart, width_parts
 from madtp_kernels import AttentionStats, Selection, explain
 
 if TYPE_CHECKING:
@@ -33,16 +34,20 @@ class Line(NamedTuple):
 def table(handle: Handle) -> str:
     """The table of `Handle.explain`."""
     verdicts = explain_linears(handle.model)
+    narrow = {part.name: part for part in width_parts(handle.model) if part.width < part.full}
     lines = [Line("branch", "layers", "part", "runs", "why")]
     for name, branch in handle.pruning.items():
         path, tower = handle.family.path(name), handle.tower(name)
         spec = tower.madtp_spec.encoder
         blocks = attrgetter(spec.blocks)(tower)
         prefix = f"{path}.{spec.blocks}" if path else spec.blocks
-        ops = list(_ops(tower, spec, branch))
         rows = _rows(branch, len(blocks))
         layers = [
-            ops + list(_linears(block, spec, f"{prefix}.{i}", verdicts, *rows[i : i + 2]))
+            [
+                *_ops(tower, spec, branch, block),
+                *_widths(f"{prefix}.{i}", narrow),
+                *_linears(block, spec, f"{prefix}.{i}", verdicts, *rows[i : i + 2]),
+            ]
             for i, block in enumerate(blocks)
         ]
         lines += [Line(name, *part) for part in _grouped(layers)]
@@ -56,13 +61,14 @@ def table(handle: Handle) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def _ops(tower: RaggedTower, spec: Encoder, branch: Branch) -> Iterator[tuple[str, str, str]]:
-    """(part, runs, why) of what every block runs beside its Linears. Nothing is computed: shapes and dtypes decide."""
+def _ops(tower: RaggedTower, spec: Encoder, branch: Branch, block: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """(part, runs, why) of what a block runs beside its Linears. Nothing is computed: shapes and dtypes decide."""
     weight, config = next(tower.parameters()), tower.config
     entered = branch.last.entered
     tokens = 1 if entered is None else entered.origin.numel()
     x = weight.new_empty(1).expand(tokens, config.hidden_size)
-    q = x.unflatten(1, (config.num_attention_heads, -1))
+    out: Any = attrgetter(spec.out)(block)
+    q = weight.new_empty(1).expand(tokens, out.in_features).unflatten(1, (-1, head_dim_of(config)))
     number = torch.empty(1, device=x.device).expand(tokens)
     ends = torch.empty(2, dtype=torch.int32, device=x.device)
     calls: dict[str, tuple[Any, ...]] = {"varlen_attention": (q, q, q, ends)}
@@ -72,7 +78,7 @@ def _ops(tower: RaggedTower, spec: Encoder, branch: Branch) -> Iterator[tuple[st
         if spec.post_norm:
             calls["gather_merge"] = (x, selection)
         else:
-            norm = attrgetter(spec.norm2)(attrgetter(spec.blocks)(tower)[0])
+            norm = attrgetter(spec.norm2)(block)
             calls["gather_merge_layernorm"] = (x, selection, norm.weight, norm.bias)
     for op, arguments in calls.items():
         options = {"max_seqlen_q": tokens, "return_stats": branch.prunes} if op == "varlen_attention" else {}
@@ -80,6 +86,17 @@ def _ops(tower: RaggedTower, spec: Encoder, branch: Branch) -> Iterator[tuple[st
         yield op, choice.backend, choice.reason
     if not branch.prunes:
         yield "pruning", "nothing", "temperature 0"
+
+
+def _widths(prefix: str, narrow: Mapping[str, WidthPart]) -> Iterator[tuple[str, str, str]]:
+    """(part, runs, why) of the heads and channels of a block, where some were removed."""
+    for name, part in narrow.items():
+        if name.startswith(f"{prefix}."):
+            yield (
+                f"{part.kind} into {name.removeprefix(f'{prefix}.')}",
+                f"{part.width} of {part.full}",
+                "others removed",
+            )
 
 
 def _rows(branch: Branch, blocks: int) -> list[int]:

@@ -37,6 +37,7 @@ from madtp.patching.keep_rate import (
 from madtp.patching.saving import complete_state_dict, save
 from madtp.patching.state import Packed, Settings
 from madtp.patching.vlm_handle import VlmHandle, patch_decoder
+from madtp.width import widths_of
 
 
 class Handle:
@@ -242,7 +243,9 @@ class Handle:
             yield
 
     def remove(self) -> nn.Module:
-        """Undoes everything: the model is of its Hugging Face class again, its Linears plain, no alignment tokens."""
+        """Undoes everything: the model is of its Hugging Face class again, its Linears plain, no alignment tokens.
+
+        But heads and channels that `madtp.width` removed are gone, and Hugging Face cannot load what is saved so."""
         unpack(self.model)
         return self._detach()
 
@@ -270,7 +273,7 @@ class Handle:
         if state_dict is not None:
             state_dict = complete_state_dict(self.model, state_dict, **{EXTRA_STATE: self.settings.get_extra_state()})
             values = self.settings.parse(state_dict[EXTRA_STATE])
-        return Settings(self.config, values, packed), state_dict
+        return Settings(self.config, values, packed, widths=widths_of(self.model)), state_dict
 
 
 @overload

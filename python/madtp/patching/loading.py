@@ -25,6 +25,7 @@ from madtp.patching.handle import patch
 from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.state import ModelError, Settings, check_files, read_checksums, unreadable
 from madtp.patching.vlm_keep import loaded_keep
+from madtp.width.narrow import restore_widths
 from madtp_kernels.bounded_file import ODD_VALUES
 
 # Of the parts of int8 and fp8 layers, as safetensors calls them.
@@ -76,6 +77,7 @@ def prepare(model: PreTrainedModel, values: Any, checkpoint_files: Sequence[str]
             patch(model, keep=loaded_keep(settings.keep))
         else:
             patch(model, settings.config).settings.set(settings.branches)
+            restore_widths(model, {_find(model, name): width for name, width in settings.widths.items()})
         layers = {}
         for name, (scheme, epilogue) in settings.packed.items():
             found = Epilogue(*(None if part is None else _find(model, part) for part in epilogue))

@@ -74,7 +74,7 @@ def save(
             raise OSError(f"{os.fspath(save_directory)} cannot be written ({one_line(error)})") from error
         finally:
             del model.config.quantization_config
-        if packed:
+        if packed or settings.widths:
             _refuse_without_madtp(folder / CONFIG_FILE, model.config.sub_configs)
 
 
@@ -138,7 +138,7 @@ def _refuse_without_madtp(path: Path, parts: Iterable[str]) -> None:
     name = ", ".join(config.get("architectures") or ())
     for values in (config, *(config.get(part) for part in parts)):
         if isinstance(values, dict):
-            values[WEIGHTS_FIELD] = f"layers packed by madtp, `import madtp` and load {name or 'the whole model'}"
+            values[WEIGHTS_FIELD] = f"layers made by madtp, `import madtp` and load {name or 'the whole model'}"
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ class Settings:
     branches: dict[str, dict[str, Any]]  # as `BranchSettings.values`
     packed: dict[str, Packed]  # the packed layers by name
     keep: dict[str, dict[str, Any]] | None = None  # of a decoder, by seam, as `Keep.to_dict`
+    widths: dict[str, int] = field(default_factory=dict)  # heads or channels left, of `madtp.width.widths_of`
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -60,6 +61,7 @@ class Settings:
             **({} if self.config is None else {"config": self.config.to_dict(), "branches": self.branches}),
             **({} if self.keep is None else {"keep": self.keep}),
             "packed": {name: layer.to_dict() for name, layer in self.packed.items()},
+            **({"widths": self.widths} if self.widths else {}),
         }
 
     @classmethod
@@ -72,7 +74,8 @@ class Settings:
             if (keep := values.get("keep")) is not None:
                 return cls(None, {}, packed, {seam: dict(amount) for seam, amount in keep.items()})
             branches = {branch: dict(settings) for branch, settings in values["branches"].items()}
-            return cls(CompressionConfig.from_dict(values["config"]), branches, packed)
+            widths = dict(values.get("widths") or {})
+            return cls(CompressionConfig.from_dict(values["config"]), branches, packed, widths=widths)
         except ODD_VALUES as error:
             raise unreadable(where, error) from error
 
