@@ -8,7 +8,15 @@ import torch
 from test_hwp_scores import correlated, make_model, output_error
 from torch import nn
 
-from madtp.hwp import admm, admm_rounded, collect_inputs, is_pattern, prune_one_shot, reconstruct, reconstruct_rounded
+from madtp.hwp import (
+    collect_inputs,
+    is_pattern,
+    prune_one_shot,
+    reconstruct,
+    reconstruct_admm,
+    reconstruct_admm_rounded,
+    reconstruct_rounded,
+)
 from madtp.hwp.admm import solve_masked
 from madtp_kernels import nm_mask
 
@@ -47,7 +55,7 @@ def test_values_on_a_mask_are_the_least_squares():
 def test_no_row_is_worse_than_the_sweep_and_magnitude_is_beaten(n, m):
     x, weight = correlated(), torch.randn(32, 64)
     gram = x.T @ x
-    found = admm(weight, gram, n, m)
+    found = reconstruct_admm(weight, gram, n, m)
     assert is_pattern(found, f"{n}:{m}") and found.dtype == weight.dtype and not found[found == 0].signbit().any()
     ours, swept = errors(weight, found, gram), errors(weight, reconstruct(weight, gram, n, m), gram)
     assert (ours <= swept * (1 + 1e-5)).all()
@@ -66,7 +74,7 @@ def test_the_best_of_all_masks_is_found_or_nearly():
         for start, kept in zip((0, 4, 8), choice, strict=True):
             mask[:, start + kept] = True
         best = torch.minimum(best, errors(weight, least_squares(weight, x, mask), gram))
-    found = errors(weight, admm(weight, gram, 2, 4), gram)
+    found = errors(weight, reconstruct_admm(weight, gram, 2, 4), gram)
     swept = errors(weight, reconstruct(weight, gram, 2, 4), gram)
     assert (found >= best * (1 - 1e-4)).all()
     assert found.sum() < 1.2 * best.sum() < swept.sum()
@@ -78,7 +86,7 @@ def test_no_row_on_the_grid_is_worse_than_the_sweep(dtype, pattern):
     x, weight = correlated(), torch.randn(32, 64)
     weight[:, 5] = 0
     gram = x.T @ x
-    found = admm_rounded(weight, gram, pattern, dtype=dtype)
+    found = reconstruct_admm_rounded(weight, gram, pattern, dtype=dtype)
     swept = reconstruct_rounded(weight, gram, pattern, dtype=dtype)
     ours, theirs = (errors(weight, grid.to_dense(torch.float64), gram) for grid in (found, swept))
     assert (ours <= theirs * (1 + 1e-9)).all() and ours.sum() < 0.95 * theirs.sum()
@@ -90,8 +98,8 @@ def test_no_row_on_the_grid_is_worse_than_the_sweep(dtype, pattern):
 def test_inputs_that_are_independent_or_missing_keep_the_largest():
     weight = torch.randn(8, 16)
     expected = weight * nm_mask(weight, 2, 4)
-    torch.testing.assert_close(admm(weight, torch.eye(16), 2, 4), expected)
-    torch.testing.assert_close(admm(weight, torch.zeros(16, 16), 2, 4), expected)
+    torch.testing.assert_close(reconstruct_admm(weight, torch.eye(16), 2, 4), expected)
+    torch.testing.assert_close(reconstruct_admm(weight, torch.zeros(16, 16), 2, 4), expected)
 
 
 def test_pruning_in_one_shot_by_admm():
@@ -108,7 +116,9 @@ def test_pruning_in_one_shot_by_admm():
     assert is_pattern(model[0].weight, "2:4") and model[0].weight_scale.shape == (32,)
 
 
-@pytest.mark.parametrize("solve", [lambda *a: admm(*a, 2, 4), lambda *a: admm_rounded(*a, "2:4")])
+@pytest.mark.parametrize(
+    "solve", [lambda w, h: reconstruct_admm(w, h, 2, 4), lambda w, h: reconstruct_admm_rounded(w, h, "2:4")]
+)
 def test_refuses_what_the_sweep_refuses(solve):
     with pytest.raises(ValueError, match=r"gram must be finite of shape \(16, 16\), got float32 \(8, 8\)"):
         solve(torch.ones(8, 16), torch.eye(8))

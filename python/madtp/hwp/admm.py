@@ -24,7 +24,7 @@ GRID_STEPS, GRID_PENALTY = 50, 1.0
 ELEMENTS = 2**22  # of the systems that are solved at once
 
 
-def admm(weight: Tensor, gram: Tensor, n: int, m: int, *, damping: float = 0.01) -> Tensor:
+def reconstruct_admm(weight: Tensor, gram: Tensor, n: int, m: int, *, damping: float = 0.01) -> Tensor:
     """An N:M weight whose outputs stay close to the dense ones: ADMM finds what stays, least squares the values.
 
     With channels scaled so that H has ones on its diagonal, it alternates a ridge solve of min ||(W - V) X||^2 +
@@ -49,13 +49,13 @@ def admm(weight: Tensor, gram: Tensor, n: int, m: int, *, damping: float = 0.01)
     return _best(dense, known, swept, exact).to(weight.dtype) + 0.0  # a cast can leave -0.0
 
 
-def admm_rounded(
+def reconstruct_admm_rounded(
     weight: Tensor, gram: Tensor, pattern: Pattern | str | None = None, *, damping: float = 0.01, dtype: str = "int8"
 ) -> GridWeight:
     """An int8 or fp8 weight, dense or N:M, whose outputs stay close to those of `weight`.
 
-    `admm` says what stays and its values, the scale of a row is the best of `search_scale`, and ADMM projects onto the
-    grid; of all it meets a row keeps the best. A row that `reconstruct_rounded` has better is that.
+    `reconstruct_admm` says what stays and its values, the scale of a row is the best of `search_scale`, and ADMM
+    projects onto the grid; of all it meets a row keeps the best. A row that `reconstruct_rounded` has better is that.
 
     Args:
         weight: (N, C) floating point, finite; C a multiple of the pattern's m.
@@ -70,7 +70,7 @@ def admm_rounded(
     swept = reconstruct_rounded(weight, gram, pattern, damping=damping, dtype=dtype)  # and its checks
     dense, known = weight.detach().double(), damped(checked_gram(gram, weight.shape[1], damping), damping)
     pattern = Pattern(1, 1) if pattern is None else Pattern.parse(pattern)
-    kept = dense if pattern.n == pattern.m else admm(dense, gram, *pattern, damping=damping)
+    kept = dense if pattern.n == pattern.m else reconstruct_admm(dense, gram, *pattern, damping=damping)
     grid, mask = GRIDS[dtype], kept != 0
     scale = search_scale(kept, known, grid)
 

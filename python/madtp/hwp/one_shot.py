@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from madtp.choices import CORRECTIONS, WEIGHT_DTYPES
-from madtp.hwp.admm import admm, admm_rounded
+from madtp.choices import WEIGHT_DTYPES
+from madtp.hwp.admm import reconstruct_admm, reconstruct_admm_rounded
 from madtp.hwp.calibration import InputStatistics, known_inputs
 from madtp.hwp.modules import linears, write_parameters
 from madtp.hwp.rounding import reconstruct_rounded, round_weight
@@ -28,7 +28,10 @@ class Solver(NamedTuple):
     round: Callable[..., GridWeight]
 
 
-SOLVERS = dict(zip(CORRECTIONS, (Solver(reconstruct, reconstruct_rounded), Solver(admm, admm_rounded)), strict=True))
+SOLVERS = {
+    "second_order": Solver(reconstruct, reconstruct_rounded),
+    "admm": Solver(reconstruct_admm, reconstruct_admm_rounded),
+}
 
 
 class OneShotReport(NamedTuple):
@@ -57,7 +60,8 @@ def prune_one_shot(
             None keeps the largest |W|.
         correct: choose, correct and round weights so that the outputs stay close; statistics must hold Gram matrices.
             "second_order", or True, goes from left to right (`reconstruct`, `reconstruct_rounded`); "admm" looks at all
-            columns together (`admm`, `admm_rounded`), and is better and slower. Both have the `damping`.
+            columns together (`reconstruct_admm`, `reconstruct_admm_rounded`), and is better and slower. Both have the
+            `damping`.
         weight_dtype: "int8" or "fp8": the weights become numbers of it times a scale for every row, which each module
             has from here on as its buffer `weight_scale` (float32 (N,), no part of the state dict). Rounding
             weight / weight_scale gives the numbers, as `pack` does it. Cast the model before, not after: that would
