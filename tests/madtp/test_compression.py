@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 import madtp
+from madtp.choices import MASKINGS
 from madtp.profiling.macs import counted_macs
 from madtp.profiling.timing import time_per_sample
 from madtp.tasks.batches import sample_batches
@@ -282,10 +283,12 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_training_resumes_where_it_would_have_been(tmp_path, data):
-    whole = make_trainer(tmp_path / "whole", data, 8)
+@pytest.mark.parametrize("masking", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in MASKINGS)])
+def test_an_interrupted_training_resumes_where_it_would_have_been(tmp_path, data, masking):
+    config = dataclasses.replace(CONFIG, hwp_masking=masking)
+    whole = make_trainer(tmp_path / "whole", data, 8, config)
     whole.train()
-    stopped = make_trainer(tmp_path / "stopped", data, 8)
+    stopped = make_trainer(tmp_path / "stopped", data, 8, config)
     stopped.add_callback(Interrupt())
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
@@ -296,7 +299,7 @@ def test_an_interrupted_training_resumes_where_it_would_have_been(tmp_path, data
     (broken / "model.safetensors").write_bytes(b"half")
     assert last_checkpoint(tmp_path / "stopped" / "checkpoints") == checkpoint
     assert (checkpoint / CONTROLLER_FILE).exists()
-    resumed = make_trainer(tmp_path / "stopped", data, 8)
+    resumed = make_trainer(tmp_path / "stopped", data, 8, config)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.handle.temperatures == pytest.approx(whole.handle.temperatures)
     for (name, a), b in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
