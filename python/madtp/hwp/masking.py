@@ -20,6 +20,7 @@ class Masking(nn.Module):
     """Straight-through with the decay of SR-STE (Zhou et al., ICLR 2021, arXiv 2102.04010): the forward pass sees
     M * W, and the gradient of every weight is that of the masked one; pruned ones also feel decay * W."""
 
+    mask: Tensor  # (N, C) bool, what stays
     shrinks_first = False  # whether it acts on the dense weight, which then goes N:M at once
 
     def __init__(self, weight: Tensor, pattern: Pattern, decay: float):
@@ -51,6 +52,7 @@ class Reweighted(Masking):
     Source: reweighted group penalties (Ma et al., DAC 2021, 10.1109/dac18074.2021.9586152).
     """
 
+    penalty: Tensor  # (N, C), decay * a where it acts
     shrinks_first = True
 
     def __init__(self, weight: Tensor, pattern: Pattern, decay: float):
@@ -77,10 +79,13 @@ class Soft(Masking):
     gradient passes straight through, and nothing decays.
     """
 
+    scale: Tensor  # (), b
+    kept: Tensor  # () int64, of every m weights, for which the scale is
+
     def __init__(self, weight: Tensor, pattern: Pattern, decay: float):
         super().__init__(weight, pattern, decay)
         self.register_buffer("scale", torch.ones((), dtype=weight.dtype, device=weight.device))
-        self.register_buffer("kept", torch.tensor(pattern.m))  # of every m weights, for which the scale is
+        self.register_buffer("kept", torch.tensor(pattern.m, device=weight.device))
 
     def value(self, weight: Tensor) -> Tensor:
         return self.scale * soft_threshold(weight, self.mask, self.pattern.m)
