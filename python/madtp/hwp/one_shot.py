@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -47,7 +47,7 @@ def prune_one_shot(
     modules: Iterable[str],
     statistics: Mapping[str, InputStatistics] | None = None,
     *,
-    correct: bool | Literal["second_order", "admm"] = False,
+    correct: bool | str = False,
     damping: float = 0.01,
     weight_dtype: str | None = None,
 ) -> OneShotReport:
@@ -75,10 +75,10 @@ def prune_one_shot(
     require(rounds, "weight_dtype", f"None or {' or '.join(WEIGHT_DTYPES)}", repr(weight_dtype))
     require(pattern is not None or weight_dtype is not None, "pattern", "n:m where weights keep their dtype", pattern)
     pattern = Pattern(1, 1) if pattern is None else Pattern.parse(pattern)
-    by = "second_order" if correct is True else correct
-    require(by is False or by in SOLVERS, "correct", f"a bool or {' or '.join(SOLVERS)}", repr(correct))
+    by = "second_order" if correct is True else correct or None
+    require(by is None or by in SOLVERS, "correct", f"a bool or {' or '.join(SOLVERS)}", repr(correct))
     found = linears(model, modules, pattern)
-    solver = None if by is False else SOLVERS[by]
+    solver = None if by is None else SOLVERS[by]
     if solver is not None and statistics is None:
         raise ValueError("statistics must be given to correct weights, got None")
     weights: dict[str, tuple[Tensor, Tensor | None]] = {}  # and the scale
