@@ -22,6 +22,13 @@ from .tasks import Prepared, Preset
 
 REDUCTIONS = (0.3, 0.5, 0.6, 0.7, 0.8)
 COMPARED_AT = 0.7  # where the other variants run
+ADMM, FITTED = (("hwp_score", "admm"),), (("hwp_reconstruction_steps", 80),)
+REWEIGHTED = (
+    ("hwp_score", "magnitude"),
+    ("hwp_schedule", "gradual"),
+    ("hwp_masking", "reweighted"),
+    ("hwp_decay", 1e-2),
+)
 WIDTH = (("width_reduction", 0.75),)  # the most that goes from a block
 WIDTH_REDUCTIONS = (0.3, 0.5, COMPARED_AT)
 NO_TEACHER = {"kd_weight": 0.0, "vision_weight": 0.0, "text_weight": 0.0}
@@ -30,14 +37,15 @@ NO_TEACHER = {"kd_weight": 0.0, "vision_weight": 0.0, "text_weight": 0.0}
 @dataclass(frozen=True)
 class Variant:
     """allocation: of `madtp.allocate`. changes: of the config. staged: tokens first, then weights. reductions: of
-    counted MACs. beside: the variant that is run again for every row, so that the two differ in `changes` alone:
-    another machine trains a little differently."""
+    counted MACs. steps: of the training; None: those of the preset. beside: the variant that is run again for every
+    row, so that the two differ in `changes` alone: another machine trains a little differently."""
 
     title: str
     allocation: str = "joint"
     changes: tuple[tuple[str, object], ...] = ()
     staged: bool = False
     reductions: tuple[float, ...] = (COMPARED_AT,)
+    steps: int | None = None
     beside: str | None = None
 
 
@@ -51,6 +59,14 @@ VARIANTS = {
     "static": Variant("static top-k by CLS attention", changes=(("selection", "static"),)),
     "no_kd": Variant("no distillation", changes=tuple(NO_TEACHER.items())),
     "no_mag": Variant("no MAG", changes=(("selection", "unguided"), ("align_weight", 0.0))),
+    # How 2:4 weights recover: by training, and without.
+    "admm": Variant("2:4 by ADMM, trained", changes=ADMM),
+    "s_ste": Variant("soft masks (S-STE)", changes=(("hwp_masking", "s_ste"),)),
+    "reweighted": Variant("reweighted penalty, then masks", changes=REWEIGHTED),
+    "one_shot": Variant("without training", steps=0),
+    "one_shot_fitted": Variant("without training, blocks fitted", changes=FITTED, steps=0),
+    "one_shot_admm": Variant("without training, ADMM", changes=ADMM, steps=0),
+    "one_shot_admm_fitted": Variant("without training, ADMM, blocks fitted", changes=(*ADMM, *FITTED), steps=0),
     "width": Variant("width only", "width", WIDTH, reductions=WIDTH_REDUCTIONS),
     "width_weights": Variant("width, then 2:4", "width_weights", WIDTH, reductions=WIDTH_REDUCTIONS),
     "three_axes": Variant("MADTP++ and width (joint allocation)", "joint", WIDTH, reductions=WIDTH_REDUCTIONS),
@@ -105,8 +121,9 @@ def run(
     """
     plan = budgets.plan(config, variant)
     config = replace(config, **dict(variant.changes))
+    steps = preset.steps if variant.steps is None else variant.steps
     if not variant.staged:
-        return _compress(prepared, prepared.model, plan, preset, config, preset.steps, output)
+        return _compress(prepared, prepared.model, plan, preset, config, steps, output)
     half = preset.steps // 2
     first = _compress(prepared, prepared.model, budgets.tokens_of(plan), preset, config, half, output / "tokens")
     return _compress(prepared, first.model.madtp_handle.remove(), plan, preset, config, preset.steps - half, output)

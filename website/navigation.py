@@ -46,6 +46,7 @@ NAVIGATION = {
         "docs/method.md",
         "docs/experiments.md",
         "docs/experiments-notes.md",
+        "docs/neighbours.md",
         "docs/guarantees.md",
         "docs/simulation.md",
     ),

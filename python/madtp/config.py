@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from madtp.choices import WEIGHT_DTYPES
+from madtp.choices import CORRECTIONS, MASKINGS, WEIGHT_DTYPES
 from madtp.dtp.keep import Keep
 from madtp.dtp.keep_rules import Rule, name_of
 from madtp.dtp.selection_rules import METHOD, SELECTIONS, is_selection
@@ -68,16 +68,20 @@ class CompressionConfig:
     # `madtp.hwp.smooth`. None: nothing.
     hwp_smoothing: float | None = None
     # What the masks keep: the largest |W|, |W| ||x||, the same with tokens by their importance, or, once and before the
-    # training, what reconstructs the outputs best (with hwp_schedule "one_shot").
-    hwp_score: Literal["magnitude", "activation", "token_weighted", "second_order"] = "magnitude"
-    # With hwp_score "second_order": steps of Adam for every part of a block, by which what is left after one shot is
-    # fitted to the dense outputs, with the pruned tokens in place (`madtp.compression.reconstruction`). None: none.
+    # training, what reconstructs the outputs, from left to right or by ADMM (with hwp_schedule "one_shot").
+    hwp_score: Literal["magnitude", "activation", "token_weighted", "second_order", "admm"] = "magnitude"
+    # With either of these: steps of Adam for every part of a block, by which what is left after one shot is fitted to
+    # the dense outputs, with the pruned tokens in place (`madtp.compression.reconstruction`). None: none.
     hwp_reconstruction_steps: int | None = None
     hwp_permute: bool = False  # reorder the hidden channels of MLPs first, so that the masks take less
     hwp_schedule: Literal["gradual", "one_shot"] = "gradual"
     hwp_ramp: float = 0.5  # share of the training after which the gradual schedule has the final pattern
     hwp_refresh: int = 1  # optimiser steps between two choices of the masks
-    hwp_decay: float = 2e-4  # lambda of SR-STE
+    # How masks act in the training. None: hard, with the decay of SR-STE on what is pruned. "reweighted": first a
+    # penalty on what the pattern has no room for (with hwp_schedule "gradual" and hwp_score "magnitude"). "s_ste":
+    # soft, every weight that stays smaller by the largest that goes.
+    hwp_masking: Literal["reweighted", "s_ste"] | None = None
+    hwp_decay: float = 2e-4  # lambda of SR-STE, or of the reweighted penalty
 
     align_weight: float = 0.1
     vision_weight: float = 1.0
@@ -121,18 +125,26 @@ class CompressionConfig:
             self._require("first_layer", fits, "integers of at least 0 by branch, or None")
             object.__setattr__(self, "first_layer", dict(first))
         self._require("hwp_schedule", self.hwp_schedule in ("gradual", "one_shot"), '"gradual" or "one_shot"')
-        scores = ("magnitude", "activation", "token_weighted", "second_order")
+        scores = ("magnitude", "activation", "token_weighted", *CORRECTIONS)
         self._require("hwp_score", self.hwp_score in scores, f"one of {', '.join(scores)}")
+        masking = self.hwp_masking
+        self._require("hwp_masking", masking in (None, *MASKINGS), f"None or {' or '.join(MASKINGS)}")
+        if masking == "reweighted":
+            fits = self.hwp_schedule == "gradual" and self.hwp_score == "magnitude"
+            self._require("hwp_masking", fits, 'None without hwp_schedule "gradual" and hwp_score "magnitude"')
+        if masking == "s_ste":
+            fits = self.hwp_score in ("magnitude", *CORRECTIONS)
+            self._require("hwp_masking", fits, f"None with hwp_score {self.hwp_score!r}")
         known = self.weight_dtype is None or self.weight_dtype in WEIGHT_DTYPES
         self._require("weight_dtype", known, f"None or {' or '.join(WEIGHT_DTYPES)}")
         if self.hwp_reconstruction_steps is not None:
             steps = self.hwp_reconstruction_steps
             self._require("hwp_reconstruction_steps", _is_int(steps) and steps >= 1, "an integer of at least 1 or None")
-            fits = self.hwp_score == "second_order"
+            fits = self.hwp_score in CORRECTIONS
             self._require("hwp_reconstruction_steps", fits, f"None with hwp_score {self.hwp_score!r}")
         self._require("hwp_permute", isinstance(self.hwp_permute, bool), "true or false")
-        once = self.hwp_score != "second_order" or self.hwp_schedule == "one_shot"
-        self._require("hwp_schedule", once, '"one_shot" with hwp_score "second_order"')
+        once = self.hwp_score not in CORRECTIONS or self.hwp_schedule == "one_shot"
+        self._require("hwp_schedule", once, f'"one_shot" with hwp_score "{self.hwp_score}"')
         low, high = self.temperature_min, self.temperature_max
         self._require("temperature", low <= self.temperature <= high, f"from temperature_min {low} to _max {high}")
         if self.hwp_smoothing is not None:

@@ -14,8 +14,9 @@ import transformers as hf
 from PIL import Image
 from transformers import BlipImageProcessor
 
-from madtp import cli, demo
+from madtp import CompressionConfig, cli, demo
 from madtp.budgets.plan import Plan
+from madtp.cli.options import with_recovery
 from madtp.compression import Result
 from madtp.data.easy_vqa import PACKAGE
 from madtp.data.emoji import build_tokenizer
@@ -236,6 +237,13 @@ def test_what_a_run_would_aim_at_needs_no_training(madtp, drawn, tmp_path):
     assert "40.0 %" in total and not (tmp_path / "run").exists()
 
 
+def test_how_weights_recover_is_said_by_options():
+    config = with_recovery(CompressionConfig(hwp_decay=0.1), correct="admm", fit=20, masking="s_ste")
+    expected = {"hwp_score": "admm", "hwp_schedule": "one_shot", "hwp_reconstruction_steps": 20, "hwp_masking": "s_ste"}
+    assert config == CompressionConfig(hwp_decay=0.1, **expected)
+    assert with_recovery(config, correct=None, fit=None, masking=None) == config
+
+
 def test_compress_says_what_is_wrong(refused, drawn, tmp_path):
     out = ("--out", tmp_path / "run")
     message = refused("compress", VQA[0], "--task", "speech", "--data", "easy-vqa", *out)
@@ -246,6 +254,10 @@ def test_compress_says_what_is_wrong(refused, drawn, tmp_path):
     assert "must hold a BlipForNLVR, got BlipForQuestionAnswering" in message
     nowhere = (tmp_path / "none", *VQA[1:])
     assert "model directory" in refused("compress", *nowhere, *out)
+    assert "hwp_masking must be None or reweighted or s_ste, got 'hard'" in refused(
+        "compress", *VQA, "--masking", "hard", *out
+    )
+    assert "hwp_score must be one of" in refused("compress", *VQA, "--correct", "obs", *out)
     config = tmp_path / "config.yaml"
     for text, what in (("flops: 1", "config must have known fields"), ("- 1", "mapping of fields"), ("a: [", "YAML")):
         config.write_text(text)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 import madtp
+from madtp.choices import MASKINGS
 from madtp.profiling.macs import counted_macs
 from madtp.profiling.timing import time_per_sample
 from madtp.tasks.batches import sample_batches
@@ -123,7 +124,7 @@ def test_the_error_of_the_counted_macs_is_the_standard_error_of_their_mean(monke
 
 
 @pytest.mark.parametrize(
-    "score", [pytest.param("activation", marks=pytest.mark.slow), "token_weighted", "second_order"]
+    "score", [pytest.param("activation", marks=pytest.mark.slow), "token_weighted", "second_order", "admm"]
 )
 def test_weights_are_chosen_by_every_score_on_permuted_channels(tmp_path, few, score):
     config = dataclasses.replace(CONFIG, hwp_score=score, hwp_permute=True, hwp_schedule="one_shot")
@@ -134,9 +135,37 @@ def test_weights_are_chosen_by_every_score_on_permuted_channels(tmp_path, few, s
     assert all(kept["after"] >= kept["before"] > 0.5 for kept in plan["permutations"].values())
 
 
-def test_reconstructed_weights_are_chosen_once():
-    with pytest.raises(ValueError, match='hwp_schedule must be "one_shot" with hwp_score "second_order"'):
-        dataclasses.replace(CONFIG, hwp_score="second_order")
+@pytest.mark.parametrize(
+    "fields",
+    [{"hwp_masking": "reweighted"}, {"hwp_masking": "s_ste", "hwp_score": "second_order", "hwp_schedule": "one_shot"}],
+)
+def test_weights_end_2_4_by_every_masking(tmp_path, few, fields):
+    config = dataclasses.replace(CONFIG, **fields)
+    result = madtp.compress(tiny_blip(), Task(), few, None, config, output_dir=tmp_path, training=BRIEF)
+    plan = result.report["plan"]
+    assert plan["packed_modules"] == sorted(plan["sparse_modules"]) and 0.5 < plan["magnitude_kept"] <= 1
+
+
+@pytest.mark.parametrize("score", ["second_order", "admm"])
+def test_reconstructed_weights_are_chosen_once(score):
+    with pytest.raises(ValueError, match=f'hwp_schedule must be "one_shot" with hwp_score "{score}"'):
+        dataclasses.replace(CONFIG, hwp_score=score)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"hwp_masking": "soft"}, "hwp_masking must be None or reweighted or s_ste, got 'soft'"),
+        ({"hwp_masking": "s_ste", "hwp_score": "activation"}, "hwp_masking must be None with hwp_score 'activation'"),
+        (
+            {"hwp_masking": "reweighted", "hwp_schedule": "one_shot"},
+            'hwp_masking must be None without hwp_schedule "gradual" and hwp_score "magnitude", got \'reweighted\'',
+        ),
+    ],
+)
+def test_maskings_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **fields)
 
 
 BRIEF = {"max_steps": 2, "per_device_train_batch_size": 8, "disable_tqdm": True, "save_strategy": "no"}
@@ -257,10 +286,12 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_training_resumes_where_it_would_have_been(tmp_path, data):
-    whole = make_trainer(tmp_path / "whole", data, 8)
+@pytest.mark.parametrize("masking", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in MASKINGS)])
+def test_an_interrupted_training_resumes_where_it_would_have_been(tmp_path, data, masking):
+    config = dataclasses.replace(CONFIG, hwp_masking=masking)
+    whole = make_trainer(tmp_path / "whole", data, 8, config)
     whole.train()
-    stopped = make_trainer(tmp_path / "stopped", data, 8)
+    stopped = make_trainer(tmp_path / "stopped", data, 8, config)
     stopped.add_callback(Interrupt())
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
@@ -271,7 +302,7 @@ def test_an_interrupted_training_resumes_where_it_would_have_been(tmp_path, data
     (broken / "model.safetensors").write_bytes(b"half")
     assert last_checkpoint(tmp_path / "stopped" / "checkpoints") == checkpoint
     assert (checkpoint / CONTROLLER_FILE).exists()
-    resumed = make_trainer(tmp_path / "stopped", data, 8)
+    resumed = make_trainer(tmp_path / "stopped", data, 8, config)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.handle.temperatures == pytest.approx(whole.handle.temperatures)
     for (name, a), b in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from madtp import hwp
-from madtp.hwp import Epilogue, folding, modules, packing, pruner, takeover
+from madtp.hwp import Epilogue, folding, masking, modules, packing, pruner, takeover
 from madtp.hwp.packing import replace_linear
 
 
@@ -134,8 +134,8 @@ def test_unpack(monkeypatch):
 def test_masks_and_permutations(monkeypatch):
     norms = {name: torch.ones(64 if name.endswith("2") else 32) for name in LINEARS}
     prune = lambda model: hwp.WeightPruner(model, "2:4", LINEARS, schedule="one_shot", norms=norms)  # noqa: E731
-    steps = [(pruner._Masked, "__init__", (1, 5)), (pruner, "nm_mask", (1, 5)), (pruner, "activation_score", (1, 5))]
-    fails(monkeypatch, prune, make_model, [*steps, (pruner, "_mask_of", (1, 5))])
+    steps = [(masking.Masking, "__init__", (1, 5)), (pruner, "nm_mask", (1, 5)), (pruner, "activation_score", (1, 5))]
+    fails(monkeypatch, prune, make_model, [*steps, (pruner, "_masking_of", (1, 5))])
     once = lambda model: hwp.prune_one_shot(model, "2:4", LINEARS)  # noqa: E731
     fails(monkeypatch, once, make_model, [(hwp.one_shot, "nm_mask", (1, 5)), (hwp.one_shot, "explain_pattern", ())])
     pairs = [(f"{i}.fc1", f"{i}.fc2") for i in range(3)]

@@ -62,7 +62,9 @@ def test_reconstruction_against_the_naive_one(columns):
     x, weight = torch.randn(300, columns, dtype=torch.float64), torch.randn(5, columns, dtype=torch.float64)
     x[:, 1::2] += x[:, ::2]
     expected = naive_reconstruction(weight, x.T @ x, 2, 4, 0.05)
+    before = weight.clone()
     torch.testing.assert_close(reconstruct(weight, x.T @ x, 2, 4, damping=0.05), expected, rtol=1e-8, atol=1e-10)
+    assert torch.equal(weight, before)  # float64 already, which is no copy of it
 
 
 def test_independent_inputs_need_no_correction():

@@ -10,12 +10,15 @@ import typer
 
 from madtp.cli.options import (
     Config,
+    Correct,
     Data,
     DenseModel,
+    Fit,
     Images,
     Latency,
     Limit,
     Macs,
+    Masking,
     Params,
     Resume,
     Smoothing,
@@ -28,6 +31,7 @@ from madtp.cli.options import (
     settings,
     stderr,
     typed_command,
+    with_recovery,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +51,9 @@ def compress(
     width: Width = None,
     weights: Weights = None,
     smoothing: Smoothing = None,
+    correct: Correct = None,
+    fit: Fit = None,
+    masking: Masking = None,
     plan: Annotated[Path | None, typer.Option(help="What `madtp allocate` wrote; its target counts.")] = None,
     config: Config = None,
     steps: Annotated[int | None, typer.Option(help="Of the training; 0: one shot, no training.", min=0)] = None,
@@ -73,6 +80,7 @@ def compress(
     asked, training = settings(
         config, macs=macs, latency=latency, params=params, width=width, weights=weights, smoothing=smoothing
     )
+    asked = with_recovery(asked, correct=correct, fit=fit, masking=masking)
     if steps is not None:
         training["max_steps"] = steps
     chosen = None if plan is None else Plan.load(plan)

@@ -7,12 +7,13 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from madtp.choices import DATA, TASKS, WEIGHT_DTYPES
+from madtp.choices import CORRECTIONS, DATA, MASKINGS, TASKS, WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +52,16 @@ Weights = Annotated[
 Smoothing = Annotated[
     float | None,
     typer.Option(help="With rounded weights: how much of outliers moves from inputs into weights first, 0 to 1."),
+]
+Correct = Annotated[
+    str | None,
+    typer.Option(help=f"{' or '.join(CORRECTIONS)}: prune in one shot, the weights that stay make up for the others."),
+]
+Fit = Annotated[
+    int | None, typer.Option(help="After that: steps by which every part of a block is fitted to the dense one.", min=1)
+]
+Masking = Annotated[
+    str | None, typer.Option(help=f"{' or '.join(MASKINGS)}: how masks act in the training, in place of SR-STE.")
 ]
 Config = Annotated[Path | None, typer.Option(help="YAML: fields of CompressionConfig, and training: a mapping.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")]
@@ -104,6 +115,16 @@ def settings(
         return CompressionConfig.from_dict(values), dict(training)
     except ODD_VALUES as error:
         raise ValueError(one_line(error)) from error
+
+
+def with_recovery(
+    asked: CompressionConfig, *, correct: str | None, fit: int | None, masking: str | None
+) -> CompressionConfig:
+    """The configuration with what was given of how 2:4 weights recover."""
+    given: dict[str, Any] = {"hwp_reconstruction_steps": fit, "hwp_masking": masking}
+    if correct is not None:
+        given |= {"hwp_score": correct, "hwp_schedule": "one_shot"}
+    return replace(asked, **{name: value for name, value in given.items() if value is not None})
 
 
 def typed_command() -> str:

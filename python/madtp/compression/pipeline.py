@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from madtp.budgets.plan import Plan
 from madtp.budgets.prunable import linear_of, prunable_linears
 from madtp.budgets.smoothing import smooth_model
+from madtp.choices import CORRECTIONS
 from madtp.compression.reconstruction import Reconstruction, reconstruct_blocks
 from madtp.compression.report import report_data
 from madtp.compression.targets import Targets, check_kind, choose_targets, latency_plan, settled
@@ -46,7 +47,9 @@ from madtp.training.trainer import MadtpTrainer, last_checkpoint
 
 GUARD_SAMPLES = 16  # of the calibration data, on which a move of masks or temperatures must not raise the loss
 TEMPERATURE_SAMPLES = 2048  # of the calibration data, on which the temperatures are calibrated for a MAC target
-RECONSTRUCTION_SAMPLES = 256  # of the calibration data, on which pruned weights are fitted to the dense outputs
+RECONSTRUCTION_SAMPLES = (
+    256  # of the calibration data, on which pruned weights are fitted to the dense ones: blocks, and by ADMM
+)
 FAKE_QUANTIZED_SHARE = 0.2  # of the training, at its end, in which a model whose weights are rounded computes so
 TIME_TOLERANCE = 0.01  # of a latency target, within which they are calibrated
 
@@ -136,13 +139,14 @@ def compress(
     permutations = _permute(student, targets.chosen, config)
     smoothings = _smooth(student, targets, config)
     fitted: dict[str, Reconstruction] = {}
-    if config.hwp_score == "second_order":
+    if config.hwp_score in CORRECTIONS:
         goes_on = resume and args.max_steps != 0
         resumed = goes_on and last_checkpoint(output_dir / "checkpoints") is not None  # which has the weights
         fits = config.hwp_reconstruction_steps is not None and not resumed
-        batches = sample_batches(task, calibration_data, RECONSTRUCTION_SAMPLES, args.device) if fits else []
-        with bars.status("fitting pruned weights to the dense model") if fits else nullcontext():
-            fitted = _prune_in_one_shot(student, targets, config, batches)
+        more = fits or config.hwp_score == "admm"  # which gains from more samples than the sweep
+        samples = sample_batches(task, calibration_data, RECONSTRUCTION_SAMPLES, args.device) if more else []
+        with bars.status("fitting pruned weights to the dense model") if more else nullcontext():
+            fitted = _prune_in_one_shot(student, targets, config, samples, fits)
     norms = _score_norms(student, targets, config)
     adapters = _adapt(student, targets, config)
     trainer = MadtpTrainer(
@@ -215,7 +219,7 @@ def _smooth(student: nn.Module, targets: Targets, config: CompressionConfig) -> 
 
 def _score_norms(student: nn.Module, targets: Targets, config: CompressionConfig) -> dict[str, Tensor] | None:
     """What `WeightPruner` scores by; None: magnitude, as after one shot, which has left nothing else."""
-    if config.hwp_score in ("magnitude", "second_order"):
+    if config.hwp_score in ("magnitude", *CORRECTIONS):
         return None
     handle, weighted = handle_of(student), config.hwp_score == "token_weighted"
     before = handle.temperatures
@@ -228,31 +232,36 @@ def _score_norms(student: nn.Module, targets: Targets, config: CompressionConfig
 
 
 def _prune_in_one_shot(
-    student: nn.Module, targets: Targets, config: CompressionConfig, batches: Sequence[Mapping[str, Tensor]]
+    student: nn.Module,
+    targets: Targets,
+    config: CompressionConfig,
+    samples: Sequence[Mapping[str, Tensor]],
+    fits: bool,
 ) -> dict[str, Reconstruction]:
-    """Prunes and corrects the chosen weights, fits them to the dense outputs on the batches if there are any, and
+    """Prunes and corrects the chosen weights, fits them to the dense outputs on the samples if it is asked to, and
     rounds those that are to be rounded. Returns what the fit came to."""
     chosen, rounded = targets.chosen, targets.quantized
     both, unpruned = [[name for name in rounded if (name in chosen) == sparse] for sparse in (True, False)]
-    dense = copy.deepcopy(student) if batches else None
+    dense = copy.deepcopy(student) if fits else None
+    met = samples if config.hwp_score == "admm" else targets.probe
 
     def inputs(names: Iterable[str]) -> dict[str, InputStatistics]:
-        found = input_statistics(student, list(dict.fromkeys(names)), targets.probe, gram=True, token_weighted=False)
+        found = input_statistics(student, list(dict.fromkeys(names)), met, gram=True, token_weighted=False)
         require_reached(found)
         return found
 
     known, fitted = inputs([*chosen, *rounded]), dict[str, Reconstruction]()
     pruned = [name for name in chosen if dense is not None or name not in rounded]
-    prune_one_shot(student, config.pattern, pruned, known, correct=True)
+    prune_one_shot(student, config.pattern, pruned, known, correct=config.hwp_score)
     if dense is not None:
-        assert config.hwp_reconstruction_steps is not None, "batches are to be fitted on"
+        assert config.hwp_reconstruction_steps is not None, "it is asked to fit"
         with settled(student, targets, config):
-            fitted = reconstruct_blocks(student, dense, chosen, batches, steps=config.hwp_reconstruction_steps)
+            fitted = reconstruct_blocks(student, dense, chosen, samples, steps=config.hwp_reconstruction_steps)
         known = inputs(rounded) if rounded else {}
     if rounded:
         dtype = targets.weight_dtype
-        prune_one_shot(student, config.pattern, both, known, correct=True, weight_dtype=dtype)
-        prune_one_shot(student, None, unpruned, known, correct=True, weight_dtype=dtype)
+        prune_one_shot(student, config.pattern, both, known, correct=config.hwp_score, weight_dtype=dtype)
+        prune_one_shot(student, None, unpruned, known, correct=config.hwp_score, weight_dtype=dtype)
     return fitted
 
 

@@ -5,6 +5,7 @@ The patterns themselves are in `madtp_kernels.nm_patterns`; how many Linears go 
 `training`.
 """
 
+from madtp.hwp.admm import reconstruct_admm, reconstruct_admm_rounded
 from madtp.hwp.calibration import InputStatistics, collect_inputs
 from madtp.hwp.fake_quantization import FakeQuantizer
 from madtp.hwp.modules import LinearSparsity, SparseModules, matches, select_modules, sparsity
@@ -53,6 +54,8 @@ __all__ = [
     "permute_mlps",
     "prune_one_shot",
     "reconstruct",
+    "reconstruct_admm",
+    "reconstruct_admm_rounded",
     "reconstruct_rounded",
     "residual_linear",
     "round_weight",

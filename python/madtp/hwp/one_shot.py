@@ -3,20 +3,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from madtp.choices import WEIGHT_DTYPES
+from madtp.hwp.admm import reconstruct_admm, reconstruct_admm_rounded
 from madtp.hwp.calibration import InputStatistics, known_inputs
 from madtp.hwp.modules import linears, write_parameters
 from madtp.hwp.rounding import reconstruct_rounded, round_weight
 from madtp.hwp.scores import activation_score, norms_of, reconstruct
-from madtp.hwp.weight_grid import grid_unsupported_reason, set_scale
+from madtp.hwp.weight_grid import GridWeight, grid_unsupported_reason, set_scale
 from madtp_kernels import Pattern, explain_pattern, nm_mask
 from madtp_kernels.checks import require
 from madtp_kernels.nm_patterns import PatternReport
+
+
+class Solver(NamedTuple):
+    """What prunes a weight, and what rounds it too, so that the outputs stay close; see `reconstruct` for both."""
+
+    prune: Callable[..., Tensor]
+    round: Callable[..., GridWeight]
+
+
+SOLVERS = {
+    "second_order": Solver(reconstruct, reconstruct_rounded),
+    "admm": Solver(reconstruct_admm, reconstruct_admm_rounded),
+}
 
 
 class OneShotReport(NamedTuple):
@@ -32,7 +47,7 @@ def prune_one_shot(
     modules: Iterable[str],
     statistics: Mapping[str, InputStatistics] | None = None,
     *,
-    correct: bool = False,
+    correct: bool | str = False,
     damping: float = 0.01,
     weight_dtype: str | None = None,
 ) -> OneShotReport:
@@ -43,8 +58,10 @@ def prune_one_shot(
         modules: names of Linear modules, such as `select_modules(...).selected`.
         statistics: of their inputs, from `collect_inputs`: the largest |W| ||x|| stay, token-weighted if those are.
             None keeps the largest |W|.
-        correct: choose, correct and round weights by `reconstruct` or `reconstruct_rounded`, with its `damping`;
-            statistics must hold Gram matrices.
+        correct: choose, correct and round weights so that the outputs stay close; statistics must hold Gram matrices.
+            "second_order", or True, goes from left to right (`reconstruct`, `reconstruct_rounded`); "admm" looks at all
+            columns together (`reconstruct_admm`, `reconstruct_admm_rounded`), and is better and slower. Both have the
+            `damping`.
         weight_dtype: "int8" or "fp8": the weights become numbers of it times a scale for every row, which each module
             has from here on as its buffer `weight_scale` (float32 (N,), no part of the state dict). Rounding
             weight / weight_scale gives the numbers, as `pack` does it. Cast the model before, not after: that would
@@ -58,20 +75,25 @@ def prune_one_shot(
     require(rounds, "weight_dtype", f"None or {' or '.join(WEIGHT_DTYPES)}", repr(weight_dtype))
     require(pattern is not None or weight_dtype is not None, "pattern", "n:m where weights keep their dtype", pattern)
     pattern = Pattern(1, 1) if pattern is None else Pattern.parse(pattern)
+    by = "second_order" if correct is True else correct or None
+    require(by is None or by in SOLVERS, "correct", f"a bool or {' or '.join(SOLVERS)}", repr(correct))
     found = linears(model, modules, pattern)
-    if correct and statistics is None:
+    solver = None if by is None else SOLVERS[by]
+    if solver is not None and statistics is None:
         raise ValueError("statistics must be given to correct weights, got None")
     weights: dict[str, tuple[Tensor, Tensor | None]] = {}  # and the scale
     for name, module in found.items():
-        known = None if statistics is None else _known(name, statistics, gram=correct)
+        known = None if statistics is None else _known(name, statistics, gram=solver is not None)
         score = None
-        if known is not None and not correct:
+        if known is not None and solver is None:
             score = activation_score(module.weight, norms_of(name, module, {name: known.norms}))
-        gram = known.gram if known is not None and correct else None
+        solve: Any = None
+        if solver is not None and known is not None:
+            solve = partial(solver.prune if weight_dtype is None else solver.round, gram=known.gram, damping=damping)
         if weight_dtype is None:
-            weights[name] = _pruned(module.weight.detach(), pattern, score, gram, damping), None
+            weights[name] = _pruned(module.weight.detach(), pattern, score, solve), None
         else:
-            weights[name] = _rounded(name, module, pattern, score, gram, damping, weight_dtype)
+            weights[name] = _rounded(name, module, pattern, score, solve, weight_dtype)
     kept = {}
     for name, (weight, _) in weights.items():
         before = found[name].weight.detach().abs().double()
@@ -90,9 +112,9 @@ def _known(name: str, statistics: Mapping[str, InputStatistics], *, gram: bool) 
     return known
 
 
-def _pruned(weight: Tensor, pattern: Pattern, score: Tensor | None, gram: Tensor | None, damping: float) -> Tensor:
-    if gram is not None:
-        return reconstruct(weight, gram, *pattern, damping=damping)
+def _pruned(weight: Tensor, pattern: Pattern, score: Tensor | None, solve: Callable[..., Tensor] | None) -> Tensor:
+    if solve is not None:
+        return solve(weight, n=pattern.n, m=pattern.m)
     return weight.masked_fill(~nm_mask(weight, *pattern, score=score), 0.0)
 
 
@@ -101,18 +123,17 @@ def _rounded(
     module: nn.Linear,
     pattern: Pattern,
     score: Tensor | None,
-    gram: Tensor | None,
-    damping: float,
+    solve: Callable[..., GridWeight] | None,
     dtype: str,
 ) -> tuple[Tensor, Tensor]:
     """The weight on its grid, and the scale."""
     if (reason := grid_unsupported_reason(module)) is not None:
         raise ValueError(f"modules must have weights that can be rounded, got {name!r}: {reason}")
     weight = module.weight.detach()
-    if gram is None:
+    if solve is None:
         grid = round_weight(weight, pattern, score=score, dtype=dtype)
     else:
-        grid = reconstruct_rounded(weight, gram, pattern, damping=damping, dtype=dtype)
+        grid = solve(weight, pattern=pattern, dtype=dtype)
     try:
         return grid.to_dense(weight.dtype), grid.scale
     except ValueError as error:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from madtp.hwp.masking import MASKINGS, Masking
 from madtp.hwp.modules import linears
 from madtp.hwp.scores import activation_score, norms_of
 from madtp_kernels import Pattern, nm_mask
+from madtp_kernels.checks import require
 
 
 class WeightPruner:
@@ -24,7 +26,7 @@ class WeightPruner:
 
     Gradients reach every weight of the dense tensor (straight-through), and pruned ones also feel `decay` * weight:
     what stays pruned fades and the mask settles. This is SR-STE (Zhou et al., ICLR 2021, arXiv 2102.04010). The decay
-    is part of the gradient: k accumulated backward passes add it k times.
+    is part of the gradient: k accumulated backward passes add it k times. Other maskings are in `madtp.hwp.masking`.
 
     Args:
         model: its parameters keep their identity, so optimisers made before or after work.
@@ -34,7 +36,10 @@ class WeightPruner:
             over the first `ramp` of the training: dense -> 3:4 -> 2:4.
         total_steps: optimiser steps of the training; only "gradual" reads it.
         refresh_interval: steps between two choices of the masks.
-        decay: lambda of SR-STE.
+        decay: lambda of SR-STE, or of the reweighted penalty.
+        masking: None is SR-STE. "reweighted" pulls the weights that the pattern has no room for towards 0 over the
+            first `ramp` of a gradual schedule, which then goes N:M at once. "s_ste" shrinks the weights that stay by
+            the largest that goes, so that nothing jumps where two change places. Both go by |W|.
         norms: module name -> (in_features,), the norms of its inputs, such as `collect_inputs` measures; the masks then
             keep the largest |W| ||x||. None keeps the largest |W|.
 
@@ -55,6 +60,7 @@ class WeightPruner:
         refresh_interval: int = 1,
         decay: float = 2e-4,
         ramp: float = 0.5,
+        masking: Literal["reweighted", "s_ste"] | None = None,
         norms: Mapping[str, Tensor] | None = None,
     ):
         if schedule not in ("gradual", "one_shot"):
@@ -63,7 +69,12 @@ class WeightPruner:
             raise ValueError(f"total_steps must be at least 1 for the gradual schedule, got {total_steps}")
         if refresh_interval < 1:
             raise ValueError(f"refresh_interval must be at least 1, got {refresh_interval}")
-        self.pattern = Pattern.parse(pattern)
+        require(masking in MASKINGS, "masking", "None, reweighted or s_ste", repr(masking))
+        if masking is not None and norms is not None:
+            raise ValueError(f'norms must be None with masking "{masking}", which goes by magnitude')
+        if masking == "reweighted" and schedule != "gradual":
+            raise ValueError(f'schedule must be "gradual" with masking "reweighted", got {schedule!r}')
+        self.pattern, self.masking = Pattern.parse(pattern), MASKINGS[masking]
         self.refresh_interval = refresh_interval
         self.ramp_steps = ramp * total_steps if schedule == "gradual" else 0
         self.modules = linears(model, modules, self.pattern)
@@ -73,7 +84,7 @@ class WeightPruner:
         self.kept = dict.fromkeys(self.modules, self.pattern.m)  # of every m weights, by module
         try:
             for module in self.modules.values():
-                parametrize.register_parametrization(module, "weight", _Masked(module.weight, decay))
+                parametrize.register_parametrization(module, "weight", self.masking(module.weight, self.pattern, decay))
             self.step(0)
         except BaseException:
             self.remove()
@@ -96,15 +107,16 @@ class WeightPruner:
     def refresh(self, step: int) -> None:
         """Choose the masks anew that are as sparse as before, where it is time for it."""
         if step % self.refresh_interval == 0:
-            self._mask({name: kept for name, kept in self.kept.items() if kept < self.pattern.m})
+            dense = self.masking.shrinks_first
+            self._mask({name: kept for name, kept in self.kept.items() if kept < self.pattern.m or dense})
 
     def masks(self, names: Iterable[str]) -> dict[str, tuple[int, Tensor]]:
         """What `restore` brings back: by module, weights kept of every m, and a copy of the mask."""
-        return {name: (self.kept[name], _mask_of(self.modules[name]).clone()) for name in names}
+        return {name: (self.kept[name], _masking_of(self.modules[name]).mask.clone()) for name in names}
 
     def restore(self, masks: Mapping[str, tuple[int, Tensor]]) -> None:
         for name, (kept, mask) in masks.items():
-            _mask_of(self.modules[name]).copy_(mask)
+            _masking_of(self.modules[name]).update(_dense(self.modules[name]), mask)
             self.kept[name] = kept
 
     @property
@@ -126,18 +138,18 @@ class WeightPruner:
     def _scheduled(self, step: int) -> int:
         n, m = self.pattern
         progress = min(step / self.ramp_steps, 1) if self.ramp_steps else 1
-        return m - math.floor((m - n) * progress)
+        return m - math.floor((m - n) * (progress // 1 if self.masking.shrinks_first else progress))
 
     def _mask(self, kept: Mapping[str, int]) -> None:
         masks = {}
         for name, count in kept.items():
             module: Any = self.modules[name]
             if is_masked(module):
-                weight = module.parametrizations.weight.original
+                weight = _dense(module)
                 score = None if self.norms is None else activation_score(weight, self.norms[name])
                 masks[name] = nm_mask(weight, count, self.pattern.m, score=score)
         for name, mask in masks.items():  # all are known to be well
-            _mask_of(self.modules[name]).copy_(mask)
+            _masking_of(self.modules[name]).update(_dense(self.modules[name]), mask)
         self.kept |= kept
 
 
@@ -154,7 +166,7 @@ def _bake(modules: Iterable[Any]) -> float:
     kept = total = 0.0
     for module in filter(is_masked, modules):
         kept += module.weight.detach().abs().sum(dtype=torch.float64).item()
-        total += module.parametrizations.weight.original.detach().abs().sum(dtype=torch.float64).item()
+        total += _dense(module).detach().abs().sum(dtype=torch.float64).item()
         _unmask(module, keep_mask=True)
     return kept / total if total else 1.0
 
@@ -169,35 +181,16 @@ def _unmask(module: nn.Module, *, keep_mask: bool) -> None:
         module._parameters[name] = module._parameters.pop(name)
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
-        ctx.save_for_backward(weight, mask)
-        ctx.decay = decay
-        return weight.masked_fill(~mask, 0.0)  # not a product: that would leave -0.0
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        weight, mask = ctx.saved_tensors
-        return grad + ctx.decay * weight.masked_fill(mask, 0.0), None, None
+def _dense(module: Any) -> Tensor:
+    weight: Tensor = module.parametrizations.weight.original
+    return weight
 
 
-class _Masked(nn.Module):
-    """The parametrization of a weight under pruning."""
-
-    def __init__(self, weight: Tensor, decay: float):
-        super().__init__()
-        self.decay = decay
-        self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return _StraightThrough.apply(weight, self.mask, self.decay)
-
-
-def _mask_of(module: Any) -> Tensor:
-    return module.parametrizations.weight[0].mask
+def _masking_of(module: Any) -> Masking:
+    masking: Masking = module.parametrizations.weight[0]
+    return masking
 
 
 def is_masked(module: Any) -> bool:
     """Whether a `WeightPruner` masks the weight of the module."""
-    return parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], _Masked)
+    return parametrize.is_parametrized(module, "weight") and isinstance(_masking_of(module), Masking)

@@ -28,10 +28,15 @@ def checked_gram(gram: object, columns: int, damping: object) -> Tensor:
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """Upper U with U^T U = (gram + damping I)^-1, damping being a share of the mean of gram's diagonal."""
+    factor = torch.linalg.cholesky(damped(gram, damping))
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """gram + damping I, damping being a share of the mean of gram's diagonal."""
     level = gram.diagonal().mean()
     level = torch.where(level > 0, damping * level, 1.0)  # inputs that were all 0: nothing to correct
-    damped = gram + torch.diag(level.expand(len(gram)))
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return gram + torch.diag(level.expand(len(gram)))
 
 
 def sweep(
@@ -58,7 +63,7 @@ def sweep(
     """
     n, m = pattern
     chosen = nm_mask(weight, n, m)  # its checks; every group is chosen again below
-    dense = weight.detach().double()
+    dense = weight.detach().to(torch.float64, copy=True)
     scales = None if scale is None else scale.double()
     columns = dense.shape[1]
     block = m * max(1, BLOCK // m)

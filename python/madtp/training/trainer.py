@@ -115,6 +115,7 @@ class MadtpTrainer(Trainer):
             refresh_interval=config.hwp_refresh,
             decay=config.hwp_decay,
             ramp=config.hwp_ramp,
+            masking=config.hwp_masking,
             norms=norms,
         )
         self.fake_quantizer: FakeQuantizer | None = None
