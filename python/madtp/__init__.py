@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from madtp.compression import compress as compress
     from madtp.config import CompressionConfig as CompressionConfig
     from madtp.dtp.keep import Keep as Keep
+    from madtp.embedding import Embedded as Embedded
+    from madtp.embedding import embed as embed
     from madtp.exporting import export as export
     from madtp.patching.handle import patch as patch
     from madtp.patching.pretrained import from_pretrained as from_pretrained
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 _API = {
     "CompressionConfig": "madtp.config",
+    "Embedded": "madtp.embedding",
     "Keep": "madtp.dtp.keep",
     "MadtpTrainer": "madtp.training.trainer",
     "ModelError": "madtp.patching.state",
@@ -41,6 +44,7 @@ _API = {
     "Result": "madtp.compression",
     "allocate": "madtp.budgets.allocate",
     "compress": "madtp.compression",
+    "embed": "madtp.embedding",
     "export": "madtp.exporting",
     "from_pretrained": "madtp.patching.pretrained",
     "measure": "madtp.profiling.figures",
@@ -50,7 +54,19 @@ _API = {
     "prompt_cost": "madtp.profiling.prompt_cost",
     "seam_pareto": "madtp.budgets.seam_pareto",
 }
-_ROOMS = ("budgets", "data", "dtp", "hwp", "models", "patching", "profiling", "reporting", "tasks", "training")
+_ROOMS = (
+    "budgets",
+    "data",
+    "dtp",
+    "embedding",
+    "hwp",
+    "models",
+    "patching",
+    "profiling",
+    "reporting",
+    "tasks",
+    "training",
+)
 
 __all__ = list(_API)
 __getattr__, __dir__ = attach(

@@ -45,7 +45,7 @@ LAYERS = {
         ("models",),
         ("patching", "data"),
         ("exporting", "tasks"),
-        ("profiling",),
+        ("embedding", "profiling"),
         ("training",),
         ("budgets",),
         ("compression",),

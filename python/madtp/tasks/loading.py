@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
@@ -43,13 +44,20 @@ def architecture(directory: Path | str) -> str:
 
 
 def load_model(
-    directory: Path | str, kinds: Sequence[type[PreTrainedModel]] | None = None, *, dense: bool = False
+    directory: Path | str,
+    kinds: Sequence[type[PreTrainedModel]] | None = None,
+    *,
+    dense: bool = False,
+    complete: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The model of a folder, in eval mode: patched where it is a compressed one, else as Hugging Face has it.
 
     Args:
         kinds: the classes that will do; None: all that `madtp.patch` knows.
         dense: a compressed model will not do.
+        complete: nor will a dense one some of whose weights are not in the folder, which Hugging Face would draw.
+        dtype: None: the one that it was saved in.
 
     Raises:
         DataError: the folder is missing or broken, or holds another kind of model. ModelError: the same, where it says
@@ -64,8 +72,13 @@ def load_model(
     if os.path.lexists(whole_copy(directory) / STATE_FILE):
         if dense:
             raise DataError(f"model directory {directory} must hold a dense model, got a compressed one")
-        return from_pretrained(directory)
-    return read_dense(directory, kind)[0]
+        return from_pretrained(directory, dtype=dtype)
+    model, info = read_dense(directory, kind)
+    if complete and (missing := sorted(info["missing_keys"])):
+        raise DataError(
+            f"model directory {directory} must hold all weights, lacks {len(missing)} (first: {missing[0]})"
+        )
+    return model if dtype is None else model.to(dtype)
 
 
 def read_dense(directory: Path, kind: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
