@@ -75,19 +75,17 @@ class OutputFolder:
 
     def names(self) -> list[str]:
         """Of the shards that have a summary. What killed writers left goes."""
-        found = []
-        root = self.path / SHARDS
-        for parent, folders, names in os.walk(root):
+        root, found = self.path / SHARDS, []
+        for parent, folders, names in os.walk(self.path):
             for entry in [entry for entry in folders if entry.startswith(".")]:
                 folders.remove(entry)
-                name = entry.rpartition(".partial")[0].rpartition(".")[0][1:]
+                name = entry[1:].removesuffix(".partial").rpartition(".")[0]
                 if name and is_scratch(entry, name):
                     sweep(Path(parent), name)
-            found += [
-                Path(parent, name).relative_to(root).as_posix().removesuffix(SUMMARY)
-                for name in names
-                if name.endswith(SUMMARY) and not name.endswith(KEYS)
-            ]
+            if Path(parent).is_relative_to(root):
+                summaries = [name for name in names if name.endswith(SUMMARY) and not name.endswith(KEYS)]
+                places = (Path(parent, name).relative_to(root).as_posix() for name in summaries)
+                found += [place.removesuffix(SUMMARY) for place in places]
         return sorted(found)
 
     def write_index(self, summaries: Sequence[ShardSummary], width: int, dtype: str) -> None:

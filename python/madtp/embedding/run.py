@@ -119,13 +119,13 @@ def embed(
         encoder = load_encoder(Path(model), vector=vector, dtype=computed, device=device)
     require_writable("out", out)
     settings = {
-        "model": encoder.checksum(),
         "vector": encoder.vector,
         "width": encoder.width,
         "keep_rate": keep_rate,
         "dtype": dtype,
         "vector_dtype": vector_dtype,
         "images_per_shard": images_per_shard,
+        "model": encoder.checksum(),
     }
     record = read_record(out)
     if record is not None:

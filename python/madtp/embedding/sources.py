@@ -19,6 +19,7 @@ from madtp_kernels.bounded_file import one_line, require_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 TAR = ".tar"
+BEGINNING = 1 << 16  # bytes of a tar file that are looked at to know it again
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,19 @@ class Shard:
         return list(self.files) if self.tar is None else tar_items(self.tar)
 
     def source(self) -> dict[str, Any]:
-        """What tells it from a shard of the same name with other images in it: names and sizes, as JSON has them.
+        """What tells it from a shard of the same name with other images in it, as JSON has it.
+
+        These are names and sizes of files, or the size of a tar file and its beginning.
 
         Raises:
             DataError: a file is gone.
         """
         try:
-            if self.tar is not None:
-                return {"tar": self.tar.name, "bytes": self.tar.stat().st_size}
             digest = hashlib.sha256()
+            if self.tar is not None:
+                with open(self.tar, "rb") as file:
+                    digest.update(file.read(BEGINNING))
+                return {"bytes": self.tar.stat().st_size, "sha256": digest.hexdigest()}
             for item in self.files:
                 digest.update(f"{item.key}\0{item.path.stat().st_size}\0".encode())
             return {"files": len(self.files), "sha256": digest.hexdigest()}

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from torch import nn
 from transformers import PreTrainedModel
 
 from madtp.building import check_counts, elements_of, no_larger_than
@@ -21,6 +22,7 @@ from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.pretrained import from_pretrained
 from madtp_kernels.bounded_file import ODD_VALUES, one_line, read_json
 
+POOLER = "pooler"  # of ViT and BERT, None in those without one
 PICKLED = 64  # bytes that a tensor takes in a pickle at least
 
 
@@ -56,7 +58,8 @@ def load_model(
     Args:
         kinds: the classes that will do; None: all that `madtp.patch` knows.
         dense: a compressed model will not do.
-        complete: nor will a dense one some of whose weights are not in the folder, which Hugging Face would draw.
+        complete: nor will a dense one some of whose weights are not in the folder, which Hugging Face would draw; where
+            these are of a pooler alone, it has none.
         dtype: None: the one that it was saved in.
 
     Raises:
@@ -74,11 +77,17 @@ def load_model(
             raise DataError(f"model directory {directory} must hold a dense model, got a compressed one")
         return from_pretrained(directory, dtype=dtype)
     model, info = read_dense(directory, kind)
-    if complete and (missing := sorted(info["missing_keys"])):
-        raise DataError(
-            f"model directory {directory} must hold all weights, lacks {len(missing)} (first: {missing[0]})"
-        )
+    if complete:
+        _check_complete(directory, model, info["missing_keys"])
     return model if dtype is None else model.to(dtype)
+
+
+def _check_complete(directory: Path, model: nn.Module, missing: Iterable[str]) -> None:
+    poolers = {name: name.split(".").index(POOLER) for name in missing if POOLER in name.split(".")}
+    if others := sorted(set(missing) - set(poolers)):
+        raise DataError(f"model directory {directory} must hold all weights, lacks {len(others)} (first: {others[0]})")
+    for name, place in poolers.items():
+        setattr(model.get_submodule(".".join(name.split(".")[:place])), POOLER, None)
 
 
 def read_dense(directory: Path, kind: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
