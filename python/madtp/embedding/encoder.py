@@ -164,7 +164,7 @@ def load_encoder(
     if processor is None:
         raise no_image_processor(directory)
     try:
-        model.to(default_device() if device is None else device)
+        nn.Module.to(model, default_device() if device is None else device)
     except (RuntimeError, AssertionError) as error:  # of a torch without it
         raise ValueError(f"device must be one that torch can use, got {device!r} ({error})") from error
     return ImageEncoder(model, processor, vector)

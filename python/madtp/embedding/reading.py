@@ -46,7 +46,7 @@ def read_batches(
         broken: is told of every image that cannot be read.
     """
     loader = DataLoader(
-        _Images(items, image_processor),  # type: ignore[arg-type]
+        _Images(items, image_processor),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_by_size,

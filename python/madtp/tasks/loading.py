@@ -79,7 +79,7 @@ def load_model(
     model, info = read_dense(directory, kind)
     if complete:
         _check_complete(directory, model, info["missing_keys"])
-    return model if dtype is None else model.to(dtype)
+    return model if dtype is None else nn.Module.to(model, dtype)  # whose types are not those of Hugging Face
 
 
 def _check_complete(directory: Path, model: nn.Module, missing: Iterable[str]) -> None:
