@@ -21,7 +21,8 @@ def read_record(out: Path) -> dict[str, Any] | None:
         ValueError: the file is damaged or of another version, or the folder holds other things.
     """
     path = out / RUN
-    others = sorted(name for name in os.listdir(out) if not name.startswith("."))
+    names = (name for name in os.listdir(out) if not name.startswith("."))
+    others = sorted(name for name in names if (out / name).exists())  # where others try the folder files come and go
     if not others:
         return None
     if RUN not in others:
