@@ -12,6 +12,8 @@ NAVIGATION = {
         "docs/usage/transformers-attention.md",
         "docs/usage/weights.md",
         "docs/export.md",
+        "docs/usage/bulk.md",
+        "docs/usage/serving.md",
         "docs/usage/command-line.md",
         "docs/usage/cpp.md",
         "docs/hub-kernel.md",

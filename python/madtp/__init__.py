@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from madtp.compression import compress as compress
     from madtp.config import CompressionConfig as CompressionConfig
     from madtp.dtp.keep import Keep as Keep
+    from madtp.embedding import Embedded as Embedded
+    from madtp.embedding import embed as embed
     from madtp.exporting import export as export
     from madtp.patching.compressed_tensors import load_compressed_tensors as load_compressed_tensors
     from madtp.patching.handle import patch as patch
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 _API = {
     "CompressionConfig": "madtp.config",
+    "Embedded": "madtp.embedding",
     "Keep": "madtp.dtp.keep",
     "MadtpTrainer": "madtp.training.trainer",
     "ModelError": "madtp.patching.state",
@@ -43,6 +46,7 @@ _API = {
     "Result": "madtp.compression",
     "allocate": "madtp.budgets.allocate",
     "compress": "madtp.compression",
+    "embed": "madtp.embedding",
     "export": "madtp.exporting",
     "from_pretrained": "madtp.patching.pretrained",
     "load_compressed_tensors": "madtp.patching.compressed_tensors",
@@ -54,7 +58,20 @@ _API = {
     "prune_width": "madtp.width.prune",
     "seam_pareto": "madtp.budgets.seam_pareto",
 }
-_ROOMS = ("budgets", "data", "dtp", "hwp", "models", "patching", "profiling", "reporting", "tasks", "training", "width")
+_ROOMS = (
+    "budgets",
+    "data",
+    "dtp",
+    "embedding",
+    "hwp",
+    "models",
+    "patching",
+    "profiling",
+    "reporting",
+    "tasks",
+    "training",
+    "width",
+)
 
 __all__ = list(_API)
 __getattr__, __dir__ = attach(

@@ -18,3 +18,6 @@ DATA = ("easy-vqa", "emoji")  # the data sets with a name there
 DEMO_STEPS = 300
 DEMO_REDUCTION = 0.6
 DEMO_PICTURE = "tokens.png"
+VECTORS = ("projected", "pooled")  # of an image, see `madtp.embedding.encoder`
+VECTOR_DTYPES = ("float32", "float16")  # in which vectors are written
+BROKEN = ("skip", "refuse")  # what to do with an image that cannot be read

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
@@ -29,6 +30,12 @@ class Progress:
         return self.console.status(title)
 
     @contextmanager
+    def shards(self, title: str, total: int, done: int) -> Iterator[ShardBar]:
+        """A context that counts shards of images, `done` of which were there before, and says how fast it goes."""
+        with progress.Progress(*_columns(), progress.TextColumn("{task.fields[seen]}"), console=self.console) as bar:
+            yield ShardBar(bar, bar.add_task(title, total=total, completed=done, seen=""))
+
+    @contextmanager
     def training(self, trainer: Trainer) -> Iterator[None]:
         """In this context the trainer reports here instead of in its own bar and dictionaries."""
         for theirs in (PrinterCallback, ProgressCallback):
@@ -40,6 +47,22 @@ class Progress:
                 yield
             finally:
                 trainer.remove_callback(shown)
+
+
+class ShardBar:
+    """Shards that are done, and the images of this run, with those a second."""
+
+    def __init__(self, bar: progress.Progress, task: progress.TaskID):
+        self.bar, self.task = bar, task
+        self.images, self.skipped, self.start = 0, 0, time.monotonic()
+
+    def add(self, images: int = 0, skipped: int = 0, shards: int = 0) -> None:
+        """What was done since the last call."""
+        self.images += images
+        self.skipped += skipped
+        rate = self.images / max(time.monotonic() - self.start, 1e-9)
+        broken = f", {self.skipped:,} skipped" if self.skipped else ""
+        self.bar.update(self.task, advance=shards, seen=f"{self.images:,} images, {rate:,.1f} a second{broken}")
 
 
 class _TrainingBar(TrainerCallback):

@@ -46,7 +46,7 @@ LAYERS = {
         ("width",),
         ("patching", "data"),
         ("exporting", "tasks"),
-        ("profiling",),
+        ("embedding", "profiling"),
         ("training",),
         ("budgets",),
         ("compression",),

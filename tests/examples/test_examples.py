@@ -60,6 +60,13 @@ def test_decoders_answer_with_fewer_image_tokens(run_here, name, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_is_killed_and_goes_on(run_here, tmp_path):
+    few = ("--images", 40, "--compared", 8, "--size", 32, "--width", 64, "--layers", 2)
+    printed = run_here("bulk_embedding", "--out", str(tmp_path), *map(str, few))
+    assert "40 vectors, 40 names, 0 missing, 0 twice" in printed and "pruned and packed to dense: " in printed
+
+
+@pytest.mark.slow
 def test_a_decoder_is_made_trained_and_compressed(run_here, tmp_path):
     out = run_here("compress_vlm", "--out", tmp_path, "--samples", 16, "--dense-steps", 4, "--steps", 2)
     assert "| accuracy, 4 samples |" in out and "| tokens, projector layer 1 | 64.0 |" in out

@@ -59,7 +59,7 @@ def short(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "compress", "allocate", "pareto", "evaluate", "profile", "visualize", "env"]
+    "command", ["demo", "compress", "allocate", "pareto", "evaluate", "profile", "visualize", "embed", "env"]
 )
 def test_every_command_has_help_with_an_example(madtp, command):
     code, out, _ = madtp(command, "--help")

@@ -3,7 +3,7 @@
 
 import typer
 
-from madtp.cli import budgets, compress, demo, inspect
+from madtp.cli import budgets, compress, demo, embed, inspect
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +19,7 @@ for command in (
     inspect.evaluate,
     inspect.profile,
     inspect.visualize,
+    embed.embed,
     inspect.env,
 ):
     app.command()(command)

@@ -70,30 +70,35 @@ def check_calibration(calibration: Iterable[Mapping[str, Any]] | None) -> list[M
     return batches
 
 
-def kept_shares(handle: Handle, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def kept_shares(handle: Handle, batches: Sequence[Mapping[str, Any]], only: str | None = None) -> dict[str, float]:
     """Of each branch of a tower, the share of its tokens that are left after a block, averaged over its blocks.
 
     Of all samples together; neither summary tokens nor merged ones count. What the blocks cost falls with it, where the
     share after the last block alone says little of that. In eval mode, without gradients.
+
+    Args:
+        only: a branch whose tower is run, and nothing else; the batches are its inputs.
     """
+    model = handle.model if only is None else handle.tower(only)
+    branches = {name: branch for name, branch in handle.pruning.items() if only in (None, name)}
     entered: Counter[str] = Counter()
     left: defaultdict[str, float] = defaultdict(float)
     with evaluating(handle.model), handle.inference():
         for batch in batches:
-            for branch in handle.pruning.values():
+            for branch in branches.values():
                 branch.forget()
-            handle.model(**batch)
-            for name, branch in handle.pruning.items():
+            model(**batch)
+            for name, branch in branches.items():
                 record = branch.last
                 if record.entered is not None:
                     summary_tokens = _count_summary_tokens(record.entered)
                     entered[name] += record.entered.count_rows() - summary_tokens
                     kept = [sum(part.numel() for part in layer.kept_positions()) for layer in record.layers]
                     left[name] += sum(kept) / len(kept) - summary_tokens
-    for name in handle.pruning:
+    for name in branches:
         if not entered[name]:
             raise ValueError(f"calibration must have tokens to prune in branch {name}, got none")
-    return {name: left[name] / entered[name] for name in handle.pruning}
+    return {name: left[name] / entered[name] for name in branches}
 
 
 def find_temperatures(

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers as hf
+from torch import nn
 from transformers import PreTrainedModel
 
 from madtp.building import check_counts, elements_of, no_larger_than
@@ -20,6 +22,7 @@ from madtp.patching.names import CONFIG_FILE, STATE_FILE
 from madtp.patching.pretrained import from_pretrained
 from madtp_kernels.bounded_file import ODD_VALUES, one_line, read_json
 
+POOLER = "pooler"  # of ViT and BERT, None in those without one
 PICKLED = 64  # bytes that a tensor takes in a pickle at least
 
 
@@ -43,13 +46,21 @@ def architecture(directory: Path | str) -> str:
 
 
 def load_model(
-    directory: Path | str, kinds: Sequence[type[PreTrainedModel]] | None = None, *, dense: bool = False
+    directory: Path | str,
+    kinds: Sequence[type[PreTrainedModel]] | None = None,
+    *,
+    dense: bool = False,
+    complete: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The model of a folder, in eval mode: patched where it is a compressed one, else as Hugging Face has it.
 
     Args:
         kinds: the classes that will do; None: all that `madtp.patch` knows.
         dense: a compressed model will not do.
+        complete: nor will a dense one some of whose weights are not in the folder, which Hugging Face would draw; where
+            these are of a pooler alone, it has none.
+        dtype: None: the one that it was saved in.
 
     Raises:
         DataError: the folder is missing or broken, or holds another kind of model. ModelError: the same, where it says
@@ -64,8 +75,19 @@ def load_model(
     if os.path.lexists(whole_copy(directory) / STATE_FILE):
         if dense:
             raise DataError(f"model directory {directory} must hold a dense model, got a compressed one")
-        return from_pretrained(directory)
-    return read_dense(directory, kind)[0]
+        return from_pretrained(directory, dtype=dtype)
+    model, info = read_dense(directory, kind)
+    if complete:
+        _check_complete(directory, model, info["missing_keys"])
+    return model if dtype is None else nn.Module.to(model, dtype)  # whose types are not those of Hugging Face
+
+
+def _check_complete(directory: Path, model: nn.Module, missing: Iterable[str]) -> None:
+    poolers = {name: name.split(".").index(POOLER) for name in missing if POOLER in name.split(".")}
+    if others := sorted(set(missing) - set(poolers)):
+        raise DataError(f"model directory {directory} must hold all weights, lacks {len(others)} (first: {others[0]})")
+    for name, place in poolers.items():
+        setattr(model.get_submodule(".".join(name.split(".")[:place])), POOLER, None)
 
 
 def read_dense(directory: Path, kind: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
