@@ -6,6 +6,10 @@
 
 #include "cpu/kernels/quantized_dots_layout.h"
 
+#if MADTP_HAS_TWINS
+#include "cpu/kernels/quantized_twins.h"
+#endif
+
 namespace madtp::cpu::MADTP_ISA {
 
 // Which byte of x each weight of a step is multiplied with, of the kPickedColumns that hold its columns.
@@ -78,18 +82,20 @@ __attribute__((noinline)) void multiply_dense(const char* x, const DotsUnit& uni
 
 using MultiplyDots = void (*)(const char* x, const DotsUnit& unit, std::int64_t blocks, std::int32_t* sums);
 
-// multiply_sparse<tokens> or multiply_dense<tokens>, of at most the tokens of a tile.
-template <bool Sparse, int T = Sparse ? kDotsSums : kDotsSums / 2>
-inline MultiplyDots multiply_dots_function(int tokens) {
+// That of a form and so many tokens, of a tile at most.
+template <int T = kDotsSums>
+inline MultiplyDots multiply_dots_function(DotsForm form, int tokens) {
   if constexpr (T == 0) {
     return nullptr;
   } else {
-    if (tokens != T) return multiply_dots_function<Sparse, T - 1>(tokens);
-    if constexpr (Sparse) {
-      return &multiply_sparse<T>;
-    } else {
-      return &multiply_dense<T>;
+    if (tokens != T) return multiply_dots_function<T - 1>(form, tokens);
+    if constexpr (T <= kDotsSums / 2) {
+      if (form == DotsForm::dense) return &multiply_dense<T>;
+#if MADTP_HAS_TWINS
+      if (form == DotsForm::twins) return &multiply_twins<T>;
+#endif
     }
+    return &multiply_sparse<T>;
   }
 }
 

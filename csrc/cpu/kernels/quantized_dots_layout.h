@@ -5,16 +5,19 @@
 // weight and adds them up by fours, and another picks bytes of x (quantized_dots_vec.h): the lanes are output
 // features.
 //
-// The rows of W are cut into units, its columns into blocks of kDotsColumns, both filled up with zeros. A unit
-// ends with the corrections of its rows. Where x comes as unsigned bytes, x + 128, they are 128 times the sum
-// of the weights, which is to be subtracted; else zeros.
+// The rows of W are cut into units, its columns into blocks of kDotsColumns, both filled up with zeros. A
+// unit ends with the corrections of its rows. Where x comes as unsigned bytes, x + 128, they are 128 times
+// the sum of the weights, which is to be subtracted; else zeros.
 //
 // Dense, units of two vectors of lanes: for every 4 columns the 4 weights of all rows.
 //
-// 2:4, units of one vector of lanes: for every 8 columns, a step, the 4 weights that each row keeps, first the
-// two of one group of columns, then those of the next. Four steps follow the vector of their indices: bits 2s
-// and 2s + 1 of byte i of a lane say which column of its group weight i of step s has. That is 0.625 bytes for
-// a weight of the dense matrix.
+// 2:4, units of one vector of lanes: for every 8 columns, a step, the 4 weights that each row keeps, first
+// the two of one group of columns, then those of the next. Four steps follow the vector of their indices:
+// bits 2s and 2s + 1 of byte i of a lane say which column of its group weight i of step s has. That is 0.625
+// bytes for a weight of the dense matrix.
+//
+// Twins, units of two vectors of lanes: 2:4 for many rows of x, where there is such a form
+// (quantized_twins.h).
 
 #include <cstdint>
 
@@ -29,23 +32,33 @@ constexpr int kIndexedColumns = 8 * kIndexedSteps;
 constexpr int kIndexedBytes = (1 + kIndexedSteps) * int(sizeof(IntVec));
 constexpr int kDotsColumns = kPickedColumns > kIndexedColumns ? kPickedColumns : kIndexedColumns;
 
+enum class DotsForm { dense, sparse, twins };
+
+inline DotsForm dots_form(bool sparse, bool many_rows) {
+  return !sparse ? DotsForm::dense : many_rows && MADTP_HAS_TWINS ? DotsForm::twins : DotsForm::sparse;
+}
+
 struct DotsLayout {
-  bool sparse;
+  DotsForm form;
   int unit_rows, tile_tokens;  // their product is that of the accumulators
   std::int64_t units, blocks;
 
-  DotsLayout(std::int64_t out_features, std::int64_t in_features, bool sparse_)
-      : sparse(sparse_),
-        unit_rows(sparse ? kWidth : 2 * kWidth),
+  DotsLayout(std::int64_t out_features, std::int64_t in_features, DotsForm form_)
+      : form(form_),
+        unit_rows(form == DotsForm::sparse ? kWidth : 2 * kWidth),
         tile_tokens(kDotsSums * kWidth / unit_rows),
         units((out_features + unit_rows - 1) / unit_rows),
         blocks((in_features + kDotsColumns - 1) / kDotsColumns) {}
 
   std::int64_t columns() const { return blocks * kDotsColumns; }
+  // Of twins at most: shared steps leave a part of it empty.
   std::int64_t stream_bytes() const {
-    return sparse ? columns() / kIndexedColumns * kIndexedBytes : columns() * unit_rows;
+    return form == DotsForm::sparse ? columns() / kIndexedColumns * kIndexedBytes : columns() * unit_rows;
   }
-  std::int64_t unit_bytes() const { return stream_bytes() + unit_rows * 4; }
+  std::int64_t unit_bytes() const {
+    const std::int64_t twins = form == DotsForm::twins ? unit_rows * 4 + (blocks * 4 + 63) / 64 * 64 : 0;
+    return stream_bytes() + unit_rows * 4 + twins;
+  }
   std::int64_t bytes() const { return units * unit_bytes(); }
 };
 
@@ -93,6 +106,7 @@ inline void pack_dense_row(const QuantizedWeight& weight, const DotsLayout& layo
   to.corrections[lane] = kDotsOffset * sum;
 }
 
+// Of the first two forms.
 inline void pack_dots(const QuantizedWeight& weight, const DotsLayout& layout, void* data, int threads) {
   for_each_task(layout.units, threads, [&](std::int64_t u, int) {
     const DotsUnit unit(layout, data, u);
@@ -100,7 +114,7 @@ inline void pack_dots(const QuantizedWeight& weight, const DotsLayout& layout, v
     for (int lane = 0; lane < layout.unit_rows; ++lane) {
       const std::int64_t row = u * layout.unit_rows + lane;
       if (row >= weight.out_features) break;
-      (layout.sparse ? pack_sparse_row : pack_dense_row)(weight, layout, row, unit, lane);
+      (layout.form == DotsForm::dense ? pack_dense_row : pack_sparse_row)(weight, layout, row, unit, lane);
     }
   });
 }

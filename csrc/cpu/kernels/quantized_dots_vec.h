@@ -15,14 +15,17 @@
 namespace madtp::cpu::MADTP_ISA {
 
 #if defined(__AVX512F__)
+#define MADTP_HAS_TWINS 1  // whether there is a form of 2:4 weights for many rows (quantized_twins.h)
 constexpr int kPickedColumns = 64;  // that one instruction picks from
 constexpr int kDotsSums = 24;       // accumulators of a tile, of 32 registers
 constexpr int kDotsOffset = 128;    // x + 128 is what the instruction takes, unsigned
 #elif defined(__AVX2__)
+#define MADTP_HAS_TWINS 0
 constexpr int kPickedColumns = 16;
 constexpr int kDotsSums = 12;  // of 16
 constexpr int kDotsOffset = 128;
 #else
+#define MADTP_HAS_TWINS 0
 constexpr int kPickedColumns = 16;
 constexpr int kDotsSums = 24;
 constexpr int kDotsOffset = 0;
@@ -68,6 +71,24 @@ inline __attribute__((always_inline)) void add_picked(const char* x, IntVec colu
       : [x] "m"(*reinterpret_cast<const DotsX*>(x)), [columns] MADTP_REGISTER(columns),
         [weights] MADTP_REGISTER(weights));
 }
+
+#if defined(__AVX512F__)
+// One pick for two products.
+inline __attribute__((always_inline)) void add_picked(const char* x, IntVec columns, IntVec weights0,
+                                                      IntVec weights1, IntVec& sum0, IntVec& sum1) {
+  IntVec picked;
+  asm(MADTP_PICK "\n\tvpdpbusd %[weights0],%[picked],%[sum0]\n\tvpdpbusd %[weights1],%[picked],%[sum1]"
+      : [picked] "=&" MADTP_REGISTER(picked), [sum0] "+" MADTP_REGISTER(sum0), [sum1] "+" MADTP_REGISTER(sum1)
+      : [x] "m"(*reinterpret_cast<const DotsX*>(x)), [columns] MADTP_REGISTER(columns),
+        [weights0] MADTP_REGISTER(weights0), [weights1] MADTP_REGISTER(weights1));
+}
+
+// Lane l of the result is lane from[l] of a and b, one after the other.
+inline IntVec pick_lanes(IntVec a, IntVec b, IntVec from) {
+  return bit_cast<IntVec>(
+      _mm512_permutex2var_epi32(bit_cast<__m512i>(a), bit_cast<__m512i>(from), bit_cast<__m512i>(b)));
+}
+#endif
 
 #undef MADTP_PICK
 #undef MADTP_DOT

@@ -66,7 +66,7 @@ typedef std::uint8_t Bytes __attribute__((vector_size(kDotsColumns)));
 
 template <typename T>
 Status run(const QuantizedLinear& a, void* out, std::int64_t out_stride, int threads) {
-  const DotsLayout layout(a.out_features, a.in_features, a.sparse);
+  const DotsLayout layout(a.out_features, a.in_features, dots_form(a.sparse, a.many_rows));
   return run_valid_rows<T>(a, out, out_stride, threads, [&](std::int64_t tokens, int threads) {
     const std::int64_t row_bytes = layout.columns();
     const QuantizedX x(tokens, tokens * row_bytes + kDotsColumns);
@@ -117,9 +117,8 @@ Status run(const QuantizedLinear& a, void* out, std::int64_t out_stride, int thr
           __builtin_prefetch(to + features - 1, 1);
         }
         alignas(64) std::int32_t tile_sums[kDotsSums * kWidth];
-        const MultiplyDots multiply = layout.sparse ? multiply_dots_function<true>(int(count))
-                                                    : multiply_dots_function<false>(int(count));
-        multiply(x.rows + token * row_bytes, unit, layout.blocks, tile_sums);
+        multiply_dots_function(layout.form, int(count))(x.rows + token * row_bytes, unit, layout.blocks,
+                                                        tile_sums);
         epilogue.run(reinterpret_cast<const float*>(tile_sums), layout.unit_rows, token, count, feature,
                      features);
       };
