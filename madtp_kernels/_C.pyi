@@ -169,10 +169,17 @@ class cpu:
         /,
     ) -> None: ...
     @staticmethod
-    def quantized_layout_bytes(out_features: int, in_features: int, sparse: bool, /) -> int: ...
+    def quantized_layout_bytes(out_features: int, in_features: int, sparse: bool, many_rows: bool, /) -> int: ...
     @staticmethod
     def quantized_pack(
-        values: int, indices: int, out_features: int, in_features: int, layout: int, threads: int, /
+        values: int,
+        indices: int,
+        out_features: int,
+        in_features: int,
+        many_rows: bool,
+        layout: int,
+        threads: int,
+        /,
     ) -> None: ...
     @staticmethod
     def quantized_linear(
@@ -193,6 +200,7 @@ class cpu:
         residual: int,
         residual_stride: int,
         num_rows: int,
+        many_rows: bool,
         out: int,
         threads: int,
         /,

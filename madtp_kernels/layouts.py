@@ -20,7 +20,7 @@ class KeepsLayouts:
 
     _kind: ClassVar[str]  # as the error for an unknown backend names it
     values: Tensor
-    # What an op keeps of the classes of calls it has checked: their backend, its function and the activation.
+    # What an op keeps of the classes of calls it has checked: their layout, the backend's function and the activation.
     fast_paths: dict[tuple[object, ...], tuple[str, Callable[..., Tensor], str]]
     _packed: dict[str, tuple[Any, Any]]  # backend -> (versions, layout)
 

@@ -154,7 +154,9 @@ madtp_status madtp_cpu_sparse24_linear(const madtp_sparse24_linear* inputs, void
 
 madtp_status madtp_cpu_quantized_layout_bytes(int64_t out_features, int64_t in_features, int sparse,
                                               int64_t* bytes) {
-  return call([&] { return cpu::quantized_layout_bytes(out_features, in_features, sparse != 0, bytes); });
+  return call([&] {
+    return cpu::quantized_layout_bytes(out_features, in_features, sparse != 0, bytes, sparse == 2);
+  });
 }
 
 madtp_status madtp_cpu_quantized_pack(const madtp_quantized_weight* weight, void* layout, int threads) {

@@ -21,6 +21,8 @@ namespace madtp::c {
 // specialisation.
 template <class T>
 constexpr std::size_t first_size = sizeof(T);
+template <>
+inline constexpr std::size_t first_size<madtp_quantized_weight> = offsetof(madtp_quantized_weight, many_rows);
 
 template <class T, class = void>
 struct HasReserved : std::false_type {};
@@ -125,7 +127,7 @@ inline Sparse24Linear converted(const madtp_sparse24_linear& a) {
 }
 
 inline QuantizedWeight converted(const madtp_quantized_weight& a) {
-  return {a.values, a.indices, a.out_features, a.in_features};
+  return {a.values, a.indices, a.out_features, a.in_features, a.many_rows != 0};
 }
 
 inline QuantizedLinear converted(const madtp_quantized_linear& a) {
@@ -145,7 +147,8 @@ inline QuantizedLinear converted(const madtp_quantized_linear& a) {
           DType(a.scale_dtype),
           a.residual,
           a.residual_stride,
-          a.num_rows};
+          a.num_rows,
+          a.many_rows != 0};
 }
 
 #if MADTP_HAS_CUDA

@@ -20,10 +20,10 @@ bool is_weight_shape(std::int64_t out_features, std::int64_t in_features, bool s
 }  // namespace
 
 Status quantized_layout_bytes(std::int64_t out_features, std::int64_t in_features, bool sparse,
-                              std::int64_t* bytes) {
+                              std::int64_t* bytes, bool many_rows) {
   if (!is_weight_shape(out_features, in_features, sparse) || bytes == nullptr)
     return Status::invalid_argument;
-  MADTP_DISPATCH(quantized_layout_bytes(out_features, in_features, sparse, bytes));
+  MADTP_DISPATCH(quantized_layout_bytes(out_features, in_features, sparse, many_rows, bytes));
 }
 
 Status quantized_pack(const QuantizedWeight& weight, void* layout, int threads) {

@@ -14,30 +14,31 @@ namespace {
 
 using Address = std::uintptr_t;
 
-std::int64_t layout_bytes(std::int64_t out_features, std::int64_t in_features, bool sparse) {
+std::int64_t layout_bytes(std::int64_t out_features, std::int64_t in_features, bool sparse, bool many_rows) {
   std::int64_t bytes = 0;
-  check(cpu::quantized_layout_bytes(out_features, in_features, sparse, &bytes),
+  check(cpu::quantized_layout_bytes(out_features, in_features, sparse, &bytes, many_rows),
         "madtp::cpu::quantized_layout_bytes");
   return bytes;
 }
 
 QuantizedWeight weight_of(Address values, Address indices, std::int64_t out_features,
-                          std::int64_t in_features) {
-  return {pointer<const std::int8_t>(values), pointer<const std::uint8_t>(indices), out_features,
-          in_features};
+                          std::int64_t in_features, bool many_rows = false) {
+  return {pointer<const std::int8_t>(values), pointer<const std::uint8_t>(indices), out_features, in_features,
+          many_rows};
 }
 
 void pack(Address values, Address indices, std::int64_t out_features, std::int64_t in_features,
-          Address layout, int threads) {
-  check(cpu::quantized_pack(weight_of(values, indices, out_features, in_features), pointer<void>(layout),
-                            threads),
+          bool many_rows, Address layout, int threads) {
+  check(cpu::quantized_pack(weight_of(values, indices, out_features, in_features, many_rows),
+                            pointer<void>(layout), threads),
         "madtp::cpu::quantized_pack");
 }
 
 QuantizedLinear inputs(Address x, int dtype, std::int64_t x_stride, std::int64_t tokens, Address layout,
                        bool sparse, Address weight_scale, std::int64_t out_features, std::int64_t in_features,
                        Address bias, int bias_dtype, int activation, Address scale, int scale_dtype,
-                       Address residual, std::int64_t residual_stride, Address num_rows) {
+                       Address residual, std::int64_t residual_stride, Address num_rows,
+                       bool many_rows = false) {
   return {static_cast<DType>(dtype),
           pointer<const void>(x),
           x_stride,
@@ -54,17 +55,18 @@ QuantizedLinear inputs(Address x, int dtype, std::int64_t x_stride, std::int64_t
           static_cast<DType>(scale_dtype),
           pointer<const void>(residual),
           residual_stride,
-          pointer<const std::int32_t>(num_rows)};
+          pointer<const std::int32_t>(num_rows),
+          many_rows};
 }
 
 void linear(Address x, int dtype, std::int64_t x_stride, std::int64_t tokens, Address layout, bool sparse,
             Address weight_scale, std::int64_t out_features, std::int64_t in_features, Address bias,
             int bias_dtype, int activation, Address scale, int scale_dtype, Address residual,
-            std::int64_t residual_stride, Address num_rows, Address out, int threads) {
-  check(cpu::quantized_linear(
-            inputs(x, dtype, x_stride, tokens, layout, sparse, weight_scale, out_features, in_features, bias,
-                   bias_dtype, activation, scale, scale_dtype, residual, residual_stride, num_rows),
-            pointer<void>(out), out_features, threads),
+            std::int64_t residual_stride, Address num_rows, bool many_rows, Address out, int threads) {
+  check(cpu::quantized_linear(inputs(x, dtype, x_stride, tokens, layout, sparse, weight_scale, out_features,
+                                     in_features, bias, bias_dtype, activation, scale, scale_dtype, residual,
+                                     residual_stride, num_rows, many_rows),
+                              pointer<void>(out), out_features, threads),
         "madtp::cpu::quantized_linear");
 }
 

@@ -23,16 +23,16 @@ float rounded(float value) {
 }
 
 // A weight, and everything that a linear layer may have. alike: how likely a group keeps the columns that all
-// rows do; below 0 the weight is dense.
+// rows do; below 0 the weight is dense. many_rows: the layout of a 2:4 weight.
 struct LinearCase {
   std::int64_t tokens, out_features, in_features;
-  bool sparse;
+  bool sparse, many_rows;
   std::vector<std::int8_t> values;
   std::vector<std::uint8_t> indices, layout;
   std::vector<float> x, weight_scale, bias, scale, residual;
 
-  LinearCase(std::int64_t m, std::int64_t n, std::int64_t c, double alike)
-      : tokens(m), out_features(n), in_features(c), sparse(alike >= 0) {
+  LinearCase(std::int64_t m, std::int64_t n, std::int64_t c, double alike, bool many = false)
+      : tokens(m), out_features(n), in_features(c), sparse(alike >= 0), many_rows(many) {
     constexpr unsigned nibbles[] = {4, 8, 12, 9, 13, 14};
     std::mt19937 generator(3);
     std::normal_distribution<float> normal(0, 1);
@@ -63,19 +63,19 @@ struct LinearCase {
     draw(scale, n);
     draw(residual, m * n);
     std::int64_t bytes = -1;
-    EXPECT(cpu::quantized_layout_bytes(n, c, sparse, &bytes) == Status::ok);
+    EXPECT(cpu::quantized_layout_bytes(n, c, sparse, &bytes, many_rows) == Status::ok);
     layout.resize(std::size_t(bytes), 0xff);
     EXPECT(cpu::quantized_pack(weight(), layout.data(), 2) == Status::ok);
   }
 
   QuantizedWeight weight() const {
-    return {values.data(), sparse ? indices.data() : nullptr, out_features, in_features};
+    return {values.data(), sparse ? indices.data() : nullptr, out_features, in_features, many_rows};
   }
 
   QuantizedLinear inputs(Activation activation = Activation::none) const {
     return {DType::float32,      x.data(),       in_features,     tokens,       layout.data(),  sparse,
             weight_scale.data(), out_features,   in_features,     bias.data(),  DType::float32, activation,
-            scale.data(),        DType::float32, residual.data(), out_features, nullptr};
+            scale.data(),        DType::float32, residual.data(), out_features, nullptr,        many_rows};
   }
 
   std::vector<float> run(const QuantizedLinear& inputs, int threads = 1) const {
@@ -92,6 +92,11 @@ struct LinearCase {
     return unsigned(c % 4) == (nibble & 3) ? value[0] : unsigned(c % 4) == nibble >> 2 ? value[1] : 0;
   }
 };
+
+// Of a 2:4 weight both layouts are tried.
+std::vector<bool> layouts(double alike) {
+  return alike < 0 ? std::vector<bool>{false} : std::vector<bool>{false, true};
+}
 
 // What madtp/quantized.h says, one operation after another.
 std::vector<float> expected(const LinearCase& p, Activation activation) {
@@ -141,15 +146,17 @@ constexpr std::int64_t kShapes[][3] = {{0, 8, 16},    {1, 8, 16},     {3, 24, 48
 TEST(quantized_linear_has_the_bits_of_its_equation) {
   for (const auto& shape : kShapes) {
     for (double alike : {-1.0, 0.0, 0.6, 0.9, 1.0}) {
-      LinearCase p(shape[0], shape[1], shape[2], alike);
-      if (p.tokens > 8) {
-        std::fill_n(p.x.begin() + 2 * p.in_features, p.in_features, 0.0f);
-        std::fill_n(p.x.begin() + 3 * p.in_features, p.in_features, 1e-37f);
-        p.x[std::size_t(4 * p.in_features + 5)] = kNaN;
-        p.x[std::size_t(5 * p.in_features + 15)] = -std::numeric_limits<float>::infinity();
+      for (bool many_rows : layouts(alike)) {
+        LinearCase p(shape[0], shape[1], shape[2], alike, many_rows);
+        if (p.tokens > 8) {
+          std::fill_n(p.x.begin() + 2 * p.in_features, p.in_features, 0.0f);
+          std::fill_n(p.x.begin() + 3 * p.in_features, p.in_features, 1e-37f);
+          p.x[std::size_t(4 * p.in_features + 5)] = kNaN;
+          p.x[std::size_t(5 * p.in_features + 15)] = -std::numeric_limits<float>::infinity();
+        }
+        for (Activation activation : {Activation::none, Activation::relu})
+          EXPECT(same_bits(p.run(p.inputs(activation)), expected(p, activation)));
       }
-      for (Activation activation : {Activation::none, Activation::relu})
-        EXPECT(same_bits(p.run(p.inputs(activation)), expected(p, activation)));
     }
   }
 }
@@ -163,18 +170,40 @@ TEST(a_dense_weight_has_any_sizes) {
 
 TEST(quantized_results_do_not_depend_on_threads_or_rows) {
   for (double alike : {-1.0, 0.5}) {
-    const LinearCase p(70, 296, 144, alike);
-    const std::vector<float> all = p.run(p.inputs(Activation::gelu));
-    for (int threads : {2, 3, 8}) EXPECT(same_bits(p.run(p.inputs(Activation::gelu), threads), all));
-    for (std::int64_t count : {1, 2, 5, 12, 13, 24, 33}) {
-      QuantizedLinear some = p.inputs(Activation::gelu);
-      some.x = p.x.data() + 7 * p.in_features;
-      some.residual = p.residual.data() + 7 * p.out_features;
-      some.tokens = count;
-      const auto first = all.begin() + 7 * p.out_features;
-      EXPECT(same_bits(p.run(some), {first, first + count * p.out_features}));
+    for (bool many_rows : layouts(alike)) {
+      const LinearCase p(70, 296, 144, alike, many_rows);
+      const std::vector<float> all = p.run(p.inputs(Activation::gelu));
+      for (int threads : {2, 3, 8}) EXPECT(same_bits(p.run(p.inputs(Activation::gelu), threads), all));
+      for (std::int64_t count : {1, 2, 5, 12, 13, 24, 25, 33, 49}) {
+        QuantizedLinear some = p.inputs(Activation::gelu);
+        some.x = p.x.data() + 7 * p.in_features;
+        some.residual = p.residual.data() + 7 * p.out_features;
+        some.tokens = count;
+        const auto first = all.begin() + 7 * p.out_features;
+        EXPECT(same_bits(p.run(some), {first, first + count * p.out_features}));
+      }
     }
   }
+}
+
+// A few rows share the output features among threads, more of them than a task would otherwise have.
+TEST(few_quantized_rows_do_not_depend_on_threads) {
+  for (std::int64_t tokens : {1, 3}) {
+    const LinearCase p(tokens, 1032, 272, 0.5);
+    const std::vector<float> alone = p.run(p.inputs());
+    EXPECT(same_bits(alone, expected(p, Activation::none)));
+    for (int threads : {2, 5}) EXPECT(same_bits(p.run(p.inputs(), threads), alone));
+  }
+}
+
+TEST(a_sparse_layout_is_smaller_than_a_dense_one) {
+  std::int64_t sparse = 0, many_rows = 0, dense = 0;
+  EXPECT(cpu::quantized_layout_bytes(768, 768, true, &sparse) == Status::ok);
+  EXPECT(cpu::quantized_layout_bytes(768, 768, true, &many_rows, true) == Status::ok);
+  EXPECT(cpu::quantized_layout_bytes(768, 768, false, &dense) == Status::ok);
+  EXPECT(sparse <= many_rows && double(sparse) < 0.8 * double(dense));
+  std::int64_t same = 0;
+  EXPECT(cpu::quantized_layout_bytes(768, 768, false, &same, true) == Status::ok && same == dense);
 }
 
 TEST(quantized_rows_past_num_rows_are_zeros) {
@@ -232,11 +261,13 @@ TEST(quantized_arguments_are_checked) {
 // What a layout holds is not trusted: any bytes give some numbers, and read and write nothing else.
 TEST(a_broken_layout_stays_in_its_memory) {
   for (double alike : {-1.0, 0.9}) {
-    LinearCase p(26, 72, 208, alike);
-    std::mt19937 generator(5);
-    for (int fill : {0, 255, -1}) {
-      for (std::uint8_t& byte : p.layout) byte = std::uint8_t(fill < 0 ? generator() : unsigned(fill));
-      EXPECT(p.run(p.inputs(), 2).size() == 26 * 72);
+    for (bool many_rows : layouts(alike)) {
+      LinearCase p(26, 72, 208, alike, many_rows);
+      std::mt19937 generator(5);
+      for (int fill : {0, 255, -1}) {
+        for (std::uint8_t& byte : p.layout) byte = std::uint8_t(fill < 0 ? generator() : unsigned(fill));
+        EXPECT(p.run(p.inputs(), 2).size() == 26 * 72);
+      }
     }
   }
 }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,20 +19,34 @@ if TYPE_CHECKING:
 TYPES = {torch.int8: 0, torch.float8_e4m3fn: 1}  # madtp::cuda::QuantizedType
 
 
-def quantized_layout_bytes(out_features: int, in_features: int, sparse: bool) -> int:
-    """Size of the layout of a weight, which the instruction set of this process shapes; sparse: 2:4."""
-    return dispatch.extension().cpu.quantized_layout_bytes(out_features, in_features, sparse)
+# From so many rows of x on the layout for many rows is the faster one. A class of rows begins here (`measured`).
+MANY_ROWS = 182
 
 
-def quantized_pack(values: Tensor, indices: Tensor | None) -> Tensor:
+def takes_many_rows(rows: int) -> bool:
+    """Whether a 2:4 weight should have its layout for many rows, where this process knows two."""
+    return rows >= MANY_ROWS and _has_two_layouts()
+
+
+@functools.cache
+def _has_two_layouts() -> bool:
+    return quantized_layout_bytes(32, 64, True) != quantized_layout_bytes(32, 64, True, True)
+
+
+def quantized_layout_bytes(out_features: int, in_features: int, sparse: bool, many_rows: bool = False) -> int:
+    """Size of a layout of a weight, which the instruction set of this process shapes; sparse: 2:4."""
+    return dispatch.extension().cpu.quantized_layout_bytes(out_features, in_features, sparse, many_rows)
+
+
+def quantized_pack(values: Tensor, indices: Tensor | None, many_rows: bool = False) -> Tensor:
     sparse = indices is not None
     values = values.contiguous()
     indices = None if indices is None else indices.contiguous()
     out_features, in_features = values.shape[0], values.shape[1] * (2 if sparse else 1)
-    layout = values.new_empty(quantized_layout_bytes(out_features, in_features, sparse), dtype=torch.uint8)
-    dispatch.extension().cpu.quantized_pack(
-        values.data_ptr(), address(indices), out_features, in_features, layout.data_ptr(), torch.get_num_threads()
-    )
+    size = quantized_layout_bytes(out_features, in_features, sparse, many_rows)
+    layout = values.new_empty(size, dtype=torch.uint8)
+    at = values.data_ptr(), address(indices), out_features, in_features, many_rows, layout.data_ptr()
+    dispatch.extension().cpu.quantized_pack(*at, torch.get_num_threads())
     return layout
 
 
@@ -55,6 +70,8 @@ def quantized_linear(
         x = x.contiguous()
         x_stride = x.stride(0)
     (tokens, in_features), out_features = x.shape, values.shape[0]
+    sparse = indices is not None
+    many_rows = sparse and layout.numel() != quantized_layout_bytes(out_features, in_features, True)
     bias_at = scale_at = residual_at = residual_stride = bias_dtype = scale_dtype = 0
     if bias is not None:
         bias = bias.contiguous()
@@ -72,7 +89,7 @@ def quantized_linear(
         x_stride,
         tokens,
         layout.data_ptr(),
-        indices is not None,
+        sparse,
         weight_scale.data_ptr(),
         out_features,
         in_features,
@@ -84,6 +101,7 @@ def quantized_linear(
         residual_at,
         residual_stride,
         0 if num_rows is None else num_rows.data_ptr(),
+        many_rows,
         out.data_ptr(),
         torch.get_num_threads(),
     )

@@ -39,6 +39,8 @@ from madtp_kernels.reference import quantized as reference
 from madtp_kernels.reference.quantized import INT8, MAX_IN_FEATURES
 from madtp_kernels.sparse24.weight import check_nibbles
 
+MANY_ROWS = "cpu_many_rows"  # a second layout of 2:4 weights on a CPU, where `native.takes_many_rows`
+
 
 @dispatch.public
 def quantized_linear(
@@ -90,8 +92,8 @@ def quantized_linear(
     """
     key = None if num_rows is not None else fast_path_key(x, weight, bias, activation, residual, scale, backend)
     if key is not None and (known := weight.fast_paths.get(key)) is not None and _has_its_scale(weight):
-        runs, run, activation = known
-        layout = weight.layout(runs)
+        form, run, activation = known
+        layout = weight.layout(form)
         return run(x, weight.values, weight.indices, weight.scale, layout, bias, activation, residual, scale, None)
     check_types(x=x)
     require(isinstance(weight, QuantizedWeight), "weight", "a QuantizedWeight", type(weight).__name__)
@@ -114,7 +116,8 @@ def quantized_linear(
             runs = tuning.fastest(tuning.quantized_call(x, weight, activation, residual, scale))
     # In an exported program the op keeps the layout: what is packed here is of this machine.
     here = runs != "reference" and not torch.compiler.is_exporting()
-    layout = weight.layout(runs) if here else None
+    form = _form(runs, x, weight)
+    layout = weight.layout(form) if here else None
     y: Tensor = torch.ops.madtp.quantized_linear(
         x,
         weight.values,
@@ -130,8 +133,14 @@ def quantized_linear(
     )
     if key is not None and layout is not None:
         run = dispatch.implementation("quantized_linear", runs, x.dtype, x.device, (), weight.scheme)
-        weight.fast_paths[key] = runs, run, activation or "none"
+        weight.fast_paths[key] = form, run, activation or "none"
     return y
+
+
+def _form(runs: str, x: Tensor, weight: QuantizedWeight) -> str:
+    """Which layout of the weight a backend reads for x; the smaller where torch.compile may not know the rows."""
+    sparse = runs == "cpu" and weight.indices is not None and not torch.compiler.is_compiling()
+    return MANY_ROWS if sparse and native.takes_many_rows(x.shape[0]) else runs
 
 
 def _dtype(x: Tensor, *_: object, **__: object) -> torch.dtype:
@@ -166,7 +175,10 @@ def _tuned(
         return choice
     if weight.indices is None:
         return replace(choice, rejected={**choice.rejected, "dense": "the weight is dense: cpu is the same kernel"})
-    return tuning.add_timings(choice, tuning.quantized_call(x, weight, activation, residual, scale))
+    choice = tuning.add_timings(choice, tuning.quantized_call(x, weight, activation, residual, scale))
+    if _form(choice.backend, x, weight) != MANY_ROWS:
+        return choice
+    return replace(choice, reason=f"{choice.reason}; the weight in its layout for many rows")
 
 
 def quantized_pack(values: Tensor, indices: Tensor | None) -> Tensor:
@@ -254,13 +266,13 @@ def _check_packable(values: Tensor, indices: Tensor | None) -> None:
     _check_weight(values, indices)
 
 
-def _pack(values: Tensor, indices: Tensor | None) -> Tensor:
+def _pack(values: Tensor, indices: Tensor | None, many_rows: bool = False) -> Tensor:
     _check_packable(values, indices)
     if (why := dispatch.extension_unsupported_reason()) is not None:
         raise RuntimeError(f"quantized_pack cannot run on {values.device}: {why}")
     if indices is not None:
         check_nibbles(indices, "indices")
-    return native.quantized_pack(values, indices)
+    return native.quantized_pack(values, indices, many_rows)
 
 
 torch.library.impl("madtp::quantized_pack", "CompositeExplicitAutograd", _pack)
@@ -270,9 +282,10 @@ _kept = LayoutsOfTensors(_pack)
 def _check_layout(layout: Tensor | None, values: Tensor, indices: Tensor | None) -> Tensor:
     """`layout`, or a new one where it is None. Raises ValueError for one of another weight."""
     layout = _kept(values, indices) if layout is None else layout
-    size = native.quantized_layout_bytes(*_shape(values, indices), indices is not None)
-    ok = layout.dtype == torch.uint8 and layout.is_contiguous() and tuple(layout.shape) == (size,)
-    require(ok, "layout", f"contiguous uint8 of shape ({size},), from quantized_pack", layout)
+    weight = *_shape(values, indices), indices is not None
+    sizes = native.quantized_layout_bytes(*weight), native.quantized_layout_bytes(*weight, True)
+    ok = layout.dtype == torch.uint8 and layout.is_contiguous() and layout.ndim == 1 and layout.shape[0] in sizes
+    require(ok, "layout", f"contiguous uint8 of shape ({sizes[0]},), from quantized_pack", layout)
     return layout
 
 
@@ -339,6 +352,7 @@ def _scheme_unsupported_reason(backend: str, scheme: str, device: torch.device) 
 
 
 register_layout("cpu", lambda weight: quantized_pack(weight.values, weight.indices))
+register_layout(MANY_ROWS, lambda weight: _pack(weight.values, weight.indices, many_rows=True))
 register_layout("cuda", lambda weight: _cuda_layout(weight.values, weight.indices))
 register_layout("dense", _dense_layout)
 dispatch.register(

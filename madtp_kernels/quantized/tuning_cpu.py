@@ -49,7 +49,8 @@ def time_backends(case: LinearCall, backends: Sequence[str]) -> Timing:
     rows, out_features, in_features, dtype, epilogue, _ = case
     x, weight, indices, *rest = random_call(rows, out_features, in_features, dtype, "float32", epilogue)
     values = (weight * INT8.largest / 4).clamp(-INT8.largest, INT8.largest).to(torch.int8)
-    layouts = native.quantized_pack(values, indices), native.quantized_pack(to_dense_values(values, indices), None)
+    sparse = native.quantized_pack(values, indices, native.takes_many_rows(rows))
+    layouts = sparse, native.quantized_pack(to_dense_values(values, indices), None)
     functions = {
         name: functools.partial(run, x, values, indices, torch.ones(out_features), layout, *rest)
         for name, run, layout in zip(BACKENDS, (native.quantized_linear, dense.quantized_linear), layouts, strict=True)

@@ -163,6 +163,31 @@ def test_dense_needs_the_kernels_that_cpu_needs(monkeypatch):
     assert reason("cpu") == "it is not there"
 
 
+def test_many_rows_have_a_layout_of_their_own_where_that_is_faster():
+    weight, x = quantize(dense24(72, 144)), torch.randn(native.MANY_ROWS, 144)
+    two = native.quantized_layout_bytes(72, 144, True) != native.quantized_layout_bytes(72, 144, True, True)
+    many, few = ("cpu_many_rows" if two else "cpu"), "cpu"
+    for rows in (native.MANY_ROWS, native.MANY_ROWS - 1):
+        assert native.takes_many_rows(rows) == (two and rows == native.MANY_ROWS)
+        y = mk.quantized_linear(x[:rows], weight, backend="cpu")
+        assert torch.equal(mk.quantized_linear(x[:rows], weight, backend="cpu"), y)  # on the fast path
+        assert torch.equal(mk.quantized_linear(x[:rows], weight, backend="reference"), y)
+        assert set(weight._packed) == ({many} if rows == native.MANY_ROWS else {many, few})
+        for layout in {many, few}:  # either takes any rows
+            call = x[:rows], weight.values, weight.indices, weight.scale, weight.layout(layout), None
+            assert torch.equal(torch.ops.madtp.quantized_linear(*call, "none", None, None, None, "cpu"), y)
+        why = mk.explain("quantized_linear", x[:rows], weight, backend="auto").reason
+        assert why.endswith("; the weight in its layout for many rows") == native.takes_many_rows(rows)
+        weight.forget()
+        weight.layout(many)
+
+
+def test_many_rows_begin_with_a_class_of_rows():
+    x, weight = torch.randn(native.MANY_ROWS, 32), quantize(dense24(24, 32))
+    classes = [tuning.quantized_call(x[:rows], weight, None, None, None).rows for rows in (181, 182)]
+    assert native.MANY_ROWS == 182 and classes == [128, 256]
+
+
 def test_a_dense_weight_has_one_layout_whatever_it_is_called():
     weight, x = quantize(torch.randn(24, 32), "int8"), torch.randn(3, 32)
     y = mk.quantized_linear(x, weight, backend="cpu")

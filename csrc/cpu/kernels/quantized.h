@@ -7,7 +7,7 @@
 namespace madtp::cpu::MADTP_ISA {
 
 Status quantized_layout_bytes(std::int64_t out_features, std::int64_t in_features, bool sparse,
-                              std::int64_t* bytes);
+                              bool many_rows, std::int64_t* bytes);
 
 Status quantized_pack(const QuantizedWeight& weight, void* layout, int threads);
 

@@ -15,16 +15,19 @@
 namespace madtp::cpu::MADTP_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kDotsColumns = 64;  // that one instruction picks from
-constexpr int kDotsTokens = 12;   // of a tile: times two vectors of output features, 24 accumulators of 32
-constexpr int kDotsOffset = 128;  // x + 128 is what the instruction takes, unsigned
+#define MADTP_HAS_TWINS 1  // whether there is a form of 2:4 weights for many rows (quantized_twins.h)
+constexpr int kPickedColumns = 64;  // that one instruction picks from
+constexpr int kDotsSums = 24;       // accumulators of a tile, of 32 registers
+constexpr int kDotsOffset = 128;    // x + 128 is what the instruction takes, unsigned
 #elif defined(__AVX2__)
-constexpr int kDotsColumns = 16;
-constexpr int kDotsTokens = 6;  // 12 accumulators of 16
+#define MADTP_HAS_TWINS 0
+constexpr int kPickedColumns = 16;
+constexpr int kDotsSums = 12;  // of 16
 constexpr int kDotsOffset = 128;
 #else
-constexpr int kDotsColumns = 16;
-constexpr int kDotsTokens = 12;
+#define MADTP_HAS_TWINS 0
+constexpr int kPickedColumns = 16;
+constexpr int kDotsSums = 24;
 constexpr int kDotsOffset = 0;
 #endif
 
@@ -34,49 +37,58 @@ inline IntVec load_bytes(const void* from) {
   return v;
 }
 
-// kDotsColumns bytes of x.
+// kPickedColumns bytes of x.
 #if defined(__aarch64__)
 typedef int8x16_t DotsX;
 #else
 struct DotsX {
-  char bytes[kDotsColumns];
+  char bytes[kPickedColumns];
 };
 #endif
 
 // How they are picked from, and the products with the picked ones are added to a sum. A pick and its products
-// are one statement, so that the compiler keeps no more than one vector of x in a register: with two it
+// are one statement, so that the compiler keeps no more than one vector of x in a register: with more it
 // spills.
 #if defined(__AVX512F__)
 #define MADTP_PICK "vpermb %[x],%[columns],%[picked]"
-#define MADTP_DOT(weights, sum) "\n\tvpdpbusd %[" #weights "],%[picked],%[" #sum "]"
+#define MADTP_DOT "\n\tvpdpbusd %[weights],%[picked],%[sum]"
 #define MADTP_REGISTER "v"
 #elif defined(__AVX2__)
 #define MADTP_PICK "vbroadcasti128 %[x],%[picked]\n\tvpshufb %[columns],%[picked],%[picked]"
-#define MADTP_DOT(weights, sum) "\n\t%{vex%} vpdpbusd %[" #weights "],%[picked],%[" #sum "]"
+#define MADTP_DOT "\n\t%{vex%} vpdpbusd %[weights],%[picked],%[sum]"
 #define MADTP_REGISTER "x"
 #else
 #define MADTP_PICK "ldr %q[picked],%[x]\n\ttbl %[picked].16b,{%[picked].16b},%[columns].16b"
-#define MADTP_DOT(weights, sum) "\n\tsdot %[" #sum "].4s,%[picked].16b,%[" #weights "].16b"
+#define MADTP_DOT "\n\tsdot %[sum].4s,%[picked].16b,%[weights].16b"
 #define MADTP_REGISTER "w"
 #endif
 
 inline __attribute__((always_inline)) void add_picked(const char* x, IntVec columns, IntVec weights,
                                                       IntVec& sum) {
   IntVec picked;
-  asm(MADTP_PICK MADTP_DOT(weights, sum)
+  asm(MADTP_PICK MADTP_DOT
       : [picked] "=&" MADTP_REGISTER(picked), [sum] "+" MADTP_REGISTER(sum)
       : [x] "m"(*reinterpret_cast<const DotsX*>(x)), [columns] MADTP_REGISTER(columns),
         [weights] MADTP_REGISTER(weights));
 }
 
+#if defined(__AVX512F__)
+// One pick for two products.
 inline __attribute__((always_inline)) void add_picked(const char* x, IntVec columns, IntVec weights0,
                                                       IntVec weights1, IntVec& sum0, IntVec& sum1) {
   IntVec picked;
-  asm(MADTP_PICK MADTP_DOT(weights0, sum0) MADTP_DOT(weights1, sum1)
+  asm(MADTP_PICK "\n\tvpdpbusd %[weights0],%[picked],%[sum0]\n\tvpdpbusd %[weights1],%[picked],%[sum1]"
       : [picked] "=&" MADTP_REGISTER(picked), [sum0] "+" MADTP_REGISTER(sum0), [sum1] "+" MADTP_REGISTER(sum1)
       : [x] "m"(*reinterpret_cast<const DotsX*>(x)), [columns] MADTP_REGISTER(columns),
         [weights0] MADTP_REGISTER(weights0), [weights1] MADTP_REGISTER(weights1));
 }
+
+// Lane l of the result is lane from[l] of a and b, one after the other.
+inline IntVec pick_lanes(IntVec a, IntVec b, IntVec from) {
+  return bit_cast<IntVec>(
+      _mm512_permutex2var_epi32(bit_cast<__m512i>(a), bit_cast<__m512i>(from), bit_cast<__m512i>(b)));
+}
+#endif
 
 #undef MADTP_PICK
 #undef MADTP_DOT
@@ -108,23 +120,6 @@ inline __attribute__((always_inline)) void add_spread(const char* x, IntVec weig
 #endif
   sum0 = dots(weights0, sum0);
   sum1 = dots(weights1, sum1);
-#endif
-}
-
-// Lane l of the result is lane from[l] of a and b, one after the other.
-inline IntVec pick_lanes(IntVec a, IntVec b, IntVec from) {
-#if defined(__AVX512F__)
-  return bit_cast<IntVec>(
-      _mm512_permutex2var_epi32(bit_cast<__m512i>(a), bit_cast<__m512i>(from), bit_cast<__m512i>(b)));
-#elif defined(__AVX2__)
-  const __m256i lanes = bit_cast<__m256i>(from);
-  const IntVec of_a = bit_cast<IntVec>(_mm256_permutevar8x32_epi32(bit_cast<__m256i>(a), lanes)),
-               of_b = bit_cast<IntVec>(_mm256_permutevar8x32_epi32(bit_cast<__m256i>(b), lanes));
-  return (from & kWidth) != 0 ? of_b : of_a;
-#else
-  const uint8x16x2_t bytes{bit_cast<uint8x16_t>(a), bit_cast<uint8x16_t>(b)};
-  return bit_cast<IntVec>(
-      vqtbl2q_u8(bytes, bit_cast<uint8x16_t>(bit_cast<BitVec>(from) * 0x04040404u + 0x03020100u)));
 #endif
 }
 

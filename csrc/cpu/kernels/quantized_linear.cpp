@@ -55,16 +55,20 @@ class QuantizedX {
 #if MADTP_HAS_BYTE_DOTS
 constexpr std::int64_t kTilesBytes =
     500000;  // of x, of the tiles that a unit is multiplied with in turn: in L2
-constexpr std::int64_t kUnitsOfTask = 4;
-constexpr std::int64_t kTasksOfThread = 4;  // with so many, no thread waits long for the last one
+constexpr std::int64_t kRowsOfTask = 4 * 2 * kWidth;  // of the weight, at most
+constexpr std::int64_t kTasksOfThread = 4;            // with so many, no thread waits long for the last one
+
+inline std::int64_t between(std::int64_t least, std::int64_t value, std::int64_t most) {
+  return value < least ? least : value < most ? value : most;
+}
 
 typedef std::uint8_t Bytes __attribute__((vector_size(kDotsColumns)));
 
 template <typename T>
 Status run(const QuantizedLinear& a, void* out, std::int64_t out_stride, int threads) {
-  const DotsLayout layout(a.out_features, a.in_features, a.sparse);
+  const DotsLayout layout(a.out_features, a.in_features, dots_form(a.sparse, a.many_rows));
   return run_valid_rows<T>(a, out, out_stride, threads, [&](std::int64_t tokens, int threads) {
-    const std::int64_t row_bytes = layout.blocks * kDotsColumns;
+    const std::int64_t row_bytes = layout.columns();
     const QuantizedX x(tokens, tokens * row_bytes + kDotsColumns);
     // A row of each thread, before its blocks go to their places.
     void* memory = nullptr;
@@ -72,7 +76,7 @@ Status run(const QuantizedLinear& a, void* out, std::int64_t out_stride, int thr
       return Status::out_of_memory;
     std::int8_t* const row_of_thread = static_cast<std::int8_t*>(memory);
 
-    const Cut tiles{tokens, ceil_div(tokens, kDotsTokens)};
+    const Cut tiles{tokens, ceil_div(tokens, layout.tile_tokens)};
     for_each_task(tiles.parts, threads, [&](std::int64_t tile, int thread) {
       const std::int64_t first = tiles.begin(tile), count = tiles.begin(tile + 1) - first;
       std::int8_t* const row = row_of_thread + (row_bytes + kDotsColumns) * thread;
@@ -92,30 +96,35 @@ Status run(const QuantizedLinear& a, void* out, std::int64_t out_stride, int thr
 
     const Int8Sums<T> sums{x.scale, a.weight_scale};
     const Epilogue<Int8Sums<T>> epilogue(sums, a, out, out_stride);
-    const std::int64_t spans = ceil_div(layout.units, kUnitsOfTask);
-    const std::int64_t by_cache = kTilesBytes / (kDotsTokens * (row_bytes + 1));
-    const std::int64_t by_threads = tiles.parts * spans / (threads * kTasksOfThread);
-    std::int64_t together = by_cache < by_threads ? by_cache : by_threads;
-    together = together < 1 ? 1 : together < tiles.parts ? together : tiles.parts;
+    const std::int64_t wanted = threads * kTasksOfThread;
+    const std::int64_t units_of_task =
+        between(1, layout.units * tiles.parts / wanted, kRowsOfTask / layout.unit_rows);
+    const std::int64_t spans = ceil_div(layout.units, units_of_task);
+    const std::int64_t by_cache = kTilesBytes / (layout.tile_tokens * (row_bytes + 1)),
+                       by_threads = tiles.parts * spans / wanted;
+    const std::int64_t together = between(1, by_cache < by_threads ? by_cache : by_threads, tiles.parts);
     for_each_task(ceil_div(tiles.parts, together) * spans, threads, [&](std::int64_t task, int) {
-      const std::int64_t first_tile = task / spans * together, first_unit = task % spans * kUnitsOfTask;
-      for (std::int64_t u = first_unit; u < first_unit + kUnitsOfTask && u < layout.units; ++u) {
+      const std::int64_t first_tile = task / spans * together, first_unit = task % spans * units_of_task;
+      const auto run_unit = [&](std::int64_t u, std::int64_t tile) {
         const DotsUnit unit(layout, a.layout, u);
-        const std::int64_t feature = u * kDotsRows;
-        const std::int64_t features =
-            a.out_features - feature < kDotsRows ? a.out_features - feature : kDotsRows;
-        for (std::int64_t tile = first_tile; tile < first_tile + together && tile < tiles.parts; ++tile) {
-          const std::int64_t token = tiles.begin(tile), count = tiles.begin(tile + 1) - token;
-          // Otherwise the stores of a large output wait for memory.
-          for (std::int64_t t = 0; t < count; ++t) {
-            const T* const to = static_cast<const T*>(out) + (token + t) * out_stride + feature;
-            __builtin_prefetch(to, 1);
-            __builtin_prefetch(to + features - 1, 1);
-          }
-          alignas(64) std::int32_t tile_sums[kDotsTokens * kDotsRows];
-          multiply_dots_function(int(count))(x.rows + token * row_bytes, unit, tile_sums);
-          epilogue.run(reinterpret_cast<const float*>(tile_sums), kDotsRows, token, count, feature, features);
+        const std::int64_t feature = u * layout.unit_rows, rest = a.out_features - feature;
+        const std::int64_t features = rest < layout.unit_rows ? rest : layout.unit_rows;
+        const std::int64_t token = tiles.begin(tile), count = tiles.begin(tile + 1) - token;
+        // Otherwise the stores of a large output wait for memory.
+        for (std::int64_t t = 0; t < count; ++t) {
+          const T* const to = static_cast<const T*>(out) + (token + t) * out_stride + feature;
+          __builtin_prefetch(to, 1);
+          __builtin_prefetch(to + features - 1, 1);
         }
+        alignas(64) std::int32_t tile_sums[kDotsSums * kWidth];
+        multiply_dots_function(layout.form, int(count))(x.rows + token * row_bytes, unit, layout.blocks,
+                                                        tile_sums);
+        epilogue.run(reinterpret_cast<const float*>(tile_sums), layout.unit_rows, token, count, feature,
+                     features);
+      };
+      for (std::int64_t u = first_unit; u < first_unit + units_of_task && u < layout.units; ++u) {
+        for (std::int64_t tile = first_tile; tile < first_tile + together && tile < tiles.parts; ++tile)
+          run_unit(u, tile);
       }
     });
     return Status::ok;

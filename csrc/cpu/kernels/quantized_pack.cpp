@@ -7,19 +7,27 @@
 
 #if MADTP_HAS_BYTE_DOTS
 #include "cpu/kernels/quantized_dots_layout.h"
+#if MADTP_HAS_TWINS
+#include "cpu/kernels/quantized_twins.h"
+#endif
 #endif
 
 namespace madtp::cpu::MADTP_ISA {
 #if MADTP_HAS_BYTE_DOTS
 Status quantized_layout_bytes(std::int64_t out_features, std::int64_t in_features, bool sparse,
-                              std::int64_t* bytes) {
-  *bytes = DotsLayout(out_features, in_features, sparse).bytes();
+                              bool many_rows, std::int64_t* bytes) {
+  *bytes = DotsLayout(out_features, in_features, dots_form(sparse, many_rows)).bytes();
   return Status::ok;
 }
 
 Status quantized_pack(const QuantizedWeight& weight, void* data, int threads) {
-  const DotsLayout layout(weight.out_features, weight.in_features, weight.indices != nullptr);
-  return pack_dots(weight, layout, data, threads);
+  const DotsLayout layout(weight.out_features, weight.in_features,
+                          dots_form(weight.indices != nullptr, weight.many_rows));
+#if MADTP_HAS_TWINS
+  if (layout.form == DotsForm::twins) return pack_twins(weight, layout, data, threads);
+#endif
+  pack_dots(weight, layout, data, threads);
+  return Status::ok;
 }
 #else
 namespace {
@@ -50,7 +58,7 @@ void pack_dense_units(const QuantizedWeight& weight, const Layout& layout, void*
 
 }  // namespace
 
-Status quantized_layout_bytes(std::int64_t out_features, std::int64_t in_features, bool sparse,
+Status quantized_layout_bytes(std::int64_t out_features, std::int64_t in_features, bool sparse, bool,
                               std::int64_t* bytes) {
   *bytes = quantized_layout(out_features, in_features, sparse).bytes();
   return Status::ok;

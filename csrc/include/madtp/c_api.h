@@ -191,6 +191,8 @@ typedef struct madtp_quantized_weight {
   const int8_t* values;   /* (out_features, in_features), or with indices (out_features, in_features / 2) */
   const uint8_t* indices; /* (out_features, in_features / 8), or null: dense */
   int64_t out_features, in_features;
+  int32_t many_rows; /* not 0: of a 2:4 weight, the layout for many rows of x */
+  int32_t reserved;  /* 0 */
 } madtp_quantized_weight;
 
 /* madtp::QuantizedLinear */
@@ -208,8 +210,8 @@ typedef struct madtp_quantized_linear {
   const int32_t* num_rows; /* one number, or null */
   int32_t dtype, bias_dtype, scale_dtype;
   int32_t activation;
-  int32_t sparse;   /* not 0: the weight was packed with indices */
-  int32_t reserved; /* 0 */
+  int32_t sparse;    /* not 0: the weight was packed with indices */
+  int32_t many_rows; /* not 0: and with many_rows */
 } madtp_quantized_linear;
 
 /* On the CPU: host memory, and a number of threads. */
@@ -271,6 +273,7 @@ MADTP_API madtp_status madtp_cpu_sparse24_pack(const madtp_sparse24_weight* weig
 MADTP_API madtp_status madtp_cpu_sparse24_linear(const madtp_sparse24_linear* inputs, void* out,
                                                  int64_t out_stride, int threads);
 
+/* sparse: 0 dense, 1 2:4, 2 2:4 for many rows of x */
 MADTP_API madtp_status madtp_cpu_quantized_layout_bytes(int64_t out_features, int64_t in_features, int sparse,
                                                         int64_t* bytes);
 MADTP_API madtp_status madtp_cpu_quantized_pack(const madtp_quantized_weight* weight, void* layout,

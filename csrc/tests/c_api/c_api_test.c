@@ -32,7 +32,7 @@ _Static_assert(sizeof(madtp_token_selection) == 72, "token_selection");
 _Static_assert(sizeof(madtp_sparse24_weight) == 48, "sparse24_weight");
 _Static_assert(sizeof(madtp_sparse24_dense) == 64, "sparse24_dense");
 _Static_assert(sizeof(madtp_sparse24_linear) == 120, "sparse24_linear");
-_Static_assert(sizeof(madtp_quantized_weight) == 40, "quantized_weight");
+_Static_assert(sizeof(madtp_quantized_weight) == 48, "quantized_weight");
 _Static_assert(sizeof(madtp_quantized_linear) == 128, "quantized_linear");
 #endif
 
@@ -233,16 +233,20 @@ static void test_quantized(void) {
   uint8_t indices[OUT * CHANNELS / 8];
   for (int i = 0; i < OUT * CHANNELS; ++i) values[i] = (int8_t)(weight[i] * 127);
   for (int i = 0; i < OUT; ++i) weight_scale[i] = 0.01f + weight_scale[i] * weight_scale[i];
-  memset(indices, 0xd8, sizeof indices); /* columns 0 and 2 of a group, 1 and 3 of the next */
-  for (int sparse = 0; sparse < 2; ++sparse) {
-    madtp_quantized_weight packed = {sizeof packed, values, sparse ? indices : NULL, OUT, CHANNELS};
+  memset(indices, 0xd8, sizeof indices);       /* columns 0 and 2 of a group, 1 and 3 of the next */
+  for (int sparse = 0; sparse < 4; ++sparse) { /* dense, 2:4, 2:4 for many rows; 2:4 in the struct of 0.2 */
+    const int many_rows = sparse == 2;
+    madtp_quantized_weight packed = {sizeof packed, values, sparse ? indices : NULL, OUT, CHANNELS,
+                                     many_rows,     0};
+    if (sparse == 3) packed.struct_size = offsetof(madtp_quantized_weight, many_rows);
     int64_t bytes = 0;
     EXPECT_OK(madtp_cpu_quantized_layout_bytes(OUT, CHANNELS, sparse, &bytes));
     void* layout = zeros((size_t)bytes);
     EXPECT_OK(madtp_cpu_quantized_pack(&packed, layout, 1));
     madtp_quantized_linear inputs = {
         .struct_size = sizeof inputs, .x = x, .x_stride = CHANNELS, .tokens = TOKENS};
-    inputs.layout = layout, inputs.sparse = sparse, inputs.weight_scale = weight_scale;
+    inputs.layout = layout, inputs.sparse = sparse != 0, inputs.many_rows = many_rows;
+    inputs.weight_scale = weight_scale;
     inputs.out_features = OUT, inputs.in_features = CHANNELS;
     inputs.bias = bias, inputs.activation = MADTP_ACTIVATION_RELU;
     EXPECT_OK(madtp_cpu_quantized_linear(&inputs, ours, OUT, 1));

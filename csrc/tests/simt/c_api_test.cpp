@@ -140,7 +140,8 @@ TEST(quantized_layers_have_the_bits_of_cpp) {
     Guarded<std::uint8_t> layout(bytes), values(9 * 64);
     Guarded<float> scale(9);
     const QuantizedWeight expected_weight = p.weight();
-    const madtp_quantized_weight weight{sizeof weight, expected_weight.values, p.indices.data(), 24, 64};
+    const madtp_quantized_weight weight{
+        sizeof weight, expected_weight.values, p.indices.data(), 24, 64, 0, 0};
     EXPECT(madtp_cuda_quantized_pack(&weight, layout.data(), nullptr) == MADTP_STATUS_OK);
     EXPECT(same(layout, p.layout));
 
