@@ -157,9 +157,8 @@ def embed(
     if len(whole) == len(shards):
         files.write_index(whole, encoder.width, vector_dtype)
     if failed:
-        raise DataError(f"{len(failed)} of {len(shards)} shards could not be embedded, first: {failed[0]}") from failed[
-            0
-        ]
+        first = failed[0]
+        raise DataError(f"{len(failed)} of {len(shards)} shards could not be embedded, first: {first}") from first
     return _embedded(out, whole, len(shards), new_images, seconds)
 
 
