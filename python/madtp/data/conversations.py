@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from madtp.data.annotations import Annotations, is_text
@@ -75,8 +76,6 @@ class Conversations(Annotations):
     ):
         self.image_token = _image_token(processor)
         self.image_id = processor.tokenizer.convert_tokens_to_ids(self.image_token)
-        if not Path(file).exists():
-            raise DataError(f"conversations not found at {file}: {REMEDY}")
         longest = processor.tokenizer.model_max_length  # a number without meaning, but large, where nobody knows
         max_length = longest if max_length is None else min(max_length, longest)
         super().__init__(file, image_root, processor, image_processor, max_length, limit)
@@ -98,7 +97,7 @@ class Conversations(Annotations):
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
-        images = [read_image(self.image_root / name, "; image_root is wrong?") for name in _listed(record["image"])]
+        images = [self._picture(name) for name in _listed(record["image"])]
         item: dict[str, Any] = {}
         begin = 0
         for piece in self._pieces(index, record["conversations"]):
@@ -117,6 +116,14 @@ class Conversations(Annotations):
                 f"them, got {length}"
             )
         return item | {"answer": record["conversations"][-1]["value"], "answer_begin": begin}
+
+    def _read(self) -> list[dict]:
+        if not self.file.exists():
+            raise DataError(f"conversations not found at {self.file}: {REMEDY}")
+        return super()._read()
+
+    def _picture(self, name: str) -> Image.Image:
+        return read_image(self.image_root / name, "; image_root is wrong?")
 
     def _check(self, number: int, record: dict) -> None:
         turns, images = record["conversations"], len(_listed(record["image"]))
