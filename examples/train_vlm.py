@@ -19,34 +19,42 @@ import transformers as hf
 from torch import nn
 from torch.nn import functional as F
 
-from madtp.data.mosaics import CHARACTERS, COLORS, ICONS, SHAPES, SIDE, Mosaics
+from madtp.data.mosaics import CHARACTERS, COLORS, ICONS, IN_A_ROW, PLACES, ROWS, SHAPES, SIDE, Mosaics
 from madtp.tasks.small_models import train
 from madtp.tasks.small_vlms import SMALL_VLMS, WIDTH
 from madtp.tasks.vlm import VlmTask
 
 NAMES = ["", *SHAPES, *ICONS, *CHARACTERS]  # of what is at a token, "" for nothing
+SORTS = (len(NAMES), 1 + len(COLORS), 1 + len(PLACES[3]) + len(ROWS) * IN_A_ROW)  # of names, colours and places
 TURNS = 8
-TEST = 600  # records that are looked at between rounds
+TEST = 200  # records that are looked at between rounds
 
 
 def targets(data: Mosaics, index: int, side: int) -> torch.Tensor:
-    """(2, side, side) int64: at the middle of each token the number of what is there, and of its colour."""
-    found = torch.zeros(2, side, side, dtype=torch.long)
+    """(3, side, side) int64: at the middle of each token the number of what is there, of its colour, of its place."""
+    found = torch.zeros(3, side, side, dtype=torch.long)
     middle = (torch.arange(side) + 0.5) * SIDE / side
-    for box in data.mosaic(index).boxes():
+    mosaic = data.mosaic(index)
+    if mosaic.grid:  # a place is one where nothing is too
+        places = torch.tensor([1 + PLACES[3].index(place) for place in PLACES[mosaic.grid]])
+        at = (middle * mosaic.grid / SIDE).long()
+        found[2] = places[at[:, None] * mosaic.grid + at[None, :]]
+    for number, box in enumerate(mosaic.boxes()):
         y = (middle >= box.top) & (middle < box.top + box.height)
         x = (middle >= box.left) & (middle < box.left + box.width)
         inside = y[:, None] & x[None, :]
         found[0][inside] = NAMES.index(box.name)
         found[1][inside] = 0 if box.color is None else 1 + list(COLORS).index(box.color)
+        if not mosaic.grid:
+            found[2][inside] = 1 + len(PLACES[3]) + number
     return found
 
 
 def pretrain(model, task: VlmTask, data: Mosaics, steps: int, batch_size: int = 32) -> None:
     """The tower and the projector, with a linear probe on every token."""
-    probe = nn.Linear(WIDTH, len(NAMES) + 1 + len(COLORS))
+    probe = nn.Linear(WIDTH, sum(SORTS))
     weights = [*model.model.parameters(), *probe.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(weights, lr=1.5e-3, weight_decay=0.05)
     schedule = hf.get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     model.train()
     for step in range(steps):
@@ -55,18 +63,16 @@ def pretrain(model, task: VlmTask, data: Mosaics, steps: int, batch_size: int = 
         pixels = dict(task.processor.image_processor(images, return_tensors="pt"))
         features = torch.cat(list(model.model.get_image_features(**pixels).pooler_output)).view(batch_size, -1, WIDTH)
         side = round(features.shape[1] ** 0.5)
-        wanted = torch.stack([targets(data, number, side) for number in numbers])  # (B, 2, side, side)
-        names, colors = probe(features).view(batch_size, side, side, -1).permute(0, 3, 1, 2).split(
-            (len(NAMES), 1 + len(COLORS)), dim=1
-        )  # fmt: skip
-        loss = F.cross_entropy(names, wanted[:, 0]) + F.cross_entropy(colors, wanted[:, 1])
+        wanted = torch.stack([targets(data, number, side) for number in numbers]).flatten(2)  # (B, 3, T)
+        said = probe(features).transpose(1, 2).split(SORTS, dim=1)
+        loss = sum(F.cross_entropy(of, wanted[:, sort]) for sort, of in enumerate(said))
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            right = (names.argmax(1) == wanted[:, 0])[wanted[:, 0] > 0].float().mean()
+            right = (said[0].argmax(1) == wanted[:, 0])[wanted[:, 0] > 0].float().mean()
             print(f"tower, step {step}: loss {loss:.3f}, right {100 * right:.1f} % of what is there", flush=True)
 
 
@@ -74,10 +80,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=SMALL_VLMS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tower-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=600, help="of a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tower-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=300, help="of a round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the first round; the last has a third")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")

@@ -11,7 +11,8 @@ from transformers import BlipImageProcessor
 
 import madtp
 from madtp.data.easy_vqa import EasyVqa
-from madtp.reporting.visualize import _dimmed, _words, depths, picture
+from madtp.reporting.drawing import dimmed
+from madtp.reporting.visualize import _words, depths, picture
 from madtp.tasks.vqa import VqaTask, load_dense
 
 
@@ -49,7 +50,7 @@ def test_questions_of_both_kinds_about_different_images(scene):
 
 def test_pruned_patches_are_dimmed_and_kept_ones_are_not():
     image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
-    shown = _dimmed(image, torch.tensor([1, 2, -1]), 4)  # of 2 x 2 patches; -1 is the summary token
+    shown = dimmed(image, torch.tensor([1, 2, -1]), 4)  # of 2 x 2 patches; -1 is the summary token
     assert shown.shape == (8, 8, 3)
     assert (shown[:4, 4:] == 200).all() and (shown[4:, :4] == 200).all()
     assert (shown[:4, :4] < 90).all() and (shown[4:, 4:] < 90).all()

@@ -42,7 +42,8 @@ class Conversations(Annotations):
     """Conversations for `VlmTask`.
 
     An item: input_ids, attention_mask and labels (L,), the last -100 outside of the answers, what else the processor
-    makes for the tokens (L,) and the images, answer, the text of the last answer, and answer_begin, where that begins.
+    makes for the tokens (L,) and the images, question and answer, the last texts of the two, and answer_begin, where
+    the tokens of that answer begin.
 
     Args:
         file: the JSON file.
@@ -115,7 +116,9 @@ class Conversations(Annotations):
                 f"{self.file}: record {index} must fit the context of {self.max_length} tokens, image tokens among "
                 f"them, got {length}"
             )
-        return item | {"answer": record["conversations"][-1]["value"], "answer_begin": begin}
+        question, answer = (turn["value"] for turn in record["conversations"][-2:])
+        asked = question.replace(IMAGE, "").strip()
+        return item | {"question": asked, "answer": answer, "answer_begin": begin}
 
     def _read(self) -> list[dict]:
         if not self.file.exists():
@@ -198,6 +201,28 @@ class Conversations(Annotations):
         made = self.processor(images=images, text=[piece.text], add_special_tokens=marks, return_tensors="pt")
         shape = made["input_ids"].shape
         return {name: value[0] if value.shape == shape else value for name, value in made.items()}
+
+
+class Question(Conversations):
+    """One picture with one question, as `Conversations`; there is no answer to judge by, and one word stands for it.
+
+    Args:
+        picture: RGB. text: the question. processor, max_length: as of `Conversations`.
+
+    Raises:
+        DataError: the text is empty or longer than the context, or the processor makes no prompts with images.
+    """
+
+    def __init__(self, picture: Image.Image, text: str, processor, max_length: int | None = None):
+        self.picture, self.text = picture, text
+        super().__init__("text", ".", processor, max_length=max_length)
+
+    def _read(self) -> list[dict]:
+        turns = [{"from": "human", "value": f"{IMAGE}\n{self.text}"}, {"from": "gpt", "value": "?"}]
+        return [{"image": "", "conversations": turns}]
+
+    def _picture(self, name: str) -> Image.Image:
+        return self.picture
 
 
 def _joined(item: dict[str, Any], piece: dict[str, Tensor], is_answer: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from madtp.data.conversations import IMAGE, Conversations
+from madtp.data.errors import DataError
 
 SPRITES = Path(__file__).parents[1] / "assets" / "mosaics"
 SIDE = 96  # pixels of a picture
@@ -193,6 +194,9 @@ class Mosaics(Conversations):
         self.split, self.turns, self.seed = split, turns, seed
         self.wanted = limit
         super().__init__(f"mosaics {split}", ".", processor, None, max_length, limit)
+        unknown = [w for w in VOCABULARY if self.processor.tokenizer.unk_token_id in self._tokens(w)]
+        if unknown:
+            raise DataError(f"tokenizer must know the words of mosaics, got none for {', '.join(unknown[:3])}")
 
     def examples(self, rows: int) -> list[int]:
         """The numbers of records about as many pictures, of every kind in turn.

@@ -14,6 +14,7 @@ from madtp.data.mosaics import SIDE, VOCABULARY
 PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<s>", "</s>"
 MARKS = (PAD, UNKNOWN, BEGIN, END, "<image>", "<video>", "<vision>", "</vision>")
 WIDTH, LAYERS, HEADS, CONTEXT = 128, 5, 4, 512
+QWEN_LAYERS = 3  # of the tower, which sees four patches for each token
 PATCH = 12  # pixels of a token of the decoder: 8 x 8 of them see a picture
 INIT_STD = 0.06  # as of `small_models`: the usual 0.02 is for wider models
 IMAGE_MEAN = IMAGE_STD = [0.5, 0.5, 0.5]
@@ -104,7 +105,7 @@ def _llava_processor() -> hf.LlavaProcessor:
 def _qwen2_vl() -> hf.Qwen2VLForConditionalGeneration:
     """With 16 x 16 patches of 6 pixels, of which 2 x 2 are a token of the decoder."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
-    vision = {"depth": LAYERS, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": HEADS, "mlp_ratio": 3}
+    vision = {"depth": QWEN_LAYERS, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": HEADS, "mlp_ratio": 3}
     vision |= {"patch_size": PATCH // 2, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
     names = ("<image>", "<video>", "<vision>", "</vision>")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
