@@ -9,3 +9,4 @@ DATA = ("easy-vqa", "emoji", "mosaics")  # the data sets with a name there
 DEMO_STEPS = 300
 DEMO_REDUCTION = 0.6
 DEMO_PICTURE = "tokens.png"
+DEMO_SHARE = 0.25  # of the tokens of an image, in the demo of decoders

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from madtp.data.mosaics import SIDE, VOCABULARY
+from madtp.tasks.loading import load_model
 
+SHIPPED = Path(__file__).parents[1] / "assets" / "mosaics-llava"
 PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<s>", "</s>"
 MARKS = (PAD, UNKNOWN, BEGIN, END, "<image>", "<video>", "<vision>", "</vision>")
 WIDTH, LAYERS, HEADS, CONTEXT = 128, 5, 4, 512
@@ -27,8 +30,9 @@ CHAT = (
 
 
 class SmallVlm(NamedTuple):
-    """make: the model, of random weights. processor: that belongs to it."""
+    """kind: its class. make: the model, of random weights. processor: that belongs to it."""
 
+    kind: type[Any]
     make: Callable[[], Any]
     processor: Callable[[], Any]
 
@@ -142,4 +146,17 @@ def _qwen2_vl_processor() -> StillQwen2VLProcessor:
     )
 
 
-SMALL_VLMS = {"llava": SmallVlm(_llava, _llava_processor), "qwen2_vl": SmallVlm(_qwen2_vl, _qwen2_vl_processor)}
+SMALL_VLMS = {
+    "llava": SmallVlm(hf.LlavaForConditionalGeneration, _llava, _llava_processor),
+    "qwen2_vl": SmallVlm(hf.Qwen2VLForConditionalGeneration, _qwen2_vl, _qwen2_vl_processor),
+}
+
+
+def load_small_vlm(folder: Path | str = SHIPPED, name: str = "llava") -> tuple[Any, Any]:
+    """The model of a folder, in eval mode and float32, and its processor; the LLaVA that ships if none is named.
+
+    Raises:
+        DataError: the folder is missing or broken.
+    """
+    small = SMALL_VLMS[name]
+    return load_model(folder, [small.kind], dense=True).float(), small.processor()

@@ -93,7 +93,7 @@ class VlmTask(Processed):
 
     def prompt(self, item: dict) -> dict[str, Tensor]:
         """The keyword arguments of a forward of one item, up to its last answer."""
-        return self._prompts([item])
+        return self.prompts([item])
 
     def _losses(self, model: Any, items: Sequence[dict]) -> list[float]:
         """Of each item by itself: the model's own is a mean over the tokens of all."""
@@ -104,7 +104,7 @@ class VlmTask(Processed):
     def _answers(self, model: Any, items: Sequence[dict], longest: int | None = None) -> list[str]:
         """What greedy decoding says, no longer than so many tokens, or the longest answer that was given."""
         longest = longest or max(len(item["input_ids"]) - item["answer_begin"] for item in items)
-        batch = self._prompts(items)
+        batch = self.prompts(items)
         config = model.generation_config
         ends = self.tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
         greedy = {"max_new_tokens": longest, "do_sample": False, "num_beams": 1}
@@ -114,7 +114,7 @@ class VlmTask(Processed):
         cut = [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in said]
         return self.tokenizer.batch_decode(cut, skip_special_tokens=True)
 
-    def _prompts(self, items: Sequence[dict]) -> dict[str, Tensor]:
+    def prompts(self, items: Sequence[dict]) -> dict[str, Tensor]:
         """All up to the last answers, padded on the left."""
         names = [name for name in items[0] if name not in (*ABOUT_THE_ANSWER, "labels")]
         cut = [
