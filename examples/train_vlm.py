@@ -1,39 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a small LLaVA or Qwen2-VL on mosaics; the LLaVA is the one of `madtp demo --vlm`.
 
-The tower and the projector first learn what is where, token by token, as a tower is pretrained before it meets a
-decoder; then the whole model learns to answer, in conversations of several turns, in rounds. The model is saved behind
-every round, and `--resume` goes on behind the last.
+What is at a token of an image, its colour and its place have codes, vectors of the decoder's width; those of words are
+what these words are embedded as to begin with. The tower and the projector learn to give the codes; the decoder learns
+to answer from codes that are right, which needs no tower; then both go on together, from pictures to answers. The first
+two need nothing of each other, and may run side by side.
 
-    python examples/train_vlm.py llava --out runs/mosaics-llava
+    python examples/train_vlm.py llava tower --out runs/mosaics-llava
+    python examples/train_vlm.py llava decoder --out runs/mosaics-llava
+    python examples/train_vlm.py llava both --out runs/mosaics-llava
 """
 
 import argparse
-import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers as hf
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from madtp.data.mosaics import CHARACTERS, COLORS, ICONS, IN_A_ROW, PLACES, ROWS, SHAPES, SIDE, Mosaics
-from madtp.tasks.small_models import train
-from madtp.tasks.small_vlms import SMALL_VLMS, WIDTH
+from madtp.tasks.small_vlms import PATCH, SMALL_VLMS, WIDTH
 from madtp.tasks.vlm import VlmTask
 
 NAMES = ["", *SHAPES, *ICONS, *CHARACTERS]  # of what is at a token, "" for nothing
 SORTS = (len(NAMES), 1 + len(COLORS), 1 + len(PLACES[3]) + len(ROWS) * IN_A_ROW)  # of names, colours and places
+SHARPNESS = 10.0  # of the tower's choice between codes
+TOKENS = SIDE // PATCH  # of a side
 TURNS = 8
-TEST = 200  # records that are looked at between rounds
+TEST = 400  # records that are looked at in the end
+EASY = 150  # steps of the decoder in which it sees grids of 2 x 2 alone
+STEPS = {"tower": 400, "decoder": 1000, "both": 150}
+BATCHES = {"tower": 32, "decoder": 8, "both": 8}
+RATES = {"tower": 1e-3, "decoder": 2e-3, "both": 5e-4}
+SCHEDULES = {"tower": "cosine", "decoder": "constant_with_warmup", "both": "cosine"}  # the last goes down for both
 
 
-def targets(data: Mosaics, index: int, side: int) -> torch.Tensor:
-    """(3, side, side) int64: at the middle of each token the number of what is there, of its colour, of its place."""
-    found = torch.zeros(3, side, side, dtype=torch.long)
-    middle = (torch.arange(side) + 0.5) * SIDE / side
+def codes() -> list[Tensor]:
+    """Of names, colours and places: (how many, WIDTH), rows of length 1, but for that of nothing, which is 0."""
+    rows = F.normalize(torch.randn(sum(SORTS), WIDTH, generator=torch.Generator().manual_seed(0)), dim=1)
+    parts = list(rows.split(SORTS))
+    for part in parts:
+        part[0] = 0
+    return parts
+
+
+def targets(data: Mosaics, index: int) -> Tensor:
+    """(3, T) int64: at the middle of each token the number of what is there, of its colour, of its place."""
+    found = torch.zeros(3, TOKENS, TOKENS, dtype=torch.long)
+    middle = (torch.arange(TOKENS) + 0.5) * SIDE / TOKENS
     mosaic = data.mosaic(index)
     if mosaic.grid:  # a place is one where nothing is too
         places = torch.tensor([1 + PLACES[3].index(place) for place in PLACES[mosaic.grid]])
@@ -47,71 +68,122 @@ def targets(data: Mosaics, index: int, side: int) -> torch.Tensor:
         found[1][inside] = 0 if box.color is None else 1 + list(COLORS).index(box.color)
         if not mosaic.grid:
             found[2][inside] = 1 + len(PLACES[3]) + number
-    return found
+    return found.flatten(1)
 
 
-def pretrain(model, task: VlmTask, data: Mosaics, steps: int, batch_size: int = 32) -> None:
-    """The tower and the projector, with a linear probe on every token."""
-    probe = nn.Linear(WIDTH, sum(SORTS))
-    weights = [*model.model.parameters(), *probe.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=1.5e-3, weight_decay=0.05)
-    schedule = hf.get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+def tower_loss(model, task: VlmTask, data: Mosaics, numbers: list[int]) -> Tensor:
+    """How far what the projector gives is from the codes."""
+    images = [data.mosaic(number).draw() for number in numbers]
+    pixels = dict(task.processor.image_processor(images, return_tensors="pt"))
+    features = torch.cat(list(model.model.get_image_features(**pixels).pooler_output)).view(-1, WIDTH)
+    wanted = torch.stack([targets(data, number) for number in numbers], dim=1).flatten(1)  # (3, B * T)
+    loss = features.new_zeros(())
+    right = features.new_zeros(features.shape)
+    for of, table in zip(wanted, codes(), strict=True):
+        there = of > 0  # where nothing is, no code is near
+        loss = loss + F.cross_entropy(SHARPNESS * features[there] @ table[1:].T, of[there] - 1)
+        right = right + table[of]
+    return loss + 2 * (features - right).square().sum(1).mean()
+
+
+@contextmanager
+def codes_in_place_of_the_tower(model, data: Mosaics, numbers: list[int]) -> Iterator[None]:
+    """A context in which images are encoded as the codes of what is in them, a little off."""
+    tables, found = codes(), []
+    for number in numbers:
+        exact = sum(table[of] for table, of in zip(tables, targets(data, number), strict=True))
+        found.append(exact + 0.03 * torch.randn_like(exact))
+    output = BaseModelOutputWithPooling(pooler_output=found)
+    model.model.get_image_features = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del model.model.get_image_features
+
+
+def answer_loss(model, task: VlmTask, data: Mosaics, numbers: list[int], with_tower: bool) -> Tensor:
+    batch = task.collate([data[number] for number in numbers])
+    if with_tower:
+        return model(**batch).loss
+    with codes_in_place_of_the_tower(model, data, numbers):
+        return model(**batch).loss
+
+
+@torch.no_grad()
+def embed_words_as_codes(model, tokenizer) -> None:
+    embedding = model.get_input_embeddings().weight
+    embedding.normal_(std=WIDTH**-0.5)
+    names, colors, _ = codes()
+    for words, table in ((NAMES, names), (["", *COLORS], colors)):
+        for word, code in zip(words[1:], table[1:], strict=True):
+            embedding[tokenizer.convert_tokens_to_ids(word)] = code
+
+
+def train(model, task: VlmTask, data: Mosaics, stage: str, steps: int, save, easy: int = EASY) -> None:
+    weights = [w for name, w in model.named_parameters() if stage == "both" or is_of_tower(name) == (stage == "tower")]
+    optimizer = torch.optim.AdamW(weights, lr=RATES[stage], weight_decay=0.05, betas=(0.9, 0.97))
+    schedule = hf.get_scheduler(SCHEDULES[stage], optimizer, min(50, steps // 10), steps)
     model.train()
     for step in range(steps):
-        numbers = torch.randint(len(data), (batch_size,)).tolist()
-        images = [data.mosaic(number).draw() for number in numbers]
-        pixels = dict(task.processor.image_processor(images, return_tensors="pt"))
-        features = torch.cat(list(model.model.get_image_features(**pixels).pooler_output)).view(batch_size, -1, WIDTH)
-        side = round(features.shape[1] ** 0.5)
-        wanted = torch.stack([targets(data, number, side) for number in numbers]).flatten(2)  # (B, 3, T)
-        said = probe(features).transpose(1, 2).split(SORTS, dim=1)
-        loss = sum(F.cross_entropy(of, wanted[:, sort]) for sort, of in enumerate(said))
+        numbers = torch.randint(len(data), (BATCHES[stage],)).tolist()
+        if stage == "decoder" and step < easy:
+            numbers = [number - number % 3 for number in numbers]
+        if stage == "tower":
+            loss = tower_loss(model, task, data, numbers)
+        else:
+            loss = answer_loss(model, task, data, numbers, with_tower=stage == "both")
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
-            right = (said[0].argmax(1) == wanted[:, 0])[wanted[:, 0] > 0].float().mean()
-            print(f"tower, step {step}: loss {loss:.3f}, right {100 * right:.1f} % of what is there", flush=True)
+        if step % 25 == 0:
+            print(f"{stage}, step {step}: loss {loss:.3f}, {time.process_time():.0f} s", flush=True)
+            save()
+    model.eval()
+    save()
+
+
+def is_of_tower(name: str) -> bool:
+    return "language_model" not in name and "lm_head" not in name
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=SMALL_VLMS)
+    parser.add_argument("stage", choices=STEPS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tower-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=300, help="of a round")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the first round; the last has a third")
+    parser.add_argument("--steps", type=int, help=f"of {STEPS} by stage")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="from what the same stage saved")
     options = parser.parse_args()
     hf.logging.set_verbosity_error()
     hf.set_seed(options.seed)
-    small, began = SMALL_VLMS[options.model], time.perf_counter()
-    processor = small.processor()
+    model, processor = SMALL_VLMS[options.model].make(), SMALL_VLMS[options.model].processor()
     task = VlmTask(processor, batch_size=32)
-    data, test = Mosaics("train", processor, turns=TURNS), Mosaics("test", processor, limit=TEST)
-    log = options.out / "rounds.json"
-    rounds = json.loads(log.read_text()) if options.resume and log.exists() else []
-    if rounds:
-        model = type(small.make()).from_pretrained(options.out)
-    else:
-        model = small.make()
-        if options.tower_steps:
-            pretrain(model, task, data, options.tower_steps)
-    for number in range(len(rounds), options.rounds):
-        rate = options.learning_rate * 3 ** (-number / max(1, options.rounds - 1))
-        more = {"batch_size": options.batch_size, "output_dir": options.out / "training", "seed": number}
-        train(model, task, data, steps=options.steps, learning_rate=rate, **more)
-        found = task.evaluate(model, test)
-        rounds.append({"steps": options.steps, "learning_rate": rate, **found})
-        print(f"round {number + 1}: {found}, {(time.perf_counter() - began) / 60:.1f} min", flush=True)
-        model.save_pretrained(options.out)
-        processor.save_pretrained(options.out)
-        log.write_text(json.dumps(rounds, indent=1) + "\n")
+    data = Mosaics("train", processor, turns=TURNS)
+    steps = STEPS[options.stage] if options.steps is None else options.steps
+    if options.stage == "both" or options.resume:
+        for part in ("tower", "decoder") if options.stage == "both" else (options.stage,):
+            model.load_state_dict(load_file(options.out / f"{part}.safetensors"), strict=False)
+    elif options.stage == "decoder":
+        embed_words_as_codes(model, processor.tokenizer)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        if options.stage == "both":
+            model.save_pretrained(options.out)
+        else:
+            weights = {n: w for n, w in model.named_parameters() if is_of_tower(n) == (options.stage == "tower")}
+            save_file(weights, options.out / f"{options.stage}.safetensors")
+
+    train(model, task, data, options.stage, steps, save, 0 if options.resume else EASY)
+    if options.stage != "both":
+        return
+    found = task.evaluate(model, Mosaics("test", processor, limit=TEST))
+    print(f"{found}, {time.process_time() / 60:.1f} minutes of CPU", flush=True)
+    model.to(torch.bfloat16).save_pretrained(options.out)
+    processor.save_pretrained(options.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from madtp.tasks.loading import load_model
 SHIPPED = Path(__file__).parents[1] / "assets" / "mosaics-llava"
 PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<s>", "</s>"
 MARKS = (PAD, UNKNOWN, BEGIN, END, "<image>", "<video>", "<vision>", "</vision>")
-WIDTH, LAYERS, HEADS, CONTEXT = 128, 5, 4, 512
+WIDTH, LAYERS, TEXT_LAYERS, HEADS, CONTEXT = 128, 5, 4, 4, 512
 QWEN_LAYERS = 3  # of the tower, which sees four patches for each token
 PATCH = 12  # pixels of a token of the decoder: 8 x 8 of them see a picture
 INIT_STD = 0.06  # as of `small_models`: the usual 0.02 is for wider models
@@ -57,12 +57,12 @@ def _text() -> dict[str, Any]:
         "vocab_size": len(MARKS) + len(VOCABULARY),
         "hidden_size": WIDTH,
         "intermediate_size": 5 * WIDTH // 2,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": TEXT_LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS,
         "max_position_embeddings": CONTEXT,
         "initializer_range": INIT_STD,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": True,
         "pad_token_id": MARKS.index(PAD),
         "bos_token_id": MARKS.index(BEGIN),
         "eos_token_id": MARKS.index(END),
@@ -83,6 +83,7 @@ def _llava() -> hf.LlavaForConditionalGeneration:
         vision_config=vision,
         text_config=_text() | {"model_type": "llama"},
         image_token_index=MARKS.index("<image>"),
+        tie_word_embeddings=True,
         vision_feature_layer=-1,  # a small tower has no layer to spare
     )
     return hf.LlavaForConditionalGeneration(config)
@@ -116,6 +117,7 @@ def _qwen2_vl() -> hf.Qwen2VLForConditionalGeneration:
     config = hf.Qwen2VLConfig(
         text_config=_text() | {"rope_parameters": rope},
         vision_config=vision | {"initializer_range": INIT_STD},
+        tie_word_embeddings=True,
         **{key: MARKS.index(name) for key, name in zip(keys, names, strict=True)},
     )
     return hf.Qwen2VLForConditionalGeneration(config)
