@@ -14,7 +14,6 @@ from madtp.data.errors import DataError
 from madtp.data.mosaics import CHARACTERS, PLACES, SIDE, VOCABULARY, Mosaic, Mosaics, kind_of, write_mosaics
 from madtp.tasks.small_vlms import SMALL_VLMS
 
-
 DIGESTS = ["c882f8ec6196", "d9efd3c5ef4a", "116d36afa6ab"]  # of the first three pictures
 
 
@@ -55,9 +54,7 @@ def test_answers_are_what_is_drawn(kind):
     pixels = np.asarray(mosaic.draw()).astype(int)
     for number, place in enumerate(places):
         row, column = divmod(number, mosaic.grid)
-        inside = [
-            box for box in boxes if (box.top + box.height // 2) // cell == row and box.left // cell == column
-        ]
+        inside = [box for box in boxes if (box.top + box.height // 2) // cell == row and box.left // cell == column]
         assert asked[f"what is {place} ?"] == (inside[0].name if inside else "nothing")
         patch = pixels[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
         assert (patch == mosaic.background).all() != bool(inside)
