@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a small LLaVA or Qwen2-VL on mosaics; the LLaVA is the one of `madtp demo --vlm`.
 
-What is at a token of an image, its colour and its place have codes, vectors of the decoder's width; those of words are
-what these words are embedded as to begin with. The tower and the projector learn to give the codes; the decoder learns
-to answer from codes that are right, which needs no tower; then both go on together, from pictures to answers. The first
-two need nothing of each other, and may run side by side.
+Words have codes, vectors of the decoder's width, and are embedded as these to begin with. The tower and the projector
+learn to give at each token of an image the codes of what is there, of its colour and of its place; the decoder learns to
+answer from codes that are right, which needs no tower; then both go on together, from pictures to answers. The first two
+need nothing of each other, and may run side by side.
 
     python examples/train_vlm.py llava tower --out runs/mosaics-llava
     python examples/train_vlm.py llava decoder --out runs/mosaics-llava
@@ -25,12 +25,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from madtp.data.mosaics import CHARACTERS, COLORS, ICONS, IN_A_ROW, PLACES, ROWS, SHAPES, SIDE, Mosaics
+from madtp.data.mosaics import (
+    CHARACTERS,
+    COLORS,
+    ICONS,
+    ORDINALS,
+    PLACES,
+    ROWS,
+    SHAPES,
+    SIDE,
+    VOCABULARY,
+    Mosaics,
+)
 from madtp.tasks.small_vlms import PATCH, SMALL_VLMS, WIDTH
 from madtp.tasks.vlm import VlmTask
 
 NAMES = ["", *SHAPES, *ICONS, *CHARACTERS]  # of what is at a token, "" for nothing
-SORTS = (len(NAMES), 1 + len(COLORS), 1 + len(PLACES[3]) + len(ROWS) * IN_A_ROW)  # of names, colours and places
+SORTS = (len(NAMES), 1 + len(COLORS), 1 + len(PLACES[3]) + len(ROWS) * len(ORDINALS))  # of names, colours and places
 SHARPNESS = 10.0  # of the tower's choice between codes
 TOKENS = SIDE // PATCH  # of a side
 TURNS = 8
@@ -42,13 +53,22 @@ RATES = {"tower": 1e-3, "decoder": 2e-3, "both": 5e-4}
 SCHEDULES = {"tower": "cosine", "decoder": "constant_with_warmup", "both": "cosine"}  # the last goes down for both
 
 
+def word_codes() -> dict[str, Tensor]:
+    """Of each word of the vocabulary, (WIDTH,), of length 1."""
+    generator = torch.Generator().manual_seed(0)
+    return {word: F.normalize(torch.randn(WIDTH, generator=generator), dim=0) for word in VOCABULARY}
+
+
 def codes() -> list[Tensor]:
-    """Of names, colours and places: (how many, WIDTH), rows of length 1, but for that of nothing, which is 0."""
-    rows = F.normalize(torch.randn(sum(SORTS), WIDTH, generator=torch.Generator().manual_seed(0)), dim=1)
-    parts = list(rows.split(SORTS))
-    for part in parts:
-        part[0] = 0
-    return parts
+    """Of names, colours and places: (how many, WIDTH), those of the words for them; what nothing has is 0."""
+    words = word_codes()
+    corners = [place.split() for place in PLACES[3]] + [[row, ordinal] for row in ROWS for ordinal in ORDINALS]
+    parts = ([[name] for name in NAMES[1:]], [[color] for color in COLORS], corners)
+    nothing = torch.zeros(WIDTH)
+    return [
+        torch.stack([nothing, *(sum((words[word] for word in said), nothing) / len(said) ** 0.5 for said in part)])
+        for part in parts
+    ]
 
 
 def targets(data: Mosaics, index: int) -> Tensor:
@@ -110,13 +130,17 @@ def answer_loss(model, task: VlmTask, data: Mosaics, numbers: list[int], with_to
 
 
 @torch.no_grad()
-def embed_words_as_codes(model, tokenizer) -> None:
+def begin_with_codes(model, tokenizer) -> None:
+    """Words are embedded as their codes, and attention begins by looking for what is alike, and copying it: keys as
+    queries, outputs as values."""
     embedding = model.get_input_embeddings().weight
     embedding.normal_(std=WIDTH**-0.5)
-    names, colors, _ = codes()
-    for words, table in ((NAMES, names), (["", *COLORS], colors)):
-        for word, code in zip(words[1:], table[1:], strict=True):
-            embedding[tokenizer.convert_tokens_to_ids(word)] = code
+    for word, code in word_codes().items():
+        embedding[tokenizer.convert_tokens_to_ids(word)] = code
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
 def train(model, task: VlmTask, data: Mosaics, stage: str, steps: int, save, easy: int = EASY) -> None:
@@ -167,7 +191,7 @@ def main() -> None:
         for part in ("tower", "decoder") if options.stage == "both" else (options.stage,):
             model.load_state_dict(load_file(options.out / f"{part}.safetensors"), strict=False)
     elif options.stage == "decoder":
-        embed_words_as_codes(model, processor.tokenizer)
+        begin_with_codes(model, processor.tokenizer)
     options.out.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,14 +166,13 @@ def _times(models: dict[str, Any], task: VlmTask, items: list[dict]) -> dict[str
 
     for model in models.values():
         model.eval()
-    found = medians(
-        {name: lambda model=model: forward(model) for name, model in models.items()}, torch.device("cpu"), rounds=ROUNDS
-    )
+    runs = {name: partial(forward, model) for name, model in models.items()}
+    found = medians(runs, torch.device("cpu"), rounds=ROUNDS)
     spent = {}
     for name, model in models.items():
         handle = getattr(model, "madtp_handle", None)
         if handle is None:
-            tokens = int((prompts["input_ids"][0] == token_of(model.config, "image")).sum())
+            tokens = prompts["input_ids"][0].tolist().count(token_of(model.config, "image"))
         else:
             _, left = handle.token_counts()
             tokens = [layers[-1][0] for layers in left.values()][-1]

@@ -114,11 +114,12 @@ def _qwen2_vl() -> hf.Qwen2VLForConditionalGeneration:
     vision |= {"patch_size": PATCH // 2, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
     names = ("<image>", "<video>", "<vision>", "</vision>")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids: dict[str, Any] = {key: MARKS.index(name) for key, name in zip(keys, names, strict=True)}
     config = hf.Qwen2VLConfig(
         text_config=_text() | {"rope_parameters": rope},
         vision_config=vision | {"initializer_range": INIT_STD},
         tie_word_embeddings=True,
-        **{key: MARKS.index(name) for key, name in zip(keys, names, strict=True)},
+        **ids,
     )
     return hf.Qwen2VLForConditionalGeneration(config)
 
