@@ -2,9 +2,9 @@
 """Trains a small LLaVA or Qwen2-VL on mosaics; the LLaVA is the one of `madtp demo --vlm`.
 
 Words have codes, vectors of the decoder's width, and are embedded as these to begin with. The tower and the projector
-learn to give at each token of an image the codes of what is there, of its colour and of its place; the decoder learns to
-answer from codes that are right, which needs no tower; then both go on together, from pictures to answers. The first two
-need nothing of each other, and may run side by side.
+learn to give at each token of an image the codes of what is there, of its colour and of its place. The decoder learns
+to answer from codes that are right, which needs no tower, and two heads of its third layer are told where to look.
+Then both go on together, from pictures to answers. The first two stages may run side by side.
 
     python examples/train_vlm.py llava tower --out runs/mosaics-llava
     python examples/train_vlm.py llava decoder --out runs/mosaics-llava
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from madtp.data.conversations import IMAGE
 from madtp.data.mosaics import (
     CHARACTERS,
     COLORS,
@@ -36,6 +37,7 @@ from madtp.data.mosaics import (
     SIDE,
     VOCABULARY,
     Mosaics,
+    kind_of,
 )
 from madtp.tasks.small_vlms import PATCH, SMALL_VLMS, WIDTH
 from madtp.tasks.vlm import VlmTask
@@ -48,7 +50,8 @@ TURNS = 8
 TEST = 400  # records that are looked at in the end
 EASY = 150  # steps of the decoder in which it sees grids of 2 x 2 alone
 STEPS = {"tower": 400, "decoder": 1000, "both": 150}
-BATCHES = {"tower": 32, "decoder": 8, "both": 8}
+BATCHES = {"tower": 32, "decoder": 4, "both": 8}
+POINTED = (2, 2)  # the layer of the decoder, counted from 0, and how many of its heads are told where to look
 RATES = {"tower": 1e-3, "decoder": 2e-3, "both": 5e-4}
 SCHEDULES = {"tower": "cosine", "decoder": "constant_with_warmup", "both": "cosine"}  # the last goes down for both
 
@@ -121,12 +124,57 @@ def codes_in_place_of_the_tower(model, data: Mosaics, numbers: list[int]) -> Ite
         del model.model.get_image_features
 
 
+def asked_tokens(question: str, found: Tensor) -> list[Tensor]:
+    """Where the answer is: for each of its words but the end, (T,) bool; the last is for all words that follow.
+
+    found: (3, T), of `targets`.
+    """
+    names, _, places = found
+    words = [word for word in question.split() if word not in (IMAGE, "?")]
+    corners = [None, *(place.split() for place in PLACES[3])] + [[row, which] for row in ROWS for which in ORDINALS]
+    kind = kind_of(question)
+    if kind == "where":
+        return [names == NAMES.index(words[-1])]
+    if kind == "read":
+        return [places == corners.index([words[2], ordinal]) for ordinal in ORDINALS]
+    if kind == "character":
+        return [places == corners.index([words[-2], words[3]])]
+    at = places == corners.index(words[-2:] if words[-2:] in corners else words[-1:])
+    return [at & (names > 0) if (at & (names > 0)).any() else at]
+
+
+def pointing_loss(
+    attentions: Tensor, batch: dict[str, Tensor], data: Mosaics, numbers: list[int], image: int
+) -> Tensor:
+    """How little of what some heads attend to, where a word of an answer is predicted, is where the answer is.
+
+    attentions: (B, H, S, S), of those heads.
+    """
+    losses = []
+    for row, number in enumerate(numbers):
+        found, labels = targets(data, number), batch["labels"][row]
+        at = (batch["input_ids"][row] == image).nonzero().flatten()
+        starts = (labels != -100).nonzero().flatten().tolist()
+        starts = [start for start in starts if labels[start - 1] == -100]
+        turns = data.records[number]["conversations"]
+        for start, asked, said in zip(starts, turns[::2], turns[1::2], strict=True):
+            where = asked_tokens(asked["value"], found)
+            for word in range(len(said["value"].split())):
+                mass = attentions[row, :, start + word - 1][:, at[where[min(word, len(where) - 1)]]].sum(-1)
+                losses.append(-(mass + 1e-4).log().mean())
+    return torch.stack(losses).mean()
+
+
 def answer_loss(model, task: VlmTask, data: Mosaics, numbers: list[int], with_tower: bool) -> Tensor:
     batch = task.collate([data[number] for number in numbers])
     if with_tower:
         return model(**batch).loss
+    layer, heads = POINTED
+    model.set_attn_implementation("eager")
     with codes_in_place_of_the_tower(model, data, numbers):
-        return model(**batch).loss
+        output = model(**batch, output_attentions=True)
+    image = model.config.image_token_id
+    return output.loss + pointing_loss(output.attentions[layer][:, :heads], batch, data, numbers, image)
 
 
 @torch.no_grad()
