@@ -52,7 +52,7 @@ EASY = 150  # steps of the decoder in which it sees grids of 2 x 2 alone
 STEPS = {"tower": 400, "decoder": 1000, "both": 150}
 BATCHES = {"tower": 32, "decoder": 4, "both": 8}
 POINTED = (2, 2)  # the layer of the decoder, counted from 0, and how many of its heads are told where to look
-RATES = {"tower": 1e-3, "decoder": 2e-3, "both": 5e-4}
+RATES = {"tower": 1e-3, "decoder": 2e-3, "both": 1e-3}
 SCHEDULES = {"tower": "cosine", "decoder": "constant_with_warmup", "both": "cosine"}  # the last goes down for both
 
 
@@ -204,6 +204,8 @@ def train(model, task: VlmTask, data: Mosaics, stage: str, steps: int, save, eas
             loss = tower_loss(model, task, data, numbers)
         else:
             loss = answer_loss(model, task, data, numbers, with_tower=stage == "both")
+            if stage == "both":  # so that characters, which few answers are about, go on being told apart
+                loss = loss + tower_loss(model, task, data, numbers)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
