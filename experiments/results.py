@@ -13,14 +13,14 @@ KEY = ("variant", "reduction", "seed")
 
 
 class Results:
-    """The rows of a file; each is a dict with the fields of `KEY` and what was measured.
+    """The rows of a file; each is a dict with the fields of `key` and what was measured.
 
     Args:
         head: what all rows have in common. A file of another head is refused: its rows are of other settings.
     """
 
-    def __init__(self, path: Path, head: dict):
-        self.path, self.head, self.rows = path, head, []
+    def __init__(self, path: Path, head: dict, key: tuple[str, ...] = KEY):
+        self.path, self.head, self.key, self.rows = path, head, key, []
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             before = read(path)
@@ -29,9 +29,9 @@ class Results:
             if changed:
                 raise ValueError(f"results {path} are of another {', '.join(changed)}: move them away first")
 
-    def find(self, variant: str, reduction: float, seed: int) -> dict | None:
-        key = variant, reduction, seed
-        return next((row for row in self.rows if tuple(row[name] for name in KEY) == key), None)
+    def find(self, *key: str | float) -> dict | None:
+        """The row whose fields of the key these are."""
+        return next((row for row in self.rows if tuple(row[name] for name in self.key) == key), None)
 
     def add(self, row: dict) -> None:
         self.rows.append(row)

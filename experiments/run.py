@@ -3,6 +3,7 @@
 
     python -m experiments.run vqa
     python -m experiments.run retrieval --preset gpu --seeds 0 1 2
+    python -m experiments.run llava --help    # decoders that read images, seam by seam: experiments/seams.py
 
 Every row is written to experiments/results/PRESET/TASK.json as soon as it is there; the same command goes on after what
 is in the file. A dense model that is not shipped is trained first, and kept in --work.
@@ -28,7 +29,9 @@ from madtp.data.errors import DataError
 from madtp.profiling.figures import measure
 from madtp.profiling.macs import counted_macs
 from madtp.tasks.batches import sample_batches
+from madtp.tasks.small_vlms import SMALL_VLMS
 
+from . import seams
 from .paired import difference_error
 from .results import FOLDER, Results
 from .tasks import EXPERIMENTS, Prepared, Preset
@@ -39,6 +42,8 @@ PUBLISHED_SAMPLES = 512
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in SMALL_VLMS:
+        return seams.main()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=EXPERIMENTS)
     parser.add_argument("--preset", choices=("cpu", "gpu"), default="cpu")

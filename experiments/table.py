@@ -9,6 +9,7 @@ from pathlib import Path
 
 from madtp.files import atomic_write
 
+from . import seam_tables
 from .results import FOLDER, read
 from .run import BATCH
 from .tasks import EXPERIMENTS
@@ -304,6 +305,11 @@ def document(results: list[dict], preset: str, picture: str) -> str:
     return "\n".join(text)
 
 
+def whole(results: list[dict], preset: str, picture: str, seams: list[dict]) -> str:
+    """The document, with the part of decoders behind the tasks."""
+    return "\n".join(filter(None, (document(results, preset, picture), seam_tables.section(seams))))
+
+
 def section(results: list[dict]) -> str:
     """What the README shows."""
     return f"\n{budgets(results)}\n"
@@ -325,7 +331,7 @@ def main() -> None:
     results = load("cpu")
     picture = DOCUMENT.with_name("experiments-cpu.png")
     plot(results, picture)
-    atomic_write(DOCUMENT, document(results, "cpu", picture.name))
+    atomic_write(DOCUMENT, whole(results, "cpu", picture.name, seam_tables.load()))
     atomic_write(README, replaced(README.read_text(encoding="utf-8"), section(results)))
 
 

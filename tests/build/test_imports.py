@@ -51,7 +51,7 @@ LAYERS = {
         ("budgets",),
         ("compression",),
         ("reporting",),
-        ("demo",),
+        ("demo", "vlm_demo"),
         ("cli",),
         ("", "__main__"),  # madtp itself
     ),

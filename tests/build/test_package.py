@@ -103,6 +103,10 @@ def test_wheel_holds_both_packages_the_library_and_the_assets(wheel):
         "madtp_kernels/lib/libmadtp_kernels.a",
         "madtp_kernels/lib/cmake/Madtp/MadtpConfig.cmake",
         "madtp_kernels/lib/pkgconfig/madtp-kernels.pc",
+        "madtp/assets/easy-vqa-blip/model.safetensors",
+        "madtp/assets/mosaics-llava/model.safetensors",
+        "madtp/assets/mosaics/icons.png",
+        "madtp/assets/mosaics/characters.png",
     ):
         assert name in names, name
     tracked = {path.relative_to(ROOT / "python") for path in (ROOT / "python/madtp").rglob("*") if path.is_file()}

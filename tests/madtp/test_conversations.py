@@ -174,5 +174,7 @@ def test_a_folder_without_a_processor_is_one_error(tmp_path):
     example.make_model(width=16).save_pretrained(tmp_path / "model")
     with pytest.raises(DataError, match="has no processor"):
         load("vlm", tmp_path / "model", "train.json", test=tmp_path / "test.json", images=tmp_path)
-    with pytest.raises(ValueError, match="data must be an annotation file with test= and images=, got 'easy-vqa'"):
+    with pytest.raises(
+        ValueError, match="data must be mosaics, or an annotation file with test= and images=, got 'easy-vqa'"
+    ):
         load("vlm", tmp_path / "model", "easy-vqa")

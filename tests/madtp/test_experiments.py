@@ -8,9 +8,11 @@ import statistics
 import sys
 
 import pytest
+import torch
 
-from experiments import paired, run, table, tasks
+from experiments import paired, run, seam_tables, seams, table, tasks
 from experiments.results import Results
+from madtp.tasks.small_vlms import SMALL_VLMS
 
 # All 24 drawn images are tested: the 4 of the first 24 questions keep other numbers of tokens than those of training.
 TINY = tasks.Preset(3, 4, 1e-3, calibration=64, allocation_samples=4, test=144)
@@ -165,6 +167,90 @@ def test_results_of_other_settings_are_refused(tmp_path):
 def test_the_documents_say_what_the_results_say():
     results = table.load("cpu")
     assert results
-    assert table.DOCUMENT.read_text() == table.document(results, "cpu", "experiments-cpu.png")
+    assert table.DOCUMENT.read_text() == table.whole(results, "cpu", "experiments-cpu.png", seam_tables.load())
     readme = table.README.read_text()
     assert table.replaced(readme, table.section(results)) == readme
+
+
+@pytest.fixture
+def decoder(monkeypatch):
+    """The small LLaVA with random weights in the place of the one that ships."""
+    torch.manual_seed(0)
+    small = SMALL_VLMS["llava"]
+    model = small.make().eval(), small.processor()
+    monkeypatch.setattr(seams, "prepared", lambda name, work: model)
+    monkeypatch.setattr(seams, "ROUNDS", 1)
+    monkeypatch.setattr(seams, "STEPS", 1)
+
+
+def test_rows_of_seams_are_measured_once(decoder, monkeypatch, tmp_path, capsys):
+    def start(*arguments):
+        folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path), "--records", "8"]
+        monkeypatch.setattr(sys, "argv", ["run", "llava", *folders, *arguments])
+        run.main()
+        return json.loads((tmp_path / "cpu" / "seams-llava.json").read_text())
+
+    free = ("--kinds", "training_free", "--shares", "0.25", "--rules", "random", "text", "fastv", "--seeds", "0", "1")
+    result = start(*free)
+    keys = [(row["variant"], row["share"], row["seed"]) for row in result["rows"]]
+    assert keys == [
+        ("dense", 1.0, 0),
+        *(
+            (f"training_free projector {rule}", 0.25, seed)
+            for rule, seed in (("random", 0), ("random", 1), ("text", 0))
+        ),
+        *((f"training_free prefill {rule}", 0.25, seed) for rule, seed in (("random", 0), ("random", 1), ("fastv", 0))),
+        *(("training_free vision random", 0.25, seed) for seed in (0, 1)),
+    ]
+    dense = result["rows"][0]["cost"]
+    for row in result["rows"]:
+        assert len(row["right"]) == 8 and row["accuracy"] == row["right"].count("1") / 8
+        assert row["cost"]["first_token"] <= dense["first_token"] and row["cost"]["tower"] <= dense["tower"]
+    assert result["rows"][-1]["cost"]["tower"] < dense["tower"]
+    capsys.readouterr()
+    assert start(*free) == result and not capsys.readouterr().out
+    text = seam_tables.section([result])
+    assert "| projector: text | not measured |" in text and "not measured |" in seam_tables.claims(result)
+
+
+@pytest.mark.slow
+def test_seams_are_trained_and_compared_at_equal_time(decoder, monkeypatch, tmp_path):
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path), "--records", "4"]
+    monkeypatch.setattr(
+        sys, "argv", ["run", "llava", *folders, "--kinds", "equal_time", "trained", "--seams", "projector"]
+    )
+    run.main()
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "cpu" / "seams-llava.json").read_text())["rows"]}
+    assert rows["trained projector divprune"]["steps"] == 1 and len(rows["trained projector divprune"]["right"]) == 4
+    assert 1 <= rows["equal_time prefill fastv"]["count"] < 64
+
+
+def seam_row(variant: str, share: float, right: str, **more) -> dict:
+    times = {"times": {"dense": 2.0, "pruned": 1.0}, "kinds": {"what": right.count("1") / len(right)}}
+    accuracy = right.count("1") / len(right)
+    return (
+        {"variant": variant, "share": round(share, 4), "seed": 0, "right": right, "accuracy": accuracy} | times | more
+    )
+
+
+def test_a_claim_holds_where_its_interval_is_above_nothing():
+    even, good, bad = "10" * 40, "1" * 80, "0" * 80
+    rows = [seam_row("dense", 1.0, good, cost={"first_token": 4.0, "tower": 1.0})]
+    rows += [
+        seam_row("training_free projector text", 1 / 4, good),
+        seam_row("training_free projector uniform", 1 / 4, even),
+    ]
+    rows += [
+        seam_row("training_free prefill fastv", 1 / 9, bad),
+        seam_row("training_free prefill received", 1 / 9, even),
+    ]
+    rows += [seam_row("trained prefill fastv", 1 / 9, "1" + bad[1:])]
+    result = {"model": "llava", "parameters": 2e6, "records": 80, "machine": "CPU", "rows": rows}
+    lines = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in seam_tables.claims(result).splitlines()[2:]}
+    found = lines["text-guided beats blind: projector, text and uniform, 1/4"]
+    assert found == ["+50.0 ± 0.0", "holds |"]
+    found = lines["text-guided beats blind: decoder, layer 2, fastv and received, 1/9"]
+    assert found == ["-50.0 ± 0.0", "does not hold, it is the other way |"]
+    assert lines["trained beats training-free: decoder, layer 2, fastv, 1/9"][1] == "not decided |"
+    assert lines["trained beats training-free: projector, divprune, 1/9"][1] == "not measured |"
+    assert "| projector: text | not measured | 100.0 | not measured |" in seam_tables.every_rule(result)

@@ -3,6 +3,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from families import CASES, CONFIG, randomised
@@ -11,7 +12,12 @@ from transformers import BlipImageProcessor
 
 import madtp
 from madtp.data.easy_vqa import EasyVqa
-from madtp.reporting.visualize import _dimmed, _words, depths, picture
+from madtp.data.mosaics import Mosaics
+from madtp.reporting import seam_pictures
+from madtp.reporting.drawing import dimmed
+from madtp.reporting.visualize import _words, depths, picture
+from madtp.tasks.small_vlms import SMALL_VLMS
+from madtp.tasks.vlm import VlmTask
 from madtp.tasks.vqa import VqaTask, load_dense
 
 
@@ -49,7 +55,7 @@ def test_questions_of_both_kinds_about_different_images(scene):
 
 def test_pruned_patches_are_dimmed_and_kept_ones_are_not():
     image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
-    shown = _dimmed(image, torch.tensor([1, 2, -1]), 4)  # of 2 x 2 patches; -1 is the summary token
+    shown = dimmed(image, torch.tensor([1, 2, -1]), 4)  # of 2 x 2 patches; -1 is the summary token
     assert shown.shape == (8, 8, 3)
     assert (shown[:4, 4:] == 200).all() and (shown[4:, :4] == 200).all()
     assert (shown[:4, :4] < 90).all() and (shown[4:, 4:] < 90).all()
@@ -111,3 +117,29 @@ def test_an_image_of_ones_own(family, text, tmp_path):
         with pytest.raises(ValueError, match=f"text must be given for a {type(model).__name__}, got none"):
             depths(model, photo, tmp_path / "none.png", **options | {"text": None})
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("name", SMALL_VLMS)
+def test_what_a_decoder_keeps_for_a_question(name, tmp_path):
+    torch.manual_seed(0)
+    model, processor = SMALL_VLMS[name].make().eval(), SMALL_VLMS[name].processor()
+    data, task = Mosaics("test", processor, limit=8), VlmTask(processor)
+    handle = madtp.patch(model, keep={"vision": 0.5, "projector": 0.5, "prefill": {2: 4}})
+    titles, (view,) = seam_pictures.look(model, task.prompt(data[0]), data.mean, data.std)
+    layers = handle.seams["vision"].layers
+    assert titles == ["input", *(f"tower, {n + 1}" for n in range(layers)), "projector", "decoder, 2"]
+    assert [len(kept) for kept in view.kept][-3:] == [32, 16, 4] and len(view.kept[0]) == 64
+    assert set(view.kept[-1].tolist()) <= set(view.kept[-2].tolist()) <= set(view.kept[-3].tolist())
+    drawn = torch.from_numpy(np.array(data.mosaic(0).draw())).permute(2, 0, 1)
+    assert (view.pixels.int() - drawn.int()).abs().max() <= 1 and view.side == 12  # as the tower was given it
+    path = picture(model, task, data, tmp_path / "seams.png", rows=2)
+    with Image.open(path) as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 100
+
+
+def test_tokens_that_are_no_grid_are_not_drawn(llava):
+    model, batch = llava
+    madtp.patch(model, keep={"projector": 0.5})
+    wide = batch["pixel_values"].new_zeros(3, 3, 16, 8)
+    with pytest.raises(ValueError, match="model must have a square of tokens for each of the 3 pictures of a prompt"):
+        seam_pictures._pictures({"pixel_values": wide}, 0.5, 0.5, model.config, [16, 16, 16])

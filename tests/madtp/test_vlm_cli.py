@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from vlm_conversations import example
 
 from madtp import cli
@@ -55,24 +56,18 @@ def test_a_decoder_is_compressed_and_judged(madtp, tmp_path):
         assert code == 0 and "accuracy " in shown and " % on 4 samples" in shown and "loss 2." in shown, err
         code, shown, err = madtp("profile", folder, "--data", test, "--images", tmp_path / "images")
         assert code == 0 and "projector" in shown and "per sample, on 4 test samples" in shown, err
+    drawn, picture = tmp_path / "drawn.png", tmp_path / "images" / "test0.png"
+    shown_data = ("--rows", 2, "--data", test, "--images", tmp_path / "images")
+    for asked in (shown_data, ("--image", picture, "--text", "what is on the left ?")):
+        code, shown, err = madtp("visualize", out / "model", *asked, "--out", drawn)
+        assert code == 0 and shown == f"{drawn}\n", err
+        with Image.open(drawn) as image:
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 100
+        drawn.unlink()
     for arguments, message in (
-        (("evaluate", dense), "data must be an annotation file with images="),
+        (("evaluate", dense), "tokenizer must know the words of mosaics, got none for color"),
         (("evaluate", dense, "--data", "no.json", "--images", tmp_path), "conversations not found at no.json: run `hf"),
-        (
-            (
-                "visualize",
-                out / "model",
-                "--rows",
-                2,
-                "--data",
-                test,
-                "--images",
-                tmp_path / "images",
-                "--out",
-                tmp_path / "a.png",
-            ),
-            "model must have",
-        ),
+        (("visualize", out / "model", "--image", picture, "--out", drawn), "text must be given with an image for"),
         (
             ("compress", dense, *data, "--out", out, "--config", tmp_path / "config.yaml", "--macs", 0.9),
             "macs_reduction must be at most",

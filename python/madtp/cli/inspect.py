@@ -132,7 +132,7 @@ def visualize(
         raise DataError(f"{model} is not a compressed model; `madtp compress --out NEW_FOLDER` makes one of it")
     require_writable_file("out", out)
     if image is not None:
-        print(_picture_of(model, image, text, out))
+        print(_seams_of(model, image, text, out) if "vlm" in tasks_of(kind) else _picture_of(model, image, text, out))
         return
     if task is None and not tasks_of(kind):
         raise ValueError(f"image must be given for a {kind}: no task is for it, so there are no test images")
@@ -203,3 +203,20 @@ def _picture_of(directory: Path, image: Path, text: str | None, out: Path) -> Pa
         raise no_image_processor(directory)
     tokenizer = load_tokenizer(directory) if reads_text(model) and text is not None else None
     return visualize.depths(model, picture, out, image_processor=processor, tokenizer=tokenizer, text=text)
+
+
+def _seams_of(directory: Path, image: Path, text: str | None, out: Path) -> Path:
+    """Draws what a decoder keeps of one image of the user for one question."""
+    from madtp.data.conversations import Question
+    from madtp.data.images import read_image
+    from madtp.reporting import seam_pictures
+    from madtp.tasks.loading import load_context, load_model, load_processor
+    from madtp.tasks.registry import TASKS
+
+    if text is None:
+        raise ValueError("text must be given with an image for a decoder, got none: it is what the image is asked")
+    picture, entry = read_image(image), TASKS["vlm"]
+    model, processor = load_model(directory, entry.models), load_processor(directory)
+    data = Question(picture, text, processor, load_context(directory))
+    task = entry.make(processor, None, data)
+    return seam_pictures.picture_of_one(model, task, data[0], out, mean=data.mean, std=data.std)

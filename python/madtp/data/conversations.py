@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from madtp.data.annotations import Annotations, is_text
@@ -41,7 +42,8 @@ class Conversations(Annotations):
     """Conversations for `VlmTask`.
 
     An item: input_ids, attention_mask and labels (L,), the last -100 outside of the answers, what else the processor
-    makes for the tokens (L,) and the images, answer, the text of the last answer, and answer_begin, where that begins.
+    makes for the tokens (L,) and the images, question and answer, the last texts of the two, and answer_begin, where
+    the tokens of that answer begin.
 
     Args:
         file: the JSON file.
@@ -75,8 +77,6 @@ class Conversations(Annotations):
     ):
         self.image_token = _image_token(processor)
         self.image_id = processor.tokenizer.convert_tokens_to_ids(self.image_token)
-        if not Path(file).exists():
-            raise DataError(f"conversations not found at {file}: {REMEDY}")
         longest = processor.tokenizer.model_max_length  # a number without meaning, but large, where nobody knows
         max_length = longest if max_length is None else min(max_length, longest)
         super().__init__(file, image_root, processor, image_processor, max_length, limit)
@@ -98,7 +98,7 @@ class Conversations(Annotations):
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
-        images = [read_image(self.image_root / name, "; image_root is wrong?") for name in _listed(record["image"])]
+        images = [self._picture(name) for name in _listed(record["image"])]
         item: dict[str, Any] = {}
         begin = 0
         for piece in self._pieces(index, record["conversations"]):
@@ -116,7 +116,17 @@ class Conversations(Annotations):
                 f"{self.file}: record {index} must fit the context of {self.max_length} tokens, image tokens among "
                 f"them, got {length}"
             )
-        return item | {"answer": record["conversations"][-1]["value"], "answer_begin": begin}
+        question, answer = (turn["value"] for turn in record["conversations"][-2:])
+        asked = question.replace(IMAGE, "").strip()
+        return item | {"question": asked, "answer": answer, "answer_begin": begin}
+
+    def _read(self) -> list[dict]:
+        if not self.file.exists():
+            raise DataError(f"conversations not found at {self.file}: {REMEDY}")
+        return super()._read()
+
+    def _picture(self, name: str) -> Image.Image:
+        return read_image(self.image_root / name, "; image_root is wrong?")
 
     def _check(self, number: int, record: dict) -> None:
         turns, images = record["conversations"], len(_listed(record["image"]))
@@ -191,6 +201,28 @@ class Conversations(Annotations):
         made = self.processor(images=images, text=[piece.text], add_special_tokens=marks, return_tensors="pt")
         shape = made["input_ids"].shape
         return {name: value[0] if value.shape == shape else value for name, value in made.items()}
+
+
+class Question(Conversations):
+    """One picture with one question, as `Conversations`; there is no answer to judge by, and one word stands for it.
+
+    Args:
+        picture: RGB. text: the question. processor, max_length: as of `Conversations`.
+
+    Raises:
+        DataError: the text is empty or longer than the context, or the processor makes no prompts with images.
+    """
+
+    def __init__(self, picture: Image.Image, text: str, processor, max_length: int | None = None):
+        self.picture, self.text = picture, text
+        super().__init__("text", ".", processor, max_length=max_length)
+
+    def _read(self) -> list[dict]:
+        turns = [{"from": "human", "value": f"{IMAGE}\n{self.text}"}, {"from": "gpt", "value": "?"}]
+        return [{"image": "", "conversations": turns}]
+
+    def _picture(self, name: str) -> Image.Image:
+        return self.picture
 
 
 def _joined(item: dict[str, Any], piece: dict[str, Tensor], is_answer: bool) -> dict[str, Any]:

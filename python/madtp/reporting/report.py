@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -12,7 +11,7 @@ from rich.table import Table
 from madtp.files import atomic_write
 from madtp.reporting.page import page
 from madtp.reporting.rows import COLUMNS, layer_times, percent, rows
-from madtp.reporting.tables import number_table
+from madtp.reporting.tables import markdown_table, number_table
 
 
 def table(report: dict) -> Table:
@@ -27,7 +26,7 @@ def markdown(report: dict, *, command: str, picture: str | None = None) -> str:
         command: that made the report.
         picture: path of the picture of the kept tokens, relative to the text.
     """
-    compared = _markdown_table(COLUMNS, [row for section in rows(report) for row in section])
+    compared = markdown_table(COLUMNS, [row for section in rows(report) for row in section])
     text = ["# Dense against compressed", compared]
     text.append(
         "GMACs and tokens are per sample. Dense GMACs: all tokens, all weights. Counted: tokens as kept, 2:4 linears "
@@ -35,7 +34,7 @@ def markdown(report: dict, *, command: str, picture: str | None = None) -> str:
         "bits of both operands. Bytes of weights: as the model holds them in memory. Tokens are those after each "
         "layer, merged ones included."
     )
-    text.append("## Time of each layer\n\n" + _markdown_table(("ms per sample", *COLUMNS[1:]), layer_times(report)))
+    text.append("## Time of each layer\n\n" + markdown_table(("ms per sample", *COLUMNS[1:]), layer_times(report)))
     if picture:
         text.append(f"![Tokens kept at each depth]({picture})")
     text.append(_how(report, command))
@@ -68,12 +67,3 @@ def _how(report: dict, command: str) -> str:
         f"which keeps {percent(plan['magnitude_kept'])} of their magnitude\n"
         f"{weights}- temperatures: {temperatures}\n- versions: {versions}"
     )
-
-
-def _markdown_table(columns: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [_line(columns), f"|---{'|---:' * (len(columns) - 1)}|", *map(_line, body)]
-    return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of numbers for the terminal."""
+"""Tables of numbers, for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def number_table(columns: Sequence[str], sections: Iterable[Iterable[Sequence[st
             table.add_row(*row)
         table.add_section()
     return table
+
+
+def markdown_table(columns: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """The same in Markdown, without an end of line."""
+    lines = [_line(columns), f"|---{'|---:' * (len(columns) - 1)}|", *map(_line, body)]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.artist import Artist
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,15 +16,23 @@ from transformers import PreTrainedModel
 from madtp.data.model_inputs import forward_inputs, reads_text, tower_config
 from madtp.handles import find_handle, handle_of
 from madtp.inference import evaluating
+from madtp.patching.vlm_handle import VlmHandle
+from madtp.reporting import seam_pictures
+from madtp.reporting.drawing import (
+    CAPTION,
+    Words,
+    anchored,
+    bare,
+    by_layer,
+    caption,
+    draw_row,
+    line,
+    saved,
+    sheet,
+    unnormalised,
+)
 
 ROWS = 8  # samples in a picture, where not said
-CELL = 1.15  # inches of one image
-CAPTION = 2.6  # inches
-SHADE = torch.tensor([38, 42, 51])  # what pruned patches fade to
-LINE_LETTERS = 26  # of a text, at most, on one line
-KEPT, GONE, RIGHT, WRONG = "#1b1f27", "#b9bec9", "#1a7f37", "#c62828"
-
-Words = list[tuple[str, bool]]  # each with whether the text tower still has it after its last layer
 
 
 class View(NamedTuple):
@@ -57,26 +61,29 @@ def picture(model: PreTrainedModel, task, data, path: str | Path, *, rows: int =
         TypeError: the model is not compressed. ValueError: `rows` is not a number of images in the data, or the data do
             not say the `mean` and `std` of their pixels, per channel.
     """
-    if find_handle(model) is None:
+    handle = find_handle(model)
+    if handle is None:
         raise TypeError(f"model must be a compressed one, got a plain {type(model).__name__}")
     for name in ("mean", "std"):
         if not hasattr(data, name):
             raise ValueError(f"data must have the {name} of their pixels to be drawn, {type(data).__name__} has none")
     items = [data[i] for i in _examples(data, rows)]
+    if isinstance(handle, VlmHandle):
+        return seam_pictures.picture(model, task, items, path, mean=data.mean, std=data.std)
     with evaluating(model):
         predictions = task.predictions(model, items)
     views = [look(model, _inputs(task, item), task.tokenizer) for item in items]
     depths = len(views[0].patches[0])
     images = sum(len(view.patches) for view in views)
-    figure, grid = _sheet(images, depths, caption=CAPTION)
+    figure, grid = sheet(images, depths, caption=CAPTION)
     row = 0
     for item, view, (said, wanted) in zip(items, views, predictions, strict=True):
-        _caption(figure.add_subplot(grid[row, 0]), view.words, said, wanted)
-        pixels = _unnormalised(item["pixel_values"], data.mean, data.std)
+        caption(figure.add_subplot(grid[row, 0]), view.words, said, wanted)
+        pixels = unnormalised(item["pixel_values"], data.mean, data.std)
         for image, patches in zip(pixels.view(-1, *pixels.shape[-3:]), view.patches, strict=True):
-            _draw_depths(figure, grid, row, 1, image, patches, view.patch_size)
+            draw_row(figure, grid, row, 1, image, patches, view.patch_size, by_layer(depths))
             row += 1
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def depths(
@@ -108,16 +115,17 @@ def depths(
     words = tokenizer(text, return_tensors="pt") if reads_text(model) else None
     view = look(model, forward_inputs(model, pixels, words), tokenizer)
     side = pixels.shape[-1] // view.patch_size
-    figure, grid = _sheet(2, len(view.patches[0]), top=0.8)
-    _draw_depths(figure, grid, 0, 0, _resized(image, side * view.patch_size), view.patches[0], view.patch_size)
+    figure, grid = sheet(2, len(view.patches[0]), top=0.8)
+    pixels, patches = _resized(image, side * view.patch_size), view.patches[0]
+    draw_row(figure, grid, 0, 0, pixels, patches, view.patch_size, by_layer(len(patches)))
     for layer, alignment in enumerate(view.alignment):
-        axes = _bare(figure.add_subplot(grid[1, layer]), f"alignment, layer {layer + 1}")
+        axes = bare(figure.add_subplot(grid[1, layer]), f"alignment, layer {layer + 1}")
         axes.imshow(alignment.view(side, side).numpy(), cmap="viridis")
     if view.words:
         axes = figure.add_axes((0.01, 0.88, 0.98, 0.1))
         axes.axis("off")
-        axes.add_artist(_anchored(_line(view.words)))
-    return _saved(figure, path)
+        axes.add_artist(anchored(line(view.words)))
+    return saved(figure, path)
 
 
 def look(model: PreTrainedModel, inputs: Mapping[str, Tensor], tokenizer=None) -> View:
@@ -181,27 +189,10 @@ def _inputs(task, item: dict) -> dict[str, Tensor]:
     return batch
 
 
-def _unnormalised(pixels: Tensor, mean, std) -> Tensor:
-    """(..., 3, H, W) float -> uint8."""
-    mean, std = (torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1) for value in (mean, std))
-    return (255 * (pixels.float() * std + mean)).round().clamp(0, 255).to(torch.uint8)
-
-
 def _resized(image: Image.Image, side: int) -> Tensor:
     """(3, side, side) uint8"""
     resized = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-
-
-def _dimmed(image: Tensor, patches: Tensor, size: int) -> Tensor:
-    """(3, H, W) uint8 -> (H, W, 3) uint8 with every patch that is not in `patches` (numbers, row by row) shaded."""
-    height, width = (side // size for side in image.shape[-2:])
-    kept = torch.zeros(height * width)
-    kept[patches[patches >= 0]] = 1
-    weight = kept.view(height, width).repeat_interleave(size, 0).repeat_interleave(size, 1)[..., None]
-    weight = 0.18 + 0.82 * weight
-    shown = image[:, : height * size, : width * size].permute(1, 2, 0)
-    return (shown * weight + SHADE * (1 - weight)).round().to(torch.uint8)
 
 
 def _words(tokenizer, ids: Tensor, left: Tensor) -> Words:
@@ -209,76 +200,3 @@ def _words(tokenizer, ids: Tensor, left: Tensor) -> Words:
     places, tokens = left.tolist(), tokenizer.convert_ids_to_tokens(ids.tolist())
     special = set(tokenizer.all_special_ids)
     return [(word, place in places) for place, word in enumerate(tokens) if int(ids[place]) not in special]
-
-
-def _sheet(rows: int, depths: int, *, caption: float = 0.0, top: float | None = None) -> tuple[Figure, Any]:
-    """A figure, and its grid: a column for each depth, after a wider one where there are captions (inches)."""
-    height = rows + (0.6 if top is not None else 0.4)
-    figure = Figure(figsize=(caption + CELL * depths, CELL * height), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
-    widths = [caption / CELL] * bool(caption) + [1] * depths
-    grid = figure.add_gridspec(
-        rows, len(widths), width_ratios=widths,
-        left=0.01, right=0.99, bottom=0.22 / height, top=top or 1 - 0.3 / height, wspace=0.08, hspace=0.22,
-    )  # fmt: skip
-    return figure, grid
-
-
-def _draw_depths(figure: Figure, grid, row: int, column: int, image: Tensor, kept: Sequence[Tensor], size: int) -> None:
-    """One row: the image (3, H, W) uint8 with the patches left at the input and after each layer."""
-    for depth, patches in enumerate(kept):
-        axes = _bare(figure.add_subplot(grid[row, column + depth]), f"{int((patches >= 0).sum())} patches")
-        axes.imshow(_dimmed(image, patches, size).numpy())
-        if row == 0:
-            axes.set_title(f"after layer {depth}" if depth else "input", fontsize=9, color=KEPT)
-
-
-def _caption(axes, words: Words, said: str, wanted: str) -> None:
-    """The text, and below it what the model said, green where that is right."""
-    axes.axis("off")
-    verdict = said if said == wanted else f"{said}, should be {wanted}"
-    color = RIGHT if said == wanted else WRONG
-    lines: list[Any] = [_line(line) for line in _wrapped(words)]
-    for line in _wrapped([(word, True) for word in verdict.split()]):
-        text = " ".join(word for word, _ in line)
-        lines.append(TextArea(text, textprops={"fontsize": 9, "weight": "bold", "color": color}))
-    if lines:  # a text of unknown words has none
-        axes.add_artist(_anchored(VPacker(children=lines, pad=0, sep=4, align="left")))
-
-
-def _wrapped(words: Words) -> list[Words]:
-    """Lines of `LINE_LETTERS` letters at most, but for longer words."""
-    lines: list[Words] = []
-    letters = LINE_LETTERS
-    for word, kept in words:
-        letters += len(word) + 1
-        if letters > LINE_LETTERS:
-            lines.append([])
-            letters = len(word) + 1
-        lines[-1].append((word, kept))
-    return lines
-
-
-def _line(words: Words) -> HPacker:
-    texts: list[Artist] = [
-        TextArea(word, textprops={"fontsize": 9, "color": KEPT if kept else GONE}) for word, kept in words
-    ]
-    return HPacker(children=texts, pad=0, sep=3.5, align="baseline")
-
-
-def _bare(axes, label: str):
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.set_xlabel(label, fontsize=7, labelpad=2, color=KEPT)
-    return axes
-
-
-def _anchored(box) -> AnchoredOffsetbox:
-    return AnchoredOffsetbox("center left", child=box, frameon=False, pad=0, borderpad=0.2)
-
-
-def _saved(figure: Figure, path: str | Path) -> Path:
-    figure.savefig(path, format="png")
-    return Path(path)

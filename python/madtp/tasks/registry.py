@@ -26,6 +26,7 @@ from madtp.data.conversations import Conversations
 from madtp.data.easy_vqa import EasyVqa, ImagesWithQuestions
 from madtp.data.emoji import EmojiCaptions, EmojiPairs, EmojiRetrieval
 from madtp.data.errors import DataError
+from madtp.data.mosaics import Mosaics
 from madtp.models.blip_nlvr import BlipForNLVR
 from madtp.tasks.captioning import CaptioningTask
 from madtp.tasks.loading import (
@@ -119,7 +120,7 @@ TASKS = {
             hf.Idefics3ForConditionalGeneration,
         ),
         make=lambda processor, images, data: VlmTask(processor),
-        data={},
+        data={"mosaics": NamedData(lambda split, processor, size, limit: Mosaics(split, processor, limit=limit))},
         annotations=Conversations,
         one_processor=True,
     ),

@@ -17,7 +17,7 @@ from madtp.inference import evaluating
 from madtp.tasks.processors import Processed
 
 FILLS = {"labels": IGNORED}  # of padding; token ids have a token for it, anything else 0
-ABOUT_THE_ANSWER = ("answer", "answer_begin")  # of an item, which no forward takes
+ABOUT_THE_ANSWER = ("question", "answer", "answer_begin")  # of an item, which no forward takes
 
 
 class VlmTask(Processed):
@@ -25,7 +25,8 @@ class VlmTask(Processed):
 
     Items are dicts, as of `madtp.data.conversations.Conversations`: input_ids, attention_mask, labels (L,), -100 where
     nothing is asked, what else a processor makes for the tokens, (L,), and for the images, which it counts along the
-    first axis; answer, a text, and answer_begin, where the tokens of it begin, which end the item.
+    first axis; answer, a text, and answer_begin, where the tokens of it begin, which end the item; and where pictures
+    are drawn, question, a text.
 
     A model is judged by the share of its greedy answers that are the given ones word for word, but for case and spaces.
 
@@ -86,21 +87,24 @@ class VlmTask(Processed):
         said = self._answers(model, items)
         return [(answer, item["answer"]) for answer, item in zip(said, items, strict=True)]
 
+    def say(self, model: nn.Module, item: dict, longest: int) -> str:
+        """The answer to one item of a model in eval mode, of so many tokens at most."""
+        return self._answers(model, [item], longest)[0]
+
+    def prompt(self, item: dict) -> dict[str, Tensor]:
+        """The keyword arguments of a forward of one item, up to its last answer."""
+        return self.prompts([item])
+
     def _losses(self, model: Any, items: Sequence[dict]) -> list[float]:
         """Of each item by itself: the model's own is a mean over the tokens of all."""
         batches = (self.collate([item]) for item in items)
         return [model(**_moved(batch, model)).loss.item() for batch in batches]
 
     @torch.no_grad()
-    def _answers(self, model: Any, items: Sequence[dict]) -> list[str]:
-        """What greedy decoding says, no longer than the longest answer that was given."""
-        prompts, longest = [], 0
-        for item in items:
-            length, begin = len(item["input_ids"]), item["answer_begin"]
-            longest = max(longest, length - begin)
-            prompts.append({name: _until(value, begin, length) for name, value in item.items() if name != "labels"})
-        names = [name for name in prompts[0] if name not in ABOUT_THE_ANSWER]
-        batch = self._batch([{name: prompt[name] for name in names} for prompt in prompts], left=True)
+    def _answers(self, model: Any, items: Sequence[dict], longest: int | None = None) -> list[str]:
+        """What greedy decoding says, no longer than so many tokens, or the longest answer that was given."""
+        longest = longest or max(len(item["input_ids"]) - item["answer_begin"] for item in items)
+        batch = self.prompts(items)
         config = model.generation_config
         ends = self.tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
         greedy = {"max_new_tokens": longest, "do_sample": False, "num_beams": 1}
@@ -109,6 +113,14 @@ class VlmTask(Processed):
         stops = {ends} if isinstance(ends, int) else set(ends or ())
         cut = [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in said]
         return self.tokenizer.batch_decode(cut, skip_special_tokens=True)
+
+    def prompts(self, items: Sequence[dict]) -> dict[str, Tensor]:
+        """All up to the last answers, padded on the left."""
+        names = [name for name in items[0] if name not in (*ABOUT_THE_ANSWER, "labels")]
+        cut = [
+            {name: _until(item[name], item["answer_begin"], len(item["input_ids"])) for name in names} for item in items
+        ]
+        return self._batch(cut, left=True)
 
     def _batch(self, items: Sequence[dict[str, Tensor]], *, left: bool) -> dict[str, Tensor]:
         lengths = [len(item["input_ids"]) for item in items]
