@@ -4,6 +4,7 @@
 // triton_launches.py.
 
 #include <cuda.h>
+#include <cuda_runtime.h>
 
 #include <atomic>
 #include <limits>
