@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels as C++ sources, for programs without Python: compiled ahead of time, without a GPU.
 
-    python cmake/embed_triton.py --out FOLDER [--archs 80 90] [--head-sizes 64 128] [--fatbinary PATH] [--no-code] [--werror]
+    python cmake/embed_triton.py --out FOLDER [--archs 80 90] [--head-sizes 64 128] [--fatbinary PATH] [--no-code]
 
 Writes a source per family to FOLDER, a table of its kernels that `csrc/cuda/triton` launches by, and beside it the
 images that it holds. What a launcher specialises on in Python is an argument here, where that keeps the number of
@@ -56,7 +56,9 @@ _NUMBER, _STRIDE = Argument("i32"), Argument("i32", ALIGNED)
 ARGUMENTS = (  # of all kernels, by name
     dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), _DATA)
     | {"p_logits": Argument("*{dtype}"), "scale": Argument("fp32")}
-    | dict.fromkeys(("p_lse", "p_norms", "p_partial", "p_from_summary", "p_highest", "p_weight", "p_attention"), _FLOATS)
+    | dict.fromkeys(
+        ("p_lse", "p_norms", "p_partial", "p_from_summary", "p_highest", "p_weight", "p_attention"), _FLOATS
+    )
     | dict.fromkeys(("p_summary_attention", "p_received_attention", "p_guidance", "p_importance"), _FLOATS)
     | dict.fromkeys(("p_copies", "p_threshold", "p_pruned_importance", "p_merge_weight"), _FLOATS)
     | dict.fromkeys(("p_cu_seqlens", "p_cu_seqlens_q", "p_cu_seqlens_k", "p_cu_seqlens_out"), _NUMBERS)
@@ -67,7 +69,10 @@ ARGUMENTS = (  # of all kernels, by name
     | dict.fromkeys(("max_seqlen", "max_seqlen_q", "max_seqlen_k", "GROUP", "K", "STRIDE", "PARTS"), _NUMBER)
     | {"D": _STRIDE}
 )
-MASKS = {"plain": {"left": None, "right": None}, "masked": {}}  # the bounds of a window are arguments, or there are none
+MASKS = {
+    "plain": {"left": None, "right": None},
+    "masked": {},
+}  # the bounds of a window are arguments, or there are none
 
 
 class Variant(NamedTuple):
@@ -100,15 +105,16 @@ def attention_variants(head_sizes: Iterable[int]) -> Iterator[Variant]:
     for head_dim in head_sizes:
         for dtype, short in DTYPES.items():
             for mask, fixed in MASKS.items():
-                which, given = (NAMES[short], head_dim, mask), {**dims(head_dim), "bias": None, "CAUSAL": False, **fixed}
+                which, given = (
+                    (NAMES[short], head_dim, mask),
+                    {**dims(head_dim), "bias": None, "CAUSAL": False, **fixed},
+                )
                 blocks = forward._blocks(head_dim, dtype) | (ROOMY if short == "fp32" and mask == "masked" else {})
                 yield _variant(of, which, forward.attention_kernel, short, **given, **blocks)
                 blocks = statistics._blocks(head_dim, dtype, biased=False)
                 yield _variant(of, which, statistics.head_maximum_kernel, short, **given, **blocks)
                 none, block = {"p_out": None, "p_norms": None}, {"BLOCK": statistics.KEYS}
-                yield _variant(
-                    of, which, statistics.from_summary_kernel, short, **given, **none, **block, num_warps=8
-                )
+                yield _variant(of, which, statistics.from_summary_kernel, short, **given, **none, **block, num_warps=8)
                 last = (blocks["BLOCK_M"], mask)
                 if last not in finished:
                     finished.add(last)

@@ -146,7 +146,9 @@ def attention_case(pick: random.Random, dtype: int, head_dim: int):
     scale = pick.choice([0.125, 0.0, 2.0])
     call = (forward.varlen_attention, q, k, v, cu_q, cu_k, longest_q, longest_k, scale)
     call += (causal, left, right, 0.0, None, index, statistics)
-    strides = {f"{n}_{a}": t.stride(i) for n, t in (("q", q), ("k", k), ("v", v)) for i, a in enumerate(("row", "head"))}
+    strides = {
+        f"{n}_{a}": t.stride(i) for n, t in (("q", q), ("k", k), ("v", v)) for i, a in enumerate(("row", "head"))
+    }
     to = outputs("out", "lse", "summary_attention", "received_attention")
     if not statistics:
         to |= {"summary_attention": 0, "received_attention": 0}
@@ -223,7 +225,7 @@ def main() -> int:
         try:
             compare(python, answers, inputs, 80 if arch < 90 else arch)
         except AssertionError:
-            print(f"{op}: {({n: v for n, v in values.items() if not isinstance(v, torch.Tensor)})}")
+            print(f"{op}: { ({n: v for n, v in values.items() if not isinstance(v, torch.Tensor)}) }")
             raise
         kernels |= {launch["kernel"] for launch in answers[:-1]}
     assert not printed and kernels == {variant.kernel.__name__ for variant in VARIANTS.values()}, kernels
