@@ -199,7 +199,8 @@ def compiled(variant: Variant, arch: int) -> Compiled:
     kernel = triton.compile(source_of(variant), target=GPUTarget("cuda", arch, 32), options=variant.options)
     if kernel.metadata.global_scratch_size or kernel.metadata.profile_scratch_size:
         raise ValueError(f"{variant.name}: asks for scratch memory, which the library does not give")
-    parameters = re.search(r"\.entry [^(]*\((.*?)\)", kernel.asm["ptx"], re.DOTALL)[1].count(".param")
+    entry = kernel.asm["ptx"].split(".entry", 1)[1]
+    parameters = entry[: entry.index(")")].count(".param")
     cubin = kernel.asm["cubin"]
     return Compiled(cubin, kernel.metadata.shared, parameters - len(variant.arguments), *resources(cubin))
 
@@ -218,7 +219,7 @@ def _compressed(cubin: bytes, arch: int, fatbinary: Path | None) -> bytes:
         folder = Path(name)
         (folder / "kernel.cubin").write_bytes(cubin)
         image = f"--image3=kind=elf,sm={arch},file={folder / 'kernel.cubin'}"
-        command = [fatbinary, "--64", f"--create={folder / 'kernel.fatbin'}", image, "--compress-all"]
+        command = [str(fatbinary), "--64", f"--create={folder / 'kernel.fatbin'}", image, "--compress-all"]
         subprocess.run(command, check=True)
         return (folder / "kernel.fatbin").read_bytes()
 
@@ -249,16 +250,16 @@ def write_family(folder: Path, family: str, built: list[tuple[Variant, int, Comp
         images += image
     symbol, blob = f"madtp_triton_{family}", folder / f"{family}.bin"
     blob.write_bytes(images)
-    code = "nullptr"
+    start = "nullptr"
     text = "// SPDX-License-Identifier: Apache-2.0\n// Made by cmake/embed_triton.py.\n"
     text += '#include "cuda/triton/kernels.h"\n\n'
     if images:
-        code = symbol
+        start = symbol
         text += f'asm(".section .rodata\\n.balign 64\\n.hidden {symbol}\\n.global {symbol}\\n{symbol}:\\n"\n'
         text += f'    ".incbin \\"{blob}\\"\\n.previous\\n");\n'
         text += f'extern "C" __attribute__((visibility("hidden"))) const unsigned char {symbol}[];\n\n'
     text += f"namespace madtp::cuda::triton {{\nnamespace {{\n\nconstexpr Kernel kKernels[] = {{\n{table}}};\n\n}}\n\n"
-    text += f"const Family {family}_kernels{{kKernels, sizeof kKernels / sizeof *kKernels, {code}}};\n\n}}\n"
+    text += f"const Family {family}_kernels{{kKernels, sizeof kKernels / sizeof *kKernels, {start}}};\n\n}}\n"
     (folder / f"{family}.cpp").write_text(text)
     return len(images)
 
