@@ -137,6 +137,7 @@ bench-peers: build
 
 # What a failed stage leaves open, the next may answer: all run, and the target fails at the end.
 gpu: export MADTP_BUILD_TESTS := ON
+gpu: export MADTP_EMBED_TRITON := AUTO
 gpu: build
 	failed=0; \
 	ctest --test-dir $(BUILD) --output-on-failure -L gpu || failed=1; \

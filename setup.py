@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drives CMake. Everything is decided in CMakeLists.txt; the environment passes through:
 
-MADTP_CUDA=AUTO|ON|OFF, MADTP_CUDA_ARCHS, MADTP_BUILD_TESTS, MADTP_WERROR, CMAKE_ARGS, CMAKE_BUILD_PARALLEL_LEVEL, and
+MADTP_CUDA=AUTO|ON|OFF, MADTP_CUDA_ARCHS, MADTP_EMBED_TRITON, MADTP_TRITON_HEAD_SIZES, MADTP_BUILD_TESTS,
+MADTP_WERROR, CMAKE_ARGS, CMAKE_BUILD_PARALLEL_LEVEL, and
 MADTP_BUILD_DIR for the build tree, which is kept so that installing again compiles only what changed.
 """
 
@@ -17,7 +18,14 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-PASSED_THROUGH = ("MADTP_CUDA", "MADTP_CUDA_ARCHS", "MADTP_BUILD_TESTS", "MADTP_WERROR")
+PASSED_THROUGH = (
+    "MADTP_CUDA",
+    "MADTP_CUDA_ARCHS",
+    "MADTP_EMBED_TRITON",
+    "MADTP_TRITON_HEAD_SIZES",
+    "MADTP_BUILD_TESTS",
+    "MADTP_WERROR",
+)
 
 
 def tool(name: str) -> str:
@@ -44,6 +52,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_INSTALL_LIBDIR=lib",
             "-DMADTP_BUILD_PYTHON=ON",
             "-DBUILD_SHARED_LIBS=OFF",  # a wheel has no links, which a shared library has for its names
+            "-DMADTP_EMBED_TRITON=OFF",  # Python compiles these kernels when it runs them
             *(f"-D{name}={os.environ[name]}" for name in PASSED_THROUGH if os.environ.get(name)),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]

@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "madtp_kernels"
 NAME = PACKAGE.name
 # commands, and what they alone use
-LEFT_OUT = ("env.py", "tune.py", "triton/aot.py", "triton/meta_arguments.py", "triton/*/launches.py")
+LEFT_OUT = ("env.py", "tune.py", "triton/aot.py", "triton/embed.py", "triton/meta_arguments.py", "triton/*/launches.py")
 
 OPS = '''# SPDX-License-Identifier: Apache-2.0
 """The namespace of the ops of this build."""

@@ -72,6 +72,73 @@ madtp_status madtp_cuda_gather_merge_layernorm(const void* x, madtp_dtype dtype,
       selection);
 }
 
+madtp_status madtp_cuda_varlen_attention(const madtp_attention_inputs* inputs, int64_t max_seqlen_q,
+                                         int64_t max_seqlen_k, void* out, float* lse,
+                                         float* summary_attention, float* received_attention, void* workspace,
+                                         void* stream) {
+  return call(
+      [&](const auto& a) {
+        return cuda::varlen_attention(a, max_seqlen_q, max_seqlen_k, out, lse, summary_attention,
+                                      received_attention, workspace, stream);
+      },
+      inputs);
+}
+
+madtp_status madtp_cuda_varlen_attention_workspace(const madtp_attention_inputs* inputs, int64_t max_seqlen_q,
+                                                   int64_t max_seqlen_k, int statistics, int64_t* bytes) {
+  return call(
+      [&](const auto& a) {
+        return cuda::varlen_attention_workspace(a, max_seqlen_q, max_seqlen_k, statistics != 0, bytes);
+      },
+      inputs);
+}
+
+madtp_status madtp_cuda_attention_rows(const madtp_attention_rows_inputs* inputs, float* attention,
+                                       void* workspace, void* stream) {
+  return call([&](const auto& a) { return cuda::attention_rows(a, attention, workspace, stream); }, inputs);
+}
+
+madtp_status madtp_cuda_attention_rows_workspace(const madtp_attention_rows_inputs* inputs, int64_t* bytes) {
+  return call([&](const auto& a) { return cuda::attention_rows_workspace(a, bytes); }, inputs);
+}
+
+madtp_status madtp_cuda_token_importance(const float* summary_attention, const float* received_attention,
+                                         const madtp_score_inputs* inputs, float* importance, void* workspace,
+                                         void* stream) {
+  return call(
+      [&](const auto& a) {
+        return cuda::token_importance(summary_attention, received_attention, a, importance, workspace,
+                                      stream);
+      },
+      inputs);
+}
+
+madtp_status madtp_cuda_select_tokens(const float* importance, const madtp_score_inputs* inputs,
+                                      double temperature, const madtp_selection_outputs* selection,
+                                      void* workspace, void* stream) {
+  return call(
+      [&](const auto& a, const auto& s) {
+        return cuda::select_tokens(importance, a, temperature, s, workspace, stream);
+      },
+      inputs, selection);
+}
+
+madtp_status madtp_cuda_score_and_select(const float* summary_attention, const float* received_attention,
+                                         const madtp_score_inputs* inputs, double temperature,
+                                         float* importance, const madtp_selection_outputs* selection,
+                                         void* workspace, void* stream) {
+  return call(
+      [&](const auto& a, const auto& s) {
+        return cuda::score_and_select(summary_attention, received_attention, a, temperature, importance, s,
+                                      workspace, stream);
+      },
+      inputs, selection);
+}
+
+madtp_status madtp_cuda_score_workspace(const madtp_score_inputs* inputs, int64_t* bytes) {
+  return call([&](const auto& a) { return cuda::score_workspace(a, bytes); }, inputs);
+}
+
 madtp_status madtp_cuda_sparse24_prune(const madtp_sparse24_dense* dense, void* values, uint8_t* indices,
                                        int32_t* has_nan, void* stream) {
   return call([&](const auto& a) { return cuda::sparse24_prune(a, values, indices, has_nan, stream); },

@@ -13,10 +13,7 @@ import itertools
 import json
 import os
 import pkgutil
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -29,6 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 import madtp_kernels.triton
+from madtp_kernels.triton.embed import resources
 from madtp_kernels.triton.meta_arguments import Sizes
 
 TARGETS = (80, 90)
@@ -111,20 +109,6 @@ def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
     for position, parameter in enumerate(kernel.params):
         signature[parameter.name] = specialise(arguments[parameter.name], (position,), parameter)
     return ASTSource(kernel, signature, constants, attributes)
-
-
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory of the one kernel in `cubin`."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        output = subprocess.run(
-            [tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True
-        ).stdout
-    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output)}
-    # These kernels have no arrays and call nothing, so their stack is what was spilled.
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
 def reports(all_sizes: list[Sizes], targets=TARGETS) -> Iterator[dict]:

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 MODULES = [  # with kernels in them
     name
     for _, name, is_package in pkgutil.walk_packages(madtp_kernels.triton.__path__, "madtp_kernels.triton.")
-    if not is_package and name != "madtp_kernels.triton.aot"
+    if not is_package and name not in ("madtp_kernels.triton.aot", "madtp_kernels.triton.embed")
 ]
 
 pytestmark = MARKS

@@ -44,7 +44,7 @@ struct DotsLayout {
   std::int64_t units, blocks;
 
   DotsLayout(std::int64_t out_features, std::int64_t in_features, DotsForm form_)
-      : form(form_),
+      : form(in_features > 0 ? form_ : DotsForm::dense),  // no columns: no indices to tell it by
         unit_rows(form == DotsForm::sparse ? kWidth : 2 * kWidth),
         tile_tokens(kDotsSums * kWidth / unit_rows),
         units((out_features + unit_rows - 1) / unit_rows),

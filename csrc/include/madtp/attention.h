@@ -10,6 +10,7 @@
 #include "madtp/dtype.h"
 #include "madtp/export.h"
 #include "madtp/status.h"
+#include "madtp/version.h"
 
 namespace madtp {
 
@@ -85,4 +86,24 @@ Status varlen_attention_backward_workspace(const AttentionInputs& inputs, bool s
                                            std::int64_t* bytes);
 
 }  // namespace cpu MADTP_API
+
+#if MADTP_HAS_CUDA
+namespace cuda MADTP_API {
+
+// As their namesakes above, enqueued on `stream` (a cudaStream_t), by Triton kernels that were compiled with
+// the library: Status::unsupported in one that has none, or none for this device or this head_dim, and with
+// softcap or alibi_slopes, which these kernels have not. Nothing is read on the host, so the caller says how
+// long the longest sequence may be; one that is longer counts as that long. Also: q, k, v, out and the
+// workspace lie on 16-byte boundaries and strides are multiples of 8, below 2^24 between rows; softmax_scale
+// is not negative; statistics need as many queries as keys. In rows past the last sequence lse is not
+// written, all else is zero.
+Status varlen_attention(const AttentionInputs& inputs, std::int64_t max_seqlen_q, std::int64_t max_seqlen_k,
+                        void* out, float* lse, float* summary_attention, float* received_attention,
+                        void* workspace,  // as many bytes as varlen_attention_workspace says
+                        void* stream);
+Status varlen_attention_workspace(const AttentionInputs& inputs, std::int64_t max_seqlen_q,
+                                  std::int64_t max_seqlen_k, bool statistics, std::int64_t* bytes);
+
+}  // namespace cuda MADTP_API
+#endif
 }  // namespace madtp

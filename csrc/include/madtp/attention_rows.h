@@ -10,6 +10,7 @@
 #include "madtp/dtype.h"
 #include "madtp/export.h"
 #include "madtp/status.h"
+#include "madtp/version.h"
 
 namespace madtp {
 
@@ -46,4 +47,20 @@ Status attention_rows(const AttentionRowsInputs& inputs,
 Status attention_rows_workspace(const AttentionRowsInputs& inputs, int threads, std::int64_t* bytes);
 
 }  // namespace cpu MADTP_API
+
+#if MADTP_HAS_CUDA
+namespace cuda MADTP_API {
+
+// As its namesake above, enqueued on `stream` (a cudaStream_t), by Triton kernels that were compiled with the
+// library: Status::unsupported in one that has none, or none for this device, and for more than 16 query
+// heads on a key head. Nothing is read on the host. Also: q_rows, k and the workspace lie on 16-byte
+// boundaries, head_dim and strides are multiples of 8, strides below 2^24 between rows. 0 in rows past the
+// last sequence.
+Status attention_rows(const AttentionRowsInputs& inputs, float* attention,
+                      void* workspace,  // as many bytes as attention_rows_workspace says
+                      void* stream);
+Status attention_rows_workspace(const AttentionRowsInputs& inputs, std::int64_t* bytes);
+
+}  // namespace cuda MADTP_API
+#endif
 }  // namespace madtp

@@ -321,6 +321,33 @@ MADTP_API madtp_status madtp_cuda_gather_merge_layernorm(
     const madtp_token_selection* selection, const void* weight, const void* bias, madtp_dtype affine_dtype,
     double eps, void* x_out, void* normed, float* mean, float* rstd, void* stream);
 
+/* By Triton kernels that were compiled with the library; in one that has none, MADTP_STATUS_UNSUPPORTED. */
+MADTP_API madtp_status madtp_cuda_varlen_attention(const madtp_attention_inputs* inputs, int64_t max_seqlen_q,
+                                                   int64_t max_seqlen_k, void* out, float* lse,
+                                                   float* summary_attention, float* received_attention,
+                                                   void* workspace, void* stream);
+MADTP_API madtp_status madtp_cuda_varlen_attention_workspace(const madtp_attention_inputs* inputs,
+                                                             int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                             int statistics, int64_t* bytes);
+MADTP_API madtp_status madtp_cuda_attention_rows(const madtp_attention_rows_inputs* inputs, float* attention,
+                                                 void* workspace, void* stream);
+MADTP_API madtp_status madtp_cuda_attention_rows_workspace(const madtp_attention_rows_inputs* inputs,
+                                                           int64_t* bytes);
+MADTP_API madtp_status madtp_cuda_token_importance(const float* summary_attention,
+                                                   const float* received_attention,
+                                                   const madtp_score_inputs* inputs, float* importance,
+                                                   void* workspace, void* stream);
+MADTP_API madtp_status madtp_cuda_select_tokens(const float* importance, const madtp_score_inputs* inputs,
+                                                double temperature, const madtp_selection_outputs* selection,
+                                                void* workspace, void* stream);
+MADTP_API madtp_status madtp_cuda_score_and_select(const float* summary_attention,
+                                                   const float* received_attention,
+                                                   const madtp_score_inputs* inputs, double temperature,
+                                                   float* importance,
+                                                   const madtp_selection_outputs* selection, void* workspace,
+                                                   void* stream);
+MADTP_API madtp_status madtp_cuda_score_workspace(const madtp_score_inputs* inputs, int64_t* bytes);
+
 MADTP_API madtp_status madtp_cuda_sparse24_prune(const madtp_sparse24_dense* dense, void* values,
                                                  uint8_t* indices, int32_t* has_nan, void* stream);
 MADTP_API madtp_status madtp_cuda_sparse24_layout_bytes(int64_t out_features, int64_t in_features,

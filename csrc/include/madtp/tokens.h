@@ -141,6 +141,22 @@ Status gather_merge_layernorm(const void* x, DType dtype, std::int64_t x_stride,
                               DType affine_dtype, double eps, void* x_out, void* normed, float* mean,
                               float* rstd, void* stream);
 
+// These three by Triton kernels that were compiled with the library: Status::unsupported in one that has
+// none, or none for this device. logits_stride fits 32 bits, and the workspace lies on a 16-byte boundary. Of
+// rows past the last sequence `source` alone is written.
+Status token_importance(const float* summary_attention, const float* received_attention,
+                        const ScoreInputs& inputs, float* importance, void* workspace, void* stream);
+
+Status select_tokens(const float* importance, const ScoreInputs& inputs, double temperature,
+                     const SelectionOutputs& selection, void* workspace, void* stream);
+
+Status score_and_select(const float* summary_attention, const float* received_attention,
+                        const ScoreInputs& inputs, double temperature, float* importance,
+                        const SelectionOutputs& selection, void* workspace, void* stream);
+
+// The bytes that the workspace of any of these three has for these inputs.
+Status score_workspace(const ScoreInputs& inputs, std::int64_t* bytes);
+
 }  // namespace cuda MADTP_API
 #endif
 

@@ -36,6 +36,7 @@ from madtp_kernels.triton.tokens.sequence import (
 BLOCK = 1024  # values of rows
 BLOCK_BYTES = 16384  # of logits
 MAX_PARTS = 8  # programs of a sequence that share its alignment tokens
+WIDEST, WIDEST_GUIDANCE = 32, 128  # alignment tokens of a block
 SHARED_LOGITS = 32768  # of a sequence, from which on it is shared out
 SHARED_SEQUENCES = 128  # from which on a program for each keeps a device busy
 
@@ -235,15 +236,16 @@ def keep_kernel(
 # --- launchers
 
 
-def _tile(mag_logits: Tensor, widest: int) -> dict[str, int]:
-    block_k = power_of_two(mag_logits.shape[1], 16, widest)
-    return {"BLOCK_T": min(BLOCK_BYTES // (block_k * mag_logits.element_size()), 256), "BLOCK_K": block_k}
+def tile(alignment_tokens: int, element_size: int, widest: int) -> dict[str, int]:
+    """The block of logits, and nothing but it orders sums."""
+    block_k = power_of_two(alignment_tokens, 16, widest)
+    return {"BLOCK_T": min(BLOCK_BYTES // (block_k * element_size), 256), "BLOCK_K": block_k}
 
 
-def _blocks(mag_logits: Tensor, widest: int = 32) -> dict[str, int]:
+def _blocks(mag_logits: Tensor, widest: int = WIDEST) -> dict[str, int]:
     """K and its stride are compile-time: K = 100 then still loads 4 logits at a time."""
     sizes = {"K": mag_logits.shape[1], "STRIDE": mag_logits.stride(0)}
-    return sizes | _tile(mag_logits, widest) | OPTIONS | {"num_warps": 8}
+    return sizes | tile(mag_logits.shape[1], mag_logits.element_size(), widest) | OPTIONS | {"num_warps": 8}
 
 
 def _parts(mag_logits: Tensor, batch: int) -> int:
@@ -374,7 +376,7 @@ def score_and_select(
                 **_blocks(mag_logits),
             )
         elif batch > 0:
-            wide = _blocks(mag_logits, widest=128)
+            wide = _blocks(mag_logits, widest=WIDEST_GUIDANCE)
             guidance_kernel[(triton.cdiv(length, wide["BLOCK_T"]),)](mag_logits, guidance, length, **wide)
             copies, threshold = empty_float32(guidance, parts - 1, length), empty_float32(guidance, batch, parts)
             threshold_kernel[(batch * parts,)](
