@@ -137,3 +137,10 @@ def test_a_plan_says_it(tmp_path):
     for wrong in ({"audio": 1}, {"vision": -1}, {"vision": 1.0}, [1]):
         with pytest.raises(ValueError, match="first_layers must map branches of tokens to numbers of at least 0, got"):
             dataclasses.replace(plan, first_layers=wrong)
+
+
+def test_a_decoder_has_none(llava):
+    config = dataclasses.replace(CONFIG, first_layer={"vision": 1})
+    with pytest.raises(ValueError, match="first_layer must be None for a Llava.*, whose keep says where, got"):
+        madtp.patch(llava[0], config)
+    assert not hasattr(llava[0], "madtp_handle")

@@ -2,6 +2,7 @@
 """One-shot masks: scores, second-order reconstruction, what is written and what is refused."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ def test_independent_inputs_need_no_correction():
         (torch.eye(8), {}, r"gram must be finite of shape \(16, 16\), got float32 \(8, 8\)"),
         (None, {}, "gram must be finite"),
         (torch.full((16, 16), torch.inf), {}, "gram must be finite"),
-        (torch.eye(16), {"damping": 0}, "damping must be a number above 0, got int 0"),
+        (torch.eye(16), {"damping": 0}, "damping must be a finite number above 0, got int 0"),
+        (torch.eye(16), {"damping": math.inf}, "damping must be a finite number above 0, got float inf"),
     ],
 )
 def test_reconstruct_refuses(gram, options, message):

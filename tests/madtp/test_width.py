@@ -3,6 +3,7 @@
 
 import copy
 import json
+import math
 import pickle
 import runpy
 from pathlib import Path
@@ -263,6 +264,35 @@ def test_scores_take_what_costs_least():
     assert cut(weight, None, statistics(x), 1, 3, score="activation", **options).kept.tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+def test_inputs_far_from_zero(offset):
+    """Their mean goes to the bias, and what is about it decides as if there were none."""
+    torch.manual_seed(0)
+    x, linear = torch.randn(4096, 16) * torch.linspace(0.5, 2, 16), nn.Linear(16, 8)
+    options = {"score": "second_order", "correct": True, "damping": 0.01}
+    expected = cut(linear.weight, linear.bias, statistics(x), 1, 8, **options)
+    met = statistics(x[:1000] + offset)
+    met.add(x[1000:] + offset)
+    found = cut(linear.weight, linear.bias, met, 1, 8, **options)
+    assert torch.equal(found.kept, expected.kept)
+    torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=5e-3)
+    assert found.error == pytest.approx(expected.error, rel=0.02)
+
+
+@pytest.mark.parametrize("correct", [True, False])
+@pytest.mark.parametrize("ids", [torch.full((1, 1), 5), torch.full((3, 1), 7)])
+def test_inputs_that_are_all_the_same(ids, correct):
+    """One token: nothing is about the mean, and a bias makes up for all that goes."""
+    model, inputs = build("BertModel"), {"input_ids": ids}
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        done = width.prune_width(model, 0.5, [inputs], correct=correct)
+        found = model(**inputs).last_hidden_state
+    assert all(math.isfinite(entry.error) for entry in done.values())
+    if correct:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_tiles():
     for full, size in ((3072, 64), (512, 64), (256, 32), (128, 16), (64, 16)):
         part = width.WidthPart("fc2", "channels", ("fc1",), 1, full, full)
@@ -351,6 +381,11 @@ def test_other_arguments_that_cannot_be(llava):
         width.prune_width(model, WIDE, [batch], damping=0)
     with pytest.raises(ValueError, match="batches must be at least one"):
         width.prune_width(model, WIDE, [])
+    for wrong, kind in ((batch, "str"), ([None], "NoneType")):
+        with pytest.raises(ValueError, match=f"batches must be keyword arguments of forwards, .* got a {kind}"):
+            width.prune_width(model, WIDE, wrong)
+    with pytest.raises(ValueError, match="batches must be such as give finite numbers, got others at 'vision"):
+        width.prune_width(model, WIDE, [batch | {"pixel_values": batch["pixel_values"] * torch.nan}])
     with pytest.raises(ValueError, match="model must be one of towers with heads"):
         width.prune_width(nn.Linear(4, 4), 0.5, [])
     decoder, prompts = llava
@@ -360,6 +395,16 @@ def test_other_arguments_that_cannot_be(llava):
         if find_handle(decoder) is None:
             madtp.patch(decoder, keep={"projector": 0.5})
     assert width.widths_of(model) == {} and model.get_submodule(FC2).in_features == 64
+
+
+def test_the_tower_of_a_decoder_is_not_saved_narrow(llava, tmp_path):
+    model = copy.deepcopy(llava[0])
+    tower = model.model.vision_tower
+    width.prune_width(tower, 0.5, [{"pixel_values": llava[1]["pixel_values"]}])
+    madtp.patch(model, keep={"projector": 0.5})
+    with pytest.raises(ValueError, match="must have all its heads and channels .* got fewer at model.vision_tower"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_that_the_batches_do_not_reach():

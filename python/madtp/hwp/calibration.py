@@ -42,15 +42,26 @@ class InputStatistics:
         weighted = x if weight is None else x * weight[:, None]
         self.squares += (weighted * x).sum(0, dtype=torch.float64)
         if self.gram is not None:
-            self.gram += weighted.T @ x
-            total = weighted.sum(0, dtype=torch.float64)
-            self.sums = total if self.sums is None else self.sums + total
+            self._add_products(x, weight)
         if len(x):
             magnitudes = x.abs()
             amax, rows = magnitudes.amax(0), magnitudes.amax(1).double().square()
             self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
             rows = (rows if weight is None else rows * weight).sum()
             self.row_amax_squares = rows if self.row_amax_squares is None else self.row_amax_squares + rows
+
+    def _add_products(self, x: Tensor, weight: Tensor | None) -> None:
+        """To gram and sums. Products are float32, so they are taken about the mean: about zero their rounding is that
+        of the mean's square, in which what is about the mean may be lost."""
+        mean = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
+        about = x - mean
+        weighted, count = (about, len(x)) if weight is None else (about * weight[:, None], weight.sum().item())
+        mean, rest = mean.double(), weighted.sum(0, dtype=torch.float64)
+        cross = torch.outer(rest + 0.5 * count * mean, mean)
+        assert self.gram is not None, "asked by add"
+        self.gram += (weighted.T @ about).double() + cross + cross.T
+        total = rest + count * mean
+        self.sums = total if self.sums is None else self.sums + total
 
     def divide_channels(self, divisor: Tensor) -> None:
         """Makes these the statistics of x / divisor, (C,). Of the rows' largest magnitudes nothing is known then."""

@@ -7,6 +7,8 @@ arXiv 2210.17323) for a grid. Both are one sweep.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def checked_gram(gram: object, columns: int, damping: object) -> Tensor:
     """The Gram matrix in float64. Raises ValueError for it, or for the damping."""
     ok = isinstance(gram, Tensor) and gram.shape == (columns, columns) and bool(gram.isfinite().all())
     require(ok, "gram", f"finite of shape {(columns, columns)}", gram)
-    require(isinstance(damping, int | float) and damping > 0, "damping", "a number above 0", damping)
+    require(isinstance(damping, int | float) and 0 < damping < math.inf, "damping", "a finite number above 0", damping)
     assert isinstance(gram, Tensor), "required above"
     return gram.double()
 

@@ -18,6 +18,7 @@ from madtp.files import atomic_directory, file_sha256
 from madtp.hwp.packing import epilogues_of, schemes_of
 from madtp.patching.names import ANY_VARIANT, CONFIG_FILE, WEIGHTS_FIELD, weight_files
 from madtp.patching.state import ModelError, Packed, read_checksums, write_checksums
+from madtp.width.parts import FULL, width_parts
 from madtp_kernels.bounded_file import one_line
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def save(
     schemes = schemes_of(model)
     packed = {name: Packed(schemes[name], epilogue) for name, epilogue in epilogues_of(model).items()}
     settings, state_dict = handle.saved(packed, state_dict)
+    _refuse_unsaid_widths(model)
     with atomic_directory(save_directory, _Staying(options.get("variant")), CONFIG_FILE) as folder:
         model.config.quantization_config = settings.to_dict()
         try:
@@ -121,6 +123,17 @@ def complete_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], **ou
     if wrong:
         raise ValueError(f"state_dict must be one of the model, {len(wrong)} keys are not (first: {wrong[0]})")
     return complete
+
+
+def _refuse_unsaid_widths(model: nn.Module) -> None:
+    """Raises ValueError where heads or channels are gone from what settings have no place for."""
+    said = {model.get_submodule(part.name) for part in width_parts(model)}
+    narrow = (name for name, module in model.named_modules() if hasattr(module, FULL) and module not in said)
+    if (name := next(narrow, None)) is not None:
+        raise ValueError(
+            f"model must have all its heads and channels to be saved as a {type(model).__name__}, whose files do not "
+            f"say widths, got fewer at {name}"
+        )
 
 
 def _refuse_without_madtp(path: Path, parts: Iterable[str]) -> None:

@@ -518,6 +518,9 @@ def patch_decoder(
 ) -> VlmHandle:
     """`madtp.patch` of a decoder."""
     if config is not None:
+        if config.first_layer is not None:
+            kind = type(model).__name__
+            raise ValueError(f"first_layer must be None for a {kind}, whose keep says where, got {config.first_layer}")
         keep = keep_by_temperature(model, [VISION]) if config.keep is None else config.keep
     if keep_rate is None:
         if calibration is not None:

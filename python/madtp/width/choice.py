@@ -16,6 +16,7 @@ from madtp.hwp.calibration import InputStatistics
 from madtp.hwp.sweep import checked_gram
 
 SCORES = ("second_order", "activation")
+ROUNDING = 1e-12  # of a Gram matrix, in its own diagonal; what is about the mean may be less than that
 ROUNDS = 4  # in which channels go by the second-order score; heads go one by one
 
 
@@ -55,10 +56,13 @@ def cut(
     dense, gram = weight.detach().double(), checked_gram(inputs.gram, weight.shape[1], damping)
     mean = gram.diagonal().new_zeros(len(gram)) if inputs.sums is None else inputs.sums.to(gram) / inputs.weight_sum
     about_mean = gram - inputs.weight_sum * mean[:, None] * mean
+    tiny = torch.finfo(gram.dtype).tiny
+    floor = (ROUNDING * gram.diagonal().mean()).clamp_min(tiny)
+    least = (ROUNDING * ((dense @ gram) * dense).sum()).clamp_min(tiny)  # of outputs, as the floor is of inputs
     moves = correct and bias is not None
     if moves:  # what the mean of an input gives, a bias gives too
         gram = about_mean
-    level = damping * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    level = damping * gram.diagonal().mean().clamp_min(floor)
     kept = torch.arange(weight.shape[1] // size, device=weight.device)
     batch = 1 if size > 1 else -(-(len(kept) - width) // ROUNDS)
     while len(kept) > width:
@@ -69,7 +73,7 @@ def cut(
     new = _fitted(dense, gram, columns, level) if correct else dense[:, columns]
     change = dense.clone()
     change[:, columns] -= new
-    outputs = ((dense @ about_mean) * dense).sum().clamp_min(torch.finfo(gram.dtype).tiny)
+    outputs = ((dense @ about_mean) * dense).sum().clamp_min(least)
     error = (((change @ gram) * change).sum() / outputs).item()
     moved = None if bias is None else bias.detach() + (change @ mean).to(bias.dtype) * moves
     return Cut(kept, new.to(weight.dtype), moved, max(error, 0.0))

@@ -131,6 +131,10 @@ def _narrow(
     asked, batches = checked_widths(model, widths), list(batches)
     require_removable(list(asked), model)
     require(bool(batches) or not asked or statistics is not None, "batches", "at least one", "none")
+    odd = next((batch for batch in batches if not isinstance(batch, Mapping)), {})
+    require(
+        isinstance(odd, Mapping), "batches", "keyword arguments of forwards, as mappings", f"a {type(odd).__name__}"
+    )
     found, parts = dict[str, Narrowed](), list(asked)
     for start in range(0, len(parts), AT_A_TIME):
         group = parts[start : start + AT_A_TIME]
@@ -141,12 +145,17 @@ def _narrow(
                 continue
             after = cast(nn.Linear, model.get_submodule(part.name))
             known = known_inputs(part.name, met, gram=True)
+            require(_is_finite(known), "batches", "such as give finite numbers", f"others at {part.name!r}")
             made = cut(
                 after.weight, after.bias, known, part.size, asked[part], score=score, correct=correct, damping=damping
             )
             narrow(model, part, made, undo)
             found[part.name] = Narrowed(part.kind, part.width, asked[part], made.error)
     return found
+
+
+def _is_finite(inputs: InputStatistics) -> bool:
+    return inputs.gram is not None and bool(inputs.gram.isfinite().all())
 
 
 def part_inputs(
