@@ -226,6 +226,17 @@ TEST(quantized_sums_are_exact_at_the_most_input_features) {
   EXPECT(same_bits(p.run(p.inputs()), expected(p, Activation::none)));
 }
 
+TEST(quantized_weight_without_columns_has_the_bytes_that_are_said) {
+  // It has no indices either, so nothing tells that it is 2:4.
+  for (const bool many_rows : {false, true}) {
+    std::int64_t bytes = -1;
+    EXPECT(cpu::quantized_layout_bytes(16, 0, true, &bytes, many_rows) == Status::ok);
+    std::vector<unsigned char> layout(std::size_t(bytes + 256), 0xab);
+    EXPECT(cpu::quantized_pack({nullptr, nullptr, 16, 0, many_rows}, layout.data(), 1) == Status::ok);
+    for (std::size_t i = std::size_t(bytes); i < layout.size(); ++i) EXPECT(layout[i] == 0xab);
+  }
+}
+
 TEST(quantized_arguments_are_checked) {
   const LinearCase p(4, 16, 32, 0.5);
   std::int64_t bytes = 0;
