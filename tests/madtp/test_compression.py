@@ -324,6 +324,20 @@ def test_a_finished_training_that_is_resumed_makes_no_step(tmp_path, data):
     assert longer.state.global_step == 5
 
 
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path, data, monkeypatch):
+    make_trainer(tmp_path, data, 4, find_start=False).train()
+    checkpoint = str(last_checkpoint(tmp_path / "checkpoints"))
+    later = make_trainer(tmp_path, data, 5, find_start=False)
+    later.handle.set_first_layer({"vision": 1})
+    message = "plan must be that of the checkpoint .*, got another first_layers: {'vision': 1, 'text': 0}"
+    with pytest.raises(ValueError, match=message):
+        later.train(resume_from_checkpoint=checkpoint)
+    narrow = make_trainer(tmp_path, data, 5, find_start=False)
+    monkeypatch.setattr("madtp.training.trainer.widths_of", lambda model: {"vision_model.fc2": 48})
+    with pytest.raises(ValueError, match="plan must be that of the checkpoint .*, got another widths: {'vision_model"):
+        narrow.train(resume_from_checkpoint=checkpoint)
+
+
 def same_bits(one, other):
     ours, theirs = one.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

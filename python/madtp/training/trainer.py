@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_model
@@ -34,6 +35,7 @@ from madtp.tasks.task import Task
 from madtp.training.controller import TemperatureController, settle
 from madtp.training.guard import Guard
 from madtp.training.losses import JointLoss
+from madtp.width import widths_of
 from madtp_kernels.bounded_file import ODD_VALUES, one_line, read_json
 
 CONTROLLER_FILE = "madtp_controller.json"
@@ -288,10 +290,15 @@ class MadtpTrainer(Trainer):
         return {
             "version": CHECKPOINT_VERSION,
             "config": self.config.to_dict(),
+            **self._planned(),
             "controller": self.controller.state_dict(),
             "masks_keep": self.pruner.kept,
             "guard": None if self.guard is None else self.guard.state_dict(),
         }
+
+    def _planned(self) -> dict[str, dict[str, int]]:
+        """What a plan made of the model before the training."""
+        return {"widths": widths_of(self.handle.model), "first_layers": getattr(self.handle, "first_layers", {})}
 
     def _save_checkpoint(self, model, trial):
         wrong = next((name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()), None)
@@ -363,6 +370,7 @@ class MadtpTrainer(Trainer):
         return self.state.global_step > 0 and (stopped_early or self.state.global_step >= self.state.max_steps)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._saved_pruning(resume_from_checkpoint)  # weights of another config or plan are not even read
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_pruning(resume_from_checkpoint)
 
@@ -376,7 +384,8 @@ class MadtpTrainer(Trainer):
         rounds = self.fake_quantizer is None or self.fake_quantizer.active
         return rounds and self.pruner.current == self.pruner.pattern and super()._determine_best_metric(metrics, trial)
 
-    def _load_pruning(self, checkpoint: str) -> None:
+    def _saved_pruning(self, checkpoint: str) -> dict[str, Any]:
+        """What `pruning_state` wrote. Raises ValueError where it is damaged, or of another config or plan."""
         file = Path(checkpoint) / CONTROLLER_FILE
         try:
             saved = migrate_checkpoint(read_json(file), str(file))
@@ -389,6 +398,13 @@ class MadtpTrainer(Trainer):
         changed = sorted(name for name in ours if saved["config"].get(name) != ours[name])
         if changed:
             raise ValueError(f"config must be that of the checkpoint {checkpoint}, got another {', '.join(changed)}")
+        for name, value in self._planned().items():  # checkpoints of before have neither
+            if saved.get(name, value) != value:
+                raise ValueError(f"plan must be that of the checkpoint {checkpoint}, got another {name}: {value}")
+        return saved
+
+    def _load_pruning(self, checkpoint: str) -> None:
+        saved, file = self._saved_pruning(checkpoint), Path(checkpoint) / CONTROLLER_FILE
         try:
             self.controller.load_state_dict(saved["controller"])
             self.pruner.kept |= saved["masks_keep"]
