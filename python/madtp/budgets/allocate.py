@@ -69,7 +69,7 @@ def allocate(
     if allocation not in ALLOCATIONS:
         raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}")
     calibration, sensitivities = _look_into(model, task, calibration_data, config, progress)
-    plan = _with_first_layers(calibration, choose(sensitivities, config, allocation))
+    plan = _plan(calibration, sensitivities, config, allocation)
     return replace(plan, compared=_compared(calibration, sensitivities, config, plan))
 
 
@@ -104,11 +104,10 @@ def pareto(
     refusal = ValueError("reductions must be numbers in (0, 1), got none")
     for target in configs:
         try:
-            plan = choose(sensitivities, target)
+            plan = _plan(calibration, sensitivities, target)
         except ValueError as error:
             refusal = error
             continue
-        plan = _with_first_layers(calibration, plan)
         plans.append(replace(plan, compared=_compared(calibration, sensitivities, target, plan)))
     if not plans:
         raise refusal
@@ -140,9 +139,13 @@ def _look_into(
     return calibration, sensitivities
 
 
-def _with_first_layers(calibration: Calibration, plan: Plan) -> Plan:
-    """The plan, with the first layers that prune where the config does not say them and allocation is no rule."""
-    if calibration.config.first_layer is not None or plan.allocation == "uniform":
+def _plan(
+    calibration: Calibration, sensitivities: Sensitivities, config: CompressionConfig, allocation: str = "joint"
+) -> Plan:
+    """What `choose` gives, with the first layers that prune where the config does not say them and allocation is no
+    rule."""
+    plan = choose(sensitivities, config, allocation)
+    if config.first_layer is not None or allocation == "uniform":
         return plan
     return replace(plan, first_layers=find_first_layers(calibration, plan.tokens))
 
@@ -155,11 +158,10 @@ def _compared(
     compared = {}
     for allocation in ALLOCATIONS:
         try:
-            plan = chosen if allocation == chosen.allocation else choose(sensitivities, config, allocation)
+            known = allocation == chosen.allocation
+            plan = chosen if known else _plan(calibration, sensitivities, config, allocation)
         except ValueError:
             continue
-        if plan is not chosen:
-            plan = _with_first_layers(calibration, plan)
         compared[allocation] = measured_distill_loss(calibration, sensitivities, plan)
     return compared
 

@@ -99,6 +99,7 @@ class Branch:
             self.attention,
             self.selection,
             0.0 if here.dense else self.temperature,
+            self.first_layer,
             self.align and not here.inference,
             self.observer,
         )

@@ -28,12 +28,17 @@ class PruningStep:
     attention: RaggedAttention
     selection: str | Rule
     temperature: float
+    first_layer: int  # whose tokens are pruned; see `at_layer`
     align: bool
     observer: Callable[[Tensor, Selection], None] | None
 
     @property
     def prunes(self) -> bool:
         return self.temperature > 0
+
+    def at_layer(self, layer: int) -> PruningStep:
+        """As the block of this number does it, counted from 0: those before the first layer keep all tokens."""
+        return self if layer >= self.first_layer else replace(self, temperature=0.0)
 
     @property
     def guided(self) -> bool:

@@ -92,7 +92,7 @@ class ImageEncoder:
     @property
     def temperature(self) -> float | None:
         """Of the vision tower; None: it is not patched."""
-        handle = find_handle(self.tower) or find_handle(self.model)
+        handle = self._handle()
         return None if handle is None else handle.temperatures[VISION]
 
     def checksum(self) -> str:

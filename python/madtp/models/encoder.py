@@ -119,15 +119,12 @@ def encode(
     record: gets the tokens that enter the first block and those that leave each.
     """
     step, left = branch.begin(batch)
-    first = branch.first_layer  # read once, as the step is
-    whole = replace(step, temperature=0.0)
     features = [key.x for key in (keys if isinstance(keys, tuple) else () if keys is None else (keys,))]
     rows = batch.without_features()
     if record is not None:
         record.append(batch)
-    for index, layer in enumerate(attrgetter(spec.blocks)(tower)):
-        now = step if index >= first else whole
-        call = BlockCall(spec, now, head_dim_of(tower.config), keys, rows)
+    for number, layer in enumerate(attrgetter(spec.blocks)(tower)):
+        call = BlockCall(spec, step.at_layer(number), head_dim_of(tower.config), keys, rows)
         x, aligned, rows = layer(batch.x, *features, call)
         batch = replace(rows, x=x, aligned=aligned)
         left.end_block(batch)

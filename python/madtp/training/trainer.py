@@ -370,13 +370,14 @@ class MadtpTrainer(Trainer):
         return self.state.global_step > 0 and (stopped_early or self.state.global_step >= self.state.max_steps)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self._saved_pruning(resume_from_checkpoint)  # weights of another config or plan are not even read
+        saved = self._saved_pruning(resume_from_checkpoint)  # weights of another config or plan are not even read
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_pruning(resume_from_checkpoint)
+        self._load_pruning(resume_from_checkpoint, saved)
 
     def _load_best_model(self):
         super()._load_best_model()
-        self._load_pruning(str(self.state.best_model_checkpoint))
+        best = str(self.state.best_model_checkpoint)
+        self._load_pruning(best, self._saved_pruning(best))
 
     def _determine_best_metric(self, metrics, trial):
         """While masks are still to grow, or weights to be rounded, no evaluation is the best: less of either is better,
@@ -403,15 +404,15 @@ class MadtpTrainer(Trainer):
                 raise ValueError(f"plan must be that of the checkpoint {checkpoint}, got another {name}: {value}")
         return saved
 
-    def _load_pruning(self, checkpoint: str) -> None:
-        saved, file = self._saved_pruning(checkpoint), Path(checkpoint) / CONTROLLER_FILE
+    def _load_pruning(self, checkpoint: str, saved: dict[str, Any]) -> None:
+        """Goes on from what `_saved_pruning` gave of a checkpoint."""
         try:
             self.controller.load_state_dict(saved["controller"])
             self.pruner.kept |= saved["masks_keep"]
             if self.guard is not None:
                 self.guard.load_state_dict(saved["guard"])
         except ODD_VALUES as error:
-            raise _no_checkpoint(file, error) from error
+            raise _no_checkpoint(Path(checkpoint) / CONTROLLER_FILE, error) from error
         self.handle.set_temperature(self.controller.temperatures)
 
 
